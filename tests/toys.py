@@ -1,0 +1,88 @@
+"""Tiny models and tokenizers, made in process, for the tests."""
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog. What is the capital of France?",
+    "<|user|> <|assistant|> <|system|> Write a poem about the sea, please! Yes, no, 12 + 30 = 42.",
+    "user assistant system hello world héllo wörld 你好 🙂 chosen rejected prompt answer question",
+]
+
+
+def assets_dir() -> Path | None:
+    """The folder of optional real test data (NOTUS_ASSETS, or ../shared/assets beside the checkout), if present."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "assets"
+    folder = Path(os.environ.get("NOTUS_ASSETS", default))
+    return folder if folder.is_dir() else None
+
+
+def toy_tokenizer(*, bos: bool = True, chat_template: str | None = None, vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; `bos` decides whether its post-processor puts `<s>` in front."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", bos_token="<s>" if bos else None
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def toy_config(kind: str = "mistral", **overrides: object) -> transformers.PreTrainedConfig:
+    """A two-layer config of `kind` (mistral, llama, qwen2, qwen3) with grouped-query attention."""
+    classes = {
+        "mistral": transformers.MistralConfig,
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    settings: dict[str, object] = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    if kind == "mistral":
+        settings["sliding_window"] = None
+    return classes[kind](**{**settings, **overrides})
+
+
+def toy_model(kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **overrides: object) -> torch.nn.Module:
+    """A randomly initialised causal LM, its matrices scaled up so that its predictions are far from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(toy_config(kind, **overrides), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    return model.eval()
+
+
+def toy_model_folder(folder: Path, kind: str = "mistral", *, bos: bool = True, seed: int = 0, **overrides: object) -> Path:
+    """Write a toy model and its tokenizer to `folder` in Hugging Face layout."""
+    toy_model(kind, seed=seed, **overrides).save_pretrained(folder)
+    toy_tokenizer(bos=bos).save_pretrained(folder)
+    return folder
