@@ -1,0 +1,289 @@
+"""Rows to steps to packed batches.
+
+A *step plan* says which examples an optimizer step sees; it depends on the data, the batch size and the seed, never
+on the number of ranks. Within a step, `deal` gives every rank the same number of rows, each at most `tokens_per_row`
+long, and `collate` lays the examples of one row end to end: `[trunk branch_1 ... branch_K][trunk ...]...`, without
+padding.
+"""
+
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One trunk and K branches of token ids.
+
+    Attributes:
+        index: the example's row in its dataset; -1 marks a filler that carries no weight.
+        trunk: [T] token ids that all branches share.
+        branches: K arrays [B_k] of token ids.
+        loss_masks: K arrays [B_k] of bool: which branch tokens the loss sees.
+    """
+
+    index: int
+    trunk: np.ndarray
+    branches: tuple[np.ndarray, ...]
+    loss_masks: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """Step s takes the next `batch_size` examples of its epoch's seeded permutation; an epoch's last step may be short."""
+
+    num_examples: int
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_examples / self.batch_size)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Dataset rows of step `step` (counted from 0 over all epochs), int64 [<= batch_size]."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.num_examples, self.seed, epoch) if self.shuffle else np.arange(self.num_examples)
+        return order[within * self.batch_size : (within + 1) * self.batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def _spread(lengths: Sequence[int], order: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Put the items of `order` one by one into the bin that is lightest so far."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    heap = [(0, number) for number in range(num_bins)]
+    for item in order:
+        weight, number = heapq.heappop(heap)
+        bins[number].append(item)
+        heapq.heappush(heap, (weight + lengths[item], number))
+    return bins
+
+
+def _rows_of_rank(lengths: Sequence[int], items: Sequence[int], num_rows: int, limit: int) -> list[list[int]] | None:
+    rows = _spread(lengths, items, num_rows)
+    fits = all(sum(lengths[item] for item in row) <= limit for row in rows)
+    return rows if fits else None
+
+
+def deal(lengths: Sequence[int], world_size: int, tokens_per_row: int) -> list[list[list[int]]]:
+    """Deal a step's examples to ranks and rows.
+
+    Longest first, to the lightest rank; then, within a rank, to the lightest of its rows. Every rank gets the same
+    number of rows, the smallest number that keeps each row within `tokens_per_row`; a row may be empty.
+
+    Args:
+        lengths: tokens of each example of the step (trunk and branches together).
+        world_size: number of ranks.
+        tokens_per_row: the most tokens a row may hold.
+
+    Returns:
+        `rows[rank][row]`: positions into `lengths`.
+
+    Raises:
+        ValueError: an example is longer than `tokens_per_row`.
+    """
+    lengths = [int(length) for length in lengths]
+    if max(lengths) > tokens_per_row:
+        raise ValueError(
+            f"training.tokens_per_row={tokens_per_row} is less than the longest example ({max(lengths)} tokens): "
+            f"set training.tokens_per_row to at least {max(lengths)}, or lower data.max_length"
+        )
+    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
+    ranks = _spread(lengths, order, world_size)
+    heaviest = max(sum(lengths[item] for item in items) for items in ranks)
+    num_rows = max(1, math.ceil(heaviest / tokens_per_row))
+    while True:
+        rows = [_rows_of_rank(lengths, items, num_rows, tokens_per_row) for items in ranks]
+        if all(row is not None for row in rows):
+            return [row for row in rows if row is not None]
+        num_rows += 1
+
+
+@dataclasses.dataclass
+class Layout:
+    """Where the segments of a packed row stand, for prefix-shared attention.
+
+    Segment by segment, queries are the row's own tokens in order and keys are gathered: an example's first segment
+    has queries trunk + branch_1 over the same keys; segment k > 1 has queries branch_k over keys trunk + branch_k.
+    Both are causal, aligned at the last query and the last key.
+
+    Attributes:
+        key_index: [N_kv] row position of every gathered key.
+        first_copy: [N] where each token stands in the gather for the first time.
+        extra_copies: (gather positions, row positions) of the second, third, ... copies of the trunks; the row
+            positions within each pair are unique.
+        query_starts, key_starts: [S + 1] int32, cumulative segment lengths (cu_seqlens).
+        query_lengths, key_lengths: the same lengths as Python integers, S each.
+    """
+
+    key_index: Tensor
+    first_copy: Tensor
+    extra_copies: list[tuple[Tensor, Tensor]]
+    query_starts: Tensor
+    key_starts: Tensor
+    query_lengths: list[int]
+    key_lengths: list[int]
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout with its tensors on `device`."""
+        move = functools.partial(_move, device=device)
+        return dataclasses.replace(
+            self,
+            key_index=move(self.key_index),
+            first_copy=move(self.first_copy),
+            extra_copies=[(move(gathered), move(own)) for gathered, own in self.extra_copies],
+            query_starts=move(self.query_starts),
+            key_starts=move(self.key_starts),
+        )
+
+
+@dataclasses.dataclass
+class Batch:
+    """One packed row: N tokens, E examples of K branches, M completion tokens.
+
+    Attributes:
+        input_ids: [N] token ids.
+        position_ids: [N]; each branch starts again at its trunk's length.
+        layout: the attention segments.
+        sources: [M] row position whose hidden state predicts a completion token.
+        targets: [M] the completion token ids, branch by branch.
+        lengths: [E, K] completion tokens per branch; they sum to M.
+        weights: [E] fp32, 1 for an example and 0 for a filler.
+        indices: [E] dataset rows, -1 for a filler.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: Layout
+    sources: Tensor
+    targets: Tensor
+    lengths: Tensor
+    weights: Tensor
+    indices: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of real examples in the row."""
+        return self.input_ids.numel() if int(self.indices[0]) >= 0 else 0
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; the dataset rows stay on the host."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        indices, layout = fields.pop("indices"), fields.pop("layout")
+        moved = {name: _move(tensor, device) for name, tensor in fields.items()}
+        return Batch(**moved, indices=indices, layout=layout.to(device))
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def filler(num_branches: int) -> Example:
+    """A two-to-five token example of weight 0 that keeps a rank without work in step with the others."""
+    one = np.zeros(1, dtype=np.int64)
+    return Example(-1, one, (one,) * num_branches, (np.ones(1, dtype=bool),) * num_branches)
+
+
+def collate(examples: Sequence[Example], num_branches: int) -> Batch:
+    """Pack the examples of one row.
+
+    Args:
+        examples: the row's examples, each with `num_branches` branches; none for an empty row.
+        num_branches: K.
+
+    Returns:
+        A Batch on the host.
+    """
+    examples = list(examples) or [filler(num_branches)]
+    assert all(len(example.branches) == num_branches for example in examples)
+    tokens, positions, sources, targets, lengths = [], [], [], [], []
+    offset = 0
+    for example in examples:
+        tokens.extend([example.trunk, *example.branches])
+        trunk_length = len(example.trunk)
+        positions.append(np.arange(trunk_length))
+        start = offset + trunk_length
+        for branch, mask in zip(example.branches, example.loss_masks, strict=True):
+            positions.append(np.arange(trunk_length, trunk_length + len(branch)))
+            learned = np.flatnonzero(mask)
+            if trunk_length == 0:
+                learned = learned[learned > 0]  # nothing stands before the first token to predict it
+            before = start + learned - 1
+            before[learned == 0] = offset + trunk_length - 1
+            sources.append(before)
+            targets.append(branch[learned])
+            lengths.append(len(learned))
+            start += len(branch)
+        offset = start
+    return Batch(
+        input_ids=_join(tokens),
+        position_ids=_join(positions),
+        layout=build_layout(
+            [len(example.trunk) for example in examples],
+            [[len(branch) for branch in example.branches] for example in examples],
+        ),
+        sources=_join(sources),
+        targets=_join(targets),
+        lengths=torch.tensor(lengths, dtype=torch.int64).view(len(examples), num_branches),
+        weights=torch.tensor([float(example.index >= 0) for example in examples]),
+        indices=torch.tensor([example.index for example in examples]),
+    )
+
+
+def _join(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+
+
+def build_layout(trunks: Sequence[int], branches: Sequence[Sequence[int]]) -> Layout:
+    """The attention layout of a row.
+
+    Args:
+        trunks: trunk length of each example.
+        branches: branch lengths of each example, K each.
+    """
+    key_index, query_lengths, key_lengths = [], [], []
+    first_copy: list[np.ndarray] = []
+    copies: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in branches[0][1:]]
+    row, gathered = 0, 0
+    for trunk, parts in zip(trunks, branches, strict=True):
+        shared = np.arange(row, row + trunk)
+        for number, length in enumerate(parts):
+            own = np.arange(row + trunk, row + trunk + length)
+            key_index.extend([shared, own])
+            if number == 0:
+                first_copy.append(np.arange(gathered, gathered + trunk))
+            else:
+                copies[number - 1][0].append(np.arange(gathered, gathered + trunk))
+                copies[number - 1][1].append(shared)
+            first_copy.append(np.arange(gathered + trunk, gathered + trunk + length))
+            query_lengths.append(length + trunk * (number == 0))
+            key_lengths.append(trunk + length)
+            gathered += trunk + length
+            row += length
+        row += trunk
+    return Layout(
+        key_index=_join(key_index),
+        first_copy=_join(first_copy),
+        extra_copies=[(_join(there), _join(here)) for there, here in copies],
+        query_starts=_starts(query_lengths),
+        key_starts=_starts(key_lengths),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+    )
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)

@@ -1,0 +1,196 @@
+"""Packed, prefix-shared attention.
+
+Every kernel here computes the same thing: for each segment of a packed row (see `notus.data.packing.Layout`), causal
+attention of its queries over its keys, aligned at the last query and the last key, within the sliding window if the
+model has one. The model reaches them through transformers' `AttentionInterface` under the name `IMPLEMENTATION`;
+transformers registers no mask function under that name, so no mask is ever built, and passes our `layout` keyword
+down to each layer.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from notus.data.packing import Layout, build_layout
+
+IMPLEMENTATION = "notus_packed"
+
+# (query [N, H, D], key [N_kv, G, D], value [N_kv, G, D], layout, scale, window or None) -> [N, H, D]
+Kernel = Callable[[Tensor, Tensor, Tensor, Layout, float, "int | None"], Tensor]
+
+
+class _GatherKeys(torch.autograd.Function):
+    """`x[key_index]`, whose backward adds the copies of a trunk one after the other.
+
+    Each addition touches every row position at most once, so the sum is the same in every run; the backward of plain
+    indexing adds them in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout  # type: ignore[attr-defined]
+        return x.index_select(0, layout.key_index)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        layout: Layout = ctx.layout  # type: ignore[attr-defined]
+        total = grad.index_select(0, layout.first_copy)
+        for gathered, own in layout.extra_copies:
+            total.index_add_(0, own, grad.index_select(0, gathered))
+        return total, None
+
+
+def varlen_kernel(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
+) -> Tensor:
+    """FlashAttention-2 on CUDA, through `torch.nn.attention.varlen` (torch 2.11 and later)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, object] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if key.shape[1] != query.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # torch 2.12 wants to be told; 2.11 has no such argument and needs none
+    return varlen_attn(
+        query, key, value, layout.query_starts, layout.key_starts, max(layout.query_lengths), max(layout.key_lengths),
+        **options,
+    )  # fmt: skip
+
+
+def sdpa_kernel(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
+) -> Tensor:
+    """One `scaled_dot_product_attention` per segment; the fast path on CPU."""
+    longest = max(layout.key_lengths)
+    window = None if window is not None and window >= longest else window
+    mask = causal_mask(longest, longest, window, query.device, query.dtype)
+    parts = []
+    # split, not slices: a slice's backward writes a row-sized gradient of zeros for every segment
+    queries = query.transpose(0, 1).unsqueeze(0).split(layout.query_lengths, dim=2)
+    keys = key.transpose(0, 1).unsqueeze(0).split(layout.key_lengths, dim=2)
+    values = value.transpose(0, 1).unsqueeze(0).split(layout.key_lengths, dim=2)
+    for q, k, v in zip(queries, keys, values, strict=True):
+        square = q.shape[2] == k.shape[2] and window is None
+        # the last rows of a causal square are the causal mask aligned at the bottom right
+        rows = None if square else mask[k.shape[2] - q.shape[2] : k.shape[2], : k.shape[2]]
+        parts.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=rows, is_causal=square, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+            )
+        )
+    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
+
+
+def dense_kernel(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
+) -> Tensor:
+    """The plain reference: one dense mask over all queries and keys, softmax in fp32. For tests and self-checks."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    mask = torch.full((query.shape[0], key.shape[0]), float("-inf"), device=query.device)
+    at_query, at_key = 0, 0
+    for rows, columns in zip(layout.query_lengths, layout.key_lengths, strict=True):
+        block = causal_mask(rows, columns, window, query.device, torch.float32)
+        mask[at_query : at_query + rows, at_key : at_key + columns] = block
+        at_query, at_key = at_query + rows, at_key + columns
+    scores = torch.einsum("qhd,khd->hqk", query.float(), key.float()) * scale + mask
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.float()).to(query.dtype)
+
+
+def causal_mask(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Additive mask [num_queries, num_keys]: 0 where a query may look, -inf elsewhere; aligned at the bottom right."""
+    ahead = torch.arange(num_keys, device=device) - (
+        torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries
+    )
+    hidden = ahead > 0
+    if window is not None:
+        hidden |= ahead <= -window
+    return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def kernel_for(device: torch.device) -> tuple[str, Kernel]:
+    """The name and the function of the kernel used on this kind of device."""
+    return ("varlen", varlen_kernel) if device.type == "cuda" else ("sdpa", sdpa_kernel)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layout: Layout,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    kernel: Kernel | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention layer that calls.
+        query: [1, H, N, D] of one packed row.
+        key, value: [1, G, N, D], G key/value heads.
+        attention_mask: None; masks follow from `layout`.
+        scaling: factor on the scores.
+        layout: the row's segments, passed to the model as a keyword.
+        dropout: 0; attention dropout is switched off in every policy.
+        sliding_window: keys up to this many positions back are seen.
+        kernel: overrides the device's kernel (tests).
+
+    Returns:
+        ([1, N, H, D], None).
+    """
+    assert attention_mask is None
+    assert dropout == 0.0
+    run = kernel or kernel_for(query.device)[1]
+    rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    keys, values = (_GatherKeys.apply(tensor, layout) for tensor in rows[1:])
+    return run(rows[0], keys, values, layout, scaling, sliding_window).unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
+
+
+def check_kernel(
+    device: torch.device, dtype: torch.dtype, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    """Run the device's kernel against the dense reference, forward and backward, on a tiny row.
+
+    Raises:
+        ValueError: the kernel's output or gradient is off, naming by how much.
+    """
+    name, kernel = kernel_for(device)
+    layout = build_layout([5, 3], [[4, 6], [2, 7]]).to(device)
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = sum(layout.query_lengths)
+    shapes = [(num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    window = None if window is None else min(window, 4)
+    fast = _outputs(kernel, inputs, layout, head_dim**-0.5, window)
+    plain = _outputs(dense_kernel, [tensor.float() for tensor in inputs], layout, head_dim**-0.5, window)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for what, got, expected in zip(("output", "query", "key", "value"), fast, plain, strict=True):
+        error = ((got.float() - expected).norm() / expected.norm()).item()
+        if not error <= tolerance:
+            raise ValueError(
+                f"the attention kernel {name!r} ({dtype}, torch {torch.__version__}) is wrong on {device}: relative "
+                f"error {error:.2e} in its {what} (at most {tolerance:.0e} expected); use another torch version"
+            )
+
+
+def _outputs(
+    kernel: Kernel, inputs: list[Tensor], layout: Layout, scale: float, window: int | None
+) -> list[Tensor]:
+    """[output, query gradient, key gradient, value gradient] of a kernel behind the gather."""
+    query, key, value = (tensor.detach().requires_grad_() for tensor in inputs[:3])
+    out = kernel(query, _GatherKeys.apply(key, layout), _GatherKeys.apply(value, layout), layout, scale, window)
+    out.backward(inputs[3])
+    return [out.detach(), *(tensor.grad for tensor in (query, key, value) if tensor.grad is not None)]

@@ -1,0 +1,74 @@
+"""Log-probabilities of target tokens, without ever holding the logits of more than one chunk of tokens."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+CHUNK_TOKENS = 1024
+
+
+def full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The plain reference of `linear_logprobs`: all logits at once, in fp32."""
+    logits = (hidden @ weight.t()).float()
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        normalisers, chosen = [], []
+        for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = (rows @ weight.t()).float()
+            normalisers.append(logits.logsumexp(-1))
+            chosen.append(logits.gather(-1, ids[:, None]).squeeze(-1))
+        normaliser = torch.cat(normalisers)
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.chunk = chunk  # type: ignore[attr-defined]
+        return torch.cat(chosen) - normaliser
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        hidden, weight, targets, normaliser = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        parts = []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        chunk: int = ctx.chunk  # type: ignore[attr-defined]
+        split = (tensor.split(chunk) for tensor in (hidden, targets, normaliser, grad))
+        for rows, ids, norm, upstream in zip(*split, strict=True):
+            # d logp[target] / d logits = onehot(target) - softmax
+            logits = (rows @ weight.t()).float()
+            grad_logits = logits.sub_(norm[:, None]).exp_().mul_(-upstream[:, None])
+            grad_logits.scatter_add_(-1, ids[:, None], upstream[:, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            if need_hidden:
+                parts.append(grad_logits @ weight)
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.t(), rows)
+        grad_hidden = torch.cat(parts) if need_hidden else None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in fp32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    """log softmax(hidden @ weight.T) at the targets.
+
+    Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32, and computed again in the backward
+    pass; the weight's gradient is accumulated in fp32, and skipped when the weight is frozen.
+
+    Args:
+        hidden: [N, D] final hidden states.
+        weight: [V, D] of the output head, same dtype.
+        targets: [N] int64 token ids.
+        chunk_tokens: rows whose logits are held at a time.
+
+    Returns:
+        fp32 [N], nats.
+    """
+    return _LinearLogprobs.apply(hidden, weight, targets, chunk_tokens)

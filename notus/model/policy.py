@@ -1,0 +1,58 @@
+"""The policy: a packed batch in, one log-prob per completion out."""
+
+import torch
+from torch import Tensor, nn
+
+from notus.data.packing import Batch
+from notus.model.logprobs import linear_logprobs
+
+
+class Policy(nn.Module):
+    """A causal language model as a function from a packed row to completion log-probs; the root of FSDP.
+
+    Always call the module itself, never its parts: FSDP gathers the embedding, the norm and the head in the root's
+    hooks. The head stays a plain matrix multiplication inside this forward, so that logits exist only chunk-wise.
+    """
+
+    def __init__(self, causal_lm: nn.Module) -> None:
+        """Wrap a transformers causal LM built with `attn_implementation=notus.model.attention.IMPLEMENTATION`.
+
+        Raises:
+            ValueError: the model's output head has a bias.
+        """
+        super().__init__()
+        self.causal_lm = causal_lm
+        if self._head.bias is not None:
+            raise ValueError(f"{type(causal_lm).__name__}: output heads with a bias are not supported")
+
+    @property
+    def _head(self) -> nn.Linear:
+        return self.causal_lm.get_output_embeddings()  # type: ignore[operator, no-any-return]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's layers, in order."""
+        return self.causal_lm.get_decoder().layers  # type: ignore[operator, no-any-return]
+
+    def token_logprobs(self, batch: Batch) -> Tensor:
+        """fp32 [M]: the log-prob of every completion token of the row, in nats (call through `forward`)."""
+        hidden = self.causal_lm.get_decoder()(  # type: ignore[operator]
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            layout=batch.layout,
+        ).last_hidden_state.squeeze(0)
+        return linear_logprobs(hidden.index_select(0, batch.sources), self._head.weight, batch.targets)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of completion log-probs per branch.
+
+        Args:
+            batch: a packed row of E examples with K branches each.
+
+        Returns:
+            fp32 [E, K], nats.
+        """
+        tokens = self.token_logprobs(batch)
+        sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
+        return sums.view(batch.lengths.shape)
