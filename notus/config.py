@@ -76,7 +76,7 @@ class DataConfig:
     max_length: Count = 1024
     """Longest prompt + completion, in tokens; what goes beyond is cut."""
     max_prompt_length: Count | None = None
-    """DPO: prompt tokens kept, the last ones, when a pair is too long; null: 512, at most half of `max_length`."""
+    """DPO: last prompt tokens kept if a pair is too long; null: 512, at most half of `max_length`."""
     shuffle: bool = True
     """Draw each epoch's order anew from `training.seed`; false: the order of the data."""
     chat_template: str | None = None

@@ -1,0 +1,289 @@
+"""Each loss: hand-worked values, a plain fp64 expression and its gradients, the extremes, the refusals."""
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from notus import config, losses
+from notus.losses import LOSS_TYPES, dpo_loss, nll_loss
+
+LN3, LN9 = math.log(3), math.log(9)
+
+# Beta is 0.1, c = 10 ln 3 and r = -10 ln 3. So the rewards are ln 3 and -ln 3, with sigmoids 3/4 and 1/4, and
+# the margin is ln 9, with the sigmoid 9/10. Completion lengths are 10 and 5: per token, ln 3 and -2 ln 3.
+# One column for these pairs, one for the same with chosen and rejected (and their lengths) swapped.
+BY_HAND = [
+    ("sigmoid", 0.0, -math.log(0.9), -math.log(0.1)),
+    ("sigmoid", 0.2, -0.8 * math.log(0.9) - 0.2 * math.log(0.1), -0.8 * math.log(0.1) - 0.2 * math.log(0.9)),
+    ("robust", 0.0, -math.log(0.9), -math.log(0.1)),
+    ("robust", 0.25, (-0.75 * math.log(0.9) + 0.25 * math.log(0.1)) / 0.5,
+     (-0.75 * math.log(0.1) + 0.25 * math.log(0.9)) / 0.5),
+    ("hinge", 0.0, 0.0, 1 + LN9),
+    ("ipo", 0.0, (3 * LN3 - 5) ** 2, (-3 * LN3 - 5) ** 2),
+    ("sigmoid_norm", 0.0, math.log(1 + 3**-0.3), math.log(1 + 3**0.3)),
+    ("exo_pair", 0.1, 0.0, 0.8 * LN9),  # the belief (0.9, 0.1) is the label's; then its mirror image
+    ("nca_pair", 0.0, -1.5 * math.log(3 / 4) - 0.5 * math.log(1 / 4),
+     -1.5 * math.log(1 / 4) - 0.5 * math.log(3 / 4)),
+    ("bco_pair", 0.0, -2 * math.log(3 / 4), -2 * math.log(1 / 4)),
+    ("sppo_hard", 0.0, 2 * (10 * LN3 - 5) ** 2, 2 * (10 * LN3 + 5) ** 2),
+    ("apo_zero", 0.0, 1 / 2, 3 / 2),
+    ("apo_down", 0.0, 3 / 4 + 1 / 10, 1 / 4 + 9 / 10),
+    ("discopop", 0.0, (-math.log(0.9) + 9**20 / 9) / (1 + 9**20), (-math.log(0.1) * 9**20 + 9) / (1 + 9**20)),
+]  # fmt: skip
+
+# At step 0 policy and reference agree: c = r = 0. (5 is 1/(2 beta).)
+AT_ZERO = {
+    "sigmoid": math.log(2),
+    "robust": math.log(2),
+    "hinge": 1.0,
+    "ipo": 25.0,
+    "sigmoid_norm": math.log(2),
+    "exo_pair": 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1),
+    "nca_pair": 2 * math.log(2),
+    "bco_pair": 2 * math.log(2),
+    "sppo_hard": 50.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": 0.5 * math.log(2) + 0.5,
+}
+
+
+def smoothing_for(loss_type: str) -> float:
+    return 0.1 if loss_type == "exo_pair" else 0.0
+
+
+def loss_of(c: Tensor, r: Tensor, loss_type: str, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+    """`dpo_loss` of log-ratios, on references that are not zero."""
+    reference_chosen, reference_rejected = torch.full_like(c, -4.0), torch.full_like(r, -8.0)
+    options.setdefault("label_smoothing", smoothing_for(loss_type))
+    options.setdefault("chosen_lengths", torch.full(c.shape, 10))
+    options.setdefault("rejected_lengths", torch.full(r.shape, 5))
+    return dpo_loss(
+        c + reference_chosen,
+        r + reference_rejected,
+        reference_chosen,
+        reference_rejected,
+        loss_type=loss_type,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("loss_type", "smoothing", "expected", "expected_swapped"), BY_HAND)
+def test_hand_worked_values(
+    loss_type: str, smoothing: float, expected: float, expected_swapped: float
+) -> None:
+    c = torch.tensor([10 * LN3, -10 * LN3], dtype=torch.float64)
+    lengths = torch.tensor([10, 5])
+    found, chosen_rewards, rejected_rewards = loss_of(
+        c, -c, loss_type, label_smoothing=smoothing, chosen_lengths=lengths, rejected_lengths=lengths.flip(0)
+    )
+    torch.testing.assert_close(found, torch.tensor([expected, expected_swapped], dtype=torch.float64))
+    torch.testing.assert_close(chosen_rewards, torch.tensor([LN3, -LN3], dtype=torch.float64))
+    torch.testing.assert_close(rejected_rewards, torch.tensor([-LN3, LN3], dtype=torch.float64))
+
+
+def test_every_loss_has_a_hand_worked_value() -> None:
+    assert {row[0] for row in BY_HAND} == set(LOSS_TYPES) == set(AT_ZERO)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_value_where_policy_and_reference_agree(loss_type: str) -> None:
+    found, chosen_rewards, rejected_rewards = loss_of(torch.zeros(3), torch.zeros(3), loss_type)
+    torch.testing.assert_close(found, torch.full((3,), AT_ZERO[loss_type]))
+    assert not chosen_rewards.any()
+    assert not rejected_rewards.any()
+
+
+def plain(loss_type: str) -> Callable[..., Tensor]:
+    """The loss in plain exponentials and logarithms, of (c, r, beta, smoothing, n_c, n_r)."""
+
+    def sig(x: Tensor) -> Tensor:
+        return 1 / (1 + torch.exp(-x))
+
+    def log_sig(x: Tensor) -> Tensor:
+        return torch.log(sig(x))
+
+    def discopop(c: Tensor, r: Tensor, b: float, *_: object) -> Tensor:
+        m = sig(b * (c - r) / 0.05)
+        return -log_sig(b * (c - r)) * (1 - m) + torch.exp(-b * (c - r)) * m
+
+    def exo(c: Tensor, r: Tensor, b: float, e: float, *_: object) -> Tensor:
+        q = torch.stack([b * c, b * r]).softmax(0)
+        return (q * (q / torch.tensor([[1 - e], [e]], dtype=q.dtype)).log()).sum(0)
+
+    return {
+        "sigmoid": lambda c, r, b, e, *_: -(1 - e) * log_sig(b * (c - r)) - e * log_sig(b * (r - c)),
+        "robust": lambda c, r, b, e, *_: (
+            (e * log_sig(b * (r - c)) - (1 - e) * log_sig(b * (c - r))) / (1 - 2 * e)
+        ),
+        "hinge": lambda c, r, b, *_: (1 - b * c + b * r).clamp(min=0),
+        "ipo": lambda c, r, b, e, n, m: (c / n - r / m - 0.5 / b) ** 2,
+        "sigmoid_norm": lambda c, r, b, e, n, m: -log_sig(b * c / n - b * r / m),
+        "exo_pair": exo,
+        "nca_pair": lambda c, r, b, *_: -log_sig(b * c) - log_sig(-b * c) / 2 - log_sig(-b * r) / 2,
+        "bco_pair": lambda c, r, b, *_: -log_sig(b * c) - log_sig(-b * r),
+        "sppo_hard": lambda c, r, b, *_: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,
+        "apo_zero": lambda c, r, b, *_: 1 - sig(b * c) + sig(b * r),
+        "apo_down": lambda c, r, b, *_: sig(b * c) + 1 - sig(b * (c - r)),
+        "discopop": discopop,
+    }[loss_type]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_values_and_gradients_equal_the_plain_expression(
+    loss_type: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ratios = torch.randn(2, 64, generator=generator, dtype=torch.float64) * 8
+    lengths = torch.randint(1, 40, (2, 64), generator=generator)
+    smoothing = 0.2 if loss_type in losses.SMOOTHED_LOSSES else 0.0
+
+    exact = ratios.clone().requires_grad_()
+    expected = plain(loss_type)(exact[0], exact[1], 0.3, smoothing, lengths[0], lengths[1])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+
+    given = ratios.to(dtype).requires_grad_()
+    found, _, _ = dpo_loss(
+        given[0], given[1], torch.zeros(64, dtype=dtype), torch.zeros(64, dtype=dtype), beta=0.3, loss_type=loss_type,
+        label_smoothing=smoothing, chosen_lengths=lengths[0], rejected_lengths=lengths[1],
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(found.sum(), given)
+    assert found.dtype == gradient.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+
+
+# Values at margins of -10,000 and +10,000 (c = -r, beta 1): linear, quadratic or bounded growth, no overflow.
+EXTREMES = {
+    "sigmoid": (1e4, 0.0),
+    "robust": (1e4, 0.0),
+    "hinge": (1e4 + 1, 0.0),
+    "ipo": ((-5e2 - 1e3 - 0.5) ** 2, (5e2 + 1e3 - 0.5) ** 2),
+    "sigmoid_norm": (1.5e3, 0.0),
+    "exo_pair": (-math.log(0.1), -math.log(0.9)),
+    "nca_pair": (5e3 + 2.5e3, 2.5e3),
+    "bco_pair": (1e4, 0.0),
+    "sppo_hard": (2 * 5000.5**2, 2 * 4999.5**2),
+    "apo_zero": (2.0, 0.0),
+    "apo_down": (1.0, 1.0),
+    "discopop": (1e4, 0.0),
+}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_far_from_the_reference_values_and_gradients_are_finite_and_right(loss_type: str) -> None:
+    c = torch.tensor([-5e3, 5e3], requires_grad=True)
+    found, _, _ = loss_of(c, -c, loss_type, beta=1.0)
+    torch.testing.assert_close(found, torch.tensor(EXTREMES[loss_type]))
+    (gradient,) = torch.autograd.grad(found.sum(), c)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("margin", [-1e4, -1e3, -100.0, -1.0, 0.15, 1.0, 100.0, 1e4])
+def test_the_exponential_part_of_discopop_stays_below_one(margin: float) -> None:
+    logistic = math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0)
+    excess = losses.discopop_loss(torch.tensor([margin])).item() - logistic
+    assert -1 < excess < 1
+
+
+def test_the_gradient_of_dpo_is_its_equation_7() -> None:
+    """The gradient in c is -beta times the probability that the policy gives to the wrong order."""
+    c = torch.tensor([10 * LN3], dtype=torch.float64, requires_grad=True)
+    r = torch.tensor([-10 * LN3], dtype=torch.float64, requires_grad=True)
+    by_c, by_r = torch.autograd.grad(loss_of(c, r, "sigmoid")[0].sum(), (c, r))
+    torch.testing.assert_close(by_c, torch.tensor([-0.1 * 0.1], dtype=torch.float64))
+    torch.testing.assert_close(by_r, torch.tensor([0.1 * 0.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_swapping_chosen_and_rejected_flips_the_margin(loss_type: str) -> None:
+    c, r = torch.tensor([3.0, -1.0, 0.5]), torch.tensor([-2.0, 4.0, 0.5])
+    found, chosen, rejected = loss_of(c, r, loss_type)
+    swapped, swapped_chosen, swapped_rejected = loss_of(r, c, loss_type)
+    torch.testing.assert_close(chosen - rejected, -(swapped_chosen - swapped_rejected))
+    if loss_type == "sigmoid":  # -ls(x) + ls(-x) = -x
+        torch.testing.assert_close(found - swapped, -0.1 * (c - r))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_rewards_are_detached_and_pairs_do_not_touch_each_other(loss_type: str) -> None:
+    c = torch.tensor([3.0, -20.0, 0.5], requires_grad=True)
+    r = torch.tensor([-2.0, 40.0, 0.5])
+    found, chosen, rejected = loss_of(c, r, loss_type)
+    assert found.requires_grad
+    assert not chosen.requires_grad
+    assert not rejected.requires_grad
+    for i in range(3):
+        torch.testing.assert_close(found[i : i + 1], loss_of(c[i : i + 1], r[i : i + 1], loss_type)[0])
+    assert loss_of(c[:0], r[:0], loss_type)[0].shape == (0,)
+
+
+def test_conservative_dpo_prefers_the_margin_that_says_epsilon() -> None:
+    """Its minimum is where the policy holds the label to be wrong with probability epsilon: a margin of ln 9."""
+    margin = torch.tensor([LN9], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses.sigmoid_loss(margin, 0.1).sum(), margin)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-15)
+
+
+def test_robust_dpo_is_unbiased_under_swapped_labels() -> None:
+    """(1 - e) loss(d) + e loss(-d) of noisy labels is the plain loss of the true one."""
+    margin = torch.linspace(-5, 5, 11, dtype=torch.float64)
+    noisy = 0.7 * losses.robust_loss(margin, 0.3) + 0.3 * losses.robust_loss(-margin, 0.3)
+    torch.testing.assert_close(noisy, losses.sigmoid_loss(margin))
+
+
+def test_nll_sums_to_the_mean_over_the_tokens_of_the_step() -> None:
+    first, second = (
+        torch.tensor([-2.0, -10.0]),
+        torch.tensor([-6.0]),
+    )  # 1 + 5 tokens, and 3 in another micro-batch
+    found = nll_loss(first, 9).sum() + nll_loss(second, 9).sum()
+    torch.testing.assert_close(found, torch.tensor(18 / 9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "sigmod"}, "'sigmod' does not exist; did you mean 'sigmoid'"),
+        ({"loss_type": "zzz"}, "use one of sigmoid, robust"),
+        ({"beta": 0.0}, "beta must be a positive number, not 0.0"),
+        ({"beta": -0.1}, "beta must be"),
+        ({"beta": math.nan}, "beta must be"),
+        ({"label_smoothing": 0.6}, "label_smoothing must be between 0 and 0.5"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be between 0 and 0.5"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "no meaning for loss_type 'hinge'"),
+        ({"label_smoothing": 0.5, "loss_type": "robust"}, "below 0.5"),
+        ({"loss_type": "exo_pair"}, "above 0"),
+        ({"loss_type": "ipo"}, "'ipo' needs chosen_lengths and rejected_lengths"),
+        ({"loss_type": "sigmoid_norm", "chosen_lengths": torch.ones(2)}, "needs chosen_lengths"),
+        (
+            {"loss_type": "ipo", "chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(1)},
+            "one shape",
+        ),
+    ],
+)
+def test_refusals(options: dict[str, object], message: str) -> None:
+    zeros = torch.zeros(2)
+    with pytest.raises(ValueError, match=message):
+        dpo_loss(zeros, zeros, zeros, zeros, **options)
+
+
+def test_shapes_that_would_broadcast_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one shape \[B\].*'policy_rejected_logps': \(2, 1\)"):
+        dpo_loss(torch.zeros(2), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - set(losses.SMOOTHED_LOSSES)))
+def test_label_smoothing_is_never_ignored(loss_type: str) -> None:
+    with pytest.raises(ValueError, match="label_smoothing has no meaning"):
+        loss_of(torch.zeros(1), torch.zeros(1), loss_type, label_smoothing=0.1)
+
+
+def test_the_config_knows_the_same_losses() -> None:
+    assert get_args(config.LossType) == LOSS_TYPES
+    assert config.SMOOTHED_LOSSES == losses.SMOOTHED_LOSSES
