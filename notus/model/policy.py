@@ -55,4 +55,4 @@ class Policy(nn.Module):
         """
         tokens = self.token_logprobs(batch)
         sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
-        return sums.view(batch.lengths.shape)
+        return sums.view(batch.lengths.shape).clone()  # FSDP hooks its outputs and warns of views

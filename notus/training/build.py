@@ -1,0 +1,91 @@
+"""A policy from a model folder: meta device -> adapters -> checkpointing -> sharding -> storage -> weights."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from notus.model.attention import IMPLEMENTATION, check_kernel
+from notus.model.lora import cast_frozen, init_lora, inject_lora
+from notus.model.policy import Policy
+from notus.model.support import check_supported, disable_dropout
+from notus.model.weights import load_weights, materialise
+from notus.training.distributed import mesh
+from notus.training.parallel import COMPUTE_DTYPES, parallelize
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """LoRA's settings; the names are those of the config's `lora` section."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: Sequence[str] | str
+    rslora: bool
+
+
+def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's configuration, refused with ValueError if the policy could not reproduce its computation."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_supported(config)
+    return config
+
+
+def build_policy(
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    device: torch.device,
+    precision: str,
+    activation_checkpointing: bool = False,
+    adapter: Adapter | None = None,
+    trainable: bool = True,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
+
+    Args:
+        folder: a Hugging Face model folder.
+        config: its configuration, from `read_model_config`.
+        device: this rank's device.
+        precision: "bf16" or "fp32", of the computation. Trainable parameters are fp32 either way.
+        activation_checkpointing: see `parallelize`.
+        adapter: train LoRA adapters over a frozen base; None: train every parameter.
+        trainable: False for scoring alone: every parameter frozen and in the computation's dtype.
+        seed: of the adapters' start.
+        trust_remote_code: run model code that comes with the folder.
+    """
+    _check_attention(config, device, COMPUTE_DTYPES[precision])
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(
+            config, attn_implementation=IMPLEMENTATION, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    disable_dropout(causal_lm)
+    if not trainable:
+        causal_lm.requires_grad_(False)
+    if adapter is not None:
+        inject_lora(causal_lm, **dataclasses.asdict(adapter))
+    cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
+    policy = Policy(causal_lm)
+    parallelize(policy, mesh(device), precision=precision, activation_checkpointing=activation_checkpointing)
+    materialise(policy, device)
+    load_weights(causal_lm, folder)
+    if adapter is not None:
+        init_lora(causal_lm, seed)
+    return policy
+
+
+def _check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    num_heads = config.num_attention_heads
+    check_kernel(
+        device,
+        dtype,
+        num_heads=num_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        window=getattr(config, "sliding_window", None),
+    )

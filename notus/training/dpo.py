@@ -1,0 +1,190 @@
+"""DPO: what a step is, and the run around it."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from notus.config import Config, DPOConfig
+from notus.data.packing import Batch, StepPlan
+from notus.data.rows import Rows
+from notus.losses import dpo_loss
+from notus.model.policy import Policy
+from notus.training.loop import RowLoss
+from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
+from notus.training.run import Run, start
+from notus.training.scoring import score
+
+# The share by which ln 2 may be missed at step 0: policy and reference differ by rounding alone. Rows are packed
+# differently in the reference pass, and matrix products of another shape round differently.
+FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
+_PROBE_BETA = 0.1
+
+
+@dataclasses.dataclass
+class Preferences:
+    """Tokenised pairs with the reference's log-probs, fp32 [n, 2] in nats."""
+
+    rows: Rows
+    reference: Tensor
+
+
+class DPOTask:
+    """The preference loss on packed pairs, against cached reference log-probs."""
+
+    num_sums = 11
+
+    def __init__(
+        self,
+        train: Preferences,
+        held_out: Preferences | None,
+        *,
+        plan: StepPlan,
+        settings: DPOConfig,
+        precision: str,
+        tokens_per_row: int,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.plan = train.rows, plan
+        self._train, self._held_out, self._settings = train, held_out, settings
+        self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
+
+    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+        """The row's share of: mean loss over the step's pairs + nll_weight * mean NLL over its chosen tokens."""
+        reference = self._train.reference[batch.indices].to(logps.device, non_blocking=True)
+        weights, lengths = batch.weights.to(logps.device), batch.lengths.to(logps.device)
+        pairs, chosen_tokens = len(step_indices), int(self.rows.loss_tokens[step_indices, 0].sum())
+        preference, rewards = self._losses(logps, reference, lengths)
+        nll = -logps[:, 0] * (self._settings.nll_weight * pairs / chosen_tokens)
+        losses = preference + nll if self._settings.nll_weight else preference
+        sums = _sums(losses.detach(), rewards, logps.detach(), reference, weights, lengths)
+        return RowLoss(loss=(losses * weights).sum() / pairs, sums=sums, per_example=losses.detach())
+
+    def _losses(self, logps: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [E] and rewards [E, 2]."""
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            logps[:, 0],
+            logps[:, 1],
+            reference[:, 0],
+            reference[:, 1],
+            beta=self._settings.beta,
+            loss_type=self._settings.loss_type,
+            label_smoothing=self._settings.label_smoothing,
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
+        )
+        return losses, torch.stack([chosen_rewards, rejected_rewards], dim=1)
+
+    def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
+        """Means over pairs; the NLL's over tokens."""
+        pairs = sums[0]
+        names = (
+            "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+            "logps/chosen", "logps/rejected",
+        )  # fmt: skip
+        metrics = {name: total / pairs for name, total in zip(names, sums[1:8], strict=True)}
+        if self._settings.nll_weight:
+            metrics["nll_loss"] = sums[9] / sums[10]
+        if seconds:
+            metrics["pairs_per_second"] = pairs / seconds
+        return metrics
+
+    def check_first_step(self, sums: list[float]) -> None:
+        """Policy and reference are one model at step 0, so the sigmoid loss is ln 2, whichever loss is trained.
+
+        Raises:
+            ValueError: it is not.
+        """
+        tolerance, found = FIRST_LOSS_TOLERANCE[self._precision], sums[8] / sums[0]
+        if not abs(found - math.log(2)) <= tolerance:
+            raise ValueError(
+                f"at step 0 the sigmoid loss is {found:.6f}, not ln 2 = {math.log(2):.6f} (tolerance {tolerance:g}): "
+                "policy and reference log-probs disagree before training. Delete the reference cache; if it happens "
+                "again, the attention kernel or the precision differs between the two passes"
+            )
+
+    def evaluate(self, policy: Policy) -> dict[str, float]:
+        """Loss, rewards and log-probs on the held-out pairs, under `eval_` names."""
+        if self._held_out is None:
+            return {}
+        rows, reference = self._held_out.rows, self._held_out.reference
+        everything = np.arange(len(rows))
+        logps = score(policy, rows, everything, tokens_per_row=self._tokens_per_row, device=self._device)
+        lengths = torch.from_numpy(rows.loss_tokens)
+        losses, rewards = self._losses(logps, reference, lengths)
+        if self._settings.nll_weight:
+            losses = losses - logps[:, 0] * (self._settings.nll_weight * len(rows) / lengths[:, 0].sum())
+        sums = _sums(losses, rewards, logps, reference, torch.ones(len(rows)), lengths)
+        return {f"eval_{name}": value for name, value in self.metrics(sums.tolist(), 0.0).items()}
+
+
+def _sums(
+    losses: Tensor, rewards: Tensor, logps: Tensor, reference: Tensor, weights: Tensor, lengths: Tensor
+) -> Tensor:
+    """What `DPOTask.metrics` divides, fp64 [11]; fillers weigh nothing."""
+    chosen, rejected = rewards.double().unbind(1)
+    margins = chosen - rejected
+    accuracies = 0.5 * (1.0 + margins.sign())  # a tie counts half
+    log_ratios = (logps - reference).double()
+    probe = torch.nn.functional.softplus(-_PROBE_BETA * (log_ratios[:, 0] - log_ratios[:, 1]))
+    columns = [
+        torch.ones_like(margins), losses.double(), chosen, rejected, accuracies, margins,
+        logps[:, 0].double(), logps[:, 1].double(), probe, -logps[:, 0].double(), lengths[:, 0].double(),
+    ]  # fmt: skip
+    return torch.stack(columns, dim=1).T @ weights.double()
+
+
+def run(config: Config) -> None:
+    """Train with DPO as `config` says: `train_dpo.py`.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+    """
+    with start(config, "dpo") as job:
+        if job is not None:
+            job.train(_task(job, config))
+
+
+def fill_reference(config: Config) -> None:
+    """Fill the reference cache of `config` and stop: `python -m notus reference`."""
+    with start(config, "dpo", train=False) as job:
+        assert job is not None
+        for rows in (job.train_rows, job.eval_rows):
+            if rows is not None:
+                _with_reference(job, config, rows)
+
+
+def _task(job: Run, config: Config) -> DPOTask:
+    return DPOTask(
+        _with_reference(job, config, job.train_rows),
+        None if job.eval_rows is None else _with_reference(job, config, job.eval_rows),
+        plan=job.plan,
+        settings=config.dpo,
+        precision=config.training.precision,
+        tokens_per_row=config.training.tokens_per_row,
+        device=job.device,
+    )
+
+
+def _with_reference(job: Run, config: Config, rows: Rows) -> Preferences:
+    """Attach the reference's log-probs, from the cache or by a pass of the untrained policy."""
+    digests = rows.digests()
+    key = ReferenceKey(
+        weights=job.weights_digest,
+        rows=digest_of_rows(digests),
+        precision=config.training.precision,
+        kernel=job.kernel,
+    )
+    folder = Path(config.reference.cache_dir or Path(config.training.output_dir) / "reference")
+
+    def pass_over(indices: np.ndarray) -> Tensor:
+        logps = score(job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device)
+        job.say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
+        return logps
+
+    logps, read = reference_logps(pass_over, rows, key=key, digests=digests, folder=folder)
+    job.say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
+    return Preferences(rows, logps)

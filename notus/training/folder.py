@@ -1,0 +1,100 @@
+"""A run's folder: who may use it, where to go on, and when it is finished.
+
+    OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  model/
+"""
+
+import dataclasses
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+from notus.config import Config, load_config, save_config
+from notus.training.checkpoint import latest_checkpoint
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+# What may differ when a run goes on: how and where it computes, not what.
+FREE_KEYS = frozenset(
+    {
+        "data.num_workers", "data.cache_dir", "reference.cache_dir", "training.output_dir", "training.resume",
+        "training.tokens_per_row", "training.activation_checkpointing", "training.log_every", "training.eval_every",
+        "training.save_every", "training.keep_checkpoints",
+        "tracking.wandb", "tracking.tensorboard", "tracking.project", "tracking.run_name",
+    }
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """What `open_folder` found: whether the run is finished, and the checkpoint to go on from, if any."""
+
+    finished: bool
+    checkpoint: Path | None
+
+
+def open_folder(config: Config) -> Opening:
+    """Claim the run's folder for `config` and say where to start; for rank 0.
+
+    Raises:
+        ValueError: the folder belongs to a run with another config, or the checkpoint named does not exist.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(config.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.training.resume == "never":
+        _set_aside(folder)
+    else:
+        _check_same_run(folder / CONFIG_FILE, config)
+    if (folder / MODEL).is_dir():
+        return Opening(finished=True, checkpoint=None)
+    temporary = folder / f".{CONFIG_FILE}.partial"
+    save_config(config, temporary)
+    os.replace(temporary, folder / CONFIG_FILE)
+    return Opening(finished=False, checkpoint=_checkpoint(folder, config.training.resume))
+
+
+def _checkpoint(folder: Path, resume: str) -> Path | None:
+    newest = latest_checkpoint(folder / CHECKPOINTS)
+    if resume in ("auto", "never") or newest is not None:  # this folder's own progress goes before its origin's
+        return newest
+    path = Path(resume)
+    if not path.is_dir():
+        raise ValueError(f"training.resume={resume}: no such checkpoint folder; give one, or 'auto' or 'never'")
+    return path
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier run in this folder into a dated folder within it; nothing is deleted."""
+    if not (folder / CONFIG_FILE).exists():
+        return
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    aside = folder / f"previous-{now}"
+    aside.mkdir()
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("previous-") and path.name != "reference":
+            path.rename(aside / path.name)
+    print(f"training.resume=never: the earlier run is now in {aside}", flush=True)
+
+
+def _check_same_run(path: Path, config: Config) -> None:
+    if not path.exists():
+        return
+    before, now = _flat(load_config(path, config.task)), _flat(config)
+    changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
+    if changed:
+        told = ", ".join(f"{key} (was {before[key]!r}, is {now[key]!r})" for key in changed)
+        raise ValueError(
+            f"{path.parent} holds a run with another config: {told}. Choose another training.output_dir, restore the "
+            "config to go on, or set training.resume=never to start over"
+        )
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }

@@ -1,0 +1,205 @@
+"""The one training loop. It knows steps, rows and gradients; pairs and losses are its task's business."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from notus.data.packing import Batch, StepPlan
+from notus.data.rows import Rows, step_rows
+from notus.model.policy import Policy
+from notus.training.checkpoint import Progress, save_checkpoint
+from notus.training.distributed import gather_objects, rank, sum_across_ranks, world_size
+from notus.training.optim import (
+    clip_gradients,
+    gradient_norm,
+    learning_rate_factor,
+    local_gradients,
+    set_learning_rate,
+)
+from notus.training.tracking import Tracker
+
+
+class NonFiniteError(ValueError):
+    """The loss or the gradient of a step is not finite; the update was not made."""
+
+
+@dataclasses.dataclass
+class RowLoss:
+    """What one packed row adds to a step.
+
+    Attributes:
+        loss: scalar with gradient, the row's share of the step's loss: already divided by the step's global count.
+        sums: fp64 [number of the task's metrics], detached.
+        per_example: [E], detached; names the culprits if the step is not finite.
+    """
+
+    loss: Tensor
+    sums: Tensor
+    per_example: Tensor
+
+
+class Task(Protocol):
+    """What is learned: SFT or DPO."""
+
+    rows: Rows
+    plan: StepPlan
+    num_sums: int
+
+    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+        """The loss of one row from its log-probs [E, K]; `step_indices`: all ranks' dataset rows of the step."""
+        ...
+
+    def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
+        """Flat metrics from sums over steps, rows and ranks, and the wall-clock seconds they took."""
+        ...
+
+    def check_first_step(self, sums: list[float]) -> None:
+        """Raise ValueError if the metric sums of a fresh run's first step show that something is wrong."""
+        ...
+
+    def evaluate(self, policy: Policy) -> dict[str, float]:
+        """Metrics on held-out data; empty if there is none. Collective."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train; the names are those of the config's `training` section, steps are optimizer steps.
+
+    `eval_every=None`: only at the end. `save_every=None`: at each epoch's end. A checkpoint is always written at the
+    end.
+    """
+
+    total_steps: int
+    warmup_steps: int
+    learning_rate: float
+    lr_schedule: str
+    max_grad_norm: float | None
+    tokens_per_row: int
+    seed: int
+    log_every: int
+    eval_every: int | None
+    save_every: int | None
+    keep_checkpoints: int | None
+
+
+class Trainer:
+    """Takes a policy from `progress` to `settings.total_steps`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        task: Task,
+        settings: Settings,
+        *,
+        progress: Progress,
+        tracker: Tracker,
+        checkpoints: Path,
+        device: torch.device,
+    ) -> None:
+        self.policy, self.optimizer, self.task, self.settings = policy, optimizer, task, settings
+        self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
+        self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
+        if progress.window_sums and rank() == 0:  # the sums of all ranks since the last line; one rank carries them
+            self._sums += torch.tensor(progress.window_sums, dtype=torch.float64, device=device)
+        self._seconds = 0.0
+
+    def run(self) -> None:
+        """Train, log, evaluate and save until the last step."""
+        self.policy.train()
+        while self.progress.step < self.settings.total_steps:
+            began = time.perf_counter()
+            norm, rate = self._step()
+            self._seconds += time.perf_counter() - began
+            if self.progress.step == 1:
+                self.task.check_first_step(self._global_sums())
+            metrics = self._log(norm, rate) if self._due(self.settings.log_every) else {}
+            if self._due(self.settings.eval_every):
+                metrics.update(self.task.evaluate(self.policy))
+            if metrics:
+                self.tracker.log(self.progress.step, metrics)
+            if self._due(self.settings.save_every or self.task.plan.steps_per_epoch):
+                self._save()
+
+    def _due(self, every: int | None) -> bool:
+        step = self.progress.step
+        return step == self.settings.total_steps or (every is not None and step % every == 0)
+
+    def _rows(self, indices: np.ndarray) -> Iterator[Batch]:
+        return step_rows(
+            self.task.rows, indices, rank=rank(), world_size=world_size(), tokens_per_row=self.settings.tokens_per_row
+        )
+
+    def _step(self) -> tuple[float, float]:
+        """One optimizer step; returns the gradient's norm before clipping and the learning rate used."""
+        settings, step = self.settings, self.progress.step
+        # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
+        torch.manual_seed(np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item())
+        indices = self.task.plan.indices(step)
+        examples: list[tuple[Tensor, Tensor]] = []
+        bad = torch.zeros((), device=self.device)
+        for batch in self._rows(indices):
+            result = self.task.row_loss(self.policy(batch.to(self.device)), batch, indices)
+            result.loss.backward()
+            self._sums += result.sums
+            bad += ~torch.isfinite(result.loss.detach())
+            examples.append((batch.indices, result.per_example))
+        gradients = local_gradients(self.trainable)
+        norm = gradient_norm(gradients, bad)
+        value = norm.item()  # the step's one host sync
+        if not math.isfinite(value):
+            self._refuse(examples)
+        if settings.max_grad_norm is not None:
+            clip_gradients(gradients, norm, settings.max_grad_norm)
+        rate = settings.learning_rate * learning_rate_factor(
+            step, total_steps=settings.total_steps, warmup_steps=settings.warmup_steps, schedule=settings.lr_schedule
+        )
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.num_tokens += int(self.task.rows.lengths[indices].sum())
+        return value, rate
+
+    def _refuse(self, examples: list[tuple[Tensor, Tensor]]) -> None:
+        """Stop before the update, naming the step and the rows."""
+        mine = [int(row) for indices, losses in examples for row in indices[~torch.isfinite(losses.cpu())]]
+        rows = sorted(row for part in gather_objects(mine) for row in part)
+        which = f"the loss of dataset rows {rows[:20]}" if rows else "the gradient (every loss is finite)"
+        raise NonFiniteError(
+            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. Look at these rows, lower "
+            "training.learning_rate, or use training.precision=fp32"
+        )
+
+    def _log(self, norm: float, rate: float) -> dict[str, float]:
+        """The line for this step: means over the steps since the last one, from one reduction."""
+        metrics = self.task.metrics(self._global_sums(), self._seconds)
+        metrics["grad_norm"] = norm
+        metrics["learning_rate"] = rate
+        metrics["epoch"] = self.progress.step / self.task.plan.steps_per_epoch
+        metrics["num_tokens"] = self.progress.num_tokens
+        self._sums.zero_()
+        self._seconds = 0.0
+        return metrics
+
+    def _global_sums(self) -> list[float]:
+        return sum_across_ranks(self._sums.clone()).tolist()  # type: ignore[no-any-return]
+
+    def _save(self) -> None:
+        self.progress.window_sums = self._global_sums()
+        save_checkpoint(
+            self.checkpoints,
+            self.progress,
+            self.policy.named_parameters(),
+            self.optimizer,
+            keep=self.settings.keep_checkpoints,
+        )

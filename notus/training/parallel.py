@@ -1,0 +1,65 @@
+"""Checkpointing, then sharding: how a policy is spread over ranks, and in which order.
+
+1. Activation checkpointing wraps each block's `forward`, not the module: names stay Hugging Face's, and FSDP's hooks
+   stay outside the recomputation, so a block is gathered once for its backward.
+2. `fully_shard` on each block, then on the root, which holds what is left: embedding, final norm, head. The head's
+   log-probs are computed inside the root's forward.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from notus.model.policy import Policy
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool) -> Policy:
+    """Shard a policy in place, typically still on the meta device.
+
+    Args:
+        policy: trainable parameters in fp32 (the masters).
+        mesh: all ranks, in one dimension.
+        precision: "bf16" or "fp32", the dtype of gathered parameters and of the computation.
+        activation_checkpointing: keep only each block's input for the backward pass.
+    """
+    if activation_checkpointing:
+        for block in policy.blocks:
+            _checkpoint_forward(block)
+    # With gradients in fp32, the sum over ranks rounds as little as the masters do.
+    precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
+    # A single rank has nothing to gather: freeing and copying its own weights twice per step would be waste.
+    shard = functools.partial(
+        fully_shard, mesh=mesh, mp_policy=precision_policy, reshard_after_forward=mesh.size() > 1
+    )
+    for block in policy.blocks:
+        shard(block)
+    shard(policy)
+    for module in fsdp_modules(policy):
+        # The loss is divided by the step's global count, so gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+    return policy
+
+
+def fsdp_modules(policy: nn.Module) -> list[FSDPModule]:
+    """Every module that FSDP manages, the root first."""
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(policy: nn.Module) -> None:
+    """Free gathered parameters, so that the next forward gathers fresh ones.
+
+    A forward without a backward leaves the root gathered; if the shards then change (a checkpoint is loaded, an
+    update is made), the next forward would still see the old weights.
+    """
+    for module in fsdp_modules(policy):
+        module.reshard()
+
+
+def _checkpoint_forward(block: nn.Module) -> None:
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -1,0 +1,157 @@
+"""The reference log-prob cache: one safetensors file per (reference weights, tokenised rows, precision, kernel).
+
+It is filled before training by the policy itself, which still has the reference's weights (with LoRA: whose adapters
+still add nothing), with the forward, kernels and precision of training. Batch size, seed and the number of ranks are
+not part of the key, so a sweep over β or the learning rate fills it once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from notus.data.rows import Rows
+from notus.training.distributed import on_main
+
+FORMAT = 1
+PART_SIZE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceKey:
+    """All that decides a reference log-prob.
+
+    Attributes:
+        weights: digest of the reference's weights and configuration.
+        rows: digest of the tokenised rows, which covers tokenizer, template and truncation.
+        precision: "bf16" or "fp32".
+        kernel: name of the attention kernel.
+    """
+
+    weights: str
+    rows: str
+    precision: str
+    kernel: str
+
+    @property
+    def name(self) -> str:
+        """The cache's file name, without suffix."""
+        described = json.dumps({**dataclasses.asdict(self), "format": FORMAT}, sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+def digest_of_rows(digests: np.ndarray) -> str:
+    """One digest for a whole dataset from its rows' digests, uint8 [n, 16]."""
+    return hashlib.sha256(digests.tobytes()).hexdigest()
+
+
+def reference_logps(
+    score: Callable[[np.ndarray], Tensor], rows: Rows, *, key: ReferenceKey, digests: np.ndarray, folder: Path
+) -> tuple[Tensor, bool]:
+    """Read the cache, or fill it; collective.
+
+    An interrupted pass continues after its last whole part.
+
+    Args:
+        score: the collective pass over some dataset rows (int64 [m] -> fp32 [m, K] on the host).
+        rows: the tokenised dataset.
+        key: identifies the cache.
+        digests: uint8 [n, 16], a digest per row.
+        folder: where caches are kept; shared by all ranks of a run, and by as many runs as like.
+
+    Returns:
+        (fp32 [n, K] in nats, whether it was read rather than computed).
+
+    Raises:
+        ValueError: the cache file is damaged or of other rows, or a log-prob is not finite.
+    """
+    path = folder / f"{key.name}.safetensors"
+    parts = folder / f"{key.name}.parts"
+    hit = on_main(lambda: _read(path, rows, key, digests) if path.exists() else None)
+    if hit is not None:
+        return hit, True
+    on_main(lambda: parts.mkdir(parents=True, exist_ok=True))
+    found = [
+        _part(score, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests)
+        for start in range(0, len(rows), PART_SIZE)
+    ]
+    logps = torch.cat(found)
+    on_main(lambda: _write_cache(path, logps, rows, key, digests))
+    on_main(lambda: shutil.rmtree(parts))
+    return logps, False
+
+
+def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray) -> Tensor:
+    path = folder / f"{indices[0]:09d}.safetensors"
+    expected = torch.from_numpy(digests[indices])
+    done = on_main(lambda: _read_part(path, expected) if path.exists() else None)
+    if done is not None:
+        return done
+    logps = score(indices)
+    bad = indices[~torch.isfinite(logps).all(dim=1).numpy()]
+    if len(bad):
+        raise ValueError(
+            f"the reference model gives log-probs that are not finite for dataset rows {bad[:10].tolist()}"
+            f" ({len(bad)} in all): check its weights, or use training.precision=fp32"
+        )
+    on_main(lambda: _write(path, {"logps": logps, "digests": expected}, {}))
+    return logps
+
+
+def _read_part(path: Path, expected: Tensor) -> Tensor | None:
+    """A part's log-probs, or None if the part is not whole (it is then computed again)."""
+    try:
+        with safe_open(path, "pt") as file:
+            logps, digests = file.get_tensor("logps"), file.get_tensor("digests")
+    except (SafetensorError, KeyError):
+        return None
+    return logps if torch.equal(digests, expected) else None
+
+
+def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, digests: np.ndarray) -> None:
+    tensors = {
+        "logps": logps,
+        "token_counts": torch.from_numpy(rows.loss_tokens),
+        "digests": torch.from_numpy(digests),
+    }
+    _write(path, tensors, {"key": json.dumps(dataclasses.asdict(key)), "format": str(FORMAT)})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Whole or not at all: a temporary file, synced, renamed."""
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    except SafetensorError as error:
+        raise ValueError(f"cannot write the reference cache {path}: {error}; free space or move reference.cache_dir") from error
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read(path: Path, rows: Rows, key: ReferenceKey, digests: np.ndarray) -> Tensor:
+    remedy = f"delete {path} to compute it again"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("logps", "token_counts", "digests")}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"the reference cache {path} is damaged ({error}): {remedy}") from error
+    if json.loads(metadata.get("key", "{}")) != dataclasses.asdict(key):
+        raise ValueError(f"the reference cache {path} was made for another model, data or precision: {remedy}")
+    if not torch.equal(tensors["digests"], torch.from_numpy(digests)):
+        raise ValueError(f"the reference cache {path} holds other rows than the data: {remedy}")
+    if not torch.equal(tensors["token_counts"], torch.from_numpy(rows.loss_tokens)):
+        raise ValueError(f"the reference cache {path} counts other completion tokens than the data: {remedy}")
+    if not torch.isfinite(tensors["logps"]).all():
+        raise ValueError(f"the reference cache {path} holds log-probs that are not finite: {remedy}")
+    return tensors["logps"]

@@ -1,0 +1,236 @@
+"""A run from its config to its final model: what SFT and DPO share around the loop."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from notus.config import Config, Task
+from notus.data.chat import check_vocabulary
+from notus.data.dataset import load_pairs, load_sft, split_holdout
+from notus.data.packing import StepPlan
+from notus.data.rows import Rows, packing_report
+from notus.model.attention import kernel_for
+from notus.model.export import export_adapter, export_model
+from notus.model.policy import Policy
+from notus.model.weights import resolve_model_folder, weights_digest
+from notus.training import distributed
+from notus.training.build import Adapter, build_policy, read_model_config
+from notus.training.checkpoint import Progress, load_checkpoint
+from notus.training.folder import CHECKPOINTS, MODEL, open_folder
+from notus.training.loop import Settings, Trainer
+from notus.training.loop import Task as LoopTask
+from notus.training.optim import build_optimizer
+from notus.training.parallel import COMPUTE_DTYPES
+from notus.training.tracking import METRICS_FILE, MetricsFile, ProgressBar, Sink, TensorBoardSink, Tracker, WandbSink
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that stands before the first step.
+
+    Attributes:
+        config: the run's settings.
+        device: this rank's device.
+        folder: the run's folder.
+        model_folder: the model it starts from, on this machine.
+        model_config, tokenizer: that model's.
+        policy: sharded, with the starting weights.
+        train_rows, eval_rows: tokenised data.
+        plan: which examples each step takes.
+        checkpoint: where to go on from, if anywhere.
+    """
+
+    config: Config
+    device: torch.device
+    folder: Path
+    model_folder: Path
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    train_rows: Rows
+    eval_rows: Rows | None
+    plan: StepPlan
+    checkpoint: Path | None
+
+    @property
+    def kernel(self) -> str:
+        """Name of the attention kernel in use."""
+        return kernel_for(self.device)[0]
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Digest of the starting weights' content; read on rank 0."""
+        return distributed.on_main(lambda: weights_digest(self.model_folder))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        training = self.config.training
+        steps = self.plan.steps_per_epoch * training.epochs
+        return steps if training.max_steps is None else min(steps, training.max_steps)
+
+    def say(self, text: object) -> None:
+        """Print on rank 0."""
+        distributed.say(text)
+
+    def train(self, task: LoopTask) -> None:
+        """Train to the end and export the model; collective."""
+        training = self.config.training
+        optimizer = build_optimizer(
+            self.policy.parameters(),
+            name=training.optimizer,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+        )
+        progress = Progress()
+        if self.checkpoint is not None:
+            progress = load_checkpoint(self.checkpoint, self.policy.named_parameters(), optimizer)
+            self.say(f"going on from {self.checkpoint} (step {progress.step} of {self.total_steps})")
+        settings = Settings(
+            total_steps=self.total_steps,
+            warmup_steps=math.ceil(training.warmup_ratio * self.total_steps),
+            **{
+                name: getattr(training, name)
+                for name in (
+                    "learning_rate", "lr_schedule", "max_grad_norm", "tokens_per_row", "seed", "log_every",
+                    "eval_every", "save_every", "keep_checkpoints",
+                )
+            },
+        )  # fmt: skip
+        with self._tracker(progress.step) as tracker:
+            Trainer(
+                self.policy,
+                optimizer,
+                task,
+                settings,
+                progress=progress,
+                tracker=tracker,
+                checkpoints=self.folder / CHECKPOINTS,
+                device=self.device,
+            ).run()
+        self._export()
+
+    def _tracker(self, step: int) -> Tracker:
+        if not distributed.is_main():
+            return Tracker([])
+        tracking = self.config.tracking
+        shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
+                 "pairs/s": "pairs_per_second", "examples/s": "examples_per_second"}  # fmt: skip
+        sinks: list[Sink] = [
+            MetricsFile(self.folder / METRICS_FILE, resume_step=step),
+            ProgressBar(total_steps=self.total_steps, start_step=step, shown=shown),
+        ]
+        if tracking.wandb:
+            name = tracking.run_name or self.folder.name
+            settings = dataclasses.asdict(self.config)
+            sinks.append(WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings))
+        if tracking.tensorboard:
+            sinks.append(TensorBoardSink(self.folder))
+        return Tracker(sinks)
+
+    def _export(self) -> None:
+        """Write the final model, or the adapter, to the run's folder."""
+        target = self.folder / MODEL
+        if self.config.lora.rank:
+            export_adapter(
+                self.policy.causal_lm,
+                target,
+                base_model_name_or_path=self.config.model.name_or_path,
+                tokenizer=self.tokenizer,
+            )
+        else:
+            export_model(
+                self.policy.causal_lm,
+                target,
+                hf_config=self.model_config,
+                tokenizer=self.tokenizer,
+                dtype=COMPUTE_DTYPES[self.config.training.precision],
+            )
+        self.say(f"finished: {target}")
+
+
+@contextlib.contextmanager
+def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | None]:
+    """Join the process group and build a run up to its first step; yields None if it is finished already.
+
+    Args:
+        config: the run's settings.
+        task: "dpo" or "sft".
+        train: False: claim no folder and build a frozen policy, for scoring alone.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+    """
+    with distributed.process_group() as device:
+        checkpoint = None
+        if train:
+            opening = distributed.on_main(lambda: open_folder(config))
+            if opening.finished:
+                distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
+                yield None
+                return
+            checkpoint = opening.checkpoint
+        yield _build(config, task, device, checkpoint, train)
+
+
+def _build(config: Config, task: Task, device: torch.device, checkpoint: Path | None, train: bool) -> Run:
+    training, model = config.training, config.model
+    model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
+    model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=model.trust_remote_code)
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    train_rows, eval_rows = load_rows(config, task, tokenizer)
+    plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
+    distributed.say(
+        packing_report(
+            train_rows, plan, world_size=distributed.world_size(), tokens_per_row=training.tokens_per_row
+        )
+    )
+    policy = build_policy(
+        model_folder,
+        model_config,
+        device=device,
+        precision=training.precision,
+        activation_checkpointing=training.activation_checkpointing,
+        adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
+        trainable=train,
+        seed=training.seed,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return Run(
+        config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
+        train_rows, eval_rows, plan, checkpoint,
+    )  # fmt: skip
+
+
+def load_rows(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
+    """Tokenised training rows and, if the config has any, evaluation rows; collective, rank 0 fills the cache."""
+    data, seed = config.data, config.training.seed
+    options: dict[str, Any] = {
+        name: getattr(data, name)
+        for name in ("max_length", "chat_template", "add_empty_system", "num_workers", "cache_dir")
+    }
+    load = load_sft
+    if task == "dpo":
+        load = functools.partial(load_pairs, max_prompt_length=data.max_prompt_length)
+
+    def read(name: str, source: Any) -> datasets.Dataset:
+        dataset, report = distributed.main_first(lambda: load(source, tokenizer, seed=seed, **options))
+        distributed.say(f"{name} {report}")
+        return dataset
+
+    train = read("train", data.train)
+    if data.eval is not None:
+        return Rows(train), Rows(read("eval", data.eval))
+    if data.eval_size:
+        train, held_out = split_holdout(train, data.eval_size, seed)
+        return Rows(train), Rows(held_out)
+    return Rows(train), None

@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: what a step is, and the run around it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from notus.config import Config
+from notus.data.packing import Batch, StepPlan
+from notus.data.rows import Rows
+from notus.model.policy import Policy
+from notus.training.loop import RowLoss
+from notus.training.run import start
+from notus.training.scoring import score
+
+
+class SFTTask:
+    """Next-token loss on completion tokens, averaged over the tokens of the whole step."""
+
+    num_sums = 3
+
+    def __init__(
+        self, train: Rows, held_out: Rows | None, *, plan: StepPlan, tokens_per_row: int, device: torch.device
+    ) -> None:
+        self.rows, self.plan = train, plan
+        self._held_out, self._tokens_per_row, self._device = held_out, tokens_per_row, device
+
+    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+        """The row's share of the mean negative log-likelihood over the step's loss tokens, in nats."""
+        weights, lengths = batch.weights.to(logps.device), batch.lengths.to(logps.device)
+        nll = -logps[:, 0]
+        total = int(self.rows.loss_tokens[step_indices].sum())
+        columns = torch.stack([nll.detach().double(), lengths[:, 0].double(), torch.ones_like(nll).double()])
+        return RowLoss(
+            loss=(nll * weights).sum() / total, sums=columns @ weights.double(), per_example=nll.detach()
+        )
+
+    def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
+        """Mean loss per token, and the speed."""
+        metrics = {"loss": sums[0] / sums[1]}
+        if seconds:
+            metrics["examples_per_second"] = sums[2] / seconds
+        return metrics
+
+    def check_first_step(self, sums: list[float]) -> None:
+        """Nothing is known of SFT's first loss."""
+
+    def evaluate(self, policy: Policy) -> dict[str, float]:
+        """Mean loss per token on held-out rows."""
+        if self._held_out is None:
+            return {}
+        everything = np.arange(len(self._held_out))
+        logps = score(policy, self._held_out, everything, tokens_per_row=self._tokens_per_row, device=self._device)
+        return {"eval_loss": -logps.double().sum().item() / int(self._held_out.loss_tokens.sum())}
+
+
+def run(config: Config) -> None:
+    """Fine-tune as `config` says: `train_sft.py`.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+    """
+    with start(config, "sft") as job:
+        if job is not None:
+            job.train(
+                SFTTask(
+                    job.train_rows,
+                    job.eval_rows,
+                    plan=job.plan,
+                    tokens_per_row=config.training.tokens_per_row,
+                    device=job.device,
+                )
+            )
