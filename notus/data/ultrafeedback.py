@@ -1,0 +1,351 @@
+"""Rated completions -> preference pairs, by the rule of Notus 7B v1. Pure rules: no files, no torch.
+
+A record of openbmb/UltraFeedback has `source`, `instruction` and `completions`; a completion has `model`,
+`response`, `annotations` (per aspect an object with a `Rating`, "1" to "5" or "N/A") and `overall_score`.
+
+The rule, after the data card of argilla/ultrafeedback-binarized-preferences:
+
+1. A completion's score is the unweighted mean over the aspects whose rating is present and not "N/A"; with
+   none rated it has no score. `by="overall_score"` takes the critique's score instead, faults and all.
+2. Chosen is the highest score, the first of several. Rejected is a random one of those strictly lower.
+3. Prompts with fewer than two scored completions, and prompts whose scored completions all tie, are dropped.
+
+Zephyr drew the rejected response from all the others, ties included; here a tie is never a preference, so
+that the two rules differ in the score alone.
+
+The draw is a function of the seed and of the record's own text. So it depends neither on the order of the
+records nor on what else the data holds, and a prompt that occurs again with other completions draws anew.
+Repeated prompts are kept, as the original kept them, and counted.
+
+The two schemas are columns, not contents: `v1` and `cleaned` hold the same pairs. The cleaned release also
+left out what TruthfulQA contaminates: the records of source `truthful_qa` (`drop_sources`) and every prompt
+that equals one of a list of questions (`decontaminate`), compared by `normalized` text.
+"""
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+RULES = ("ratings", "overall_score")
+SCHEMAS = ("v1", "cleaned")
+SOURCE, CONTAMINATED = "source left out", "prompt on the decontamination list"
+TOO_FEW, TIED = "fewer than two scored completions", "all scored completions tie"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One model's response, and its exact score under each of the RULES; None where it has none."""
+
+    model: str
+    response: str
+    scores: dict[str, Fraction | None]
+
+    def score(self, rule: str) -> float:
+        """The score that the completion was ranked by."""
+        score = self.scores[rule]
+        assert score is not None, "only scored completions are ranked"
+        return float(score)
+
+
+@dataclass
+class Report:
+    """Where the records went, and how the two rules compare.
+
+    `compared` counts the records, contaminated and left out ones aside, in which both rules give a pair;
+    `differing` those of them in which the chosen responses are different texts.
+    """
+
+    by: str
+    records: Counter[str] = field(default_factory=Counter)  # per source
+    pairs: Counter[str] = field(default_factory=Counter)  # per source
+    dropped: Counter[str] = field(default_factory=Counter)  # per reason
+    repeated_prompts: int = 0
+    compared: int = 0
+    differing: int = 0
+
+    @property
+    def differing_share(self) -> float:
+        """Share of the compared records in which the rules choose different responses; 0 if none compares."""
+        return self.differing / self.compared if self.compared else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.records.total():,} records -> {self.pairs.total():,} pairs by {self.by}"]
+        reasons = (SOURCE, CONTAMINATED, TOO_FEW, TIED)
+        lines += [f"  dropped, {reason}: {self.dropped[reason]:,}" for reason in reasons]
+        lines += [
+            f"  kept, with a prompt seen before: {self.repeated_prompts:,}",
+            f"  ratings and overall_score choose different responses in {self.differing:,} of the "
+            f"{self.compared:,} prompts where both give a pair ({self.differing_share:.1%})",
+        ]
+        lines += [f"  from {name}: {self.pairs[name]:,} of {n:,}" for name, n in self.records.most_common(20)]
+        if self.pairs["truthful_qa"]:
+            lines.append("  note: training on pairs from truthful_qa makes a TruthfulQA score meaningless")
+        return "\n".join(lines)
+
+
+def curate(records: Iterable[Any], **options: Any) -> tuple[list[dict[str, Any]], Report]:
+    """All the pairs of `records`, in their order, with the report. The options are the fields of `Curator`.
+
+    Raises ValueError for a wrong option, and for a malformed record, which it names by its number from 1.
+    """
+    curator = Curator(**options)
+    placed = ((f"record {number}", record) for number, record in enumerate(records, start=1))
+    return list(curator.pairs(placed)), curator.report
+
+
+@dataclass(kw_only=True)
+class Curator:
+    """Turns records into pairs one at a time, and keeps the `report`. ValueError for a wrong option."""
+
+    by: str = "ratings"
+    """The score that ranks: "ratings", the mean over the aspects, or "overall_score", the critique's."""
+    schema: str = "v1"
+    """The columns of a pair: "v1" or "cleaned". Its rating columns hold the score that ranked."""
+    seed: int = 42
+    """Seed of the draw of the rejected response."""
+    decontaminate: Iterable[str] = ()
+    """Prompts to drop, compared by `normalized` text."""
+    drop_sources: Collection[str] = ()
+    """Values of `source` to drop."""
+    min_rating: int = 1
+    """Lowest valid rating. The scale starts at 1; 0 admits zeros, which the published data holds a few of
+    (a parsing fault), and averages them in as the original did."""
+
+    def __post_init__(self) -> None:
+        allowed = {"by": RULES, "schema": SCHEMAS, "min_rating": (0, 1)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {values}")
+        self.report = Report(self.by)
+        self._contaminated = {_comparable(prompt) for prompt in self.decontaminate}
+        self._seen: set[bytes] = set()
+
+    def pairs(self, placed_records: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The pairs of (place, record) tuples; a ValueError for a malformed record starts with its place."""
+        for place, record in placed_records:
+            try:
+                pair = self.pair(record)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            if pair is not None:
+                yield pair
+
+    def pair(self, record: Any) -> dict[str, Any] | None:
+        """The pair of one record in the schema's columns; None if it is dropped, and the report says why.
+
+        Raises ValueError, naming the key and the remedy, for a record that does not have the form above.
+        """
+        source, instruction, completions = parse_record(record, min_rating=self.min_rating)
+        self.report.records[source] += 1
+        selected = self._select(source, instruction, completions)
+        if isinstance(selected, str):
+            self.report.dropped[selected] += 1
+            return None
+        self._count_pair(source, instruction)
+        return _COLUMNS[self.schema](source, instruction, *selected, self.by)
+
+    def _select(
+        self, source: str, instruction: str, completions: list[Completion]
+    ) -> tuple[Completion, Completion] | str:
+        """(chosen, rejected), or the reason to drop the record."""
+        if source in self.drop_sources:
+            return SOURCE
+        if self._contaminated and normalized(instruction) in self._contaminated:
+            return CONTAMINATED
+        ranked = {rule: rank([completion.scores[rule] for completion in completions]) for rule in RULES}
+        self._compare([completions[choice[0]].response for choice in ranked.values() if choice and choice[1]])
+        if (choice := ranked[self.by]) is None:
+            return TOO_FEW
+        best, lower = choice
+        if not lower:
+            return TIED
+        drawn = draw(len(lower), self.seed, source, instruction, completions)
+        return completions[best], completions[lower[drawn]]
+
+    def _compare(self, chosen_responses: list[str]) -> None:
+        both = len(chosen_responses) == len(RULES)
+        self.report.compared += both
+        self.report.differing += both and len(set(chosen_responses)) > 1
+
+    def _count_pair(self, source: str, instruction: str) -> None:
+        self.report.pairs[source] += 1
+        prompt = hashlib.blake2b(instruction.encode(), digest_size=16).digest()  # a few MB for 64k prompts
+        self.report.repeated_prompts += prompt in self._seen
+        self._seen.add(prompt)
+
+
+def rank(scores: Sequence[Fraction | None]) -> tuple[int, list[int]] | None:
+    """(index of the first of the highest, indices of all strictly lower); None for fewer than two scores.
+
+    Scores are exact, so that rounding neither makes nor breaks a tie. When all tie the list is empty.
+    """
+    scored = [score for score in scores if score is not None]
+    if len(scored) < 2:
+        return None
+    best = max(scored)
+    return scores.index(best), [i for i, score in enumerate(scores) if score is not None and score < best]
+
+
+def draw(count: int, seed: int, source: str, instruction: str, completions: Iterable[Completion]) -> int:
+    """A number in [0, count) by a hash of the seed and the record's texts. ValueError for broken Unicode."""
+    texts = [str(seed), source, instruction]
+    for completion in completions:
+        texts += completion.model, completion.response
+    digest = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])
+            raise ValueError(f"a text holds half a surrogate pair, {half}; remove it") from error
+        digest.update(len(data).to_bytes(8, "big") + data)  # with lengths, so that no two lists read alike
+    return int.from_bytes(digest.digest(), "big") % count
+
+
+class _Separators(dict[int, str]):
+    """A `str.translate` table, filled as it is used: punctuation, separators, controls become a space."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = " " if unicodedata.category(chr(code))[0] in "PZC" else chr(code)
+        return self[code]
+
+
+_SEPARATORS = _Separators()
+
+
+def normalized(prompt: str) -> str:
+    """`prompt` as it is compared: NFKC, case folded, each run of punctuation and white space one space."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
+    return " ".join(folded.translate(_SEPARATORS).split())
+
+
+def _comparable(prompt: str) -> str:
+    text = normalized(prompt)
+    if not text:
+        raise ValueError(f"the prompt {prompt!r:.40} to decontaminate by has nothing to compare; remove it")
+    return text
+
+
+def parse_record(record: Any, *, min_rating: int = 1) -> tuple[str, str, list[Completion]]:
+    """(source, instruction, completions) of a raw record. ValueError, naming the key, if it is malformed."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{_kind(record)} is no record; give objects with source, instruction, completions")
+    source, instruction = _text(record, "source"), _text(record, "instruction")
+    raw = _value(record, "completions")
+    if not isinstance(raw, list):
+        raise ValueError(f"completions must be a list of rated completions, not {_kind(raw)}")
+    completions = []
+    for index, item in enumerate(raw):
+        try:
+            completions.append(_completion(item, min_rating))
+        except ValueError as error:
+            raise ValueError(f"completions[{index}]: {error}") from error
+    return source, instruction, completions
+
+
+def mean_rating(annotations: Any, *, min_rating: int = 1) -> Fraction | None:
+    """The exact mean over the rated aspects of one completion's `annotations`; None if none is rated.
+
+    An aspect is an object with a `Rating`, or a list of one such object (the form of an early release).
+    Raises ValueError for any other form, and for a rating that is neither a number in range nor "N/A".
+    """
+    if annotations is None:
+        return None
+    if not isinstance(annotations, dict):
+        raise ValueError(f"annotations must be an object of aspects, not {_kind(annotations)}")
+    ratings = [_aspect_rating(aspect, value, min_rating) for aspect, value in annotations.items()]
+    rated = [rating for rating in ratings if rating is not None]
+    return sum(rated, start=Fraction(0)) / len(rated) if rated else None
+
+
+def _aspect_rating(aspect: str, value: Any, min_rating: int) -> Fraction | None:
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise ValueError(f"annotations.{aspect} lists {len(value)} annotations; leave one")
+        value = value[0] if value else None
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError(f"annotations.{aspect} must be an object with a Rating, not {_kind(value)}")
+    return _number(value.get("Rating"), f"annotations.{aspect}.Rating", min_rating, 5)
+
+
+def _completion(item: Any, min_rating: int) -> Completion:
+    if not isinstance(item, dict):
+        raise ValueError(f"a completion must be an object, not {_kind(item)}")
+    ratings = mean_rating(item.get("annotations"), min_rating=min_rating)
+    overall_score = _number(item.get("overall_score"), "overall_score", 0, 10)
+    scores = {"ratings": ratings, "overall_score": overall_score}
+    return Completion(_text(item, "model"), _text(item, "response"), scores)
+
+
+def _value(mapping: dict[str, Any], key: str) -> Any:
+    if key not in mapping:
+        found = ", ".join(map(str, mapping)) or "nothing"
+        raise ValueError(f"{key} is missing (there is {found}); give UltraFeedback's own, unpaired records")
+    return mapping[key]
+
+
+def _text(mapping: dict[str, Any], key: str) -> str:
+    value = _value(mapping, key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be a string, not {_kind(value)}")
+    return value
+
+
+def _number(value: Any, key: str, lowest: int, highest: int) -> Fraction | None:
+    if value is None or value == "N/A":
+        return None
+    number = None
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        number = _parsed(value, lowest, highest)
+    if number is None:
+        remedy = 'correct it, or make it "N/A" or null to leave it out'
+        if value in ("0", 0):
+            remedy += "; --min-rating 0 (min_rating=0) averages zeros in"
+        raise ValueError(f"{key} is {value!r:.60}, not a number from {lowest} to {highest}; {remedy}")
+    return number
+
+
+@lru_cache(maxsize=1024)
+def _parsed(value: str | int | float, lowest: int, highest: int) -> Fraction | None:
+    """The number exactly as it reads in decimals; None where it is none, not finite, or out of range."""
+    try:
+        number = Fraction(repr(float(value)))
+    except (ValueError, OverflowError):
+        return None
+    return number if lowest <= number <= highest else None
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+
+
+def _v1(source: str, instruction: str, chosen: Completion, rejected: Completion, by: str) -> dict[str, Any]:
+    return {
+        "source": source,
+        "instruction": instruction,
+        "chosen_response": chosen.response,
+        "rejected_response": rejected.response,
+        "chosen_avg_rating": chosen.score(by),
+        "rejected_avg_rating": rejected.score(by),
+        "chosen_model": chosen.model,
+    }
+
+
+def _cleaned(source: str, prompt: str, chosen: Completion, rejected: Completion, by: str) -> dict[str, Any]:
+    pair: dict[str, Any] = {"source": source, "prompt": prompt}
+    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+        answer = {"role": "assistant", "content": completion.response}
+        pair[side] = [{"role": "user", "content": prompt}, answer]
+        pair[f"{side}-rating"] = completion.score(by)
+        pair[f"{side}-model"] = completion.model
+    return pair
+
+
+_COLUMNS = {"v1": _v1, "cleaned": _cleaned}
