@@ -1,0 +1,121 @@
+"""LoRA layers to and from adapter folders in PEFT's names and config."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from notus.model.lora import lora_layers
+from notus.model.publish import NewFolder, write_json
+from notus.model.shards import fill_rows, gather
+from notus.model.weights import check_shape, open_safetensors, read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Settings of a PEFT adapter that must be absent or empty, for these LoRA layers to compute the same.
+BEYOND_LORA = (
+    "alpha_pattern",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+)
+
+
+def export_adapter(
+    causal_lm: PreTrainedModel,
+    folder: str | Path,
+    *,
+    base_model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. A collective.
+
+    Raises:
+        ValueError: `folder` holds something other than an adapter.
+        OSError: the disk refuses; both on every rank.
+    """
+    new = NewFolder(folder, markers={ADAPTER_CONFIG})
+    full = gather(_adapter_tensors(causal_lm), torch.float32)
+    new.write(lambda partial: save_file(full, partial / ADAPTER_WEIGHTS, {"format": "pt"}))
+    settings = _adapter_settings(causal_lm, base_model_name_or_path)
+    new.write(lambda partial: write_json(partial / ADAPTER_CONFIG, settings))
+    new.write(tokenizer.save_pretrained)
+    new.publish()
+
+
+def load_adapter(causal_lm: PreTrainedModel, folder: str | Path) -> None:
+    """Fill the LoRA layers of `causal_lm` from a PEFT adapter folder; each rank reads its own rows.
+
+    Raises ValueError, naming folder and key, if the adapter's scaling, targets or shapes are not the layers'.
+    """
+    path = Path(folder) / ADAPTER_WEIGHTS
+    theirs, ours = read_adapter_settings(folder), _adapter_settings(causal_lm, "")
+    for name in ("r", "lora_alpha", "use_rslora", "target_modules"):
+        if theirs[name] != ours[name]:
+            raise ValueError(f"{folder}: {name} is {theirs[name]} in the adapter, {ours[name]} in the model")
+    targets = _adapter_tensors(causal_lm)
+    with open_safetensors(path) as handle:
+        differing = sorted(set(handle.keys()) ^ set(targets))
+        if differing:
+            raise ValueError(f"{path}: not both it and the model have {differing[0]}; is its base another?")
+        for key, target in targets.items():
+            check_shape((path, handle), key, target)
+        for key, target in targets.items():
+            fill_rows(target, handle.get_slice(key))
+
+
+def read_adapter_settings(folder: str | Path) -> dict[str, Any]:
+    """A PEFT adapter's config, with lora_dropout and use_rslora always there and target_modules sorted.
+
+    Raises ValueError, naming file and setting, if it is not a plain LoRA adapter.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    settings = {"lora_dropout": 0.0, "use_rslora": False, **read_json(path)}
+    beyond = [name for name in BEYOND_LORA if settings.get(name)]
+    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none" or beyond:
+        what = ", ".join(beyond) or "peft_type or bias"
+        raise ValueError(f"{path}: only plain LoRA adapters are supported; this one sets {what}")
+    for name in ("r", "lora_alpha", "target_modules", "base_model_name_or_path"):
+        if settings.get(name) is None:
+            raise ValueError(f"{path}: {name} is missing")
+    if not isinstance(settings["target_modules"], list):
+        raise ValueError(f"{path}: target_modules is a pattern; put the list of names in its place")
+    return {**settings, "target_modules": sorted(settings["target_modules"])}
+
+
+def _adapter_tensors(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
+    """PEFT's name -> A or B."""
+    return {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part)
+        for name, layer in lora_layers(causal_lm).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def _adapter_settings(causal_lm: PreTrainedModel, base: str) -> dict[str, Any]:
+    layers = lora_layers(causal_lm)
+    layer = next(iter(layers.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": layer.rank,
+        "lora_alpha": int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha,
+        "lora_dropout": layer.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "use_rslora": layer.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }

@@ -1,0 +1,94 @@
+"""A folder that appears on disk whole or not at all, written by rank 0 on behalf of every rank."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from notus.model.shards import is_rank_zero
+
+
+class NewFolder:
+    """A folder that rank 0 writes beside its place, syncs, and renames into place over an earlier one.
+
+    Other ranks write nothing, but hear of a failure, so that none waits for a rank that has given up.
+    """
+
+    def __init__(self, folder: str | Path, *, markers: set[str]) -> None:
+        """Begin `folder`. What stands there is replaced if it is empty or has a file named in `markers`.
+
+        Raises:
+            ValueError: something else stands there.
+            OSError: the disk refuses; both on every rank.
+        """
+        self.folder = Path(folder).absolute()
+        self._partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self._old = self.folder.with_name(f".{self.folder.name}.old")
+        self._failure: Exception | None = None
+        self.write(lambda _: self._prepare(markers))
+        self._share_failure()
+
+    def write(self, action: Callable[[Path], object]) -> None:
+        """Call `action` with the folder in the making; on rank 0, and only if nothing failed before."""
+        if self._failure is not None or not is_rank_zero():
+            return
+        try:
+            action(self._partial)
+        except (OSError, ValueError) as error:
+            self._failure = error
+        except SafetensorError as error:
+            self._failure = OSError(f"{self.folder}: cannot be written ({error})")
+
+    def publish(self) -> None:
+        """Put the folder into its place, or raise on every rank what failed on rank 0 and change nothing."""
+        self.write(lambda _: self._rename())
+        self._share_failure()
+
+    def _prepare(self, markers: set[str]) -> None:
+        if self._old.exists() and not self.folder.exists():
+            self._old.rename(self.folder)  # an earlier run ended between the two renames
+        present = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if present and not present & markers:
+            raise ValueError(f"{self.folder}: holds files of another kind; name a new or empty folder")
+        for leftover in (self._partial, self._old):
+            _remove(leftover)
+        self._partial.mkdir(parents=True)
+
+    def _rename(self) -> None:
+        for path in [*self._partial.rglob("*"), self._partial]:
+            _sync(path)
+        if self.folder.exists():
+            self.folder.rename(self._old)
+        self._partial.rename(self.folder)
+        _sync(self.folder.parent)
+        _remove(self._old)
+
+    def _share_failure(self) -> None:
+        outcome = [self._failure]
+        if dist.is_initialized():
+            dist.broadcast_object_list(outcome)
+        if outcome[0] is not None:
+            raise outcome[0]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with sorted keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,83 @@
+"""Which models this project computes exactly, and what it switches off in them."""
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from notus.model.lora import LoRALinear
+
+# The policy takes its log-probs from hidden states and head alone, and its attention is plain softmax(QKᵀ).
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "use_bidirectional_attention": (None, False),
+    "quantization_config": (None,),
+    "output_router_logits": (None, False),
+    "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0, 1),
+    "n_routed_experts": (None, 0, 1),
+    "moe_num_experts": (None, 0, 1),
+}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+OTHER_INPUTS = ("vision_config", "audio_config", "text_config", "type_vocab_size")
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raises ValueError, naming the setting, for a model that does something this project does not reproduce.
+
+    Supported are dense, unquantised, decoder-only text models with causal softmax attention in every layer,
+    through transformers' attention interface, whose logits are the hidden states times the head.
+    """
+    obstacle = _obstacle(config)
+    if obstacle:
+        raise ValueError(
+            f"model type {config.model_type!r} is not supported: {obstacle}; "
+            "take a dense decoder-only text model such as Mistral, Llama, Qwen2 or Qwen3"
+        )
+
+
+def _obstacle(config: PreTrainedConfig) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if any(getattr(config, name, None) is not None for name in OTHER_INPUTS):
+        return "it takes more than text tokens"
+    for name, neutral in NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            return f"{name} is {value}"
+    strange = sorted(set(getattr(config, "layer_types", None) or []) - LAYER_TYPES)
+    if strange:
+        return f"it has layers of type {', '.join(strange)}"
+    return _class_obstacle(config)
+
+
+def _class_obstacle(config: PreTrainedConfig) -> str | None:
+    """What transformers says about the model's class; nothing for a class that comes with the model."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return "it is no causal language model"
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    # Soft-capped attention and attention sinks declare themselves as beyond scaled-dot-product attention.
+    if not (model_class._supports_attention_backend and model_class._supports_sdpa):
+        return "its attention is not plain softmax attention behind transformers' attention interface"
+    return None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of the base model to 0, in its modules; leave LoRA's and the config alone.
+
+    The reference log-probs hold for the policy at step 0 only if both are computed without dropout.
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)
