@@ -40,9 +40,11 @@ def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_
     for block in policy.blocks:
         shard(block)
     shard(policy)
-    for module in fsdp_modules(policy):
-        # The loss is divided by the step's global count, so gradients are summed, not averaged.
+    for module in fsdp_modules(policy) if mesh.size() > 1 else []:
+        # The loss is divided by the step's global count, so gradients are summed, not averaged; as a plain sum,
+        # because gloo knows no sum with a factor.
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     return policy
 
 

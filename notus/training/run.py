@@ -18,7 +18,8 @@ from notus.data.dataset import load_pairs, load_sft, split_holdout
 from notus.data.packing import StepPlan
 from notus.data.rows import Rows, packing_report
 from notus.model.attention import kernel_for
-from notus.model.export import export_adapter, export_model
+from notus.model.adapter import export_adapter
+from notus.model.export import export_model
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
