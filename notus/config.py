@@ -130,7 +130,7 @@ class TrainingConfig:
     keep_checkpoints: Count | None = 1
     """Newest checkpoints kept; null: all."""
     resume: str = "auto"
-    """"auto": go on from the newest checkpoint in `output_dir`, if any; "never"; or a checkpoint's folder."""
+    """"auto": go on from the newest checkpoint in `output_dir`; "never": anew; or a checkpoint's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +141,8 @@ class DPOConfig:
     """How strongly the policy is held to the reference."""
     loss_type: LossType = "sigmoid"
     """Name of the loss."""
-    label_smoothing: Annotated[float, Bounds(0, 0.5, open_high=True)] = 0.0
-    """Assumed share of swapped labels: for sigmoid, robust and exo_pair (which needs it)."""
+    label_smoothing: Annotated[float, Bounds(0, 0.5)] = 0.0
+    """Assumed share of swapped labels: for sigmoid, for robust (below 0.5) and for exo_pair (above 0)."""
     nll_weight: NonNegative = 0.0
     """Weight of the chosen completions' negative log-likelihood, a mean over the step's chosen tokens."""
 
@@ -326,3 +326,5 @@ def _loss_conflicts(dpo: DPOConfig) -> Iterator[Refused]:
         yield Refused(
             "dpo.label_smoothing", "must be above 0 with dpo.loss_type 'exo_pair': set it, say to 1e-3"
         )
+    if dpo.label_smoothing == 0.5 and dpo.loss_type == "robust":
+        yield Refused("dpo.label_smoothing", "must be below 0.5 with dpo.loss_type 'robust'")

@@ -148,10 +148,18 @@ def test_values_and_gradients_equal_the_plain_expression(
     (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
 
     given = ratios.to(dtype).requires_grad_()
+    reference = torch.zeros(64, dtype=dtype)
     found, _, _ = dpo_loss(
-        given[0], given[1], torch.zeros(64, dtype=dtype), torch.zeros(64, dtype=dtype), beta=0.3, loss_type=loss_type,
-        label_smoothing=smoothing, chosen_lengths=lengths[0], rejected_lengths=lengths[1],
-    )  # fmt: skip
+        given[0],
+        given[1],
+        reference,
+        reference,
+        beta=0.3,
+        loss_type=loss_type,
+        label_smoothing=smoothing,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
+    )
     (gradient,) = torch.autograd.grad(found.sum(), given)
     assert found.dtype == gradient.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
@@ -224,7 +232,7 @@ def test_rewards_are_detached_and_pairs_do_not_touch_each_other(loss_type: str) 
 
 
 def test_conservative_dpo_prefers_the_margin_that_says_epsilon() -> None:
-    """Its minimum is where the policy holds the label to be wrong with probability epsilon: a margin of ln 9."""
+    """Its minimum is where the policy believes the label with probability 1 - epsilon: a margin of ln 9."""
     margin = torch.tensor([LN9], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(losses.sigmoid_loss(margin, 0.1).sum(), margin)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-15)

@@ -1,0 +1,325 @@
+"""The config: defaults, overrides, what is refused and how, the way to disk and back, the configs we ship."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notus import config as config_module
+from notus.config import SECTIONS, Config, config_from_dict, load_config, save_config, to_yaml
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+MINIMAL = """
+model:
+  name_or_path: a/model
+data:
+  train: pairs.jsonl
+training:
+  output_dir: runs/here
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+def load(minimal: str, *overrides: str, task: Any = "dpo") -> Config:
+    return load_config([minimal, *overrides], task)
+
+
+def test_defaults(minimal: str) -> None:
+    config = load_config(minimal, "dpo")
+    assert config.data.train == [{"path": "pairs.jsonl", "split": "train", "weight": 1.0}]
+    assert config.data.eval is None
+    assert (config.data.max_length, config.data.max_prompt_length) == (1024, 512)
+    assert (config.training.batch_size, config.training.tokens_per_row) == (64, 4096)
+    assert (config.training.learning_rate, config.training.lr_schedule) == (5e-7, "linear")
+    assert (config.training.optimizer, config.training.precision) == ("rmsprop", "bf16")
+    assert (config.training.epochs, config.training.max_steps, config.training.resume) == (3, None, "auto")
+    assert (config.dpo.beta, config.dpo.loss_type) == (0.1, "sigmoid")
+    assert config.lora.rank == 0
+    assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (config.tracking.wandb, config.tracking.tensorboard) == (False, False)
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(minimal: str) -> None:
+    config = load(
+        minimal,
+        "--training.learning_rate=1e-6",
+        "--training.max_steps=5",
+        "--training.max_steps=7",
+        "--training.output_dir=elsewhere",
+        "--lora.rank=8",
+        "--lora.target_modules=[q_proj, up_proj]",
+        "--data.eval=[{path: held-out.jsonl, weight: 2}, org/name]",
+        "--training.save_every=null",
+        "--dpo.beta=1",
+    )
+    assert config.training.learning_rate == 1e-6
+    assert config.training.max_steps == 7
+    assert config.training.output_dir == "elsewhere"
+    assert config.training.save_every is None
+    assert config.lora.target_modules == ["q_proj", "up_proj"]
+    assert config.data.eval == [
+        {"path": "held-out.jsonl", "split": "train", "weight": 2.0},
+        {"path": "org/name", "split": "train", "weight": 1.0},
+    ]
+    assert type(config.dpo.beta) is float
+
+
+def test_overrides_may_stand_before_the_file_and_name_sections_it_lacks(minimal: str) -> None:
+    assert load_config(["--dpo.beta=0.2", minimal], "dpo").dpo.beta == 0.2
+
+
+@pytest.mark.parametrize("task", ["dpo", "sft"])
+def test_what_is_saved_loads_again_unchanged(minimal: str, tmp_path: Path, task: Any) -> None:
+    options = [
+        "--lora.rank=4",
+        "--training.max_grad_norm=0",
+        "--tracking.wandb=true",
+        "--tracking.run_name='1e5'",
+    ]
+    options += ["--data.eval_size=3", "--training.learning_rate=3e-5", "--data.max_length=300"]
+    config = load(minimal, *options, task=task)
+    again = tmp_path / "config.yaml"
+    save_config(config, again)
+    assert load_config(again, task) == config
+    assert to_yaml(load_config(again, task)) == again.read_text()
+
+
+def test_resolution(minimal: str) -> None:
+    assert load(minimal, "--training.max_grad_norm=0").training.max_grad_norm is None
+    assert load(minimal, "--data.max_length=300").data.max_prompt_length == 150
+    assert load(minimal, "--data.max_length=4096").data.max_prompt_length == 512
+    assert (
+        load(minimal, "--data.max_length=300", "--data.max_prompt_length=299").data.max_prompt_length == 299
+    )
+    assert load(minimal, task="sft").data.max_prompt_length is None
+    assert (
+        load(minimal, "--lora.rank=2", "--lora.target_modules=all-linear").lora.target_modules == "all-linear"
+    )
+
+
+def test_the_saved_config_of_sft_has_no_section_that_sft_does_not_use(minimal: str) -> None:
+    saved = to_yaml(load(minimal, task="sft"))
+    assert "dpo:" not in saved
+    assert "reference:" not in saved
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.learning_rat=1", "training.learning_rat does not exist; did you mean 'learning_rate'?"),
+        ("--training.beta=0.1", "training.beta does not exist; did you mean 'dpo.beta'?"),
+        ("--trainin.epochs=1", "section 'trainin' does not exist; did you mean 'training'?"),
+        ("--lora.xyz=1", "lora.xyz does not exist; valid: rank, alpha, dropout, target_modules, rslora"),
+        ("--training.epochs=abc", "training.epochs must be a whole number at least 1, not 'abc'"),
+        ("--training.epochs=1.5", "training.epochs must be a whole number at least 1, not 1.5"),
+        ("--training.epochs=true", "training.epochs must be a whole number at least 1, not True"),
+        ("--training.epochs=0", "training.epochs must be a whole number at least 1, not 0"),
+        ("--training.max_steps=0", "training.max_steps must be a whole number at least 1 or null, not 0"),
+        ("--training.learning_rate=0", "training.learning_rate must be a number above 0, not 0"),
+        ("--training.learning_rate=.nan", "training.learning_rate must be a number above 0, not nan"),
+        ("--training.learning_rate=false", "training.learning_rate must be a number above 0, not False"),
+        (
+            "--training.warmup_ratio=1.1",
+            "training.warmup_ratio must be a number at least 0 and at most 1, not 1.1",
+        ),
+        ("--training.seed=-1", "training.seed must be a whole number at least 0"),
+        ("--training.precision=fp16", "training.precision must be 'bf16' or 'fp32', not 'fp16'"),
+        ("--training.output_dir=3", "training.output_dir must be a text (in quotes if it reads as something"),
+        ("--training.output_dir=null", "training.output_dir must be a text"),
+        ("--model.name_or_path=''", "model.name_or_path must be a text"),
+        ("--data.shuffle=1", "data.shuffle must be true or false, not 1"),
+        (
+            "--data.train=null",
+            "data.train must be a path, or a list of {path, split, weight}: path must be a text",
+        ),
+        (
+            "--data.train=[]",
+            "data.train must be a path, or a list of {path, split, weight}, not an empty list",
+        ),
+        ("--data.train=[{path: a, wieght: 2}]", "wieght does not exist; did you mean 'weight'?"),
+        ("--data.train=[{split: a}]", "path is required"),
+        ("--data.train=[{path: a, weight: 0}]", "weight must be a number above 0, not 0"),
+        (
+            "--data.eval=4",
+            "data.eval must be a path, or a list of {path, split, weight} or null: path must be",
+        ),
+        (
+            "--data.chat_template=chatml",
+            "data.chat_template must be 'zephyr', a .jinja file or null, not 'chatml'",
+        ),
+        ("--dpo.loss_type=sigmod", "not 'sigmod'; did you mean 'sigmoid'?"),
+        ("--dpo.beta=0", "dpo.beta must be a number above 0, not 0"),
+        (
+            "--dpo.label_smoothing=0.6",
+            "dpo.label_smoothing must be a number at least 0 and at most 0.5, not 0.6",
+        ),
+        ("--lora.dropout=1", "lora.dropout must be a number at least 0 and below 1, not 1"),
+        (
+            "--lora.target_modules=q_proj",
+            "lora.target_modules must be a list of texts or 'all-linear', not 'q_proj'",
+        ),
+        ("--lora.target_modules=[]", "lora.target_modules must be a list of texts or 'all-linear', not []"),
+        ("--training.epochs", "'--training.epochs' is not of the form --section.key=value"),
+        (
+            "--training.max_steps=",
+            "'--training.max_steps=' is not of the form --section.key=value (no value is null)",
+        ),
+        ("-v", "'-v' is not of the form --section.key=value"),
+        ("--data.train=[a", "--data.train: line 1: not valid YAML"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(minimal: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load(minimal, override)
+    assert str(caught.value).startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "dpo: {bata: 0.1}", "dpo.bata does not exist; did you mean 'beta'?"),
+        (MINIMAL + "dpo: {beta: high}", "dpo.beta must be a number above 0, not 'high'"),
+        (MINIMAL + "dpo: 0.1", "expected the sections model, data,"),
+        (MINIMAL + "model: {}", "line 8: not valid YAML: 'model' is given twice"),
+        (MINIMAL + "traning: {}", "traning is not a section; did you mean 'training'?"),
+        (MINIMAL.replace("name_or_path: a/model", ""), "model.name_or_path is required"),
+        (MINIMAL.replace("train: pairs.jsonl", ""), "data.train is required"),
+        (MINIMAL.replace("output_dir: runs/here", ""), "training.output_dir is required"),
+        ("", "expected the sections model, data,"),
+        ("- model", "expected the sections model, data,"),
+    ],
+)
+def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        load_config(path, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--lora.alpha=32"], "lora.alpha has no effect while lora.rank is 0: set lora.rank, or remove it"),
+        (["--lora.target_modules=[q_proj]"], "lora.target_modules has no effect while lora.rank is 0"),
+        (["--lora.rslora=true"], "lora.rslora has no effect while lora.rank is 0"),
+        (["--tracking.project=x"], "tracking.project has no effect while tracking.wandb is false"),
+        (["--tracking.run_name=x"], "tracking.run_name has no effect while tracking.wandb is false"),
+        (["--training.eval_every=5"], "training.eval_every has no effect without evaluation data"),
+        (["--data.eval=a", "--data.eval_size=5"], "data.eval_size has no effect beside data.eval"),
+        (
+            ["--data.max_prompt_length=1024"],
+            "data.max_prompt_length (1024) must be below data.max_length (1024)",
+        ),
+        (["--dpo.loss_type=hinge", "--dpo.label_smoothing=0.1"], "dpo.label_smoothing has no effect with"),
+        (
+            ["--dpo.loss_type=robust", "--dpo.label_smoothing=0.5"],
+            "dpo.label_smoothing must be below 0.5 with",
+        ),
+        (["--dpo.loss_type=exo_pair"], "dpo.label_smoothing must be above 0 with dpo.loss_type 'exo_pair'"),
+    ],
+)
+def test_settings_without_effect_are_refused(minimal: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(minimal, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--dpo.beta=0.2", "dpo.beta has no effect in SFT: remove it, or run train_dpo.py"),
+        ("--reference.cache_dir=x", "reference.cache_dir has no effect in SFT"),
+        ("--data.max_prompt_length=5", "data.max_prompt_length has no effect in SFT, which cuts long rows"),
+    ],
+)
+def test_sft_refuses_what_only_dpo_uses(minimal: str, override: str, message: str) -> None:
+    load(minimal, override, task="dpo")
+    with pytest.raises(ValueError, match=re.escape("command line: " + message)):
+        load(minimal, override, task="sft")
+
+
+@pytest.mark.parametrize("overrides", [
+    ["--lora.rank=4", "--lora.alpha=32"],
+    ["--tracking.wandb=true", "--tracking.project=x"],
+    ["--tracking.tensorboard=true"],
+    ["--data.eval=a", "--training.eval_every=5"],
+    ["--data.eval_size=9", "--training.eval_every=5"],
+    ["--dpo.loss_type=exo_pair", "--dpo.label_smoothing=1e-3"],
+    ["--dpo.label_smoothing=0.5"],
+    ["--data.chat_template=templates/mine.jinja"],
+])  # fmt: skip
+def test_the_same_settings_are_taken_where_they_have_an_effect(minimal: str, overrides: list[str]) -> None:
+    load(minimal, *overrides)
+
+
+@pytest.mark.parametrize("words", [[], ["--dpo.beta=0.1"], ["a.yaml", "b.yaml"]])
+def test_exactly_one_file_is_expected(words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"command line: expected CONFIG\.yaml \[--section\.key=value"):
+        load_config(words, "dpo")
+
+
+def test_config_from_dict() -> None:
+    tree = {
+        "model": {"name_or_path": "m"},
+        "data": {"train": "d"},
+        "training": {"output_dir": "o"},
+        "lora": None,
+    }
+    assert config_from_dict(tree, "sft").task == "sft"
+    with pytest.raises(ValueError, match=r"here: dpo\.beta must be"):
+        config_from_dict({**tree, "dpo": {"beta": -1}}, "dpo", source="here")
+
+
+def test_every_field_is_described() -> None:
+    """A text stands below each field: the only place where the keys are explained."""
+    tree = ast.parse(inspect.getsource(config_module))
+    sections = {cls.__name__ for cls in SECTIONS.values()}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in sections:
+            body = node.body[1:]  # after the class's own docstring
+            assert len(body) % 2 == 0, node.name
+            for item, text in zip(body[::2], body[1::2], strict=True):
+                assert isinstance(item, ast.AnnAssign), ast.unparse(item)
+                assert isinstance(text, ast.Expr), ast.unparse(item)
+                assert isinstance(ast.literal_eval(text.value), str)
+
+
+def test_reading_a_config_needs_no_torch() -> None:
+    code = "import sys, notus.config; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_config_is_frozen(minimal: str) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(minimal).dpo.beta = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
+    task: Any = "sft" if path.name.startswith("sft") else "dpo"
+    load_config(path, task)
+    head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    assert f"train_{task}.py configs/{path.relative_to(CONFIGS)}" in head
+    for word in ("Command", "Hardware", "Time", "Expect"):
+        assert re.search(rf"^# {word}", head, flags=re.MULTILINE), word
+
+
+def test_there_are_configs() -> None:
+    names = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
+    assert {"demo/sft.yaml", "demo/dpo.yaml", "demo/dpo-lora.yaml"} <= names
+    assert {f"notus-7b-v1/{kind}-8xa100-40gb.yaml" for kind in ("dpo-full", "dpo-lora", "sft")} <= names
