@@ -1,0 +1,53 @@
+"""Small runs on toy models and toy pairs, for the tests of training and of what comes after it."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from notus.config import Config, config_from_dict
+
+WORDS = "the quick brown fox jumps over lazy dog sea poem answer question hello world".split()
+
+
+def words(generator: random.Random, low: int, high: int) -> str:
+    """A few words, low to high of them."""
+    return " ".join(generator.choice(WORDS) for _ in range(generator.randint(low, high)))
+
+
+def write_pairs(path: Path, count: int, *, seed: int = 0, swap: bool = False) -> Path:
+    """JSONL preference pairs of plain strings; `swap` exchanges chosen and rejected."""
+    generator = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt, first, second = (words(generator, 1, 9) for _ in range(3))
+        chosen, rejected = (f" {second}b", f" {first}a") if swap else (f" {first}a", f" {second}b")
+        lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def settings(folder: Path, model: Path, pairs: Path, **overrides: Any) -> dict[str, dict[str, Any]]:
+    """A nested config for a run in `folder`; overrides are written section__key=value."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": str(model)},
+        "data": {"train": str(pairs), "max_length": 120, "cache_dir": str(pairs.parent / "cache")},
+        "training": {
+            "output_dir": str(folder), "batch_size": 4, "epochs": 1, "tokens_per_row": 400, "precision": "fp32",
+            "learning_rate": 1e-3, "activation_checkpointing": False, "warmup_ratio": 0.0,
+        },
+    }  # fmt: skip
+    for name, value in overrides.items():
+        section, key = name.split("__")
+        tree.setdefault(section, {})[key] = value
+    return tree
+
+
+def config(task: str, folder: Path, model: Path, pairs: Path, **overrides: Any) -> Config:
+    """The same as a Config."""
+    return config_from_dict(settings(folder, model, pairs, **overrides), task)  # type: ignore[arg-type]
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

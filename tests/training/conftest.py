@@ -1,0 +1,25 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from notus.training.distributed import process_group
+from runs import write_pairs
+from toys import toy_model_folder
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """A process group of one rank."""
+    with process_group() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 18)
