@@ -47,7 +47,7 @@ def test_defaults(minimal: str) -> None:
     assert (config.training.optimizer, config.training.precision) == ("rmsprop", "bf16")
     assert (config.training.epochs, config.training.max_steps, config.training.resume) == (3, None, "auto")
     assert (config.dpo.beta, config.dpo.loss_type) == (0.1, "sigmoid")
-    assert config.lora.rank == 0
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (0, 16.0, 0.0)
     assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert (config.tracking.wandb, config.tracking.tensorboard) == (False, False)
 
