@@ -11,7 +11,7 @@ from torch import Tensor
 from notus.config import Config, DPOConfig
 from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows
-from notus.losses import dpo_loss
+from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
 from notus.training.loop import RowLoss
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
@@ -58,8 +58,7 @@ class DPOTask:
         weights, lengths = batch.weights.to(logps.device), batch.lengths.to(logps.device)
         pairs, chosen_tokens = len(step_indices), int(self.rows.loss_tokens[step_indices, 0].sum())
         preference, rewards = self._losses(logps, reference, lengths)
-        nll = -logps[:, 0] * (self._settings.nll_weight * pairs / chosen_tokens)
-        losses = preference + nll if self._settings.nll_weight else preference
+        losses = self._with_nll(preference, logps, pairs, chosen_tokens)
         sums = _sums(losses.detach(), rewards, logps.detach(), reference, weights, lengths)
         return RowLoss(loss=(losses * weights).sum() / pairs, sums=sums, per_example=losses.detach())
 
@@ -77,6 +76,12 @@ class DPOTask:
             rejected_lengths=lengths[:, 1],
         )
         return losses, torch.stack([chosen_rewards, rejected_rewards], dim=1)
+
+    def _with_nll(self, losses: Tensor, logps: Tensor, pairs: int, chosen_tokens: int) -> Tensor:
+        """Add the NLL of the chosen [E], so that the mean over `pairs` holds its mean over `chosen_tokens`."""
+        if not self._settings.nll_weight:
+            return losses
+        return losses + self._settings.nll_weight * pairs * nll_loss(logps[:, 0], chosen_tokens)
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
         """Means over pairs; the NLL's over tokens."""
@@ -115,8 +120,7 @@ class DPOTask:
         logps = score(policy, rows, everything, tokens_per_row=self._tokens_per_row, device=self._device)
         lengths = torch.from_numpy(rows.loss_tokens)
         losses, rewards = self._losses(logps, reference, lengths)
-        if self._settings.nll_weight:
-            losses = losses - logps[:, 0] * (self._settings.nll_weight * len(rows) / lengths[:, 0].sum())
+        losses = self._with_nll(losses, logps, len(rows), int(lengths[:, 0].sum()))
         sums = _sums(losses, rewards, logps, reference, torch.ones(len(rows)), lengths)
         return {f"eval_{name}": value for name, value in self.metrics(sums.tolist(), 0.0).items()}
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from notus.config import Config
 from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows
+from notus.losses import nll_loss
 from notus.model.policy import Policy
 from notus.training.loop import RowLoss
 from notus.training.run import start
@@ -27,12 +28,10 @@ class SFTTask:
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of the mean negative log-likelihood over the step's loss tokens, in nats."""
         weights, lengths = batch.weights.to(logps.device), batch.lengths.to(logps.device)
-        nll = -logps[:, 0]
-        total = int(self.rows.loss_tokens[step_indices].sum())
-        columns = torch.stack([nll.detach().double(), lengths[:, 0].double(), torch.ones_like(nll).double()])
-        return RowLoss(
-            loss=(nll * weights).sum() / total, sums=columns @ weights.double(), per_example=nll.detach()
-        )
+        nll = nll_loss(logps[:, 0], int(self.rows.loss_tokens[step_indices].sum()))
+        per_example = -logps[:, 0].detach()
+        columns = torch.stack([per_example.double(), lengths[:, 0].double(), torch.ones_like(per_example).double()])
+        return RowLoss(loss=(nll * weights).sum(), sums=columns @ weights.double(), per_example=per_example)
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
         """Mean loss per token, and the speed."""

@@ -1,0 +1,296 @@
+"""DPO runs on toys, against a plain loop over whole sequences written here."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from notus.training import dpo
+from notus.training.loop import NonFiniteError
+from ranks import run_ranks
+from runs import config, read_metrics, write_pairs
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+KEYS = {
+    "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected",
+    "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "pairs_per_second",
+}  # fmt: skip
+
+
+def _plain_logp(model: torch.nn.Module, tokenizer: Any, prompt: str, completion: str) -> torch.Tensor:
+    """Sum of completion log-probs from one whole sequence through transformers' own attention."""
+    whole = tokenizer(prompt + completion, return_offsets_mapping=True)
+    ids = torch.tensor([*whole["input_ids"], tokenizer.eos_token_id])
+    first = next(i for i, (_, end) in enumerate(whole["offset_mapping"]) if end > len(prompt))
+    logits = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    return logits.gather(-1, ids[1:, None])[first - 1 :].sum()
+
+
+def _plain_dpo(model_folder: Path, pairs: Path, steps: int, batch: int, beta: float = 0.1) -> tuple[list[float], Any]:
+    """Losses of plain DPO in data order: RMSprop 1e-3 falling linearly over `steps`, gradient norm clipped to 1."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model_folder) for _ in range(2))
+    optimizer = torch.optim.RMSprop(policy.parameters(), lr=1e-3)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
+    data = [json.loads(line) for line in pairs.read_text().splitlines()]
+    losses = []
+    for step in range(steps):
+        total = torch.zeros(())
+        part = data[step * batch : (step + 1) * batch]
+        for pair in part:
+            with torch.no_grad():
+                anchors = [_plain_logp(reference, tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
+            values = [_plain_logp(policy, tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
+            margin = (values[0] - anchors[0]) - (values[1] - anchors[1])
+            total = total - torch.nn.functional.logsigmoid(beta * margin) / len(part)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    return losses, policy
+
+
+def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    run = tmp_path / "run"
+    dpo.run(config("dpo", run, model_folder, pairs_file, data__shuffle=False))
+    expected, policy = _plain_dpo(model_folder, pairs_file, steps=5, batch=4)
+    lines = read_metrics(run)
+    assert [line["loss"] for line in lines] == pytest.approx(expected, abs=2e-5)
+    trained = load_file(run / "model" / "model.safetensors")
+    start = load_file(model_folder / "model.safetensors")
+    for name, parameter in policy.named_parameters():
+        moved = (parameter.detach() - start[name]).norm()
+        assert (trained[name] - parameter.detach()).norm() < 2e-3 * moved, name
+    assert all(set(line) == KEYS for line in lines)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[-1]["epoch"] == 1.0
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    run = tmp_path / "run"
+    settings = config("dpo", run, model_folder, pairs_file, training__max_steps=2)
+    dpo.run(settings)
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "reference", "model"}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    before = (run / "metrics.jsonl").read_bytes()
+    dpo.run(settings)  # finished: says so, changes nothing
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_neither_rows_nor_checkpointing_change_the_result(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    settings: list[dict[str, Any]] = [{}, {"training__tokens_per_row": 70}, {"training__activation_checkpointing": True}]
+    losses = []
+    for number, overrides in enumerate(settings):
+        run = tmp_path / str(number)
+        dpo.run(config("dpo", run, model_folder, pairs_file, **overrides))
+        losses.append([line["loss"] for line in read_metrics(run)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-6)
+
+
+def _interrupt(settings: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Run until just before `step` is taken."""
+
+    class Killed(Exception):
+        pass
+
+    inner = dpo.DPOTask.row_loss
+
+    def row_loss(task: Any, logps: Any, batch: Any, indices: Any) -> Any:
+        calls.append(1)
+        if len(calls) == step:
+            raise Killed
+        return inner(task, logps, batch, indices)
+
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo.DPOTask, "row_loss", row_loss)
+        with pytest.raises(Killed):
+            dpo.run(settings)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora__rank": 2, "lora__dropout": 0.3}], ids=["full", "lora"])
+def test_resumed_is_bitwise_undisturbed(
+    lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = {**lora, "training__save_every": 2, "training__log_every": 3, "training__epochs": 2}
+    dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **overrides))
+    settings = config("dpo", tmp_path / "cut", model_folder, pairs_file, **overrides)
+    _interrupt(settings, monkeypatch, step=6)  # a checkpoint stands at step 4, between two lines of metrics
+    dpo.run(settings)
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    whole, cut = (load_file(tmp_path / run / "model" / name) for run in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    lines = [
+        [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in read_metrics(tmp_path / run)]
+        for run in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_evaluation_is_the_mean_over_held_out_pairs(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    held_out = write_pairs(tmp_path / "eval.jsonl", 5, seed=9)
+    run = tmp_path / "run"
+    dpo.run(
+        config(
+            "dpo", run, model_folder, pairs_file, data__eval=str(held_out), training__eval_every=2, training__max_steps=3
+        )
+    )
+    lines = read_metrics(run)
+    assert ["eval_loss" in line for line in lines] == [False, True, True]
+    last = lines[-1]
+    trained = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    start = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    margins = []
+    with torch.no_grad():
+        for pair in map(json.loads, held_out.read_text().splitlines()):
+            ratios = [
+                _plain_logp(trained, tokenizer, pair["prompt"], pair[side])
+                - _plain_logp(start, tokenizer, pair["prompt"], pair[side])
+                for side in ("chosen", "rejected")
+            ]
+            margins.append(0.1 * (ratios[0] - ratios[1]).item())
+    assert last["eval_rewards/margins"] == pytest.approx(sum(margins) / 5, abs=1e-4)
+    assert last["eval_rewards/accuracies"] == sum(margin > 0 for margin in margins) / 5
+    assert last["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in margins) / 5, abs=1e-4)
+
+
+def test_swapping_chosen_and_rejected_flips_the_first_gradient(tmp_path: Path, model_folder: Path) -> None:
+    lines = []
+    for swap in (False, True):
+        pairs = write_pairs(tmp_path / f"{swap}.jsonl", 4, swap=swap)
+        run = tmp_path / f"run-{swap}"
+        dpo.run(config("dpo", run, model_folder, pairs, training__epochs=2))
+        lines.append(read_metrics(run))
+    (one, other), (one_after, other_after) = ([line[i] for line in lines] for i in (0, 1))
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert one["logps/chosen"] == pytest.approx(other["logps/rejected"], rel=1e-5)
+    assert one_after["rewards/margins"] > 0
+    assert other_after["rewards/margins"] > 0  # each learned its own direction
+
+
+def test_the_nll_term_is_a_token_mean_over_the_step(tmp_path: Path, model_folder: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 4)
+    run = tmp_path / "run"
+    dpo.run(config("dpo", run, model_folder, pairs, dpo__nll_weight=0.5, training__tokens_per_row=60))
+    (line,) = read_metrics(run)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for pair in map(json.loads, pairs.read_text().splitlines()):
+            total -= _plain_logp(model, tokenizer, pair["prompt"], pair["chosen"]).item()
+            prompt = tokenizer(pair["prompt"])["input_ids"]
+            tokens += len(tokenizer(pair["prompt"] + pair["chosen"])["input_ids"]) + 1 - len(prompt)
+    assert line["nll_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert line["loss"] == pytest.approx(math.log(2) + 0.5 * total / tokens, rel=1e-5)
+
+
+def test_a_sweep_fills_the_reference_once(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    shared = tmp_path / "reference"
+    for number, overrides in enumerate([{}, {"dpo__beta": 0.5}, {"training__seed": 1, "training__batch_size": 3}]):
+        run = tmp_path / str(number)
+        dpo.run(
+            config("dpo", run, model_folder, pairs_file, reference__cache_dir=str(shared), training__max_steps=1, **overrides)
+        )
+    assert len(list(shared.iterdir())) == 1
+    dpo.fill_reference(config("dpo", tmp_path / "none", model_folder, pairs_file, reference__cache_dir=str(shared)))
+    assert len(list(shared.iterdir())) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_stale_reference_stops_the_run_at_step_0(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    settings = config("dpo", tmp_path / "run", model_folder, pairs_file)
+    dpo.fill_reference(settings)
+    (cache,) = (tmp_path / "run" / "reference").iterdir()
+    from safetensors import safe_open
+
+    with safe_open(cache, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(cache)
+    tensors["logps"][:, 1] -= 0.5
+    save_file(tensors, cache, metadata)
+    with pytest.raises(ValueError, match=r"at step 0 the sigmoid loss is 0\.718\d+, not ln 2"):
+        dpo.run(settings)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = dpo.dpo_loss
+    calls: list[int] = []
+
+    def poisoned(chosen: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        losses, *rewards = inner(chosen, *rest, **named)
+        calls.append(1)
+        if len(calls) == 3:
+            losses = losses.clone()
+            losses[1] = float("nan")
+        return losses, *rewards
+
+    monkeypatch.setattr(dpo, "dpo_loss", poisoned)
+    settings = config("dpo", tmp_path / "run", model_folder, pairs_file, data__shuffle=False, training__save_every=1)
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss of dataset rows \[(8|9|10|11)\] is not finite"):
+        dpo.run(settings)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_bf16_starts_at_ln_2_and_keeps_fp32_masters(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    run = tmp_path / "run"
+    settings = config("dpo", run, model_folder, pairs_file, training__precision="bf16", training__learning_rate=1e-6)
+    dpo.run(settings)
+    assert read_metrics(run)[0]["loss"] == pytest.approx(math.log(2), abs=5e-3)
+    file = next((run / "checkpoints" / "step-00000005").glob("*.safetensors"))
+    saved = load_file(file)
+    start = load_file(model_folder / "model.safetensors")
+    head = saved["model.causal_lm.lm_head.weight"]
+    assert head.dtype == torch.float32
+    moved = (head - start["lm_head.weight"]).abs()
+    assert 0 < moved.max() < 1e-4  # steps that bf16 weights would round away
+    assert load_file(run / "model" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def _train_on_ranks(settings: dict[str, Any], folder: Path) -> None:
+    import os
+
+    import torch.distributed as dist
+    from notus.config import config_from_dict
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()  # the run joins its own, as under torchrun
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"]))
+    dpo.run(config_from_dict(settings["tree"], "dpo"))
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora__rank": 3}], ids=["full", "lora"])
+def test_two_ranks_do_what_one_does(lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    from runs import settings
+
+    overrides = {**lora, "data__eval_size": 5, "training__epochs": 2, "training__tokens_per_row": 70}
+    dpo.run(config("dpo", tmp_path / "one", model_folder, pairs_file, **overrides))
+    tree = settings(tmp_path / "two", model_folder, pairs_file, **overrides)
+    run_ranks(_train_on_ranks, 2, tmp_path, {"tree": tree, "port": _free_port()}, tmp_path)
+    one, two = (read_metrics(tmp_path / run) for run in ("one", "two"))
+    for key in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=2e-5), key
+    assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], abs=2e-5)
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    first, second = (load_file(tmp_path / run / "model" / name) for run in ("one", "two"))
+    for key in first:
+        torch.testing.assert_close(second[key], first[key], atol=2e-4, rtol=1e-3)

@@ -1,0 +1,70 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from notus.config import Config
+from notus.training.folder import Opening, open_folder
+from runs import config
+
+
+def _config(tmp_path: Path, **overrides: Any) -> Config:
+    return config("dpo", tmp_path / "run", tmp_path / "model", tmp_path / "pairs.jsonl", **overrides)
+
+
+def test_a_new_folder_is_claimed(tmp_path: Path) -> None:
+    assert open_folder(_config(tmp_path)) == Opening(finished=False, checkpoint=None)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_auto_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    open_folder(_config(tmp_path))
+    for name in ("step-00000002", "step-00000010", ".step-00000011.partial"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    opening = open_folder(_config(tmp_path))
+    assert opening.checkpoint == tmp_path / "run" / "checkpoints" / "step-00000010"
+
+
+def test_a_finished_run_is_finished(tmp_path: Path) -> None:
+    open_folder(_config(tmp_path))
+    (tmp_path / "run" / "model").mkdir()
+    assert open_folder(_config(tmp_path)).finished
+
+
+def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
+    open_folder(_config(tmp_path))
+    with pytest.raises(ValueError, match=r"dpo\.beta \(was 0\.1, is 0\.2\)"):
+        open_folder(_config(tmp_path, dpo__beta=0.2))
+
+
+@pytest.mark.parametrize(
+    "change", [{"training__log_every": 5}, {"training__tokens_per_row": 999}, {"tracking__tensorboard": True}]
+)
+def test_what_does_not_change_the_result_may_change(change: dict[str, Any], tmp_path: Path) -> None:
+    open_folder(_config(tmp_path))
+    assert not open_folder(_config(tmp_path, **change)).finished
+
+
+def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
+    open_folder(_config(tmp_path))
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("kept")
+    opening = open_folder(_config(tmp_path, dpo__beta=0.2, training__resume="never"))
+    assert opening == Opening(finished=False, checkpoint=None)
+    (aside,) = (tmp_path / "run").glob("previous-*")
+    assert (aside / "metrics.jsonl").read_text() == "kept"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", aside.name]
+
+
+def test_a_checkpoint_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training\.resume=.*nowhere: no such checkpoint"):
+        open_folder(_config(tmp_path, training__resume=str(tmp_path / "nowhere")))
+
+
+def test_a_named_checkpoint_starts_the_run_and_its_own_take_over(tmp_path: Path) -> None:
+    origin = tmp_path / "other" / "step-00000004"
+    origin.mkdir(parents=True)
+    settings = _config(tmp_path, training__resume=str(origin))
+    assert open_folder(settings).checkpoint == origin
+    own = tmp_path / "run" / "checkpoints" / "step-00000006"
+    own.mkdir(parents=True)
+    assert open_folder(settings).checkpoint == own
