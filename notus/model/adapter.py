@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.model.lora import lora_layers
-from notus.model.publish import NewFolder, write_json
+from notus.model.publish import NewFolder, write_json, write_tensors
 from notus.model.shards import fill_rows, gather
 from notus.model.weights import check_shape, open_safetensors, read_json
 
@@ -39,14 +38,17 @@ def export_adapter(
 ) -> None:
     """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. A collective.
 
+    The base is recorded as it is named, a local folder by its absolute path.
+
     Raises:
         ValueError: `folder` holds something other than an adapter.
         OSError: the disk refuses; both on every rank.
     """
     new = NewFolder(folder, markers={ADAPTER_CONFIG})
     full = gather(_adapter_tensors(causal_lm), torch.float32)
-    new.write(lambda partial: save_file(full, partial / ADAPTER_WEIGHTS, {"format": "pt"}))
-    settings = _adapter_settings(causal_lm, base_model_name_or_path)
+    new.write(lambda partial: write_tensors(partial / ADAPTER_WEIGHTS, full))
+    base = Path(base_model_name_or_path).expanduser()
+    settings = _adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
     new.write(lambda partial: write_json(partial / ADAPTER_CONFIG, settings))
     new.write(tokenizer.save_pretrained)
     new.publish()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,7 +21,7 @@ from transformers import (
 
 from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_settings
 from notus.model.lora import inject_lora, lora_layers, merge_lora
-from notus.model.publish import NewFolder, write_json
+from notus.model.publish import NewFolder, write_json, write_tensors
 from notus.model.shards import gather
 from notus.model.weights import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors
 
@@ -56,7 +55,7 @@ def export_model(
     files = _plan_files(sizes, max_shard_bytes)
     for file, names in files.items():
         full = gather({name: tensors[name] for name in names}, dtype)
-        new.write(functools.partial(_write_tensors, file=file, tensors=full))
+        new.write(functools.partial(_write_file, name=file, tensors=full))
         del full  # or the next file's tensors would join these in memory
     if len(files) > 1:
         new.write(functools.partial(_write_index, files=files, total=sum(sizes.values())))
@@ -67,6 +66,13 @@ def export_model(
         new.write(lambda partial: generation.to_json_file(partial / "generation_config.json"))
     new.write(tokenizer.save_pretrained)
     new.publish()
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """How a model folder says to generate, with all its end-of-sequence ids; None where it does not say."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder)
 
 
 def _check_resharded(tensors: dict[str, Tensor]) -> None:
@@ -93,8 +99,8 @@ def _plan_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _write_tensors(partial: Path, *, file: str, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, partial / file, {"format": "pt"})
+def _write_file(partial: Path, *, name: str, tensors: dict[str, Tensor]) -> None:
+    write_tensors(partial / name, tensors)
 
 
 def _write_index(partial: Path, *, files: dict[str, list[str]], total: int) -> None:

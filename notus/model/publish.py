@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from notus.model.shards import is_rank_zero
 
@@ -41,8 +43,6 @@ class NewFolder:
             action(self._partial)
         except (OSError, ValueError) as error:
             self._failure = error
-        except SafetensorError as error:
-            self._failure = OSError(f"{self.folder}: cannot be written ({error})")
 
     def publish(self) -> None:
         """Put the folder into its place, or raise on every rank what failed on rank 0 and change nothing."""
@@ -74,6 +74,17 @@ class NewFolder:
             dist.broadcast_object_list(outcome)
         if outcome[0] is not None:
             raise outcome[0]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, with the permissions that any new file gets. Raises OSError."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    path.chmod(mode)  # safetensors makes files that nobody but their owner can read
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

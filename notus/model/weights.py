@@ -56,10 +56,12 @@ def find_folder(name_or_path: str | Path) -> Path:
     try:
         copy = snapshot_download(str(name_or_path), allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
         return Path(copy)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise ValueError(f"{name_or_path}: no such folder, nor can it be a hub id; check the path") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{name_or_path}: no such folder or hub id; check the name, or the access to it ({reason})"
+            f"{name_or_path}: no such folder or hub id; check the name, and the access to the hub ({reason})"
         ) from error
 
 
@@ -238,7 +240,8 @@ def _match(model: PreTrainedModel, found: Found, folder: Path) -> dict[str, Tens
         if not present:
             missing.append(names[0])
             continue
-        _check_tied(present, found)
+        if len(present) > 1:
+            _check_tied(present, found)
         targets[present[0]] = tensor
     ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or [])]
     ignored += [f"^{re.escape(name)}$" for name in _non_persistent_names(model)]

@@ -1,0 +1,181 @@
+"""LoRA: the arithmetic by hand, what injection touches, what a seed fixes, switching off and merging."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from toys import toy_model
+
+from notus.model.lora import (
+    LoRALinear,
+    adapters_off,
+    cast_frozen,
+    init_lora,
+    inject_lora,
+    lora_layers,
+    merge_lora,
+)
+
+IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def adapted(kind="mistral", *, targets=ATTENTION, rank=4, alpha=8.0, dropout=0.0, rslora=False, **overrides):
+    """A toy model with LoRA layers whose B is not zero."""
+    model = toy_model(kind, **overrides)
+    inject_lora(model, rank=rank, alpha=alpha, dropout=dropout, target_modules=targets, rslora=rslora)
+    init_lora(model, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.5, generator=generator)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def small_layer(rslora, dropout=0.0):
+    """W = [[1, 2]], b = 10, A = [[1, 0], [0, 1], [1, 1], [0, 0]], B = [[1, 1, 1, 1]], α = 8, r = 4."""
+    base = nn.Linear(2, 1)
+    layer = LoRALinear(base, rank=4, alpha=8.0, dropout=dropout, rslora=rslora)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        layer.bias.fill_(10.0)
+        layer.lora_A.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]))
+        layer.lora_B.fill_(1.0)
+    return layer
+
+
+# x = [3, 5]: Wx + b = 3 + 10 + 10 = 23; BAx = 3 + 5 + 8 + 0 = 16; α/r = 2, α/√r = 4.
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 23 + 2 * 16), (True, 23 + 4 * 16)])
+def test_forward_by_hand(rslora, expected):
+    layer = small_layer(rslora)
+    assert layer(torch.tensor([3.0, 5.0])).item() == expected
+
+
+def test_dropout_acts_on_the_adapters_input_alone_and_only_in_training():
+    layer = small_layer(False, dropout=0.5)
+    torch.manual_seed(0)
+    # Each input is doubled or dropped, and BA = [2, 2]:
+    possible = {23 + 2 * (2 * 6 * a + 2 * 10 * b) for a in (0, 1) for b in (0, 1)}
+    seen = {layer(torch.tensor([3.0, 5.0])).item() for _ in range(40)}
+    assert seen == possible
+    assert layer.eval()(torch.tensor([3.0, 5.0])).item() == 55
+
+
+def test_gradients_reach_a_and_b_and_nothing_else():
+    model = adapted("qwen2").train()
+    model(IDS, labels=IDS).loss.backward()
+    with_gradient = {
+        name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    expected = {f"{name}.{part}" for name in lora_layers(model) for part in ("lora_A", "lora_B")}
+    assert with_gradient == expected
+    assert len(expected) == 2 * 4 * 2
+
+
+def test_injection_keeps_the_base_names_and_freezes_the_base():
+    before = set(dict(toy_model("qwen2").named_parameters()))
+    model = adapted("qwen2", targets=["q_proj", "down_proj"])
+    after = dict(model.named_parameters())
+    assert before < set(after)
+    new = set(after) - before
+    assert new == {
+        f"model.layers.{i}.{name}.{part}"
+        for i in (0, 1)
+        for name in ("self_attn.q_proj", "mlp.down_proj")
+        for part in ("lora_A", "lora_B")
+    }
+    assert {name for name, p in after.items() if p.requires_grad} == new
+    layer = model.model.layers[0].mlp.down_proj
+    assert layer.lora_A.shape == (4, 48)
+    assert layer.lora_B.shape == (32, 4)
+    assert model.model.layers[0].self_attn.q_proj.bias is not None
+
+
+def test_all_linear_spares_the_head():
+    model = adapted(targets="all-linear")
+    assert len(lora_layers(model)) == 2 * 7
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_an_unknown_target_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'qproj' matches no linear layer; take one of: q_proj"):
+        adapted(targets=["k_proj", "qproj"])
+
+
+def test_the_head_and_layers_that_are_not_linear_are_refused():
+    with pytest.raises(ValueError, match="'lm_head' is the output head"):
+        adapted(targets=["lm_head"])
+    with pytest.raises(ValueError, match="'embed_tokens' matches no linear layer"):
+        adapted(targets=["embed_tokens"])
+
+
+def test_a_fresh_adapter_changes_nothing():
+    base, model = toy_model(), toy_model()
+    inject_lora(model, rank=4, alpha=8, dropout=0.3, target_modules="all-linear")
+    init_lora(model, seed=0)
+    assert torch.equal(logits(model), logits(base))
+
+
+def test_init_is_kaiming_uniform_and_fixed_by_seed_and_name():
+    models = [adapted(targets=targets, rank=64) for targets in (["q_proj"], "all-linear")]
+    first, second = (model.model.layers[1].self_attn.q_proj.lora_A for model in models)
+    assert torch.equal(first, second)  # other adapters do not shift the draw
+    bound = 1 / math.sqrt(32)  # √(6 / ((1 + 5) · fan_in)), fan_in = 32
+    assert first.abs().max() <= bound
+    # uniform on [-bound, bound]: standard deviation bound/√3; 2048 draws
+    assert first.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert not torch.equal(first, models[0].model.layers[0].self_attn.q_proj.lora_A)
+    init_lora(models[1], seed=4)
+    assert not torch.equal(first, second)
+
+
+def test_adapters_off_is_the_base_and_ends_with_the_context():
+    model = adapted(targets="all-linear")
+    on, base = logits(model), logits(toy_model())
+    assert (on - base).abs().max() > 0.1
+    with adapters_off(model):
+        assert torch.equal(logits(model), base)
+    with pytest.raises(KeyError), adapters_off(model):
+        raise KeyError
+    assert torch.equal(logits(model), on)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])  # without and with biases
+def test_merged_is_the_adapters_forward(kind):
+    model = adapted(kind, targets="all-linear", rslora=True)
+    expected = logits(model)
+    merge_lora(model)
+    assert not lora_layers(model)
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert set(dict(model.named_parameters())) == set(dict(toy_model(kind).named_parameters()))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_into_bf16_rounds_once():
+    base = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    model = nn.Sequential(LoRALinear(base, rank=1, alpha=1.0, dropout=0.0, rslora=False))
+    with torch.no_grad():
+        base.weight.fill_(1.0)
+        model[0].lora_A.fill_(1.0)
+        model[0].lora_B.fill_(2**-8 + 2**-18)
+    merge_lora(model)
+    # Above 1, bf16 has steps of 2⁻⁷. The sum 1 + 2⁻⁸ + 2⁻¹⁸ is past the middle of one and rounds up. Rounded
+    # before, BA would be 2⁻⁸, and the sum, a tie, would go to the even 1.
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[0].weight.item() == 1 + 2**-7
+
+
+def test_cast_frozen_keeps_ties_and_spares_the_trained():
+    model = toy_model("qwen2", tie_word_embeddings=True)
+    inject_lora(model, rank=2, alpha=2, dropout=0.0, target_modules=["v_proj"])
+    cast_frozen(model, torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert dtypes["model.embed_tokens.weight"] == torch.bfloat16
+    assert dtypes["model.layers.0.self_attn.v_proj.lora_A"] == torch.float32
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

@@ -1,0 +1,28 @@
+"""Run a test's worker function in several processes joined by gloo."""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(worker: Callable[..., None], world_size: int, folder: Path, *args: object) -> None:
+    """Call `worker(*args)`, a module's function, on every rank; raises if any rank does."""
+    store = folder / f"store-{uuid.uuid4().hex}"
+    mp.spawn(_enter, (worker, world_size, store, args), nprocs=world_size)
+
+
+def _enter(
+    rank: int, worker: Callable[..., None], world_size: int, store: Path, args: tuple[object, ...]
+) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        worker(*args)
+    finally:
+        dist.destroy_process_group()
