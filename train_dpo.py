@@ -3,8 +3,16 @@
 import sys
 
 from notus.config import load_config
-from notus.training.dpo import run
-from notus.training.distributed import run_entry
+from notus.entry import run_entry
+
+
+def main() -> None:
+    """Read the settings, then train; torch is imported once they are known to be right."""
+    config = load_config(sys.argv[1:], "dpo")
+    from notus.training.dpo import run
+
+    run(config)
+
 
 if __name__ == "__main__":
-    sys.exit(run_entry(lambda: run(load_config(sys.argv[1:], "dpo"))))
+    sys.exit(run_entry(main))

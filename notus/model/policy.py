@@ -18,12 +18,14 @@ class Policy(nn.Module):
         """Wrap a transformers causal LM built with `attn_implementation=notus.model.attention.IMPLEMENTATION`.
 
         Raises:
-            ValueError: the model's output head has a bias.
+            ValueError: the model's output head has a bias, or its blocks cannot be found.
         """
         super().__init__()
         self.causal_lm = causal_lm
         if self._head.bias is not None:
             raise ValueError(f"{type(causal_lm).__name__}: output heads with a bias are not supported")
+        if not hasattr(causal_lm.get_decoder(), "layers"):  # type: ignore[operator]
+            raise ValueError(f"{type(causal_lm).__name__}: decoders that do not keep their blocks in `layers` are not supported")
 
     @property
     def _head(self) -> nn.Linear:

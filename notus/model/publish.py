@@ -76,12 +76,12 @@ class NewFolder:
             raise outcome[0]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, with the permissions that any new file gets. Raises OSError."""
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(tensors, path, {"format": "pt"})
+        save_file(tensors, path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
     path.chmod(mode)  # safetensors makes files that nobody but their owner can read

@@ -6,7 +6,6 @@ One code path: plain `python` is a world of one rank.
 import contextlib
 import datetime
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -102,30 +101,3 @@ def main_first(work: Callable[[], T]) -> T:
     result: list[T] = []
     on_main(lambda: result.append(work()))
     return result[0] if is_main() else work()
-
-
-def run_entry(main: Callable[[], None]) -> int:
-    """Run an entry's body; a user's mistake becomes one line from one rank and exit code 1.
-
-    Every rank may meet the same error, or one rank alone; the first to meet it speaks. torchrun then ends the rest.
-    """
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if _first_to_fail():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    return 0
-
-
-def _first_to_fail() -> bool:
-    store = _failure_store()
-    return store is None or store.add("notus/failures", 1) == 1
-
-
-def _failure_store() -> dist.Store | None:
-    """torchrun's store, which outlives the process group."""
-    if "RANK" not in os.environ:
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=10))

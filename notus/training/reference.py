@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from notus.data.rows import Rows
+from notus.model.publish import write_tensors
 from notus.training.distributed import on_main
 
 FORMAT = 1
@@ -129,10 +129,7 @@ def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, diges
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Whole or not at all: a temporary file, synced, renamed."""
     temporary = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    except SafetensorError as error:
-        raise ValueError(f"cannot write the reference cache {path}: {error}; free space or move reference.cache_dir") from error
+    write_tensors(temporary, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -19,7 +19,7 @@ from notus.data.packing import StepPlan
 from notus.data.rows import Rows, packing_report
 from notus.model.attention import kernel_for
 from notus.model.adapter import export_adapter
-from notus.model.export import export_model
+from notus.model.export import export_model, read_generation_config
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
@@ -153,6 +153,7 @@ class Run:
                 target,
                 hf_config=self.model_config,
                 tokenizer=self.tokenizer,
+                generation_config=read_generation_config(self.model_folder),
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
             )
         self.say(f"finished: {target}")

@@ -1,0 +1,88 @@
+"""The entries as a user starts them: processes, exit codes, and who speaks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import read_metrics, settings, write_pairs
+from toys import assets_dir, toy_model_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _start(*words: str | Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, *(str(word) for word in words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("entry")
+    model, pairs = toy_model_folder(folder / "model"), write_pairs(folder / "pairs.jsonl", 8)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings(folder / "run", model, pairs)))
+    return path
+
+
+def test_two_ranks_by_torchrun_log_the_same_losses_as_plain_python(config_file: Path) -> None:
+    folder = config_file.parent
+    losses = []
+    for name, ranks in (("one", 0), ("two", 2)):
+        done = _start("train_dpo.py", config_file, f"--training.output_dir={folder / name}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        losses.append([line["loss"] for line in read_metrics(folder / name)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    again = _start("train_dpo.py", config_file, f"--training.output_dir={folder / 'one'}")
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(config_file: Path) -> None:
+    done = _start("train_dpo.py", config_file, "--dpo.betta=0.2")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "dpo.betta" in line
+    assert "did you mean 'beta'" in line
+
+
+def test_of_two_ranks_one_tells_the_mistake(config_file: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n{"prompt": "a", "chosen"\n')
+    done = _start("train_dpo.py", config_file, f"--data.train={bad}", f"--training.output_dir={tmp_path / 'run'}", ranks=2)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, done.stderr
+    assert "bad.jsonl" in told[0]
+    assert "2" in told[0]
+    assert "]: Traceback" not in done.stderr  # torchrun prints one of its own, the ranks none
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora.rank=4"]], ids=["full", "lora"])
+def test_real_pairs_on_a_real_model(lora: list[str], tmp_path: Path) -> None:
+    assets = assets_dir()
+    if assets is None:
+        pytest.skip("the optional test data is not here")
+    pairs = json.loads((assets / "preferences" / "dpo_en_demo.json").read_text())[:40]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    tree = settings(
+        tmp_path / "run", assets / "stories260K", tmp_path / "pairs.json", data__max_length=256,
+        data__max_prompt_length=128, data__eval_size=8, training__batch_size=8, training__tokens_per_row=2048,
+        training__learning_rate=1e-5, training__epochs=2,
+    )  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    done = _start("train_dpo.py", path, *lora)
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert lines[-1]["loss"] < 0.69
+    assert lines[-1]["eval_logps/chosen"] < 0
