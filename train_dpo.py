@@ -1,4 +1,4 @@
-"""Train with DPO: `python train_dpo.py CONFIG.yaml [--section.key=value ...]`, or the same under torchrun."""
+"""DPO: `python train_dpo.py CONFIG.yaml [--section.key=value ...]`, or the same under torchrun."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train with supervised fine-tuning: `python train_sft.py CONFIG.yaml [--section.key=value ...]`, or the same under torchrun."""
+"""Supervised fine-tuning: `python train_sft.py CONFIG.yaml [--section.key=value ...]`, or the same under torchrun."""
 
 import sys
 

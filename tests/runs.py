@@ -7,7 +7,22 @@ from typing import Any
 
 from notus.config import Config, config_from_dict
 
-WORDS = "the quick brown fox jumps over lazy dog sea poem answer question hello world".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "sea",
+    "poem",
+    "answer",
+    "question",
+    "hello",
+    "world",
+]
 
 
 def words(generator: random.Random, low: int, high: int) -> str:

@@ -57,7 +57,13 @@ def test_a_mistake_is_one_line_and_exit_code_1(config_file: Path) -> None:
 def test_of_two_ranks_one_tells_the_mistake(config_file: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n{"prompt": "a", "chosen"\n')
-    done = _start("train_dpo.py", config_file, f"--data.train={bad}", f"--training.output_dir={tmp_path / 'run'}", ranks=2)
+    done = _start(
+        "train_dpo.py",
+        config_file,
+        f"--data.train={bad}",
+        f"--training.output_dir={tmp_path / 'run'}",
+        ranks=2,
+    )
     assert done.returncode == 1
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1, done.stderr

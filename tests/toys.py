@@ -22,7 +22,9 @@ def assets_dir() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def toy_tokenizer(*, bos: bool = True, chat_template: str | None = None, vocab_size: int = 400) -> PreTrainedTokenizerFast:
+def toy_tokenizer(
+    *, bos: bool = True, chat_template: str | None = None, vocab_size: int = 400
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; `bos` decides whether its post-processor puts `<s>` in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,7 +72,9 @@ def toy_config(kind: str = "mistral", **overrides: object) -> transformers.PreTr
     return classes[kind](**{**settings, **overrides})
 
 
-def toy_model(kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **overrides: object) -> torch.nn.Module:
+def toy_model(
+    kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **overrides: object
+) -> torch.nn.Module:
     """A randomly initialised causal LM, its matrices scaled up so that its predictions are far from uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(toy_config(kind, **overrides), dtype=torch.float32)
@@ -81,7 +85,9 @@ def toy_model(kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **ove
     return model.eval()
 
 
-def toy_model_folder(folder: Path, kind: str = "mistral", *, bos: bool = True, seed: int = 0, **overrides: object) -> Path:
+def toy_model_folder(
+    folder: Path, kind: str = "mistral", *, bos: bool = True, seed: int = 0, **overrides: object
+) -> Path:
     """Write a toy model and its tokenizer to `folder` in Hugging Face layout."""
     toy_model(kind, seed=seed, **overrides).save_pretrained(folder)
     toy_tokenizer(bos=bos).save_pretrained(folder)

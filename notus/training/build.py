@@ -62,7 +62,10 @@ def build_policy(
     _check_attention(config, device, COMPUTE_DTYPES[precision])
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
-            config, attn_implementation=IMPLEMENTATION, dtype=torch.float32, trust_remote_code=trust_remote_code
+            config,
+            attn_implementation=IMPLEMENTATION,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
         )
     disable_dropout(causal_lm)
     if not trainable:

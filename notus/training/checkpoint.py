@@ -63,7 +63,9 @@ def save_checkpoint(
     try:
         dcp.save(_tensors(parameters, optimizer), storage_writer=writer)
     except dcp.CheckpointException as error:
-        raise OSError(f"cannot write the checkpoint {final}: {_causes(error)}; earlier checkpoints are whole") from error
+        raise OSError(
+            f"cannot write the checkpoint {final}: {_causes(error)}; earlier checkpoints are whole"
+        ) from error
     on_main(lambda: _publish(temporary, final, progress, type(optimizer).__name__))
     on_main(lambda: _drop_old(folder, keep))
     return final
@@ -109,7 +111,7 @@ def _tensors(
     parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name; makes the optimizer's state if no step has made it yet."""
-    moments = _MOMENTS[type(optimizer)]  # type: ignore[index]
+    moments = _MOMENTS[type(optimizer)]
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
@@ -163,6 +165,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no {_STATE_FILE}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error}): remove {path} to go on from the checkpoint before") from error
+        raise ValueError(
+            f"{file} is damaged ({error}): remove {path} to go on from the checkpoint before"
+        ) from error

@@ -185,10 +185,14 @@ def _with_reference(job: Run, config: Config, rows: Rows) -> Preferences:
     folder = Path(config.reference.cache_dir or Path(config.training.output_dir) / "reference")
 
     def pass_over(indices: np.ndarray) -> Tensor:
-        logps = score(job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device)
+        logps = score(
+            job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device
+        )
         job.say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
         return logps
 
     logps, read = reference_logps(pass_over, rows, key=key, digests=digests, folder=folder)
-    job.say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
+    job.say(
+        f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}"
+    )
     return Preferences(rows, logps)

@@ -109,7 +109,9 @@ class Trainer:
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
-        if progress.window_sums and rank() == 0:  # the sums of all ranks since the last line; one rank carries them
+        if (
+            progress.window_sums and rank() == 0
+        ):  # the sums of all ranks since the last line; one rank carries them
             self._sums += torch.tensor(progress.window_sums, dtype=torch.float64, device=device)
         self._seconds = 0.0
 
@@ -136,14 +138,20 @@ class Trainer:
 
     def _rows(self, indices: np.ndarray) -> Iterator[Batch]:
         return step_rows(
-            self.task.rows, indices, rank=rank(), world_size=world_size(), tokens_per_row=self.settings.tokens_per_row
+            self.task.rows,
+            indices,
+            rank=rank(),
+            world_size=world_size(),
+            tokens_per_row=self.settings.tokens_per_row,
         )
 
     def _step(self) -> tuple[float, float]:
         """One optimizer step; returns the gradient's norm before clipping and the learning rate used."""
         settings, step = self.settings, self.progress.step
         # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
-        torch.manual_seed(np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item())
+        torch.manual_seed(
+            np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item()
+        )
         indices = self.task.plan.indices(step)
         examples: list[tuple[Tensor, Tensor]] = []
         bad = torch.zeros((), device=self.device)
@@ -161,7 +169,10 @@ class Trainer:
         if settings.max_grad_norm is not None:
             clip_gradients(gradients, norm, settings.max_grad_norm)
         rate = settings.learning_rate * learning_rate_factor(
-            step, total_steps=settings.total_steps, warmup_steps=settings.warmup_steps, schedule=settings.lr_schedule
+            step,
+            total_steps=settings.total_steps,
+            warmup_steps=settings.warmup_steps,
+            schedule=settings.lr_schedule,
         )
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
@@ -192,7 +203,7 @@ class Trainer:
         return metrics
 
     def _global_sums(self) -> list[float]:
-        return sum_across_ranks(self._sums.clone()).tolist()  # type: ignore[no-any-return]
+        return sum_across_ranks(self._sums.clone()).tolist()
 
     def _save(self) -> None:
         self.progress.window_sums = self._global_sums()

@@ -19,7 +19,9 @@ from notus.model.policy import Policy
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool) -> Policy:
+def parallelize(
+    policy: Policy, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool
+) -> Policy:
     """Shard a policy in place, typically still on the meta device.
 
     Args:
@@ -64,4 +66,4 @@ def reshard(policy: nn.Module) -> None:
 
 
 def _checkpoint_forward(block: nn.Module) -> None:
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

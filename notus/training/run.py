@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from notus.config import Config, Task
 from notus.data.chat import check_vocabulary
-from notus.data.dataset import load_pairs, load_sft, split_holdout
+from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
 from notus.data.packing import StepPlan
 from notus.data.rows import Rows, packing_report
-from notus.model.attention import kernel_for
 from notus.model.adapter import export_adapter
+from notus.model.attention import kernel_for
 from notus.model.export import export_model, read_generation_config
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
@@ -30,7 +30,15 @@ from notus.training.loop import Settings, Trainer
 from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
 from notus.training.parallel import COMPUTE_DTYPES
-from notus.training.tracking import METRICS_FILE, MetricsFile, ProgressBar, Sink, TensorBoardSink, Tracker, WandbSink
+from notus.training.tracking import (
+    METRICS_FILE,
+    MetricsFile,
+    ProgressBar,
+    Sink,
+    TensorBoardSink,
+    Tracker,
+    WandbSink,
+)
 
 
 @dataclasses.dataclass
@@ -220,8 +228,9 @@ def load_rows(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) ->
         name: getattr(data, name)
         for name in ("max_length", "chat_template", "add_empty_system", "num_workers", "cache_dir")
     }
-    load = load_sft
+    load: Callable[..., tuple[datasets.Dataset, DropReport]] = load_sft
     if task == "dpo":
+        assert data.max_prompt_length is not None  # the config resolves it
         load = functools.partial(load_pairs, max_prompt_length=data.max_prompt_length)
 
     def read(name: str, source: Any) -> datasets.Dataset:

@@ -97,13 +97,19 @@ class TensorBoardSink:
 class ProgressBar:
     """A bar where there is a terminal, a line every few seconds where there is none."""
 
-    def __init__(self, *, total_steps: int, start_step: int, shown: Mapping[str, str], seconds_between: float = 5.0) -> None:
+    def __init__(
+        self, *, total_steps: int, start_step: int, shown: Mapping[str, str], seconds_between: float = 5.0
+    ) -> None:
         """`shown` maps a label to the metric that stands behind it."""
         self._shown = shown
         self._total, self._start, self._began = total_steps, start_step, time.monotonic()
         self._between, self._last = seconds_between, float("-inf")
         interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if interactive else None
+        self._bar = (
+            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+            if interactive
+            else None
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         figures = {label: f"{metrics[key]:.4g}" for label, key in self._shown.items() if key in metrics}
@@ -146,6 +152,8 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for sink in self._sinks:
             sink.close()

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from notus.training.distributed import process_group
 from runs import write_pairs
 from toys import toy_model_folder
+
+from notus.training.distributed import process_group
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from notus.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from torch import nn
+
+from notus.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 
 
 def _stepped(name: str, seed: int) -> tuple[list[tuple[str, nn.Parameter]], torch.optim.Optimizer]:

@@ -2,9 +2,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import config
+
 from notus.config import Config
 from notus.training.folder import Opening, open_folder
-from runs import config
 
 
 def _config(tmp_path: Path, **overrides: Any) -> Config:

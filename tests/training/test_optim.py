@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 import transformers
-from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor, local_gradients
+
+from notus.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    learning_rate_factor,
+    local_gradients,
+)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,19 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from notus.data.dataset import FEATURES
 from notus.data.rows import Rows
 from notus.training import reference
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
-from safetensors.torch import load_file, save_file
 
 
 def _rows(count: int = 5) -> Rows:
-    table = [{"trunk": [1, 5], "branches": [[6 + i, 2], [7, 8, 2]], "loss_mask": [[1, 1], [1, 1, 1]]} for i in range(count)]
+    table = [
+        {"trunk": [1, 5], "branches": [[6 + i, 2], [7, 8, 2]], "loss_mask": [[1, 1], [1, 1, 1]]}
+        for i in range(count)
+    ]
     return Rows(datasets.Dataset.from_list(table, features=FEATURES))
 
 
@@ -32,7 +36,9 @@ def _key(rows: Rows) -> ReferenceKey:
     return ReferenceKey("weights", digest_of_rows(rows.digests()), "fp32", "sdpa")
 
 
-def _call(score: _Scorer, rows: Rows, folder: Path, key: ReferenceKey | None = None) -> tuple[torch.Tensor, bool]:
+def _call(
+    score: _Scorer, rows: Rows, folder: Path, key: ReferenceKey | None = None
+) -> tuple[torch.Tensor, bool]:
     return reference_logps(score, rows, key=key or _key(rows), digests=rows.digests(), folder=folder)
 
 
@@ -82,14 +88,13 @@ def test_an_interrupted_pass_goes_on_part_by_part(
     torch.testing.assert_close(logps[:, 0], -torch.arange(5.0))
 
 
-def test_a_part_of_other_rows_is_not_used(
-    tmp_path: Path, device: torch.device
-) -> None:
+def test_a_part_of_other_rows_is_not_used(tmp_path: Path, device: torch.device) -> None:
     rows = _rows()
     parts = tmp_path / f"{_key(rows).name}.parts"
     parts.mkdir()
     save_file(
-        {"logps": torch.zeros(5, 2), "digests": torch.zeros(5, 16, dtype=torch.uint8)}, parts / "000000000.safetensors"
+        {"logps": torch.zeros(5, 2), "digests": torch.zeros(5, 16, dtype=torch.uint8)},
+        parts / "000000000.safetensors",
     )
     score = _Scorer()
     _call(score, rows, tmp_path)

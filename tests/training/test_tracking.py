@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from notus.training.tracking import MetricsFile, ProgressBar, TensorBoardSink, Tracker, WandbSink
 
 
@@ -23,7 +24,9 @@ def test_resuming_drops_the_steps_that_are_taken_again(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar(total_steps=3, start_step=0, shown={"loss": "loss", "margin": "rewards/margins"}, seconds_between=60)
+    bar = ProgressBar(
+        total_steps=3, start_step=0, shown={"loss": "loss", "margin": "rewards/margins"}, seconds_between=60
+    )
     for step in (1, 2, 3):
         bar.log(step, {"loss": step / 10, "rewards/margins": 2.0})
     bar.close()
