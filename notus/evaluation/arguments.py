@@ -1,0 +1,41 @@
+"""Command-line arguments that the commands of this package share; importing this starts no torch."""
+
+import argparse
+import math
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and how it is computed and prompted."""
+    parser.add_argument(
+        "model", metavar="MODEL_OR_RUN", help="a model's, an adapter's or a run's folder, or a hub id"
+    )
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
+    parser.add_argument(
+        "--chat-template",
+        metavar="TEMPLATE",
+        help="'zephyr' or a .jinja file (default: the run's, or the tokenizer's own)",
+    )
+    parser.add_argument(
+        "--add-empty-system",
+        action=argparse.BooleanOptionalAction,
+        help="an empty system turn before conversations without one (default: as the run did, or none)",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+
+
+def count(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value

@@ -1,0 +1,170 @@
+"""`python -m notus export`: a run's model for others, as a Hugging Face folder or a PEFT adapter.
+
+A finished run gives its final model, an unfinished one that of its newest checkpoint. All happens on the CPU,
+in one process.
+"""
+
+import argparse
+import functools
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_DEFAULT_SHARD = 5 * 10**9
+
+Settings = dict[str, dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder (training.output_dir)")
+    parser.add_argument("out", metavar="OUT", help="the folder to write: new, or empty")
+    parser.add_argument("--merge", action="store_true", help="merge a LoRA run's adapter into its base model")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="of the weights (default: the run's precision)"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="most bytes of a weights file, say 500MB (default: 5GB)",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export as `args` say, return 0. Raises ValueError or OSError with a message for the user."""
+    from notus.evaluation.models import is_run, read_run_settings
+    from notus.training.distributed import process_group
+    from notus.training.folder import CONFIG_FILE, MODEL
+
+    run_folder, out = Path(args.run_folder), Path(args.out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("export works in one process: leave torchrun out")
+    if not is_run(run_folder):
+        raise ValueError(
+            f"{run_folder}: no run's folder, it has no {CONFIG_FILE}; name a training.output_dir"
+        )
+    settings = read_run_settings(run_folder)
+    adapter = bool(settings.get("lora", {}).get("rank"))
+    _check(args, adapter, final=run_folder / MODEL)
+    with process_group():
+        if (run_folder / MODEL).is_dir() and adapter and not args.merge:
+            _copy(run_folder / MODEL, out)
+        else:
+            _write(args, settings, *_load(args, settings, run_folder))
+    print(f"wrote {out}")
+    return 0
+
+
+def _check(args: argparse.Namespace, adapter: bool, final: Path) -> None:
+    out = Path(args.out)
+    if args.merge and not adapter:
+        raise ValueError(f"{args.run_folder}: a full fine-tuning run has nothing to merge; leave --merge out")
+    if adapter and not args.merge and (args.dtype or args.max_shard_size):
+        raise ValueError(
+            "--dtype and --max-shard-size have no effect on an adapter, which is one fp32 file: add --merge, "
+            "or leave them out"
+        )
+    if out.resolve() == final.resolve():
+        raise ValueError(f"{out}: is where the run itself puts its final model; name another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and is not empty; name a new folder, or remove it first")
+
+
+def _copy(source: Path, out: Path) -> None:
+    """A finished adapter is already in PEFT's layout."""
+    from notus.model.publish import NewFolder
+
+    new = NewFolder(out, markers=set())
+    new.write(lambda partial: shutil.copytree(source, partial, dirs_exist_ok=True))
+    new.publish()
+
+
+def _load(
+    args: argparse.Namespace, settings: Settings, run_folder: Path
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The run's final model, its adapter merged; or the model of its newest checkpoint."""
+    import torch
+
+    from notus.model.export import load_causal_lm
+    from notus.training.checkpoint import latest_checkpoint
+    from notus.training.folder import CHECKPOINTS, MODEL
+
+    load = functools.partial(load_causal_lm, device="cpu", trust_remote_code=args.trust_remote_code)
+    if (run_folder / MODEL).is_dir():
+        return load(run_folder / MODEL, dtype=_dtype(args, settings))
+    checkpoint = latest_checkpoint(run_folder / CHECKPOINTS)
+    if checkpoint is None:
+        raise ValueError(f"{run_folder}: the run has not finished and has no checkpoint yet; train it first")
+    print(f"the run has not finished: exporting {checkpoint}", flush=True)
+    causal_lm, tokenizer = load(settings["model"]["name_or_path"], dtype=torch.float32)
+    _fill(causal_lm, settings, checkpoint)
+    return causal_lm, tokenizer
+
+
+def _fill(causal_lm: "PreTrainedModel", settings: Settings, checkpoint: Path) -> None:
+    """Give the base model the weights, or the adapter, of a checkpoint."""
+    from notus.model.lora import inject_lora
+    from notus.model.policy import Policy
+    from notus.training.checkpoint import load_checkpoint
+    from notus.training.optim import build_optimizer
+
+    if settings["lora"]["rank"]:
+        inject_lora(causal_lm, **settings["lora"])
+    policy = Policy(causal_lm)  # checkpoints have its names
+    optimizer = build_optimizer(
+        policy.parameters(), name=settings["training"]["optimizer"], learning_rate=0.0, weight_decay=0.0
+    )
+    load_checkpoint(checkpoint, policy.named_parameters(), optimizer)
+
+
+def _write(
+    args: argparse.Namespace,
+    settings: Settings,
+    causal_lm: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> None:
+    from notus.model.adapter import export_adapter
+    from notus.model.export import export_model
+    from notus.model.lora import lora_layers, merge_lora
+
+    if lora_layers(causal_lm) and not args.merge:
+        export_adapter(
+            causal_lm,
+            args.out,
+            base_model_name_or_path=settings["model"]["name_or_path"],
+            tokenizer=tokenizer,
+        )
+        return
+    merge_lora(causal_lm)
+    export_model(
+        causal_lm,
+        args.out,
+        hf_config=causal_lm.config,
+        tokenizer=tokenizer,
+        dtype=_dtype(args, settings),
+        max_shard_bytes=args.max_shard_size or _DEFAULT_SHARD,
+    )
+
+
+def _dtype(args: argparse.Namespace, settings: Settings) -> Any:
+    from notus.training.parallel import COMPUTE_DTYPES
+
+    return COMPUTE_DTYPES[args.dtype or settings["training"]["precision"]]
+
+
+def _size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or "123456", for argparse."""
+    match = re.fullmatch(r"(\d+)([KMG]B)?", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[match[2] or ""]

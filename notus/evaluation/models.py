@@ -1,0 +1,72 @@
+"""What MODEL_OR_RUN stands for: a model, an adapter on its base, or a run's result, with its settings."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from notus.model.adapter import ADAPTER_CONFIG, read_adapter_settings
+from notus.model.weights import find_folder, resolve_model_folder
+from notus.training.folder import CONFIG_FILE, MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model's weights are.
+
+    Attributes:
+        name: as the user wrote it.
+        folder: a model's folder, or an adapter's.
+        base: of an adapter, the model that it adapts, as its config names it; None for a full model.
+        settings: a run's settings by section; empty for anything but a run.
+    """
+
+    name: str
+    folder: Path
+    base: str | None = None
+    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def choose(self, given: Any, key: str, default: Any) -> Any:
+        """What the user gave; else what the run's setting `section.name` says; else `default`."""
+        if given is not None:
+            return given
+        section, name = key.split(".")
+        value = self.settings.get(section, {}).get(name)
+        return default if value is None else value
+
+
+def find_source(name: str) -> ModelSource:
+    """Find a model, an adapter or a finished run. Raises ValueError, naming the folder, if it is none."""
+    folder = find_folder(name)
+    settings: Mapping[str, Mapping[str, Any]] = {}
+    if is_run(folder):
+        settings, run, folder = read_run_settings(folder), folder, folder / MODEL
+        if not folder.is_dir():
+            raise ValueError(
+                f"{run}: the run has not finished, so it has no {MODEL}/; let it finish, or write its newest "
+                f"checkpoint out with `python -m notus export {name} OUT`"
+            )
+    if (folder / ADAPTER_CONFIG).is_file():
+        return ModelSource(name, folder, read_adapter_settings(folder)["base_model_name_or_path"], settings)
+    return ModelSource(name, resolve_model_folder(folder), None, settings)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training run's."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
+    """A run's resolved settings, by section. Raises ValueError, naming the file, if they cannot be read."""
+    path = run / CONFIG_FILE
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML ({error}); restore the file") from error
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise ValueError(
+            f"{path}: not the settings of a run; restore the file, or name the model's own folder"
+        )
+    return settings

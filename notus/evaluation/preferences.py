@@ -1,0 +1,156 @@
+"""Does a model prefer the chosen completions? Accuracy and margins on pairs, alone or against a base."""
+
+import gc
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from notus.data.chat import check_vocabulary
+from notus.data.rows import Rows
+from notus.evaluation.models import ModelSource
+from notus.losses import dpo_loss
+from notus.model.adapter import load_adapter, read_adapter_settings
+from notus.model.policy import Policy
+from notus.model.weights import resolve_model_folder
+from notus.training.build import Adapter, build_policy, read_model_config
+from notus.training.distributed import main_first, say
+from notus.training.scoring import score_all
+
+DEFAULT_TOKENS_PER_ROW = 4096
+
+
+def score_model(
+    source: ModelSource,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    precision: str,
+    tokens_per_row: int | None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> Tensor:
+    """Completion log-probs under a model, which is loaded, sharded, for this and freed again; collective.
+
+    Args:
+        source: the model, or an adapter, which is put on its base.
+        rows: tokenised pairs.
+        tokenizer: what made the rows; its ids must fit the model's vocabulary.
+        precision: "bf16" or "fp32".
+        tokens_per_row: the most tokens of a packed row; None: 4096, or the longest pair's.
+        device: this rank's device.
+        trust_remote_code: run model code that comes with the folder.
+
+    Returns:
+        fp32 [n, K] on the host, in nats.
+
+    Raises:
+        ValueError: a model that cannot be loaded, rows that do not fit, log-probs that are not finite.
+    """
+    longest = int(rows.lengths.max())
+    if tokens_per_row is not None and tokens_per_row < longest:
+        raise ValueError(
+            f"--tokens-per-row {tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
+            "or lower --max-length"
+        )
+    policy = _build(source, tokenizer, precision, device, trust_remote_code)
+    logps = score_all(
+        policy,
+        rows,
+        tokens_per_row=tokens_per_row or max(DEFAULT_TOKENS_PER_ROW, longest),
+        device=device,
+        on_part=lambda done, total: say(f"{source.name}: {done}/{total} pairs"),
+    )
+    del policy
+    _free_memory()
+    bad = torch.nonzero(~torch.isfinite(logps).all(dim=1)).flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{source.name}: log-probs are not finite for kept rows {bad[:10]} ({len(bad)} in all); check "
+            "the weights, or use --precision fp32"
+        )
+    return logps
+
+
+def _build(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: str,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> Policy:
+    folder: Path = main_first(lambda: resolve_model_folder(source.base or source.folder))
+    config = read_model_config(folder, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, config.vocab_size)
+    policy = build_policy(
+        folder,
+        config,
+        device=device,
+        precision=precision,
+        adapter=_adapter(source.folder) if source.base else None,
+        trainable=False,
+        trust_remote_code=trust_remote_code,
+    )
+    if source.base:
+        load_adapter(policy.causal_lm, source.folder)  # type: ignore[arg-type]
+    return policy
+
+
+def _adapter(folder: Path) -> Adapter:
+    settings = read_adapter_settings(folder)
+    return Adapter(
+        rank=settings["r"],
+        alpha=settings["lora_alpha"],
+        dropout=settings["lora_dropout"],
+        target_modules=settings["target_modules"],
+        rslora=settings["use_rslora"],
+    )
+
+
+def _free_memory() -> None:
+    """Give back what the model held: FSDP's state and its modules refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def preference_metrics(
+    policy: Tensor, base: Tensor | None, lengths: Tensor, *, beta: float | None
+) -> dict[str, float]:
+    """Means over pairs of what a model makes of the chosen and the rejected completions.
+
+    Args:
+        policy: [n, 2] summed log-probs of (chosen, rejected) under the model, in nats.
+        base: [n, 2] the same under the base; None: there is none.
+        lengths: [n, 2] completion tokens.
+        beta: the scale of the rewards; None without a base.
+
+    Returns:
+        For each measure `<measure>/chosen`, `/rejected`, `/margins` (chosen - rejected) and `/accuracies`
+        (share of pairs with a positive margin, a tie counting half). The measures are `logps` (summed),
+        `logps_per_token` and, with a base, `rewards`, β·(policy - base), beside which stands `loss`, the mean
+        sigmoid DPO loss.
+    """
+    policy = policy.double()
+    measures = {"logps": policy, "logps_per_token": policy / lengths}
+    metrics: dict[str, float] = {}
+    if base is not None:
+        assert beta is not None, "rewards need a beta"
+        losses, chosen, rejected = dpo_loss(*policy.unbind(1), *base.double().unbind(1), beta=beta)
+        metrics["loss"] = losses.mean().item()
+        measures = {"rewards": torch.stack([chosen, rejected], dim=1), **measures}
+    for name, values in measures.items():
+        metrics.update(_compare(name, values))
+    return metrics
+
+
+def _compare(name: str, values: Tensor) -> dict[str, float]:
+    chosen, rejected = values.unbind(1)
+    margins = chosen - rejected
+    return {
+        f"{name}/chosen": chosen.mean().item(),
+        f"{name}/rejected": rejected.mean().item(),
+        f"{name}/margins": margins.mean().item(),
+        f"{name}/accuracies": (0.5 * (1 + margins.sign())).mean().item(),
+    }

@@ -1,0 +1,97 @@
+"""Prompts from a file: which key holds them, and whether a string is a user turn or a text to go on from."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from notus.data.chat import Message, Turns
+from notus.data.curate import read_file
+from notus.data.records import normalize
+
+KEYS = ("prompt", "messages", "conversations", "instruction")
+RESULTS = ("completion", "completions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt to complete.
+
+    Attributes:
+        place: where it stands, for errors.
+        row: the entry as it was read.
+        turns: messages that end before the answer, or a text to continue.
+    """
+
+    place: str
+    row: dict[str, Any]
+    turns: Turns
+
+
+def read_prompts(path: Path, *, strings_are_turns: bool, system: str | None = None) -> list[Prompt]:
+    """Read a .txt file, one prompt a line, or a .jsonl or .json file of objects with one of `KEYS`.
+
+    Args:
+        path: the file.
+        strings_are_turns: a string is the user's turn; False: a text to continue.
+        system: text of a system turn for conversations without one.
+
+    Raises:
+        ValueError: naming file and line, for what is no prompt, and for a file without any.
+    """
+    prompts = []
+    for place, row in _rows(path):
+        value, turns = _read(row, place)
+        if isinstance(value, str) and not strings_are_turns:
+            prompts.append(Prompt(place, row, value))
+            continue
+        if system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        prompts.append(Prompt(place, row, turns))
+    if not prompts:
+        raise ValueError(f"{path}: the file holds no prompts; give at least one")
+    return prompts
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; check the path")
+    if path.suffix in (".jsonl", ".json"):
+        yield from read_file(path)
+        return
+    if path.suffix != ".txt":
+        raise ValueError(f"{path}: prompts are read from .txt, .jsonl and .json files; convert it")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{path}, line {number}", {"prompt": line.removesuffix("\r")}
+
+
+def _read(row: Any, place: str) -> tuple[Any, list[Message]]:
+    """A row's prompt as it stands there, and as messages."""
+    key = next((key for key in KEYS if key in row), None) if isinstance(row, dict) else None
+    if key is None:
+        raise ValueError(f"{place}: holds no prompt; give an object with one of the keys {', '.join(KEYS)}")
+    taken = [name for name in RESULTS if name in row]
+    if taken:
+        raise ValueError(f"{place}: has a key {taken[0]!r}, which the result would replace; rename it")
+    return row[key], _messages(row[key], key, place)
+
+
+def _messages(value: Any, key: str, place: str) -> list[Message]:
+    """Checked messages; a last assistant turn is the answer to write anew, so it is left out."""
+    answered = {"prompt": value, "completion": [{"role": "assistant", "content": ""}]}
+    try:
+        messages = normalize(answered, "sft").prompt
+    except ValueError as error:
+        told = str(error).replace("key 'prompt'", f"key '{key}'")
+        raise ValueError(f"{place}: {told}") from error
+    assert not isinstance(messages, str)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError(f"{place}: key '{key}' holds an answer alone; give the turns before it")
+    return messages

@@ -1,0 +1,72 @@
+"""The commands on two ranks under torchrun give what one process gives, and tell a mistake once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from notus.__main__ import main
+
+# One process group for all the commands: starting the ranks costs more than what they do.
+WORKER = """
+import contextlib, json, sys
+from notus.__main__ import main
+from notus.training import distributed
+
+with distributed.process_group() as device:
+    distributed.process_group = lambda: contextlib.nullcontext(device)
+    codes = [main(command) for command in json.loads(sys.argv[1])]
+assert codes == [0, 0, 1], codes
+"""
+
+
+def torchrun(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [*command, str(script), json.dumps(commands)],
+        env={**os.environ, **own, "HF_DATASETS_CACHE": str(folder / "datasets")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the quick\na\nwrite a poem about the sea\nhello world\ndog\n")
+
+    def commands(ending):
+        draw = ["--temperature", "2", "--batch-size", "2", "--max-new-tokens", "6"]
+        return [
+            [
+                "evaluate",
+                str(lora_run),
+                "--pairs",
+                str(pairs_file),
+                "--output",
+                str(tmp_path / f"{ending}.json"),
+            ],
+            ["generate", str(lora_run), str(prompts), str(tmp_path / f"{ending}.jsonl"), *draw],
+            ["evaluate", str(lora_run), "--pairs", str(tmp_path / "none.jsonl")],
+        ]
+
+    done = torchrun(tmp_path, commands("two"))
+    assert done.returncode == 0, done.stderr
+    assert [main(command) for command in commands("one")] == [0, 0, 1]
+    alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    numbers = {key for key, value in alone.items() if isinstance(value, float)}
+    assert len(numbers) > 10
+    for key in numbers:
+        assert together[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    assert done.stdout.count("sigmoid loss") == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "none.jsonl" in errors[0]

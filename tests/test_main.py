@@ -1,0 +1,89 @@
+"""`python -m notus`: commands are found and named, mistakes are told in a line, help starts no torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import settings, write_pairs
+from toys import toy_model_folder
+
+from notus import __main__ as entry
+from notus.config import config_from_dict, save_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", entry.HELP)
+def test_every_command_answers_for_help(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        entry.main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"python -m notus {name}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        entry.main(["--help"])
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("demo", "curate", "reference", "evaluate", "generate", "export"))
+
+
+@pytest.mark.parametrize("command", [[], ["curate"], ["reference"], ["evaluate"], ["generate"], ["export"]])
+def test_help_starts_no_torch(command):
+    code = (
+        "import sys, contextlib\nfrom notus.__main__ import main\n"
+        f"with contextlib.suppress(SystemExit): main({[*command, '--help']!r})\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["evalute"], "there is no command 'evalute'; did you mean evaluate?"),
+        (["zzz"], "choose from demo, curate"),
+        ([], "required: COMMAND"),
+        (["export"], "required: RUN, OUT"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_exits_2(capsys, argv, told):
+    with pytest.raises(SystemExit) as caught:
+        entry.main(argv)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_other_ranks_leave_the_telling_to_the_first(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        entry.main(["evalute"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_users_mistake_is_one_line(tmp_path, capsys):
+    assert entry.main(["curate", str(tmp_path / "none.jsonl"), str(tmp_path / "out.jsonl")]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+
+
+def test_reference_fills_the_cache_alone(tmp_path, capsys):
+    model = toy_model_folder(tmp_path / "model")
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 6)
+    capsys.readouterr()
+    tree = settings(tmp_path / "run", model, pairs)
+    save_config(config_from_dict(tree, "dpo"), tmp_path / "config.yaml")
+    command = ["reference", str(tmp_path / "config.yaml"), f"--reference.cache_dir={tmp_path / 'cache'}"]
+    assert entry.main(command) == 0
+    assert "6 rows written to" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    assert not (tmp_path / "run").exists()
+    assert entry.main(command) == 0
+    assert "6 rows read from" in capsys.readouterr().out
+    assert entry.main([*command, "--data.max_lenght=3"]) == 1
+    assert "max_length" in capsys.readouterr().err
