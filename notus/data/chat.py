@@ -39,10 +39,11 @@ Turns = list[Message] | str  # a string is plain text, for which no template is 
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, and the character ranges [start, end) that are learned."""
+    """A conversation as text, the character ranges [start, end) that are learned, and whether a template made it."""
 
     text: str
     spans: list[tuple[int, int]]
+    templated: bool = False
 
 
 class Encoded(NamedTuple):
@@ -149,7 +150,7 @@ class ChatEncoder:
         if not closed:
             text += self.eos
             spans[-1] = (starts[-1], len(text))
-        return Rendered(text, spans)
+        return Rendered(text, spans, templated=True)
 
     def _turn_start(self, messages: list[Message], turn: int, whole: str) -> int:
         """Where the answer begins in `whole`: behind its prompt as rendered alone."""

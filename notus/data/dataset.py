@@ -33,8 +33,8 @@ FEATURES = datasets.Features(
 )
 BATCH_ROWS = 500  # rows tokenised at a time; a worker's memory is some of these
 
-# What befell a row, as bits: cut at either end and kept, or dropped.
-PROMPT_CUT, COMPLETION_CUT, EMPTY, CUT_AWAY, IDENTICAL = 1, 2, 4, 8, 16
+# What befell a row, as bits: cut at either end and kept, or dropped; and whether a kept one is in the chat format.
+PROMPT_CUT, COMPLETION_CUT, EMPTY, CUT_AWAY, IDENTICAL, TEMPLATED = 1, 2, 4, 8, 16, 32
 DROPPED = {
     EMPTY: "empty completion",
     CUT_AWAY: "completion cut away by max_length",
@@ -50,12 +50,14 @@ class DropReport:
         read: rows read, before weights and the split.
         dropped: rows per reason, reasons that occurred only.
         prompts_cut, completions_cut: kept rows that lost tokens of the prompt, or of a completion.
+        templated: kept rows that a chat template rendered; the others are plain text.
     """
 
     read: int = 0
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     prompts_cut: int = 0
     completions_cut: int = 0
+    templated: int = 0
 
     @property
     def kept(self) -> int:
@@ -69,6 +71,7 @@ class DropReport:
             {reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0) for reason in reasons},
             self.prompts_cut + other.prompts_cut,
             self.completions_cut + other.completions_cut,
+            self.templated + other.templated,
         )
 
     def __str__(self) -> str:
@@ -163,20 +166,23 @@ def truncate(
 ) -> tuple[list[Encoded], int]:
     """Cut a row's conversations to `max_length` tokens each; also the bits that say what was cut.
 
-    If the longest is too long, first the prompt keeps its last `max_prompt_length` tokens, in all
-    conversations the same (None: the prompt is left); BOS goes with the rest, as in the original (TRL's
-    `keep_end`). Then what is still beyond `max_length` is cut at the end, EOS with it. The original cut
-    completions to max_length - max_prompt_length even after a shorter prompt; here they get the room that the
-    prompt leaves.
+    As the original's (TRL's `keep_end`): if the longest is too long, first the prompt keeps its last
+    `max_prompt_length` tokens, in all conversations the same; BOS goes with the rest. If the longest is still too
+    long, every completion is cut to max_length - max_prompt_length tokens, EOS with the rest; so a prompt shorter
+    than max_prompt_length leaves room unused. `max_prompt_length=None`: only the end is cut, to max_length.
     """
     if max(len(item.ids) for item in encoded) <= max_length:
         return list(encoded), 0
     prompts = [_prompt_length(item) for item in encoded]
     excess = 0 if max_prompt_length is None else max(0, max(prompts) - max_prompt_length)
+    starts = [min(excess, prompt - 1) for prompt in prompts]  # the first token learned needs one before it
+    too_long = max(len(item.ids) - start for item, start in zip(encoded, starts, strict=True)) > max_length
     cut = []
-    for item, prompt in zip(encoded, prompts, strict=True):
-        start = min(excess, prompt - 1)  # the first token learned needs one before it
-        cut.append(Encoded(item.ids[start : start + max_length], item.mask[start : start + max_length]))
+    for item, start, prompt in zip(encoded, starts, prompts, strict=True):
+        end = len(item.ids)
+        if too_long:
+            end = max_length if max_prompt_length is None else prompt + max_length - max_prompt_length
+        cut.append(Encoded(item.ids[start:end], item.mask[start:end]))
     shortened = any(a.mask.sum() < b.mask.sum() for a, b in zip(cut, encoded, strict=True))
     return cut, (PROMPT_CUT if excess else 0) | (COMPLETION_CUT if shortened else 0)
 
@@ -219,7 +225,11 @@ class _Tokenize:
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pa.Table:
         rows = [self._render(place, row) for place, row in read_rows(self.source, batch, indices)]
         encoded = iter(self.rule.encoder.tokenize([text for row in rows for text in row]))
-        return _table([self._finish([next(encoded) for _ in row]) for row in rows])
+        done = []
+        for row in rows:
+            kept, outcome = self._finish([next(encoded) for _ in row])
+            done.append((kept, outcome | TEMPLATED if kept and row[0].templated else outcome))
+        return _table(done)
 
     def _render(self, place: str, row: Any) -> list[Rendered]:
         """The texts of a row's conversations; none if a completion is empty."""
@@ -316,9 +326,10 @@ def _drop(tokenized: datasets.Dataset) -> tuple[datasets.Dataset, DropReport]:
         dropped={reason: count for reason, count in dropped.items() if count},
         prompts_cut=int((outcomes & PROMPT_CUT > 0).sum()),
         completions_cut=int((outcomes & COMPLETION_CUT > 0).sum()),
+        templated=int((outcomes & TEMPLATED > 0).sum()),
     )
     rows = tokenized.remove_columns("outcome")
-    return rows if not report.dropped else rows.select(np.flatnonzero(outcomes < EMPTY)), report
+    return rows if not report.dropped else rows.select(np.flatnonzero(~np.isin(outcomes, list(DROPPED)))), report
 
 
 def _weighted(rows: datasets.Dataset, part: Part, seed: int) -> datasets.Dataset:

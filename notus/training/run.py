@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from notus.config import Config, Task
-from notus.data.chat import check_vocabulary
+from notus.data.chat import check_vocabulary, resolve_template
 from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
 from notus.data.packing import StepPlan
 from notus.data.rows import Rows, packing_report
@@ -222,7 +222,10 @@ def _build(config: Config, task: Task, device: torch.device, checkpoint: Path | 
 
 
 def load_rows(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
-    """Tokenised training rows and, if the config has any, evaluation rows; collective, rank 0 fills the cache."""
+    """Tokenised training rows and, if the config has any, evaluation rows; collective, rank 0 fills the cache.
+
+    Gives `tokenizer` the chat template that rendered the rows, if one did.
+    """
     data, seed = config.data, config.training.seed
     options: dict[str, Any] = {
         name: getattr(data, name)
@@ -236,6 +239,8 @@ def load_rows(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) ->
     def read(name: str, source: Any) -> datasets.Dataset:
         dataset, report = distributed.main_first(lambda: load(source, tokenizer, seed=seed, **options))
         distributed.say(f"{name} {report}")
+        if report.templated:  # the format that was learned leaves with the model
+            tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)
         return dataset
 
     train = read("train", data.train)

@@ -135,9 +135,10 @@ class TestTruncation:
         assert as_lists(cut) == [[2, 3, 7, 7, 7], [2, 3, 8, 9]]
         assert outcome == PROMPT_CUT | COMPLETION_CUT
 
-    def test_completion_has_the_room_that_a_short_prompt_leaves(self) -> None:
+    def test_a_short_prompt_leaves_room_unused(self) -> None:
+        # as the original: completions are cut to 6 - 3 tokens, whatever the prompt's length
         cut, outcome = truncate([encoded([1], [7] * 9), encoded([1], [8])], 6, 3)
-        assert as_lists(cut) == [[1, 7, 7, 7, 7, 7], [1, 8]]
+        assert as_lists(cut) == [[1, 7, 7, 7], [1, 8]]
         assert outcome == COMPLETION_CUT
 
     def test_prompts_of_unequal_tokens_lose_the_same_tokens(self) -> None:
@@ -383,12 +384,12 @@ def test_real_pairs_load_whole(name: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets / name)
     path = assets / "preferences" / "dpo_en_demo.json"
     rows, report = load_pairs(path, tokenizer, max_length=1024, max_prompt_length=512)
-    assert (len(rows), report.dropped) == (300, {})
+    assert (len(rows), report.dropped, report.templated) == (300, {}, 300)
     for row in rows:
         lengths = [len(row["trunk"]) + len(branch) for branch in row["branches"]]
         assert max(lengths) <= 1024
-        for branch, mask, length in zip(row["branches"], row["loss_mask"], lengths, strict=True):
+        for branch, mask in zip(row["branches"], row["loss_mask"], strict=True):
             assert len(branch) == len(mask)
-            assert (branch[-1] == EOS_ID) or length == 1024
+            assert (branch[-1] == EOS_ID) or sum(mask) == 512
             assert mask == sorted(mask)  # one completion, at the end
             assert 1 in mask

@@ -235,6 +235,18 @@ def test_the_nll_term_is_a_token_mean_over_the_step(tmp_path: Path, model_folder
     assert line["loss"] == pytest.approx(math.log(2) + 0.5 * total / tokens, rel=1e-5)
 
 
+def test_the_chat_format_leaves_with_the_model(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    chats.write_text(json.dumps({"prompt": [{"role": "user", "content": "hello"}], **sides}) + "\n")
+    for name, data in (("chat", chats), ("text", pairs_file)):
+        dpo.run(config("dpo", tmp_path / name, model_folder, data, training__max_steps=1))
+    chat, text = (AutoTokenizer.from_pretrained(tmp_path / name / "model") for name in ("chat", "text"))
+    rendered = chat.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert rendered == "<|user|>\nhi</s>\n<|assistant|>\n"
+    assert text.chat_template is None
+
+
 def test_a_sweep_fills_the_reference_once(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     shared = tmp_path / "reference"
     for number, overrides in enumerate(
