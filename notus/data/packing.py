@@ -1,9 +1,9 @@
 """Rows to steps to packed batches.
 
-A *step plan* says which examples an optimizer step sees; it depends on the data, the batch size and the seed, never
-on the number of ranks. Within a step, `deal` gives every rank the same number of rows, each at most `tokens_per_row`
-long, and `collate` lays the examples of one row end to end: `[trunk branch_1 ... branch_K][trunk ...]...`, without
-padding.
+A *step plan* says which examples an optimizer step sees; it depends on the data, the batch size and the seed,
+never on the number of ranks. Within a step, `deal` gives every rank the same number of rows, each at most
+`tokens_per_row` long, and `collate` lays the examples of one row end to end:
+`[trunk branch_1 ... branch_K][trunk ...]...`, without padding.
 """
 
 import dataclasses
@@ -36,7 +36,10 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """Step s takes the next `batch_size` examples of its epoch's seeded permutation; an epoch's last step may be short."""
+    """Step s takes the next `batch_size` examples of its epoch's seeded permutation.
+
+    An epoch's last step may be short.
+    """
 
     num_examples: int
     batch_size: int
@@ -50,8 +53,10 @@ class StepPlan:
     def indices(self, step: int) -> np.ndarray:
         """Dataset rows of step `step` (counted from 0 over all epochs), int64 [<= batch_size]."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.num_examples, self.seed, epoch) if self.shuffle else np.arange(self.num_examples)
-        return order[within * self.batch_size : (within + 1) * self.batch_size]
+        first = within * self.batch_size
+        if not self.shuffle:
+            return np.arange(first, min(first + self.batch_size, self.num_examples))
+        return _permutation(self.num_examples, self.seed, epoch)[first : first + self.batch_size]
 
 
 @functools.lru_cache(maxsize=2)
@@ -70,17 +75,28 @@ def _spread(lengths: Sequence[int], order: Sequence[int], num_bins: int) -> list
     return bins
 
 
-def _rows_of_rank(lengths: Sequence[int], items: Sequence[int], num_rows: int, limit: int) -> list[list[int]] | None:
+def _rows_of_rank(
+    lengths: Sequence[int], items: Sequence[int], num_rows: int, limit: int
+) -> list[list[int]] | None:
     rows = _spread(lengths, items, num_rows)
     fits = all(sum(lengths[item] for item in row) <= limit for row in rows)
     return rows if fits else None
 
 
+def check_fits(longest: int, tokens_per_row: int) -> None:
+    """Raises ValueError if an example of `longest` tokens does not fit into a row."""
+    if longest > tokens_per_row:
+        raise ValueError(
+            f"training.tokens_per_row={tokens_per_row} is less than the longest example ({longest} tokens): "
+            f"set training.tokens_per_row to at least {longest}, or lower data.max_length"
+        )
+
+
 def deal(lengths: Sequence[int], world_size: int, tokens_per_row: int) -> list[list[list[int]]]:
     """Deal a step's examples to ranks and rows.
 
-    Longest first, to the lightest rank; then, within a rank, to the lightest of its rows. Every rank gets the same
-    number of rows, the smallest number that keeps each row within `tokens_per_row`; a row may be empty.
+    Longest first, to the lightest rank; then, within a rank, to the lightest of its rows. Every rank gets the
+    same number of rows, the fewest that keep each within `tokens_per_row`; a row may be empty.
 
     Args:
         lengths: tokens of each example of the step (trunk and branches together).
@@ -94,11 +110,7 @@ def deal(lengths: Sequence[int], world_size: int, tokens_per_row: int) -> list[l
         ValueError: an example is longer than `tokens_per_row`.
     """
     lengths = [int(length) for length in lengths]
-    if max(lengths) > tokens_per_row:
-        raise ValueError(
-            f"training.tokens_per_row={tokens_per_row} is less than the longest example ({max(lengths)} tokens): "
-            f"set training.tokens_per_row to at least {max(lengths)}, or lower data.max_length"
-        )
+    check_fits(max(lengths), tokens_per_row)
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
     ranks = _spread(lengths, order, world_size)
     heaviest = max(sum(lengths[item] for item in items) for items in ranks)
@@ -114,15 +126,15 @@ def deal(lengths: Sequence[int], world_size: int, tokens_per_row: int) -> list[l
 class Layout:
     """Where the segments of a packed row stand, for prefix-shared attention.
 
-    Segment by segment, queries are the row's own tokens in order and keys are gathered: an example's first segment
-    has queries trunk + branch_1 over the same keys; segment k > 1 has queries branch_k over keys trunk + branch_k.
-    Both are causal, aligned at the last query and the last key.
+    Segment by segment, queries are the row's own tokens in order and keys are gathered: an example's first
+    segment has queries trunk + branch_1 over the same keys; segment k > 1 has queries branch_k over keys
+    trunk + branch_k. Both are causal, aligned at the last query and the last key.
 
     Attributes:
         key_index: [N_kv] row position of every gathered key.
         first_copy: [N] where each token stands in the gather for the first time.
-        extra_copies: (gather positions, row positions) of the second, third, ... copies of the trunks; the row
-            positions within each pair are unique.
+        extra_copies: (gather positions, row positions) of the second, third, ... copies of the trunks; the
+            row positions within each pair are unique.
         query_starts, key_starts: [S + 1] int32, cumulative segment lengths (cu_seqlens).
         query_lengths, key_lengths: the same lengths as Python integers, S each.
     """

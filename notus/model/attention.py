@@ -1,18 +1,19 @@
 """Packed, prefix-shared attention.
 
-Every kernel here computes the same thing: for each segment of a packed row (see `notus.data.packing.Layout`), causal
-attention of its queries over its keys, aligned at the last query and the last key, within the sliding window if the
-model has one. The model reaches them through transformers' `AttentionInterface` under the name `IMPLEMENTATION`;
-transformers registers no mask function under that name, so no mask is ever built, and passes our `layout` keyword
-down to each layer.
+Every kernel here computes the same thing: for each segment of a packed row (see `notus.data.packing.Layout`),
+causal attention of its queries over its keys, aligned at the last query and the last key, within the sliding
+window if the model has one. The model reaches them through transformers' `AttentionInterface` under the name
+`IMPLEMENTATION`; transformers has no mask function under that name, so no mask is ever built, and passes our
+`layout` keyword down to each layer.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -27,18 +28,18 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Layout, float, "int | None"], Tensor]
 class _GatherKeys(torch.autograd.Function):
     """`x[key_index]`, whose backward adds the copies of a trunk one after the other.
 
-    Each addition touches every row position at most once, so the sum is the same in every run; the backward of plain
-    indexing adds them in any order.
+    Each addition touches every row position at most once, so the sum is the same in every run; the backward
+    of plain indexing adds them in any order.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
         return x.index_select(0, layout.key_index)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        layout: Layout = ctx.layout  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        layout: Layout = ctx.layout
         total = grad.index_select(0, layout.first_copy)
         for gathered, own in layout.extra_copies:
             total.index_add_(0, own, grad.index_select(0, gathered))
@@ -51,34 +52,42 @@ def varlen_kernel(
     """FlashAttention-2 on CUDA, through `torch.nn.attention.varlen` (torch 2.11 and later)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, object] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if key.shape[1] != query.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if key.shape[1] != query.shape[1] and "enable_gqa" in _parameters(varlen_attn):
         options["enable_gqa"] = True  # torch 2.12 wants to be told; 2.11 has no such argument and needs none
-    return varlen_attn(
-        query, key, value, layout.query_starts, layout.key_starts, max(layout.query_lengths), max(layout.key_lengths),
-        **options,
-    )  # fmt: skip
+    longest_query, longest_key = max(layout.query_lengths), max(layout.key_lengths)
+    out: Any = varlen_attn(
+        query, key, value, layout.query_starts, layout.key_starts, longest_query, longest_key, **options
+    )
+    return out
+
+
+@functools.cache
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def sdpa_kernel(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
 ) -> Tensor:
-    """One `scaled_dot_product_attention` per segment; the fast path on CPU."""
-    longest = max(layout.key_lengths)
-    window = None if window is not None and window >= longest else window
-    mask = causal_mask(longest, longest, window, query.device, query.dtype)
+    """One `scaled_dot_product_attention` per segment; the fast path on CPU, and for fp32 everywhere."""
+    window = None if window is not None and window >= max(layout.key_lengths) else window
+    lengths = list(zip(layout.query_lengths, layout.key_lengths, strict=True))
+    masked = [(rows, columns) for rows, columns in lengths if rows != columns or window is not None]
+    height, width = (max(sizes) for sizes in zip(*masked, strict=True)) if masked else (0, 0)
+    mask = causal_mask(height, width, window, query.device, query.dtype)
     parts = []
     # split, not slices: a slice's backward writes a row-sized gradient of zeros for every segment
     queries = query.transpose(0, 1).unsqueeze(0).split(layout.query_lengths, dim=2)
     keys = key.transpose(0, 1).unsqueeze(0).split(layout.key_lengths, dim=2)
     values = value.transpose(0, 1).unsqueeze(0).split(layout.key_lengths, dim=2)
-    for q, k, v in zip(queries, keys, values, strict=True):
-        square = q.shape[2] == k.shape[2] and window is None
-        # the last rows of a causal square are the causal mask aligned at the bottom right
-        rows = None if square else mask[k.shape[2] - q.shape[2] : k.shape[2], : k.shape[2]]
+    for q, k, v, (rows, columns) in zip(queries, keys, values, lengths, strict=True):
+        square = rows == columns and window is None
+        # aligned at the bottom right, the mask of a segment is the corner of a larger one's
+        corner = None if square else mask[height - rows :, width - columns :]
         parts.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=rows, is_causal=square, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+                q, k, v, attn_mask=corner, is_causal=square, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
             )
         )
     return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
@@ -87,7 +96,7 @@ def sdpa_kernel(
 def dense_kernel(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
 ) -> Tensor:
-    """The plain reference: one dense mask over all queries and keys, softmax in fp32. For tests and self-checks."""
+    """The plain reference, for tests and self-checks: one dense mask over queries and keys, fp32 softmax."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     mask = torch.full((query.shape[0], key.shape[0]), float("-inf"), device=query.device)
@@ -103,7 +112,7 @@ def dense_kernel(
 def causal_mask(
     num_queries: int, num_keys: int, window: int | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Additive mask [num_queries, num_keys]: 0 where a query may look, -inf elsewhere; aligned at the bottom right."""
+    """Additive mask [num_queries, num_keys]: 0 where a query may look, else -inf; aligned bottom right."""
     ahead = torch.arange(num_keys, device=device) - (
         torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries
     )
@@ -113,9 +122,10 @@ def causal_mask(
     return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
-def kernel_for(device: torch.device) -> tuple[str, Kernel]:
-    """The name and the function of the kernel used on this kind of device."""
-    return ("varlen", varlen_kernel) if device.type == "cuda" else ("sdpa", sdpa_kernel)
+def kernel_for(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[str, Kernel]:
+    """The name and the function of the kernel used on this kind of device; FlashAttention-2 takes no fp32."""
+    flash = device.type == "cuda" and dtype != torch.float32
+    return ("varlen", varlen_kernel) if flash else ("sdpa", sdpa_kernel)
 
 
 def packed_attention(
@@ -150,7 +160,7 @@ def packed_attention(
     """
     assert attention_mask is None
     assert dropout == 0.0
-    run = kernel or kernel_for(query.device)[1]
+    run = kernel or kernel_for(query.device, query.dtype)[1]
     rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     keys, values = (_GatherKeys.apply(tensor, layout) for tensor in rows[1:])
     return run(rows[0], keys, values, layout, scaling, sliding_window).unsqueeze(0), None
@@ -160,37 +170,51 @@ AttentionInterface.register(IMPLEMENTATION, packed_attention)
 
 
 def check_kernel(
-    device: torch.device, dtype: torch.dtype, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int | None,
 ) -> None:
-    """Run the device's kernel against the dense reference, forward and backward, on a tiny row.
+    """Run the device's kernel on a tiny row against the dense reference, both with their gather and backward.
 
     Raises:
-        ValueError: the kernel's output or gradient is off, naming by how much.
+        ValueError: the output or a gradient is off, naming by how much.
     """
-    name, kernel = kernel_for(device)
+    name, kernel = kernel_for(device, dtype)
     layout = build_layout([5, 3], [[4, 6], [2, 7]]).to(device)
     generator = torch.Generator().manual_seed(0)
     num_tokens = sum(layout.query_lengths)
     shapes = [(num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
     inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     window = None if window is None else min(window, 4)
-    fast = _outputs(kernel, inputs, layout, head_dim**-0.5, window)
-    plain = _outputs(dense_kernel, [tensor.float() for tensor in inputs], layout, head_dim**-0.5, window)
+    fast = _outputs(kernel, _GatherKeys.apply, inputs, layout, window)
+    plain = _outputs(dense_kernel, _index, [tensor.float() for tensor in inputs], layout, window)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for what, got, expected in zip(("output", "query", "key", "value"), fast, plain, strict=True):
         error = ((got.float() - expected).norm() / expected.norm()).item()
         if not error <= tolerance:
             raise ValueError(
-                f"the attention kernel {name!r} ({dtype}, torch {torch.__version__}) is wrong on {device}: relative "
-                f"error {error:.2e} in its {what} (at most {tolerance:.0e} expected); use another torch version"
+                f"the attention kernel {name!r} ({dtype}, torch {torch.__version__}) is wrong on {device}: "
+                f"relative error {error:.2e} in its {what} (at most {tolerance:.0e} expected); "
+                "use another torch version"
             )
 
 
+def _index(x: Tensor, layout: Layout) -> Tensor:
+    return x[layout.key_index]
+
+
 def _outputs(
-    kernel: Kernel, inputs: list[Tensor], layout: Layout, scale: float, window: int | None
+    kernel: Kernel,
+    gather: Callable[[Tensor, Layout], Tensor],
+    inputs: list[Tensor],
+    layout: Layout,
+    window: int | None,
 ) -> list[Tensor]:
-    """[output, query gradient, key gradient, value gradient] of a kernel behind the gather."""
+    """[output, query gradient, key gradient, value gradient] of a kernel behind a gather."""
     query, key, value = (tensor.detach().requires_grad_() for tensor in inputs[:3])
-    out = kernel(query, _GatherKeys.apply(key, layout), _GatherKeys.apply(value, layout), layout, scale, window)
-    out.backward(inputs[3])
-    return [out.detach(), *(tensor.grad for tensor in (query, key, value) if tensor.grad is not None)]
+    out = kernel(query, gather(key, layout), gather(value, layout), layout, query.shape[-1] ** -0.5, window)
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), inputs[3])]

@@ -1,8 +1,10 @@
 """Log-probabilities of target tokens, without ever holding the logits of more than one chunk of tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import once_differentiable
 
 CHUNK_TOKENS = 1024
 
@@ -15,7 +17,7 @@ def full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         normalisers, chosen = [], []
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = (rows @ weight.t()).float()
@@ -23,16 +25,17 @@ class _LinearLogprobs(torch.autograd.Function):
             chosen.append(logits.gather(-1, ids[:, None]).squeeze(-1))
         normaliser = torch.cat(normalisers)
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.chunk = chunk  # type: ignore[attr-defined]
+        ctx.chunk = chunk
         return torch.cat(chosen) - normaliser
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        hidden, weight, targets, normaliser = ctx.saved_tensors  # type: ignore[attr-defined]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
         parts = []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        chunk: int = ctx.chunk  # type: ignore[attr-defined]
+        chunk: int = ctx.chunk
         split = (tensor.split(chunk) for tensor in (hidden, targets, normaliser, grad))
         for rows, ids, norm, upstream in zip(*split, strict=True):
             # d logp[target] / d logits = onehot(target) - softmax
@@ -56,11 +59,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
     """log softmax(hidden @ weight.T) at the targets.
 
-    Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32, and computed again in the backward
-    pass; the weight's gradient is accumulated in fp32, and skipped when the weight is frozen.
+    Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32, and computed again in the
+    backward pass; the weight's gradient is accumulated in fp32, and skipped when the weight is frozen.
 
     Args:
         hidden: [N, D] final hidden states.

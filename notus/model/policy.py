@@ -10,12 +10,13 @@ from notus.model.logprobs import linear_logprobs
 class Policy(nn.Module):
     """A causal language model as a function from a packed row to completion log-probs; the root of FSDP.
 
-    Always call the module itself, never its parts: FSDP gathers the embedding, the norm and the head in the root's
-    hooks. The head stays a plain matrix multiplication inside this forward, so that logits exist only chunk-wise.
+    Always call the module itself, never its parts: FSDP gathers the embedding, the norm and the head in the
+    root's hooks. The head stays a plain matrix multiplication inside this forward, so that logits exist only
+    chunk-wise.
     """
 
     def __init__(self, causal_lm: nn.Module) -> None:
-        """Wrap a transformers causal LM built with `attn_implementation=notus.model.attention.IMPLEMENTATION`.
+        """Wrap a transformers causal LM whose attention implementation is `attention.IMPLEMENTATION`.
 
         Raises:
             ValueError: the model's output head has a bias, or its blocks cannot be found.
@@ -24,17 +25,18 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm
         if self._head.bias is not None:
             raise ValueError(f"{type(causal_lm).__name__}: output heads with a bias are not supported")
-        if not hasattr(causal_lm.get_decoder(), "layers"):  # type: ignore[operator]
-            raise ValueError(f"{type(causal_lm).__name__}: decoders that do not keep their blocks in `layers` are not supported")
+        if not hasattr(causal_lm.get_decoder(), "layers"):
+            name = type(causal_lm).__name__
+            raise ValueError(f"{name}: decoders that do not keep their blocks in `layers` are not supported")
 
     @property
     def _head(self) -> nn.Linear:
-        return self.causal_lm.get_output_embeddings()  # type: ignore[operator, no-any-return]
+        return self.causal_lm.get_output_embeddings()  # type: ignore[operator]
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder's layers, in order."""
-        return self.causal_lm.get_decoder().layers  # type: ignore[operator, no-any-return]
+        return self.causal_lm.get_decoder().layers  # type: ignore[operator]
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """fp32 [M]: the log-prob of every completion token of the row, in nats (call through `forward`)."""

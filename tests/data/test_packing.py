@@ -1,0 +1,277 @@
+"""Step plans, dealing, and the layout of packed rows."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from notus.data.packing import Example, StepPlan, build_layout, check_fits, collate, deal, filler
+
+
+def example(index, trunk, branches, masks=None):
+    masks = masks or [[1] * len(branch) for branch in branches]
+    return Example(
+        index,
+        np.array(trunk, dtype=np.int32),
+        tuple(np.array(branch, dtype=np.int32) for branch in branches),
+        tuple(np.array(mask, dtype=bool) for mask in masks),
+    )
+
+
+def random_example(rng, index, trunk, branches):
+    return example(index, rng.integers(3, 400, trunk), [rng.integers(3, 400, length) for length in branches])
+
+
+# --- step plan ---
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size"), [(1, 1), (1, 8), (12, 4), (13, 4), (13, 13), (5, 64)]
+)
+def test_every_epoch_takes_every_example_exactly_once(num_examples, batch_size):
+    plan = StepPlan(num_examples, batch_size, seed=3)
+    assert plan.steps_per_epoch == math.ceil(num_examples / batch_size)
+    for epoch in range(3):
+        steps = [plan.indices(epoch * plan.steps_per_epoch + step) for step in range(plan.steps_per_epoch)]
+        assert sorted(np.concatenate(steps).tolist()) == list(range(num_examples))
+
+
+def test_an_epochs_last_step_may_be_short_and_the_next_epoch_begins_anew():
+    plan = StepPlan(10, 4, seed=0)
+    assert [len(plan.indices(step)) for step in range(6)] == [4, 4, 2, 4, 4, 2]
+
+
+def test_epochs_and_seeds_have_different_orders_and_steps_can_be_asked_in_any_order():
+    def order(seed, epoch):
+        return StepPlan(100, 100, seed=seed).indices(epoch).tolist()
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(found) for found in orders}) == 6
+    assert [order(seed, epoch) for seed in (1, 0) for epoch in (2, 1, 0)] == orders[::-1]
+
+
+def test_without_shuffling_every_epoch_has_the_datas_order():
+    plan = StepPlan(5, 2, seed=7, shuffle=False)
+    assert [plan.indices(step).tolist() for step in range(6)] == [[0, 1], [2, 3], [4]] * 2
+
+
+# --- dealing ---
+
+
+def flat(dealt):
+    return [item for rank in dealt for row in rank for item in row]
+
+
+def loads(lengths, dealt):
+    return [sum(lengths[item] for row in rank for item in row) for rank in dealt]
+
+
+def test_deal_by_hand():
+    # Longest first to the lightest rank: 9 to rank 0; 7 and 5 to rank 1 (12); 4 to rank 0 (13); 3 to rank 1
+    # (15); 1 to rank 0 (14). Rows of at most 9, two on each rank: (9) and (4, 1); (7) and (5, 3).
+    lengths = [1, 3, 4, 5, 7, 9]
+    assert deal(lengths, world_size=2, tokens_per_row=9) == [[[5], [2, 0]], [[4], [3, 1]]]
+    # Rows of 15: one each.
+    assert deal(lengths, world_size=2, tokens_per_row=15) == [[[5, 2, 0]], [[4, 3, 1]]]
+
+
+def test_deal_takes_more_rows_than_the_tokens_alone_would_need():
+    # 3 x 6 = 18 tokens would fill 2 rows of 10, but only one example fits into a row.
+    assert deal([6, 6, 6], world_size=1, tokens_per_row=10) == [[[0], [1], [2]]]
+
+
+def test_more_ranks_than_examples_get_empty_rows():
+    assert deal([5, 8], world_size=4, tokens_per_row=8) == [[[1]], [[0]], [[]], [[]]]
+
+
+def test_an_example_that_fits_into_no_row_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"training\.tokens_per_row=7 .*\(8 tokens\): set .* at least 8, or lower"
+    ):
+        deal([3, 8], world_size=2, tokens_per_row=7)
+    check_fits(8, 8)
+    with pytest.raises(ValueError, match=r"at least 9"):
+        check_fits(9, 8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    world_size=st.integers(1, 9),
+    spare=st.integers(0, 60),
+)
+def test_deal_loses_nothing_doubles_nothing_and_keeps_within_the_limit(lengths, world_size, spare):
+    limit = max(lengths) + spare
+    dealt = deal(lengths, world_size, limit)
+    assert sorted(flat(dealt)) == list(range(len(lengths)))
+    assert len(dealt) == world_size
+    assert len({len(rank) for rank in dealt}) == 1
+    assert all(sum(lengths[item] for item in row) <= limit for rank in dealt for row in rank)
+    # Greedy balance: no rank exceeds another by more than the last example that it was given.
+    assert max(loads(lengths, dealt)) - min(loads(lengths, dealt)) <= max(lengths)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), world_size=st.integers(2, 3))
+def test_the_heaviest_rank_is_within_four_thirds_of_the_best_possible(lengths, world_size):
+    best = min(
+        max(
+            sum(length for length, rank in zip(lengths, ranks, strict=True) if rank == own)
+            for own in range(world_size)
+        )
+        for ranks in itertools.product(range(world_size), repeat=len(lengths))
+    )
+    heaviest = max(loads(lengths, deal(lengths, world_size, 1000)))
+    assert (
+        heaviest <= (4 / 3 - 1 / (3 * world_size)) * best + 1e-9
+    )  # Graham 1969: longest processing time first
+
+
+# --- packed rows ---
+
+
+def test_collate_by_hand():
+    # Row:      10 11 | 20 21 | 30 || 12 | 40 | 50 51 52
+    # position:  0  1    2  3    2     0    1    1  2  3
+    first = example(4, [10, 11], [[20, 21], [30]], [[1, 1], [1]])
+    second = example(9, [12], [[40], [50, 51, 52]], [[1], [0, 1, 1]])
+    batch = collate([first, second], 2)
+    assert batch.input_ids.tolist() == [10, 11, 20, 21, 30, 12, 40, 50, 51, 52]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2, 3]
+    # Each branch's first token is predicted from the trunk's end; the rest from their predecessor.
+    assert batch.sources.tolist() == [1, 2, 1, 5, 7, 8]
+    assert batch.targets.tolist() == [20, 21, 30, 40, 51, 52]
+    assert batch.lengths.tolist() == [[2, 1], [1, 2]]
+    assert batch.weights.tolist() == [1.0, 1.0]
+    assert batch.indices.tolist() == [4, 9]
+    assert batch.num_tokens == 10
+    assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.sources, batch.targets)} == {
+        torch.int64
+    }
+
+
+def test_layout_by_hand():
+    # Example 1: trunk 0 1, branches 2 3 | 4; example 2: trunk 5, branches 6 | 7 8 9.
+    # Gather:   0 1 2 3 | 0 1 4 | 5 6 | 5 7 8 9
+    # place:    0 1 2 3   4 5 6   7 8   9 10 11 12
+    layout = build_layout([2, 1], [[2, 1], [1, 3]])
+    assert layout.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8, 9]
+    assert layout.first_copy.tolist() == [0, 1, 2, 3, 6, 7, 8, 10, 11, 12]
+    assert [(there.tolist(), here.tolist()) for there, here in layout.extra_copies] == [
+        ([4, 5, 9], [0, 1, 5])
+    ]
+    assert layout.query_lengths == [4, 1, 2, 3]
+    assert layout.key_lengths == [4, 3, 2, 4]
+    assert layout.query_starts.tolist() == [0, 4, 5, 7, 10]
+    assert layout.key_starts.tolist() == [0, 4, 7, 9, 13]
+    assert layout.query_starts.dtype == layout.key_starts.dtype == torch.int32
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), num_branches=st.integers(1, 4), num_examples=st.integers(1, 5))
+def test_layout_covers_every_token_and_each_copy_once(data, num_branches, num_examples):
+    trunks = data.draw(st.lists(st.integers(0, 6), min_size=num_examples, max_size=num_examples))
+    branches = [
+        data.draw(st.lists(st.integers(1, 5), min_size=num_branches, max_size=num_branches)) for _ in trunks
+    ]
+    layout = build_layout(trunks, branches)
+    num_tokens = sum(trunks) + sum(map(sum, branches))
+    assert layout.key_index[layout.first_copy].tolist() == list(range(num_tokens))
+    assert len(layout.extra_copies) == num_branches - 1
+    for there, here in layout.extra_copies:
+        assert layout.key_index[there].tolist() == here.tolist()
+        assert len(set(here.tolist())) == len(here) == sum(trunks)
+    places = torch.cat([layout.first_copy, *(there for there, _ in layout.extra_copies)])
+    assert sorted(places.tolist()) == list(range(len(layout.key_index)))
+    assert sum(layout.query_lengths) == num_tokens
+    assert sum(layout.key_lengths) == len(layout.key_index)
+
+
+def test_a_multi_turn_mask_with_holes_scores_only_what_it_marks():
+    # [user ...] answer "5 6", user turn "7 8 9" with mask 0, answer "6".
+    batch = collate([example(0, [1, 4], [[5, 6, 7, 8, 9, 6]], [[1, 1, 0, 0, 0, 1]])], 1)
+    assert batch.sources.tolist() == [1, 2, 6]
+    assert batch.targets.tolist() == [5, 6, 6]
+    assert batch.lengths.tolist() == [[3]]
+    assert batch.layout.extra_copies == []
+    assert batch.layout.key_index.tolist() == list(range(8))
+
+
+def test_without_a_trunk_a_first_token_is_not_scored():
+    # Nothing stands before it; its neighbour in the row is another conversation's token.
+    batch = collate([example(0, [7], [[8], [9]]), example(1, [], [[3, 4], [5]])], 2)
+    assert batch.input_ids.tolist() == [7, 8, 9, 3, 4, 5]
+    assert batch.position_ids.tolist() == [0, 1, 1, 0, 1, 0]
+    assert batch.sources.tolist() == [0, 0, 3]
+    assert batch.targets.tolist() == [8, 9, 4]
+    assert batch.lengths.tolist() == [[1, 1], [1, 0]]
+    assert batch.layout.key_lengths == [2, 2, 2, 1]
+
+
+def test_branches_without_a_loss_token_have_length_zero():
+    batch = collate([example(0, [1], [[2, 3], [4]], [[0, 0], [0]])], 2)
+    assert batch.lengths.tolist() == [[0, 0]]
+    assert batch.sources.tolist() == batch.targets.tolist() == []
+    assert batch.sources.dtype == torch.int64
+
+
+@pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
+def test_an_empty_row_becomes_a_filler_of_weight_zero(num_branches):
+    batch = collate([], num_branches)
+    assert batch.input_ids.tolist() == [0] * (1 + num_branches)
+    assert batch.weights.tolist() == [0.0]
+    assert batch.indices.tolist() == [-1]
+    assert batch.lengths.tolist() == [[1] * num_branches]
+    assert batch.num_tokens == 0
+    assert filler(num_branches).index == -1
+
+
+@pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
+def test_each_branch_of_a_row_reads_as_its_own_conversation(num_branches):
+    rng = np.random.default_rng(num_branches)
+    trunks = [3, 1, 6]
+    examples = [
+        random_example(rng, n, trunk, rng.integers(1, 5, num_branches)) for n, trunk in enumerate(trunks)
+    ]
+    batch = collate(examples, num_branches)
+    conversations = [np.concatenate([item.trunk, branch]) for item in examples for branch in item.branches]
+    segments = batch.layout.key_index.split(batch.layout.key_lengths)
+    for keys, conversation in zip(segments, conversations, strict=True):
+        assert batch.input_ids[keys].tolist() == conversation.tolist()
+        assert batch.position_ids[keys].tolist() == list(range(len(conversation)))
+    assert batch.lengths.sum() == len(batch.sources) == len(batch.targets)
+
+
+def test_collating_leaves_the_examples_as_they_were():
+    source = example(0, [1, 2], [[3, 4], [5]])
+    source.trunk.setflags(write=False)  # as memory-mapped rows are
+    batch = collate([source], 2)
+    batch.input_ids.zero_()
+    assert source.trunk.tolist() == [1, 2]
+
+
+def test_to_moves_everything_but_the_dataset_rows():
+    batch = collate([example(3, [1, 2], [[3, 4], [5]])], 2)
+    moved = batch.to(torch.device("meta"))
+    tensors = [
+        moved.input_ids,
+        moved.position_ids,
+        moved.sources,
+        moved.targets,
+        moved.lengths,
+        moved.weights,
+    ]
+    tensors += [
+        moved.layout.key_index,
+        moved.layout.first_copy,
+        moved.layout.query_starts,
+        moved.layout.key_starts,
+    ]
+    tensors += itertools.chain.from_iterable(moved.layout.extra_copies)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.indices.tolist() == [3]
+    assert moved.layout.key_lengths == batch.layout.key_lengths

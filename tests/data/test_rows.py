@@ -1,0 +1,247 @@
+"""Rows read back as plain Python does, whatever the storage; lengths, digests, the packing report."""
+
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+
+from notus.data import rows as rows_module
+from notus.data.packing import StepPlan
+from notus.data.rows import Rows, packing_report, step_rows
+
+
+def features(ids="int32", mask="int8", sequence=datasets.List):
+    return datasets.Features(
+        {
+            "trunk": sequence(datasets.Value(ids)),
+            "branches": sequence(sequence(datasets.Value(ids))),
+            "loss_mask": sequence(sequence(datasets.Value(mask))),
+        }
+    )
+
+
+def dataset(records, form=None):
+    names = ("trunk", "branches", "loss_mask")
+    columns = {name: [record[place] for record in records] for place, name in enumerate(names)}
+    return datasets.Dataset.from_dict(columns, features=form or features())
+
+
+def random_records(count, num_branches=2, seed=0):
+    rng = np.random.default_rng(seed)
+    records = []
+    for _ in range(count):
+        branches = [rng.integers(3, 100, rng.integers(1, 7)).tolist() for _ in range(num_branches)]
+        masks = [rng.integers(0, 2, len(branch)).tolist() for branch in branches]
+        records.append((rng.integers(3, 100, rng.integers(0, 6)).tolist(), branches, masks))
+    return records
+
+
+@pytest.fixture(autouse=True)
+def _small_slices(monkeypatch):
+    monkeypatch.setattr(rows_module, "_SLICE", 7)  # so that every scan crosses slices
+
+
+def assert_same_reading(rows, source):
+    records = source.to_list()
+    order = np.random.default_rng(1).permutation(len(records))
+    for example, index in zip(rows(order), order, strict=True):
+        record = records[index]
+        assert example.index == index
+        assert example.trunk.tolist() == record["trunk"]
+        assert [branch.tolist() for branch in example.branches] == record["branches"]
+        assert [mask.tolist() for mask in example.loss_masks] == [
+            list(map(bool, m)) for m in record["loss_mask"]
+        ]
+        assert all(mask.dtype == bool for mask in example.loss_masks)
+
+
+def assert_same_lengths(rows, source):
+    def learned(record):
+        skip = 0 if record["trunk"] else 1  # nothing predicts a conversation's first token
+        return [sum(mask[skip:]) for mask in record["loss_mask"]]
+
+    records = source.to_list()
+    of_branches = [sum(len(branch) for branch in record["branches"]) for record in records]
+    trunks = [len(record["trunk"]) for record in records]
+    copies = rows.num_branches
+    assert rows.lengths.tolist() == [trunk + rest for trunk, rest in zip(trunks, of_branches, strict=True)]
+    assert rows.separate_lengths.tolist() == [
+        copies * trunk + rest for trunk, rest in zip(trunks, of_branches, strict=True)
+    ]
+    assert rows.loss_tokens.tolist() == [learned(record) for record in records]
+    assert len(rows) == len(records)
+
+
+def select_some(source):
+    return source.select([9, 3, 3, 20, 0, 14])
+
+
+def concatenate(source):
+    parts = [source.select(range(start, min(start + 5, len(source)))) for start in range(0, len(source), 5)]
+    return datasets.concatenate_datasets([part.flatten_indices() for part in parts])
+
+
+@pytest.mark.parametrize("num_branches", [1, 2, 4])
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda source: source,
+        select_some,
+        lambda source: source.shuffle(seed=3),
+        lambda source: source.filter(lambda row: len(row["trunk"]) != 2),
+        lambda source: source.select(range(4, 19)),
+        concatenate,
+        lambda source: concatenate(source).shuffle(seed=3).select(range(2, 17)),
+        lambda source: source.add_column("extra", ["x"] * len(source)),
+    ],
+    ids=["whole", "select", "shuffle", "filter", "range", "chunks", "chunks-shuffled", "more-columns"],
+)
+def test_rows_read_as_plain_python_does(arrange, num_branches):
+    source = arrange(dataset(random_records(23, num_branches)))
+    rows = Rows(source)
+    assert rows.num_branches == num_branches
+    assert_same_reading(rows, source)
+    assert_same_lengths(rows, source)
+
+
+def test_lengths_by_hand():
+    # The last two rows have no trunk: nothing predicts their branches' first tokens.
+    records = [
+        ([1, 2, 3], [[4, 5], [6]], [[1, 1], [1]]),
+        ([], [[1, 7, 8], [1]], [[1, 0, 1], [1]]),
+        ([], [[1, 7], []], [[1, 1], []]),
+    ]
+    rows = Rows(dataset(records))
+    assert rows.lengths.tolist() == [6, 4, 2]
+    assert rows.separate_lengths.tolist() == [9, 4, 2]
+    assert rows.loss_tokens.tolist() == [[2, 1], [1, 0], [1, 0]]
+
+
+def test_loss_tokens_are_what_a_batch_counts():
+    rows = Rows(dataset(random_records(30)))
+    for batch in step_rows(rows, np.arange(30), rank=0, world_size=1, tokens_per_row=60):
+        assert batch.lengths.tolist() == rows.loss_tokens[batch.indices].tolist()
+
+
+def test_an_empty_dataset_and_mixed_numbers_of_branches_are_refused():
+    with pytest.raises(ValueError, match="holds no rows"):
+        Rows(dataset([]))
+    one, two = random_records(9, 1), random_records(1, 2)
+    with pytest.raises(ValueError, match="differ in their number of completions"):
+        Rows(dataset([*one, *two]))
+
+
+# --- digests ---
+
+
+def digests(source):
+    found = Rows(source).digests()
+    assert found.shape == (len(source), 16)
+    assert found.dtype == np.uint8
+    return [row.tobytes() for row in found]
+
+
+def test_digests_do_not_depend_on_chunks_order_or_storage(tmp_path):
+    records = random_records(23)
+    source = dataset(records)
+    expected = digests(source)
+    assert digests(concatenate(source)) == expected
+    order = np.random.default_rng(0).permutation(23)
+    assert digests(source.select(order)) == [expected[index] for index in order]
+    source.save_to_disk(tmp_path / "saved")
+    assert digests(datasets.load_from_disk(str(tmp_path / "saved"))) == expected
+    for form in (
+        features("int64"),
+        features(mask="bool"),
+        features(mask="int32"),
+        features(sequence=datasets.LargeList),
+    ):
+        assert digests(dataset(records, form)) == expected
+
+
+def test_digests_change_with_every_token_mask_and_boundary():
+    base = ([1, 2], [[3, 4], [5]], [[1, 0], [1]])
+    variants = [
+        base,
+        ([1, 9], [[3, 4], [5]], [[1, 0], [1]]),
+        ([1, 2], [[3, 9], [5]], [[1, 0], [1]]),
+        ([1, 2], [[3, 4], [9]], [[1, 0], [1]]),
+        ([1, 2], [[3, 4], [5]], [[0, 0], [1]]),
+        ([1, 2], [[3, 4], [5]], [[1, 1], [1]]),
+        ([1, 2], [[3, 4], [5]], [[1, 0], [0]]),
+        # the same tokens and masks, cut elsewhere
+        ([1], [[2, 3, 4], [5]], [[1, 0, 1], [1]]),
+        ([1, 2], [[3], [4, 5]], [[1], [0, 1]]),
+        ([1, 2], [[5], [3, 4]], [[1], [1, 0]]),
+    ]
+    found = digests(dataset(variants))
+    assert len(set(found)) == len(variants)
+    assert digests(dataset([base, base])) == [found[0]] * 2
+
+
+def test_three_branches_are_not_two():
+    (two,), (three,) = (
+        digests(dataset([([1], [[2], [3]], [[1], [1]])])),
+        digests(dataset([([1], [[2], [3], []], [[1], [1], []])])),
+    )
+    assert two != three
+
+
+# --- steps ---
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_the_ranks_rows_of_a_step_hold_its_examples_once(world_size):
+    rows = Rows(dataset(random_records(20)))
+    indices = StepPlan(20, 6, seed=1).indices(0)
+    shares = [
+        list(step_rows(rows, indices, rank=rank, world_size=world_size, tokens_per_row=30))
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    batches = list(itertools.chain.from_iterable(shares))
+    seen = torch_list(batch.indices for batch in batches)
+    assert sorted(index for index in seen if index >= 0) == sorted(indices.tolist())
+    assert all(batch.input_ids.numel() <= 30 for batch in batches)
+    assert sum(batch.num_tokens for batch in batches) == rows.lengths[indices].sum()
+
+
+def torch_list(tensors):
+    return [int(value) for tensor in tensors for value in tensor]
+
+
+# --- the packing report ---
+
+# tokens 10, 6, 4; with a trunk per branch 14, 8, 5
+REPORTED = [
+    ([1] * 4, [[2] * 3, [3] * 3], [[1] * 3, [1] * 3]),
+    ([1] * 2, [[2] * 2, [3] * 2], [[1] * 2, [1] * 2]),
+    ([1], [[2], [3] * 2], [[1], [1] * 2]),
+]
+
+
+def test_packing_report_by_hand():
+    rows = Rows(dataset(REPORTED))
+    plan = StepPlan(3, 2, shuffle=False)
+    report = packing_report(rows, plan, world_size=2, tokens_per_row=10)
+    # Step 0: ranks 10 and 6, mean 8: excess 1/4. Step 1: ranks 4 and 0: excess 1, and a filler of 3 tokens.
+    assert report.steps == 2
+    assert report.padding_share == pytest.approx(3 / 23)
+    assert report.sharing_gain == pytest.approx(27 / 20)
+    assert report.imbalance == pytest.approx((1 / 4 + 1) / 2)
+    assert str(report) == "packing: padding 13.04%, sharing gain 1.35x, rank imbalance 62.50% (over 2 steps)"
+
+
+def test_packing_report_on_one_rank_has_no_padding_and_stops_at_max_steps():
+    rows = Rows(dataset(REPORTED))
+    report = packing_report(rows, StepPlan(3, 1, shuffle=False), world_size=1, tokens_per_row=10, max_steps=1)
+    assert (report.steps, report.padding_share, report.imbalance) == (1, 0, 0)
+    assert report.sharing_gain == pytest.approx(1.4)
+
+
+def test_packing_report_refuses_a_row_too_long_in_a_step_that_it_does_not_look_at():
+    rows = Rows(dataset(REPORTED[::-1]))
+    plan = StepPlan(3, 1, shuffle=False)
+    with pytest.raises(ValueError, match=r"training\.tokens_per_row=9 is less than .* \(10 tokens\)"):
+        packing_report(rows, plan, world_size=1, tokens_per_row=9, max_steps=1)

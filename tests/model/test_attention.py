@@ -1,0 +1,259 @@
+"""Packed, prefix-shared attention against each sequence alone."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from notus.data.packing import build_layout
+from notus.model import attention
+from notus.model.attention import (
+    IMPLEMENTATION,
+    causal_mask,
+    check_kernel,
+    dense_kernel,
+    kernel_for,
+    packed_attention,
+    sdpa_kernel,
+)
+
+CPU = torch.device("cpu")
+KERNELS = {"sdpa": sdpa_kernel, "dense": dense_kernel}
+
+# name: (trunk lengths, branch lengths)
+ROWS = {
+    "pairs": ([5, 3], [[4, 6], [2, 7]]),
+    "single": ([4, 1, 6], [[3], [5], [1]]),
+    "four branches": ([3, 2], [[1, 2, 3, 4], [2, 1, 5, 1]]),
+    "no trunk": ([0, 2], [[3, 1], [2, 2]]),
+    "one-token branches": ([6, 1], [[1, 1], [1, 1]]),
+    "long second branch": ([1], [[1, 3]]),
+}
+
+
+def attend(query, key, value, layout, *, kernel=None, window=None, scale=0.5):
+    """[N, H, D] through the function that transformers calls, which takes and gives other shapes."""
+    to_model = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
+    output, weights = packed_attention(
+        torch.nn.Identity(),
+        *to_model,
+        None,
+        scaling=scale,
+        layout=layout,
+        sliding_window=window,
+        kernel=kernel,
+    )
+    assert weights is None
+    return output.squeeze(0)
+
+
+def alone(query, key, value, trunks, branches, *, window=None, scale=0.5):
+    """Each sequence by itself, in fp64, plainly written; a trunk's outputs are those of its first branch."""
+    query, key, value = query.double(), key.double(), value.double()
+    outputs, start = [], 0
+    for trunk, parts in zip(trunks, branches, strict=True):
+        begin = start + trunk
+        for number, length in enumerate(parts):
+            tokens = [*range(start, start + trunk), *range(begin, begin + length)]
+            out = plain_attention(query[tokens], key[tokens], value[tokens], window, scale)
+            outputs.append(out if number == 0 else out[trunk:])
+            begin += length
+        start = begin
+    return torch.cat(outputs)
+
+
+def plain_attention(query, key, value, window, scale):
+    groups = query.shape[1] // key.shape[1]
+    output = torch.zeros_like(query)
+    for position in range(len(query)):
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(query.shape[1]):
+            keys, values = (
+                key[first : position + 1, head // groups],
+                value[first : position + 1, head // groups],
+            )
+            output[position, head] = (scale * keys @ query[position, head]).softmax(0) @ values
+    return output
+
+
+def inputs(num_tokens, heads, kv_heads, dtype=torch.float32, head_dim=8):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_tokens, count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
+    *leaves, upstream = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [leaf.requires_grad_() for leaf in leaves], upstream
+
+
+def relative(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("row", ROWS)
+def test_packed_is_each_sequence_alone(row, heads, kv_heads, window, kernel):
+    trunks, branches = ROWS[row]
+    leaves, upstream = inputs(sum(trunks) + sum(map(sum, branches)), heads, kv_heads)
+    found = attend(*leaves, build_layout(trunks, branches), kernel=KERNELS[kernel], window=window)
+    expected = alone(*leaves, trunks, branches, window=window)
+    assert relative(found, expected) < 1e-6
+    gradients = torch.autograd.grad(found, leaves, upstream)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, leaves, upstream.double()), strict=True):
+        torch.testing.assert_close(got, wanted.float(), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bf16_stays_near_fp32(kernel):
+    trunks, branches = ROWS["pairs"]
+    leaves, upstream = inputs(27, 4, 2, torch.bfloat16)
+    found = attend(*leaves, build_layout(trunks, branches), kernel=KERNELS[kernel], window=4)
+    expected = alone(*leaves, trunks, branches, window=4)
+    assert found.dtype == torch.bfloat16
+    assert relative(found, expected) < 1e-2
+    gradients = torch.autograd.grad(found, leaves, upstream)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, leaves, upstream.double()), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert relative(got, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("window", "outputs", "value_gradient"),
+    [
+        # trunk 1 2, branches (4) and (8 16): with equal scores each output is the mean of what it sees
+        (None, [1, 3 / 2, 7 / 3, 11 / 3, 27 / 4], [29 / 12, 17 / 12, 1 / 3, 7 / 12, 1 / 4]),
+        # two positions back at most: 1 | 1 2 | 2 4 | 2 8 | 8 16
+        (2, [1, 3 / 2, 3, 5, 12], [3 / 2, 3 / 2, 1 / 2, 1, 1 / 2]),
+    ],
+)
+def test_attention_by_hand(kernel, window, outputs, value_gradient):
+    query, key = torch.zeros(5, 1, 1), torch.ones(5, 1, 1)
+    value = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).view(5, 1, 1).requires_grad_()
+    found = attend(query, key, value, build_layout([2], [[1, 2]]), kernel=KERNELS[kernel], window=window)
+    torch.testing.assert_close(found.flatten(), torch.tensor(outputs))
+    found.sum().backward()
+    torch.testing.assert_close(value.grad.flatten(), torch.tensor(value_gradient))
+
+
+def test_causal_mask_by_hand():
+    inf = float("inf")
+    assert causal_mask(2, 4, None, CPU, torch.float32).tolist() == [[0, 0, 0, -inf], [0, 0, 0, 0]]
+    assert causal_mask(2, 4, 2, CPU, torch.float32).tolist() == [[-inf, 0, 0, -inf], [-inf, -inf, 0, 0]]
+
+
+def test_rows_without_sharing_or_window_build_no_mask(monkeypatch):
+    sizes = []
+
+    def recorded(num_queries, num_keys, *rest):
+        sizes.append((num_queries, num_keys))
+        return causal_mask(num_queries, num_keys, *rest)
+
+    monkeypatch.setattr(attention, "causal_mask", recorded)
+    leaves, _ = inputs(21, 2, 2)
+    attend(*leaves, build_layout([8, 3], [[7], [3]]), kernel=sdpa_kernel)
+    attend(*leaves, build_layout([8], [[9, 4]]), kernel=sdpa_kernel)  # only branch 2 needs one: 4 x 12
+    assert sizes == [(0, 0), (4, 12)]
+
+
+# --- the gather ---
+
+
+def gradient_of(gather, x, upstream):
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(gather(x), x, upstream)
+    return gradient
+
+
+def test_gather_backward_by_hand():
+    # trunk at 0, branches at 1 | 2 | 3: keys 0 1 0 2 0 3; the trunk's gradient is the sum of its three copies
+    layout = build_layout([1], [[1, 1, 1]])
+    upstream = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    found = gradient_of(lambda x: attention._GatherKeys.apply(x, layout), torch.zeros(4), upstream)
+    assert found.tolist() == [21.0, 2.0, 8.0, 32.0]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_gather_is_plain_indexing_forward_and_backward(row):
+    trunks, branches = ROWS[row]
+    layout = build_layout(trunks, branches)
+    x = torch.randn(sum(trunks) + sum(map(sum, branches)), 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(attention._GatherKeys.apply(x, layout), x[layout.key_index])
+    upstream = torch.randn(len(layout.key_index), 2, 3, generator=torch.Generator().manual_seed(1))
+    found = [gradient_of(lambda x: attention._GatherKeys.apply(x, layout), x, upstream) for _ in range(2)]
+    assert torch.equal(*found)
+    torch.testing.assert_close(
+        found[0], gradient_of(lambda x: x[layout.key_index], x, upstream), atol=1e-6, rtol=0
+    )
+
+
+# --- registration and the start-up check ---
+
+
+def test_transformers_knows_the_attention_and_no_mask_for_it():
+    assert AttentionInterface()[IMPLEMENTATION] is packed_attention
+    assert IMPLEMENTATION not in AttentionMaskInterface().valid_keys()
+
+
+def test_the_kernel_follows_from_device_and_dtype():
+    assert kernel_for(CPU)[0] == kernel_for(CPU, torch.float32)[0] == "sdpa"
+    assert (
+        kernel_for(torch.device("cuda"))[0] == kernel_for(torch.device("cuda"), torch.float16)[0] == "varlen"
+    )
+    assert kernel_for(torch.device("cuda"), torch.float32)[0] == "sdpa"  # FlashAttention-2 takes no fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3, 4096])
+def test_check_accepts_the_cpu_kernel(dtype, window):
+    check_kernel(CPU, dtype, num_heads=8, num_kv_heads=2, head_dim=16, window=window)
+
+
+class _WrongValueGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+WRONG = {
+    "a scale": (
+        lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, 1.1 * scale, window),
+        "output",
+    ),
+    "no window": (lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, None), "output"),
+    "one key more": (
+        lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, window + 1),
+        "output",
+    ),
+    "NaN": (lambda *args: sdpa_kernel(*args) * float("nan"), "output"),
+    "the value's gradient": (
+        lambda q, k, v, *rest: sdpa_kernel(q, k, _WrongValueGradient.apply(v), *rest),
+        "value",
+    ),
+    "the key's gradient": (
+        lambda q, k, v, *rest: sdpa_kernel(q, _WrongValueGradient.apply(k), v, *rest),
+        "key",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_refuses_a_wrong_kernel_and_says_where(monkeypatch, wrong, dtype):
+    kernel, where = WRONG[wrong]
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: ("faulty", kernel))
+    with pytest.raises(ValueError, match=rf"'faulty' .* in its {where} .*use another torch version"):
+        check_kernel(CPU, dtype, num_heads=4, num_kv_heads=2, head_dim=8, window=4)
+
+
+def test_check_refuses_a_wrong_gather(monkeypatch):
+    class Forgetful(attention._GatherKeys):
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.index_select(0, ctx.layout.first_copy), None
+
+    monkeypatch.setattr(attention, "_GatherKeys", Forgetful)
+    with pytest.raises(ValueError, match="in its key"):
+        check_kernel(CPU, torch.float32, num_heads=4, num_kv_heads=2, head_dim=8, window=None)

@@ -1,0 +1,157 @@
+"""Chunked log-probs against all logits at once."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from notus.model.logprobs import full_logprobs, linear_logprobs
+
+NUM_TOKENS, WIDTH, VOCABULARY = 23, 8, 50
+
+
+def inputs(dtype=torch.float32, num_tokens=NUM_TOKENS):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, WIDTH, generator=generator).to(dtype)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype)
+    targets = torch.randint(VOCABULARY, (num_tokens,), generator=generator)
+    upstream = torch.randn(num_tokens, generator=generator)
+    return hidden, weight, targets, upstream
+
+
+def with_gradients(function, hidden, weight, targets, upstream):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logps = function(hidden, weight, targets)
+    return [logps.detach(), *torch.autograd.grad(logps, (hidden, weight), upstream.to(logps.dtype))]
+
+
+def relative(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("function", [linear_logprobs, full_logprobs])
+def test_logprobs_by_hand(function):
+    # One hidden unit of value 1 and weights ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8.
+    hidden = torch.ones(1, 1, requires_grad=True)
+    weight = torch.tensor([[1.0], [2.0], [5.0]]).log().requires_grad_()
+    logp = function(hidden, weight, torch.tensor([2]))
+    assert logp.item() == pytest.approx(math.log(5 / 8))
+    logp.backward()
+    # weight: one-hot - probabilities; hidden: the target's weight less the mean weight
+    assert weight.grad.flatten().tolist() == pytest.approx([-1 / 8, -2 / 8, 3 / 8])
+    assert hidden.grad.item() == pytest.approx(math.log(5) - (2 * math.log(2) + 5 * math.log(5)) / 8)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 22, 23, 24, 1024])
+def test_chunked_is_full_in_fp32(chunk_tokens):
+    chunked = partial(linear_logprobs, chunk_tokens=chunk_tokens)
+    for found, expected in zip(
+        with_gradients(chunked, *inputs()), with_gradients(full_logprobs, *inputs()), strict=True
+    ):
+        assert found.dtype == torch.float32
+        assert relative(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1024])
+def test_bf16_is_no_worse_than_all_logits_at_once(chunk_tokens):
+    chunked = partial(linear_logprobs, chunk_tokens=chunk_tokens)
+    exact = with_gradients(
+        full_logprobs, *[x.double() if x.is_floating_point() else x for x in inputs(torch.bfloat16)]
+    )
+    plain = with_gradients(full_logprobs, *inputs(torch.bfloat16))
+    found = with_gradients(chunked, *inputs(torch.bfloat16))
+    assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    for got, other, wanted in zip(found, plain, exact, strict=True):
+        assert relative(got, wanted) <= 1.3 * relative(other, wanted)
+
+
+def test_the_weights_gradient_is_summed_in_fp32():
+    # 1024 chunks of one token, each of which adds -1/2 and 1/2: a bf16 sum would stick at 128.
+    hidden = torch.ones(1024, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(1024, dtype=torch.int64)
+    linear_logprobs(hidden, weight, targets, chunk_tokens=1).sum().backward()
+    assert weight.grad.flatten().tolist() == [512.0, -512.0]
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_do():
+    hidden, weight, targets, upstream = inputs()
+    _, expected, _ = with_gradients(full_logprobs, hidden, weight, targets, upstream)
+    hidden.requires_grad_()
+    linear_logprobs(hidden, weight, targets, chunk_tokens=5).backward(upstream)
+    assert weight.grad is None
+    assert relative(hidden.grad, expected) < 1e-6
+
+
+def test_frozen_hidden_states_get_no_gradient_and_the_head_does():
+    hidden, weight, targets, upstream = inputs()
+    _, _, expected = with_gradients(full_logprobs, hidden, weight, targets, upstream)
+    weight.requires_grad_()
+    linear_logprobs(hidden, weight, targets, chunk_tokens=5).backward(upstream)
+    assert hidden.grad is None
+    assert relative(weight.grad, expected) < 1e-6
+
+
+def test_wholly_frozen_inputs_need_no_graph():
+    hidden, weight, targets, _ = inputs()
+    assert not linear_logprobs(hidden, weight, targets).requires_grad
+
+
+def test_no_tokens_give_no_logprobs_and_gradients_of_zero():
+    logps, of_hidden, of_weight = with_gradients(linear_logprobs, *inputs(num_tokens=0))
+    assert logps.shape == (0,)
+    assert of_hidden.shape == (0, WIDTH)
+    assert torch.equal(of_weight, torch.zeros(VOCABULARY, WIDTH))
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    assert linear_logprobs(hidden.expand(3, 1), weight, torch.arange(3)).tolist() == [0.0, -1e4, -2e4]
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    hidden, weight, targets, _ = inputs()
+    hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        linear_logprobs(hidden, weight, targets).sum(), hidden, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+class _Operations(TorchDispatchMode):
+    """Counts matrix products, and notes the size of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        tensors = out if isinstance(out, tuple | list) else [out]
+        self.largest = max([self.largest, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_logits_of_one_chunk_at_most_exist_at_a_time():
+    with _Operations() as operations:
+        with_gradients(partial(linear_logprobs, chunk_tokens=10), *inputs(num_tokens=64))
+    assert operations.largest == max(10 * VOCABULARY, 64 * WIDTH)
+    with _Operations() as operations:
+        with_gradients(full_logprobs, *inputs(num_tokens=64))
+    assert operations.largest == 64 * VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("train_hidden", "train_weight", "products"), [(True, True, 4), (True, False, 3), (False, True, 3)]
+)
+def test_what_is_frozen_costs_no_product(train_hidden, train_weight, products):
+    hidden, weight, targets, upstream = inputs()
+    hidden.requires_grad_(train_hidden)
+    weight.requires_grad_(train_weight)
+    with _Operations() as operations:
+        linear_logprobs(hidden, weight, targets).backward(upstream)
+    assert operations.products == products  # the logits, the logits again, and one per gradient

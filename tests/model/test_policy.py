@@ -1,0 +1,244 @@
+"""A packed row through the policy against each sequence alone through the plain transformers model."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from toys import toy_model
+
+from notus.data.packing import Example, collate
+from notus.model.attention import IMPLEMENTATION
+from notus.model.policy import Policy
+
+# name: (kind, overrides of the toy config, which has 4 query and 2 key/value heads)
+MODELS = {
+    "mistral": ("mistral", {}),
+    "mistral, window below the trunks": ("mistral", {"sliding_window": 5}),
+    "mistral, window between": ("mistral", {"sliding_window": 16}),
+    "mistral, one key head, tied": ("mistral", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama": ("llama", {}),
+    "llama, as many key heads, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, window in one layer": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3, tied, window": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def example(rng, index, trunk, branches, masks=None):
+    masks = masks or [[1] * length for length in branches]
+    return Example(
+        index,
+        rng.integers(3, 400, trunk),
+        tuple(rng.integers(3, 400, length) for length in branches),
+        tuple(np.array(mask, dtype=bool) for mask in masks),
+    )
+
+
+def pairs(seed=0):
+    """Long and one-token trunks, one-token branches, holes in a mask, a branch without a loss token."""
+    rng = np.random.default_rng(seed)
+    return [
+        example(rng, 0, 13, [5, 9]),
+        example(rng, 1, 1, [3, 1]),
+        example(rng, 2, 7, [6, 2], [[1, 1, 0, 0, 0, 1], [0, 1]]),
+        example(rng, 3, 4, [2, 3], [[0, 0], [1, 1, 1]]),
+        example(rng, 4, 20, [1, 14]),
+    ]
+
+
+def policy_of(model):
+    packed = copy.deepcopy(model)
+    packed.set_attn_implementation(IMPLEMENTATION)
+    return Policy(packed)
+
+
+def logps_alone(model, examples):
+    """[E, K]: each conversation through the whole model by itself, with all its logits."""
+    model.set_attn_implementation("eager")
+    return torch.stack([torch.stack(conversation_logps(model, item)) for item in examples])
+
+
+def conversation_logps(model, item):
+    sums = []
+    for branch, mask in zip(item.branches, item.loss_masks, strict=True):
+        ids = torch.from_numpy(np.concatenate([item.trunk, branch]))
+        logps = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        of_tokens = logps.gather(-1, ids[1:, None]).squeeze(-1)
+        learned = np.concatenate([np.zeros(len(item.trunk), dtype=bool), mask])[1:]
+        sums.append(of_tokens[torch.from_numpy(learned)].sum())
+    return sums
+
+
+def gradients(model, logps):
+    """Of a sum with a different weight on every branch, by parameter name."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, logps.numel()).view_as(logps)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def relative(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_is_each_sequence_alone(name):
+    kind, overrides = MODELS[name]
+    model = toy_model(kind, **overrides)
+    policy, examples = policy_of(model), pairs()
+    found, expected = policy(collate(examples, 2)), logps_alone(model, examples)
+    assert found.shape == (5, 2)
+    assert found.dtype == torch.float32
+    assert found[3, 0] == expected[3, 0] == 0  # nothing is learned there
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    packed, plain = gradients(policy.causal_lm, found), gradients(model, expected)
+    assert packed.keys() == plain.keys()
+    for parameter, gradient in plain.items():
+        assert relative(packed[parameter], gradient) < 1e-5, parameter
+
+
+@pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
+def test_any_number_of_branches(num_branches):
+    rng = np.random.default_rng(num_branches)
+    examples = [
+        example(rng, n, trunk, rng.integers(1, 9, num_branches)) for n, trunk in enumerate([6, 1, 11])
+    ]
+    model = toy_model("mistral", sliding_window=7)
+    policy = policy_of(model)
+    found, expected = policy(collate(examples, num_branches)), logps_alone(model, examples)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    packed, plain = gradients(policy.causal_lm, found), gradients(model, expected)
+    assert all(relative(packed[parameter], plain[parameter]) < 1e-5 for parameter in plain)
+
+
+def test_without_a_trunk_the_conversation_starts_with_the_branch():
+    rng = np.random.default_rng(0)
+    examples = [example(rng, 0, 0, [4, 6]), example(rng, 1, 3, [2, 2]), example(rng, 2, 0, [1, 5])]
+    model = toy_model()
+    found = policy_of(model)(collate(examples, 2))
+    torch.testing.assert_close(found, logps_alone(model, examples), rtol=1e-5, atol=1e-5)
+    assert found[2, 0] == 0  # a lone first token is not predicted
+
+
+@torch.no_grad()
+def test_the_order_and_company_of_examples_in_a_row_do_not_matter():
+    examples, policy = pairs(), policy_of(toy_model("qwen2"))
+    together = policy(collate(examples, 2))
+    order = [3, 0, 4, 2, 1]
+    torch.testing.assert_close(
+        policy(collate([examples[place] for place in order], 2)), together[order], rtol=1e-5, atol=1e-5
+    )
+    alone = torch.cat([policy(collate([item], 2)) for item in examples])
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_branch_does_not_see_its_sibling():
+    rng = np.random.default_rng(0)
+    policy, first = policy_of(toy_model()), example(rng, 0, 8, [5, 6])
+    other = Example(0, first.trunk, (first.branches[0], first.branches[1][::-1].copy()), first.loss_masks)
+    assert policy(collate([first], 2))[0, 0] == policy(collate([other], 2))[0, 0]
+    assert policy(collate([first], 2))[0, 1] != policy(collate([other], 2))[0, 1]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+def test_bf16_is_no_worse_against_fp32_than_the_plain_path(kind):
+    model = toy_model(kind, seed=2, scale=2.0).bfloat16()
+    examples = [item for seed in range(4) for item in pairs(seed)]
+    exact = copy.deepcopy(model).float()
+    expected = logps_alone(exact, examples)
+    plain, packed = logps_alone(model, examples), policy_of(model)
+    found = packed(collate(examples, 2))
+    assert found.dtype == torch.float32
+    # Both errors are sums of many roundings: the margins allow for their luck, not for a lost factor of two.
+    assert relative(found.detach(), expected.detach()) <= 1.5 * relative(plain.detach(), expected.detach())
+    wanted, other, got = (
+        gradients(exact, expected),
+        gradients(model, plain),
+        gradients(packed.causal_lm, found),
+    )
+
+    def error(of):
+        names = wanted.keys()
+        return relative(
+            *(torch.cat([part[name].flatten().float() for name in names]) for part in (of, wanted))
+        )
+
+    assert error(got) <= 1.1 * error(other)
+
+
+def test_a_filler_gives_finite_numbers_and_no_gradient_when_it_weighs_nothing():
+    policy = policy_of(toy_model())
+    batch = collate([], 2)
+    logps = policy(batch)
+    assert logps.shape == (1, 2)
+    assert torch.isfinite(logps).all()
+    (logps.sum(1) * batch.weights).sum().backward()
+    assert all(not parameter.grad.any() for parameter in policy.parameters())
+
+
+def test_a_row_without_a_loss_token_gives_zeros():
+    rng = np.random.default_rng(0)
+    policy = policy_of(toy_model())
+    logps = policy(collate([example(rng, 0, 4, [3, 2], [[0, 0, 0], [0, 0]])], 2))
+    assert logps.tolist() == [[0.0, 0.0]]
+    logps.sum().backward()
+    assert all(not parameter.grad.any() for parameter in policy.parameters())
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_body_the_same_as_before():
+    model = toy_model()
+    policy, batch = policy_of(model), collate(pairs(), 2)
+    before = {name: grad.clone() for name, grad in gradients(policy.causal_lm, policy(batch)).items()}
+    policy.causal_lm.lm_head.weight.requires_grad_(False)
+    policy.causal_lm.lm_head.weight.grad = None
+    after = gradients(policy.causal_lm, policy(batch))
+    assert after.pop("lm_head.weight") is None
+    assert all(torch.equal(gradient, before[name]) for name, gradient in after.items())
+
+
+@torch.no_grad()
+def test_a_branchs_logprob_is_the_sum_of_its_tokens():
+    policy, batch = policy_of(toy_model()), collate(pairs(), 2)
+    of_tokens = policy.token_logprobs(batch)
+    assert of_tokens.shape == batch.targets.shape
+    expected = [part.sum() for part in of_tokens.split(batch.lengths.flatten().tolist())]
+    torch.testing.assert_close(policy(batch).flatten(), torch.stack(expected))
+
+
+def test_parameter_names_are_hugging_faces():
+    model = toy_model()
+    assert [name for name, _ in policy_of(model).causal_lm.named_parameters()] == [
+        n for n, _ in model.named_parameters()
+    ]
+    assert len(policy_of(model).blocks) == 2
+
+
+def test_a_head_with_a_bias_and_a_decoder_without_layers_are_refused():
+    model = toy_model()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(400))
+    with pytest.raises(ValueError, match="MistralForCausalLM: output heads with a bias"):
+        Policy(model)
+    model = toy_model()
+    del model.model.layers
+    with pytest.raises(
+        ValueError, match="MistralForCausalLM: decoders that do not keep their blocks in `layers`"
+    ):
+        Policy(model)
