@@ -122,7 +122,7 @@ def causal_mask(
     return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
-def kernel_for(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[str, Kernel]:
+def kernel_for(device: torch.device, dtype: torch.dtype) -> tuple[str, Kernel]:
     """The name and the function of the kernel used on this kind of device; FlashAttention-2 takes no fp32."""
     flash = device.type == "cuda" and dtype != torch.float32
     return ("varlen", varlen_kernel) if flash else ("sdpa", sdpa_kernel)

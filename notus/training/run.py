@@ -72,7 +72,7 @@ class Run:
     @property
     def kernel(self) -> str:
         """Name of the attention kernel in use."""
-        return kernel_for(self.device)[0]
+        return kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
 
     @functools.cached_property
     def weights_digest(self) -> str:
