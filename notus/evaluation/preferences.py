@@ -93,7 +93,7 @@ def _build(
         trust_remote_code=trust_remote_code,
     )
     if source.base:
-        load_adapter(policy.causal_lm, source.folder)  # type: ignore[arg-type]
+        load_adapter(policy.causal_lm, source.folder)
     return policy
 
 

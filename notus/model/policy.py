@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from notus.data.packing import Batch
 from notus.model.logprobs import linear_logprobs
@@ -15,14 +16,14 @@ class Policy(nn.Module):
     chunk-wise.
     """
 
-    def __init__(self, causal_lm: nn.Module) -> None:
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
         """Wrap a transformers causal LM whose attention implementation is `attention.IMPLEMENTATION`.
 
         Raises:
             ValueError: the model's output head has a bias, or its blocks cannot be found.
         """
         super().__init__()
-        self.causal_lm = causal_lm
+        self.causal_lm: PreTrainedModel = causal_lm
         if self._head.bias is not None:
             raise ValueError(f"{type(causal_lm).__name__}: output heads with a bias are not supported")
         if not hasattr(causal_lm.get_decoder(), "layers"):
@@ -31,16 +32,16 @@ class Policy(nn.Module):
 
     @property
     def _head(self) -> nn.Linear:
-        return self.causal_lm.get_output_embeddings()  # type: ignore[operator]
+        return self.causal_lm.get_output_embeddings()
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder's layers, in order."""
-        return self.causal_lm.get_decoder().layers  # type: ignore[operator]
+        return self.causal_lm.get_decoder().layers
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """fp32 [M]: the log-prob of every completion token of the row, in nats (call through `forward`)."""
-        hidden = self.causal_lm.get_decoder()(  # type: ignore[operator]
+        hidden = self.causal_lm.get_decoder()(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,

@@ -194,9 +194,11 @@ def test_transformers_knows_the_attention_and_no_mask_for_it():
 
 
 def test_the_kernel_follows_from_device_and_dtype():
-    assert kernel_for(CPU)[0] == kernel_for(CPU, torch.float32)[0] == "sdpa"
+    assert kernel_for(CPU, torch.bfloat16)[0] == kernel_for(CPU, torch.float32)[0] == "sdpa"
     assert (
-        kernel_for(torch.device("cuda"))[0] == kernel_for(torch.device("cuda"), torch.float16)[0] == "varlen"
+        kernel_for(torch.device("cuda"), torch.bfloat16)[0]
+        == kernel_for(torch.device("cuda"), torch.float16)[0]
+        == "varlen"
     )
     assert kernel_for(torch.device("cuda"), torch.float32)[0] == "sdpa"  # FlashAttention-2 takes no fp32
 
