@@ -244,9 +244,7 @@ def config_from_dict(
 def to_yaml(config: Config) -> str:
     """The config as YAML that loads to an equal one; sections that its task has no use for are left out."""
     unused = DPO_SECTIONS if config.task == "sft" else ()
-    return dump_yaml(
-        {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS if name not in unused}
-    )
+    return dump_yaml({name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS if name not in unused})
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -282,9 +280,7 @@ def _conflicts(config: Config) -> Iterator[Refused]:
     yield from _loss_conflicts(config.dpo)
 
 
-def _without_effect(
-    config: Config, section: str, why: str, besides: tuple[str, ...] = ()
-) -> Iterator[Refused]:
+def _without_effect(config: Config, section: str, why: str, besides: tuple[str, ...] = ()) -> Iterator[Refused]:
     """The keys of a section that were moved away from their defaults."""
     values = getattr(config, section)
     for item in dataclasses.fields(values):
@@ -295,9 +291,7 @@ def _without_effect(
 def _data_conflicts(config: Config) -> Iterator[Refused]:
     data = config.data
     if config.task == "sft" and data.max_prompt_length is not None:
-        yield Refused(
-            "data.max_prompt_length", "has no effect in SFT, which cuts long rows at their end: remove it"
-        )
+        yield Refused("data.max_prompt_length", "has no effect in SFT, which cuts long rows at their end: remove it")
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         yield Refused(
             "data.max_prompt_length",
@@ -307,13 +301,9 @@ def _data_conflicts(config: Config) -> Iterator[Refused]:
     if data.eval is not None and data.eval_size > 0:
         yield Refused("data.eval_size", "has no effect beside data.eval: keep one of the two")
     if data.eval is None and data.eval_size == 0 and config.training.eval_every is not None:
-        yield Refused(
-            "training.eval_every", "has no effect without evaluation data: set data.eval or data.eval_size"
-        )
+        yield Refused("training.eval_every", "has no effect without evaluation data: set data.eval or data.eval_size")
     if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
-        yield Refused(
-            "data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}"
-        )
+        yield Refused("data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}")
 
 
 def _loss_conflicts(dpo: DPOConfig) -> Iterator[Refused]:
@@ -323,8 +313,6 @@ def _loss_conflicts(dpo: DPOConfig) -> Iterator[Refused]:
             f"has no effect with dpo.loss_type {dpo.loss_type!r}: use one of {', '.join(SMOOTHED_LOSSES)}",
         )
     if dpo.label_smoothing == 0 and dpo.loss_type == "exo_pair":
-        yield Refused(
-            "dpo.label_smoothing", "must be above 0 with dpo.loss_type 'exo_pair': set it, say to 1e-3"
-        )
+        yield Refused("dpo.label_smoothing", "must be above 0 with dpo.loss_type 'exo_pair': set it, say to 1e-3")
     if dpo.label_smoothing == 0.5 and dpo.loss_type == "robust":
         yield Refused("dpo.label_smoothing", "must be below 0.5 with dpo.loss_type 'robust'")

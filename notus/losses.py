@@ -262,9 +262,7 @@ def _check_options(loss_type: str, beta: float, label_smoothing: float) -> None:
     if loss_type == "robust" and label_smoothing == 0.5:
         raise ValueError("label_smoothing must be below 0.5 for loss_type 'robust', which divides by 1 - 2ε")
     if loss_type == "exo_pair" and label_smoothing == 0:
-        raise ValueError(
-            "label_smoothing must be above 0 for loss_type 'exo_pair', which takes its log; try 1e-3"
-        )
+        raise ValueError("label_smoothing must be above 0 for loss_type 'exo_pair', which takes its log; try 1e-3")
 
 
 def _check_shapes(**tensors: Tensor | None) -> None:

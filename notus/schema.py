@@ -63,9 +63,7 @@ class OneOrMore:
         mappings = []
         for each in value if isinstance(value, list) else [value]:
             try:
-                mappings.append(
-                    asdict(fill(self.item, each if isinstance(each, dict) else {self.short: each}))
-                )
+                mappings.append(asdict(fill(self.item, each if isinstance(each, dict) else {self.short: each})))
             except Refused as refusal:
                 raise Mismatch(f": {refusal.key} {refusal}") from None
         if not mappings:
@@ -87,9 +85,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
-                    )
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -130,9 +126,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: not valid YAML: {error}") from error
 
 
-def read_arguments(
-    words: Sequence[str], sections: Mapping[str, Any]
-) -> tuple[dict[str, Any], str, dict[str, str]]:
+def read_arguments(words: Sequence[str], sections: Mapping[str, Any]) -> tuple[dict[str, Any], str, dict[str, str]]:
     """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
     paths = [word for word in words if not word.startswith("-")]
     if len(paths) != 1:
@@ -140,9 +134,7 @@ def read_arguments(
         raise ValueError(f"command line: expected CONFIG.yaml [--section.key=value ...], but got {got}")
     tree = read_yaml(Path(paths[0]))
     if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
-        raise ValueError(
-            f"{paths[0]}: expected the sections {', '.join(sections)}, with lines `key: value` below them"
-        )
+        raise ValueError(f"{paths[0]}: expected the sections {', '.join(sections)}, with lines `key: value` below them")
     origins = {}
     for word in words:
         if word.startswith("-"):

@@ -16,9 +16,7 @@ def run_ranks(worker: Callable[..., None], world_size: int, folder: Path, *args:
     mp.spawn(_enter, (worker, world_size, store, args), nprocs=world_size)
 
 
-def _enter(
-    rank: int, worker: Callable[..., None], world_size: int, store: Path, args: tuple[object, ...]
-) -> None:
+def _enter(rank: int, worker: Callable[..., None], world_size: int, store: Path, args: tuple[object, ...]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

@@ -101,13 +101,9 @@ def test_resolution(minimal: str) -> None:
     assert load(minimal, "--training.max_grad_norm=0").training.max_grad_norm is None
     assert load(minimal, "--data.max_length=300").data.max_prompt_length == 150
     assert load(minimal, "--data.max_length=4096").data.max_prompt_length == 512
-    assert (
-        load(minimal, "--data.max_length=300", "--data.max_prompt_length=299").data.max_prompt_length == 299
-    )
+    assert load(minimal, "--data.max_length=300", "--data.max_prompt_length=299").data.max_prompt_length == 299
     assert load(minimal, task="sft").data.max_prompt_length is None
-    assert (
-        load(minimal, "--lora.rank=2", "--lora.target_modules=all-linear").lora.target_modules == "all-linear"
-    )
+    assert load(minimal, "--lora.rank=2", "--lora.target_modules=all-linear").lora.target_modules == "all-linear"
 
 
 def test_the_saved_config_of_sft_has_no_section_that_sft_does_not_use(minimal: str) -> None:
@@ -307,9 +303,7 @@ def test_config_is_frozen(minimal: str) -> None:
         load(minimal).dpo.beta = 1.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
-)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     task: Any = "sft" if path.name.startswith("sft") else "dpo"
     load_config(path, task)

@@ -73,9 +73,7 @@ def loss_of(c: Tensor, r: Tensor, loss_type: str, **options: object) -> tuple[Te
 
 
 @pytest.mark.parametrize(("loss_type", "smoothing", "expected", "expected_swapped"), BY_HAND)
-def test_hand_worked_values(
-    loss_type: str, smoothing: float, expected: float, expected_swapped: float
-) -> None:
+def test_hand_worked_values(loss_type: str, smoothing: float, expected: float, expected_swapped: float) -> None:
     c = torch.tensor([10 * LN3, -10 * LN3], dtype=torch.float64)
     lengths = torch.tensor([10, 5])
     found, chosen_rewards, rejected_rewards = loss_of(
@@ -117,9 +115,7 @@ def plain(loss_type: str) -> Callable[..., Tensor]:
 
     return {
         "sigmoid": lambda c, r, b, e, *_: -(1 - e) * log_sig(b * (c - r)) - e * log_sig(b * (r - c)),
-        "robust": lambda c, r, b, e, *_: (
-            (e * log_sig(b * (r - c)) - (1 - e) * log_sig(b * (c - r))) / (1 - 2 * e)
-        ),
+        "robust": lambda c, r, b, e, *_: (e * log_sig(b * (r - c)) - (1 - e) * log_sig(b * (c - r))) / (1 - 2 * e),
         "hinge": lambda c, r, b, *_: (1 - b * c + b * r).clamp(min=0),
         "ipo": lambda c, r, b, e, n, m: (c / n - r / m - 0.5 / b) ** 2,
         "sigmoid_norm": lambda c, r, b, e, n, m: -log_sig(b * c / n - b * r / m),
@@ -135,9 +131,7 @@ def plain(loss_type: str) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_values_and_gradients_equal_the_plain_expression(
-    loss_type: str, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_values_and_gradients_equal_the_plain_expression(loss_type: str, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     ratios = torch.randn(2, 64, generator=generator, dtype=torch.float64) * 8
     lengths = torch.randint(1, 40, (2, 64), generator=generator)

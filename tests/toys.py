@@ -72,9 +72,7 @@ def toy_config(kind: str = "mistral", **overrides: object) -> transformers.PreTr
     return classes[kind](**{**settings, **overrides})
 
 
-def toy_model(
-    kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **overrides: object
-) -> torch.nn.Module:
+def toy_model(kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **overrides: object) -> torch.nn.Module:
     """A randomly initialised causal LM, its matrices scaled up so that its predictions are far from uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(toy_config(kind, **overrides), dtype=torch.float32)

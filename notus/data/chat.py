@@ -130,9 +130,7 @@ class ChatEncoder:
         # A call of the tokenizer elsewhere leaves these two set; they do not bear on ours.
         del backend["truncation"], backend["padding"]
         parts = [backend, self.eos, self.tokenizer.bos_token, self.template, self.special.pattern]
-        return hashlib.sha256(
-            json.dumps([*parts, self.add_empty_system], sort_keys=True).encode()
-        ).hexdigest()
+        return hashlib.sha256(json.dumps([*parts, self.add_empty_system], sort_keys=True).encode()).hexdigest()
 
     def _render_turns(self, messages: list[Message], first: int) -> Rendered:
         learned = [i for i in range(max(first, 1), len(messages)) if self.has_text([messages[i]])]

@@ -138,16 +138,12 @@ def load_sft(
     Arguments, result and errors as in `load_pairs`.
     """
     if max_length < 2:
-        raise ValueError(
-            f"max_length is {max_length}; it must leave room for a prompt and a completion token"
-        )
+        raise ValueError(f"max_length is {max_length}; it must leave room for a prompt and a completion token")
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
     return _load(source, _Rule(encoder, "sft", max_length, None), num_workers, cache_dir, seed)
 
 
-def split_holdout(
-    dataset: datasets.Dataset, size: int, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+def split_holdout(dataset: datasets.Dataset, size: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Hold `size` rows out, drawn with `seed`: (the rest, the held-out rows), each in the order of `dataset`.
 
     Draws the rows that `datasets`' own `train_test_split(test_size=size, seed=seed)` does, as Notus' split
@@ -161,9 +157,7 @@ def split_holdout(
     return dataset.select(np.sort(drawn[size:])), dataset.select(np.sort(drawn[:size]))
 
 
-def truncate(
-    encoded: Sequence[Encoded], max_length: int, max_prompt_length: int | None
-) -> tuple[list[Encoded], int]:
+def truncate(encoded: Sequence[Encoded], max_length: int, max_prompt_length: int | None) -> tuple[list[Encoded], int]:
     """Cut a row's conversations to `max_length` tokens each; also the bits that say what was cut.
 
     As the original's (TRL's `keep_end`): if the longest is too long, first the prompt keeps its last

@@ -75,9 +75,7 @@ def _spread(lengths: Sequence[int], order: Sequence[int], num_bins: int) -> list
     return bins
 
 
-def _rows_of_rank(
-    lengths: Sequence[int], items: Sequence[int], num_rows: int, limit: int
-) -> list[list[int]] | None:
+def _rows_of_rank(lengths: Sequence[int], items: Sequence[int], num_rows: int, limit: int) -> list[list[int]] | None:
     rows = _spread(lengths, items, num_rows)
     fits = all(sum(lengths[item] for item in row) <= limit for row in rows)
     return rows if fits else None

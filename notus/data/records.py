@@ -77,8 +77,7 @@ def find_form(row: Mapping[str, Any], task: Task) -> tuple[str, ...]:
     if {"instruction", "completions"} <= set(row):
         remedy = "these are UltraFeedback's: make pairs of them with `python -m notus curate` first"
     raise ValueError(
-        f"the columns {', '.join(map(str, row)) or '(none)'} are of no known {task} form "
-        f"({accepted}); {remedy}"
+        f"the columns {', '.join(map(str, row)) or '(none)'} are of no known {task} form ({accepted}); {remedy}"
     )
 
 
@@ -103,9 +102,7 @@ def _answers(row: Mapping[str, Any], prompt_column: str, columns: tuple[str, ...
             _check_text(row[column], f"key '{column}'")
         return Record(prompt, tuple(values))
     base = _messages(prompt, prompt_column, "user")
-    completions = [
-        _messages(value, column, "assistant") for value, column in zip(values, columns, strict=True)
-    ]
+    completions = [_messages(value, column, "assistant") for value, column in zip(values, columns, strict=True)]
     if isinstance(prompt, str) and not any(_is_continuation(turns) for turns in completions):
         return _shared_turns(*completions)
     rest = [_after(base, turns, column) for turns, column in zip(completions, columns, strict=True)]
@@ -152,9 +149,7 @@ def _after(base: list[Message], turns: list[Message], column: str) -> list[Messa
 
 def _whole_conversation(value: Any, column: str) -> list[Message]:
     if isinstance(value, str):
-        raise ValueError(
-            f"key '{column}' is a string, so there is no prompt; add a key 'prompt', or give messages"
-        )
+        raise ValueError(f"key '{column}' is a string, so there is no prompt; add a key 'prompt', or give messages")
     return _messages(value, column, "assistant")
 
 
@@ -193,9 +188,7 @@ def _check_text(value: Any, place: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place} holds half of a surrogate pair at character {error.start}; remove it"
-        ) from error
+        raise ValueError(f"{place} holds half of a surrogate pair at character {error.start}; remove it") from error
 
 
 def _described(value: Any) -> str:

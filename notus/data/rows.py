@@ -86,9 +86,7 @@ class Rows:
         return np.concatenate([_digests(part) for part in self._slices()])
 
 
-def step_rows(
-    rows: Rows, indices: np.ndarray, *, rank: int, world_size: int, tokens_per_row: int
-) -> Iterator[Batch]:
+def step_rows(rows: Rows, indices: np.ndarray, *, rank: int, world_size: int, tokens_per_row: int) -> Iterator[Batch]:
     """This rank's packed rows of one step.
 
     Args:

@@ -66,16 +66,12 @@ def parts(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Part]:
 def _part(entry: Mapping[str, Any], number: int) -> Part:
     known = [field.name for field in dataclasses.fields(Part)]
     if not isinstance(entry, Mapping) or "path" not in entry or not set(entry) <= set(known):
-        raise ValueError(
-            f"data source {number} is {entry!r}, but must be {{path, split, weight}}, with at least path"
-        )
+        raise ValueError(f"data source {number} is {entry!r}, but must be {{path, split, weight}}, with at least path")
     given = {key: value for key, value in entry.items() if value is not None}
     part = Part(**{**given, "path": str(entry["path"])})
     weight = part.weight
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ValueError(
-            f"data source {number} ({part.path}): weight is {weight!r}, but must be a number above 0"
-        )
+        raise ValueError(f"data source {number} ({part.path}): weight is {weight!r}, but must be a number above 0")
     return part
 
 
@@ -111,11 +107,7 @@ def read_rows(source: Source, batch: Mapping[str, Sequence[Any]], indices: Seque
     with source.json_path.open("rb") as file:
         for number, index in enumerate(indices):
             line = f"line {batch['line'][number]}"
-            place = (
-                f"{source.name}, {line}"
-                if source.numbered_by_line
-                else f"{source.name}, row {index + 1} ({line})"
-            )
+            place = f"{source.name}, {line}" if source.numbered_by_line else f"{source.name}, row {index + 1} ({line})"
             file.seek(batch["start"][number])
             yield place, _decoded(file.read(batch["length"][number]), place)
 
@@ -211,9 +203,7 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
         raise ValueError(f"{path}: cannot be read as a dataset, split {split!r} ({error})") from error
 
 
-def _choose_split(
-    loaded: datasets.Dataset | datasets.DatasetDict, path: Path, split: str
-) -> datasets.Dataset:
+def _choose_split(loaded: datasets.Dataset | datasets.DatasetDict, path: Path, split: str) -> datasets.Dataset:
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
     if split not in loaded:

@@ -6,9 +6,7 @@ import math
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and how it is computed and prompted."""
-    parser.add_argument(
-        "model", metavar="MODEL_OR_RUN", help="a model's, an adapter's or a run's folder, or a hub id"
-    )
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model's, an adapter's or a run's folder, or a hub id")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument(
         "--chat-template",
@@ -20,9 +18,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="an empty system turn before conversations without one (default: as the run did, or none)",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def count(text: str) -> int:

@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens-per-row",
         type=count,
-        help="tokens of one forward pass: sets memory and speed, not the result (default: 4096, or the "
-        "longest pair's)",
+        help="tokens of one forward pass: sets memory and speed, not the result (default: 4096, or the longest pair's)",
     )
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there, too")
 
@@ -114,9 +113,7 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
     return {**described, **options, **preference_metrics(logps, base_logps, lengths, beta=beta)}
 
 
-def _load_rows(
-    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]
-) -> "Rows":
+def _load_rows(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]) -> "Rows":
     from notus.data.dataset import load_pairs
     from notus.data.rows import Rows
     from notus.training.distributed import main_first, say

@@ -26,18 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder (training.output_dir)")
     parser.add_argument("out", metavar="OUT", help="the folder to write: new, or empty")
     parser.add_argument("--merge", action="store_true", help="merge a LoRA run's adapter into its base model")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), help="of the weights (default: the run's precision)"
-    )
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: the run's precision)")
     parser.add_argument(
         "--max-shard-size",
         type=_size,
         metavar="SIZE",
         help="most bytes of a weights file, say 500MB (default: 5GB)",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,9 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("export works in one process: leave torchrun out")
     if not is_run(run_folder):
-        raise ValueError(
-            f"{run_folder}: no run's folder, it has no {CONFIG_FILE}; name a training.output_dir"
-        )
+        raise ValueError(f"{run_folder}: no run's folder, it has no {CONFIG_FILE}; name a training.output_dir")
     settings = read_run_settings(run_folder)
     adapter = bool(settings.get("lora", {}).get("rank"))
     _check(args, adapter, final=run_folder / MODEL)

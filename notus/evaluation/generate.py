@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=count, default=32, help="completions at a time (default: 32)")
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
-    begin.add_argument(
-        "--raw", action="store_true", help="take prompts as plain text, without a chat template"
-    )
+    begin.add_argument("--raw", action="store_true", help="take prompts as plain text, without a chat template")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,8 +124,7 @@ def _read(args: argparse.Namespace, *, has_chat_format: bool) -> list["Prompt"]:
         raise ValueError(f"{chats[0].place}: holds messages, which --raw does not take: leave --raw out")
     if args.system is not None and not chats:
         raise ValueError(
-            "--system has no effect: the prompts are strings and the model has no chat format; add "
-            "--chat-template"
+            "--system has no effect: the prompts are strings and the model has no chat format; add --chat-template"
         )
     texts = len(prompts) - len(chats)
     print(f"{len(prompts)} prompts: {len(chats)} conversations, {texts} plain texts", flush=True)

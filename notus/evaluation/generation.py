@@ -81,9 +81,7 @@ def _encode(encoder: ChatEncoder, prompt: Turns, context: int | None, place: str
     if not ids:
         raise ValueError(f"{place}: the prompt is empty; there is nothing to continue")
     if context is not None and len(ids) >= context:
-        raise ValueError(
-            f"{place}: the prompt's {len(ids)} tokens fill the model's context of {context}; shorten it"
-        )
+        raise ValueError(f"{place}: the prompt's {len(ids)} tokens fill the model's context of {context}; shorten it")
     return ids
 
 

@@ -66,7 +66,5 @@ def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML ({error}); restore the file") from error
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
-        raise ValueError(
-            f"{path}: not the settings of a run; restore the file, or name the model's own folder"
-        )
+        raise ValueError(f"{path}: not the settings of a run; restore the file, or name the model's own folder")
     return settings

@@ -115,9 +115,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def preference_metrics(
-    policy: Tensor, base: Tensor | None, lengths: Tensor, *, beta: float | None
-) -> dict[str, float]:
+def preference_metrics(policy: Tensor, base: Tensor | None, lengths: Tensor, *, beta: float | None) -> dict[str, float]:
     """Means over pairs of what a model makes of the chosen and the rejected completions.
 
     Args:

@@ -67,9 +67,7 @@ def _parameters(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def sdpa_kernel(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
-) -> Tensor:
+def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
     """One `scaled_dot_product_attention` per segment; the fast path on CPU, and for fp32 everywhere."""
     window = None if window is not None and window >= max(layout.key_lengths) else window
     lengths = list(zip(layout.query_lengths, layout.key_lengths, strict=True))
@@ -93,9 +91,7 @@ def sdpa_kernel(
     return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
 
 
-def dense_kernel(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
-) -> Tensor:
+def dense_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
     """The plain reference, for tests and self-checks: one dense mask over queries and keys, fp32 softmax."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -136,7 +132,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    layout: Layout,
+    layout: Layout | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     kernel: Kernel | None = None,
@@ -157,7 +153,15 @@ def packed_attention(
 
     Returns:
         ([1, N, H, D], None).
+
+    Raises:
+        ValueError: the model's layers do not hand `layout` on.
     """
+    if layout is None:
+        raise ValueError(
+            f"{type(module).__name__} got no layout of the packed row: this model's layers drop the keywords "
+            "that they are called with; take a model whose layers pass them on to the attention"
+        )
     assert attention_mask is None
     assert dropout == 0.0
     run = kernel or kernel_for(query.device, query.dtype)[1]

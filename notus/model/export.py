@@ -108,9 +108,7 @@ def _write_index(partial: Path, *, files: dict[str, list[str]], total: int) -> N
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_config(
-    partial: Path, *, config: PreTrainedConfig, causal_lm: PreTrainedModel, dtype: torch.dtype
-) -> None:
+def _write_config(partial: Path, *, config: PreTrainedConfig, causal_lm: PreTrainedModel, dtype: torch.dtype) -> None:
     config = copy.deepcopy(config)
     config.dtype = dtype
     # FSDP puts a class of its own in front of a module that it manages.

@@ -59,9 +59,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
-) -> Tensor:
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
     """log softmax(hidden @ weight.T) at the targets.
 
     Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32, and computed again in the

@@ -107,9 +107,7 @@ def _whole(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir())
 
 
-def _tensors(
-    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def _tensors(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name; makes the optimizer's state if no step has made it yet."""
     moments = _MOMENTS[type(optimizer)]
     tensors: dict[str, Tensor] = {}
@@ -167,6 +165,4 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file} is damaged ({error}): remove {path} to go on from the checkpoint before"
-        ) from error
+        raise ValueError(f"{file} is damaged ({error}): remove {path} to go on from the checkpoint before") from error

@@ -149,7 +149,7 @@ def run(config: Config) -> None:
     """
     with start(config, "dpo") as job:
         if job is not None:
-            job.train(_task(job, config))
+            job.train(build_task(job, config))
 
 
 def fill_reference(config: Config) -> None:
@@ -161,7 +161,8 @@ def fill_reference(config: Config) -> None:
                 _with_reference(job, config, rows)
 
 
-def _task(job: Run, config: Config) -> DPOTask:
+def build_task(job: Run, config: Config) -> DPOTask:
+    """The task of a run: its pairs, with the reference log-probs read or computed here; collective."""
     return DPOTask(
         _with_reference(job, config, job.train_rows),
         None if job.eval_rows is None else _with_reference(job, config, job.eval_rows),
@@ -185,14 +186,10 @@ def _with_reference(job: Run, config: Config, rows: Rows) -> Preferences:
     folder = Path(config.reference.cache_dir or Path(config.training.output_dir) / "reference")
 
     def pass_over(indices: np.ndarray) -> Tensor:
-        logps = score(
-            job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device
-        )
+        logps = score(job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device)
         job.say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
         return logps
 
     logps, read = reference_logps(pass_over, rows, key=key, digests=digests, folder=folder)
-    job.say(
-        f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}"
-    )
+    job.say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
     return Preferences(rows, logps)

@@ -57,15 +57,11 @@ def open_folder(config: Config) -> Opening:
 
 def _checkpoint(folder: Path, resume: str) -> Path | None:
     newest = latest_checkpoint(folder / CHECKPOINTS)
-    if (
-        resume in ("auto", "never") or newest is not None
-    ):  # this folder's own progress goes before its origin's
+    if resume in ("auto", "never") or newest is not None:  # this folder's own progress goes before its origin's
         return newest
     path = Path(resume)
     if not path.is_dir():
-        raise ValueError(
-            f"training.resume={resume}: no such checkpoint folder; give one, or 'auto' or 'never'"
-        )
+        raise ValueError(f"training.resume={resume}: no such checkpoint folder; give one, or 'auto' or 'never'")
     return path
 
 

@@ -109,9 +109,7 @@ class Trainer:
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
-        if (
-            progress.window_sums and rank() == 0
-        ):  # the sums of all ranks since the last line; one rank carries them
+        if progress.window_sums and rank() == 0:  # the sums of all ranks since the last line; one rank carries them
             self._sums += torch.tensor(progress.window_sums, dtype=torch.float64, device=device)
         self._seconds = 0.0
 
@@ -149,9 +147,7 @@ class Trainer:
         """One optimizer step; returns the gradient's norm before clipping and the learning rate used."""
         settings, step = self.settings, self.progress.step
         # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
-        torch.manual_seed(
-            np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item()
-        )
+        torch.manual_seed(np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item())
         indices = self.task.plan.indices(step)
         examples: list[tuple[Tensor, Tensor]] = []
         bad = torch.zeros((), device=self.device)

@@ -70,11 +70,7 @@ def gradient_norm(gradients: list[Tensor], loss_is_bad: Tensor) -> Tensor:
         fp32 scalar on the gradients' device, the same on every rank.
     """
     norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()])
-    total = (
-        torch.stack([norm.float() for norm in norms]).square().sum()
-        if norms
-        else torch.zeros_like(loss_is_bad)
-    )
+    total = torch.stack([norm.float() for norm in norms]).square().sum() if norms else torch.zeros_like(loss_is_bad)
     pair = sum_across_ranks(torch.stack([total, loss_is_bad.float()]))
     return torch.where(pair[1] > 0, torch.nan, pair[0].sqrt())
 

@@ -19,9 +19,7 @@ from notus.model.policy import Policy
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def parallelize(
-    policy: Policy, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool
-) -> Policy:
+def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool) -> Policy:
     """Shard a policy in place, typically still on the meta device.
 
     Args:
@@ -36,9 +34,7 @@ def parallelize(
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     # A single rank has nothing to gather: freeing and copying its own weights twice per step would be waste.
-    shard = functools.partial(
-        fully_shard, mesh=mesh, mp_policy=precision_policy, reshard_after_forward=mesh.size() > 1
-    )
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision_policy, reshard_after_forward=mesh.size() > 1)
     for block in policy.blocks:
         shard(block)
     shard(policy)

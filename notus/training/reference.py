@@ -90,9 +90,7 @@ def reference_logps(
     return logps, False
 
 
-def _part(
-    score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray
-) -> Tensor:
+def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray) -> Tensor:
     path = folder / f"{indices[0]:09d}.safetensors"
     expected = torch.from_numpy(digests[indices])
     done = on_main(lambda: _read_part(path, expected) if path.exists() else None)
@@ -146,9 +144,7 @@ def _read(path: Path, rows: Rows, key: ReferenceKey, digests: np.ndarray) -> Ten
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"the reference cache {path} is damaged ({error}): {remedy}") from error
     if json.loads(metadata.get("key", "{}")) != dataclasses.asdict(key):
-        raise ValueError(
-            f"the reference cache {path} was made for another model, data or precision: {remedy}"
-        )
+        raise ValueError(f"the reference cache {path} was made for another model, data or precision: {remedy}")
     if not torch.equal(tensors["digests"], torch.from_numpy(digests)):
         raise ValueError(f"the reference cache {path} holds other rows than the data: {remedy}")
     if not torch.equal(tensors["token_counts"], torch.from_numpy(rows.loss_tokens)):

@@ -200,9 +200,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoint: Path | 
     train_rows, eval_rows = load_rows(config, task, tokenizer)
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     distributed.say(
-        packing_report(
-            train_rows, plan, world_size=distributed.world_size(), tokens_per_row=training.tokens_per_row
-        )
+        packing_report(train_rows, plan, world_size=distributed.world_size(), tokens_per_row=training.tokens_per_row)
     )
     policy = build_policy(
         model_folder,

@@ -16,9 +16,7 @@ from notus.training.parallel import reshard
 
 
 @torch.no_grad()
-def score(
-    policy: Policy, rows: Rows, indices: np.ndarray, *, tokens_per_row: int, device: torch.device
-) -> Tensor:
+def score(policy: Policy, rows: Rows, indices: np.ndarray, *, tokens_per_row: int, device: torch.device) -> Tensor:
     """Score some rows of a dataset; collective, every rank takes a share and gets the whole.
 
     Args:

@@ -30,9 +30,7 @@ class SFTTask:
         weights, lengths = batch.weights.to(logps.device), batch.lengths.to(logps.device)
         nll = nll_loss(logps[:, 0], int(self.rows.loss_tokens[step_indices].sum()))
         per_example = -logps[:, 0].detach()
-        columns = torch.stack(
-            [per_example.double(), lengths[:, 0].double(), torch.ones_like(per_example).double()]
-        )
+        columns = torch.stack([per_example.double(), lengths[:, 0].double(), torch.ones_like(per_example).double()])
         return RowLoss(loss=(nll * weights).sum(), sums=columns @ weights.double(), per_example=per_example)
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
@@ -50,9 +48,7 @@ class SFTTask:
         if self._held_out is None:
             return {}
         everything = np.arange(len(self._held_out))
-        logps = score(
-            policy, self._held_out, everything, tokens_per_row=self._tokens_per_row, device=self._device
-        )
+        logps = score(policy, self._held_out, everything, tokens_per_row=self._tokens_per_row, device=self._device)
         return {"eval_loss": -logps.double().sum().item() / int(self._held_out.loss_tokens.sum())}
 
 

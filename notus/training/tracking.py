@@ -106,9 +106,7 @@ class ProgressBar:
         self._between, self._last = seconds_between, float("-inf")
         interactive = sys.stderr.isatty()
         self._bar = (
-            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
-            if interactive
-            else None
+            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if interactive else None
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

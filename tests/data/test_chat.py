@@ -76,9 +76,7 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerBase:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 ENCODERS = ChatEncoder(toy_tokenizer(bos=True)), ChatEncoder(toy_tokenizer(bos=False))
@@ -126,9 +124,7 @@ class TestRendering:
         tokenizer = toy_tokenizer(chat_template=THINKING)
         turns = [assistant("one"), user("and?"), assistant("two")]
         assert learned(ChatEncoder(tokenizer), [user("count")], turns) == "one</s><think></think>two</s>"
-        assert learned(ChatEncoder(tokenizer), [user("count")], [*turns, user("on")]).endswith(
-            "</think>two</s>"
-        )
+        assert learned(ChatEncoder(tokenizer), [user("count")], [*turns, user("on")]).endswith("</think>two</s>")
 
     def test_refused_conversation_names_the_reason_and_the_remedy(self) -> None:
         encoder = ChatEncoder(toy_tokenizer(chat_template=INST))
@@ -194,17 +190,13 @@ class TestEnds:
     @pytest.mark.parametrize("turns_template", [NO_EOS, CHATML])
     def test_template_that_closes_the_conversation_alone_with_eos(self, turns_template: str) -> None:
         tokenizer = chatml_tokenizer("</s>")
-        tokenizer.chat_template = (
-            turns_template + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
-        )
+        tokenizer.chat_template = turns_template + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
         turns = [assistant("b"), user("c"), assistant("d")]
         expected = "bd\n</s>" if turns_template == NO_EOS else "b<|im_end|>d<|im_end|>\n</s>"
         assert learned(ChatEncoder(tokenizer), [user("a")], turns) == expected
 
     def test_template_that_hides_the_content_is_learned_whole(self) -> None:
-        encoder = ChatEncoder(
-            toy_tokenizer(chat_template=NO_EOS.replace("m['content']", "m['content'] | upper"))
-        )
+        encoder = ChatEncoder(toy_tokenizer(chat_template=NO_EOS.replace("m['content']", "m['content'] | upper")))
         assert learned(encoder, [user("a")], [assistant("bc")]) == "BC</s>"
 
     def test_eos_that_is_no_token_is_refused(self) -> None:
@@ -287,9 +279,7 @@ class TestSettings:
     def test_vocabulary_must_fit_the_model(self) -> None:
         largest = max(toy_tokenizer().get_vocab().values())
         check_vocabulary(toy_tokenizer(), largest + 1)
-        with pytest.raises(
-            ValueError, match=f"id {largest}, but the model's vocabulary ends at {largest - 1}"
-        ):
+        with pytest.raises(ValueError, match=f"id {largest}, but the model's vocabulary ends at {largest - 1}"):
             check_vocabulary(toy_tokenizer(), largest)
 
     def test_digest_covers_what_decides_the_tokens_and_no_more(self) -> None:

@@ -188,9 +188,7 @@ def test_bad_input_is_named_and_leaves_the_output_alone(tmp_path, name, content,
 
 def test_wrong_parquet_columns_are_listed(tmp_path):
     datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"]}).to_parquet(tmp_path / "in.parquet")
-    with pytest.raises(
-        ValueError, match=r"in.parquet, record 1: source is missing \(there is prompt, chosen\)"
-    ):
+    with pytest.raises(ValueError, match=r"in.parquet, record 1: source is missing \(there is prompt, chosen\)"):
         command(tmp_path / "in.parquet", tmp_path / "out.jsonl")
 
 

@@ -123,9 +123,7 @@ class TestTruncation:
 
     def test_prompt_keeps_its_end_in_both(self) -> None:
         # 6 + 3 > 8: both prompts keep their last 4, also where the completion is short; 4 + 3 <= 8
-        cut, outcome = truncate(
-            [encoded([1, 2, 3, 4, 5, 6], [7, 7, 7]), encoded([1, 2, 3, 4, 5, 6], [8])], 8, 4
-        )
+        cut, outcome = truncate([encoded([1, 2, 3, 4, 5, 6], [7, 7, 7]), encoded([1, 2, 3, 4, 5, 6], [8])], 8, 4)
         assert as_lists(cut) == [[3, 4, 5, 6, 7, 7, 7], [3, 4, 5, 6, 8]]
         assert [item.mask.tolist() for item in cut] == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]
         assert outcome == PROMPT_CUT
@@ -168,9 +166,7 @@ class TestTruncation:
 
     @pytest.mark.parametrize("max_prompt_length", [0, 64, 65])
     def test_lengths_must_leave_room(self, tmp_path: Path, max_prompt_length: int) -> None:
-        with pytest.raises(
-            ValueError, match=f"max_prompt_length is {max_prompt_length}, but must be at least 1"
-        ):
+        with pytest.raises(ValueError, match=f"max_prompt_length is {max_prompt_length}, but must be at least 1"):
             load(write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "Y")]), max_prompt_length=max_prompt_length)
 
     def test_length_of_demonstrations(self, tmp_path: Path) -> None:
@@ -206,9 +202,7 @@ class TestDrops:
 
     def test_nothing_left_is_an_error_with_the_reasons(self, tmp_path: Path) -> None:
         path = write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "X"), pair("Q", "", "X")])
-        with pytest.raises(
-            ValueError, match=r"a.jsonl: no row is left[^$]*dropped 1: empty[^$]*dropped 1: chosen"
-        ):
+        with pytest.raises(ValueError, match=r"a.jsonl: no row is left[^$]*dropped 1: empty[^$]*dropped 1: chosen"):
             load(path)
 
     def test_reports_add_up(self) -> None:
@@ -233,9 +227,7 @@ class TestErrors:
 
     def test_bad_row_of_an_array_is_named_by_number(self, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(json.dumps([pair("Q", "X", "Y"), {"prompt": "Q"}]))
-        with pytest.raises(
-            ValueError, match=r"a.json, row 2 \(line 1\): the columns prompt are of no known dpo"
-        ):
+        with pytest.raises(ValueError, match=r"a.json, row 2 \(line 1\): the columns prompt are of no known dpo"):
             load(tmp_path / "a.json")
 
     def test_template_that_refuses_a_row(self, tmp_path: Path) -> None:
@@ -326,8 +318,7 @@ class TestMixtures:
     @pytest.fixture
     def paths(self, tmp_path: Path) -> tuple[str, str]:
         numbered = [
-            write_rows(tmp_path / f"{name}.jsonl", [pair("Q" * n, name, "Z") for n in range(1, 11)])
-            for name in "XY"
+            write_rows(tmp_path / f"{name}.jsonl", [pair("Q" * n, name, "Z") for n in range(1, 11)]) for name in "XY"
         ]
         return str(numbered[0]), str(numbered[1])
 

@@ -29,9 +29,7 @@ def random_example(rng, index, trunk, branches):
 # --- step plan ---
 
 
-@pytest.mark.parametrize(
-    ("num_examples", "batch_size"), [(1, 1), (1, 8), (12, 4), (13, 4), (13, 13), (5, 64)]
-)
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(1, 1), (1, 8), (12, 4), (13, 4), (13, 13), (5, 64)])
 def test_every_epoch_takes_every_example_exactly_once(num_examples, batch_size):
     plan = StepPlan(num_examples, batch_size, seed=3)
     assert plan.steps_per_epoch == math.ceil(num_examples / batch_size)
@@ -89,9 +87,7 @@ def test_more_ranks_than_examples_get_empty_rows():
 
 
 def test_an_example_that_fits_into_no_row_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"training\.tokens_per_row=7 .*\(8 tokens\): set .* at least 8, or lower"
-    ):
+    with pytest.raises(ValueError, match=r"training\.tokens_per_row=7 .*\(8 tokens\): set .* at least 8, or lower"):
         deal([3, 8], world_size=2, tokens_per_row=7)
     check_fits(8, 8)
     with pytest.raises(ValueError, match=r"at least 9"):
@@ -120,15 +116,12 @@ def test_deal_loses_nothing_doubles_nothing_and_keeps_within_the_limit(lengths, 
 def test_the_heaviest_rank_is_within_four_thirds_of_the_best_possible(lengths, world_size):
     best = min(
         max(
-            sum(length for length, rank in zip(lengths, ranks, strict=True) if rank == own)
-            for own in range(world_size)
+            sum(length for length, rank in zip(lengths, ranks, strict=True) if rank == own) for own in range(world_size)
         )
         for ranks in itertools.product(range(world_size), repeat=len(lengths))
     )
     heaviest = max(loads(lengths, deal(lengths, world_size, 1000)))
-    assert (
-        heaviest <= (4 / 3 - 1 / (3 * world_size)) * best + 1e-9
-    )  # Graham 1969: longest processing time first
+    assert heaviest <= (4 / 3 - 1 / (3 * world_size)) * best + 1e-9  # Graham 1969: longest processing time first
 
 
 # --- packed rows ---
@@ -149,9 +142,7 @@ def test_collate_by_hand():
     assert batch.weights.tolist() == [1.0, 1.0]
     assert batch.indices.tolist() == [4, 9]
     assert batch.num_tokens == 10
-    assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.sources, batch.targets)} == {
-        torch.int64
-    }
+    assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.sources, batch.targets)} == {torch.int64}
 
 
 def test_layout_by_hand():
@@ -161,9 +152,7 @@ def test_layout_by_hand():
     layout = build_layout([2, 1], [[2, 1], [1, 3]])
     assert layout.key_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8, 9]
     assert layout.first_copy.tolist() == [0, 1, 2, 3, 6, 7, 8, 10, 11, 12]
-    assert [(there.tolist(), here.tolist()) for there, here in layout.extra_copies] == [
-        ([4, 5, 9], [0, 1, 5])
-    ]
+    assert [(there.tolist(), here.tolist()) for there, here in layout.extra_copies] == [([4, 5, 9], [0, 1, 5])]
     assert layout.query_lengths == [4, 1, 2, 3]
     assert layout.key_lengths == [4, 3, 2, 4]
     assert layout.query_starts.tolist() == [0, 4, 5, 7, 10]
@@ -175,9 +164,7 @@ def test_layout_by_hand():
 @given(data=st.data(), num_branches=st.integers(1, 4), num_examples=st.integers(1, 5))
 def test_layout_covers_every_token_and_each_copy_once(data, num_branches, num_examples):
     trunks = data.draw(st.lists(st.integers(0, 6), min_size=num_examples, max_size=num_examples))
-    branches = [
-        data.draw(st.lists(st.integers(1, 5), min_size=num_branches, max_size=num_branches)) for _ in trunks
-    ]
+    branches = [data.draw(st.lists(st.integers(1, 5), min_size=num_branches, max_size=num_branches)) for _ in trunks]
     layout = build_layout(trunks, branches)
     num_tokens = sum(trunks) + sum(map(sum, branches))
     assert layout.key_index[layout.first_copy].tolist() == list(range(num_tokens))
@@ -234,9 +221,7 @@ def test_an_empty_row_becomes_a_filler_of_weight_zero(num_branches):
 def test_each_branch_of_a_row_reads_as_its_own_conversation(num_branches):
     rng = np.random.default_rng(num_branches)
     trunks = [3, 1, 6]
-    examples = [
-        random_example(rng, n, trunk, rng.integers(1, 5, num_branches)) for n, trunk in enumerate(trunks)
-    ]
+    examples = [random_example(rng, n, trunk, rng.integers(1, 5, num_branches)) for n, trunk in enumerate(trunks)]
     batch = collate(examples, num_branches)
     conversations = [np.concatenate([item.trunk, branch]) for item in examples for branch in item.branches]
     segments = batch.layout.key_index.split(batch.layout.key_lengths)

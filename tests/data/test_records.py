@@ -177,9 +177,7 @@ def test_refused_pairs(row: Any, message: str) -> None:
 
 
 def test_unknown_columns_are_named_beside_the_accepted() -> None:
-    with pytest.raises(
-        ValueError, match=r"question, chosen are of no known dpo form \(conversations\+chosen"
-    ):
+    with pytest.raises(ValueError, match=r"question, chosen are of no known dpo form \(conversations\+chosen"):
         find_form({"question": 1, "chosen": 2}, "dpo")
     with pytest.raises(ValueError, match=r"text are of no known sft form \(messages; prompt\+completion;"):
         find_form({"text": 1}, "sft")

@@ -50,9 +50,7 @@ def assert_same_reading(rows, source):
         assert example.index == index
         assert example.trunk.tolist() == record["trunk"]
         assert [branch.tolist() for branch in example.branches] == record["branches"]
-        assert [mask.tolist() for mask in example.loss_masks] == [
-            list(map(bool, m)) for m in record["loss_mask"]
-        ]
+        assert [mask.tolist() for mask in example.loss_masks] == [list(map(bool, m)) for m in record["loss_mask"]]
         assert all(mask.dtype == bool for mask in example.loss_masks)
 
 

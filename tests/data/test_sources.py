@@ -37,9 +37,7 @@ class TestJson:
     @pytest.mark.parametrize("start", ["", "\ufeff", "\n \n"])
     @pytest.mark.parametrize("indent", [None, 2])
     def test_array(self, tmp_path: Path, start: str, indent: int | None) -> None:
-        path = write(
-            tmp_path / "rows.json", start + json.dumps(ROWS, ensure_ascii=False, indent=indent) + "\n"
-        )
+        path = write(tmp_path / "rows.json", start + json.dumps(ROWS, ensure_ascii=False, indent=indent) + "\n")
         first = 1 + start.count("\n")
         lines = [first + (1 + 3 * row if indent else 0) for row in range(3)]
         places = [f"{path}, row {row} (line {line})" for row, line in enumerate(lines, start=1)]
@@ -113,17 +111,13 @@ class TestArrow:
             raise ConnectionError("no route")
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        with pytest.raises(
-            ValueError, match=r"someone/pairs: is no file.*'train' \(no route\); check the name"
-        ):
+        with pytest.raises(ValueError, match=r"someone/pairs: is no file.*'train' \(no route\); check the name"):
             read("someone/pairs")
 
 
 class TestRefused:
     @pytest.mark.parametrize("name", ["missing.jsonl", "data/missing.parquet", "/no/such/folder"])
-    def test_missing_path_is_not_looked_up_on_the_hub(
-        self, name: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_missing_path_is_not_looked_up_on_the_hub(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(datasets, "load_dataset", None)
         with pytest.raises(ValueError, match=rf"{name}: there is no such file or folder"):
             read(name)
@@ -136,9 +130,7 @@ class TestRefused:
             read(write(tmp_path / name, text))
 
     def test_unknown_type(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            ValueError, match=r"a.csv: files of type .csv are not read; convert to .jsonl, .json"
-        ):
+        with pytest.raises(ValueError, match=r"a.csv: files of type .csv are not read; convert to .jsonl, .json"):
             read(write(tmp_path / "a.csv", "a"))
 
     def test_split_of_a_file(self, tmp_path: Path) -> None:

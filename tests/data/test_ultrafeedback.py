@@ -26,8 +26,7 @@ ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
 def annotations(*ratings):
     return {
-        aspect: {"Rating": rating, "Rationale": "because"}
-        for aspect, rating in zip(ASPECTS, ratings, strict=False)
+        aspect: {"Rating": rating, "Rationale": "because"} for aspect, rating in zip(ASPECTS, ratings, strict=False)
     }
 
 
@@ -140,9 +139,7 @@ def test_draw_depends_on_seed_and_text_alone():
 
 
 def test_draw_is_the_documented_hash():
-    raw = record(
-        *(completion((rating,), response=rating, model="m") for rating in "5123"), source="s", instruction="i"
-    )
+    raw = record(*(completion((rating,), response=rating, model="m") for rating in "5123"), source="s", instruction="i")
     data = b"".join(
         len(text).to_bytes(8, "big") + text
         for text in (b"42", b"s", b"i", b"m", b"5", b"m", b"1", b"m", b"2", b"m", b"3")
@@ -152,9 +149,7 @@ def test_draw_is_the_documented_hash():
 
 
 def test_a_repeated_prompt_is_kept_and_counted_and_draws_by_its_own_completions():
-    raws = [
-        record(*(completion((rating,), response=f"{rating} of {n}") for rating in "5123")) for n in range(40)
-    ]
+    raws = [record(*(completion((rating,), response=f"{rating} of {n}") for rating in "5123")) for n in range(40)]
     pairs, report = curate(raws)
     assert len(pairs) == 40
     assert report.repeated_prompts == 39
@@ -204,9 +199,7 @@ def test_rules_compare_by_text_where_both_give_a_pair():
     raws = [
         record(completion(("5",), 9, "a"), completion(("1",), 1, "b")),  # agree
         record(completion(("5",), 1, "a"), completion(("1",), 9, "b")),  # differ
-        record(
-            completion(("5",), 1, "a"), completion(("4",), 9, "a"), completion(("1",), 1, "b")
-        ),  # one text
+        record(completion(("5",), 1, "a"), completion(("4",), 9, "a"), completion(("1",), 1, "b")),  # one text
         record(completion(("5",), 9, "a"), completion(("1",), 9, "b")),  # scores tie
         record(completion(("5",), None, "a"), completion(("1",), None, "b")),  # no scores
         record(completion(("3",), 1, "a"), completion(("3",), 9, "b")),  # ratings tie

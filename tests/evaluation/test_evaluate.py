@@ -48,9 +48,7 @@ def check_rewards(result, policy, base, beta):
 
 
 def test_against_a_base_as_transformers_computes_it(tmp_path, capsys, model_folder, other_folder, pairs_file):
-    result = evaluate(
-        tmp_path, other_folder, "--pairs", pairs_file, "--base", model_folder, "--beta", 0.3, *FP32
-    )
+    result = evaluate(tmp_path, other_folder, "--pairs", pairs_file, "--base", model_folder, "--beta", 0.3, *FP32)
     policy, base = (
         logps(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), pairs_file)
         for folder in (other_folder, model_folder)
@@ -91,9 +89,7 @@ def test_run_brings_its_settings(tmp_path, full_run, model_folder, pairs_file):
     result = evaluate(tmp_path, full_run, "--pairs", pairs_file, "--base", model_folder)
     expected = {"precision": "fp32", "max_length": 120, "max_prompt_length": 60, "beta": 0.5}
     assert {key: result[key] for key in expected} == expected
-    shorter = evaluate(
-        tmp_path, full_run, "--pairs", pairs_file, "--max-length", "20", "--max-prompt-length", 10
-    )
+    shorter = evaluate(tmp_path, full_run, "--pairs", pairs_file, "--max-length", "20", "--max-prompt-length", 10)
     assert shorter["max_length"] == 20
     assert shorter["logps/chosen"] > result["logps/chosen"]  # fewer tokens are left
 

@@ -80,9 +80,7 @@ def test_checkpoint_of_a_full_run(full_run, unfinished, tmp_path, capsys):
 def test_checkpoint_of_a_lora_run(lora_run, unfinished, tmp_path):
     run = unfinished(lora_run)
     adapter = export(run, tmp_path / "adapter")
-    found, wanted = (
-        load_file(folder / "adapter_model.safetensors") for folder in (adapter, lora_run / "model")
-    )
+    found, wanted = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, lora_run / "model"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert json.loads((adapter / "adapter_config.json").read_text()) == json.loads(

@@ -30,9 +30,9 @@ def chat_folder(tmp_path):
     """A model whose tokenizer brings a chat template."""
     folder = tmp_path / "chat"
     toy_model().save_pretrained(folder)
-    toy_tokenizer(
-        chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    ).save_pretrained(folder)
+    toy_tokenizer(chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}").save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from notus.data.packing import build_layout
@@ -14,6 +15,7 @@ from notus.model.attention import (
     kernel_for,
     packed_attention,
     sdpa_kernel,
+    varlen_kernel,
 )
 
 CPU = torch.device("cpu")
@@ -154,6 +156,59 @@ def test_rows_without_sharing_or_window_build_no_mask(monkeypatch):
     assert sizes == [(0, 0), (4, 12)]
 
 
+def test_a_layer_that_drops_the_layout_is_an_error_of_one_line():
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="Identity got no layout of the packed row"):
+        packed_attention(torch.nn.Identity(), query, query, query, None, scaling=1.0)
+
+
+# --- FlashAttention's call, with a stand-in that follows its documentation ---
+
+
+def varlen_by_the_book(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """(left, right): query i sees keys i - left to i + right, aligned at the last key; -1 is unbounded."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
+    assert len(query) == cu_seq_q[-1]
+    assert len(key) == len(value) == cu_seq_k[-1]
+    assert window_size[1] == 0
+    assert enable_gqa or key.shape[1] == query.shape[1]
+    window = None if window_size[0] == -1 else window_size[0] + 1
+    outputs = []
+    for segment in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[segment] : cu_seq_q[segment + 1]]
+        k, v = (x[cu_seq_k[segment] : cu_seq_k[segment + 1]] for x in (key, value))
+        padded = torch.cat([q.new_zeros(len(k) - len(q), *q.shape[1:]), q])
+        outputs.append(plain_attention(padded, k, v, window, scale)[len(k) - len(q) :])
+    return torch.cat(outputs)
+
+
+def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    return varlen_by_the_book(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=True,
+    )
+
+
+@pytest.mark.parametrize("stand_in", [varlen_by_the_book, varlen_of_torch_2_11])
+@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(2, 2, None), (4, 2, None), (4, 2, 1), (2, 2, 3)])
+def test_flash_attention_is_asked_for_the_same(monkeypatch, stand_in, heads, kv_heads, window):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", stand_in)
+    trunks, branches = ROWS["pairs"]
+    leaves, _ = inputs(27, heads, kv_heads)
+    layout = build_layout(trunks, branches)
+    found = attend(*leaves, layout, kernel=varlen_kernel, window=window)
+    assert relative(found, alone(*leaves, trunks, branches, window=window)) < 1e-6
+
+
 # --- the gather ---
 
 
@@ -180,9 +235,7 @@ def test_gather_is_plain_indexing_forward_and_backward(row):
     upstream = torch.randn(len(layout.key_index), 2, 3, generator=torch.Generator().manual_seed(1))
     found = [gradient_of(lambda x: attention._GatherKeys.apply(x, layout), x, upstream) for _ in range(2)]
     assert torch.equal(*found)
-    torch.testing.assert_close(
-        found[0], gradient_of(lambda x: x[layout.key_index], x, upstream), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(found[0], gradient_of(lambda x: x[layout.key_index], x, upstream), atol=1e-6, rtol=0)
 
 
 # --- registration and the start-up check ---

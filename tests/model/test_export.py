@@ -51,9 +51,7 @@ def write_adapter(model, folder, base):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "tied"), [("mistral", False), ("llama", False), ("qwen2", True), ("qwen3", False)]
-)
+@pytest.mark.parametrize(("kind", "tied"), [("mistral", False), ("llama", False), ("qwen2", True), ("qwen3", False)])
 def test_transformers_loads_the_export_to_the_same_logits(tmp_path, kind, tied):
     model = toy_model(kind, tie_word_embeddings=tied)
     folder = write(model, tmp_path / "out")
@@ -238,14 +236,10 @@ def test_adapters_that_do_not_fit_are_one_clear_error(tmp_path):
     tensors = load_file(weights)
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     save_file({**tensors, key: torch.ones(3, 31)}, weights)
-    with pytest.raises(
-        ValueError, match=r"up_proj\.lora_A\.weight has shape \[3, 31\], the model needs \[3, 32\]"
-    ):
+    with pytest.raises(ValueError, match=r"up_proj\.lora_A\.weight has shape \[3, 31\], the model needs \[3, 32\]"):
         load_adapter(model, folder)
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, weights)
-    with pytest.raises(
-        ValueError, match=r"adapter_model\.safetensors: not both it and the model have .*lora_A"
-    ):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not both it and the model have .*lora_A"):
         load_adapter(model, folder)
     weights.write_bytes(b"")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
@@ -321,9 +315,7 @@ def test_stories_reproduce_their_golden_text(tmp_path):
     load_weights(model, source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     out = tmp_path / "out"
-    export_model(
-        model, out, hf_config=config, tokenizer=tokenizer, dtype=torch.float32, max_shard_bytes=200_000
-    )
+    export_model(model, out, hf_config=config, tokenizer=tokenizer, dtype=torch.float32, max_shard_bytes=200_000)
     loaded, tokenizer = load_causal_lm(out, **CPU)
     start = torch.tensor([[tokenizer.bos_token_id]])
     tokens = loaded.generate(start, max_new_tokens=256, do_sample=False)[0]

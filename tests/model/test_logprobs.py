@@ -57,9 +57,7 @@ def test_chunked_is_full_in_fp32(chunk_tokens):
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1024])
 def test_bf16_is_no_worse_than_all_logits_at_once(chunk_tokens):
     chunked = partial(linear_logprobs, chunk_tokens=chunk_tokens)
-    exact = with_gradients(
-        full_logprobs, *[x.double() if x.is_floating_point() else x for x in inputs(torch.bfloat16)]
-    )
+    exact = with_gradients(full_logprobs, *[x.double() if x.is_floating_point() else x for x in inputs(torch.bfloat16)])
     plain = with_gradients(full_logprobs, *inputs(torch.bfloat16))
     found = with_gradients(chunked, *inputs(torch.bfloat16))
     assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
@@ -114,9 +112,7 @@ def test_large_logits_do_not_overflow():
 def test_a_second_derivative_is_refused_rather_than_wrong():
     hidden, weight, targets, _ = inputs()
     hidden.requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        linear_logprobs(hidden, weight, targets).sum(), hidden, create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(linear_logprobs(hidden, weight, targets).sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.sum().backward()
 

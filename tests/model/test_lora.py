@@ -69,9 +69,7 @@ def test_dropout_acts_on_the_adapters_input_alone_and_only_in_training():
 def test_gradients_reach_a_and_b_and_nothing_else():
     model = adapted("qwen2").train()
     model(IDS, labels=IDS).loss.backward()
-    with_gradient = {
-        name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
-    }
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     expected = {f"{name}.{part}" for name in lora_layers(model) for part in ("lora_A", "lora_B")}
     assert with_gradient == expected
     assert len(expected) == 2 * 4 * 2

@@ -117,9 +117,7 @@ def test_packed_is_each_sequence_alone(name):
 @pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
 def test_any_number_of_branches(num_branches):
     rng = np.random.default_rng(num_branches)
-    examples = [
-        example(rng, n, trunk, rng.integers(1, 9, num_branches)) for n, trunk in enumerate([6, 1, 11])
-    ]
+    examples = [example(rng, n, trunk, rng.integers(1, 9, num_branches)) for n, trunk in enumerate([6, 1, 11])]
     model = toy_model("mistral", sliding_window=7)
     policy = policy_of(model)
     found, expected = policy(collate(examples, num_branches)), logps_alone(model, examples)
@@ -177,9 +175,7 @@ def test_bf16_is_no_worse_against_fp32_than_the_plain_path(kind):
 
     def error(of):
         names = wanted.keys()
-        return relative(
-            *(torch.cat([part[name].flatten().float() for name in names]) for part in (of, wanted))
-        )
+        return relative(*(torch.cat([part[name].flatten().float() for name in names]) for part in (of, wanted)))
 
     assert error(got) <= 1.1 * error(other)
 
@@ -238,7 +234,5 @@ def test_a_head_with_a_bias_and_a_decoder_without_layers_are_refused():
         Policy(model)
     model = toy_model()
     del model.model.layers
-    with pytest.raises(
-        ValueError, match="MistralForCausalLM: decoders that do not keep their blocks in `layers`"
-    ):
+    with pytest.raises(ValueError, match="MistralForCausalLM: decoders that do not keep their blocks in `layers`"):
         Policy(model)

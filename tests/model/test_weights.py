@@ -132,9 +132,7 @@ def test_several_files_with_an_index(tmp_path):
     (folder / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
     missing = sorted(folder.glob("model-*.safetensors"))[-1]
     missing.unlink()
-    with pytest.raises(
-        ValueError, match=r"safetensors: missing, though model.safetensors.index.json names it"
-    ):
+    with pytest.raises(ValueError, match=r"safetensors: missing, though model.safetensors.index.json names it"):
         loaded(folder)
 
 
@@ -152,9 +150,7 @@ def test_a_tied_head_may_be_in_the_file_if_it_is_the_same(tmp_path):
 def test_only_the_heads_name_of_a_tied_pair_is_enough(tmp_path):
     folder = toy_model_folder(tmp_path / "m", tie_word_embeddings=True)
     edit_weights(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
-    assert torch.equal(
-        logits(loaded(folder, tie_word_embeddings=True)), logits(toy_model(tie_word_embeddings=True))
-    )
+    assert torch.equal(logits(loaded(folder, tie_word_embeddings=True)), logits(toy_model(tie_word_embeddings=True)))
 
 
 def test_rotary_frequencies_in_old_files_are_ignored(tmp_path):

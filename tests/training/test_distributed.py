@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from notus.training.distributed import gather_objects, main_first, on_main, sum_across_ranks
 from ranks import run_ranks
+
+from notus.training.distributed import gather_objects, main_first, on_main, sum_across_ranks
 
 
 def _worker(folder: Path) -> None:

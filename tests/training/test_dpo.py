@@ -31,9 +31,7 @@ def _plain_logp(model: torch.nn.Module, tokenizer: Any, prompt: str, completion:
     return logits.gather(-1, ids[1:, None])[first - 1 :].sum()
 
 
-def _plain_dpo(
-    model_folder: Path, pairs: Path, steps: int, batch: int, beta: float = 0.1
-) -> tuple[list[float], Any]:
+def _plain_dpo(model_folder: Path, pairs: Path, steps: int, batch: int, beta: float = 0.1) -> tuple[list[float], Any]:
     """Losses of plain DPO in data order: RMSprop 1e-3 falling linearly over `steps`, gradient norm clipped to 1."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     policy, reference = (AutoModelForCausalLM.from_pretrained(model_folder) for _ in range(2))
@@ -47,12 +45,9 @@ def _plain_dpo(
         for pair in part:
             with torch.no_grad():
                 anchors = [
-                    _plain_logp(reference, tokenizer, pair["prompt"], pair[side])
-                    for side in ("chosen", "rejected")
+                    _plain_logp(reference, tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")
                 ]
-            values = [
-                _plain_logp(policy, tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")
-            ]
+            values = [_plain_logp(policy, tokenizer, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
             margin = (values[0] - anchors[0]) - (values[1] - anchors[1])
             total = total - torch.nn.functional.logsigmoid(beta * margin) / len(part)
         total.backward()
@@ -64,9 +59,7 @@ def _plain_dpo(
     return losses, policy
 
 
-def test_losses_and_weights_are_those_of_a_plain_loop(
-    tmp_path: Path, model_folder: Path, pairs_file: Path
-) -> None:
+def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     run = tmp_path / "run"
     dpo.run(config("dpo", run, model_folder, pairs_file, data__shuffle=False))
     expected, policy = _plain_dpo(model_folder, pairs_file, steps=5, batch=4)
@@ -100,9 +93,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, model_folder: Path, pairs_file
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_neither_rows_nor_checkpointing_change_the_result(
-    tmp_path: Path, model_folder: Path, pairs_file: Path
-) -> None:
+def test_neither_rows_nor_checkpointing_change_the_result(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     settings: list[dict[str, Any]] = [
         {},
         {"training__tokens_per_row": 70},
@@ -164,9 +155,7 @@ def test_resumed_is_bitwise_undisturbed(
     assert lines[0] == lines[1]
 
 
-def test_evaluation_is_the_mean_over_held_out_pairs(
-    tmp_path: Path, model_folder: Path, pairs_file: Path
-) -> None:
+def test_evaluation_is_the_mean_over_held_out_pairs(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     held_out = write_pairs(tmp_path / "eval.jsonl", 5, seed=9)
     run = tmp_path / "run"
     dpo.run(
@@ -197,9 +186,7 @@ def test_evaluation_is_the_mean_over_held_out_pairs(
             margins.append(0.1 * (ratios[0] - ratios[1]).item())
     assert last["eval_rewards/margins"] == pytest.approx(sum(margins) / 5, abs=1e-4)
     assert last["eval_rewards/accuracies"] == sum(margin > 0 for margin in margins) / 5
-    assert last["eval_loss"] == pytest.approx(
-        sum(math.log1p(math.exp(-margin)) for margin in margins) / 5, abs=1e-4
-    )
+    assert last["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-margin)) for margin in margins) / 5, abs=1e-4)
 
 
 def test_swapping_chosen_and_rejected_flips_the_first_gradient(tmp_path: Path, model_folder: Path) -> None:
@@ -249,9 +236,7 @@ def test_the_chat_format_leaves_with_the_model(tmp_path: Path, model_folder: Pat
 
 def test_a_sweep_fills_the_reference_once(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     shared = tmp_path / "reference"
-    for number, overrides in enumerate(
-        [{}, {"dpo__beta": 0.5}, {"training__seed": 1, "training__batch_size": 3}]
-    ):
+    for number, overrides in enumerate([{}, {"dpo__beta": 0.5}, {"training__seed": 1, "training__batch_size": 3}]):
         run = tmp_path / str(number)
         dpo.run(
             config(
@@ -265,16 +250,12 @@ def test_a_sweep_fills_the_reference_once(tmp_path: Path, model_folder: Path, pa
             )
         )
     assert len(list(shared.iterdir())) == 1
-    dpo.fill_reference(
-        config("dpo", tmp_path / "none", model_folder, pairs_file, reference__cache_dir=str(shared))
-    )
+    dpo.fill_reference(config("dpo", tmp_path / "none", model_folder, pairs_file, reference__cache_dir=str(shared)))
     assert len(list(shared.iterdir())) == 1
     assert not (tmp_path / "none").exists()
 
 
-def test_a_stale_reference_stops_the_run_at_step_0(
-    tmp_path: Path, model_folder: Path, pairs_file: Path
-) -> None:
+def test_a_stale_reference_stops_the_run_at_step_0(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     settings = config("dpo", tmp_path / "run", model_folder, pairs_file)
     dpo.fill_reference(settings)
     (cache,) = (tmp_path / "run" / "reference").iterdir()
@@ -304,23 +285,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         return losses, *rewards
 
     monkeypatch.setattr(dpo, "dpo_loss", poisoned)
-    settings = config(
-        "dpo", tmp_path / "run", model_folder, pairs_file, data__shuffle=False, training__save_every=1
-    )
-    with pytest.raises(
-        NonFiniteError, match=r"step 3: the loss of dataset rows \[(8|9|10|11)\] is not finite"
-    ):
+    settings = config("dpo", tmp_path / "run", model_folder, pairs_file, data__shuffle=False, training__save_every=1)
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss of dataset rows \[(8|9|10|11)\] is not finite"):
         dpo.run(settings)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_bf16_starts_at_ln_2_and_keeps_fp32_masters(
-    tmp_path: Path, model_folder: Path, pairs_file: Path
-) -> None:
+def test_bf16_starts_at_ln_2_and_keeps_fp32_masters(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     run = tmp_path / "run"
-    settings = config(
-        "dpo", run, model_folder, pairs_file, training__precision="bf16", training__learning_rate=1e-6
-    )
+    settings = config("dpo", run, model_folder, pairs_file, training__precision="bf16", training__learning_rate=1e-6)
     dpo.run(settings)
     assert read_metrics(run)[0]["loss"] == pytest.approx(math.log(2), abs=5e-3)
     file = next((run / "checkpoints" / "step-00000005").glob("*.safetensors"))
@@ -342,13 +315,9 @@ def _train_on_ranks(settings: dict[str, Any], folder: Path) -> None:
 
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()  # the run joins its own, as under torchrun
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"])
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"]))
     dpo.run(config_from_dict(settings["tree"], "dpo"))
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size
-    )
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size)
 
 
 def _free_port() -> int:
@@ -360,9 +329,7 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora__rank": 3}], ids=["full", "lora"])
-def test_two_ranks_do_what_one_does(
-    lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path
-) -> None:
+def test_two_ranks_do_what_one_does(lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     from runs import settings
 
     overrides = {**lora, "data__eval_size": 5, "training__epochs": 2, "training__tokens_per_row": 70}

@@ -3,12 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from notus.data.dataset import load_pairs
 from notus.data.rows import Rows
 from notus.model.policy import Policy
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.scoring import score
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def _policy(folder: Path, device: torch.device, **options: object) -> Policy:
@@ -68,9 +69,7 @@ def test_scores_do_not_depend_on_the_rows_they_share(
 ) -> None:
     policy, rows = _policy(model_folder, device), _rows(model_folder, pairs_file)
     together = _score(policy, rows, device)
-    alone = torch.cat(
-        [score(policy, rows, np.array([i]), tokens_per_row=10_000, device=device) for i in range(6)]
-    )
+    alone = torch.cat([score(policy, rows, np.array([i]), tokens_per_row=10_000, device=device) for i in range(6)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 

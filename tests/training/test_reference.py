@@ -15,8 +15,7 @@ from notus.training.reference import ReferenceKey, digest_of_rows, reference_log
 
 def _rows(count: int = 5) -> Rows:
     table = [
-        {"trunk": [1, 5], "branches": [[6 + i, 2], [7, 8, 2]], "loss_mask": [[1, 1], [1, 1, 1]]}
-        for i in range(count)
+        {"trunk": [1, 5], "branches": [[6 + i, 2], [7, 8, 2]], "loss_mask": [[1, 1], [1, 1, 1]]} for i in range(count)
     ]
     return Rows(datasets.Dataset.from_list(table, features=FEATURES))
 
@@ -36,9 +35,7 @@ def _key(rows: Rows) -> ReferenceKey:
     return ReferenceKey("weights", digest_of_rows(rows.digests()), "fp32", "sdpa")
 
 
-def _call(
-    score: _Scorer, rows: Rows, folder: Path, key: ReferenceKey | None = None
-) -> tuple[torch.Tensor, bool]:
+def _call(score: _Scorer, rows: Rows, folder: Path, key: ReferenceKey | None = None) -> tuple[torch.Tensor, bool]:
     return reference_logps(score, rows, key=key or _key(rows), digests=rows.digests(), folder=folder)
 
 

@@ -16,9 +16,7 @@ from notus.training import sft
 
 def _write(path: Path, count: int, seed: int = 0) -> Path:
     generator = random.Random(seed)
-    rows = [
-        {"prompt": words(generator, 1, 8), "completion": f" {words(generator, 1, 9)}"} for _ in range(count)
-    ]
+    rows = [{"prompt": words(generator, 1, 8), "completion": f" {words(generator, 1, 9)}"} for _ in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -92,10 +90,7 @@ def test_a_window_of_steps_is_logged_as_one_mean_over_its_tokens(tmp_path: Path,
         )
     single, window = (read_metrics(tmp_path / str(every)) for every in (1, 3))
     assert [line["step"] for line in window] == [3]
-    tokens = [
-        b["num_tokens"] - a
-        for a, b in zip([0, *(line["num_tokens"] for line in single)], single, strict=False)
-    ]
+    tokens = [b["num_tokens"] - a for a, b in zip([0, *(line["num_tokens"] for line in single)], single, strict=False)]
     assert sum(tokens) == window[0]["num_tokens"]
     losses = [line["loss"] for line in single]
     assert min(losses) < window[0]["loss"] < max(losses)

@@ -1,0 +1,165 @@
+"""Notus beside TRL: the same model, pairs, batches and order, each run in a process of its own.
+
+    pip install -r requirements.txt -r requirements-bench.txt
+    python benchmarks/vs_trl.py [--model FOLDER --pairs FILE.jsonl] [--results FILE.json]
+
+Prints pairs per second (the reference pass counted), peak memory, the ratios, and how much of the machine's
+own matmul rate the necessary arithmetic came to. Ends with exit code 1 if the sides saw other tokens, or if
+their losses differ by more than the tolerance. benchmarks/README.md says what is counted and how.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from job import Job, Machine, Outcome
+from report import Comparison, Measured, check_losses, check_tokens, table
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {
+    "notus": "notus_side.py",
+    "trl": "trl_side.py",
+    "trl-precomputed": "trl_side.py",
+    "trl-best": "trl_side.py",
+}
+# `trl` is TRL as it comes. `trl-best` has each option that makes it faster on such pairs without changing what is
+# learned or in which order: one pair at a time leaves the least padding. Short rows save Notus memory and cost nothing.
+PRECOMPUTED: dict[str, object] = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+OPTIONS: dict[str, dict[str, object]] = {
+    "notus": {"tokens_per_row": 1280},
+    "trl": {},
+    "trl-precomputed": PRECOMPUTED,
+    "trl-best": {**PRECOMPUTED, "per_device_train_batch_size": 1, "precompute_ref_batch_size": 1},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Notus beside TRL: see the head of this file.")
+    parser.add_argument("--model", type=Path, help="model folder (default: made here, 15.6M parameters)")
+    parser.add_argument("--pairs", type=Path, help="JSONL of prompt, chosen, rejected as strings (default: made here)")
+    parser.add_argument("--num-pairs", type=int, default=128, help="to make, or to take from --pairs")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3], help="one run per side and number")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--learning-rate", type=float, default=5e-7)
+    parser.add_argument("--max-length", type=int, default=1024, help="a pair longer than this is an error")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of two losses")
+    parser.add_argument("--repeats", type=int, default=1, help="how often everything runs, in turns")
+    parser.add_argument("--sides", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--seed", type=int, default=0, help="of the made model and pairs")
+    parser.add_argument("--results", type=Path, help="write everything measured to this JSON file")
+    args = parser.parse_args()
+    if args.num_pairs % args.batch_size:
+        parser.error(f"--num-pairs {args.num_pairs} is no multiple of --batch-size {args.batch_size}")
+    return args
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the processes run, and with what."""
+
+    args: argparse.Namespace
+    scratch: Path
+    model: Path
+    pairs: Path
+
+    def run(self, side: str, epochs: int) -> Outcome:
+        """One run of one side."""
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        args = self.args
+        job = Job(
+            model=str(self.model),
+            pairs=str(self.pairs),
+            scratch=str(folder / "run"),
+            batch_size=args.batch_size,
+            epochs=epochs,
+            precision=args.precision,
+            learning_rate=args.learning_rate,
+            max_length=args.max_length,
+            options=OPTIONS[side],
+        )
+        job.write(folder / "job.json")
+        call(folder, SCRIPTS[side], folder / "job.json", folder / "outcome.json")
+        return Outcome.read(folder / "outcome.json")
+
+    def machine(self, tokens: list[list[int]]) -> Machine:
+        """The matmul rate now, with as many tokens as a step has."""
+        steps = self.args.num_pairs / self.args.batch_size
+        shared, scored = (round(sum(sum(row[start:3]) for row in tokens) / steps) for start in (0, 1))
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        output = folder / "machine.json"
+        call(folder, "matmul_rate.py", self.model, shared, scored, self.args.precision, output)
+        return Machine.read(output)
+
+
+def call(folder: Path, script: str, *arguments: object) -> None:
+    """Run a script to its end; output and caches go to `folder`, so it finds nothing of earlier runs."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        command = [sys.executable, str(HERE / script), *map(str, arguments)]
+        process = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if code := process.returncode:
+        sys.exit(f"{script} ended with exit code {code}:\n{log.read_text()[-4000:]}")
+
+
+def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
+    """The model and the first `num_pairs` pairs."""
+    model, pairs = scratch / "model", scratch / "made.jsonl"
+    if args.model is None or args.pairs is None:
+        call(scratch, "synthetic_setup.py", model, pairs, args.num_pairs, args.seed)
+    lines = (args.pairs or pairs).read_text().splitlines()[: args.num_pairs]
+    if len(lines) < args.num_pairs:
+        sys.exit(f"{args.pairs} has {len(lines)} pairs: lower --num-pairs {args.num_pairs}")
+    (scratch / "pairs.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return Bench(args, scratch, args.model or model, scratch / "pairs.jsonl")
+
+
+def compare(bench: Bench) -> Comparison:
+    """Run every side for every number of epochs, the sides taking turns."""
+    runs: list[Measured] = []
+    machines: list[Machine] = []
+    for _ in range(bench.args.repeats):
+        for epochs in bench.args.epochs:
+            for side in bench.args.sides:
+                outcome = bench.run(side, epochs)
+                print(f"{side}, epochs: {epochs}, seconds: {outcome.seconds:.1f}", file=sys.stderr)
+                runs.append(Measured(side, epochs, outcome))
+            machines.append(bench.machine(runs[0].outcome.tokens))
+    return Comparison(runs, machines, bench.args.num_pairs, bench.args.batch_size)
+
+
+def write_results(path: Path, args: argparse.Namespace, comparison: Comparison, shown: str) -> None:
+    """The table, the settings and every outcome; token digests, which only the check needs, are left out."""
+    results = {"table": shown.splitlines(), "settings": vars(args), **dataclasses.asdict(comparison)}
+    for run in results["runs"]:
+        del run["outcome"]["tokens"]
+    path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+
+
+def main() -> None:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        comparison = compare(prepare(args, Path(scratch)))
+    shown = table(comparison, args.precision)
+    print(shown)
+    if args.results:
+        write_results(args.results, args, comparison, shown)
+    faults = check_tokens(comparison, args.max_length) + check_losses(comparison, args.tolerance)
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()
