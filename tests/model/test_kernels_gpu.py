@@ -96,7 +96,7 @@ def test_the_policy_on_cuda_is_the_policy_on_cpu(overrides):
     logps.sum().backward()
     expected = torch.cat([logps.detach().flatten(), *(p.grad.flatten() for p in policy.parameters())])
     assert relative(on_cuda(model, batch), expected) < 1e-4
-    assert relative(on_cuda(model.bfloat16(), batch), expected) < 5e-2
+    assert relative(on_cuda(model.bfloat16(), batch), expected) < 2e-2
 
 
 def test_a_pass_makes_no_host_wait_for_the_device():
