@@ -6,6 +6,7 @@ never on the number of ranks. Within a step, `deal` gives every rank the same nu
 `[trunk branch_1 ... branch_K][trunk ...]...`, without padding.
 """
 
+import bisect
 import dataclasses
 import functools
 import heapq
@@ -75,12 +76,6 @@ def _spread(lengths: Sequence[int], order: Sequence[int], num_bins: int) -> list
     return bins
 
 
-def _rows_of_rank(lengths: Sequence[int], items: Sequence[int], num_rows: int, limit: int) -> list[list[int]] | None:
-    rows = _spread(lengths, items, num_rows)
-    fits = all(sum(lengths[item] for item in row) <= limit for row in rows)
-    return rows if fits else None
-
-
 def check_fits(longest: int, tokens_per_row: int) -> None:
     """Raises ValueError if an example of `longest` tokens does not fit into a row."""
     if longest > tokens_per_row:
@@ -94,7 +89,7 @@ def deal(lengths: Sequence[int], world_size: int, tokens_per_row: int) -> list[l
     """Deal a step's examples to ranks and rows.
 
     Longest first, to the lightest rank; then, within a rank, to the lightest of its rows. Every rank gets the
-    same number of rows, the fewest that keep each within `tokens_per_row`; a row may be empty.
+    same number of rows, as few as keep each within `tokens_per_row`; a row may be empty.
 
     Args:
         lengths: tokens of each example of the step (trunk and branches together).
@@ -112,12 +107,15 @@ def deal(lengths: Sequence[int], world_size: int, tokens_per_row: int) -> list[l
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
     ranks = _spread(lengths, order, world_size)
     heaviest = max(sum(lengths[item] for item in items) for items in ranks)
-    num_rows = max(1, math.ceil(heaviest / tokens_per_row))
-    while True:
-        rows = [_rows_of_rank(lengths, items, num_rows, tokens_per_row) for items in ranks]
-        if all(row is not None for row in rows):
-            return [row for row in rows if row is not None]
-        num_rows += 1
+    fewest = max(1, math.ceil(heaviest / tokens_per_row))
+    most = max(len(items) for items in ranks)  # a row for every example
+
+    def fits(num_rows: int) -> bool:
+        rows = (row for items in ranks for row in _spread(lengths, items, num_rows))
+        return all(sum(lengths[item] for item in row) <= tokens_per_row for row in rows)
+
+    num_rows = fewest + bisect.bisect_left(range(fewest, most), True, key=fits)
+    return [_spread(lengths, items, num_rows) for items in ranks]
 
 
 @dataclasses.dataclass
