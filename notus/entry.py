@@ -5,28 +5,36 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 
+_FAILURES = "notus/failures"
+
 
 def run_entry(work: Callable[[], int | None]) -> int:
     """Run an entry's body and return the process's exit code.
 
     Under torchrun every rank may meet the same mistake, or one rank alone; the first to meet it tells, and torchrun
-    ends the rest.
+    ends the rest. A rank that loses its peers because one of them has told of a mistake is silent.
     """
     try:
         return work() or 0
     except (ValueError, OSError) as error:
-        if _first_to_fail():
+        if _failures(1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except RuntimeError:
+        if "RANK" in os.environ and _failures(0) > 0:
+            return 1
+        raise
 
 
-def _first_to_fail() -> bool:
-    if "RANK" not in os.environ:
-        return True
+def _failures(more: int) -> int:
+    """Add to the number of ranks that met a mistake and return it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # another launcher: no store outlives the process group, so rank 0 speaks
+        return more if os.environ.get("RANK", "0") == "0" else 2 * more
     from torch.distributed import TCPStore
 
     # torchrun's own store, which outlives the process group
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return store.add(f"notus/failures/{attempt}", 1) == 1
+    return int(store.add(f"{_FAILURES}/{attempt}", more))

@@ -92,3 +92,11 @@ def test_real_pairs_on_a_real_model(lora: list[str], tmp_path: Path) -> None:
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert lines[-1]["loss"] < 0.69
     assert lines[-1]["eval_logps/chosen"] < 0
+
+
+def test_a_mistake_under_another_launcher_is_one_line_too(config_file: Path) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environment = {**os.environ, **launched}
+    command = [sys.executable, "train_dpo.py", str(config_file), "--dpo.betta=1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr

@@ -180,11 +180,6 @@ class Batch:
     weights: Tensor
     indices: Tensor
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of real examples in the row."""
-        return self.input_ids.numel() if int(self.indices[0]) >= 0 else 0
-
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; the dataset rows stay on the host."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

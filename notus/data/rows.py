@@ -54,6 +54,7 @@ class Rows:
         if len(dataset) == 0:
             raise ValueError("the tokenised dataset holds no rows")
         self._data = dataset.select_columns(["trunk", "branches", "loss_mask"]).with_format("arrow")
+        self._known_digests: np.ndarray | None = None
         trunks, branches, learned, counts = [], [], [], []
         for part in self._slices():
             trunks.append(np.diff(part.trunk_starts))
@@ -82,8 +83,10 @@ class Rows:
             yield _read(self._data[start : start + _SLICE])
 
     def digests(self) -> np.ndarray:
-        """A content digest of every row (trunk, branches, masks): uint8 [n, 16]."""
-        return np.concatenate([_digests(part) for part in self._slices()])
+        """A content digest of every row (trunk, branches, masks): uint8 [n, 16]; computed once."""
+        if self._known_digests is None:
+            self._known_digests = np.concatenate([_digests(part) for part in self._slices()])
+        return self._known_digests
 
 
 def step_rows(rows: Rows, indices: np.ndarray, *, rank: int, world_size: int, tokens_per_row: int) -> Iterator[Batch]:

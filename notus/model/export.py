@@ -133,7 +133,7 @@ def load_causal_lm(
     load = _load_merged if (folder / ADAPTER_CONFIG).is_file() else _load_full
     causal_lm = load(folder, dtype, trust_remote_code)
     torch.nn.Module.to(causal_lm, device)
-    return causal_lm.eval(), _load_tokenizer(folder, trust_remote_code)
+    return causal_lm.eval(), load_tokenizer(folder, trust_remote_code)
 
 
 def _is_model(folder: Path) -> bool:
@@ -171,8 +171,12 @@ def _load_merged(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> P
     return causal_lm
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises ValueError, naming the folder, if there is none that loads."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no tokenizer can be loaded from it ({error})") from error
+    except Exception as error:  # transformers and tokenizers raise errors of every kind for damaged files
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{folder}: no tokenizer can be loaded from it ({reason}); copy the model's tokenizer files there"
+        ) from error

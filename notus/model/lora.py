@@ -65,12 +65,15 @@ def inject_lora(
 ) -> None:
     """Freeze `model` and put a LoRA layer in the place of each linear layer named by `target_modules`.
 
-    A name is the last component of a module's name ("q_proj"); "all-linear" means every linear layer but the
-    output head. A and B have no values before `init_lora`. Raises ValueError for a name that matches no
-    linear layer, and for the output head, whose weight the log-probs read without calling the layer.
+    A name is the last component of a module's name ("q_proj"); "all-linear" means every linear layer but the output
+    head. A and B have no values before `init_lora`. Raises ValueError for a name that matches no linear layer, for a
+    rank that a layer cannot hold, and for the output head, whose weight the log-probs read without calling the layer.
     """
     model.requires_grad_(False)
     for name, linear in _targets(model, target_modules).items():
+        most = min(linear.in_features, linear.out_features)
+        if rank > most:
+            raise ValueError(f"lora.rank {rank} is above what {name} can hold, {most}: lower it")
         layer = LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
         _replace(model, name, layer)
 

@@ -1,5 +1,6 @@
 """Which models this project computes exactly, and what it switches off in them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "n_routed_experts": (None, 0, 1),
     "moe_num_experts": (None, 0, 1),
 }
+# Frequencies that follow the longest position in the batch: a sequence packed with others would differ from it alone.
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 OTHER_INPUTS = ("vision_config", "audio_config", "text_config", "type_vocab_size")
 
@@ -49,10 +52,19 @@ def _obstacle(config: PreTrainedConfig) -> str | None:
         value = getattr(config, name, None)
         if value not in neutral:
             return f"{name} is {value}"
+    rope = _rope_types(getattr(config, "rope_parameters", None) or {})
+    if rope & LENGTH_DEPENDENT_ROPE:
+        return f"its rope_type {', '.join(sorted(rope))} makes positions depend on the longest sequence of a batch"
     strange = sorted(set(getattr(config, "layer_types", None) or []) - LAYER_TYPES)
     if strange:
         return f"it has layers of type {', '.join(strange)}"
     return _class_obstacle(config)
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
+    """The types in a config's rope parameters, which may be nested by layer type."""
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return {str(part["rope_type"]) for part in [parameters, *nested] if "rope_type" in part}
 
 
 def _class_obstacle(config: PreTrainedConfig) -> str | None:

@@ -29,7 +29,13 @@ class Adapter:
 
 def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's configuration, refused with ValueError if the policy could not reproduce its computation."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises errors of every kind for what it does not understand
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{folder / 'config.json'}: not the configuration of a model ({reason}); restore it from the model's source"
+        ) from error
     check_supported(config)
     return config
 

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from notus.training.distributed import on_main
 
 _STATE_FILE = "state.json"
+_FORMAT = 1
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _MOMENTS = {torch.optim.RMSprop: ("square_avg",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
@@ -33,11 +33,15 @@ class Progress:
         step: optimizer steps completed.
         num_tokens: tokens processed by all ranks.
         window_sums: metric sums since the last line of metrics, over all ranks.
+        window_seconds: seconds of those steps.
+        identity: digests of what the run learns from and starts from, by the config key that names it.
     """
 
     step: int = 0
     num_tokens: int = 0
     window_sums: list[float] = dataclasses.field(default_factory=list)
+    window_seconds: float = 0.0
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -79,20 +83,21 @@ def load_checkpoint(
     Raises:
         ValueError: the folder is not a whole checkpoint of this model and optimizer.
     """
-    state = on_main(lambda: _read_state(path))
-    if state["optimizer"] != type(optimizer).__name__:
-        raise ValueError(f"{path} was written with {state['optimizer']}, not {type(optimizer).__name__}")
+    written_with, progress = on_main(lambda: _read_state(path))
+    if written_with != type(optimizer).__name__:
+        raise ValueError(f"{path} was written with {written_with}, not {type(optimizer).__name__}")
     tensors = _tensors(parameters, optimizer)
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)))
     except dcp.CheckpointException as error:
         raise ValueError(
-            f"cannot read the checkpoint {path}: {_causes(error)}; remove it to go on from the one before"
+            f"cannot read the checkpoint {path}: {_causes(error)}; if it is this run's own, remove it to go on from "
+            "the one before"
         ) from error
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter]["step"].fill_(float(state["progress"]["step"]))
-    return Progress(**state["progress"])
+            optimizer.state[parameter]["step"].fill_(float(progress.step))
+    return progress
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -134,7 +139,7 @@ def _prepare(temporary: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path, progress: Progress, optimizer: str) -> None:
-    state = {"format": 1, "optimizer": optimizer, "progress": dataclasses.asdict(progress)}
+    state = {"format": _FORMAT, "optimizer": optimizer, "progress": dataclasses.asdict(progress)}
     (temporary / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
@@ -158,11 +163,17 @@ def _drop_old(folder: Path, keep: int | None) -> None:
             shutil.rmtree(path)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> tuple[str, Progress]:
+    """The name of the optimizer, and the progress."""
     file = path / _STATE_FILE
     if not file.is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no {_STATE_FILE}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error}): remove {path} to go on from the checkpoint before") from error
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if state["format"] != _FORMAT:
+            raise ValueError(f"format {state['format']}, not {_FORMAT}")
+        return state["optimizer"], Progress(**state["progress"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): remove {path} to go on from the checkpoint before"
+        ) from error

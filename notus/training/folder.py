@@ -9,12 +9,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from notus.config import Config, load_config, save_config
 from notus.training.checkpoint import latest_checkpoint
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+_MODEL_FILES = ("config.json", "adapter_config.json")
 # What may differ when a run goes on: how and where it computes, not what.
 FREE_KEYS = frozenset(
     {
@@ -38,31 +41,39 @@ def open_folder(config: Config) -> Opening:
     """Claim the run's folder for `config` and say where to start; for rank 0.
 
     Raises:
-        ValueError: the folder belongs to a run with another config, or the checkpoint named does not exist.
-        OSError: the folder cannot be written.
+        ValueError: the folder belongs to a run with another config or cannot be written, or the checkpoint named in
+            `training.resume` does not exist or is not the newest of this run.
     """
     folder = Path(config.training.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.training.resume == "never":
-        _set_aside(folder)
-    else:
-        _check_same_run(folder / CONFIG_FILE, config)
-    if (folder / MODEL).is_dir():
-        return Opening(finished=True, checkpoint=None)
-    temporary = folder / f".{CONFIG_FILE}.partial"
-    save_config(config, temporary)
-    os.replace(temporary, folder / CONFIG_FILE)
-    return Opening(finished=False, checkpoint=_checkpoint(folder, config.training.resume))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.training.resume == "never":
+            _set_aside(folder)
+        elif (folder / CONFIG_FILE).exists():
+            _check_same_run(folder / CONFIG_FILE, config)
+            if any((folder / MODEL / name).is_file() for name in _MODEL_FILES):
+                return Opening(finished=True, checkpoint=None)
+        checkpoint = _checkpoint(folder, config.training.resume)
+        temporary = folder / f".{CONFIG_FILE}.partial"
+        save_config(config, temporary)
+        os.replace(temporary, folder / CONFIG_FILE)
+    except OSError as error:
+        raise ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder") from error
+    return Opening(finished=False, checkpoint=checkpoint)
 
 
 def _checkpoint(folder: Path, resume: str) -> Path | None:
     newest = latest_checkpoint(folder / CHECKPOINTS)
-    if resume in ("auto", "never") or newest is not None:  # this folder's own progress goes before its origin's
+    if resume in ("auto", "never"):
         return newest
     path = Path(resume)
     if not path.is_dir():
         raise ValueError(f"training.resume={resume}: no such checkpoint folder; give one, or 'auto' or 'never'")
-    return path
+    if newest is not None and path.parent.resolve() == newest.parent.resolve() and path.name != newest.name:
+        raise ValueError(
+            f"training.resume={resume}: this run has a newer checkpoint, {newest.name}; move newer ones away to go back"
+        )
+    return newest or path  # the run's own progress goes before that of its origin, so the same command goes on
 
 
 def _set_aside(folder: Path) -> None:
@@ -79,8 +90,9 @@ def _set_aside(folder: Path) -> None:
 
 
 def _check_same_run(path: Path, config: Config) -> None:
-    if not path.exists():
-        return
+    task = "dpo" if "dpo" in yaml.safe_load(path.read_text(encoding="utf-8")) else "sft"  # SFT's has no such section
+    if task != config.task:
+        raise ValueError(f"{path.parent} holds a run of train_{task}.py: choose another training.output_dir")
     before, now = _flat(load_config(path, config.task)), _flat(config)
     changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
     if changed:

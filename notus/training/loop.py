@@ -111,7 +111,7 @@ class Trainer:
         self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
         if progress.window_sums and rank() == 0:  # the sums of all ranks since the last line; one rank carries them
             self._sums += torch.tensor(progress.window_sums, dtype=torch.float64, device=device)
-        self._seconds = 0.0
+        self._seconds = progress.window_seconds
 
     def run(self) -> None:
         """Train, log, evaluate and save until the last step."""
@@ -122,10 +122,11 @@ class Trainer:
             self._seconds += time.perf_counter() - began
             if self.progress.step == 1:
                 self.task.check_first_step(self._global_sums())
-            metrics = self._log(norm, rate) if self._due(self.settings.log_every) else {}
-            if self._due(self.settings.eval_every):
-                metrics.update(self.task.evaluate(self.policy))
-            if metrics:
+            evaluate = self._due(self.settings.eval_every)
+            if evaluate or self._due(self.settings.log_every):
+                metrics = self._log(norm, rate)
+                if evaluate:
+                    metrics.update(self.task.evaluate(self.policy))
                 self.tracker.log(self.progress.step, metrics)
             if self._due(self.settings.save_every or self.task.plan.steps_per_epoch):
                 self._save()
@@ -152,7 +153,8 @@ class Trainer:
         examples: list[tuple[Tensor, Tensor]] = []
         bad = torch.zeros((), device=self.device)
         for batch in self._rows(indices):
-            result = self.task.row_loss(self.policy(batch.to(self.device)), batch, indices)
+            batch = batch.to(self.device)
+            result = self.task.row_loss(self.policy(batch), batch, indices)
             result.loss.backward()
             self._sums += result.sums
             bad += ~torch.isfinite(result.loss.detach())
@@ -202,7 +204,7 @@ class Trainer:
         return sum_across_ranks(self._sums.clone()).tolist()
 
     def _save(self) -> None:
-        self.progress.window_sums = self._global_sums()
+        self.progress.window_sums, self.progress.window_seconds = self._global_sums(), self._seconds
         save_checkpoint(
             self.checkpoints,
             self.progress,

@@ -52,10 +52,10 @@ def fsdp_modules(policy: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(policy: nn.Module) -> None:
-    """Free gathered parameters, so that the next forward gathers fresh ones.
+    """Free gathered parameters and put the sharded ones back in their place.
 
-    A forward without a backward leaves the root gathered; if the shards then change (a checkpoint is loaded, an
-    update is made), the next forward would still see the old weights.
+    A forward without a backward may leave modules gathered. `parameters()` then hands out the gathered copies, in the
+    computation's dtype, and what is written to them (a checkpoint's weights, say) is lost at the next gathering.
     """
     for module in fsdp_modules(policy):
         module.reshard()

@@ -79,14 +79,14 @@ def reference_logps(
     hit = on_main(lambda: _read(path, rows, key, digests) if path.exists() else None)
     if hit is not None:
         return hit, True
-    on_main(lambda: parts.mkdir(parents=True, exist_ok=True))
     found = [
         _part(score, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests)
         for start in range(0, len(rows), PART_SIZE)
     ]
     logps = torch.cat(found)
     on_main(lambda: _write_cache(path, logps, rows, key, digests))
-    on_main(lambda: shutil.rmtree(parts))
+    # another run may be filling the same cache; it writes its parts again
+    on_main(lambda: shutil.rmtree(parts, ignore_errors=True))
     return logps, False
 
 
@@ -128,6 +128,7 @@ def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, diges
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Whole or not at all: a temporary file, synced, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.partial")
     write_tensors(temporary, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     with temporary.open("rb") as file:

@@ -10,16 +10,16 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from notus.config import Config, Task
 from notus.data.chat import check_vocabulary, resolve_template
 from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
-from notus.data.packing import StepPlan
+from notus.data.packing import StepPlan, check_fits
 from notus.data.rows import Rows, packing_report
 from notus.model.adapter import export_adapter
 from notus.model.attention import kernel_for
-from notus.model.export import export_model, read_generation_config
+from notus.model.export import export_model, load_tokenizer, read_generation_config
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
@@ -30,6 +30,7 @@ from notus.training.loop import Settings, Trainer
 from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
 from notus.training.parallel import COMPUTE_DTYPES
+from notus.training.reference import digest_of_rows
 from notus.training.tracking import (
     METRICS_FILE,
     MetricsFile,
@@ -99,10 +100,7 @@ class Run:
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
         )
-        progress = Progress()
-        if self.checkpoint is not None:
-            progress = load_checkpoint(self.checkpoint, self.policy.named_parameters(), optimizer)
-            self.say(f"going on from {self.checkpoint} (step {progress.step} of {self.total_steps})")
+        progress = self._progress(optimizer)
         settings = Settings(
             total_steps=self.total_steps,
             warmup_steps=math.ceil(training.warmup_ratio * self.total_steps),
@@ -114,7 +112,8 @@ class Run:
                 )
             },
         )  # fmt: skip
-        with self._tracker(progress.step) as tracker:
+        tracker = distributed.main_first(lambda: self._tracker(progress.step))
+        with tracker:
             Trainer(
                 self.policy,
                 optimizer,
@@ -126,6 +125,28 @@ class Run:
                 device=self.device,
             ).run()
         self._export()
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Digests of the data and of the starting weights, by the config key that names them."""
+        rows = digest_of_rows(self.train_rows.digests())
+        return {"data.train": rows, "model.name_or_path": self.weights_digest}
+
+    def _progress(self, optimizer: torch.optim.Optimizer) -> Progress:
+        """Load the checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
+        if self.checkpoint is None:
+            return Progress(identity=self.identity)
+        progress = load_checkpoint(self.checkpoint, self.policy.named_parameters(), optimizer)
+        for key, digest in self.identity.items():
+            if progress.identity.get(key) != digest:
+                raise ValueError(
+                    f"{self.checkpoint} was made from other contents of {key}: restore them to go on, or start over "
+                    "with training.resume=never"
+                )
+        if progress.step > self.total_steps:
+            raise ValueError(f"{self.checkpoint} is at step {progress.step}, beyond the run's {self.total_steps}")
+        self.say(f"going on from {self.checkpoint} (step {progress.step} of {self.total_steps})")
+        return progress
 
     def _tracker(self, step: int) -> Tracker:
         if not distributed.is_main():
@@ -195,9 +216,11 @@ def _build(config: Config, task: Task, device: torch.device, checkpoint: Path | 
     training, model = config.training, config.model
     model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
     model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
     check_vocabulary(tokenizer, model_config.vocab_size)
     train_rows, eval_rows = load_rows(config, task, tokenizer)
+    if eval_rows is not None:
+        check_fits(int(eval_rows.lengths.max()), training.tokens_per_row)
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     distributed.say(
         packing_report(train_rows, plan, world_size=distributed.world_size(), tokens_per_row=training.tokens_per_row)
@@ -235,7 +258,10 @@ def load_rows(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) ->
         load = functools.partial(load_pairs, max_prompt_length=data.max_prompt_length)
 
     def read(name: str, source: Any) -> datasets.Dataset:
-        dataset, report = distributed.main_first(lambda: load(source, tokenizer, seed=seed, **options))
+        try:
+            dataset, report = distributed.main_first(lambda: load(source, tokenizer, seed=seed, **options))
+        except OSError as error:
+            raise ValueError(f"data.{name} cannot be read, or data.cache_dir not be written ({error})") from error
         distributed.say(f"{name} {report}")
         if report.templated:  # the format that was learned leaves with the model
             tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)

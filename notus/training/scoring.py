@@ -36,9 +36,9 @@ def score(policy: Policy, rows: Rows, indices: np.ndarray, *, tokens_per_row: in
     share = step_rows(rows, indices, rank=rank(), world_size=world_size(), tokens_per_row=tokens_per_row)
     for batch in share:
         logps = policy(batch.to(device))
-        real = batch.indices >= 0
-        where = torch.tensor([place[int(index)] for index in batch.indices[real]], dtype=torch.int64)
-        found[where.to(device)] = logps[real.to(device)]
+        if int(batch.indices[0]) >= 0:  # not a filler
+            where = torch.tensor([place[index] for index in batch.indices.tolist()])
+            found[where.to(device)] = logps
     reshard(policy)
     policy.train(was_training)
     return sum_across_ranks(found).cpu()

@@ -27,7 +27,7 @@ class SFTTask:
 
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of the mean negative log-likelihood over the step's loss tokens, in nats."""
-        weights, lengths = batch.weights.to(logps.device), batch.lengths.to(logps.device)
+        weights, lengths = batch.weights, batch.lengths
         nll = nll_loss(logps[:, 0], int(self.rows.loss_tokens[step_indices].sum()))
         per_example = -logps[:, 0].detach()
         columns = torch.stack([per_example.double(), lengths[:, 0].double(), torch.ones_like(per_example).double()])

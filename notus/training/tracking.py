@@ -60,7 +60,12 @@ class WandbSink:
 
         has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        self._run = wandb.init(project=project, name=name, dir=folder, config=dict(config), mode=mode)  # type: ignore[arg-type]
+        try:
+            self._run = wandb.init(project=project, name=name, dir=folder, config=dict(config), mode=mode)  # type: ignore[arg-type]
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"tracking.wandb: Weights & Biases refuses the run ({error}); WANDB_MODE=offline works"
+            ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

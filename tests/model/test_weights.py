@@ -311,6 +311,10 @@ def test_supported_models_pass(kind):
         (transformers.BloomConfig(), "not plain softmax attention"),
         (transformers.MistralConfig(quantization_config={"quant_method": "fp8"}), "quantization_config is"),
         (transformers.CLIPTextConfig(), "no causal language model"),
+        (
+            transformers.LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+            "rope_type dynamic makes positions depend",
+        ),
     ],
 )
 def test_models_that_would_be_computed_wrongly_are_refused(config, message):

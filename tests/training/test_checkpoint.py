@@ -81,6 +81,10 @@ def test_a_damaged_state_file_is_named(tmp_path: Path, device: torch.device) -> 
     (path / "state.json").write_text('{"optimizer": "RMS')
     with pytest.raises(ValueError, match=r"state\.json is damaged"):
         load_checkpoint(path, parameters, optimizer)
+    for content in ("{}", "[]", '{"format": 1, "optimizer": "RMSprop", "progress": {"steps": 1}}', '{"format": 9}'):
+        (path / "state.json").write_text(content)
+        with pytest.raises(ValueError, match=r"state\.json is damaged"):
+            load_checkpoint(path, parameters, optimizer)
     (path / "state.json").unlink()
     with pytest.raises(ValueError, match=r"has no state\.json"):
         load_checkpoint(path, parameters, optimizer)

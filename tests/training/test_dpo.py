@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers
 from ranks import run_ranks
 from runs import config, read_metrics, write_pairs
 from safetensors.torch import load_file, save_file
+from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.training import dpo
@@ -72,6 +74,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path, model_fold
         assert (trained[name] - parameter.detach()).norm() < 2e-3 * moved, name
     assert all(set(line) == KEYS for line in lines)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[0]["rewards/accuracies"] == 0.5  # at the start every pair is a tie, and a tie counts half
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[-1]["epoch"] == 1.0
 
@@ -267,6 +270,36 @@ def test_a_stale_reference_stops_the_run_at_step_0(tmp_path: Path, model_folder:
     tensors["logps"][:, 1] -= 0.5
     save_file(tensors, cache, metadata)
     with pytest.raises(ValueError, match=r"at step 0 the sigmoid loss is 0\.718\d+, not ln 2"):
+        dpo.run(settings)
+
+
+def test_the_tolerance_at_step_0_follows_the_noise_of_bf16() -> None:
+    task = object.__new__(dpo.DPOTask)
+    task._precision = "bf16"
+    # 4 pairs, chosen completions of 100 tokens: 5 * 0.05 * 0.03 * sqrt(400) / 4 = 0.0375
+    sums = [4.0, *[0.0] * 7, 4 * (math.log(2) + 0.037), 0.0, 400.0]
+    task.check_first_step(sums)
+    sums[8] = 4 * (math.log(2) + 0.038)
+    with pytest.raises(ValueError, match="at step 0"):
+        task.check_first_step(sums)
+    # 4,096 pairs of 100: 0.0012 is below the least tolerance, 5e-3
+    with pytest.raises(ValueError, match="at step 0"):
+        task.check_first_step([4096.0, *[0.0] * 7, 4096 * (math.log(2) + 0.006), 0.0, 409600.0])
+
+
+def test_resuming_on_other_data_or_another_model_is_refused(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, model = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    settings = config("dpo", tmp_path / "run", model, pairs, training__save_every=1)
+    _interrupt(settings, monkeypatch, step=3)
+    write_pairs(pairs, 12, seed=5)
+    with pytest.raises(ValueError, match=r"other contents of data\.train"):
+        dpo.run(settings)
+    write_pairs(pairs, 12)
+    toy_model_folder(model, seed=3)
+    with pytest.raises(ValueError, match=r"other contents of model\.name_or_path"):
         dpo.run(settings)
 
 

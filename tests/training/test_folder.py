@@ -28,7 +28,35 @@ def test_auto_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
 def test_a_finished_run_is_finished(tmp_path: Path) -> None:
     open_folder(_config(tmp_path))
     (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "config.json").touch()
     assert open_folder(_config(tmp_path)).finished
+
+
+def test_sft_and_dpo_do_not_share_a_folder(tmp_path: Path) -> None:
+    open_folder(_config(tmp_path))
+    sft = config("sft", tmp_path / "run", tmp_path / "model", tmp_path / "pairs.jsonl")
+    with pytest.raises(ValueError, match=r"holds a run of train_dpo\.py"):
+        open_folder(sft)
+
+
+def test_a_folder_named_model_is_no_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    assert not open_folder(_config(tmp_path)).finished
+
+
+def test_a_folder_that_cannot_be_made_is_named_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=r"training\.output_dir=.*run cannot be written"):
+        open_folder(_config(tmp_path))
+
+
+def test_going_back_behind_the_newest_is_refused(tmp_path: Path) -> None:
+    folders = [tmp_path / "run" / "checkpoints" / f"step-0000000{step}" for step in (2, 4)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="has a newer checkpoint, step-00000004"):
+        open_folder(_config(tmp_path, training__resume=str(folders[0])))
+    assert open_folder(_config(tmp_path, training__resume=str(folders[1]))).checkpoint == folders[1]
 
 
 def test_another_config_is_refused_by_key(tmp_path: Path) -> None:

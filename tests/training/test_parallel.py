@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.data.dataset import load_pairs
@@ -53,11 +54,12 @@ def test_checkpointing_computes_each_block_once_more(
     assert calls == {False: 1, True: 2}
 
 
-def test_after_a_scoring_pass_changed_weights_are_seen(
+def test_after_a_scoring_pass_the_masters_are_in_place_and_their_changes_seen(
     model_folder: Path, pairs_file: Path, device: torch.device
 ) -> None:
-    policy, rows = _policy(model_folder, device), _rows(model_folder, pairs_file)
+    policy, rows = _policy(model_folder, device, precision="bf16"), _rows(model_folder, pairs_file)
     before = _score(policy, rows, device)
+    assert {(type(parameter.data), parameter.dtype) for parameter in policy.parameters()} == {(DTensor, torch.float32)}
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(0.5)

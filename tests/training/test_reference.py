@@ -85,6 +85,23 @@ def test_an_interrupted_pass_goes_on_part_by_part(
     torch.testing.assert_close(logps[:, 0], -torch.arange(5.0))
 
 
+def test_another_run_may_fill_the_same_cache_meanwhile(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "PART_SIZE", 2)
+    rows = _rows()
+
+    class Meanwhile(_Scorer):
+        def __call__(self, indices: np.ndarray) -> torch.Tensor:
+            if indices[0] == 2:
+                _call(_Scorer(), rows, tmp_path)  # the other run finishes, and clears the parts away
+            return super().__call__(indices)
+
+    logps, _ = _call(Meanwhile(), rows, tmp_path)
+    torch.testing.assert_close(logps[:, 0], -torch.arange(5.0))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
 def test_a_part_of_other_rows_is_not_used(tmp_path: Path, device: torch.device) -> None:
     rows = _rows()
     parts = tmp_path / f"{_key(rows).name}.parts"
