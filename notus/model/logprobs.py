@@ -26,6 +26,8 @@ class _LinearLogprobs(torch.autograd.Function):
         normaliser = torch.cat(normalisers)
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.chunk = chunk
+        # The backward pass starts from these: one chunk less to compute again, and no more memory than at this moment.
+        ctx.last_logits = logits if any(ctx.needs_input_grad[:2]) else None
         return torch.cat(chosen) - normaliser
 
     @staticmethod
@@ -36,10 +38,11 @@ class _LinearLogprobs(torch.autograd.Function):
         parts = []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         chunk: int = ctx.chunk
-        split = (tensor.split(chunk) for tensor in (hidden, targets, normaliser, grad))
+        kept, ctx.last_logits = ctx.last_logits, None
+        split = (reversed(tensor.split(chunk)) for tensor in (hidden, targets, normaliser, grad))
         for rows, ids, norm, upstream in zip(*split, strict=True):
             # d logp[target] / d logits = onehot(target) - softmax
-            logits = (rows @ weight.t()).float()
+            logits, kept = kept if kept is not None else (rows @ weight.t()).float(), None
             grad_logits = logits.sub_(norm[:, None]).exp_().mul_(-upstream[:, None])
             grad_logits.scatter_add_(-1, ids[:, None], upstream[:, None])
             grad_logits = grad_logits.to(weight.dtype)
@@ -47,7 +50,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 parts.append(grad_logits @ weight)
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.t(), rows)
-        grad_hidden = torch.cat(parts) if need_hidden else None
+        grad_hidden = torch.cat(parts[::-1]) if need_hidden else None
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
@@ -62,8 +65,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
     """log softmax(hidden @ weight.T) at the targets.
 
-    Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32, and computed again in the
-    backward pass; the weight's gradient is accumulated in fp32, and skipped when the weight is frozen.
+    Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32, and all but the last chunk's computed
+    again in the backward pass; the weight's gradient is accumulated in fp32, and skipped when the weight is frozen.
 
     Args:
         hidden: [N, D] final hidden states.

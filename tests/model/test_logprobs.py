@@ -142,7 +142,7 @@ def test_logits_of_one_chunk_at_most_exist_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("train_hidden", "train_weight", "products"), [(True, True, 4), (True, False, 3), (False, True, 3)]
+    ("train_hidden", "train_weight", "products"), [(True, True, 3), (True, False, 2), (False, True, 2)]
 )
 def test_what_is_frozen_costs_no_product(train_hidden, train_weight, products):
     hidden, weight, targets, upstream = inputs()
@@ -150,4 +150,18 @@ def test_what_is_frozen_costs_no_product(train_hidden, train_weight, products):
     weight.requires_grad_(train_weight)
     with _Operations() as operations:
         linear_logprobs(hidden, weight, targets).backward(upstream)
-    assert operations.products == products  # the logits, the logits again, and one per gradient
+    assert operations.products == products  # the logits, and one per gradient
+
+
+def test_the_last_chunks_logits_are_not_computed_again():
+    hidden, weight, targets, upstream = inputs(num_tokens=64)
+    with _Operations() as operations:
+        linear_logprobs(hidden.requires_grad_(), weight, targets, chunk_tokens=30).backward(upstream)
+    assert operations.products == 3 + 2 + 3  # chunks of 30, 30 and 4: forward, again, and the gradient
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_twice():
+    hidden, weight, targets, upstream = inputs()
+    out = linear_logprobs(hidden.requires_grad_(), weight, targets, chunk_tokens=5)
+    first, second = (torch.autograd.grad(out, hidden, upstream, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
