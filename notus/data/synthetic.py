@@ -77,7 +77,7 @@ TASKS = (
         hard=True,
         phrasings=("Count these digits: {}", "How many digits are here? {}"),
         answer=lambda digits: str(len(digits)),
-        mistake=lambda digits: str(len(digits) - 1),
+        mistake=lambda digits: "10",
     ),
     Task(
         name="sort",
@@ -90,8 +90,8 @@ TASKS = (
 
 MODELS = (
     Model("imaginary-70b", easy=0.95, hard=0.75, slip=0.01),
-    Model("imaginary-13b", easy=0.90, hard=0.35, slip=0.02),
-    Model("imaginary-7b", easy=0.80, hard=0.15, slip=0.04),
+    Model("imaginary-13b", easy=0.90, hard=0.40, slip=0.02),
+    Model("imaginary-7b", easy=0.80, hard=0.20, slip=0.04),
     Model("imaginary-1b", easy=0.60, hard=0.05, slip=0.06),
 )
 

@@ -1,0 +1,295 @@
+"""`python -m notus demo`: from rated completions to an aligned model, on a CPU, in a few minutes.
+
+Data and judge are `data/synthetic.py`; a model of under a million parameters learns the tasks from scratch. Every
+stage is what a user would run: `curate`, `train_sft.py`, `train_dpo.py`, `evaluate`, `generate`, `export`.
+
+DIR/data/  base/  sft/  dpo/  export/  answers-sft.jsonl  answers-dpo.jsonl  evaluation.json  summary.json
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from notus.data import synthetic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from notus.config import Config, Task
+
+SUMMARY = "summary.json"
+# Prompts of each part; no prompt is in two parts.
+SIZES = {"sft": 14_400, "preferences": 4_500, "held_out": 400}
+MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    # Sequences are short and the model narrow: with the usual 1e4 and 0.02 it learns at a third of the speed.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "initializer_range": 0.08,
+}
+COMMON = {
+    "batch_size": 32,
+    "tokens_per_row": 2048,
+    "epochs": 1,
+    "warmup_ratio": 0.1,
+    "precision": "fp32",
+    "activation_checkpointing": False,
+}
+SFT = {**COMMON, "optimizer": "adamw", "learning_rate": 3e-3, "lr_schedule": "cosine", "log_every": 10}
+DPO = {**COMMON, "optimizer": "rmsprop", "learning_rate": 2.5e-5, "lr_schedule": "linear"}
+MAX_LENGTH = 64  # tokens of prompt and answer; the longest have about 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("--output", metavar="DIR", default="runs/demo", help="a new folder (default: runs/demo)")
+    parser.add_argument("--seed", type=int, default=42, help="of data, model and training (default: 42)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the whole path into a new folder, print a table, return 0. A finished demo only shows its table.
+
+    Raises ValueError for a folder that holds something else.
+    """
+    began = time.monotonic()
+    folder = Path(args.output)
+    _check(folder, args.seed)
+    if not (folder / SUMMARY).is_file():
+        summary = _make(folder, args.seed)
+        summary["seconds"] = round(time.monotonic() - began, 1)
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    else:
+        print(f"finished already: {folder}", flush=True)
+    print(report(folder))
+    return 0
+
+
+def _check(folder: Path, seed: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the demo works in one process: leave torchrun out")
+    if seed < 0:
+        raise ValueError(f"--seed {seed} is negative; give 0 or more")
+    remedy = "name a new folder with --output, or remove this one first"
+    if (folder / SUMMARY).is_file():
+        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seed"]
+        if before != seed:
+            raise ValueError(f"{folder} holds a demo with seed {before}, not {seed}; {remedy}")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and holds no finished demo; {remedy}")
+
+
+def _make(folder: Path, seed: int) -> dict[str, Any]:
+    """All stages in order; what the summary tells."""
+    from notus.training import dpo, sft
+
+    _say("data: prompts, demonstrations, and answers with their ratings")
+    write_data(folder / "data", seed)
+    _say("a small model, its weights random")
+    make_base(folder / "base", seed)
+    _say("SFT: the model learns to answer as the imaginary models do")
+    sft.run(_config("sft", folder, seed))
+    _say("curation: ratings become preference pairs")
+    chosen_right = _curate(folder / "data", seed)
+    _say("DPO: the model learns which answers were preferred")
+    dpo.run(_config("dpo", folder, seed))
+    _say("evaluation on prompts that nothing was trained on")
+    rewards = _evaluate(folder)
+    rates = {name: _answer(folder, name) for name in ("sft", "dpo")}
+    _say("export")
+    _command("export_run", folder / "dpo", folder / "export")
+    return {
+        "seed": seed,
+        "sft_win_rate": rates["sft"]["all"],
+        "dpo_win_rate": rates["dpo"]["all"],
+        "eval_reward_accuracy": rewards["rewards/accuracies"],
+        "eval_reward_margin": rewards["rewards/margins"],
+        "step0_loss": _first_loss(folder / "dpo"),
+        "chosen_right_by_ratings": chosen_right["ratings"],
+        "chosen_right_by_overall_score": chosen_right["overall_score"],
+        "win_rates": rates,
+    }
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _command(name: str, *arguments: object, package: str = "evaluation") -> None:
+    """Run a command of `python -m notus` with these arguments."""
+    import importlib
+
+    module: ModuleType = importlib.import_module(f"notus.{package}.{name}")
+    parser = argparse.ArgumentParser(prog=name)
+    module.add_arguments(parser)
+    module.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """Demonstrations for SFT, rated records for training and for evaluation, and the held-out prompts."""
+    folder.mkdir(parents=True)
+    for_sft, for_preferences, held_out = synthetic.make_prompts(list(SIZES.values()), seed=seed)
+    _write_rows(folder / "sft-train.jsonl", synthetic.demonstrations(for_sft, seed=seed))
+    for part, prompts in (("train", for_preferences), ("eval", held_out)):
+        records = synthetic.ultrafeedback_records(prompts, seed=seed)
+        _write_rows(folder / f"records-{part}.jsonl", records)
+    _write_rows(folder / "prompts-eval.jsonl", ({"instruction": p.instruction} for p in held_out))
+
+
+def make_base(folder: Path, seed: int) -> None:
+    """A Mistral-architecture model with random weights, and its tokenizer, in Hugging Face layout."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = MistralConfig(
+        **MODEL,
+        vocab_size=len(tokenizer),
+        sliding_window=None,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    model = MistralForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+
+
+def make_tokenizer() -> "PreTrainedTokenizerFast":
+    """Byte-level BPE with the words of the tasks' phrasings, each digit alone, and Zephyr's role markers whole."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        min_frequency=1,
+        special_tokens=["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    phrasings = [phrasing.format("") for task in synthetic.TASKS for phrasing in task.phrasings]
+    tokenizer.train_from_iterator(phrasings, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def _config(task: "Task", folder: Path, seed: int) -> "Config":
+    from notus.config import config_from_dict
+
+    data = folder / "data"
+    own: dict[str, dict[str, Any]] = {
+        "sft": {
+            "model": {"name_or_path": str(folder / "base")},
+            "data": {"train": str(data / "sft-train.jsonl"), "max_length": MAX_LENGTH},
+            "training": SFT,
+        },
+        "dpo": {
+            "model": {"name_or_path": str(folder / "sft" / "model")},
+            "data": {
+                "train": str(data / "pairs-train.jsonl"),
+                "eval": str(data / "pairs-eval.jsonl"),
+                "max_length": MAX_LENGTH,
+            },
+            "training": DPO,
+            "dpo": {"beta": 0.1, "loss_type": "sigmoid"},
+        },
+    }
+    tree = own[task]
+    tree["training"] = {**tree["training"], "output_dir": str(folder / task), "seed": seed}
+    return config_from_dict(tree, task, source="the demo's settings")
+
+
+def _curate(data: Path, seed: int) -> dict[str, float]:
+    """Pairs by the mean rating; by the overall score, for comparison alone. How many chosen answers are right."""
+    places = {
+        "ratings": data / "pairs-train.jsonl",
+        "overall_score": data / "pairs-train-by-overall-score.jsonl",
+    }
+    for rule, pairs in places.items():
+        records = data / "records-train.jsonl"
+        _command("curate", records, pairs, "--by", rule, "--seed", seed, package="data")
+    records, pairs = data / "records-eval.jsonl", data / "pairs-eval.jsonl"
+    _command("curate", records, pairs, "--seed", seed, package="data")
+    return {rule: _win_rate(_read_rows(pairs), "chosen_response") for rule, pairs in places.items()}
+
+
+def _win_rate(rows: list[dict[str, Any]], key: str) -> float:
+    return synthetic.win_rate([row["instruction"] for row in rows], [row[key] for row in rows])
+
+
+def _evaluate(folder: Path) -> dict[str, Any]:
+    """What the DPO model makes of the held-out pairs, against the SFT model."""
+    result, pairs = folder / "evaluation.json", folder / "data" / "pairs-eval.jsonl"
+    _command("evaluate", folder / "dpo", "--base", folder / "sft", "--pairs", pairs, "--output", result)
+    return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _answer(folder: Path, name: str) -> dict[str, float]:
+    """Answer the held-out prompts greedily; the share of right answers, of all and of each task."""
+    prompts, answers = folder / "data" / "prompts-eval.jsonl", folder / f"answers-{name}.jsonl"
+    _command("generate", folder / name, prompts, answers, "--max-new-tokens", 12, "--batch-size", 100)
+    rows = _read_rows(answers)
+    rates = {"all": _win_rate(rows, "completion")}
+    for number, task in enumerate(synthetic.TASKS):
+        rates[task.name] = _win_rate(rows[number :: len(synthetic.TASKS)], "completion")
+    return rates
+
+
+def _first_loss(run_folder: Path) -> float:
+    """The loss before the first update."""
+    first = _read_rows(run_folder / "metrics.jsonl")[0]
+    assert first["step"] == 1, "DPO logs every step"
+    return float(first["loss"])
+
+
+def report(folder: Path) -> str:
+    """The table of a finished demo, and a few answers before and after DPO."""
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    rates = summary["win_rates"]
+    lines = ["", f"{'right answers to held-out prompts':36}" + "".join(f"{name:>10}" for name in rates["sft"])]
+    for name, title in (("sft", "after SFT"), ("dpo", "after DPO")):
+        lines.append(f"{title:36}" + "".join(f"{rate:10.1%}" for rate in rates[name].values()))
+    lines += [
+        "",
+        f"{'chosen answers that are right':36}{summary['chosen_right_by_ratings']:10.1%} by ratings"
+        f"{summary['chosen_right_by_overall_score']:10.1%} by overall score",
+        f"{'reward accuracy on held-out pairs':36}{summary['eval_reward_accuracy']:10.1%}",
+        f"{'DPO loss before the first step':36}{summary['step0_loss']:10.6f}",
+        f"{'seconds':36}{summary['seconds']:10.1f}",
+        "",
+        *_samples(folder),
+    ]
+    return "\n".join(lines)
+
+
+def _samples(folder: Path, per_task: int = 2) -> list[str]:
+    before, after = (_read_rows(folder / f"answers-{name}.jsonl") for name in ("sft", "dpo"))
+    lines = [f"{'prompt':44}{'after SFT':>12}{'after DPO':>12}{'right':>12}"]
+    for old, new in list(zip(before, after, strict=True))[: per_task * len(synthetic.TASKS)]:
+        answers = (old["completion"], new["completion"], synthetic.right_answer(old["instruction"]))
+        lines.append(f"{old['instruction']:44}" + "".join(f"{answer:>12}" for answer in answers))
+    return lines

@@ -1,0 +1,101 @@
+"""The README's commands, run as they stand in a folder of their own.
+
+What is changed: the environment is the one that runs the tests, and training after the demo stops after a few steps.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+DEMO, TESTS, PATH = (block.strip() for block in BLOCKS)
+SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
+
+
+def _commands(block: str) -> list[str]:
+    """Its commands, without comments and without what sets the environment up."""
+    lines = [line.strip() for line in block.splitlines() if line.strip() and not line.startswith("#")]
+    words = [command.strip() for line in lines for command in line.split("&&")]
+    return [command for command in words if "-m venv" not in command and "pip install" not in command]
+
+
+def _run(command: str, folder: Path, *extra: str) -> str:
+    words = shlex.split(command)
+    launch = {"torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+    words = [*launch.get(words[0], [sys.executable]), *words[1:], *extra]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the project's files stand and into which commands may write."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("notus", "configs", "train_sft.py", "train_dpo.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(clone: Path) -> dict[str, float]:
+    (command,) = _commands(DEMO)
+    _run(command, clone)
+    return json.loads((clone / "runs" / "demo" / "summary.json").read_text())
+
+
+def test_the_first_command_learns(demo: dict[str, float]) -> None:
+    assert demo["step0_loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert 0.3 <= demo["sft_win_rate"] <= 0.7
+    assert demo["dpo_win_rate"] >= 0.9
+    assert demo["eval_reward_accuracy"] >= 0.85
+    assert demo["seconds"] > 0
+
+
+def test_the_path_runs_on_what_the_demo_left(demo: dict[str, float], clone: Path) -> None:
+    commands = _commands(PATH)
+    assert len(commands) == 8
+    for command in commands:
+        trains = "train_sft.py" in command or "train_dpo.py" in command
+        _run(command, clone, *(SHORT if trains else []))
+    losses = []
+    for run in ("demo-dpo", "demo-dpo-2"):
+        lines = (clone / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    answers = (clone / "runs" / "answers.jsonl").read_text().splitlines()
+    assert all("completion" in json.loads(line) for line in answers)
+    assert (clone / "runs" / "merged" / "model.safetensors").is_file()
+
+
+def test_ci_installs_and_tests_as_the_readme_says() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for part in ("-r requirements.txt -r requirements-dev.txt", "python -m pytest -n 2"):
+        assert part in TESTS
+        assert part in script
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_config_key_is_described() -> None:
+    from dataclasses import fields
+
+    from notus.config import SECTIONS
+
+    for section, kind in SECTIONS.items():
+        (row,) = re.findall(rf"^\| `{section}` \|(.*)\|$", README, re.MULTILINE)
+        for item in fields(kind):
+            assert f"`{item.name}`" in row, f"{section}.{item.name}"
