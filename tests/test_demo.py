@@ -1,0 +1,48 @@
+"""What the demo refuses, and its tokenizer; that it learns is `test_readme.py`'s to show."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from notus import demo
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no finished demo; name a new folder"):
+        demo.run(Namespace(output=str(tmp_path), seed=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_seeds_demo_is_not_passed_off(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"seed": 1}))
+    with pytest.raises(ValueError, match="holds a demo with seed 1, not 2"):
+        demo.run(Namespace(output=str(tmp_path), seed=2))
+
+
+def test_it_is_one_process_and_no_negative_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--seed -1 is negative"):
+        demo.run(Namespace(output=str(tmp_path / "new"), seed=-1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        demo.run(Namespace(output=str(tmp_path / "new"), seed=0))
+
+
+def test_roles_and_digits_are_single_tokens() -> None:
+    tokenizer = demo.make_tokenizer()
+    ids = tokenizer("<|user|>\nCount these digits: 4071</s>").input_ids
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert tokens[:2] == ["<s>", "<|user|>"]
+    assert tokens[-5:] == ["4", "0", "7", "1", "</s>"]
+
+
+def test_the_same_seed_writes_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SIZES", {"sft": 12, "preferences": 8, "held_out": 4})
+    for name in ("one", "two"):
+        demo.write_data(tmp_path / name, seed=3)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert set(one) == {"sft-train.jsonl", "records-train.jsonl", "records-eval.jsonl", "prompts-eval.jsonl"}
+    assert len(one["sft-train.jsonl"].splitlines()) == 12
