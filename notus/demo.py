@@ -90,8 +90,12 @@ def _check(folder: Path, seed: int) -> None:
 
 def _make(folder: Path, seed: int) -> dict[str, Any]:
     """All stages in order; what the summary tells."""
+    import torch
+
     from notus.training import dpo, sft
 
+    # The matrices are too small to gain much from more, and threads that wait for a busy core cost minutes.
+    torch.set_num_threads(1)
     _say("data: prompts, demonstrations, and answers with their ratings")
     write_data(folder / "data", seed)
     _say("a small model, its weights random")
