@@ -8,6 +8,9 @@ from notus.entry import run_entry
 
 def main() -> None:
     """Read the settings, then train; torch is imported once they are known to be right."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{__doc__}\n\nnotus/config.py describes every key.")
+        return
     config = load_config(sys.argv[1:], "sft")
     from notus.training.sft import run
 

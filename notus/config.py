@@ -301,7 +301,10 @@ def _data_conflicts(config: Config) -> Iterator[Refused]:
     if data.eval is not None and data.eval_size > 0:
         yield Refused("data.eval_size", "has no effect beside data.eval: keep one of the two")
     if data.eval is None and data.eval_size == 0 and config.training.eval_every is not None:
-        yield Refused("training.eval_every", "has no effect without evaluation data: set data.eval or data.eval_size")
+        yield Refused(
+            "training.eval_every",
+            "has no effect without evaluation data: set data.eval or data.eval_size, or remove it (null)",
+        )
     if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
         yield Refused("data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}")
 

@@ -100,3 +100,10 @@ def test_a_mistake_under_another_launcher_is_one_line_too(config_file: Path) -> 
     command = [sys.executable, "train_dpo.py", str(config_file), "--dpo.betta=1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+
+
+@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py"])
+def test_help_tells_the_usage(entry: str) -> None:
+    done = _start(entry, "--help")
+    assert done.returncode == 0
+    assert f"python {entry} CONFIG.yaml [--section.key=value ...]" in done.stdout

@@ -5,6 +5,7 @@ OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  m
 
 import dataclasses
 import datetime
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 
 from notus.config import Config, load_config, save_config
 from notus.training.checkpoint import latest_checkpoint
+from notus.training.tracking import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -49,7 +51,7 @@ def open_folder(config: Config) -> Opening:
         folder.mkdir(parents=True, exist_ok=True)
         if config.training.resume == "never":
             _set_aside(folder)
-        elif (folder / CONFIG_FILE).exists():
+        elif (folder / CONFIG_FILE).exists() and _has_begun(folder):
             _check_same_run(folder / CONFIG_FILE, config)
             if any((folder / MODEL / name).is_file() for name in _MODEL_FILES):
                 return Opening(finished=True, checkpoint=None)
@@ -60,6 +62,13 @@ def open_folder(config: Config) -> Opening:
     except OSError as error:
         raise ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder") from error
     return Opening(finished=False, checkpoint=checkpoint)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run got as far as training here; one that failed before leaves a config that binds nobody."""
+    metrics = folder / METRICS_FILE
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    return logged or any((folder / name).exists() for name in (CHECKPOINTS, MODEL))
 
 
 def _checkpoint(folder: Path, resume: str) -> Path | None:
@@ -96,7 +105,7 @@ def _check_same_run(path: Path, config: Config) -> None:
     before, now = _flat(load_config(path, config.task)), _flat(config)
     changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
     if changed:
-        told = ", ".join(f"{key} (was {before[key]!r}, is {now[key]!r})" for key in changed)
+        told = ", ".join(f"{key} (was {json.dumps(before[key])}, is {json.dumps(now[key])})" for key in changed)
         raise ValueError(
             f"{path.parent} holds a run with another config: {told}. Choose another training.output_dir, restore the "
             "config to go on, or set training.resume=never to start over"

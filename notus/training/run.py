@@ -113,6 +113,8 @@ class Run:
             },
         )  # fmt: skip
         tracker = distributed.main_first(lambda: self._tracker(progress.step))
+        if self.total_steps == 1 and settings.warmup_steps:
+            self.say("warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0")
         with tracker:
             Trainer(
                 self.policy,

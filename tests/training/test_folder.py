@@ -12,6 +12,12 @@ def _config(tmp_path: Path, **overrides: Any) -> Config:
     return config("dpo", tmp_path / "run", tmp_path / "model", tmp_path / "pairs.jsonl", **overrides)
 
 
+def _begin(tmp_path: Path) -> None:
+    """A run whose first step was logged."""
+    open_folder(_config(tmp_path))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
 def test_a_new_folder_is_claimed(tmp_path: Path) -> None:
     assert open_folder(_config(tmp_path)) == Opening(finished=False, checkpoint=None)
     assert (tmp_path / "run" / "config.yaml").is_file()
@@ -32,8 +38,14 @@ def test_a_finished_run_is_finished(tmp_path: Path) -> None:
     assert open_folder(_config(tmp_path)).finished
 
 
-def test_sft_and_dpo_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_a_run_that_failed_before_its_first_step_binds_nobody(tmp_path: Path) -> None:
     open_folder(_config(tmp_path))
+    assert not open_folder(_config(tmp_path, dpo__beta=0.2)).finished
+    assert "beta: 0.2" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_sft_and_dpo_do_not_share_a_folder(tmp_path: Path) -> None:
+    _begin(tmp_path)
     sft = config("sft", tmp_path / "run", tmp_path / "model", tmp_path / "pairs.jsonl")
     with pytest.raises(ValueError, match=r"holds a run of train_dpo\.py"):
         open_folder(sft)
@@ -60,7 +72,7 @@ def test_going_back_behind_the_newest_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
-    open_folder(_config(tmp_path))
+    _begin(tmp_path)
     with pytest.raises(ValueError, match=r"dpo\.beta \(was 0\.1, is 0\.2\)"):
         open_folder(_config(tmp_path, dpo__beta=0.2))
 
@@ -69,7 +81,7 @@ def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
     "change", [{"training__log_every": 5}, {"training__tokens_per_row": 999}, {"tracking__tensorboard": True}]
 )
 def test_what_does_not_change_the_result_may_change(change: dict[str, Any], tmp_path: Path) -> None:
-    open_folder(_config(tmp_path))
+    _begin(tmp_path)
     assert not open_folder(_config(tmp_path, **change)).finished
 
 
