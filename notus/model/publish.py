@@ -61,11 +61,11 @@ class NewFolder:
 
     def _rename(self) -> None:
         for path in [*self._partial.rglob("*"), self._partial]:
-            _sync(path)
+            sync(path)
         if self.folder.exists():
             self.folder.rename(self._old)
         self._partial.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         _remove(self._old)
 
     def _share_failure(self) -> None:
@@ -97,7 +97,8 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from notus.model.publish import sync
 from notus.training.distributed import on_main
 
 _STATE_FILE = "state.json"
@@ -142,19 +143,11 @@ def _publish(temporary: Path, final: Path, progress: Progress, optimizer: str) -
     state = {"format": _FORMAT, "optimizer": optimizer, "progress": dataclasses.asdict(progress)}
     (temporary / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _drop_old(folder: Path, keep: int | None) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from notus.data.rows import Rows
-from notus.model.publish import write_tensors
+from notus.model.publish import sync, write_tensors
 from notus.training.distributed import on_main
 
 FORMAT = 1
@@ -131,8 +131,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.partial")
     write_tensors(temporary, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, path)
 
 

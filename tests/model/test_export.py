@@ -140,8 +140,8 @@ def test_an_export_that_died_between_its_renames_is_recovered(tmp_path, monkeypa
 
 def test_files_reach_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     synced = []
-    sync = publish._sync
-    monkeypatch.setattr(publish, "_sync", lambda path: (synced.append(path.name), sync(path)))
+    sync = publish.sync
+    monkeypatch.setattr(publish, "sync", lambda path: (synced.append(path.name), sync(path)))
     folder = write(toy_model(), tmp_path / "out")
     written = {path.name for path in folder.iterdir()}
     assert set(synced) == written | {".out.partial", tmp_path.name}
