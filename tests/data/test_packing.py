@@ -141,7 +141,6 @@ def test_collate_by_hand():
     assert batch.lengths.tolist() == [[2, 1], [1, 2]]
     assert batch.weights.tolist() == [1.0, 1.0]
     assert batch.indices.tolist() == [4, 9]
-    assert batch.num_tokens == 10
     assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.sources, batch.targets)} == {torch.int64}
 
 
@@ -213,7 +212,6 @@ def test_an_empty_row_becomes_a_filler_of_weight_zero(num_branches):
     assert batch.weights.tolist() == [0.0]
     assert batch.indices.tolist() == [-1]
     assert batch.lengths.tolist() == [[1] * num_branches]
-    assert batch.num_tokens == 0
     assert filler(num_branches).index == -1
 
 
