@@ -3,7 +3,7 @@
 import sys
 
 from notus.config import load_config
-from notus.entry import run_entry
+from notus.entry import leave, run_entry
 
 
 def main() -> None:
@@ -18,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_entry(main))
+    leave(run_entry(main))

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from notus.entry import run_entry
+from notus.entry import leave, run_entry
 
 HELP = {
     "demo": "make data, train a small model on it and align it, to see the whole path work",
@@ -83,4 +83,4 @@ def _run_reference(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
