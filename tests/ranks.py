@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from notus.entry import leave
+
 
 def run_ranks(worker: Callable[..., None], world_size: int, folder: Path, *args: object) -> None:
     """Call `worker(*args)`, a module's function, on every rank; raises if any rank does."""
@@ -24,3 +26,4 @@ def _enter(rank: int, worker: Callable[..., None], world_size: int, store: Path,
         worker(*args)
     finally:
         dist.destroy_process_group()
+    leave(0)
