@@ -28,7 +28,7 @@ def run_entry(work: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; after torch was in use, without the interpreter's teardown, in which gloo's threads may abort."""
+    """End the process; once torch was used, without the interpreter's teardown, in which gloo's threads may abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch.distributed" in sys.modules:
