@@ -6,6 +6,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
+# The exit code of a run that a signal ended after it had saved its progress: EX_TEMPFAIL, run the command again.
+STOPPED = 75
 _FAILURES = "notus/failures"
 
 
