@@ -5,6 +5,7 @@ OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  m
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import shutil
@@ -62,8 +63,38 @@ def open_folder(config: Config) -> Opening:
         save_config(config, temporary)
         os.replace(temporary, folder / CONFIG_FILE)
     except OSError as error:
-        raise ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder") from error
+        raise _unwritable(folder, error) from error
     return Opening(finished=False, checkpoints=checkpoints)
+
+
+def hold_folder(config: Config) -> int:
+    """Lock the run's folder against a second launch, for rank 0; returns the descriptor that holds the lock.
+
+    The lock goes with the process, however that ends. A file system without locks is used without one.
+
+    Raises:
+        ValueError: another launch holds it, or the folder cannot be made.
+    """
+    folder = Path(config.training.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"training.output_dir={folder} is in use by another launch: wait for its end, or choose another folder"
+        ) from error
+    except OSError as error:
+        print(f"note: {folder} cannot be locked ({error.strerror}); do not start a second run in it", flush=True)
+    return descriptor
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder")
 
 
 def _has_begun(folder: Path) -> bool:

@@ -164,14 +164,10 @@ class Trainer:
                 try:
                     held_out = self.task.evaluate(self.policy, self.stop.check)
                 except Interrupted:
-                    return self._why()
+                    return Ending.SIGNAL
             self.tracker.log(self.progress.step, {**self._window(), **held_out})
         self.progress.recorded = True
         return ending
-
-    def _why(self) -> Ending:
-        """Which kind of request interrupted; collective."""
-        return Ending.SIGNAL if any(gather_objects(self.stop.signalled)) else Ending.BUDGET
 
     def _due(self, every: int | None) -> bool:
         step = self.progress.step

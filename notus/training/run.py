@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.checkpoint import DamagedCheckpointError, Progress, load_checkpoint
-from notus.training.folder import CHECKPOINTS, MODEL, open_folder, set_aside_damaged
+from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder, set_aside_damaged
 from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
@@ -243,9 +244,12 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         ValueError: a user's mistake, in one line.
     """
     stop = Stop(config.training.max_hours)
-    with stop.listening(), distributed.process_group() as device:
+    with stop.listening(), distributed.process_group() as device, contextlib.ExitStack() as stack:
         checkpoints: list[Path] = []
         if train:
+            held = distributed.on_main(lambda: hold_folder(config))
+            if distributed.is_main():
+                stack.callback(os.close, held)
             opening = distributed.on_main(lambda: open_folder(config))
             if opening.finished:
                 distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")

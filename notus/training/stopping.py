@@ -24,7 +24,7 @@ _ECHO_SECONDS = 1.0
 
 
 class Interrupted(Exception):
-    """All ranks agreed to stop before the work at hand was done."""
+    """A rank got a signal before the work at hand was done; raised on all."""
 
 
 class Stop:
@@ -47,8 +47,8 @@ class Stop:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def check(self) -> None:
-        """Ask all ranks, on the host alone, whether one of them is to stop; collective. Raises Interrupted if so."""
-        wanted = torch.tensor([float(self.signalled or self.overdue)])
+        """Ask all ranks, on the host alone, whether one of them got a signal; collective. Raises Interrupted if so."""
+        wanted = torch.tensor([float(self.signalled)])
         dist.all_reduce(wanted)
         if wanted.item():
             raise Interrupted
@@ -68,15 +68,18 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        global _listening
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reading,), daemon=True)
         watcher.start()
+        _listening = True
         try:
             yield
         finally:
+            _listening = False
             signal.set_wakeup_fd(descriptor)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -100,6 +103,31 @@ class Stop:
         elif now - self._signalled > _ECHO_SECONDS:
             _tell(f"{number.name} again: stopped at once; the same command goes on from the last checkpoint")
             os._exit(128 + number)
+
+
+_listening = False
+
+
+def _block() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _forget_in_child() -> None:
+    """A forked process (a tokeniser's worker, say) has no thread to watch, and shares the descriptor: end as usual."""
+    if _listening:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        _unblock()
+
+
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget_in_child)
 
 
 def _tell(text: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from ranks import run_ranks
-from runs import config, read_metrics, write_pairs
+from runs import config, free_port, read_metrics, write_pairs
 from safetensors.torch import load_file, save_file
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -353,14 +353,6 @@ def _train_on_ranks(settings: dict[str, Any], folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size)
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("lora", [{}, {"lora__rank": 3}], ids=["full", "lora"])
 def test_two_ranks_do_what_one_does(lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     from runs import settings
@@ -368,7 +360,7 @@ def test_two_ranks_do_what_one_does(lora: dict[str, Any], tmp_path: Path, model_
     overrides = {**lora, "data__eval_size": 5, "training__epochs": 2, "training__tokens_per_row": 70}
     dpo.run(config("dpo", tmp_path / "one", model_folder, pairs_file, **overrides))
     tree = settings(tmp_path / "two", model_folder, pairs_file, **overrides)
-    run_ranks(_train_on_ranks, 2, tmp_path, {"tree": tree, "port": _free_port()}, tmp_path)
+    run_ranks(_train_on_ranks, 2, tmp_path, {"tree": tree, "port": free_port()}, tmp_path)
     one, two = (read_metrics(tmp_path / run) for run in ("one", "two"))
     for key in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=2e-5), key
