@@ -1,7 +1,6 @@
 """A folder that appears on disk whole or not at all, written by rank 0 on behalf of every rank."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from notus.data.disk import disk_error, sync
 from notus.model.shards import is_rank_zero
 
 
@@ -79,14 +79,6 @@ class NewFolder:
             raise outcome[0]
 
 
-def disk_error(path: Path, error: OSError | str) -> OSError:
-    """What to raise where writing `path` failed: it names the path, the reason and the free space there."""
-    reason = error if isinstance(error, str) else error.strerror or str(error)
-    place = next(folder for folder in path.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(place).free / 1e9
-    return OSError(f"{path}: cannot be written ({reason}); {free:.1f} GB free in {place}")
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, with the permissions that any new file gets. Raises OSError; see `disk_error`."""
     path.touch()
@@ -106,12 +98,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from notus.data.disk import disk_error, sync
 from notus.data.rows import Rows
-from notus.model.publish import disk_error, sync, write_tensors
+from notus.model.publish import write_tensors
 from notus.training.distributed import on_main
 
 FORMAT = 2
