@@ -120,7 +120,7 @@ def check_epoch(dataset: datasets.Dataset, world_size: int, batch_size: int) -> 
     assert sorted(seen) == list(range(len(dataset)))
 
 
-@fuzz(30)
+@fuzz(120)
 @given(
     st.lists(pairs, min_size=1, max_size=6),
     tokenizers,
@@ -152,7 +152,7 @@ def test_pairs_of_any_text_become_rows_that_an_epoch_sees_once(
         assert same == report
 
 
-@fuzz(20)
+@fuzz(80)
 @given(st.lists(demonstrations, min_size=1, max_size=6), tokenizers, st.integers(2, 80), st.integers(1, 5))
 def test_demonstrations_of_any_turns(
     rows: list[Any], tokenizer: PreTrainedTokenizerFast, max_length: int, world_size: int
@@ -166,7 +166,7 @@ def test_demonstrations_of_any_turns(
         check_epoch(dataset, world_size, 3)
 
 
-@fuzz(25)
+@fuzz(80)
 @given(st.lists(plain, min_size=1, max_size=6), st.booleans())
 def test_what_is_learned_of_plain_text_is_the_whole_completion(rows: list[Any], bos: bool) -> None:
     tokenizer = TOKENIZERS[bos, "none"]
@@ -197,7 +197,7 @@ def closed(completion: str) -> str:
     return completion + "</s>"
 
 
-@fuzz(40)
+@fuzz(150)
 @given(pairs | demonstrations, st.data(), tokenizers, st.booleans())
 def test_a_malformed_row_is_read_or_a_clear_error(
     row: Any, data: st.DataObject, tokenizer: PreTrainedTokenizerFast, sft: bool
@@ -212,7 +212,7 @@ def test_a_malformed_row_is_read_or_a_clear_error(
         check(dataset, report, 1, 40)
 
 
-@fuzz(12)
+@fuzz(20)
 @given(st.integers(1, 9), st.floats(0.01, 4), st.integers(0, 2**31))
 def test_a_weight_takes_its_share_and_each_row_alike(count: int, weight: float, seed: int) -> None:
     rows = [{"prompt": "Q", "chosen": f" {number}", "rejected": " no"} for number in range(count)]
