@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -184,7 +183,7 @@ class ChatEncoder:
                 messages, chat_template=self.template, add_generation_prompt=generation, tokenize=False
             )
             return str(rendered)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # besides Jinja's own, a template's expressions raise whatever Python's do
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
                 f"the chat template refuses a conversation of the turns {roles}: {error}; "

@@ -165,8 +165,10 @@ def _parquet(path: Path) -> Iterator[Placed]:
 def _hub_records(name: str, split: str) -> Iterator[Placed]:
     import datasets
 
+    from notus.data.sources import load_described
+
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = load_described(name, split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name}: no such path, and no hub dataset that loads, with split {split!r} ({error}); check the "

@@ -20,6 +20,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from notus.data.cache import cached
 from notus.data.chat import ChatEncoder, Encoded, Rendered
 from notus.data.records import Task, normalize
 from notus.data.sources import Part, Source, open_source, parts, read_rows
@@ -271,17 +272,21 @@ def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> da
     # Our own digest: that of `datasets` knows neither the content of a JSON file nor the text of our code.
     fingerprint = hashlib.sha256(f"{source.digest} {rule.digest()}".encode()).hexdigest()[:32]
     workers = min(num_workers, math.ceil(len(source.rows) / BATCH_ROWS))
-    return source.rows.map(
-        _Tokenize(source, rule),
-        with_indices=True,
-        batched=True,
-        batch_size=BATCH_ROWS,
-        remove_columns=source.rows.column_names,
-        features=datasets.Features({**FEATURES, "outcome": datasets.Value("int8")}),
-        num_proc=workers if workers > 1 else None,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"rows-{fingerprint}.arrow"),
-        desc=f"Tokenizing {source.name}",
+    return cached(
+        folder,
+        f"rows-{fingerprint}",
+        lambda file: source.rows.map(
+            _Tokenize(source, rule),
+            with_indices=True,
+            batched=True,
+            batch_size=BATCH_ROWS,
+            remove_columns=source.rows.column_names,
+            features=datasets.Features({**FEATURES, "outcome": datasets.Value("int8")}),
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=fingerprint,
+            cache_file_name=file,
+            desc=f"Tokenizing {source.name}",
+        ),
     )
 
 

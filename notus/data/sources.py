@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _BOM = b"\xef\xbb\xbf"
 _RANGE = np.dtype([("start", np.int64), ("length", np.int64), ("line", np.int64)])
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -197,10 +199,36 @@ def _load_parquet(path: Path) -> datasets.Dataset:
 def _load_folder(path: Path, split: str) -> datasets.Dataset:
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _choose_split(datasets.load_from_disk(str(path)), path, split)
-        return datasets.load_dataset(str(path), split=split)
+            rows = _choose_split(datasets.load_from_disk(str(path)), path, split)
+            _check_inside([file["filename"] for file in rows.cache_files], path)
+            return rows
+        return load_described(str(path), split)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{path}: cannot be read as a dataset, split {split!r} ({error})") from error
+
+
+def load_described(name: str, split: str) -> datasets.Dataset:
+    """The split of a folder or hub dataset, of the files that its card names, or else of all its data files.
+
+    Raises ValueError, before any of them is read, for files outside of it, and for archives; and what
+    `datasets.load_dataset` does.
+    """
+    files = [file for found in (datasets.load_dataset_builder(name).config.data_files or {}).values() for file in found]
+    archives = [file for file in files if "::" in file or file.endswith(_ARCHIVES)]
+    if archives:
+        raise ValueError(f"{archives[0]} is an archive; unpack it, and give the files")
+    # what is on the hub has no place here, however it is named
+    _check_inside([file for file in files if "://" not in file], Path(name))
+    return datasets.load_dataset(name, split=split)
+
+
+def _check_inside(files: Sequence[str], folder: Path) -> None:
+    """Refuse what a dataset says of itself where it leads out of it; a link that its owner made is no such word."""
+    for file in files:
+        if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
+            raise ValueError(
+                f"the dataset names {file}, which lies outside of it; name that file itself if you trust it"
+            )
 
 
 def _choose_split(loaded: datasets.Dataset | datasets.DatasetDict, path: Path, split: str) -> datasets.Dataset:
@@ -213,7 +241,7 @@ def _choose_split(loaded: datasets.Dataset | datasets.DatasetDict, path: Path, s
 
 def _load_hub(name: str, split: str) -> datasets.Dataset:
     try:
-        return datasets.load_dataset(name, split=split)
+        return load_described(name, split)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
             f"{name}: is no file or folder here, and cannot be loaded from the hub, split {split!r} "

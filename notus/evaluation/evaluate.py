@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
     """What the table shows and the file gets: how it was computed, then the metrics."""
     import torch
-    from transformers import AutoTokenizer
 
     from notus.evaluation.models import find_source
     from notus.evaluation.preferences import preference_metrics, score_model
+    from notus.model.export import load_tokenizer
     from notus.training.distributed import main_first
 
     model = main_first(lambda: find_source(args.model))
@@ -84,7 +84,7 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> dict[str, Any
     base = main_first(lambda: find_source(base_name)) if base_name else None
     if args.beta is not None and base is None:
         raise ValueError("--beta has no effect without a base: give --base, or leave it out")
-    tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(model.folder, args.trust_remote_code)
     options = _data_options(args, model)
     rows = _load_rows(args, tokenizer, options)
     precision = model.choose(args.precision, "training.precision", "bf16")

@@ -77,12 +77,10 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace, device: "torch.device") -> tuple[list["Prompt"], list[str]]:
     """The prompts, and num_samples completions of each, one after the other."""
-    from transformers import AutoTokenizer
-
     from notus.data.chat import check_vocabulary
     from notus.evaluation.generation import generate
     from notus.evaluation.models import find_source
-    from notus.model.export import load_causal_lm
+    from notus.model.export import load_causal_lm, load_tokenizer
     from notus.training.distributed import main_first, on_main
     from notus.training.parallel import COMPUTE_DTYPES
 
@@ -90,7 +88,7 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> tuple[list["P
     source = main_first(lambda: find_source(args.model))
     chat_template = source.choose(args.chat_template, "data.chat_template", None)
     # Prompts are read before the model: their mistakes show at once.
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust)
+    tokenizer = load_tokenizer(source.folder, trust)
     prompts = on_main(lambda: _read(args, has_chat_format=bool(chat_template or tokenizer.chat_template)))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     dtype = COMPUTE_DTYPES[source.choose(args.precision, "training.precision", "bf16")]

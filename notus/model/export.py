@@ -23,7 +23,7 @@ from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_setti
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.publish import NewFolder, write_json, write_tensors
 from notus.model.shards import gather
-from notus.model.weights import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors
+from notus.model.weights import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
 
 
 def export_model(
@@ -141,9 +141,14 @@ def _is_model(folder: Path) -> bool:
 
 
 def _load_full(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    weight_files(folder)  # refuses what is no safetensors, and an index that leads out of the folder
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be loaded as a causal language model ({error})") from error

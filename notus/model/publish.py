@@ -1,7 +1,6 @@
 """A folder that appears on disk whole or not at all, written by rank 0 on behalf of every rank."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from notus.data.disk import disk_error, sync
 from notus.model.shards import is_rank_zero
 
 
@@ -106,12 +106,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -79,7 +79,13 @@ def weight_files(folder: Path) -> list[Path]:
     index = read_json(folder / INDEX)
     if not isinstance(index.get("weight_map"), dict):
         raise ValueError(f"{folder / INDEX}: no weight_map; download the file again")
-    paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    names = index["weight_map"].values()
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise ValueError(
+                f"{folder / INDEX}: {name!r} is no safetensors file of this folder; take the model from its source"
+            )
+    paths = [folder / name for name in sorted(set(names))]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: missing, though {INDEX} names it; download it again")

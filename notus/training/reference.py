@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from notus.data.disk import disk_error, sync
 from notus.data.rows import Rows
-from notus.model.publish import sync, write_tensors
+from notus.model.publish import write_tensors
 from notus.training.distributed import on_main
 
-FORMAT = 1
+FORMAT = 2
 PART_SIZE = 2048
 
 
@@ -73,6 +74,7 @@ def reference_logps(
 
     Raises:
         ValueError: the cache file is damaged or of other rows, or a log-prob is not finite.
+        OSError: the cache cannot be written; the parts that are whole stay, and the next pass goes on from them.
     """
     path = folder / f"{key.name}.safetensors"
     parts = folder / f"{key.name}.parts"
@@ -108,13 +110,13 @@ def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Pa
 
 
 def _read_part(path: Path, expected: Tensor) -> Tensor | None:
-    """A part's log-probs, or None if the part is not whole (it is then computed again)."""
+    """A part's log-probs, or None if the part is not whole or of other rows (it is then computed again)."""
     try:
-        with safe_open(path, "pt") as file:
-            logps, digests = file.get_tensor("logps"), file.get_tensor("digests")
-    except (SafetensorError, KeyError):
+        tensors, _ = _open(path)
+    except ValueError as error:
+        print(f"computing a part of the reference cache again: {path} is damaged ({error})", flush=True)
         return None
-    return logps if torch.equal(digests, expected) else None
+    return tensors["logps"] if torch.equal(tensors["digests"], expected) else None
 
 
 def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, digests: np.ndarray) -> None:
@@ -127,28 +129,52 @@ def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, diges
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Whole or not at all: a temporary file, synced, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all: a temporary file, synced, renamed. Raises OSError; see `disk_error`."""
     temporary = path.with_suffix(f".{os.getpid()}.partial")
-    write_tensors(temporary, {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-    sync(temporary)
-    os.replace(temporary, path)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(temporary, tensors, {**metadata, "digest": _digest(tensors)})
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        failure = disk_error(path, error)
+        temporary.unlink(missing_ok=True)
+        raise failure from error
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file that `_write` wrote. ValueError if it is not as it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(str(error)) from error
+    if metadata.get("digest") != _digest(tensors):
+        raise ValueError("its content is not what was written")
+    return tensors, metadata
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        total.update(tensor.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _read(path: Path, rows: Rows, key: ReferenceKey, digests: np.ndarray) -> Tensor:
     remedy = f"delete {path} to compute it again"
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in ("logps", "token_counts", "digests")}
-    except (SafetensorError, KeyError) as error:
+        tensors, metadata = _open(path)
+        made_for = json.loads(metadata["key"])
+    except (ValueError, KeyError) as error:
         raise ValueError(f"the reference cache {path} is damaged ({error}): {remedy}") from error
-    if json.loads(metadata.get("key", "{}")) != dataclasses.asdict(key):
+    if made_for != dataclasses.asdict(key):
         raise ValueError(f"the reference cache {path} was made for another model, data or precision: {remedy}")
     if not torch.equal(tensors["digests"], torch.from_numpy(digests)):
         raise ValueError(f"the reference cache {path} holds other rows than the data: {remedy}")
     if not torch.equal(tensors["token_counts"], torch.from_numpy(rows.loss_tokens)):
         raise ValueError(f"the reference cache {path} counts other completion tokens than the data: {remedy}")
-    if not torch.isfinite(tensors["logps"]).all():
-        raise ValueError(f"the reference cache {path} holds log-probs that are not finite: {remedy}")
     return tensors["logps"]

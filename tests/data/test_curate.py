@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -68,6 +69,8 @@ def test_every_input_form_gives_the_same_bytes(tmp_path, monkeypatch):
     datasets.Dataset.from_list(RECORDS[2:]).to_parquet(folder / "b.parquet")
     (folder / "README.md").write_text("not data")
     loads = []
+    on_hub = SimpleNamespace(config=SimpleNamespace(data_files={"train": ["hf://datasets/openbmb/UltraFeedback/a"]}))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: on_hub)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: loads.append((name, split)) or dataset)
     for source in (array, in_lines, parquet, folder, "openbmb/UltraFeedback"):
         output = tmp_path / "out.jsonl"
@@ -216,9 +219,9 @@ def test_paths_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             command(*arguments)
 
-    def unreachable(name, split):
+    def unreachable(name):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(ValueError, match=r"some/name: no such path, and no hub dataset .*no route"):
         command("some/name", output)

@@ -285,7 +285,7 @@ class TestCache:
 
     def test_folder_of_choice(self, path: Path, tmp_path: Path) -> None:
         load(path, cache_dir=tmp_path / "chosen")
-        assert len(list((tmp_path / "chosen").glob("*.arrow"))) == 1
+        assert len(list((tmp_path / "chosen").glob("*/*.arrow"))) == 1
 
     def test_workers_do_not_change_the_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dataset_module, "BATCH_ROWS", 3)
@@ -293,7 +293,7 @@ class TestCache:
         path = write_rows(tmp_path / "a.jsonl", rows)
         alone, report = load(path, cache_dir=tmp_path / "one")
         together, same_report = load(path, cache_dir=tmp_path / "two", num_workers=2)
-        assert len(list((tmp_path / "two").glob("*.arrow"))) == 2  # one per worker
+        assert len(list((tmp_path / "two").glob("*/*.arrow"))) == 2  # one per worker
         assert list(alone) == list(together)
         assert report == same_report
 

@@ -1,7 +1,10 @@
 """Files, folders and the hub, opened as rows that say where they stand."""
 
 import json
+import tarfile
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -20,6 +23,12 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def read(path: Path | str, split: str = "train") -> list[tuple[str, Any]]:
     source = open_source(str(path), split)
     return list(read_rows(source, source.rows[:], range(len(source.rows))))
+
+
+def on_hub(monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
+    """A hub whose datasets have these data files."""
+    builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": list(files)}))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -102,17 +111,81 @@ class TestArrow:
             asked.append((name, split))
             return datasets.Dataset.from_list(ROWS)
 
+        on_hub(monkeypatch, "hf://datasets/someone/pairs@main/test.parquet")
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         assert read("someone/pairs", "test")[0] == ("someone/pairs, row 1", ROWS[0])
         assert asked == [("someone/pairs", "test")]
 
     def test_hub_that_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+        def load_dataset_builder(name: str) -> None:
             raise ConnectionError("no route")
 
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
         with pytest.raises(ValueError, match=r"someone/pairs: is no file.*'train' \(no route\); check the name"):
             read("someone/pairs")
+
+
+class TestConfined:
+    """What a dataset says of itself leads to no file outside of it, and to no archive."""
+
+    @pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
+    def test_a_card_that_names_a_file_elsewhere(self, absolute: bool, tmp_path: Path) -> None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        secret = write(tmp_path / "secret.jsonl", '{"a": "secret"}\n')
+        write(folder / "rows.jsonl", '{"a": "x"}\n')
+        self.card(folder, str(secret) if absolute else "../secret.jsonl")
+        with pytest.raises(ValueError, match=r"secret.jsonl, which lies outside of it"):
+            read(folder)
+        self.card(folder, "rows.jsonl")
+        assert [row for _, row in read(folder)] == [{"a": "x"}]
+
+    def card(self, folder: Path, file: str) -> None:
+        split = f"  data_files:\n  - split: train\n    path: {file}\n"
+        write(folder / "README.md", f"---\nconfigs:\n- config_name: default\n{split}---\n")
+
+    def test_a_link_that_the_user_made_is_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "folder").mkdir()
+        elsewhere = write(tmp_path / "elsewhere.jsonl", '{"a": "x"}\n')
+        (tmp_path / "folder" / "train.jsonl").symlink_to(elsewhere)
+        assert [row for _, row in read(tmp_path / "folder")] == [{"a": "x"}]
+
+    def test_a_saved_dataset_that_names_a_file_elsewhere(self, tmp_path: Path) -> None:
+        for name in ("mine", "other"):
+            datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / name)
+        state = tmp_path / "other" / "state.json"
+        write(state, state.read_text().replace('"data-', '"../mine/data-'))
+        with pytest.raises(ValueError, match=r"mine/data-.*, which lies outside of it"):
+            read(tmp_path / "other")
+
+    def test_a_hub_dataset_that_names_a_file_of_this_machine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on_hub(monkeypatch, "hf://datasets/someone/pairs@main/a.jsonl", str(tmp_path / "secret.jsonl"))
+        monkeypatch.setattr(datasets, "load_dataset", None)
+        with pytest.raises(ValueError, match=r"someone/pairs: .*secret.jsonl, which lies outside of it"):
+            read("someone/pairs")
+
+    @pytest.mark.parametrize("file", ["zip://a.jsonl::hf://datasets/someone/pairs@main/a.zip", "hf://a/b.tar.gz"])
+    def test_archives_on_the_hub_are_not_read(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        on_hub(monkeypatch, file)
+        monkeypatch.setattr(datasets, "load_dataset", None)
+        with pytest.raises(ValueError, match=f"{file} is an archive; unpack it"):
+            read("someone/pairs")
+
+    def test_archives_are_not_unpacked(self, tmp_path: Path) -> None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+            archive.writestr("../../outside.jsonl", '{"a": "x"}\n')
+        with pytest.raises(ValueError, match="folder: cannot be read as a dataset"):
+            read(folder)
+        (tmp_path / "tar").mkdir()
+        with tarfile.open(tmp_path / "tar" / "data.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo("../../outside.json"))
+        with pytest.raises(ValueError, match=r"data.tar is an archive; unpack it"):
+            read(tmp_path / "tar")
+        assert not list(tmp_path.rglob("outside*"))
 
 
 class TestRefused:

@@ -5,6 +5,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from disks import largest_file
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from notus.data.dataset import FEATURES
@@ -125,13 +127,11 @@ def test_log_probs_that_are_not_finite_are_refused(tmp_path: Path, device: torch
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def _spoil(path: Path, name: str, value: torch.Tensor) -> None:
-    tensors = load_file(path)
-    from safetensors import safe_open
-
+def _replace(path: Path, name: str, value: torch.Tensor) -> None:
+    """Write the cache anew, whole, with another tensor in it."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file({**tensors, name: value}, path, metadata)
+    reference._write(path, {**load_file(path), name: value}, metadata)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,6 @@ def _spoil(path: Path, name: str, value: torch.Tensor) -> None:
     [
         ("digests", torch.zeros(5, 16, dtype=torch.uint8), "other rows"),
         ("token_counts", torch.ones(5, 2, dtype=torch.int64), "other completion tokens"),
-        ("logps", torch.full((5, 2), float("inf")), "not finite"),
     ],
 )
 def test_a_wrong_cache_is_an_error(
@@ -147,18 +146,75 @@ def test_a_wrong_cache_is_an_error(
 ) -> None:
     rows = _rows()
     _call(_Scorer(), rows, tmp_path)
-    _spoil(next(tmp_path.glob("*.safetensors")), name, value)
+    _replace(next(tmp_path.glob("*.safetensors")), name, value)
     with pytest.raises(ValueError, match=message):
         _call(_Scorer(), rows, tmp_path)
 
 
-def test_a_truncated_cache_is_an_error(tmp_path: Path, device: torch.device) -> None:
+def test_a_damaged_cache_is_an_error(tmp_path: Path, device: torch.device) -> None:
     rows = _rows()
-    _call(_Scorer(), rows, tmp_path)
+    logps, _ = _call(_Scorer(), rows, tmp_path)
     path = next(tmp_path.glob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="is damaged"):
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) - 8, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{path} is damaged .*: delete {path} to compute it again"):
+            _call(_Scorer(), rows, tmp_path)
+    told = []
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            again, _ = _call(_Scorer(), rows, tmp_path)
+            assert torch.equal(again, logps)  # a flip that changes nothing, as in the number of the format
+        except ValueError as error:
+            told.append(str(error))
+    assert all(str(path) in message for message in told)
+    assert len(told) > len(whole) - 60
+
+
+def test_a_damaged_part_is_computed_again(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reference, "PART_SIZE", 2)
+    rows = _rows()
+    monkeypatch.setattr(reference, "_write_cache", _no_space)
+    with pytest.raises(OSError, match="no space"):
         _call(_Scorer(), rows, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(reference, "PART_SIZE", 2)
+    first, second, third = sorted(next(tmp_path.glob("*.parts")).iterdir())
+    value = load_file(second)["logps"].numpy().tobytes()
+    whole = second.read_bytes()
+    second.write_bytes(whole.replace(value, bytes([value[0] ^ 1]) + value[1:]))
+    third.write_bytes(third.read_bytes()[:-1])
+    score = _Scorer()
+    logps, _ = _call(score, rows, tmp_path)
+    assert score.asked == [[2, 3], [4]]
+    torch.testing.assert_close(logps, -torch.tensor([[i, i + 0.1] for i in range(5)]))
+    told = capsys.readouterr().out
+    assert f"{second} is damaged" in told
+    assert f"{third} is damaged" in told
+    assert str(first) not in told
+
+
+def _no_space(*_: object) -> None:
+    raise OSError("no space")
+
+
+def test_a_full_disk_leaves_the_parts_and_is_told(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "PART_SIZE", 20)
+    rows, score = _rows(100), _Scorer()
+    message = rf"{tmp_path}/{_key(rows).name}\.safetensors: cannot be written \(.*\); [\d.]+ GB free in {tmp_path}$"
+    with largest_file(2000), pytest.raises(OSError, match=message):  # enough for a part, not for the whole
+        _call(score, rows, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{_key(rows).name}.parts"]
+    assert len(score.asked) == 5
+    logps, _ = _call(score, rows, tmp_path)
+    assert len(score.asked) == 5  # the parts were whole
+    torch.testing.assert_close(logps[:, 0], -torch.arange(100.0))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
 def test_a_cache_under_the_wrong_name_is_an_error(tmp_path: Path, device: torch.device) -> None:
