@@ -205,7 +205,7 @@ class Run:
             settings = dataclasses.asdict(self.config)
             sinks.append(WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings))
         if tracking.tensorboard:
-            sinks.append(TensorBoardSink(self.folder))
+            sinks.append(TensorBoardSink(self.folder, resume_step=step))
         return Tracker(sinks)
 
     def _export(self) -> None:
