@@ -203,7 +203,10 @@ class Run:
         if tracking.wandb:
             name = tracking.run_name or self.folder.name
             settings = dataclasses.asdict(self.config)
-            sinks.append(WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings))
+            run_id = progress.trackers.get("wandb")
+            sinks.append(
+                WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings, run_id=run_id)
+            )
         if tracking.tensorboard:
             sinks.append(TensorBoardSink(self.folder, resume_step=step))
         return Tracker(sinks)

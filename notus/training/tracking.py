@@ -251,10 +251,6 @@ class Tracker:
             name = type(sink).__name__.removesuffix("Sink")
             print(f"warning: {name} fails ({_first_line(error)}) and is off for the rest; {sink.remedy}", flush=True)
 
-    def state(self) -> dict[str, str]:
-        """What a checkpoint keeps, so that the run goes on at its trackers."""
-        return {}
-
     def __enter__(self) -> "Tracker":
         return self
 
