@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import free_port, launched, run_ranks
+from ranks import free_ports, launched, run_ranks
 from runs import config, read_metrics, settings, write_pairs
 from safetensors.torch import load_file
 from toys import toy_model_folder
@@ -91,7 +91,8 @@ def test_two_runs_are_bitwise_equal(ranks: int, tmp_path: Path) -> None:
     model = toy_model_folder(tmp_path / "base", hidden_size=256, intermediate_size=512, head_dim=64)
     pairs = write_pairs(tmp_path / "pairs.jsonl", 16)
     options: dict[str, Any] = {"training__deterministic": True, "training__batch_size": 8}
-    trees = {free_port(): settings(tmp_path / name, model, pairs, **options) for name in ("one", "other")}
+    names = zip(free_ports(2), ("one", "other"), strict=True)
+    trees = {port: settings(tmp_path / name, model, pairs, **options) for port, name in names}
     if ranks > 1:
         run_ranks(_train_on_ranks, ranks, tmp_path, trees, tmp_path)
     else:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import free_port, launched, run_ranks
+from ranks import free_ports, launched, run_ranks
 from runs import settings
 
 from notus.config import config_from_dict
@@ -68,7 +68,10 @@ def _train_on_ranks(trees: dict[int, tuple[str, Any]], folder: Path) -> None:
 
 def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     options: dict[str, Any] = {"data__shuffle": False, "training__save_every": 1, "training__keep_checkpoints": None}
-    trees = {free_port(): (kind, settings(tmp_path / kind, model_folder, pairs_file, **options)) for kind in POISONS}
+    trees = {
+        port: (kind, settings(tmp_path / kind, model_folder, pairs_file, **options))
+        for port, kind in zip(free_ports(3), POISONS, strict=True)
+    }
     run_ranks(_train_on_ranks, 2, tmp_path, trees, tmp_path)
     told = {kind: {(tmp_path / f"{kind}-{rank}.txt").read_text() for rank in (0, 1)} for kind in POISONS}
     assert {kind: len(texts) for kind, texts in told.items()} == dict.fromkeys(POISONS, 1)  # both ranks say the same
