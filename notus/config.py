@@ -117,6 +117,9 @@ class TrainingConfig:
     """Gradients are scaled down to this global norm; null or 0: measured and left as they are."""
     seed: Index = 42
     """Seed of the order of the data, dropout, LoRA's start and the held-out rows."""
+    deterministic: bool = False
+    """Use algorithms that repeat bit for bit on the same machine with as many ranks; an error where there is none.
+    Slower on GPUs, mostly in attention's backward pass."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
     activation_checkpointing: bool = True

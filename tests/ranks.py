@@ -1,8 +1,10 @@
 """Run a test's worker function in several processes joined by gloo."""
 
+import contextlib
 import os
+import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,3 +29,25 @@ def _enter(rank: int, worker: Callable[..., None], world_size: int, store: Path,
     finally:
         dist.destroy_process_group()
     leave(0)
+
+
+@contextlib.contextmanager
+def launched(port: int, folder: Path) -> Iterator[int]:
+    """Within `run_ranks`: a rank as torchrun starts it, described by its environment; yields its number."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        yield rank
+    finally:
+        store = dist.FileStore(str(folder / f"end-{port}"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]

@@ -14,6 +14,7 @@ from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
+from notus.training.guards import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 from notus.training.loop import RowLoss
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 from notus.training.run import Run, start
@@ -55,6 +56,8 @@ class DPOTask:
         self.rows, self.plan = train.rows, plan
         self._train, self._held_out, self._settings = train, held_out, settings
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
+        per_token = settings.loss_type in ("ipo", "sigmoid_norm")
+        self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of: mean loss over the step's pairs + nll_weight * mean NLL over its chosen tokens."""
@@ -88,13 +91,14 @@ class DPOTask:
         return losses + self._settings.nll_weight * pairs * nll_loss(logps[:, 0], chosen_tokens)
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
-        """Means over pairs; the NLL's over tokens."""
+        """Means over pairs; those of the NLL and of the chosen log-probs' change over chosen tokens."""
         pairs = sums[0]
         names = (
             "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
             "logps/chosen", "logps/rejected",
         )  # fmt: skip
         metrics = {name: total / pairs for name, total in zip(names, sums[1:8], strict=True)}
+        metrics["logps/chosen_change"] = sums[2] / self._settings.beta / sums[10]  # the reward, of which it is a part
         if self._settings.nll_weight:
             metrics["nll_loss"] = sums[9] / sums[10]
         if seconds:

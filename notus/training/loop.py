@@ -15,7 +15,8 @@ from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows, step_rows
 from notus.model.policy import Policy
 from notus.training.checkpoint import Progress
-from notus.training.distributed import gather_objects, rank, sum_across_ranks, world_size
+from notus.training.distributed import gather_objects, rank, say, sum_across_ranks, world_size
+from notus.training.guards import Guard, Guards
 from notus.training.optim import (
     clip_gradients,
     gradient_norm,
@@ -61,6 +62,7 @@ class Task(Protocol):
     rows: Rows
     plan: StepPlan
     num_sums: int
+    guards: tuple[Guard, ...]
 
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The loss of one row from its log-probs [E, K]; `step_indices`: all ranks' dataset rows of the step."""
@@ -122,6 +124,7 @@ class Trainer:
         self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
         self._sums += torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
         self._seconds = progress.window_seconds
+        self._guards = Guards(task.guards)
 
     def run(self) -> Ending:
         """Train, log, evaluate and save until the last step, or until the run is to stop; then all is on disk."""
@@ -165,7 +168,10 @@ class Trainer:
                     held_out = self.task.evaluate(self.policy, self.stop.check)
                 except Interrupted:
                     return Ending.SIGNAL
-            self.tracker.log(self.progress.step, {**self._window(), **held_out})
+            metrics = self._window()
+            for warning in self._guards.check(metrics):
+                say(warning)
+            self.tracker.log(self.progress.step, {**metrics, **held_out})
         self.progress.recorded = True
         return ending
 

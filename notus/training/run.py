@@ -27,6 +27,7 @@ from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.checkpoint import DamagedCheckpointError, Progress, load_checkpoint
+from notus.training.determinism import deterministic
 from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder, set_aside_damaged
 from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
@@ -195,18 +196,22 @@ class Run:
         if not distributed.is_main():
             return Tracker([])
         tracking, step = self.config.tracking, progress.step
+        recorded = step if progress.recorded else step - 1
         shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
                  "pairs/s": "pairs_per_second", "examples/s": "examples_per_second"}  # fmt: skip
         sinks: list[Sink] = [
-            MetricsFile(self.folder / METRICS_FILE, resume_step=step if progress.recorded else step - 1),
+            MetricsFile(self.folder / METRICS_FILE, resume_step=recorded),
             ProgressBar(total_steps=self.total_steps, start_step=step, shown=shown),
         ]
         if tracking.wandb:
             name = tracking.run_name or self.folder.name
             settings = dataclasses.asdict(self.config)
-            sinks.append(WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings))
+            run_id = progress.trackers.get("wandb")
+            sinks.append(
+                WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings, run_id=run_id)
+            )
         if tracking.tensorboard:
-            sinks.append(TensorBoardSink(self.folder))
+            sinks.append(TensorBoardSink(self.folder, resume_step=recorded))
         return Tracker(sinks)
 
     def _export(self) -> None:
@@ -244,7 +249,10 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         ValueError: a user's mistake, in one line.
     """
     stop = Stop(config.training.max_hours)
-    with stop.listening(), distributed.process_group() as device, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        stack.enter_context(deterministic(config.training.deterministic))
+        device = stack.enter_context(distributed.process_group())
         checkpoints: list[Path] = []
         if train:
             held = distributed.on_main(lambda: hold_folder(config))

@@ -11,6 +11,7 @@ from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows
 from notus.losses import nll_loss
 from notus.model.policy import Policy
+from notus.training.guards import Guard
 from notus.training.loop import RowLoss
 from notus.training.run import start
 from notus.training.scoring import score
@@ -20,6 +21,7 @@ class SFTTask:
     """Next-token loss on completion tokens, averaged over the tokens of the whole step."""
 
     num_sums = 3
+    guards: tuple[Guard, ...] = ()
 
     def __init__(
         self, train: Rows, held_out: Rows | None, *, plan: StepPlan, tokens_per_row: int, device: torch.device

@@ -20,7 +20,8 @@ from notus.training.loop import NonFiniteError
 
 KEYS = {
     "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected",
-    "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "pairs_per_second",
+    "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "logps/chosen_change",
+    "pairs_per_second",
 }  # fmt: skip
 
 

@@ -78,7 +78,13 @@ def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"training__log_every": 5}, {"training__tokens_per_row": 999}, {"tracking__tensorboard": True}]
+    "change",
+    [
+        {"training__log_every": 5},
+        {"training__tokens_per_row": 999},
+        {"training__deterministic": True},
+        {"tracking__tensorboard": True},
+    ],
 )
 def test_what_does_not_change_the_result_may_change(change: dict[str, Any], tmp_path: Path) -> None:
     _begin(tmp_path)
