@@ -19,6 +19,7 @@ from notus.training.distributed import gather_objects, rank, sum_across_ranks, w
 from notus.training.optim import (
     clip_gradients,
     gradient_norm,
+    is_first_replica,
     learning_rate_factor,
     local_gradients,
     set_learning_rate,
@@ -160,7 +161,7 @@ class Trainer:
             bad += ~torch.isfinite(result.loss.detach())
             examples.append((batch.indices, result.per_example))
         gradients = local_gradients(self.trainable)
-        norm = gradient_norm(gradients, bad)
+        norm = gradient_norm(gradients, bad, first_replica=is_first_replica(self.trainable))
         value = norm.item()  # the step's one host sync
         if not math.isfinite(value):
             self._refuse(examples)

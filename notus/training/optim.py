@@ -59,17 +59,28 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return found
 
 
-def gradient_norm(gradients: list[Tensor], loss_is_bad: Tensor) -> Tensor:
-    """The 2-norm of the whole gradient, from every rank's disjoint shards; one reduction.
+def is_first_replica(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether no rank of a lower number holds the same shards as this one, as hybrid sharding has it."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            return all(mesh.get_local_rank(dim) == 0 for dim, kind in enumerate(placements) if kind.is_replicate())
+    return True
+
+
+def gradient_norm(gradients: list[Tensor], loss_is_bad: Tensor, *, first_replica: bool = True) -> Tensor:
+    """The 2-norm of the whole gradient, from disjoint shards; one reduction over all ranks.
 
     Args:
         gradients: this rank's shards.
+        first_replica: False where another rank counts the same shards.
         loss_is_bad: scalar, non-zero where this rank saw a loss that is not finite; it makes the norm NaN everywhere.
 
     Returns:
         fp32 scalar on the gradients' device, the same on every rank.
     """
-    norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()])
+    counted = [gradient for gradient in gradients if gradient.numel()] if first_replica else []
+    norms = torch._foreach_norm(counted) if counted else []
     total = torch.stack([norm.float() for norm in norms]).square().sum() if norms else torch.zeros_like(loss_is_bad)
     pair = sum_across_ranks(torch.stack([total, loss_is_bad.float()]))
     return torch.where(pair[1] > 0, torch.nan, pair[0].sqrt())

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
 from notus.training.parallel import COMPUTE_DTYPES
 from notus.training.reference import digest_of_rows
+from notus.training.shared import check_shared
 from notus.training.tracking import (
     METRICS_FILE,
     MetricsFile,
@@ -202,10 +204,13 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with distributed.process_group() as device:
+    with distributed.process_group(timedelta(minutes=config.training.timeout_minutes)) as device:
+        if config.training.sharding == "hybrid":
+            distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
         checkpoint = None
         if train:
             opening = distributed.on_main(lambda: open_folder(config))
+            check_shared(Path(config.training.output_dir))
             if opening.finished:
                 distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
                 yield None
@@ -236,6 +241,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoint: Path | 
         adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
         trainable=train,
         seed=training.seed,
+        sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
     )
     return Run(
