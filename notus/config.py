@@ -124,6 +124,10 @@ class TrainingConfig:
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
     activation_checkpointing: bool = True
     """Compute activations again in the backward pass instead of keeping them: less memory, more work."""
+    sharding: Literal["full", "hybrid"] = "full"
+    """"full": each rank holds a share of the model; "hybrid": each node holds all of it, spread over its ranks."""
+    timeout_minutes: Positive = 30.0
+    """How long a rank waits for the others before it takes them for stuck, but for rank 0's work before training."""
     log_every: Count = 1
     """Steps between lines of `metrics.jsonl`."""
     eval_every: Count | None = None

@@ -79,14 +79,6 @@ class NewFolder:
             raise outcome[0]
 
 
-def disk_error(path: Path, error: OSError | str) -> OSError:
-    """What to raise where writing `path` failed: it names the path, the reason and the free space there."""
-    reason = error if isinstance(error, str) else error.strerror or str(error)
-    place = next(folder for folder in path.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(place).free / 1e9
-    return OSError(f"{path}: cannot be written ({reason}); {free:.1f} GB free in {place}")
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, with the permissions that any new file gets. Raises OSError; see `disk_error`."""
     path.touch()

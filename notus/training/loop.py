@@ -20,6 +20,7 @@ from notus.training.guards import Guard, Guards
 from notus.training.optim import (
     clip_gradients,
     gradient_norm,
+    is_first_replica,
     learning_rate_factor,
     local_gradients,
     set_learning_rate,
@@ -206,7 +207,8 @@ class Trainer:
             examples.append((batch.indices, result.per_example))
         gradients = local_gradients(self.trainable)
         mine = torch.tensor([self.checkpoints.failed(), self.stop.signalled, self.stop.overdue])
-        told = gradient_norm(gradients, torch.cat([bad[None], mine.to(self.device)]))
+        flags = torch.cat([bad[None], mine.to(self.device)])
+        told = gradient_norm(gradients, flags, first_replica=is_first_replica(self.trainable))
         norm, losses_bad, save_failed, signalled, overdue = told.tolist()  # the step's one host sync
         if save_failed:
             self.checkpoints.wait()

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from notus.training.optim import build_optimizer
 from notus.training.parallel import COMPUTE_DTYPES
 from notus.training.reference import digest_of_rows
 from notus.training.saving import Checkpoints
+from notus.training.shared import check_shared
 from notus.training.stopping import Stop
 from notus.training.tracking import (
     METRICS_FILE,
@@ -248,17 +250,20 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    stop = Stop(config.training.max_hours)
+    stop, training = Stop(config.training.max_hours), config.training
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
-        stack.enter_context(deterministic(config.training.deterministic))
-        device = stack.enter_context(distributed.process_group())
+        stack.enter_context(deterministic(training.deterministic))
+        device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
+        if training.sharding == "hybrid":
+            distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
         checkpoints: list[Path] = []
         if train:
             held = distributed.on_main(lambda: hold_folder(config))
             if distributed.is_main():
                 stack.callback(os.close, held)
             opening = distributed.on_main(lambda: open_folder(config))
+            check_shared(Path(config.training.output_dir))
             if opening.finished:
                 distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
                 yield None
@@ -289,6 +294,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
         trainable=train,
         seed=training.seed,
+        sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
     )
     return Run(

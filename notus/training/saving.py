@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from notus.model.publish import disk_error, sync
+from notus.data.disk import disk_error, sync
 from notus.training.checkpoint import (
     STATE_FILE,
     Progress,
@@ -38,7 +38,7 @@ from notus.training.checkpoint import (
     step_folder,
     step_of,
 )
-from notus.training.distributed import TIMEOUT
+from notus.training.distributed import PATIENCE
 
 LATEST = "latest"
 _BLOCK = 16 * 2**20
@@ -66,7 +66,7 @@ class Checkpoints:
         if background:
             on_gpu = device.type == "cuda"
             # its own group: these messages must not mix with the loop's
-            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False,
