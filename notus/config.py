@@ -127,8 +127,14 @@ class TrainingConfig:
     """Steps between evaluations; null: at the end only."""
     save_every: Count | None = None
     """Steps between checkpoints; null: at the end of each epoch."""
-    keep_checkpoints: Count | None = 1
-    """Newest checkpoints kept; null: all."""
+    keep_checkpoints: Count | None = 2
+    """Newest checkpoints kept; null: all. With two, a run goes on even if the newest is damaged."""
+    keep_every: Count | None = None
+    """Besides the newest, keep the checkpoints of every so many steps, a multiple of `save_every`."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory; false: wait, without the copy."""
+    max_hours: Positive | None = None
+    """End with a checkpoint after this many hours of one launch; the same command goes on. null: no limit."""
     resume: str = "auto"
     """"auto": go on from the newest checkpoint in `output_dir`; "never": anew; or a checkpoint's folder."""
 
@@ -276,6 +282,7 @@ def _conflicts(config: Config) -> Iterator[Refused]:
     if config.task == "sft":
         for section in DPO_SECTIONS:
             yield from _without_effect(config, section, "in SFT: remove it, or run train_dpo.py")
+    yield from _checkpoint_conflicts(config.training)
     yield from _data_conflicts(config)
     yield from _loss_conflicts(config.dpo)
 
@@ -286,6 +293,20 @@ def _without_effect(config: Config, section: str, why: str, besides: tuple[str, 
     for item in dataclasses.fields(values):
         if item.name not in besides and getattr(values, item.name) != getattr(SECTIONS[section](), item.name):
             yield Refused(f"{section}.{item.name}", f"has no effect {why}")
+
+
+def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Refused]:
+    if training.keep_every is None:
+        return
+    if training.keep_checkpoints is None:
+        yield Refused(
+            "training.keep_every", "has no effect while training.keep_checkpoints is null: keep one of the two"
+        )
+    if training.save_every is None or training.keep_every % training.save_every:
+        yield Refused(
+            "training.keep_every",
+            f"({training.keep_every}) must be a multiple of training.save_every ({training.save_every})",
+        )
 
 
 def _data_conflicts(config: Config) -> Iterator[Refused]:

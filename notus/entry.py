@@ -6,6 +6,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
+# The exit code of a run that a signal ended after it had saved its progress: EX_TEMPFAIL, run the command again.
+STOPPED = 75
 _FAILURES = "notus/failures"
 
 
@@ -28,7 +30,7 @@ def run_entry(work: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; after torch was in use, without the interpreter's teardown, in which gloo's threads may abort."""
+    """End the process; once torch was used, without the interpreter's teardown, in which gloo's threads may abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch.distributed" in sys.modules:

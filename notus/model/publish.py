@@ -41,7 +41,10 @@ class NewFolder:
             return
         try:
             action(self._partial)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            self._failure = disk_error(self.folder, error)
+            shutil.rmtree(self._partial, ignore_errors=True)  # room for what else is to be written
+        except ValueError as error:
             self._failure = error
 
     def publish(self) -> None:
@@ -76,14 +79,22 @@ class NewFolder:
             raise outcome[0]
 
 
+def disk_error(path: Path, error: OSError | str) -> OSError:
+    """What to raise where writing `path` failed: it names the path, the reason and the free space there."""
+    reason = error if isinstance(error, str) else error.strerror or str(error)
+    place = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(place).free / 1e9
+    return OSError(f"{path}: cannot be written ({reason}); {free:.1f} GB free in {place}")
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, with the permissions that any new file gets. Raises OSError."""
+    """Write a safetensors file, with the permissions that any new file gets. Raises OSError; see `disk_error`."""
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
+        raise OSError(f"{path.name}: {error}") from error
     path.chmod(mode)  # safetensors makes files that nobody but their owner can read
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +117,13 @@ class DPOTask:
                 "again, the attention kernel or the precision differs between the two passes"
             )
 
-    def evaluate(self, policy: Policy) -> dict[str, float]:
+    def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
         """Loss, rewards and log-probs on the held-out pairs, under `eval_` names."""
         if self._held_out is None:
             return {}
         rows, reference = self._held_out.rows, self._held_out.reference
         everything = np.arange(len(rows))
-        logps = score(policy, rows, everything, tokens_per_row=self._tokens_per_row, device=self._device)
+        logps = score(policy, rows, everything, tokens_per_row=self._tokens_per_row, device=self._device, on_row=on_row)
         lengths = torch.from_numpy(rows.loss_tokens)
         losses, rewards = self._losses(logps, reference, lengths)
         losses = self._with_nll(losses, logps, len(rows), int(lengths[:, 0].sum()))
@@ -146,31 +147,33 @@ def _sums(
     return torch.stack(columns, dim=1).T @ weights.double()
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> int:
     """Train with DPO as `config` says: `train_dpo.py`.
+
+    Returns:
+        The exit code: 0, or `notus.entry.STOPPED` if a signal ended the run before its last step.
 
     Raises:
         ValueError: a user's mistake, in one line.
     """
     with start(config, "dpo") as job:
-        if job is not None:
-            job.train(build_task(job, config))
+        return 0 if job is None else job.train(build_task(job, config))
 
 
 def fill_reference(config: Config) -> None:
     """Fill the reference cache of `config` and stop: `python -m notus reference`."""
     with start(config, "dpo", train=False) as job:
         assert job is not None
-        for rows in (job.train_rows, job.eval_rows):
+        for name, rows in (("train", job.train_rows), ("eval", job.eval_rows)):
             if rows is not None:
-                _with_reference(job, config, rows)
+                _with_reference(job, config, name, rows)
 
 
 def build_task(job: Run, config: Config) -> DPOTask:
     """The task of a run: its pairs, with the reference log-probs read or computed here; collective."""
     return DPOTask(
-        _with_reference(job, config, job.train_rows),
-        None if job.eval_rows is None else _with_reference(job, config, job.eval_rows),
+        _with_reference(job, config, "train", job.train_rows),
+        None if job.eval_rows is None else _with_reference(job, config, "eval", job.eval_rows),
         plan=job.plan,
         settings=config.dpo,
         precision=config.training.precision,
@@ -179,7 +182,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
     )
 
 
-def _with_reference(job: Run, config: Config, rows: Rows) -> Preferences:
+def _with_reference(job: Run, config: Config, name: str, rows: Rows) -> Preferences:
     """Attach the reference's log-probs, from the cache or by a pass of the untrained policy."""
     digests = rows.digests()
     key = ReferenceKey(
@@ -201,5 +204,6 @@ def _with_reference(job: Run, config: Config, rows: Rows) -> Preferences:
         raise ValueError(
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
+    job.identity[f"reference.{name}"] = key.name
     job.say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
     return Preferences(rows, logps)

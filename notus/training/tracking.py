@@ -152,6 +152,10 @@ class Tracker:
         for sink in self._sinks:
             sink.log(step, metrics)
 
+    def state(self) -> dict[str, str]:
+        """What a checkpoint keeps, so that the run goes on at its trackers."""
+        return {}
+
     def __enter__(self) -> "Tracker":
         return self
 
