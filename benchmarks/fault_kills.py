@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fault_ranks import Launch, descendants, end_all, launch, ranks_of, send, wait_until
+from fault_ranks import Command, Launch, descendants, end_all, launch, ranks_of, send, told, wait_until
 from fault_runs import CASES, SAVE_EVERY, STEPS, Case, Undisturbed, metrics, small_parts, tensor_digests
 from fault_runs import digests as digests_of
 from fault_runs import undisturbed as run_undisturbed
@@ -22,7 +22,8 @@ AGAIN = 0.2  # share of the runs that are disturbed a second time
 AIMED = 0.5  # share of the moments that are drawn within a phase, as the short phases would hardly be met otherwise
 _PATIENCE = 120.0
 _GOING_ON = re.compile(r"going on from .*\(step (\d+) of")
-_evaluating = mmap.mmap(-1, 1)  # shared with the ranks
+_TRAINS, _EVALUATES = 1, 2
+_doing = mmap.mmap(-1, 1)  # shared with the ranks: what no file shows
 
 
 @dataclasses.dataclass
@@ -102,13 +103,13 @@ class Harness:
         command = case.command(self.scratch, folder, torchrun=torchrun)
         trial = Trial(case.name, torchrun)
         for _ in range(1 + (self.dice.random() < AGAIN)):
-            run = launch(command, folder.with_suffix(".log"), _watched)
+            run = _start(command, folder)
             sent = self._disturb(run, folder, trial, self.dice.choice(signals), measure.seconds)
             if not sent:
                 break
             trial.unwhole += unwhole(folder, measure)
         if trial.by:
-            _finish(trial, launch(command, folder.with_suffix(".log"), _watched), folder, measure)
+            _finish(trial, _start(command, folder), folder, measure)
             trial.seconds = time.monotonic() - began
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(f"{folder}-rows", ignore_errors=True)
@@ -127,7 +128,7 @@ class Harness:
         trial.moments.append(round(time.monotonic() - run.began, 3))
         trial.ranks.append(chosen)
         trial.others.append(_let_end(run, [pid for pid in run.pids if pid not in [pids[rank] for rank in chosen]]))
-        if what != signal.SIGKILL and not self._documented(run.codes(), trial.phases[-1]):
+        if what != signal.SIGKILL and not self._documented(run, chosen, trial.phases[-1], (folder / "model").exists()):
             trial.losses.append(f"{what.name} in {trial.phases[-1]}: exit codes {run.codes()}, not {self.stopped}")
         trial.orphans += len(end_all(1.0))
         return True
@@ -142,11 +143,17 @@ class Harness:
             wait_until(lambda: run.over() or phase(folder, run) == aim, _PATIENCE, 0.001)
             time.sleep(share * (0.002 if aim in ("export", "after") else 0.03))
 
-    def _documented(self, codes: list[int | None], where: str) -> bool:
-        """Every rank ended with the code that means "run me again", or what it was asked to stop was done."""
-        if where == "start":  # before Python has set up anything, a signal ends a process as it ends any other
-            return 0 not in codes and None not in codes
-        return set(codes) == {self.stopped} or (where in ("save", "export", "after") and set(codes) == {0})
+    def _documented(self, run: Launch, chosen: list[int], where: str, finished: bool) -> bool:
+        """Every rank ended with the code that means "run me again", or what it was asked to stop was done.
+
+        Outside the training steps, a rank that has the signal ends at once, and the others for want of it.
+        """
+        codes = run.codes()
+        if set(codes) == {self.stopped} or (finished and set(codes) <= {0, self.stopped}):
+            return True
+        asked = {code for rank, code in enumerate(codes) if rank in chosen}
+        unprepared = {-signal.SIGTERM, -signal.SIGINT, 1} if where == "start" else set()
+        return where not in ("step", "evaluation") and 0 not in codes and asked <= {self.stopped, *unprepared}
 
 
 def _let_end(run: Launch, others: list[int]) -> str:
@@ -157,29 +164,36 @@ def _let_end(run: Launch, others: list[int]) -> str:
     return "asked" if run.wait(ASKED) else "orphan"
 
 
+def _start(command: Command, folder: Path) -> Launch:
+    _doing[0] = 0
+    return launch(command, folder.with_suffix(".log"), _watched)
+
+
 def _watched(rank: int) -> None:
-    """In a forked rank: small parts, and a mark in shared memory while it evaluates, which no file shows."""
+    """In a forked rank: small parts, and marks in shared memory while it trains and while it evaluates."""
     small_parts(rank)
     from notus.training.dpo import DPOTask
+    from notus.training.loop import Trainer
     from notus.training.sft import SFTTask
 
-    _evaluating[0] = 0
+    Trainer.run = _marked(Trainer.run, _TRAINS)  # type: ignore[method-assign]
     for task in (DPOTask, SFTTask):
-        task.evaluate = _marked(task.evaluate)  # type: ignore[method-assign]
+        task.evaluate = _marked(task.evaluate, _EVALUATES)  # type: ignore[method-assign]
 
 
-def _marked(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+def _marked(work: Callable[..., Any], mark: int) -> Callable[..., Any]:
     def run(*arguments: object) -> Any:
-        _evaluating[0] = 1
-        result = evaluate(*arguments)
-        _evaluating[0] = 0
-        return result
+        before, _doing[0] = _doing[0], mark
+        try:
+            return work(*arguments)
+        finally:
+            _doing[0] = before
 
     return run
 
 
 def phase(folder: Path, run: Launch) -> str:
-    """What a run is doing, from what stands in its folder and in its log."""
+    """What a run is doing: from what stands in its folder, from its log, and from its marks if it is a fork."""
     said = run.text()
     if (folder / "model").exists():
         return "after"
@@ -187,11 +201,11 @@ def phase(folder: Path, run: Launch) -> str:
         return "export"
     if "packing: " not in said:  # the last words before the policy is built; the folder may show an earlier start
         return "start"
-    if any((folder / "checkpoints").glob(".*")):
-        return "save"
-    if _evaluating[0]:
+    if _doing[0] == _EVALUATES:
         return "evaluation"
-    if "going on from" in said or (folder / "metrics.jsonl").exists():
+    if any((folder / "checkpoints").glob(".step-*")):
+        return "save"
+    if _doing[0] == _TRAINS or (len(run.pids) == 1 and (folder / "metrics.jsonl").exists()):
         return "step"
     return "reference" if (folder / "reference").exists() else "start"
 
@@ -214,16 +228,16 @@ def _finish(trial: Trial, run: Launch, folder: Path, measure: Undisturbed) -> No
     logged = [record["step"] for record in metrics(folder)]
     newest = max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=0)
     if not run.wait(_PATIENCE) or any(run.codes()):
-        trial.losses.append(f"the same command ended with {run.codes()}: {last_line(run)}")
+        trial.losses.append(f"the same command ended with {run.codes()}: {told(run)}")
         end_all(0.0)
         return
     trial.completed = True
-    told = _GOING_ON.search(run.text())
-    resumed = STEPS if "finished already" in run.text() else int(told[1]) if told else 0
+    said = _GOING_ON.search(run.text())
+    resumed = STEPS if "finished already" in run.text() else int(said[1]) if said else 0
     if resumed < newest:
         trial.losses.append(f"it went on from step {resumed}, though {newest} was there")
     trial.again = max(0, max(logged, default=0) - resumed)
-    if trial.again > SAVE_EVERY:
+    if trial.again >= 2 * SAVE_EVERY:  # the last save may still be under way in the background, not the one before
         trial.losses.append(f"{trial.again} steps were lost, with a checkpoint every {SAVE_EVERY}")
     if digests_of(folder / "model") != measure.model:
         trial.losses.append("the final model differs")
@@ -231,10 +245,3 @@ def _finish(trial: Trial, run: Launch, folder: Path, measure: Undisturbed) -> No
         trial.losses.append("metrics.jsonl differs")
     trial.unwhole += unwhole(folder, measure)
     trial.orphans += len(end_all(1.0)) if descendants() else 0
-
-
-def last_line(run: Launch) -> str:
-    """What the user is told last: the error's line, or the last line there is."""
-    lines = [line.strip() for line in run.text().splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["nothing"])[-1]

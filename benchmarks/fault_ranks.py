@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import importlib
 import os
+import re
 import runpy
 import signal
 import socket
@@ -29,6 +30,7 @@ PRELOADED = (
     "torch._dynamo",
 )
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
 _ended: dict[int, int] = {}  # exit codes of children, by process id
 
 
@@ -224,3 +226,17 @@ def end_all(grace: float) -> list[int]:
     send(orphans, signal.SIGKILL)
     wait_until(lambda: not descendants(), 10)
     return orphans
+
+
+def told(run: Launch) -> str:
+    """What the user is told of a fault: the error's line, warnings, the first exception that is no lost peer's."""
+    lines = [line.strip() for line in run.text().splitlines() if line.strip()]
+    exceptions = [line for line in lines if _EXCEPTION.match(line)]
+    kinds = (
+        [line for line in lines if line.startswith("error: ")],
+        [line for line in lines if line.startswith("warning: ")],
+        [line for line in exceptions if "gloo" not in line],
+        exceptions,
+        lines[-1:],
+    )
+    return "; ".join(dict.fromkeys(next((kind for kind in kinds if kind), ["nothing"])))

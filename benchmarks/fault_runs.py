@@ -4,17 +4,19 @@ import dataclasses
 import hashlib
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fault_ranks import Command, Launch, call, launch
+from fault_ranks import Command, call, launch
 
 VOCABULARY = 96
 STEPS, SAVE_EVERY, EVAL_EVERY, LOG_EVERY = 12, 3, 4, 2
 PART_SIZE = 16  # rows of the reference pass between two of its files
 TIMINGS = ("pairs_per_second", "examples_per_second")
+_ALL_CHECKPOINTS = ("--training.save_every=1", "--training.keep_checkpoints=null")
 _TRAINING = {
     "batch_size": 8, "max_steps": STEPS, "epochs": 3, "tokens_per_row": 320, "precision": "fp32",
     "learning_rate": 1e-2, "optimizer": "adamw", "warmup_ratio": 0.2, "activation_checkpointing": False,
@@ -118,18 +120,22 @@ class Undisturbed:
 
 
 def undisturbed(case: Case, scratch: Path, folder: Path, torchrun: bool) -> Undisturbed:
-    """Run to the end, every checkpoint kept; raises RuntimeError if that fails."""
-    command = case.command(scratch, folder, "--training.keep_checkpoints=null", torchrun=torchrun)
-    run = launch(command, folder.with_suffix(".log"), small_parts)
-    seconds = _finish(run)
-    checkpoints = {path.name: tensor_digests(path) for path in (folder / "checkpoints").glob("step-*")}
+    """Run to the end as the trials do, and again with every checkpoint; raises RuntimeError if that fails.
+
+    When a run saves does not change what it learns, so both must end alike.
+    """
+    every = folder.with_name(f"{folder.name}-every")
+    seconds = _run(case.command(scratch, folder, torchrun=torchrun), folder)
+    _run(case.command(scratch, every, *_ALL_CHECKPOINTS, torchrun=torchrun), every)
+    if digests(folder / "model") != digests(every / "model") or metrics(folder) != metrics(every):
+        raise RuntimeError(f"{case.name}: two undisturbed runs differ, so nothing can be compared")
+    checkpoints = {path.name: tensor_digests(path) for path in (every / "checkpoints").glob("step-*")}
     caches = tensor_digests(folder / "reference")
     return Undisturbed(seconds, digests(folder / "model"), checkpoints, metrics(folder), caches)
 
 
-def _finish(run: Launch) -> float:
-    import time
-
+def _run(command: Command, folder: Path) -> float:
+    run = launch(command, folder.with_suffix(".log"), small_parts)
     if not run.wait(300) or any(run.codes()):
         raise RuntimeError(f"an undisturbed run ended with {run.codes()}:\n{run.text()[-3000:]}")
     return time.monotonic() - run.began

@@ -8,6 +8,7 @@ benchmarks/README.md says what is done and compared. Linux; the fault table need
 """
 
 import argparse
+import os
 import random
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import fault_ranks
 import fault_report
+import fault_table
 from fault_kills import Harness, Trial
 from fault_runs import make_inputs
 
@@ -73,11 +75,17 @@ def run_parts(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, str], 
         trials = disturb(args, scratch)
         found["trials"], sections["Runs disturbed at random moments"] = trials, fault_report.trials_table(trials)
         wrong += [f"{t.case}: {'; '.join([*t.losses, *t.unwhole])}, orphans {t.orphans}" for t in trials if not t.whole]
+    if args.faults:
+        rows = fault_table.cause_all(scratch)
+        found["faults"], sections["Faults"] = rows, fault_table.faults_table(rows)
+        wrong += [f"{row.fault}: {row.seen}" for row in rows if not row.as_expected]
     return sections, found, wrong
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.faults and os.geteuid():  # the fault table mounts file systems: as root of a namespace of its own
+        os.execvp("unshare", ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv])
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         scratch = Path(folder)
         fault_ranks.prepare(scratch)
