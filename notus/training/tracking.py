@@ -125,7 +125,7 @@ class ProgressBar:
         if now - self._last < self._between and step != self._total and not evaluated:
             return
         self._last = now
-        left = (now - self._began) / (step - self._start) * (self._total - step)
+        left = (now - self._began) / max(1, step - self._start) * (self._total - step)
         figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
         told = "  ".join(f"{label} {value}" for label, value in figures.items())
         print(f"step {step}/{self._total}  {told}  left {_clock(left)}", flush=True)
