@@ -19,6 +19,7 @@ from typing import Any
 
 import fault_ranks
 import fault_report
+import fault_stall
 import fault_table
 from fault_kills import Harness, Trial
 from fault_runs import make_inputs
@@ -79,6 +80,10 @@ def run_parts(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, str], 
         rows = fault_table.cause_all(scratch)
         found["faults"], sections["Faults"] = rows, fault_table.faults_table(rows)
         wrong += [f"{row.fault}: {row.seen}" for row in rows if not row.as_expected]
+    if args.stall:
+        timings = fault_stall.measure(scratch, args.seed)
+        found["stall"], sections["What a checkpoint costs the loop"] = timings, fault_stall.stall_table(timings)
+        wrong += fault_stall.stalled(timings)
     return sections, found, wrong
 
 
