@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from notus.model.publish import disk_error
+from notus.data.disk import disk_error
 
 METRICS_FILE = "metrics.jsonl"
 

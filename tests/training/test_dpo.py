@@ -11,7 +11,7 @@ import torch
 import transformers
 from ranks import run_ranks
 from runs import config, free_port, read_metrics, write_pairs
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -259,17 +259,15 @@ def test_a_sweep_fills_the_reference_once(tmp_path: Path, model_folder: Path, pa
     assert not (tmp_path / "none").exists()
 
 
-def test_a_stale_reference_stops_the_run_at_step_0(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+def test_a_reference_of_another_computation_stops_the_run_at_step_0(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config("dpo", tmp_path / "run", model_folder, pairs_file)
-    dpo.fill_reference(settings)
-    (cache,) = (tmp_path / "run" / "reference").iterdir()
-    from safetensors import safe_open
-
-    with safe_open(cache, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(cache)
-    tensors["logps"][:, 1] -= 0.5
-    save_file(tensors, cache, metadata)
+    with monkeypatch.context() as patch:
+        inner = dpo.score
+        patch.setattr(dpo, "score", lambda *args, **named: inner(*args, **named) - torch.tensor([0.0, 0.5]))
+        dpo.fill_reference(settings)
+    # the log-ratio of the rejected is 0.5: softplus(0.1 * 0.5) = 0.718460
     with pytest.raises(ValueError, match=r"at step 0 the sigmoid loss is 0\.718\d+, not ln 2"):
         dpo.run(settings)
 
