@@ -6,15 +6,15 @@ from notus.config import load_config
 from notus.entry import leave, run_entry
 
 
-def main() -> None:
-    """Read the settings, then train; torch is imported once they are known to be right."""
+def main() -> int:
+    """Read the settings, then train; torch is imported once they are known to be right. Returns the exit code."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n\nnotus/config.py describes every key.")
-        return
+        return 0
     config = load_config(sys.argv[1:], "dpo")
     from notus.training.dpo import run
 
-    run(config)
+    return run(config)
 
 
 if __name__ == "__main__":

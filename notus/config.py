@@ -117,18 +117,31 @@ class TrainingConfig:
     """Gradients are scaled down to this global norm; null or 0: measured and left as they are."""
     seed: Index = 42
     """Seed of the order of the data, dropout, LoRA's start and the held-out rows."""
+    deterministic: bool = False
+    """Use algorithms that repeat bit for bit on the same machine with as many ranks; an error where there is none.
+    Slower on GPUs, mostly in attention's backward pass."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
     activation_checkpointing: bool = True
     """Compute activations again in the backward pass instead of keeping them: less memory, more work."""
+    sharding: Literal["full", "hybrid"] = "full"
+    """"full": each rank holds a share of the model; "hybrid": each node holds all of it, spread over its ranks."""
+    timeout_minutes: Positive = 30.0
+    """How long a rank waits for the others before it takes them for stuck, but for rank 0's work before training."""
     log_every: Count = 1
     """Steps between lines of `metrics.jsonl`."""
     eval_every: Count | None = None
     """Steps between evaluations; null: at the end only."""
     save_every: Count | None = None
     """Steps between checkpoints; null: at the end of each epoch."""
-    keep_checkpoints: Count | None = 1
-    """Newest checkpoints kept; null: all."""
+    keep_checkpoints: Count | None = 2
+    """Newest checkpoints kept; null: all. With two, a run goes on even if the newest is damaged."""
+    keep_every: Count | None = None
+    """Besides the newest, keep the checkpoints of every so many steps, a multiple of `save_every`."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory; false: wait, without the copy."""
+    max_hours: Positive | None = None
+    """End with a checkpoint at the first step after so many hours of one launch; the same command goes on."""
     resume: str = "auto"
     """"auto": go on from the newest checkpoint in `output_dir`; "never": anew; or a checkpoint's folder."""
 
@@ -276,6 +289,7 @@ def _conflicts(config: Config) -> Iterator[Refused]:
     if config.task == "sft":
         for section in DPO_SECTIONS:
             yield from _without_effect(config, section, "in SFT: remove it, or run train_dpo.py")
+    yield from _checkpoint_conflicts(config.training)
     yield from _data_conflicts(config)
     yield from _loss_conflicts(config.dpo)
 
@@ -286,6 +300,20 @@ def _without_effect(config: Config, section: str, why: str, besides: tuple[str, 
     for item in dataclasses.fields(values):
         if item.name not in besides and getattr(values, item.name) != getattr(SECTIONS[section](), item.name):
             yield Refused(f"{section}.{item.name}", f"has no effect {why}")
+
+
+def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Refused]:
+    if training.keep_every is None:
+        return
+    if training.keep_checkpoints is None:
+        yield Refused(
+            "training.keep_every", "has no effect while training.keep_checkpoints is null: keep one of the two"
+        )
+    if training.save_every is None or training.keep_every % training.save_every:
+        yield Refused(
+            "training.keep_every",
+            f"({training.keep_every}) must be a multiple of training.save_every ({training.save_every})",
+        )
 
 
 def _data_conflicts(config: Config) -> Iterator[Refused]:

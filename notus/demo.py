@@ -9,6 +9,7 @@ DIR/data/  base/  sft/  dpo/  export/  answers-sft.jsonl  answers-dpo.jsonl  eva
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,11 +102,11 @@ def _make(folder: Path, seed: int) -> dict[str, Any]:
     _say("a small model, its weights random")
     make_base(folder / "base", seed)
     _say("SFT: the model learns to answer as the imaginary models do")
-    sft.run(_config("sft", folder, seed))
+    _check_finished(sft.run(_config("sft", folder, seed)))
     _say("curation: ratings become preference pairs")
     chosen_right = _curate(folder / "data", seed)
     _say("DPO: the model learns which answers were preferred")
-    dpo.run(_config("dpo", folder, seed))
+    _check_finished(dpo.run(_config("dpo", folder, seed)))
     _say("evaluation on prompts that nothing was trained on")
     rewards = _evaluate(folder)
     rates = {name: _answer(folder, name) for name in ("sft", "dpo")}
@@ -122,6 +123,11 @@ def _make(folder: Path, seed: int) -> dict[str, Any]:
         "chosen_right_by_overall_score": chosen_right["overall_score"],
         "win_rates": rates,
     }
+
+
+def _check_finished(code: int) -> None:
+    if code:
+        sys.exit(code)  # a signal ended the run
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
+# The exit code of a run that a signal ended after it had saved its progress: EX_TEMPFAIL, run the command again.
+STOPPED = 75
 _FAILURES = "notus/failures"
+
+
+class LostPeers(RuntimeError):
+    """Other ranks are gone or stuck; the message names them. `speaker`: the rank that tells, of those that are left."""
+
+    def __init__(self, message: str, speaker: int) -> None:
+        super().__init__(message)
+        self.speaker = speaker
 
 
 def run_entry(work: Callable[[], int | None]) -> int:
@@ -21,6 +31,10 @@ def run_entry(work: Callable[[], int | None]) -> int:
         if _failures(1) == 1:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except LostPeers as lost:
+        if _failures(1, speaker=lost.speaker) == 1:
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+        return 1
     except RuntimeError:
         if "RANK" in os.environ and _failures(0) > 0:
             return 1
@@ -28,7 +42,7 @@ def run_entry(work: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; after torch was in use, without the interpreter's teardown, in which gloo's threads may abort."""
+    """End the process; once torch was used, without the interpreter's teardown, in which gloo's threads may abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch.distributed" in sys.modules:
@@ -36,15 +50,18 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _failures(more: int) -> int:
+def _failures(more: int, speaker: int = 0) -> int:
     """Add to the number of ranks that met a mistake and return it."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        # another launcher: no store outlives the process group, so rank 0 speaks
-        return more if os.environ.get("RANK", "0") == "0" else 2 * more
-    from torch.distributed import TCPStore
+        # another launcher: no store outlives the process group, so one rank speaks
+        return more if int(os.environ.get("RANK", "0")) == speaker else 2 * more
+    from torch.distributed import DistError, TCPStore
 
     # torchrun's own store, which outlives the process group
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    except DistError:  # its machine is gone
+        return more
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(store.add(f"{_FAILURES}/{attempt}", more))

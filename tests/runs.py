@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,20 @@ def config(task: str, folder: Path, model: Path, pairs: Path, **overrides: Any) 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_messages(path: Path, count: int, *, seed: int = 0) -> Path:
+    """JSONL demonstrations of plain strings."""
+    generator = random.Random(seed)
+    lines = [
+        json.dumps({"prompt": words(generator, 1, 9), "completion": " " + words(generator, 1, 9)}) for _ in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

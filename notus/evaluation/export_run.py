@@ -90,35 +90,38 @@ def _load(
     import torch
 
     from notus.model.export import load_causal_lm
-    from notus.training.checkpoint import latest_checkpoint
+    from notus.training.checkpoint import checkpoints_in
     from notus.training.folder import CHECKPOINTS, MODEL
 
     load = functools.partial(load_causal_lm, device="cpu", trust_remote_code=args.trust_remote_code)
     if (run_folder / MODEL).is_dir():
         return load(run_folder / MODEL, dtype=_dtype(args, settings))
-    checkpoint = latest_checkpoint(run_folder / CHECKPOINTS)
-    if checkpoint is None:
+    checkpoints = checkpoints_in(run_folder / CHECKPOINTS)
+    if not checkpoints:
         raise ValueError(f"{run_folder}: the run has not finished and has no checkpoint yet; train it first")
-    print(f"the run has not finished: exporting {checkpoint}", flush=True)
     causal_lm, tokenizer = load(settings["model"]["name_or_path"], dtype=torch.float32)
-    _fill(causal_lm, settings, checkpoint)
+    _fill(causal_lm, settings, checkpoints)
     return causal_lm, tokenizer
 
 
-def _fill(causal_lm: "PreTrainedModel", settings: Settings, checkpoint: Path) -> None:
-    """Give the base model the weights, or the adapter, of a checkpoint."""
+def _fill(causal_lm: "PreTrainedModel", settings: Settings, checkpoints: list[Path]) -> None:
+    """Give the base model the weights, or the adapter, of the first checkpoint that is whole."""
     from notus.model.lora import inject_lora
     from notus.model.policy import Policy
-    from notus.training.checkpoint import load_checkpoint
-    from notus.training.optim import build_optimizer
+    from notus.training.checkpoint import DamagedCheckpointError, load_checkpoint
 
     if settings["lora"]["rank"]:
         inject_lora(causal_lm, **settings["lora"])
     policy = Policy(causal_lm)  # checkpoints have its names
-    optimizer = build_optimizer(
-        policy.parameters(), name=settings["training"]["optimizer"], learning_rate=0.0, weight_decay=0.0
-    )
-    load_checkpoint(checkpoint, policy.named_parameters(), optimizer)
+    for checkpoint in checkpoints:
+        try:
+            load_checkpoint(checkpoint, policy.named_parameters(), optimizer=None)
+        except DamagedCheckpointError as error:
+            print(f"warning: {error}", flush=True)
+            continue
+        print(f"the run has not finished: exporting {checkpoint}", flush=True)
+        return
+    raise ValueError(f"{checkpoints[0].parent}: no checkpoint is whole; nothing to export")
 
 
 def _write(

@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".txt file, one prompt a line",
     )
     parser.add_argument(
-        "out", metavar="OUT", help="a .jsonl file: each object with its completion, replaced when complete"
+        "out",
+        metavar="OUT",
+        help="a .jsonl file: each object with its completion, there when complete; it must not exist, or be empty",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it exists, once the result is complete"
     )
     parser.add_argument("--max-new-tokens", type=count, default=512, help="of a completion (default: 512)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
@@ -56,11 +61,18 @@ def run(args: argparse.Namespace) -> int:
     from notus.training import distributed
 
     with distributed.process_group() as device:
-        distributed.on_main(lambda: check_output(Path(args.out), not_over=args.prompts))
+        distributed.on_main(lambda: _check_out(Path(args.out), args))
         prompts, completions = _generate(args, device)
         distributed.on_main(lambda: _write(Path(args.out), prompts, completions, args.num_samples))
         distributed.say(f"wrote {len(completions)} completions of {len(prompts)} prompts to {args.out}")
     return 0
+
+
+def _check_out(path: Path, args: argparse.Namespace) -> None:
+    """Before the work; an empty file is nobody's loss."""
+    check_output(path, not_over=args.prompts)
+    if path.exists() and path.stat().st_size and not args.overwrite:
+        raise ValueError(f"{path}: exists already; name another file, or replace it with --overwrite")
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_settings
 from notus.model.lora import inject_lora, lora_layers, merge_lora
@@ -142,6 +143,7 @@ def _is_model(folder: Path) -> bool:
 
 def _load_full(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     weight_files(folder)  # refuses what is no safetensors, and an index that leads out of the folder
+    disable_progress_bar()  # transformers shows one per model, of file handles: over before it can be read
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

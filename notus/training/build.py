@@ -50,6 +50,7 @@ def build_policy(
     adapter: Adapter | None = None,
     trainable: bool = True,
     seed: int = 0,
+    sharding: str = "full",
     trust_remote_code: bool = False,
 ) -> Policy:
     """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
@@ -63,6 +64,7 @@ def build_policy(
         adapter: train LoRA adapters over a frozen base; None: train every parameter.
         trainable: False for scoring alone: every parameter frozen and in the computation's dtype.
         seed: of the adapters' start.
+        sharding: "full" or "hybrid", see `distributed.mesh`.
         trust_remote_code: run model code that comes with the folder.
     """
     _check_attention(config, device, COMPUTE_DTYPES[precision])
@@ -80,7 +82,8 @@ def build_policy(
         inject_lora(causal_lm, **dataclasses.asdict(adapter))
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
     policy = Policy(causal_lm)
-    parallelize(policy, mesh(device), precision=precision, activation_checkpointing=activation_checkpointing)
+    ranks = mesh(device, sharding)
+    parallelize(policy, ranks, precision=precision, activation_checkpointing=activation_checkpointing)
     materialise(policy, device)
     load_weights(causal_lm, folder)
     if adapter is not None:

@@ -1,172 +1,179 @@
-"""Checkpoints: safetensors shards through torch.distributed.checkpoint, and one JSON file for the rest.
+"""What a checkpoint is, how it is checked, and how it is read; `saving.py` writes it.
 
-A checkpoint is `checkpoints/step-00000100/`: it is written beside under a hidden name and renamed when whole. Any
-number of ranks can read what any other number wrote. Only trainable parameters are kept; with LoRA, the adapters.
+`checkpoints/step-00000100/` holds one safetensors file per rank that had something to write, through
+torch.distributed.checkpoint, and `state.json`: the run's progress, and the size and digest of every file. Any number of
+ranks can read what any other number wrote. Only trainable parameters are kept; with LoRA, the adapters.
 """
 
 import dataclasses
+import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from notus.model.publish import sync
-from notus.training.distributed import on_main
+from notus.training.distributed import gather_objects, on_main, rank, world_size
 
-_STATE_FILE = "state.json"
-_FORMAT = 1
+STATE_FILE = "state.json"
+_FORMAT = 2
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _MOMENTS = {torch.optim.RMSprop: ("square_avg",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+_BLOCK = 16 * 2**20
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was written."""
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come. Random numbers need no state: every step draws from its own seed.
 
     Attributes:
         step: optimizer steps completed.
         num_tokens: tokens processed by all ranks.
-        window_sums: metric sums since the last line of metrics, over all ranks.
+        recorded: whether the metrics that are due at `step` are logged; not if its evaluation was interrupted.
+        grad_norm, learning_rate: of the last step.
+        window_sums: metric sums since the last line of metrics, by rank.
         window_seconds: seconds of those steps.
-        identity: digests of what the run learns from and starts from, by the config key that names it.
+        identity: digests of what the run learns from and starts from, by the config key that names it; and the names
+            of the reference caches.
+        trackers: ids of the run at its trackers, by their names.
     """
 
     step: int = 0
     num_tokens: int = 0
-    window_sums: list[float] = dataclasses.field(default_factory=list)
+    recorded: bool = True
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    window_sums: list[list[float]] = dataclasses.field(default_factory=list)
     window_seconds: float = 0.0
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def save_checkpoint(
-    folder: Path, progress: Progress, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer,
-    *, keep: int | None,
-) -> Path:  # fmt: skip
-    """Write `folder/step-XXXXXXXX` and drop the oldest beyond `keep`; collective.
-
-    Args:
-        folder: the run's `checkpoints` folder.
-        progress: written as it is.
-        parameters: (name, parameter) of the model; frozen ones are left out.
-        optimizer: RMSprop or AdamW over the trainable parameters.
-        keep: how many of the newest to keep; None: all.
-
-    Raises:
-        OSError: the disk is full or cannot be written; earlier checkpoints are untouched.
-    """
-    final = folder / f"step-{progress.step:08d}"
-    temporary = folder / f".{final.name}.partial"
-    on_main(lambda: _prepare(temporary))
-    writer = HuggingFaceStorageWriter(path=str(temporary), save_distributed=True)
-    try:
-        dcp.save(_tensors(parameters, optimizer), storage_writer=writer)
-    except dcp.CheckpointException as error:
-        raise OSError(
-            f"cannot write the checkpoint {final}: {_causes(error)}; earlier checkpoints are whole"
-        ) from error
-    on_main(lambda: _publish(temporary, final, progress, type(optimizer).__name__))
-    on_main(lambda: _drop_old(folder, keep))
-    return final
+    trackers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
-    path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+    path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer | None
 ) -> Progress:
     """Fill parameters and optimizer from a checkpoint, whatever the number of ranks that wrote it; collective.
 
+    Without an optimizer, its states are not read.
+
     Raises:
-        ValueError: the folder is not a whole checkpoint of this model and optimizer.
+        DamagedCheckpointError: a file is missing, or not as it was written; nothing was filled.
+        ValueError: the folder is no checkpoint, or one of another model or optimizer.
     """
-    written_with, progress = on_main(lambda: _read_state(path))
-    if written_with != type(optimizer).__name__:
-        raise ValueError(f"{path} was written with {written_with}, not {type(optimizer).__name__}")
-    tensors = _tensors(parameters, optimizer)
+    written = on_main(lambda: _read_state(path))
+    _check_files(path, written["files"])
+    if optimizer is not None and written["optimizer"] != type(optimizer).__name__:
+        raise ValueError(f"{path} was written with {written['optimizer']}, not {type(optimizer).__name__}")
+    tensors = named_tensors(parameters, optimizer)
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)))
     except dcp.CheckpointException as error:
-        raise ValueError(
-            f"cannot read the checkpoint {path}: {_causes(error)}; if it is this run's own, remove it to go on from "
-            "the one before"
-        ) from error
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["step"].fill_(float(progress.step))
+        raise ValueError(f"cannot read the checkpoint {path} into this model: {causes(error)}") from error
+    progress = Progress(**written["progress"])
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            state["step"].fill_(float(progress.step))
     return progress
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step, if there is any."""
-    found = _whole(folder)
-    return found[-1] if found else None
-
-
-def _whole(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir())
+    found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, reverse=True)
 
 
-def _tensors(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def step_folder(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    match = _STEP_FOLDER.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def named_tensors(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer | None
+) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name; makes the optimizer's state if no step has made it yet."""
-    moments = _MOMENTS[type(optimizer)]
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        state = optimizer.state[parameter]
+        tensors[f"model.{name}"] = parameter.detach()
+        if optimizer is None:
+            continue
+        moments, state = _MOMENTS[type(optimizer)], optimizer.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state.update({moment: torch.zeros_like(parameter.detach()) for moment in moments})
-        tensors[f"model.{name}"] = parameter.detach()
         tensors.update({f"optimizer.{moment}.{name}": state[moment] for moment in moments})
     return tensors
 
 
-def _causes(error: dcp.CheckpointException) -> str:
+def describe(progress: Progress, optimizer: str, files: dict[str, dict[str, Any]]) -> str:
+    """The text of `state.json`; `files`: size and sha256 of each, by name."""
+    state = {"format": _FORMAT, "optimizer": optimizer, "progress": dataclasses.asdict(progress), "files": files}
+    return json.dumps({**state, "digest": _digest_of(state)}, indent=1)
+
+
+def causes(error: dcp.CheckpointException) -> str:
+    """What went wrong on which ranks, each cause once."""
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}))
 
 
-def _prepare(temporary: Path) -> None:
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+def _digest_of(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _publish(temporary: Path, final: Path, progress: Progress, optimizer: str) -> None:
-    state = {"format": _FORMAT, "optimizer": optimizer, "progress": dataclasses.asdict(progress)}
-    (temporary / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    sync(final.parent)
-
-
-def _drop_old(folder: Path, keep: int | None) -> None:
-    if keep is not None:
-        for path in _whole(folder)[:-keep]:
-            shutil.rmtree(path)
-
-
-def _read_state(path: Path) -> tuple[str, Progress]:
-    """The name of the optimizer, and the progress."""
-    file = path / _STATE_FILE
-    if not file.is_file():
-        raise ValueError(f"{path} is not a checkpoint: it has no {_STATE_FILE}")
+def _read_state(path: Path) -> dict[str, Any]:
+    file = path / STATE_FILE
+    if not path.is_dir() or not (file.is_file() or any(path.glob("*.safetensors"))):
+        raise ValueError(f"{path} is not a checkpoint: it has no {STATE_FILE}")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         if state["format"] != _FORMAT:
-            raise ValueError(f"format {state['format']}, not {_FORMAT}")
-        return state["optimizer"], Progress(**state["progress"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error}): remove {path} to go on from the checkpoint before"
-        ) from error
+            raise ValueError(f"{path} has format {state['format']}, this version reads {_FORMAT}")
+        if state.pop("digest") != _digest_of(state):
+            raise DamagedCheckpointError(f"{file} is damaged: its content does not match its digest")
+        return state
+    except DamagedCheckpointError:
+        raise
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Read every file again; each rank takes a share."""
+    names = sorted(files)[rank() :: world_size()]
+    found = [_problem(path / name, files[name]) for name in names]
+    problems = [text for part in gather_objects(found) for text in part if text]
+    if problems:
+        raise DamagedCheckpointError("; ".join(problems[:3]))
+
+
+def _problem(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{path} has {size} bytes, not {expected['bytes']}"
+        with path.open("rb", buffering=0) as file:
+            digest = hashlib.sha256()
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+    return None if digest.hexdigest() == expected["sha256"] else f"{path} does not match its digest"

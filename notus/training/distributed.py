@@ -14,24 +14,41 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from notus.training.heartbeat import heartbeat
+
 T = TypeVar("T")
 
+TIMEOUT = datetime.timedelta(minutes=30)
 # Long enough for rank 0 to tokenise a large dataset while the others wait.
-TIMEOUT = datetime.timedelta(hours=2)
+PATIENCE = datetime.timedelta(hours=6)
+
+_patient: dist.ProcessGroup | None = None  # all ranks over gloo, for waits of up to PATIENCE; None: the default group
+_timeout = TIMEOUT
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Join the process group that torchrun describes, or a group of one; yields this rank's device."""
+def process_group(timeout: datetime.timedelta = TIMEOUT) -> Iterator[torch.device]:
+    """Join the process group that torchrun describes, or a group of one; yields this rank's device.
+
+    Args:
+        timeout: how long a rank waits for the others in a collective, but for rank 0's work in `on_main`.
+
+    Raises:
+        LostPeers: a collective failed because other ranks are gone or stuck.
+    """
+    global _patient, _timeout
     device = _pick_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield device
+        with heartbeat():
+            _patient, _timeout = dist.new_group(backend="gloo", timeout=PATIENCE), timeout
+            yield device
     finally:
+        _patient, _timeout = None, TIMEOUT
         dist.destroy_process_group()
 
 
@@ -58,9 +75,37 @@ def is_main() -> bool:
     return dist.get_rank() == 0
 
 
-def mesh(device: torch.device) -> DeviceMesh:
-    """All ranks in one dimension."""
-    return init_device_mesh(device.type, (world_size(),))
+def mesh(device: torch.device, sharding: str = "full") -> DeviceMesh:
+    """How the ranks share a model; collective.
+
+    Args:
+        device: this rank's.
+        sharding: "full": all ranks in one dimension, over which parameters are sharded. "hybrid": nodes by ranks of a
+            node; parameters are replicated over the first dimension and sharded over the second.
+    """
+    if sharding == "full":
+        return init_device_mesh(device.type, (world_size(),))
+    assert sharding == "hybrid", sharding
+    ranks = torch.arange(world_size()).view(-1, ranks_per_node())  # torchrun numbers a node's ranks in a row
+    groups = [dist.new_subgroups_by_enumeration(lines.tolist(), timeout=_timeout)[0] for lines in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def ranks_per_node() -> int:
+    """How many ranks each of several nodes has, as torchrun says; collective.
+
+    Raises:
+        ValueError: there is one node only, or the nodes have unequal numbers of ranks.
+    """
+    found = gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    if len(set(found)) > 1 or world_size() % found[0]:
+        raise ValueError(
+            f"training.sharding=hybrid needs the same number of ranks on every node, not {sorted(set(found))} of "
+            f"{world_size()} in all: give torchrun the same --nproc-per-node everywhere, or set training.sharding=full"
+        )
+    if found[0] == world_size():
+        raise ValueError("training.sharding=hybrid has no effect on one node: set training.sharding=full")
+    return found[0]
 
 
 def sum_across_ranks(tensor: Tensor) -> Tensor:
@@ -90,7 +135,7 @@ def on_main(work: Callable[[], T]) -> T:
             outcome[0] = work()
         except (ValueError, OSError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=_patient)
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
@@ -100,4 +145,7 @@ def main_first(work: Callable[[], T]) -> T:
     """Run `work` on rank 0, which fills a cache on disk, then on the others, which find it there."""
     result: list[T] = []
     on_main(lambda: result.append(work()))
-    return result[0] if is_main() else work()
+    if not is_main():
+        result.append(work())
+    dist.barrier(group=_patient)  # a machine that does not see the cache needs as long as rank 0
+    return result[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
+from notus.training.guards import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 from notus.training.loop import RowLoss
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 from notus.training.run import Run, start
@@ -54,6 +56,8 @@ class DPOTask:
         self.rows, self.plan = train.rows, plan
         self._train, self._held_out, self._settings = train, held_out, settings
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
+        per_token = settings.loss_type in ("ipo", "sigmoid_norm")
+        self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of: mean loss over the step's pairs + nll_weight * mean NLL over its chosen tokens."""
@@ -87,13 +91,14 @@ class DPOTask:
         return losses + self._settings.nll_weight * pairs * nll_loss(logps[:, 0], chosen_tokens)
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
-        """Means over pairs; the NLL's over tokens."""
+        """Means over pairs; those of the NLL and of the chosen log-probs' change over chosen tokens."""
         pairs = sums[0]
         names = (
             "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
             "logps/chosen", "logps/rejected",
         )  # fmt: skip
         metrics = {name: total / pairs for name, total in zip(names, sums[1:8], strict=True)}
+        metrics["logps/chosen_change"] = sums[2] / self._settings.beta / sums[10]  # the reward, of which it is a part
         if self._settings.nll_weight:
             metrics["nll_loss"] = sums[9] / sums[10]
         if seconds:
@@ -116,13 +121,13 @@ class DPOTask:
                 "again, the attention kernel or the precision differs between the two passes"
             )
 
-    def evaluate(self, policy: Policy) -> dict[str, float]:
+    def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
         """Loss, rewards and log-probs on the held-out pairs, under `eval_` names."""
         if self._held_out is None:
             return {}
         rows, reference = self._held_out.rows, self._held_out.reference
         everything = np.arange(len(rows))
-        logps = score(policy, rows, everything, tokens_per_row=self._tokens_per_row, device=self._device)
+        logps = score(policy, rows, everything, tokens_per_row=self._tokens_per_row, device=self._device, on_row=on_row)
         lengths = torch.from_numpy(rows.loss_tokens)
         losses, rewards = self._losses(logps, reference, lengths)
         losses = self._with_nll(losses, logps, len(rows), int(lengths[:, 0].sum()))
@@ -146,31 +151,33 @@ def _sums(
     return torch.stack(columns, dim=1).T @ weights.double()
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> int:
     """Train with DPO as `config` says: `train_dpo.py`.
+
+    Returns:
+        The exit code: 0, or `notus.entry.STOPPED` if a signal ended the run before its last step.
 
     Raises:
         ValueError: a user's mistake, in one line.
     """
     with start(config, "dpo") as job:
-        if job is not None:
-            job.train(build_task(job, config))
+        return 0 if job is None else job.train(build_task(job, config))
 
 
 def fill_reference(config: Config) -> None:
     """Fill the reference cache of `config` and stop: `python -m notus reference`."""
     with start(config, "dpo", train=False) as job:
         assert job is not None
-        for rows in (job.train_rows, job.eval_rows):
+        for name, rows in (("train", job.train_rows), ("eval", job.eval_rows)):
             if rows is not None:
-                _with_reference(job, config, rows)
+                _with_reference(job, config, name, rows)
 
 
 def build_task(job: Run, config: Config) -> DPOTask:
     """The task of a run: its pairs, with the reference log-probs read or computed here; collective."""
     return DPOTask(
-        _with_reference(job, config, job.train_rows),
-        None if job.eval_rows is None else _with_reference(job, config, job.eval_rows),
+        _with_reference(job, config, "train", job.train_rows),
+        None if job.eval_rows is None else _with_reference(job, config, "eval", job.eval_rows),
         plan=job.plan,
         settings=config.dpo,
         precision=config.training.precision,
@@ -179,7 +186,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
     )
 
 
-def _with_reference(job: Run, config: Config, rows: Rows) -> Preferences:
+def _with_reference(job: Run, config: Config, name: str, rows: Rows) -> Preferences:
     """Attach the reference's log-probs, from the cache or by a pass of the untrained policy."""
     digests = rows.digests()
     key = ReferenceKey(
@@ -201,5 +208,6 @@ def _with_reference(job: Run, config: Config, rows: Rows) -> Preferences:
         raise ValueError(
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
+    job.identity[f"reference.{name}"] = key.name
     job.say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
     return Preferences(rows, logps)

@@ -5,15 +5,17 @@ OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  m
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from notus.config import Config, load_config, save_config
-from notus.training.checkpoint import latest_checkpoint
+from notus.training.checkpoint import checkpoints_in
 from notus.training.tracking import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -24,8 +26,9 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 FREE_KEYS = frozenset(
     {
         "data.num_workers", "data.cache_dir", "reference.cache_dir", "training.output_dir", "training.resume",
-        "training.tokens_per_row", "training.activation_checkpointing", "training.log_every", "training.eval_every",
-        "training.save_every", "training.keep_checkpoints",
+        "training.tokens_per_row", "training.activation_checkpointing", "training.deterministic", "training.sharding",
+        "training.timeout_minutes", "training.log_every", "training.eval_every", "training.save_every",
+        "training.keep_checkpoints", "training.keep_every", "training.async_checkpoints", "training.max_hours",
         "tracking.wandb", "tracking.tensorboard", "tracking.project", "tracking.run_name",
     }
 )  # fmt: skip
@@ -33,10 +36,10 @@ FREE_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """What `open_folder` found: whether the run is finished, and the checkpoint to go on from, if any."""
+    """What `open_folder` found: whether the run is finished, and the checkpoints to go on from, the newest first."""
 
     finished: bool
-    checkpoint: Path | None
+    checkpoints: list[Path]
 
 
 def open_folder(config: Config) -> Opening:
@@ -54,14 +57,44 @@ def open_folder(config: Config) -> Opening:
         elif (folder / CONFIG_FILE).exists() and _has_begun(folder):
             _check_same_run(folder / CONFIG_FILE, config)
             if any((folder / MODEL / name).is_file() for name in _MODEL_FILES):
-                return Opening(finished=True, checkpoint=None)
-        checkpoint = _checkpoint(folder, config.training.resume)
+                return Opening(finished=True, checkpoints=[])
+        checkpoints = _checkpoints(folder, config.training.resume)
         temporary = folder / f".{CONFIG_FILE}.partial"
         save_config(config, temporary)
         os.replace(temporary, folder / CONFIG_FILE)
     except OSError as error:
-        raise ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder") from error
-    return Opening(finished=False, checkpoint=checkpoint)
+        raise _unwritable(folder, error) from error
+    return Opening(finished=False, checkpoints=checkpoints)
+
+
+def hold_folder(config: Config) -> int:
+    """Lock the run's folder against a second launch, for rank 0; returns the descriptor that holds the lock.
+
+    The lock goes with the process, however that ends. A file system without locks is used without one.
+
+    Raises:
+        ValueError: another launch holds it, or the folder cannot be made.
+    """
+    folder = Path(config.training.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"training.output_dir={folder} is in use by another launch: wait for its end, or choose another folder"
+        ) from error
+    except OSError as error:
+        print(f"note: {folder} cannot be locked ({error.strerror}); do not start a second run in it", flush=True)
+    return descriptor
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder")
 
 
 def _has_begun(folder: Path) -> bool:
@@ -71,18 +104,26 @@ def _has_begun(folder: Path) -> bool:
     return logged or any((folder / name).exists() for name in (CHECKPOINTS, MODEL))
 
 
-def _checkpoint(folder: Path, resume: str) -> Path | None:
-    newest = latest_checkpoint(folder / CHECKPOINTS)
+def _checkpoints(folder: Path, resume: str) -> list[Path]:
+    own = checkpoints_in(folder / CHECKPOINTS)
     if resume in ("auto", "never"):
-        return newest
+        return own
     path = Path(resume)
     if not path.is_dir():
         raise ValueError(f"training.resume={resume}: no such checkpoint folder; give one, or 'auto' or 'never'")
-    if newest is not None and path.parent.resolve() == newest.parent.resolve() and path.name != newest.name:
+    if own and path.parent.resolve() == own[0].parent.resolve() and path.name != own[0].name:
         raise ValueError(
-            f"training.resume={resume}: this run has a newer checkpoint, {newest.name}; move newer ones away to go back"
+            f"training.resume={resume}: this run has a newer checkpoint, {own[0].name}; move newer ones away to go back"
         )
-    return newest or path  # the run's own progress goes before that of its origin, so the same command goes on
+    return own or [path]  # the run's own progress goes before that of its origin, so the same command goes on
+
+
+def set_aside_damaged(path: Path) -> Path:
+    """Give a damaged checkpoint a name that is no checkpoint's; returns it. Nothing is deleted but an earlier such."""
+    aside = path.with_name(f"damaged-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)
 
 
 def _set_aside(folder: Path) -> None:

@@ -1,10 +1,10 @@
 """The one training loop. It knows steps, rows and gradients; pairs and losses are its task's business."""
 
 import dataclasses
+import enum
 import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -14,20 +14,32 @@ from torch import Tensor
 from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows, step_rows
 from notus.model.policy import Policy
-from notus.training.checkpoint import Progress, save_checkpoint
-from notus.training.distributed import gather_objects, rank, sum_across_ranks, world_size
+from notus.training.checkpoint import Progress
+from notus.training.distributed import gather_objects, rank, say, sum_across_ranks, world_size
+from notus.training.guards import Guard, Guards
 from notus.training.optim import (
     clip_gradients,
     gradient_norm,
+    is_first_replica,
     learning_rate_factor,
     local_gradients,
     set_learning_rate,
 )
+from notus.training.saving import Checkpoints
+from notus.training.stopping import Interrupted, Stop
 from notus.training.tracking import Tracker
 
 
 class NonFiniteError(ValueError):
     """The loss or the gradient of a step is not finite; the update was not made."""
+
+
+class Ending(enum.Enum):
+    """Why the loop ended."""
+
+    FINISHED = "the last step is done"
+    SIGNAL = "a signal"
+    BUDGET = "training.max_hours"
 
 
 @dataclasses.dataclass
@@ -51,6 +63,7 @@ class Task(Protocol):
     rows: Rows
     plan: StepPlan
     num_sums: int
+    guards: tuple[Guard, ...]
 
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The loss of one row from its log-probs [E, K]; `step_indices`: all ranks' dataset rows of the step."""
@@ -64,8 +77,8 @@ class Task(Protocol):
         """Raise ValueError if the metric sums of a fresh run's first step show that something is wrong."""
         ...
 
-    def evaluate(self, policy: Policy) -> dict[str, float]:
-        """Metrics on held-out data; empty if there is none. Collective."""
+    def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
+        """Metrics on held-out data; empty if there is none. Collective; calls `on_row`, which may raise, per row."""
         ...
 
 
@@ -87,7 +100,6 @@ class Settings:
     log_every: int
     eval_every: int | None
     save_every: int | None
-    keep_checkpoints: int | None
 
 
 class Trainer:
@@ -102,34 +114,67 @@ class Trainer:
         *,
         progress: Progress,
         tracker: Tracker,
-        checkpoints: Path,
+        checkpoints: Checkpoints,
+        stop: Stop,
         device: torch.device,
     ) -> None:
         self.policy, self.optimizer, self.task, self.settings = policy, optimizer, task, settings
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
+        self.stop = stop
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
-        if progress.window_sums and rank() == 0:  # the sums of all ranks since the last line; one rank carries them
-            self._sums += torch.tensor(progress.window_sums, dtype=torch.float64, device=device)
+        self._sums += torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
         self._seconds = progress.window_seconds
+        self._guards = Guards(task.guards)
 
-    def run(self) -> None:
-        """Train, log, evaluate and save until the last step."""
+    def run(self) -> Ending:
+        """Train, log, evaluate and save until the last step, or until the run is to stop; then all is on disk."""
         self.policy.train()
-        while self.progress.step < self.settings.total_steps:
-            began = time.perf_counter()
-            norm, rate = self._step()
-            self._seconds += time.perf_counter() - began
+        with self.stop.in_loop():
+            try:
+                ending = self._run()
+            except Exception as error:
+                if not isinstance(error, RuntimeError):  # which may mean that the other ranks are gone
+                    self.checkpoints.wait()  # what was saved before is worth its last bytes
+                raise
+            self.checkpoints.wait()
+        return ending
+
+    def _run(self) -> Ending:
+        saved, ending = self.progress.step, None
+        while True:
+            if not self.progress.recorded:
+                ending = self._record(ending)
+            step = self.progress.step
+            if saved != step and (ending or self._due(self.settings.save_every or self.task.plan.steps_per_epoch)):
+                self._save()
+                saved = step
+            if step == self.settings.total_steps and self.progress.recorded:
+                return Ending.FINISHED
+            if ending is not None:
+                return ending
+            ending = self._step()
             if self.progress.step == 1:
                 self.task.check_first_step(self._global_sums())
-            evaluate = self._due(self.settings.eval_every)
-            if evaluate or self._due(self.settings.log_every):
-                metrics = self._log(norm, rate)
-                if evaluate:
-                    metrics.update(self.task.evaluate(self.policy))
-                self.tracker.log(self.progress.step, metrics)
-            if self._due(self.settings.save_every or self.task.plan.steps_per_epoch):
-                self._save()
+
+    def _record(self, ending: Ending | None) -> Ending | None:
+        """Log what is due at this step; returns the reason to stop, if there is one by now."""
+        evaluate = self._due(self.settings.eval_every)
+        if evaluate and ending is not None:
+            return ending  # the next launch evaluates
+        if evaluate or self._due(self.settings.log_every):
+            held_out: dict[str, float] = {}
+            if evaluate:
+                try:
+                    held_out = self.task.evaluate(self.policy, self.stop.check)
+                except Interrupted:
+                    return Ending.SIGNAL
+            metrics = self._window()
+            for warning in self._guards.check(metrics):
+                say(warning)
+            self.tracker.log(self.progress.step, {**metrics, **held_out})
+        self.progress.recorded = True
+        return ending
 
     def _due(self, every: int | None) -> bool:
         step = self.progress.step
@@ -144,8 +189,9 @@ class Trainer:
             tokens_per_row=self.settings.tokens_per_row,
         )
 
-    def _step(self) -> tuple[float, float]:
-        """One optimizer step; returns the gradient's norm before clipping and the learning rate used."""
+    def _step(self) -> Ending | None:
+        """One optimizer step; returns the reason to stop after it, if any rank has one."""
+        began = time.perf_counter()
         settings, step = self.settings, self.progress.step
         # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
         torch.manual_seed(np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item())
@@ -160,12 +206,16 @@ class Trainer:
             bad += ~torch.isfinite(result.loss.detach())
             examples.append((batch.indices, result.per_example))
         gradients = local_gradients(self.trainable)
-        norm = gradient_norm(gradients, bad)
-        value = norm.item()  # the step's one host sync
-        if not math.isfinite(value):
+        mine = torch.tensor([self.checkpoints.failed(), self.stop.signalled, self.stop.overdue])
+        flags = torch.cat([bad[None], mine.to(self.device)])
+        told = gradient_norm(gradients, flags, first_replica=is_first_replica(self.trainable))
+        norm, losses_bad, save_failed, signalled, overdue = told.tolist()  # the step's one host sync
+        if save_failed:
+            self.checkpoints.wait()
+        if losses_bad or not math.isfinite(norm):
             self._refuse(examples)
         if settings.max_grad_norm is not None:
-            clip_gradients(gradients, norm, settings.max_grad_norm)
+            clip_gradients(gradients, told[0], settings.max_grad_norm)
         rate = settings.learning_rate * learning_rate_factor(
             step,
             total_steps=settings.total_steps,
@@ -175,9 +225,11 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.step += 1
-        self.progress.num_tokens += int(self.task.rows.lengths[indices].sum())
-        return value, rate
+        progress = self.progress
+        progress.step, progress.recorded, progress.grad_norm, progress.learning_rate = step + 1, False, norm, rate
+        progress.num_tokens += int(self.task.rows.lengths[indices].sum())
+        self._seconds += time.perf_counter() - began
+        return Ending.SIGNAL if signalled else Ending.BUDGET if overdue else None
 
     def _refuse(self, examples: list[tuple[Tensor, Tensor]]) -> None:
         """Stop before the update, naming the step and the rows."""
@@ -189,13 +241,14 @@ class Trainer:
             "training.learning_rate, or use training.precision=fp32"
         )
 
-    def _log(self, norm: float, rate: float) -> dict[str, float]:
+    def _window(self) -> dict[str, float]:
         """The line for this step: means over the steps since the last one, from one reduction."""
+        progress = self.progress
         metrics = self.task.metrics(self._global_sums(), self._seconds)
-        metrics["grad_norm"] = norm
-        metrics["learning_rate"] = rate
-        metrics["epoch"] = self.progress.step / self.task.plan.steps_per_epoch
-        metrics["num_tokens"] = self.progress.num_tokens
+        metrics["grad_norm"] = progress.grad_norm
+        metrics["learning_rate"] = progress.learning_rate
+        metrics["epoch"] = progress.step / self.task.plan.steps_per_epoch
+        metrics["num_tokens"] = progress.num_tokens
         self._sums.zero_()
         self._seconds = 0.0
         return metrics
@@ -204,11 +257,15 @@ class Trainer:
         return sum_across_ranks(self._sums.clone()).tolist()
 
     def _save(self) -> None:
-        self.progress.window_sums, self.progress.window_seconds = self._global_sums(), self._seconds
-        save_checkpoint(
-            self.checkpoints,
-            self.progress,
-            self.policy.named_parameters(),
-            self.optimizer,
-            keep=self.settings.keep_checkpoints,
-        )
+        self.progress.window_sums, self.progress.window_seconds = gather_objects(self._sums.tolist()), self._seconds
+        self.progress.trackers = self.tracker.state()
+        self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
+
+
+def _own_share(window_sums: list[list[float]], count: int) -> list[float]:
+    """This rank's metric sums from a checkpoint; if other ranks wrote it, the first one carries them all."""
+    if len(window_sums) == world_size():
+        return window_sums[rank()]
+    if rank() == 0 and window_sums:
+        return [sum(column) for column in zip(*window_sums, strict=True)]
+    return [0.0] * count

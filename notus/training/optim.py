@@ -59,20 +59,32 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return found
 
 
-def gradient_norm(gradients: list[Tensor], loss_is_bad: Tensor) -> Tensor:
-    """The 2-norm of the whole gradient, from every rank's disjoint shards; one reduction.
+def is_first_replica(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether no rank of a lower number holds the same shards as this one, as hybrid sharding has it."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            return all(mesh.get_local_rank(dim) == 0 for dim, kind in enumerate(placements) if kind.is_replicate())
+    return True
+
+
+def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool = True) -> Tensor:
+    """The 2-norm of the whole gradient, from disjoint shards, and the ranks' flags; one reduction over all ranks.
 
     Args:
         gradients: this rank's shards.
-        loss_is_bad: scalar, non-zero where this rank saw a loss that is not finite; it makes the norm NaN everywhere.
+        flags: [F], what this rank has to tell the others, on the gradients' device.
+        first_replica: False where another rank counts the same shards.
 
     Returns:
-        fp32 scalar on the gradients' device, the same on every rank.
+        fp32 [1 + F], the same on every rank: the norm, then each flag's sum.
     """
-    norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()])
-    total = torch.stack([norm.float() for norm in norms]).square().sum() if norms else torch.zeros_like(loss_is_bad)
-    pair = sum_across_ranks(torch.stack([total, loss_is_bad.float()]))
-    return torch.where(pair[1] > 0, torch.nan, pair[0].sqrt())
+    # small tensors leave some ranks without a shard
+    counted = [gradient for gradient in gradients if gradient.numel()] if first_replica else []
+    norms = [norm.float() for norm in torch._foreach_norm(counted)] if counted else []
+    squares = torch.stack([*norms, torch.zeros((), device=flags.device)]).square().sum()
+    sums = sum_across_ranks(torch.cat([squares[None], flags.float()]))
+    return torch.cat([sums[:1].sqrt(), sums[1:]])
 
 
 def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:

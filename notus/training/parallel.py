@@ -24,7 +24,7 @@ def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_
 
     Args:
         policy: trainable parameters in fp32 (the masters).
-        mesh: all ranks, in one dimension.
+        mesh: all ranks, in one dimension, or (replicate, shard): see `distributed.mesh`.
         precision: "bf16" or "fp32", the dtype of gathered parameters and of the computation.
         activation_checkpointing: keep only each block's input for the backward pass.
     """
@@ -33,8 +33,9 @@ def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_
             _checkpoint_forward(block)
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
-    # A single rank has nothing to gather: freeing and copying its own weights twice per step would be waste.
-    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision_policy, reshard_after_forward=mesh.size() > 1)
+    # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
+    gathers = mesh.size(mesh.ndim - 1) > 1
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision_policy, reshard_after_forward=gathers)
     for block in policy.blocks:
         shard(block)
     shard(policy)

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from notus.data.chat import check_vocabulary, resolve_template
 from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
 from notus.data.packing import StepPlan, check_fits
 from notus.data.rows import Rows, packing_report
+from notus.entry import STOPPED
 from notus.model.adapter import export_adapter
 from notus.model.attention import kernel_for
 from notus.model.export import export_model, load_tokenizer, read_generation_config
@@ -24,13 +27,17 @@ from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
 from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.checkpoint import Progress, load_checkpoint
-from notus.training.folder import CHECKPOINTS, MODEL, open_folder
-from notus.training.loop import Settings, Trainer
+from notus.training.checkpoint import DamagedCheckpointError, Progress, load_checkpoint
+from notus.training.determinism import deterministic
+from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder, set_aside_damaged
+from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
 from notus.training.parallel import COMPUTE_DTYPES
 from notus.training.reference import digest_of_rows
+from notus.training.saving import Checkpoints
+from notus.training.shared import check_shared
+from notus.training.stopping import Stop
 from notus.training.tracking import (
     METRICS_FILE,
     MetricsFile,
@@ -40,6 +47,9 @@ from notus.training.tracking import (
     Tracker,
     WandbSink,
 )
+
+# Contents that a run cannot change when it goes on.
+_BOUND = ("data.train", "data.eval", "model.name_or_path")
 
 
 @dataclasses.dataclass
@@ -55,7 +65,8 @@ class Run:
         policy: sharded, with the starting weights.
         train_rows, eval_rows: tokenised data.
         plan: which examples each step takes.
-        checkpoint: where to go on from, if anywhere.
+        checkpoints: where to go on from: the first that is whole, the newest first.
+        stop: requests to end before the last step.
     """
 
     config: Config
@@ -68,7 +79,8 @@ class Run:
     train_rows: Rows
     eval_rows: Rows | None
     plan: StepPlan
-    checkpoint: Path | None
+    checkpoints: list[Path]
+    stop: Stop
 
     @property
     def kernel(self) -> str:
@@ -91,8 +103,8 @@ class Run:
         """Print on rank 0."""
         distributed.say(text)
 
-    def train(self, task: LoopTask) -> None:
-        """Train to the end and export the model; collective."""
+    def train(self, task: LoopTask) -> int:
+        """Train to the end and export the model, or until the run is to stop; returns the exit code. Collective."""
         training = self.config.training
         optimizer = build_optimizer(
             self.policy.parameters(),
@@ -108,64 +120,100 @@ class Run:
                 name: getattr(training, name)
                 for name in (
                     "learning_rate", "lr_schedule", "max_grad_norm", "tokens_per_row", "seed", "log_every",
-                    "eval_every", "save_every", "keep_checkpoints",
+                    "eval_every", "save_every",
                 )
             },
         )  # fmt: skip
-        tracker = distributed.main_first(lambda: self._tracker(progress.step))
+        tracker = distributed.main_first(lambda: self._tracker(progress))
         if self.total_steps == 1 and settings.warmup_steps:
             self.say("warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0")
+        checkpoints = Checkpoints(
+            self.folder / CHECKPOINTS,
+            self.device,
+            background=training.async_checkpoints,
+            keep=training.keep_checkpoints,
+            keep_every=training.keep_every,
+        )
         with tracker:
-            Trainer(
+            ending = Trainer(
                 self.policy,
                 optimizer,
                 task,
                 settings,
                 progress=progress,
                 tracker=tracker,
-                checkpoints=self.folder / CHECKPOINTS,
+                checkpoints=checkpoints,
+                stop=self.stop,
                 device=self.device,
             ).run()
-        self._export()
+        if ending is Ending.FINISHED:
+            self._export()
+            return 0
+        self.say(
+            f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; all of it is saved, "
+            "and the same command goes on"
+        )
+        return STOPPED if ending is Ending.SIGNAL else 0
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Digests of the data and of the starting weights, by the config key that names them."""
-        rows = digest_of_rows(self.train_rows.digests())
-        return {"data.train": rows, "model.name_or_path": self.weights_digest}
+        found = {"data.train": digest_of_rows(self.train_rows.digests()), "model.name_or_path": self.weights_digest}
+        if self.eval_rows is not None:
+            found["data.eval"] = digest_of_rows(self.eval_rows.digests())
+        return found
 
     def _progress(self, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
-        if self.checkpoint is None:
+        """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
+        if not self.checkpoints:
             return Progress(identity=self.identity)
-        progress = load_checkpoint(self.checkpoint, self.policy.named_parameters(), optimizer)
+        path, progress = self._load_newest(optimizer)
         for key, digest in self.identity.items():
-            if progress.identity.get(key) != digest:
+            if key in _BOUND and progress.identity.get(key) != digest:
                 raise ValueError(
-                    f"{self.checkpoint} was made from other contents of {key}: restore them to go on, or start over "
-                    "with training.resume=never"
+                    f"{path} was made from other contents of {key}: restore them to go on, or start over with "
+                    "training.resume=never"
                 )
         if progress.step > self.total_steps:
-            raise ValueError(f"{self.checkpoint} is at step {progress.step}, beyond the run's {self.total_steps}")
-        self.say(f"going on from {self.checkpoint} (step {progress.step} of {self.total_steps})")
+            raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
+        progress.identity = self.identity
+        self.say(f"going on from {path} (step {progress.step} of {self.total_steps})")
         return progress
 
-    def _tracker(self, step: int) -> Tracker:
+    def _load_newest(self, optimizer: torch.optim.Optimizer) -> tuple[Path, Progress]:
+        """Damaged checkpoints are set aside, and the one before is tried."""
+        for path in self.checkpoints:
+            try:
+                return path, load_checkpoint(path, self.policy.named_parameters(), optimizer)
+            except DamagedCheckpointError as error:
+                if path.parent.resolve() != (self.folder / CHECKPOINTS).resolve():
+                    raise
+                aside = distributed.on_main(functools.partial(set_aside_damaged, path))
+                self.say(f"warning: {error}; this checkpoint is now {aside.name}")
+        raise ValueError(
+            f"{self.folder / CHECKPOINTS}: no checkpoint is whole (see above); set training.resume=never to start over"
+        )
+
+    def _tracker(self, progress: Progress) -> Tracker:
         if not distributed.is_main():
             return Tracker([])
-        tracking = self.config.tracking
+        tracking, step = self.config.tracking, progress.step
+        recorded = step if progress.recorded else step - 1
         shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
                  "pairs/s": "pairs_per_second", "examples/s": "examples_per_second"}  # fmt: skip
         sinks: list[Sink] = [
-            MetricsFile(self.folder / METRICS_FILE, resume_step=step),
+            MetricsFile(self.folder / METRICS_FILE, resume_step=recorded),
             ProgressBar(total_steps=self.total_steps, start_step=step, shown=shown),
         ]
         if tracking.wandb:
             name = tracking.run_name or self.folder.name
             settings = dataclasses.asdict(self.config)
-            sinks.append(WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings))
+            run_id = progress.trackers.get("wandb")
+            sinks.append(
+                WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings, run_id=run_id)
+            )
         if tracking.tensorboard:
-            sinks.append(TensorBoardSink(self.folder))
+            sinks.append(TensorBoardSink(self.folder, resume_step=recorded))
         return Tracker(sinks)
 
     def _export(self) -> None:
@@ -202,19 +250,29 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with distributed.process_group() as device:
-        checkpoint = None
+    stop, training = Stop(config.training.max_hours), config.training
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        stack.enter_context(deterministic(training.deterministic))
+        device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
+        if training.sharding == "hybrid":
+            distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
+        checkpoints: list[Path] = []
         if train:
+            held = distributed.on_main(lambda: hold_folder(config))
+            if distributed.is_main():
+                stack.callback(os.close, held)
             opening = distributed.on_main(lambda: open_folder(config))
+            check_shared(Path(config.training.output_dir))
             if opening.finished:
                 distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
                 yield None
                 return
-            checkpoint = opening.checkpoint
-        yield _build(config, task, device, checkpoint, train)
+            checkpoints = opening.checkpoints
+        yield _build(config, task, device, checkpoints, train, stop)
 
 
-def _build(config: Config, task: Task, device: torch.device, checkpoint: Path | None, train: bool) -> Run:
+def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
     training, model = config.training, config.model
     model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
     model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
@@ -236,11 +294,12 @@ def _build(config: Config, task: Task, device: torch.device, checkpoint: Path | 
         adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
         trainable=train,
         seed=training.seed,
+        sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
     )
     return Run(
         config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
-        train_rows, eval_rows, plan, checkpoint,
+        train_rows, eval_rows, plan, checkpoints, stop,
     )  # fmt: skip
 
 

@@ -16,7 +16,15 @@ from notus.training.parallel import reshard
 
 
 @torch.no_grad()
-def score(policy: Policy, rows: Rows, indices: np.ndarray, *, tokens_per_row: int, device: torch.device) -> Tensor:
+def score(
+    policy: Policy,
+    rows: Rows,
+    indices: np.ndarray,
+    *,
+    tokens_per_row: int,
+    device: torch.device,
+    on_row: Callable[[], None] | None = None,
+) -> Tensor:
     """Score some rows of a dataset; collective, every rank takes a share and gets the whole.
 
     Args:
@@ -25,6 +33,7 @@ def score(policy: Policy, rows: Rows, indices: np.ndarray, *, tokens_per_row: in
         indices: int64 [n], which rows.
         tokens_per_row: the most tokens of a packed row.
         device: where the policy computes.
+        on_row: called before each packed row, of which every rank has the same number; what it raises ends the pass.
 
     Returns:
         fp32 [n, K] on the host: the sum of each completion's log-probs, in nats, in the order of `indices`.
@@ -34,13 +43,17 @@ def score(policy: Policy, rows: Rows, indices: np.ndarray, *, tokens_per_row: in
     was_training = policy.training
     policy.eval()
     share = step_rows(rows, indices, rank=rank(), world_size=world_size(), tokens_per_row=tokens_per_row)
-    for batch in share:
-        logps = policy(batch.to(device))
-        if int(batch.indices[0]) >= 0:  # not a filler
-            where = torch.tensor([place[index] for index in batch.indices.tolist()])
-            found[where.to(device)] = logps
-    reshard(policy)
-    policy.train(was_training)
+    try:
+        for batch in share:
+            if on_row is not None:
+                on_row()
+            logps = policy(batch.to(device))
+            if int(batch.indices[0]) >= 0:  # not a filler
+                where = torch.tensor([place[index] for index in batch.indices.tolist()])
+                found[where.to(device)] = logps
+    finally:
+        reshard(policy)
+        policy.train(was_training)
     return sum_across_ranks(found).cpu()
 
 

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: what a step is, and the run around it."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows
 from notus.losses import nll_loss
 from notus.model.policy import Policy
+from notus.training.guards import Guard
 from notus.training.loop import RowLoss
 from notus.training.run import start
 from notus.training.scoring import score
@@ -18,6 +21,7 @@ class SFTTask:
     """Next-token loss on completion tokens, averaged over the tokens of the whole step."""
 
     num_sums = 3
+    guards: tuple[Guard, ...] = ()
 
     def __init__(
         self, train: Rows, held_out: Rows | None, *, plan: StepPlan, tokens_per_row: int, device: torch.device
@@ -43,29 +47,39 @@ class SFTTask:
     def check_first_step(self, sums: list[float]) -> None:
         """Nothing is known of SFT's first loss."""
 
-    def evaluate(self, policy: Policy) -> dict[str, float]:
+    def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
         """Mean loss per token on held-out rows."""
         if self._held_out is None:
             return {}
         everything = np.arange(len(self._held_out))
-        logps = score(policy, self._held_out, everything, tokens_per_row=self._tokens_per_row, device=self._device)
+        logps = score(
+            policy,
+            self._held_out,
+            everything,
+            tokens_per_row=self._tokens_per_row,
+            device=self._device,
+            on_row=on_row,
+        )
         return {"eval_loss": -logps.double().sum().item() / int(self._held_out.loss_tokens.sum())}
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> int:
     """Fine-tune as `config` says: `train_sft.py`.
+
+    Returns:
+        The exit code: 0, or `notus.entry.STOPPED` if a signal ended the run before its last step.
 
     Raises:
         ValueError: a user's mistake, in one line.
     """
     with start(config, "sft") as job:
-        if job is not None:
-            job.train(
-                SFTTask(
-                    job.train_rows,
-                    job.eval_rows,
-                    plan=job.plan,
-                    tokens_per_row=config.training.tokens_per_row,
-                    device=job.device,
-                )
-            )
+        if job is None:
+            return 0
+        task = SFTTask(
+            job.train_rows,
+            job.eval_rows,
+            plan=job.plan,
+            tokens_per_row=config.training.tokens_per_row,
+            device=job.device,
+        )
+        return job.train(task)

@@ -1,20 +1,41 @@
-"""What a run tells while it trains: progress on the terminal, `metrics.jsonl`, Weights & Biases, TensorBoard."""
+"""What a run tells while it trains: progress on the terminal, `metrics.jsonl`, Weights & Biases, TensorBoard.
 
+`metrics.jsonl` is the run's own record: where it cannot be written, the run ends. Weights & Biases and TensorBoard are
+courtesies: where they fail, they are switched off with a warning, and training goes on.
+"""
+
+import functools
 import json
 import os
+import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from notus.model.publish import disk_error
+
 METRICS_FILE = "metrics.jsonl"
+
+# Seconds in which Weights & Biases must answer at the start, and have the last metrics at the end. Its own waits are
+# 90 s and for ever; what it does not get in time stays in files beside the run.
+WANDB_INIT_TIMEOUT = 30.0
+WANDB_FINISH_TIMEOUT = 60.0
 
 
 class Sink(Protocol):
+    """Where lines of metrics go.
+
+    Attributes:
+        remedy: what the user is told where it fails and is switched off; None: its failure ends the run.
+    """
+
+    @property
+    def remedy(self) -> str | None: ...
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
@@ -22,50 +43,106 @@ class Sink(Protocol):
 class MetricsFile:
     """One JSON object per line, each with `step`."""
 
+    remedy = None
+
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Open `path` for appending; lines after `resume_step` are from steps that will be taken again, and go."""
+        """Open `path` for appending; lines after `resume_step` are from steps that will be taken again, and go.
+
+        Raises:
+            ValueError: the file holds something else than metrics.
+            OSError: the disk refuses; so does `log`.
+        """
+        self._path = path
         kept = _lines_until(path, resume_step) if path.exists() else []
         temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            temporary.write_bytes(b"".join(kept))
+            os.replace(temporary, path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise disk_error(path, error) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **metrics}).encode() + b"\n"
+        try:
+            while line:  # a disk that fills up takes a part first, and says why on the next attempt
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise disk_error(self._path, error) from error
 
     def close(self) -> None:
         self._file.close()
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """Whole lines up to and including `step`; a line that a crash cut short ends the file."""
+def _lines_until(path: Path, step: int) -> list[bytes]:
+    """Whole lines up to and including `step`; a last line that a crash cut short is left out."""
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] > step:
+    for number, line in enumerate(lines, start=1):
+        found = _step_of(line)
+        if found is None and number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a line of metrics; restore the file, or move it away")
+        if found is None or found > step:
             break
         kept.append(line)
     return kept
 
 
-class WandbSink:
-    """A Weights & Biases run; offline unless a key is set."""
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics; None for anything else, and for a line without its end."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) and line.endswith(b"\n") else None
+    return step if isinstance(step, int) else None
 
-    def __init__(self, *, project: str, name: str | None, folder: Path, config: Mapping[str, Any]) -> None:
+
+class WandbSink:
+    """A Weights & Biases run; offline unless a key is set and the server answers.
+
+    Attributes:
+        run_id: by which a later process goes on with the same run.
+    """
+
+    def __init__(
+        self, *, project: str, name: str | None, folder: Path, config: Mapping[str, Any], run_id: str | None = None
+    ) -> None:
+        """Start a run, or go on with `run_id`; where the server cannot be reached, offline, with a warning.
+
+        Raises:
+            ValueError: the settings or the key are refused.
+        """
         import wandb
 
         has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        self.run_id = run_id or secrets.token_hex(4)
+        begin: Callable[..., Any] = functools.partial(
+            wandb.init, project=project, name=name, dir=folder, config=dict(config), id=self.run_id,
+            settings=wandb.Settings(
+                init_timeout=WANDB_INIT_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT, finish_timeout_raises=True
+            ),
+        )  # fmt: skip
         try:
-            self._run = wandb.init(project=project, name=name, dir=folder, config=dict(config), mode=mode)  # type: ignore[arg-type]
-        except wandb.errors.Error as error:
-            raise ValueError(
-                f"tracking.wandb: Weights & Biases refuses the run ({error}); WANDB_MODE=offline works"
-            ) from error
+            # Offline there is nothing to look up: what is there of the run is added to when the files are uploaded.
+            self._run = begin(mode=mode, resume="allow" if run_id and mode == "online" else None)
+        except Exception as error:  # of many kinds: time-outs, what a proxy answers in its place, a service that dies
+            if mode != "online" or isinstance(error, (wandb.errors.UsageError, wandb.errors.AuthenticationError)):
+                raise ValueError(
+                    f"tracking.wandb: Weights & Biases refuses the run ({_first_line(error)}); WANDB_MODE=offline or "
+                    "tracking.wandb=false goes on without it"
+                ) from error
+            print(
+                f"warning: Weights & Biases is out of reach ({_first_line(error)}): the run is kept offline", flush=True
+            )
+            wandb.teardown()  # or the id would count as taken
+            self._run = begin(mode="offline")
+
+    @property
+    def remedy(self) -> str:
+        folder = self._run.settings.sync_dir
+        return f"what it has got is in {folder}, and `wandb sync {folder}` uploads it"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -77,8 +154,10 @@ class WandbSink:
 class TensorBoardSink:
     """Event files under `OUTPUT_DIR/tensorboard`."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open a writer.
+    remedy = f"{METRICS_FILE} has every line"
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        """Open a writer; events after `resume_step` are from steps that will be taken again, and are hidden.
 
         Raises:
             ValueError: the tensorboard package is not installed.
@@ -89,11 +168,12 @@ class TensorBoardSink:
             raise ValueError(
                 "tracking.tensorboard=true needs the tensorboard package: pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # its thread writes: only then is it known whether the disk took them
 
     def close(self) -> None:
         self._writer.close()
@@ -101,6 +181,8 @@ class TensorBoardSink:
 
 class ProgressBar:
     """A bar where there is a terminal, a line every few seconds where there is none."""
+
+    remedy = None
 
     def __init__(
         self, *, total_steps: int, start_step: int, shown: Mapping[str, str], seconds_between: float = 5.0
@@ -125,7 +207,7 @@ class ProgressBar:
         if now - self._last < self._between and step != self._total and not evaluated:
             return
         self._last = now
-        left = (now - self._began) / (step - self._start) * (self._total - step)
+        left = (now - self._began) / max(1, step - self._start) * (self._total - step)
         figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
         told = "  ".join(f"{label} {value}" for label, value in figures.items())
         print(f"step {step}/{self._total}  {told}  left {_clock(left)}", flush=True)
@@ -146,11 +228,28 @@ class Tracker:
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
+        runs = [sink.run_id for sink in sinks if isinstance(sink, WandbSink)]
+        self._state = {"wandb": runs[0]} if runs else {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (optimizer steps completed)."""
-        for sink in self._sinks:
-            sink.log(step, metrics)
+        for sink in list(self._sinks):
+            self._attempt(sink, lambda sink=sink: sink.log(step, metrics))  # type: ignore[misc]
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint keeps, so that a resumed run goes on in the same place: the W&B run's id."""
+        return dict(self._state)
+
+    def _attempt(self, sink: Sink, work: Callable[[], None]) -> None:
+        """A failure is the run's end, or with a `remedy` the sink's: training matters more than its trackers."""
+        try:
+            work()
+        except Exception as error:
+            if sink.remedy is None:
+                raise
+            self._sinks.remove(sink)
+            name = type(sink).__name__.removesuffix("Sink")
+            print(f"warning: {name} fails ({_first_line(error)}) and is off for the rest; {sink.remedy}", flush=True)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -158,5 +257,9 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sink in self._sinks:
-            sink.close()
+        for sink in list(self._sinks):
+            self._attempt(sink, sink.close)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from toys import toy_model, toy_tokenizer
 
 from notus.__main__ import main
@@ -38,7 +39,7 @@ def chat_folder(tmp_path):
 
 def run(folder, prompts, *options):
     out = prompts.parent / "results" / "out.jsonl"
-    assert main(["generate", str(folder), str(prompts), str(out), *FP32, *map(str, options)]) == 0
+    assert main(["generate", str(folder), str(prompts), str(out), "--overwrite", *FP32, *map(str, options)]) == 0
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -120,9 +121,28 @@ def test_an_error_names_the_row_and_leaves_the_last_result(model_folder, prompts
     out = prompts.parent / "out.jsonl"
     out.write_text("before")
     prompts.write_text(json.dumps({"prompt": "dog"}) + "\n" + json.dumps({"prompt": "dog " * 300}))
-    assert main(["generate", str(model_folder), str(prompts), str(out), *FP32]) == 1
+    assert main(["generate", str(model_folder), str(prompts), str(out), "--overwrite", *FP32]) == 1
     assert f"{prompts}, line 2: the prompt's" in capsys.readouterr().err
     assert out.read_text() == "before"
+
+
+def test_a_file_that_exists_is_replaced_only_on_demand(model_folder, prompts, capsys):
+    out = prompts.parent / "out.jsonl"
+    command = ["generate", str(model_folder), str(prompts), str(out), *FP32]
+    out.touch()
+    assert main(command) == 0
+    out.write_text("my notes")
+    assert main(command) == 1
+    assert f"{out}: exists already; name another file, or replace it with --overwrite" in capsys.readouterr().err
+    assert out.read_text() == "my notes"
+    assert main([*command, "--overwrite"]) == 0
+    assert len(out.read_text().splitlines()) == 3
+
+
+def test_no_progress_bar_of_transformers_is_shown(model_folder, prompts, capsys):
+    transformers.utils.logging.enable_progress_bar()
+    run(model_folder, prompts)
+    assert "Loading weights" not in capsys.readouterr().err
 
 
 def test_refuses_to_write_over_the_prompts(model_folder, prompts, capsys):

@@ -1,11 +1,16 @@
+import errno
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from notus.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from notus.training import saving
+from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
+from notus.training.saving import Checkpoints
 
 
 def _stepped(name: str, seed: int) -> tuple[list[tuple[str, nn.Parameter]], torch.optim.Optimizer]:
@@ -22,13 +27,22 @@ def _stepped(name: str, seed: int) -> tuple[list[tuple[str, nn.Parameter]], torc
     return parameters, optimizer
 
 
+def save_checkpoint(folder, progress, parameters, optimizer, *, keep=None, keep_every=None, background=True):
+    checkpoints = Checkpoints(folder, torch.device("cpu"), background=background, keep=keep, keep_every=keep_every)
+    checkpoints.save(progress, parameters, optimizer)
+    checkpoints.wait()
+    return folder / f"step-{progress.step:08d}"
+
+
+@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
-def test_goes_on_as_if_it_had_not_stopped(name: str, tmp_path: Path, device: torch.device) -> None:
+def test_goes_on_as_if_it_had_not_stopped(name: str, background: bool, tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped(name, seed=3)
-    path = save_checkpoint(tmp_path, Progress(3, 99, [1.5]), parameters, optimizer, keep=None)
+    saved = Progress(step=3, num_tokens=99, window_sums=[[1.5]], recorded=False, trackers={"wandb": "x"})
+    path = save_checkpoint(tmp_path, saved, parameters, optimizer, background=background)
     others, fresh = _stepped(name, seed=0)
     progress = load_checkpoint(path, others, fresh)
-    assert progress == Progress(step=3, num_tokens=99, window_sums=[1.5])
+    assert progress == saved
     gradient = torch.randn(3, 2)
     for (_, parameter), stepping in ((parameters[0], optimizer), (others[0], fresh)):
         parameter.grad = gradient.clone()
@@ -38,78 +52,176 @@ def test_goes_on_as_if_it_had_not_stopped(name: str, tmp_path: Path, device: tor
 
 def test_frozen_parameters_are_left_out(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=None)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     others, fresh = _stepped("rmsprop", seed=0)
     before = others[1][1].clone()
     load_checkpoint(path, others, fresh)
     assert torch.equal(others[1][1], before)
 
 
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_the_newest_are_kept_by_step(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
     for step in (9, 10, 100):
         save_checkpoint(tmp_path, Progress(step), parameters, optimizer, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000100"
+    assert _names(tmp_path) == ["latest", "step-00000010", "step-00000100"]
+    assert checkpoints_in(tmp_path) == [tmp_path / "step-00000100", tmp_path / "step-00000010"]
+    assert (tmp_path / "latest").read_text() == "step-00000100\n"
 
 
-def test_a_half_written_one_is_not_seen(tmp_path: Path, device: torch.device) -> None:
+def test_some_are_kept_for_good(tmp_path: Path, device: torch.device) -> None:
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    for step in range(2, 13, 2):
+        save_checkpoint(tmp_path, Progress(step), parameters, optimizer, keep=1, keep_every=4)
+    assert [path.name[-2:] for path in checkpoints_in(tmp_path)] == ["12", "08", "04"]
+    save_checkpoint(tmp_path, Progress(14), parameters, optimizer, keep=1, keep_every=4)
+    assert [path.name[-2:] for path in checkpoints_in(tmp_path)] == ["14", "12", "08", "04"]
+
+
+def test_what_a_killed_run_left_is_not_seen_and_goes(tmp_path: Path, device: torch.device) -> None:
     (tmp_path / ".step-00000007.partial").mkdir()
-    assert latest_checkpoint(tmp_path) is None
+    (tmp_path / ".step-00000003.old").mkdir()
+    assert checkpoints_in(tmp_path) == []
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    save_checkpoint(tmp_path, Progress(7), parameters, optimizer, keep=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    save_checkpoint(tmp_path, Progress(7), parameters, optimizer)
+    assert _names(tmp_path) == ["latest", "step-00000007"]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path, device: torch.device) -> None:
+def test_what_is_saved_is_the_moment_of_the_call(tmp_path: Path, device: torch.device) -> None:
+    """Training goes on while the background writes: neither tensors nor progress may move."""
+    parameters, optimizer = _stepped("rmsprop", seed=2)
+    before, progress = parameters[0][1].detach().clone(), Progress(2)
+    checkpoints = Checkpoints(tmp_path, torch.device("cpu"), background=True, keep=None, keep_every=None)
+    for step in (2, 3):
+        progress.step = step
+        checkpoints.save(progress, parameters, optimizer)
+        progress.step = 99
+        with torch.no_grad():
+            parameters[0][1].fill_(step)
+        optimizer.state[parameters[0][1]]["square_avg"].fill_(7.0)
+    checkpoints.wait()
+    others, fresh = _stepped("rmsprop", seed=0)
+    assert load_checkpoint(tmp_path / "step-00000002", others, fresh).step == 2
+    assert torch.equal(others[0][1], before)
+    assert not (fresh.state[others[0][1]]["square_avg"] == 7.0).any()
+    assert load_checkpoint(tmp_path / "step-00000003", others, fresh).step == 3
+    assert (others[0][1] == 2).all()
+    assert (fresh.state[others[0][1]]["square_avg"] == 7.0).all()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_failed_write_is_told_and_leaves_the_others(
+    background: bool, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    save_checkpoint(tmp_path, Progress(7, 1), parameters, optimizer, keep=None)
-    path = save_checkpoint(tmp_path, Progress(7, 2), parameters, optimizer, keep=None)
-    assert load_checkpoint(path, parameters, optimizer).num_tokens == 2
+    first = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=1)
+
+    def full(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "_write_safetensors", full)
+    checkpoints = Checkpoints(tmp_path, torch.device("cpu"), background=background, keep=1, keep_every=None)
+    message = r"step-00000002.*No space left on device.*GB free.*earlier checkpoints are whole"
+
+    def save_and_wait() -> None:
+        checkpoints.save(Progress(2), parameters, optimizer)
+        while not checkpoints.failed():
+            time.sleep(0.01)
+        checkpoints.wait()
+
+    with pytest.raises(OSError, match=message):
+        save_and_wait()
+    assert not checkpoints.failed()  # told once
+    assert _names(tmp_path) == ["latest", "step-00000001"]
+    assert load_checkpoint(first, parameters, optimizer).step == 1
+
+
+def test_what_is_written_is_safetensors(tmp_path: Path, device: torch.device) -> None:
+    parameters, optimizer = _stepped("adamw", seed=2)
+    path = save_checkpoint(tmp_path, Progress(2), parameters, optimizer)
+    tensors = load_file(path / "rank-00000.safetensors")
+    assert set(tensors) == {"model.weight", "optimizer.exp_avg.weight", "optimizer.exp_avg_sq.weight"}
+    assert torch.equal(tensors["model.weight"], parameters[0][1])
+
+
+def test_without_an_optimizer_only_the_model_is_read(tmp_path: Path, device: torch.device) -> None:
+    parameters, optimizer = _stepped("adamw", seed=2)
+    path = save_checkpoint(tmp_path, Progress(2), parameters, optimizer)
+    others, _ = _stepped("rmsprop", seed=0)
+    load_checkpoint(path, others, None)
+    assert torch.equal(others[0][1], parameters[0][1])
 
 
 def test_another_optimizer_is_refused(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=None)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     with pytest.raises(ValueError, match="written with RMSprop, not AdamW"):
         load_checkpoint(path, *_stepped("adamw", seed=0))
 
 
-def test_a_damaged_state_file_is_named(tmp_path: Path, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "content", ['{"optimizer": "RMS', "{}", "[]", "\xff\xfe", '{"format": 2, "digest": "", "progress": {}}']
+)
+def test_a_damaged_state_file_is_named(content: str, tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=None)
-    (path / "state.json").write_text('{"optimizer": "RMS')
-    with pytest.raises(ValueError, match=r"state\.json is damaged"):
-        load_checkpoint(path, parameters, optimizer)
-    for content in ("{}", "[]", '{"format": 1, "optimizer": "RMSprop", "progress": {"steps": 1}}', '{"format": 9}'):
-        (path / "state.json").write_text(content)
-        with pytest.raises(ValueError, match=r"state\.json is damaged"):
-            load_checkpoint(path, parameters, optimizer)
-    (path / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"has no state\.json"):
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
+    (path / "state.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged"):
         load_checkpoint(path, parameters, optimizer)
 
 
-def test_a_truncated_tensor_file_is_named(tmp_path: Path, device: torch.device) -> None:
+def test_a_changed_figure_in_the_state_is_seen(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=None)
-    file = next(path.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+    path = save_checkpoint(tmp_path, Progress(1, num_tokens=41), parameters, optimizer)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace("41", "42"))
+    with pytest.raises(DamagedCheckpointError, match="does not match its digest"):
         load_checkpoint(path, parameters, optimizer)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) -> None:
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    with pytest.raises(ValueError, match=r"not a checkpoint: it has no state\.json"):
+        load_checkpoint(tmp_path, parameters, optimizer)
+    (tmp_path / "state.json").write_text('{"format": 9}')
+    with pytest.raises(ValueError, match="format 9, this version reads 2"):
+        load_checkpoint(tmp_path, parameters, optimizer)
+
+
+def test_a_damaged_tensor_file_is_named_and_nothing_is_filled(tmp_path: Path, device: torch.device) -> None:
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
+    file = path / "rank-00000.safetensors"
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 16
+    others, fresh = _stepped("rmsprop", seed=0)
+    before = others[0][1].detach().clone()
+    for content, problem in ((whole[:-1], "bytes, not"), (bytes(flipped), "does not match its digest")):
+        file.write_bytes(content)
+        with pytest.raises(DamagedCheckpointError, match=problem):
+            load_checkpoint(path, others, fresh)
+    file.unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"rank-00000\.safetensors cannot be read"):
+        load_checkpoint(path, others, fresh)
+    assert torch.equal(others[0][1], before)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=None)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     other = nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+    with pytest.raises(ValueError, match="into this model"):
         load_checkpoint(path, [("bias", other)], torch.optim.RMSprop([other]))
 
 
 def test_nothing_on_disk_needs_unpickling(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("adamw", seed=1)
-    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=None)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     names = sorted(file.suffix for file in path.iterdir())
     assert names == [".json", ".safetensors"]
     assert json.loads((path / "state.json").read_text())["optimizer"] == "AdamW"

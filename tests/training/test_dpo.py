@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from ranks import run_ranks
-from runs import config, read_metrics, write_pairs
+from runs import config, free_port, read_metrics, write_pairs
 from safetensors.torch import load_file
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +20,8 @@ from notus.training.loop import NonFiniteError
 
 KEYS = {
     "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected",
-    "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "pairs_per_second",
+    "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "logps/chosen_change",
+    "pairs_per_second",
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, model_folder: Path, pairs_file
         "reference",
         "model",
     }
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
     before = (run / "metrics.jsonl").read_bytes()
     dpo.run(settings)  # finished: says so, changes nothing
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -317,7 +318,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     settings = config("dpo", tmp_path / "run", model_folder, pairs_file, data__shuffle=False, training__save_every=1)
     with pytest.raises(NonFiniteError, match=r"step 3: the loss of dataset rows \[(8|9|10|11)\] is not finite"):
         dpo.run(settings)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002\n"
 
 
 def test_bf16_starts_at_ln_2_and_keeps_fp32_masters(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
@@ -349,14 +350,6 @@ def _train_on_ranks(settings: dict[str, Any], folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size)
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("lora", [{}, {"lora__rank": 3}], ids=["full", "lora"])
 def test_two_ranks_do_what_one_does(lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     from runs import settings
@@ -364,7 +357,7 @@ def test_two_ranks_do_what_one_does(lora: dict[str, Any], tmp_path: Path, model_
     overrides = {**lora, "data__eval_size": 5, "training__epochs": 2, "training__tokens_per_row": 70}
     dpo.run(config("dpo", tmp_path / "one", model_folder, pairs_file, **overrides))
     tree = settings(tmp_path / "two", model_folder, pairs_file, **overrides)
-    run_ranks(_train_on_ranks, 2, tmp_path, {"tree": tree, "port": _free_port()}, tmp_path)
+    run_ranks(_train_on_ranks, 2, tmp_path, {"tree": tree, "port": free_port()}, tmp_path)
     one, two = (read_metrics(tmp_path / run) for run in ("one", "two"))
     for key in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=2e-5), key

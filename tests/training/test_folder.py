@@ -19,7 +19,7 @@ def _begin(tmp_path: Path) -> None:
 
 
 def test_a_new_folder_is_claimed(tmp_path: Path) -> None:
-    assert open_folder(_config(tmp_path)) == Opening(finished=False, checkpoint=None)
+    assert open_folder(_config(tmp_path)) == Opening(finished=False, checkpoints=[])
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
@@ -28,7 +28,7 @@ def test_auto_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
     for name in ("step-00000002", "step-00000010", ".step-00000011.partial"):
         (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
     opening = open_folder(_config(tmp_path))
-    assert opening.checkpoint == tmp_path / "run" / "checkpoints" / "step-00000010"
+    assert [path.name for path in opening.checkpoints] == ["step-00000010", "step-00000002"]
 
 
 def test_a_finished_run_is_finished(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_going_back_behind_the_newest_is_refused(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     with pytest.raises(ValueError, match="has a newer checkpoint, step-00000004"):
         open_folder(_config(tmp_path, training__resume=str(folders[0])))
-    assert open_folder(_config(tmp_path, training__resume=str(folders[1]))).checkpoint == folders[1]
+    assert open_folder(_config(tmp_path, training__resume=str(folders[1]))).checkpoints == folders[::-1]
 
 
 def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
@@ -78,7 +78,13 @@ def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"training__log_every": 5}, {"training__tokens_per_row": 999}, {"tracking__tensorboard": True}]
+    "change",
+    [
+        {"training__log_every": 5},
+        {"training__tokens_per_row": 999},
+        {"training__deterministic": True},
+        {"tracking__tensorboard": True},
+    ],
 )
 def test_what_does_not_change_the_result_may_change(change: dict[str, Any], tmp_path: Path) -> None:
     _begin(tmp_path)
@@ -90,7 +96,7 @@ def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("kept")
     opening = open_folder(_config(tmp_path, dpo__beta=0.2, training__resume="never"))
-    assert opening == Opening(finished=False, checkpoint=None)
+    assert opening == Opening(finished=False, checkpoints=[])
     (aside,) = (tmp_path / "run").glob("previous-*")
     assert (aside / "metrics.jsonl").read_text() == "kept"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", aside.name]
@@ -105,7 +111,7 @@ def test_a_named_checkpoint_starts_the_run_and_its_own_take_over(tmp_path: Path)
     origin = tmp_path / "other" / "step-00000004"
     origin.mkdir(parents=True)
     settings = _config(tmp_path, training__resume=str(origin))
-    assert open_folder(settings).checkpoint == origin
+    assert open_folder(settings).checkpoints == [origin]
     own = tmp_path / "run" / "checkpoints" / "step-00000006"
     own.mkdir(parents=True)
-    assert open_folder(settings).checkpoint == own
+    assert open_folder(settings).checkpoints == [own]

@@ -1,0 +1,73 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import config, read_metrics
+from transformers import AutoTokenizer
+
+from notus.training import dpo
+from notus.training.guards import CHOSEN_CHANGE, SUMMED_MARGINS, Guards
+
+
+def test_each_guard_speaks_once_and_names_its_metric() -> None:
+    guards = Guards([SUMMED_MARGINS, CHOSEN_CHANGE])
+    assert guards.check({"loss": 99.0, "rewards/margins": 20.0, "logps/chosen_change": -1.0}) == []
+    (first,) = guards.check({"rewards/margins": -20.5, "logps/chosen_change": 5.0})
+    assert first.startswith("warning: rewards/margins = -20.5 is beyond 20 either way: ")
+    assert guards.check({"rewards/margins": 30.0}) == []
+    (second,) = guards.check({"rewards/margins": 30.0, "logps/chosen_change": -1.25})
+    assert second.startswith("warning: logps/chosen_change = -1.25 is below -1 nat per token: ")
+    assert guards.check({"rewards/margins": 30.0, "logps/chosen_change": -9.0}) == []
+
+
+def test_the_limit_is_where_the_gradient_ends() -> None:
+    assert 1 / (1 + math.exp(20)) == pytest.approx(2.1e-9, rel=0.02)
+
+
+def _warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+
+
+def test_a_run_that_works_is_silent(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, training__epochs=3))
+    assert _warnings(capsys) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "beta", "expected"),
+    [("sigmoid", 1.0, {"rewards/margins", "logps/chosen_change"}), ("ipo", 5.0, {"logps/chosen_change"})],
+)
+def test_an_absurd_learning_rate_is_told(
+    loss: str, beta: float, expected: set[str], tmp_path: Path, model_folder: Path, pairs_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"dpo__loss_type": loss, "dpo__beta": beta, "training__learning_rate": 0.1}
+    dpo.run(config("dpo", run, model_folder, pairs_file, **settings))
+    assert sorted(line.split()[1] for line in _warnings(capsys)) == sorted(expected)
+    assert max(abs(line["rewards/margins"]) for line in read_metrics(run)) > 20
+
+
+def test_the_change_of_the_chosen_is_per_token(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    run, beta = tmp_path / "run", 0.3
+    overrides: dict[str, Any] = {"training__batch_size": 18, "dpo__beta": beta, "data__shuffle": False}
+    dpo.run(config("dpo", run, model_folder, pairs_file, training__epochs=2, **overrides))
+    first, second = read_metrics(run)
+    assert first["logps/chosen_change"] == pytest.approx(0.0, abs=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokens = _chosen_tokens(tokenizer, pairs_file)
+    change = second["logps/chosen"] - first["logps/chosen"]  # a mean over the 18 pairs
+    assert second["logps/chosen_change"] == pytest.approx(18 * change / tokens, rel=1e-4)
+
+
+def _chosen_tokens(tokenizer: Any, pairs: Path) -> int:
+    import json
+
+    total = 0
+    for pair in map(json.loads, pairs.read_text().splitlines()):
+        whole = tokenizer(pair["prompt"] + pair["chosen"], return_offsets_mapping=True)
+        total += sum(end > len(pair["prompt"]) for _, end in whole["offset_mapping"]) + 1  # end-of-sequence
+    return total

@@ -1,0 +1,194 @@
+"""An interrupted and resumed run is an undisturbed one, bit by bit."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import config, free_port, read_metrics, settings, write_messages
+from safetensors.torch import load_file
+
+from notus.config import config_from_dict
+from notus.entry import STOPPED
+from notus.training import dpo, sft
+
+EVERY = {"training__save_every": 3, "training__log_every": 4, "training__epochs": 2, "training__eval_every": 5,
+         "data__eval_size": 5}  # fmt: skip
+LORA = {"lora__rank": 2, "lora__dropout": 0.3}
+
+
+def same(one: Path, other: Path) -> None:
+    """The same weights and the same metrics, timings aside."""
+    files = sorted(path.name for path in (one / "model").glob("*.safetensors"))
+    assert files
+    for name in files:
+        first, second = (load_file(run / "model" / name) for run in (one, other))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    lines = [
+        [{key: value for key, value in line.items() if not key.endswith("per_second")} for line in read_metrics(run)]
+        for run in (one, other)
+    ]
+    assert lines[0] == lines[1]
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, action: Callable[[], None]) -> None:
+    """Do something just before the method `name` is called for the `number`th time."""
+    inner, calls = getattr(owner, name), []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return inner(*arguments, **named)
+
+    patch.setattr(owner, name, counted)
+
+
+def terminate() -> None:
+    """Let this process be preempted, and give its watching thread the time to see it."""
+    import time
+
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+
+
+@pytest.mark.parametrize("kind", ["dpo-full", "dpo-lora", "sft-full", "sft-lora"])
+@pytest.mark.parametrize("place", ["step", "evaluation"])
+def test_preempted_and_resumed_is_bitwise_undisturbed(
+    kind: str, place: str, tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _, what = kind.partition("-")
+    module, owner = {"dpo": (dpo, dpo.DPOTask), "sft": (sft, sft.SFTTask)}[task]
+    data = pairs_file if task == "dpo" else write_messages(tmp_path / "chats.jsonl", 18)
+    overrides = EVERY | (LORA if what == "lora" else {})
+    assert module.run(config(task, tmp_path / "whole", model_folder, data, **overrides)) == 0
+    cut = config(task, tmp_path / "cut", model_folder, data, **overrides)
+    with monkeypatch.context() as patch:
+        # 13 rows in steps of 4: 4 steps an epoch. The 5th step's loss, or its evaluation.
+        at_call(patch, owner, *(("row_loss", 5) if place == "step" else ("evaluate", 1)), terminate)
+        assert module.run(cut) == STOPPED
+    assert (tmp_path / "cut" / "checkpoints" / "latest").read_text() == "step-00000005\n"
+    assert not (tmp_path / "cut" / "model").exists()
+    assert module.run(cut) == 0
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_budget_ends_the_run_cleanly_again_and_again(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **EVERY))
+    cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, training__max_hours=1e-9, **EVERY)
+    for step in range(1, 9):
+        assert dpo.run(cut) == 0
+        # an evaluation that is due, as at the last step, is left to the next launch
+        assert f"stopped by training.max_hours after step {step} of 8" in capsys.readouterr().out
+    assert dpo.run(config("dpo", tmp_path / "cut", model_folder, pairs_file, **EVERY)) == 0
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def _run_on_ranks(trees: list[dict[str, Any]], ports: list[int], preempt_at: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()  # each run joins its own, as under torchrun
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1")
+
+    def launch(tree: dict[str, Any]) -> int:
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        return dpo.run(config_from_dict(tree, "dpo"))
+
+    whole, cut = trees
+    assert launch(whole) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            at_call(patch, dpo.DPOTask, "row_loss", preempt_at, terminate)
+        assert launch(cut) == STOPPED
+    assert launch(cut) == 0
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size)
+
+
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+def test_one_rank_of_two_is_preempted(
+    lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    trees = [settings(tmp_path / name, model_folder, pairs_file, **EVERY, **lora) for name in ("whole", "cut")]
+    run_ranks(_run_on_ranks, 2, tmp_path, trees, [free_port() for _ in range(3)], 6, tmp_path)
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    tmp_path: Path,
+    model_folder: Path,
+    pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **EVERY))
+    cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **EVERY)
+    with monkeypatch.context() as patch:
+        at_call(patch, dpo.DPOTask, "row_loss", 8, terminate)
+        assert dpo.run(cut) == STOPPED
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000006", "step-00000008"]
+    file = checkpoints / "step-00000008" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    assert dpo.run(cut) == 0
+    told = capsys.readouterr().out
+    assert "this checkpoint is now damaged-step-00000008" in told
+    assert f"going on from {checkpoints / 'step-00000006'} (step 6 of 8)" in told
+    same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_no_whole_checkpoint_is_an_error(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **EVERY)
+    with monkeypatch.context() as patch:
+        at_call(patch, dpo.DPOTask, "row_loss", 2, terminate)
+        assert dpo.run(cut) == STOPPED
+    (tmp_path / "cut" / "checkpoints" / "step-00000002" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"no checkpoint is whole.*training\.resume=never to start over"):
+        dpo.run(cut)
+
+
+def test_a_second_launch_in_the_same_folder_is_refused(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config("dpo", tmp_path / "run", model_folder, pairs_file, **EVERY)
+
+    def launch_again() -> None:
+        from notus.training.folder import hold_folder
+
+        with pytest.raises(ValueError, match="is in use by another launch"):
+            hold_folder(run)
+        tried.append(True)
+
+    tried: list[bool] = []
+    at_call(monkeypatch, dpo.DPOTask, "row_loss", 2, launch_again)
+    assert dpo.run(run) == 0
+    assert tried
+
+
+def test_a_full_disk_at_a_checkpoint_ends_the_run_and_keeps_the_earlier_one(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from notus.training import saving
+
+    dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **EVERY))
+    cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **EVERY)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        at_call(patch, saving, "_write_safetensors", 2, full)
+        with pytest.raises(OSError, match=r"step-00000006.*No space left on device.*GB free.*earlier .* are whole"):
+            dpo.run(cut)
+    assert (tmp_path / "cut" / "checkpoints" / "latest").read_text() == "step-00000003\n"
+    assert dpo.run(cut) == 0
+    same(tmp_path / "whole", tmp_path / "cut")
