@@ -224,8 +224,9 @@ def load_described(name: str, split: str) -> datasets.Dataset:
 
 def _check_inside(files: Sequence[str], folder: Path) -> None:
     """Refuse what a dataset says of itself where it leads out of it; a link that its owner made is no such word."""
+    names = (os.path.abspath(folder), folder.resolve())  # `datasets` resolves links to the folder, but none in it
     for file in files:
-        if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
+        if not any(Path(os.path.abspath(file)).is_relative_to(name) for name in names):
             raise ValueError(
                 f"the dataset names {file}, which lies outside of it; name that file itself if you trust it"
             )

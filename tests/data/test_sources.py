@@ -144,11 +144,15 @@ class TestConfined:
         split = f"  data_files:\n  - split: train\n    path: {file}\n"
         write(folder / "README.md", f"---\nconfigs:\n- config_name: default\n{split}---\n")
 
-    def test_a_link_that_the_user_made_is_followed(self, tmp_path: Path) -> None:
+    def test_links_that_the_user_made_are_followed(self, tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
         elsewhere = write(tmp_path / "elsewhere.jsonl", '{"a": "x"}\n')
         (tmp_path / "folder" / "train.jsonl").symlink_to(elsewhere)
-        assert [row for _, row in read(tmp_path / "folder")] == [{"a": "x"}]
+        (tmp_path / "link").symlink_to(tmp_path / "folder")
+        datasets.Dataset.from_list([{"a": "x"}]).save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved link").symlink_to(tmp_path / "saved")
+        for name in ("folder", "link", "link/../folder", "saved", "saved link"):
+            assert [row for _, row in read(tmp_path / name)] == [{"a": "x"}], name
 
     def test_a_saved_dataset_that_names_a_file_elsewhere(self, tmp_path: Path) -> None:
         for name in ("mine", "other"):
