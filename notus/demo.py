@@ -261,7 +261,7 @@ def _evaluate(folder: Path) -> dict[str, Any]:
 def _answer(folder: Path, name: str) -> dict[str, float]:
     """Answer the held-out prompts greedily; the share of right answers, of all and of each task."""
     prompts, answers = folder / "data" / "prompts-eval.jsonl", folder / f"answers-{name}.jsonl"
-    _command("generate", folder / name, prompts, answers, "--max-new-tokens", 12, "--batch-size", 100)
+    _command("generate", folder / name, prompts, answers, "--overwrite", "--max-new-tokens", 12, "--batch-size", 100)
     rows = _read_rows(answers)
     rates = {"all": _win_rate(rows, "completion")}
     for number, task in enumerate(synthetic.TASKS):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.model.lora import lora_layers
 from notus.model.publish import NewFolder, write_json, write_tensors
+from notus.model.readback import check_loads, check_tensors
 from notus.model.shards import fill_rows, gather
 from notus.model.weights import check_shape, open_safetensors, read_json
 
@@ -38,20 +39,28 @@ def export_adapter(
 ) -> None:
     """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. A collective.
 
-    The base is recorded as it is named, a local folder by its absolute path.
+    The base is recorded as it is named, a local folder by its absolute path. What was written is read again and
+    compared before it takes its place.
 
     Raises:
-        ValueError: `folder` holds something other than an adapter.
+        ValueError: `folder` holds something other than an adapter, or the files differ from the layers.
         OSError: the disk refuses; both on every rank.
     """
     new = NewFolder(folder, markers={ADAPTER_CONFIG})
-    full = gather(_adapter_tensors(causal_lm), torch.float32)
+    tensors = _adapter_tensors(causal_lm)
+    full = gather(tensors, torch.float32)
     new.write(lambda partial: write_tensors(partial / ADAPTER_WEIGHTS, full))
     base = Path(base_model_name_or_path).expanduser()
     settings = _adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
     new.write(lambda partial: write_json(partial / ADAPTER_CONFIG, settings))
     new.write(tokenizer.save_pretrained)
-    new.publish()
+
+    def check(partial: Path) -> None:
+        check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
+        check_loads(partial, tokenizer)
+        read_adapter_settings(partial)
+
+    new.publish(check)
 
 
 def load_adapter(causal_lm: PreTrainedModel, folder: str | Path) -> None:

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_settings
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.publish import NewFolder, write_json, write_tensors
+from notus.model.readback import check_loads, check_tensors, not_as_written
 from notus.model.shards import gather
 from notus.model.weights import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
 
@@ -40,11 +41,12 @@ def export_model(
     """Write a Hugging Face folder: weights in `dtype`, config, tokenizer, generation config. A collective.
 
     Rank 0 gathers the tensors of one file at a time (`max_shard_bytes` at most), so no rank ever holds the
-    model. Tied tensors are stored once. A folder of an earlier export is replaced at the end, whole. Without
-    `generation_config`, that of `causal_lm` is written. FSDP modules must be resharded before.
+    model. Tied tensors are stored once. What was written is read again, by each rank its own rows, and compared bit by
+    bit; then a folder of an earlier export is replaced, whole. Without `generation_config`, that of `causal_lm` is
+    written. FSDP modules must be resharded before.
 
     Raises:
-        ValueError: `folder` holds something other than a model, or the model has LoRA layers.
+        ValueError: `folder` holds something other than a model, the model has LoRA layers, or the files differ from it.
         OSError: the disk refuses; both on every rank.
     """
     if lora_layers(causal_lm):
@@ -66,7 +68,15 @@ def export_model(
         # save_pretrained refuses settings that published models have, such as temperature without sampling.
         new.write(lambda partial: generation.to_json_file(partial / "generation_config.json"))
     new.write(tokenizer.save_pretrained)
-    new.publish()
+
+    def check(partial: Path) -> None:
+        if [path.name for path in weight_files(partial)] != sorted(files):
+            raise not_as_written(partial / INDEX, "weight_map")
+        for file, names in files.items():
+            check_tensors(partial / file, {name: tensors[name] for name in names}, dtype)
+        check_loads(partial, tokenizer, hf_config)
+
+    new.publish(check)
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:

@@ -47,8 +47,18 @@ class NewFolder:
         except ValueError as error:
             self._failure = error
 
-    def publish(self) -> None:
-        """Put the folder into its place, or raise on every rank what failed on rank 0 and change nothing."""
+    def publish(self, check: Callable[[Path], None] | None = None) -> None:
+        """Put the folder into its place, or raise on every rank what failed on one of them and change nothing.
+
+        `check` gets the folder on every rank before, once it is whole, and raises ValueError if it is not good.
+        """
+        self._share_failure()
+        if check is not None:
+            try:
+                check(self._partial)
+            except ValueError as error:
+                self._failure = error
+            self._share_failure()
         self.write(lambda _: self._rename())
         self._share_failure()
 
@@ -72,11 +82,13 @@ class NewFolder:
         _remove(self._old)
 
     def _share_failure(self) -> None:
-        outcome = [self._failure]
+        failures = [self._failure]
         if dist.is_initialized():
-            dist.broadcast_object_list(outcome)
-        if outcome[0] is not None:
-            raise outcome[0]
+            failures *= dist.get_world_size()
+            dist.all_gather_object(failures, self._failure)
+        failure = next((failure for failure in failures if failure is not None), None)
+        if failure is not None:
+            raise failure
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
