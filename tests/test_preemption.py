@@ -1,0 +1,110 @@
+"""Preemption as it happens: torchrun, its ranks, and the signals that schedulers send."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import read_metrics, settings, write_pairs
+from safetensors.torch import load_file
+from toys import toy_model_folder
+
+from notus.entry import STOPPED
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preemption")
+    model, pairs = toy_model_folder(folder / "model"), write_pairs(folder / "pairs.jsonl", 24)
+    path = folder / "config.yaml"
+    tree = settings(folder / "run", model, pairs, training__epochs=40, training__save_every=20, training__log_every=7)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _launch(config: Path, run: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options] if ranks else []
+    command = [sys.executable, *launcher, "train_dpo.py", str(config), f"--training.output_dir={run}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _wait_for_steps(run: Path, launched: subprocess.Popen[str]) -> None:
+    """Until some lines of metrics are there."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert launched.poll() is None, launched.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _ranks(launched: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun started."""
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def _weights(run: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(run / "model" / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config_file: Path) -> Path:
+    run = config_file.parent / "undisturbed"
+    launched = _launch(config_file, run)
+    _, told = launched.communicate(timeout=240)
+    assert launched.returncode == 0, told
+    return run
+
+
+def _same(one: Path, other: Path) -> None:
+    assert _weights(one) == _weights(other)
+    lines = [[{**line, "pairs_per_second": 0} for line in read_metrics(run)] for run in (one, other)]
+    assert lines[0] == lines[1]
+
+
+def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(config_file: Path, undisturbed: Path) -> None:
+    run = config_file.parent / "preempted"
+    launched = _launch(config_file, run)
+    _wait_for_steps(run, launched)
+    ranks = _ranks(launched)
+    launched.send_signal(signal.SIGTERM)
+    out, told = launched.communicate(timeout=60)
+    assert launched.returncode != 0
+    assert "SIGTERM: stopping after this step" in told
+    assert "all of it is saved, and the same command goes on" in out
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    again = _launch(config_file, run)
+    out, told = again.communicate(timeout=240)
+    assert again.returncode == 0, told
+    assert "going on from" in out
+    _same(run, undisturbed)
+
+
+def test_torchrun_restarts_after_one_rank_was_told_to_stop(config_file: Path, undisturbed: Path) -> None:
+    run = config_file.parent / "restarted"
+    launched = _launch(config_file, run, "--max-restarts=2")
+    _wait_for_steps(run, launched)
+    os.kill(_ranks(launched)[1], signal.SIGINT)
+    out, told = launched.communicate(timeout=240)
+    assert launched.returncode == 0, told
+    assert "stopped by a signal after step" in out
+    assert "going on from" in out
+    _same(run, undisturbed)
+
+
+def test_one_process_leaves_with_the_code_of_a_stopped_run(config_file: Path) -> None:
+    run = config_file.parent / "single"
+    launched = _launch(config_file, run, ranks=0)
+    _wait_for_steps(run, launched)
+    launched.send_signal(signal.SIGINT)
+    launched.communicate(timeout=60)
+    assert launched.returncode == STOPPED
