@@ -20,7 +20,7 @@ import yaml
 from fault_ranks import ROOT
 from fault_report import table
 
-STEPS, SAVE_EVERY, PAIRS = 12, 3, 4
+STEPS, SAVE_EVERY, PAIRS = 9, 2, 4
 # As UltraFeedback's: most prompts are short, completions have about 300 tokens.
 PROMPT, COMPLETION = (30, 230), (150, 400)
 KINDS = {
