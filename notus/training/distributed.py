@@ -40,7 +40,8 @@ def process_group(timeout: datetime.timedelta = TIMEOUT) -> Iterator[torch.devic
     device = _pick_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, number, size = _launchers_store(timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=number, world_size=size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -50,6 +51,19 @@ def process_group(timeout: datetime.timedelta = TIMEOUT) -> Iterator[torch.devic
     finally:
         _patient, _timeout = None, TIMEOUT
         dist.destroy_process_group()
+
+
+def _launchers_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """The store that the launcher describes, this process's number and how many there are.
+
+    On one node torchrun keeps a store over its restarts, in which the addresses of processes that are gone would lead
+    ranks astray: each attempt has keys of its own. Several nodes count attempts each for itself.
+    """
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, number, size
 
 
 def _pick_device() -> torch.device:

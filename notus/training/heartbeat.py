@@ -7,6 +7,7 @@ count stands still is gone or stopped. Counts, not times, are compared, so clock
 import contextlib
 import datetime
 import json
+import os
 import socket
 import threading
 import time
@@ -37,7 +38,6 @@ def heartbeat() -> Iterator[None]:
             state = f"ended: {type(error).__name__}"
             raise
         state = _LOST
-        signs.show(_LOST)
         raise LostPeers(*_judge(signs, error)) from error
     except BaseException as error:
         state = f"ended: {type(error).__name__}: {error}"
@@ -97,19 +97,23 @@ def _is_exchange(error: RuntimeError) -> bool:
 def _judge(signs: _Signs, error: RuntimeError) -> tuple[str, int]:
     """What to tell, and the lowest of the ranks that are left, who tells it."""
     try:
+        signs.show(_LOST)
         before = signs.read()
         time.sleep(LISTEN)
         after = signs.read()
-    except dist.DistError as no_store:
-        where = "the machine that keeps the rendezvous does not answer"
-        return f"lost contact with the other ranks, and {where} ({_first_line(no_store)})", dist.get_rank()
+    except dist.DistError as no_answer:
+        by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        keeper = (
+            "the machine that keeps torchrun's rendezvous" if by_torchrun else "rank 0, who keeps the list of ranks,"
+        )
+        return f"lost contact with other ranks: {keeper} is gone or stopped ({_first_line(no_answer)})", dist.get_rank()
     told, left = [], [dist.get_rank()]
-    for rank, (host, count, state) in after.items():
+    for rank, (host, _, state) in after.items():
         if state == _LOST:
             left.append(rank)
         elif state:
             told.append(f"rank {rank} ({host}) {state}")
-        elif count == before[rank][1]:
+        elif before.get(rank) == after[rank]:
             told.append(f"rank {rank} ({host}) is gone or stopped")
         else:
             told.append(f"rank {rank} ({host}) is alive, but did not arrive in time")

@@ -1,0 +1,99 @@
+"""Two torchrun agents on one machine, as on two nodes, train by hybrid sharding; one is lost and returns."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ranks import free_port
+from runs import read_metrics, settings, write_pairs
+from safetensors.torch import load_file
+from toys import toy_model_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 40
+# torchrun's own waits are made for large machines; these find a lost node within seconds.
+QUICK = "join_timeout=120,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+# The entry, but slow enough to be killed between two checkpoints.
+SLOW = """
+import sys, time
+from notus.config import load_config
+from notus.entry import leave, run_entry
+from notus.training import dpo
+inner = dpo.DPOTask.row_loss
+dpo.DPOTask.row_loss = lambda *arguments: time.sleep(0.1) or inner(*arguments)
+leave(run_entry(lambda: dpo.run(load_config(sys.argv[1:], "dpo"))))
+"""
+Start = Callable[[Path, Path, int], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a node's agent in a session of its own, with the entry, the config and the rendezvous' port."""
+    log = (tmp_path / "log").open("wb")
+
+    def agent(entry: Path, config: Path, port: int) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+            "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=nodes", f"--rdzv-conf={QUICK}",
+            "--local-addr=127.0.0.1", str(entry), str(config),
+        ]  # fmt: skip
+        own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **own, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    yield agent
+    for pid in _processes(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    print((tmp_path / "log").read_text())
+
+
+def _processes(folder: Path) -> dict[int, int]:
+    """The processes that have a file of `folder` on their command line, and their parents."""
+    lines = subprocess.check_output(["ps", "-ewwo", "pid=,ppid=,args="], text=True).splitlines()
+    return {int(line.split()[0]): int(line.split()[1]) for line in lines if f"{folder}/" in line}
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.05)
+
+
+def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
+    model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 8)
+    for name in ("whole", "lost"):
+        more = {"training__epochs": STEPS // 2, "training__save_every": 5, "training__sharding": "hybrid"}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings(tmp_path / name, model, pairs, **more)))
+    port = free_port()
+    agents = [start(ROOT / "train_dpo.py", tmp_path / "whole.yaml", port) for _ in range(2)]
+    assert [agent.wait(timeout=90) for agent in agents] == [0, 0]
+
+    (tmp_path / "slow.py").write_text(SLOW)
+    launch = (tmp_path / "slow.py", tmp_path / "lost.yaml", free_port())
+    first = start(*launch)  # keeps the rendezvous
+    time.sleep(0.5)
+    second = start(*launch)
+    _wait_for(tmp_path / "lost" / "checkpoints" / "step-00000010")
+    workers = [pid for pid, parent in _processes(tmp_path).items() if parent == second.pid]
+    assert len(workers) == 1
+    for pid in (second.pid, *workers):
+        os.kill(pid, signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL
+    returned = start(*launch)
+    assert [agent.wait(timeout=90) for agent in (first, returned)] == [0, 0]
+
+    assert "going on from" in (tmp_path / "log").read_text()
+    assert not _processes(tmp_path), "orphans are left"
+    whole, lost = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "lost"))
+    assert all(torch.equal(whole[key], lost[key]) for key in whole)
+    lines = [[(line["step"], line["loss"]) for line in read_metrics(tmp_path / name)] for name in ("whole", "lost")]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == STEPS
