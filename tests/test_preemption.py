@@ -89,6 +89,24 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(config_file: Pa
     _same(run, undisturbed)
 
 
+def test_ranks_do_not_outlive_torchrun_and_save_when_it_is_killed(config_file: Path, undisturbed: Path) -> None:
+    run = config_file.parent / "orphaned"
+    launched = _launch(config_file, run)
+    _wait_for_steps(run, launched)
+    ranks = _ranks(launched)
+    launched.kill()
+    launched.communicate(timeout=60)  # until the ranks, too, have let go of the pipes
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (run / "checkpoints" / "latest").exists()
+    again = _launch(config_file, run)
+    _, told = again.communicate(timeout=240)
+    assert again.returncode == 0, told
+    _same(run, undisturbed)
+
+
 def test_torchrun_restarts_after_one_rank_was_told_to_stop(config_file: Path, undisturbed: Path) -> None:
     run = config_file.parent / "restarted"
     launched = _launch(config_file, run, "--max-restarts=2")

@@ -6,6 +6,7 @@ step; a later one ends the process at once. Outside the loop there is nothing to
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from notus.entry import STOPPED
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Schedulers signal every process of a job, and torchrun then passes its own on: that is one request.
 _ECHO_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(Exception):
@@ -69,6 +71,7 @@ class Stop:
             yield
             return
         global _listening
+        _follow_torchrun()
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -103,6 +106,12 @@ class Stop:
         elif now - self._signalled > _ECHO_SECONDS:
             _tell(f"{number.name} again: stopped at once; the same command goes on from the last checkpoint")
             os._exit(128 + number)
+
+
+def _follow_torchrun() -> None:
+    """Have the kernel send SIGTERM when torchrun is killed: else ranks would train on without anyone, or wait."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 _listening = False
