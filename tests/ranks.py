@@ -20,26 +20,6 @@ def run_ranks(worker: Callable[..., None], world_size: int, folder: Path, *args:
     mp.spawn(_enter, (worker, world_size, store, args), nprocs=world_size)
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def as_under_torchrun(work: Callable[[], None], port: int, *, per_node: int) -> None:
-    """Call `work`, which joins a process group of its own, within a worker; nodes have `per_node` ranks each."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    outer = dist.distributed_c10d._get_default_store().clone()
-    dist.destroy_process_group()
-    launched = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": per_node, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in launched.items()}, MASTER_ADDR="127.0.0.1")
-    work()
-    for name in launched:
-        del os.environ[name]
-    dist.init_process_group("gloo", store=dist.PrefixStore(str(port), outer), rank=rank, world_size=size)
-
-
 def _enter(rank: int, worker: Callable[..., None], world_size: int, store: Path, args: tuple[object, ...]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -47,21 +27,29 @@ def _enter(rank: int, worker: Callable[..., None], world_size: int, store: Path,
     try:
         worker(*args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     leave(0)
 
 
 @contextlib.contextmanager
-def launched(port: int, folder: Path) -> Iterator[int]:
-    """Within `run_ranks`: a rank as torchrun starts it, described by its environment; yields its number."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    try:
-        yield rank
-    finally:
-        store = dist.FileStore(str(folder / f"end-{port}"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+def launched(port: int, *, per_node: int | None = None) -> Iterator[int]:
+    """Within `run_ranks`: a rank as torchrun starts it, described by its environment; yields its number.
+
+    The worker's own process group ends here. Each launch needs a port of its own; `per_node`: ranks of a node.
+    """
+    if dist.is_initialized():
+        launch = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "MASTER_ADDR": "127.0.0.1"}
+        dist.barrier()  # a rank that leaves early breaks the connections of those that still join
+        dist.destroy_process_group()
+        os.environ.update({name: str(value) for name, value in launch.items()})
+    os.environ.update(MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(per_node or os.environ["WORLD_SIZE"]))
+    yield int(os.environ["RANK"])
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    return free_ports(1)[0]
 
 
 def free_ports(count: int) -> list[int]:

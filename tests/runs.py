@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,3 @@ def write_messages(path: Path, count: int, *, seed: int = 0) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

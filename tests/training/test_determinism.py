@@ -79,9 +79,9 @@ def _assert_bitwise_equal(one: Path, other: Path) -> None:
     assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
 
 
-def _train_on_ranks(trees: dict[int, Any], folder: Path) -> None:
+def _train_on_ranks(trees: dict[int, Any]) -> None:
     for port, tree in trees.items():
-        with launched(port, folder):
+        with launched(port):
             dpo.run(config_from_dict(tree, "dpo"))
 
 
@@ -94,7 +94,7 @@ def test_two_runs_are_bitwise_equal(ranks: int, tmp_path: Path) -> None:
     names = zip(free_ports(2), ("one", "other"), strict=True)
     trees = {port: settings(tmp_path / name, model, pairs, **options) for port, name in names}
     if ranks > 1:
-        run_ranks(_train_on_ranks, ranks, tmp_path, trees, tmp_path)
+        run_ranks(_train_on_ranks, ranks, tmp_path, trees)
     else:
         threads = torch.get_num_threads()
         torch.set_num_threads(4)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ranks import run_ranks
-from runs import config, free_port, read_metrics, write_pairs
+from ranks import free_port, launched, run_ranks
+from runs import config, read_metrics, write_pairs
 from safetensors.torch import load_file
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from notus.config import config_from_dict
 from notus.training import dpo
 from notus.training.loop import NonFiniteError
 
@@ -338,18 +339,9 @@ def test_bf16_starts_at_ln_2_and_keeps_fp32_masters(tmp_path: Path, model_folder
     assert load_file(run / "model" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
-def _train_on_ranks(settings: dict[str, Any], folder: Path) -> None:
-    import os
-
-    import torch.distributed as dist
-
-    from notus.config import config_from_dict
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()  # the run joins its own, as under torchrun
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(settings["port"]))
-    dpo.run(config_from_dict(settings["tree"], "dpo"))
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size)
+def _train_on_ranks(tree: dict[str, Any], port: int) -> None:
+    with launched(port):
+        dpo.run(config_from_dict(tree, "dpo"))
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora__rank": 3}], ids=["full", "lora"])
@@ -359,7 +351,7 @@ def test_two_ranks_do_what_one_does(lora: dict[str, Any], tmp_path: Path, model_
     overrides = {**lora, "data__eval_size": 5, "training__epochs": 2, "training__tokens_per_row": 70}
     dpo.run(config("dpo", tmp_path / "one", model_folder, pairs_file, **overrides))
     tree = settings(tmp_path / "two", model_folder, pairs_file, **overrides)
-    run_ranks(_train_on_ranks, 2, tmp_path, {"tree": tree, "port": free_port()}, tmp_path)
+    run_ranks(_train_on_ranks, 2, tmp_path, tree, free_port())
     one, two = (read_metrics(tmp_path / run) for run in ("one", "two"))
     for key in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], abs=2e-5), key

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 from runs import config
 
 from notus.config import Config
-from notus.training.folder import Opening, open_folder
+from notus.training.folder import FREE_KEYS, Opening, open_folder
 
 
 def _config(tmp_path: Path, **overrides: Any) -> Config:
@@ -115,3 +116,9 @@ def test_a_named_checkpoint_starts_the_run_and_its_own_take_over(tmp_path: Path)
     own = tmp_path / "run" / "checkpoints" / "step-00000006"
     own.mkdir(parents=True)
     assert open_folder(settings).checkpoints == [own]
+
+
+def test_the_docs_list_the_keys_that_may_change() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    listed = text.split("<!-- free keys: a test compares -->")[1].split("<!-- end -->")[0]
+    assert set(re.findall(r"`([^`]+)`", listed)) == FREE_KEYS

@@ -1,6 +1,5 @@
 """Hybrid sharding: two nodes of two ranks do what one rank does, and what full sharding does."""
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import as_under_torchrun, free_port, run_ranks
+from ranks import free_ports, launched, run_ranks
 from runs import config, read_metrics, settings
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -30,8 +29,8 @@ STEP_2 = Path("checkpoints") / "step-00000002"
 
 def _runs(trees: list[dict[str, Any]], ports: list[int]) -> None:
     for tree, port in zip(trees, ports, strict=True):
-        run = functools.partial(dpo.run, config_from_dict(tree, "dpo"))
-        as_under_torchrun(run, port, per_node=2)
+        with launched(port, per_node=2):
+            dpo.run(config_from_dict(tree, "dpo"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, pairs_fil
                 resume = str(top / f"{kind}-{origin}" / STEP_2) if origin else "auto"
                 more = {**COMMON, **overrides, "training__sharding": sharding, "training__resume": resume}
                 trees.append(settings(top / f"{kind}-{name}", model_folder, pairs_file, **more))
-        run_ranks(_runs, world_size, top, trees, [free_port() for _ in trees])
+        run_ranks(_runs, world_size, top, trees, free_ports(len(trees)))
 
     for kind, overrides in KINDS.items():
         dpo.run(config("dpo", top / f"{kind}-one", model_folder, pairs_file, **COMMON, **overrides))

@@ -58,7 +58,7 @@ POISONS = {"loss": _poison_loss, "gradient": _poison_gradient, "reference": _poi
 
 def _train_on_ranks(trees: dict[int, tuple[str, Any]], folder: Path) -> None:
     for port, (kind, tree) in trees.items():
-        with launched(port, folder) as rank, pytest.MonkeyPatch.context() as monkeypatch:
+        with launched(port) as rank, pytest.MonkeyPatch.context() as monkeypatch:
             if rank == 1:
                 POISONS[kind](monkeypatch)
             with pytest.raises(ValueError, match="not finite") as caught:

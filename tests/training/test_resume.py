@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from runs import config, free_port, read_metrics, settings, write_messages
+from ranks import free_ports, launched, run_ranks
+from runs import config, read_metrics, settings, write_messages
 from safetensors.torch import load_file
 
 from notus.config import config_from_dict
@@ -91,25 +91,16 @@ def test_a_budget_ends_the_run_cleanly_again_and_again(
     same(tmp_path / "whole", tmp_path / "cut")
 
 
-def _run_on_ranks(trees: list[dict[str, Any]], ports: list[int], preempt_at: int, folder: Path) -> None:
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()  # each run joins its own, as under torchrun
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1")
-
-    def launch(tree: dict[str, Any]) -> int:
-        os.environ["MASTER_PORT"] = str(ports.pop())
-        return dpo.run(config_from_dict(tree, "dpo"))
-
-    whole, cut = trees
-    assert launch(whole) == 0
-    with pytest.MonkeyPatch.context() as patch:
+def _run_on_ranks(trees: list[dict[str, Any]], ports: list[int], preempt_at: int) -> None:
+    whole, cut = (config_from_dict(tree, "dpo") for tree in trees)
+    with launched(ports[0]):
+        assert dpo.run(whole) == 0
+    with launched(ports[1]) as rank, pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             at_call(patch, dpo.DPOTask, "row_loss", preempt_at, terminate)
-        assert launch(cut) == STOPPED
-    assert launch(cut) == 0
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "end"), size), rank=rank, world_size=size)
+        assert dpo.run(cut) == STOPPED
+    with launched(ports[2]):
+        assert dpo.run(cut) == 0
 
 
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
@@ -117,7 +108,7 @@ def test_one_rank_of_two_is_preempted(
     lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path
 ) -> None:
     trees = [settings(tmp_path / name, model_folder, pairs_file, **EVERY, **lora) for name in ("whole", "cut")]
-    run_ranks(_run_on_ranks, 2, tmp_path, trees, [free_port() for _ in range(3)], 6, tmp_path)
+    run_ranks(_run_on_ranks, 2, tmp_path, trees, free_ports(3), 6)
     same(tmp_path / "whole", tmp_path / "cut")
 
 
