@@ -20,7 +20,7 @@ import yaml
 from fault_ranks import ROOT
 from fault_report import table
 
-STEPS, SAVE_EVERY, PAIRS = 9, 2, 4
+STEPS, SAVE_EVERY, PAIRS = 5, 2, 8
 # As UltraFeedback's: most prompts are short, completions have about 300 tokens.
 PROMPT, COMPLETION = (30, 230), (150, 400)
 KINDS = {
@@ -76,7 +76,7 @@ def stall_table(timings: list[Timing]) -> str:
     first = timings[0]
     rows = [[t.kind, *_shares(t, plain), *_steps(t)] for t in timings]
     about = (
-        f"{first.parameters / 1e6:.0f}M parameters, fp32 AdamW, 1 rank, {PAIRS} pairs per step (prompts of {PROMPT[0]} "
+        f"{first.parameters / 1e6:.0f}M parameters, fp32, RMSprop, 1 rank, {PAIRS} pairs per step (prompts of {PROMPT[0]} "
         f"to {PROMPT[1]} tokens, completions of {COMPLETION[0]} to {COMPLETION[1]}), a checkpoint of "
         f"{first.checkpoint_mib:.0f} MiB every {SAVE_EVERY} steps, a step without any {plain:.1f} s"
     )
@@ -137,7 +137,7 @@ def _make_inputs(scratch: Path, seed: int) -> Path:
         "data": {"train": str(scratch / "stall.jsonl"), "max_length": 1024, "cache_dir": str(scratch / "stall-rows")},
         "reference": {"cache_dir": str(scratch / "stall-reference")},
         "training": {"output_dir": str(scratch / "stall-run"), "batch_size": PAIRS, "epochs": 1, "precision": "fp32",
-                     "tokens_per_row": 2048, "activation_checkpointing": False, "optimizer": "adamw"},
+                     "tokens_per_row": 2048, "activation_checkpointing": False},
     }  # fmt: skip
     config = scratch / "stall.yaml"
     config.write_text(yaml.safe_dump(tree))

@@ -32,7 +32,7 @@ def cached(folder: Path, name: str, make: Callable[[str], object]) -> datasets.D
     """
     final = folder / name
     if final.is_dir() and not _is_whole(final):
-        print(f"the tokenised dataset {final} is damaged: it is made again", flush=True)
+        print(f"warning: the tokenised dataset {final} is damaged: it is made again", flush=True)
         shutil.rmtree(final)
     if not final.is_dir():
         try:

@@ -122,4 +122,4 @@ def _judge(signs: _Signs, error: RuntimeError) -> tuple[str, int]:
 
 
 def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].split(". This is typically")[0]  # gloo goes on with advice

@@ -236,8 +236,9 @@ class Trainer:
         mine = [int(row) for indices, losses in examples for row in indices[~torch.isfinite(losses.cpu())]]
         rows = sorted(row for part in gather_objects(mine) for row in part)
         which = f"the loss of dataset rows {rows[:20]}" if rows else "the gradient (every loss is finite)"
+        look = "Look at these rows, lower" if rows else "Lower"
         raise NonFiniteError(
-            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. Look at these rows, lower "
+            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. {look} "
             "training.learning_rate, or use training.precision=fp32"
         )
 

@@ -4,6 +4,7 @@
 courtesies: where they fail, they are switched off with a warning, and training goes on.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -228,6 +229,7 @@ class Tracker:
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
+        self._off: list[Sink] = []
         runs = [sink.run_id for sink in sinks if isinstance(sink, WandbSink)]
         self._state = {"wandb": runs[0]} if runs else {}
 
@@ -248,6 +250,7 @@ class Tracker:
             if sink.remedy is None:
                 raise
             self._sinks.remove(sink)
+            self._off.append(sink)
             name = type(sink).__name__.removesuffix("Sink")
             print(f"warning: {name} fails ({_first_line(error)}) and is off for the rest; {sink.remedy}", flush=True)
 
@@ -257,6 +260,9 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for sink in self._off:  # their processes and files; that they fail was told
+            with contextlib.suppress(Exception):
+                sink.close()
         for sink in list(self._sinks):
             self._attempt(sink, sink.close)
 
