@@ -76,8 +76,8 @@ def stall_table(timings: list[Timing]) -> str:
     first = timings[0]
     rows = [[t.kind, *_shares(t, plain), *_steps(t)] for t in timings]
     about = (
-        f"{first.parameters / 1e6:.0f}M parameters, fp32, RMSprop, 1 rank, {PAIRS} pairs per step (prompts of {PROMPT[0]} "
-        f"to {PROMPT[1]} tokens, completions of {COMPLETION[0]} to {COMPLETION[1]}), a checkpoint of "
+        f"{first.parameters / 1e6:.0f}M parameters, fp32, RMSprop, 1 rank, {PAIRS} pairs per step (prompts of "
+        f"{PROMPT[0]} to {PROMPT[1]} tokens, completions of {COMPLETION[0]} to {COMPLETION[1]}), a checkpoint of "
         f"{first.checkpoint_mib:.0f} MiB every {SAVE_EVERY} steps, a step without any {plain:.1f} s"
     )
     return f"{about}\n\n{table(heading, rows)}"
