@@ -1,14 +1,18 @@
 """How every entry ends: a user's mistake is one line from one rank, and exit code 1. Needs no torch until then."""
 
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 # The exit code of a run that a signal ended after it had saved its progress: EX_TEMPFAIL, run the command again.
 STOPPED = 75
 _FAILURES = "notus/failures"
+_PR_SET_PDEATHSIG = 1
 
 
 class LostPeers(RuntimeError):
@@ -19,21 +23,38 @@ class LostPeers(RuntimeError):
         self.speaker = speaker
 
 
+def tell(text: object, stream: TextIO | None = None) -> None:
+    """Print a line. Where nobody reads any more (`tee` got the same Ctrl-C, say), the stream is let go."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def follow_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def run_entry(work: Callable[[], int | None]) -> int:
     """Run an entry's body and return the process's exit code.
 
     Under torchrun every rank may meet the same mistake, or one rank alone; the first to meet it tells, and torchrun
     ends the rest. A rank that loses its peers because one of them has told of a mistake is silent.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_parent(signal.SIGTERM)  # when torchrun is killed, its ranks would else train on, or wait for ever
     try:
         return work() or 0
     except (ValueError, OSError) as error:
         if _failures(1) == 1:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(f"error: {error}", sys.stderr)
         return 1
     except LostPeers as lost:
         if _failures(1, speaker=lost.speaker) == 1:
-            print(f"error: {lost}", file=sys.stderr, flush=True)
+            tell(f"error: {lost}", sys.stderr)
         return 1
     except RuntimeError:
         if "RANK" in os.environ and _failures(0) > 0:
@@ -43,8 +64,9 @@ def run_entry(work: Callable[[], int | None]) -> int:
 
 def leave(code: int) -> NoReturn:
     """End the process; once torch was used, without the interpreter's teardown, in which gloo's threads may abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     if "torch.distributed" in sys.modules:
         os._exit(code)
     sys.exit(code)

@@ -87,3 +87,15 @@ def test_reference_fills_the_cache_alone(tmp_path, capsys):
     assert "6 rows read from" in capsys.readouterr().out
     assert entry.main([*command, "--data.max_lenght=3"]) == 1
     assert "max_length" in capsys.readouterr().err
+
+
+def test_a_line_that_nobody_reads_is_let_go():
+    code = (
+        "import os, sys, time\nfrom notus.entry import leave, tell\nsys.stdin.read()\n"
+        "tell('one'); tell('two'); print('three', flush=True); tell('four', sys.stderr); leave(7)"
+    )
+    done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, stderr=-1)
+    done.stdout.close()
+    done.stderr.close()
+    done.stdin.close()
+    assert done.wait(timeout=60) == 7

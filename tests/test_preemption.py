@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _launch(config: Path, run: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
+def _launch(config: Path, run: Path, *options: str, ranks: int = 2, words: Sequence[str] = ()) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options] if ranks else []
-    command = [sys.executable, *launcher, "train_dpo.py", str(config), f"--training.output_dir={run}"]
+    command = [sys.executable, *launcher, "train_dpo.py", str(config), f"--training.output_dir={run}", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -126,3 +127,37 @@ def test_one_process_leaves_with_the_code_of_a_stopped_run(config_file: Path) ->
     launched.send_signal(signal.SIGINT)
     launched.communicate(timeout=60)
     assert launched.returncode == STOPPED
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_tokenisers_end_with_the_run_and_do_not_hold_its_folder(
+    number: signal.Signals, config_file: Path, tmp_path: Path
+) -> None:
+    pairs = write_pairs(tmp_path / "many.jsonl", 60_000)
+    run = tmp_path / "run"
+    options = [f"--data.train={pairs}", "--data.num_workers=2", f"--data.cache_dir={tmp_path / 'cache'}"]
+    launched = _launch(config_file, run, ranks=0, words=options)
+    deadline = time.monotonic() + 120
+    while len(children := _children(launched.pid)) < 2 or not list(tmp_path.glob("cache/.rows-*/whole/*")):
+        assert launched.poll() is None, launched.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    launched.send_signal(number)
+    launched.communicate(timeout=60)
+    assert launched.returncode == (STOPPED if number == signal.SIGTERM else -number)
+    deadline = time.monotonic() + 20
+    while any(_alive(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,9 @@ def cached(folder: Path, name: str, make: Callable[[str], object]) -> datasets.D
 
 def _publish(final: Path, make: Callable[[str], object]) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as beside:
+    _clear_leftovers(final)
+    owner = f".{final.name}.{socket.gethostname()}.{os.getpid()}."
+    with tempfile.TemporaryDirectory(prefix=owner, dir=final.parent) as beside:
         partial = Path(beside) / "whole"
         partial.mkdir()  # unlike the temporary folder, open to whom the user's other folders are
         make(str(partial / "rows.arrow"))
@@ -56,6 +59,15 @@ def _publish(final: Path, make: Callable[[str], object]) -> None:
         except OSError:
             if not final.is_dir():  # else another process was first, with the same rows
                 raise
+
+
+def _clear_leftovers(final: Path) -> None:
+    """Remove what processes of this machine that are gone have left of the same dataset."""
+    for path in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
+        owner = path.name.split(".")[-2]
+        if not Path("/proc/self").exists() or Path(f"/proc/{owner}").exists():
+            continue
+        shutil.rmtree(path, ignore_errors=True)  # another process may clear it, too
 
 
 def _is_whole(folder: Path) -> bool:

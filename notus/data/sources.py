@@ -217,8 +217,7 @@ def load_described(name: str, split: str) -> datasets.Dataset:
     archives = [file for file in files if "::" in file or file.endswith(_ARCHIVES)]
     if archives:
         raise ValueError(f"{archives[0]} is an archive; unpack it, and give the files")
-    # what is on the hub has no place here, however it is named
-    _check_inside([file for file in files if "://" not in file], Path(name))
+    _check_inside([file for file in files if not file.startswith("hf://")], Path(name))
     return datasets.load_dataset(name, split=split)
 
 
@@ -226,7 +225,7 @@ def _check_inside(files: Sequence[str], folder: Path) -> None:
     """Refuse what a dataset says of itself where it leads out of it; a link that its owner made is no such word."""
     names = (os.path.abspath(folder), folder.resolve())  # `datasets` resolves links to the folder, but none in it
     for file in files:
-        if not any(Path(os.path.abspath(file)).is_relative_to(name) for name in names):
+        if "://" in file or not any(Path(os.path.abspath(file)).is_relative_to(name) for name in names):
             raise ValueError(
                 f"the dataset names {file}, which lies outside of it; name that file itself if you trust it"
             )

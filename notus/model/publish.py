@@ -1,5 +1,6 @@
 """A folder that appears on disk whole or not at all, written by rank 0 on behalf of every rank."""
 
+import datetime
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from notus.data.disk import disk_error, sync
 from notus.model.shards import is_rank_zero
+
+_PATIENCE = datetime.timedelta(hours=6)
 
 
 class NewFolder:
@@ -32,6 +35,8 @@ class NewFolder:
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._old = self.folder.with_name(f".{self.folder.name}.old")
         self._failure: Exception | None = None
+        # the others wait here while rank 0 writes, checks and syncs, for longer than for an exchange between ranks
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
         self.write(lambda _: self._prepare(markers))
         self._share_failure()
 
@@ -85,7 +90,7 @@ class NewFolder:
         failures = [self._failure]
         if dist.is_initialized():
             failures *= dist.get_world_size()
-            dist.all_gather_object(failures, self._failure)
+            dist.all_gather_object(failures, self._failure, group=self._group)
         failure = next((failure for failure in failures if failure is not None), None)
         if failure is not None:
             raise failure

@@ -38,6 +38,7 @@ class Progress:
     Attributes:
         step: optimizer steps completed.
         num_tokens: tokens processed by all ranks.
+        logged: the step of the last line of metrics.
         recorded: whether the metrics that are due at `step` are logged; not if its evaluation was interrupted.
         grad_norm, learning_rate: of the last step.
         window_sums: metric sums since the last line of metrics, by rank.
@@ -49,6 +50,7 @@ class Progress:
 
     step: int = 0
     num_tokens: int = 0
+    logged: int = 0
     recorded: bool = True
     grad_norm: float = 0.0
     learning_rate: float = 0.0
@@ -67,6 +69,7 @@ def load_checkpoint(
 
     Raises:
         DamagedCheckpointError: a file is missing, or not as it was written; nothing was filled.
+        OSError: a file cannot be read.
         ValueError: the folder is no checkpoint, or one of another model or optimizer.
     """
     written = on_main(lambda: _read_state(path))
@@ -83,6 +86,14 @@ def load_checkpoint(
         for state in optimizer.state.values():
             state["step"].fill_(float(progress.step))
     return progress
+
+
+def read_identity(path: Path) -> dict[str, str]:
+    """`Progress.identity` of a checkpoint, or nothing if it is damaged; for one rank."""
+    try:
+        return dict(_read_state(path)["progress"]["identity"])
+    except DamagedCheckpointError:
+        return {}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -141,39 +152,46 @@ def _digest_of(state: dict[str, Any]) -> str:
 
 def _read_state(path: Path) -> dict[str, Any]:
     file = path / STATE_FILE
-    if not path.is_dir() or not (file.is_file() or any(path.glob("*.safetensors"))):
-        raise ValueError(f"{path} is not a checkpoint: it has no {STATE_FILE}")
+    if not file.is_file():
+        raise DamagedCheckpointError(f"{path} is not a checkpoint, or not a whole one: it has no {STATE_FILE}")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        if state["format"] != _FORMAT:
-            raise ValueError(f"{path} has format {state['format']}, this version reads {_FORMAT}")
-        if state.pop("digest") != _digest_of(state):
-            raise DamagedCheckpointError(f"{file} is damaged: its content does not match its digest")
-        return state
-    except DamagedCheckpointError:
-        raise
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        whole = state.pop("digest") == _digest_of(state)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+    if not whole:
+        raise DamagedCheckpointError(f"{file} is damaged: its content does not match its digest")
+    if state["format"] != _FORMAT:
+        raise ValueError(f"{path} has format {state['format']}, this version reads {_FORMAT}")
+    return state
 
 
 def _check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Read every file again; each rank takes a share."""
-    names = sorted(files)[rank() :: world_size()]
-    found = [_problem(path / name, files[name]) for name in names]
-    problems = [text for part in gather_objects(found) for text in part if text]
-    if problems:
-        raise DamagedCheckpointError("; ".join(problems[:3]))
+    """Read every file again; each rank takes a share. What cannot be read now is not thereby damaged: OSError."""
+    # as the reader takes every file of the folder, there must be no other
+    present = on_main(lambda: {file.name for file in path.glob("*.safetensors")})
+    if present != set(files):
+        raise DamagedCheckpointError(f"{path} holds {sorted(present)}, not {sorted(files)} as when it was written")
+    found: list[str | OSError] = []
+    for name in sorted(files)[rank() :: world_size()]:
+        try:
+            found += _problems(path / name, files[name])
+        except OSError as error:
+            found.append(OSError(f"{path / name} cannot be read ({error.strerror or error}); nothing was changed"))
+    told = [problem for part in gather_objects(found) for problem in part]
+    for problem in told:
+        if isinstance(problem, OSError):
+            raise problem
+    if told:
+        raise DamagedCheckpointError("; ".join(str(problem) for problem in told[:3]))
 
 
-def _problem(path: Path, expected: dict[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path} has {size} bytes, not {expected['bytes']}"
-        with path.open("rb", buffering=0) as file:
-            digest = hashlib.sha256()
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror or error})"
-    return None if digest.hexdigest() == expected["sha256"] else f"{path} does not match its digest"
+def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return [f"{path} has {size} bytes, not {expected['bytes']}"]
+    with path.open("rb", buffering=0) as file:
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return [] if digest.hexdigest() == expected["sha256"] else [f"{path} does not match its digest"]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from notus.entry import tell
 from notus.training.heartbeat import heartbeat
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ def gather_objects(value: T) -> list[T]:
 def say(text: object) -> None:
     """Print on rank 0 alone."""
     if is_main():
-        print(text, flush=True)
+        tell(text)
 
 
 def on_main(work: Callable[[], T]) -> T:

@@ -15,12 +15,15 @@ from typing import Any
 import yaml
 
 from notus.config import Config, load_config, save_config
+from notus.data.disk import sync
+from notus.entry import tell
 from notus.training.checkpoint import checkpoints_in
 from notus.training.tracking import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+LOCK = ".lock"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 # What may differ when a run goes on: how and where it computes, not what.
 FREE_KEYS = frozenset(
@@ -52,15 +55,20 @@ def open_folder(config: Config) -> Opening:
     folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if config.training.resume == "never":
+        # torchrun's restart of a launch that began anew is to go on
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        resume = "auto" if restarted and config.training.resume == "never" else config.training.resume
+        if resume == "never":
             _set_aside(folder)
         elif (folder / CONFIG_FILE).exists() and _has_begun(folder):
             _check_same_run(folder / CONFIG_FILE, config)
             if any((folder / MODEL / name).is_file() for name in _MODEL_FILES):
                 return Opening(finished=True, checkpoints=[])
-        checkpoints = _checkpoints(folder, config.training.resume)
+        _check_room_for_model(folder / MODEL)
+        checkpoints = _checkpoints(folder, resume)
         temporary = folder / f".{CONFIG_FILE}.partial"
         save_config(config, temporary)
+        sync(temporary)
         os.replace(temporary, folder / CONFIG_FILE)
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -78,18 +86,18 @@ def hold_folder(config: Config) -> int:
     folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this kind is not inherited by forks, and NFS has it
+    except (BlockingIOError, PermissionError) as error:
         os.close(descriptor)
         raise ValueError(
             f"training.output_dir={folder} is in use by another launch: wait for its end, or choose another folder"
         ) from error
     except OSError as error:
-        print(f"note: {folder} cannot be locked ({error.strerror}); do not start a second run in it", flush=True)
+        tell(f"note: {folder} cannot be locked ({error.strerror}); do not start a second run in it")
     return descriptor
 
 
@@ -127,20 +135,38 @@ def set_aside_damaged(path: Path) -> Path:
 
 
 def _set_aside(folder: Path) -> None:
-    """Move an earlier run in this folder into a dated folder within it; nothing is deleted."""
-    if not (folder / CONFIG_FILE).exists():
+    """Move an earlier run in this folder into a dated folder within it; nothing is deleted.
+
+    If that is interrupted, what is left is no finished run, and still knows its config until the end.
+    """
+    present = {path.name for path in folder.iterdir()}
+    if not present & {CONFIG_FILE, METRICS_FILE, CHECKPOINTS, MODEL}:
         return
+    last = (MODEL, METRICS_FILE, CHECKPOINTS)  # what says more of a run goes earlier; the config goes last of all
+    order = [*last, *sorted(present - {*last, CONFIG_FILE}), CONFIG_FILE]
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     aside = folder / f"previous-{now}"
     aside.mkdir()
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith("previous-") and path.name != "reference":
-            path.rename(aside / path.name)
-    print(f"training.resume=never: the earlier run is now in {aside}", flush=True)
+    for name in order:
+        if name in present and not name.startswith("previous-") and name not in ("reference", LOCK):
+            (folder / name).rename(aside / name)
+    tell(f"training.resume=never: the earlier run is now in {aside}")
+
+
+def _check_room_for_model(path: Path) -> None:
+    """At the end of the run would be too late."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not a model of ours, which is to stand there: move it, or choose another folder")
 
 
 def _check_same_run(path: Path, config: Config) -> None:
-    task = "dpo" if "dpo" in yaml.safe_load(path.read_text(encoding="utf-8")) else "sft"  # SFT's has no such section
+    try:
+        content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): remove it to go on with this launch's config"
+        ) from error
+    task = "dpo" if "dpo" in content else "sft"  # SFT's has no such section
     if task != config.task:
         raise ValueError(f"{path.parent} holds a run of train_{task}.py: choose another training.output_dir")
     before, now = _flat(load_config(path, config.task)), _flat(config)

@@ -59,11 +59,12 @@ class _Signs:
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
-    def show(self, state: str) -> None:
-        """Count up, and say how this rank fares: "" while it runs."""
+    def show(self, state: str | None = None) -> None:
+        """Count up, and say how this rank fares: "" while it runs; None: as before."""
         with self._lock:
-            self._count, self._state = self._count + 1, state
-            self.store.set(_key(dist.get_rank()), json.dumps([socket.gethostname(), self._count, state]))
+            self._count += 1
+            self._state = self._state if state is None else state
+            self.store.set(_key(dist.get_rank()), json.dumps([socket.gethostname(), self._count, self._state]))
 
     def read(self) -> dict[int, tuple[str, int, str]]:
         """Host, count and state of every rank that has shown any."""
@@ -80,7 +81,7 @@ class _Signs:
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT):
             try:
-                self.show(self._state)
+                self.show()
             except dist.DistError:  # the store is gone: the next exchange will tell
                 return
 

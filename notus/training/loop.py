@@ -173,6 +173,7 @@ class Trainer:
             for warning in self._guards.check(metrics):
                 say(warning)
             self.tracker.log(self.progress.step, {**metrics, **held_out})
+            self.progress.logged = self.progress.step
         self.progress.recorded = True
         return ending
 
@@ -260,6 +261,7 @@ class Trainer:
     def _save(self) -> None:
         self.progress.window_sums, self.progress.window_seconds = gather_objects(self._sums.tolist()), self._seconds
         self.progress.trackers = self.tracker.state()
+        self.tracker.sync()
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
 
 

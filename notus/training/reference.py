@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,17 +131,31 @@ def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, diges
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Whole or not at all: a temporary file, synced, renamed. Raises OSError; see `disk_error`."""
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(temporary, tensors, {**metadata, "digest": _digest(tensors)})
-        sync(temporary)
-        os.replace(temporary, path)
+        while not _written(temporary, path, tensors, {**metadata, "digest": _digest(tensors)}):
+            pass
     except OSError as error:
         failure = disk_error(path, error)
         temporary.unlink(missing_ok=True)
         raise failure from error
+
+
+def _written(temporary: Path, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bool:
+    """Try to write; False if another run, done with the same cache, has removed the folder of its parts meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_tensors(temporary, tensors, metadata)
+        sync(temporary)
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        if path.parent.is_dir():
+            raise
+        return False
+    return True
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

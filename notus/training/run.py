@@ -27,14 +27,15 @@ from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
 from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.checkpoint import DamagedCheckpointError, Progress, load_checkpoint
+from notus.training.checkpoint import Progress
 from notus.training.determinism import deterministic
-from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder, set_aside_damaged
+from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder
 from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
 from notus.training.parallel import COMPUTE_DTYPES
 from notus.training.reference import digest_of_rows
+from notus.training.resume import check_contents, check_newest, load_newest
 from notus.training.saving import Checkpoints
 from notus.training.shared import check_shared
 from notus.training.stopping import Stop
@@ -47,9 +48,6 @@ from notus.training.tracking import (
     Tracker,
     WandbSink,
 )
-
-# Contents that a run cannot change when it goes on.
-_BOUND = ("data.train", "data.eval", "model.name_or_path")
 
 
 @dataclasses.dataclass
@@ -167,32 +165,15 @@ class Run:
         """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
         if not self.checkpoints:
             return Progress(identity=self.identity)
-        path, progress = self._load_newest(optimizer)
-        for key, digest in self.identity.items():
-            if key in _BOUND and progress.identity.get(key) != digest:
-                raise ValueError(
-                    f"{path} was made from other contents of {key}: restore them to go on, or start over with "
-                    "training.resume=never"
-                )
+        path, progress = load_newest(
+            self.checkpoints, self.folder / CHECKPOINTS, self.policy.named_parameters(), optimizer
+        )
+        check_contents(path, progress.identity, self.identity)
         if progress.step > self.total_steps:
             raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
         progress.identity = self.identity
         self.say(f"going on from {path} (step {progress.step} of {self.total_steps})")
         return progress
-
-    def _load_newest(self, optimizer: torch.optim.Optimizer) -> tuple[Path, Progress]:
-        """Damaged checkpoints are set aside, and the one before is tried."""
-        for path in self.checkpoints:
-            try:
-                return path, load_checkpoint(path, self.policy.named_parameters(), optimizer)
-            except DamagedCheckpointError as error:
-                if path.parent.resolve() != (self.folder / CHECKPOINTS).resolve():
-                    raise
-                aside = distributed.on_main(functools.partial(set_aside_damaged, path))
-                self.say(f"warning: {error}; this checkpoint is now {aside.name}")
-        raise ValueError(
-            f"{self.folder / CHECKPOINTS}: no checkpoint is whole (see above); set training.resume=never to start over"
-        )
 
     def _tracker(self, progress: Progress) -> Tracker:
         if not distributed.is_main():
@@ -202,7 +183,7 @@ class Run:
         shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
                  "pairs/s": "pairs_per_second", "examples/s": "examples_per_second"}  # fmt: skip
         sinks: list[Sink] = [
-            MetricsFile(self.folder / METRICS_FILE, resume_step=recorded),
+            MetricsFile(self.folder / METRICS_FILE, resume_step=recorded, last_logged=progress.logged),
             ProgressBar(total_steps=self.total_steps, start_step=step, shown=shown),
         ]
         if tracking.wandb:
@@ -269,7 +250,9 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
                 yield None
                 return
             checkpoints = opening.checkpoints
-        yield _build(config, task, device, checkpoints, train, stop)
+        job = _build(config, task, device, checkpoints, train, stop)
+        check_newest(checkpoints, job.identity if checkpoints else {})
+        yield job
 
 
 def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:

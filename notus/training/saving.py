@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from notus.data.disk import disk_error, sync
+from notus.entry import tell
 from notus.training.checkpoint import (
     STATE_FILE,
     Progress,
@@ -148,14 +149,18 @@ class _Commit:
         os.rename(self.partial, self.path)
         sync(folder)
         _write_text(folder / f".{LATEST}.partial", self.path.name + "\n")
-        os.replace(folder / f".{LATEST}.partial", folder / LATEST)
+        os.replace(folder / f".{LATEST}.partial", folder / LATEST)  # for people and their scripts
+        sync(folder)
         self._drop_old()
 
     def _drop_old(self) -> None:
         if self.keep is not None:
             for path in checkpoints_in(self.path.parent)[self.keep :]:
                 if self.keep_every is None or step_of(path) % self.keep_every:
-                    _remove(path)
+                    try:
+                        _remove(path)
+                    except OSError as error:  # NFS, say, while somebody reads it; the next save tries again
+                        tell(f"warning: the old checkpoint {path} cannot be removed ({error})")
 
 
 def _partial(path: Path) -> Path:
@@ -177,7 +182,7 @@ class _Writer(HuggingFaceStorageWriter):
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:
             for leftover in self._commit.path.parent.glob(".step-*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=not leftover.name.endswith(".partial"))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors; the result tells the file's size and digest."""

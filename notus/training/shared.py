@@ -27,6 +27,7 @@ def check_shared(folder: Path) -> None:
 
 
 def _leave_token(folder: Path) -> str:
+    _clear(folder, ".shared-")  # what a killed launch left; this one holds the folder's lock
     name = f".shared-{uuid.uuid4().hex}"
     (folder / name).touch()
     return name

@@ -6,7 +6,6 @@ step; a later one ends the process at once. Outside the loop there is nothing to
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -17,12 +16,11 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from notus.entry import STOPPED
+from notus.entry import STOPPED, follow_parent, tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Schedulers signal every process of a job, and torchrun then passes its own on: that is one request.
 _ECHO_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(Exception):
@@ -70,19 +68,18 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        global _listening
-        _follow_torchrun()
+        global _pipe
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reading,), daemon=True)
         watcher.start()
-        _listening = True
+        _pipe = (reading, writing)
         try:
             yield
         finally:
-            _listening = False
+            _pipe = ()
             signal.set_wakeup_fd(descriptor)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -108,31 +105,31 @@ class Stop:
             os._exit(128 + number)
 
 
-def _follow_torchrun() -> None:
-    """Have the kernel send SIGTERM when torchrun is killed: else ranks would train on without anyone, or wait."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-_listening = False
+_pipe: tuple[int, ...] = ()  # of the one `Stop` that listens
 
 
 def _block() -> None:
-    if _listening:
+    if _pipe:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _unblock() -> None:
-    if _listening:
+    if _pipe:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _forget_in_child() -> None:
-    """A forked process (a tokeniser's worker, say) has no thread to watch, and shares the descriptor: end as usual."""
-    if _listening:
+    """A forked process (a tokeniser's worker, say) has no thread to watch, and shares the pipe: it ends as usual.
+
+    It also ends with the process that needs its work, however that ends.
+    """
+    if _pipe:
         signal.set_wakeup_fd(-1)
+        for descriptor in _pipe:
+            os.close(descriptor)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        follow_parent(signal.SIGKILL)
         _unblock()
 
 
@@ -142,4 +139,4 @@ os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_for
 def _tell(text: str) -> None:
     """One rank speaks for all."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        tell(text, sys.stderr)

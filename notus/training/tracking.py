@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from notus.data.disk import disk_error
+from notus.entry import tell
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -46,15 +47,19 @@ class MetricsFile:
 
     remedy = None
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
+    def __init__(self, path: Path, *, resume_step: int, last_logged: int = 0) -> None:
         """Open `path` for appending; lines after `resume_step` are from steps that will be taken again, and go.
+
+        Warns if the line of the step `last_logged` is not there.
 
         Raises:
             ValueError: the file holds something else than metrics.
-            OSError: the disk refuses; so does `log`.
+            OSError: the disk refuses; so do `log` and `sync`.
         """
         self._path = path
         kept = _lines_until(path, resume_step) if path.exists() else []
+        if last_logged and not (kept and _step_of(kept[-1]) == last_logged):
+            tell(f"warning: {path} has lost lines: step {last_logged} was logged, and is not there")
         temporary = path.with_suffix(".partial")
         try:
             temporary.write_bytes(b"".join(kept))
@@ -68,6 +73,13 @@ class MetricsFile:
         try:
             while line:  # a disk that fills up takes a part first, and says why on the next attempt
                 line = line[self._file.write(line) :]
+        except OSError as error:
+            raise disk_error(self._path, error) from error
+
+    def sync(self) -> None:
+        """Wait until all lines are on disk."""
+        try:
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise disk_error(self._path, error) from error
 
@@ -134,9 +146,7 @@ class WandbSink:
                     f"tracking.wandb: Weights & Biases refuses the run ({_first_line(error)}); WANDB_MODE=offline or "
                     "tracking.wandb=false goes on without it"
                 ) from error
-            print(
-                f"warning: Weights & Biases is out of reach ({_first_line(error)}): the run is kept offline", flush=True
-            )
+            tell(f"warning: Weights & Biases is out of reach ({_first_line(error)}): the run is kept offline")
             wandb.teardown()  # or the id would count as taken
             self._run = begin(mode="offline")
 
@@ -183,7 +193,7 @@ class TensorBoardSink:
 class ProgressBar:
     """A bar where there is a terminal, a line every few seconds where there is none."""
 
-    remedy = None
+    remedy = f"{METRICS_FILE} has every line"
 
     def __init__(
         self, *, total_steps: int, start_step: int, shown: Mapping[str, str], seconds_between: float = 5.0
@@ -211,7 +221,7 @@ class ProgressBar:
         left = (now - self._began) / max(1, step - self._start) * (self._total - step)
         figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
         told = "  ".join(f"{label} {value}" for label, value in figures.items())
-        print(f"step {step}/{self._total}  {told}  left {_clock(left)}", flush=True)
+        tell(f"step {step}/{self._total}  {told}  left {_clock(left)}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -242,6 +252,12 @@ class Tracker:
         """What a checkpoint keeps, so that a resumed run goes on in the same place: the W&B run's id."""
         return dict(self._state)
 
+    def sync(self) -> None:
+        """Wait until `metrics.jsonl` is on disk as far as it goes."""
+        for sink in self._sinks:
+            if isinstance(sink, MetricsFile):
+                sink.sync()
+
     def _attempt(self, sink: Sink, work: Callable[[], None]) -> None:
         """A failure is the run's end, or with a `remedy` the sink's: training matters more than its trackers."""
         try:
@@ -252,7 +268,7 @@ class Tracker:
             self._sinks.remove(sink)
             self._off.append(sink)
             name = type(sink).__name__.removesuffix("Sink")
-            print(f"warning: {name} fails ({_first_line(error)}) and is off for the rest; {sink.remedy}", flush=True)
+            tell(f"warning: {name} fails ({_first_line(error)}) and is off for the rest; {sink.remedy}")
 
     def __enter__(self) -> "Tracker":
         return self

@@ -1,6 +1,11 @@
 """Tokenised data on disk: whole or not at all, and never used once it is damaged."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +136,21 @@ def test_a_small_disk_is_told_with_its_free_space(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "No space left on device" in ended.stdout
     assert f"; 0.0 GB free in {tmp_path} []" in ended.stdout
+
+
+def test_leftovers_of_processes_that_are_gone_are_cleared_those_of_others_not(pairs: Path) -> None:
+    load(pairs)
+    (folder,) = (pairs.parent / "cache").iterdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    names = [
+        f".{folder.name}.{host}.{gone.pid}.x",
+        f".{folder.name}.{host}.{os.getpid()}.y",
+        f".{folder.name}.else.1.z",
+    ]
+    for name in names:
+        (folder.parent / name).mkdir()
+    shutil.rmtree(folder)
+    load(pairs)
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, *names[1:]}

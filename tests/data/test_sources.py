@@ -170,6 +170,15 @@ class TestConfined:
         with pytest.raises(ValueError, match=r"someone/pairs: .*secret.jsonl, which lies outside of it"):
             read("someone/pairs")
 
+    @pytest.mark.parametrize("scheme", ["local://", "file://", "http:/"])
+    def test_a_dataset_whose_card_names_a_file_by_its_scheme(
+        self, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        on_hub(monkeypatch, f"{scheme}{tmp_path / 'secret.jsonl'}")
+        monkeypatch.setattr(datasets, "load_dataset", None)
+        with pytest.raises(ValueError, match="which lies outside of it"):
+            read("someone/pairs")
+
     @pytest.mark.parametrize("file", ["zip://a.jsonl::hf://datasets/someone/pairs@main/a.zip", "hf://a/b.tar.gz"])
     def test_archives_on_the_hub_are_not_read(self, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
         on_hub(monkeypatch, file)

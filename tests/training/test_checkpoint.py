@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from notus.training import saving
+from notus.training import checkpoint, saving
 from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
 from notus.training.saving import Checkpoints
 
@@ -185,11 +185,14 @@ def test_a_changed_figure_in_the_state_is_seen(tmp_path: Path, device: torch.dev
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    with pytest.raises(ValueError, match=r"not a checkpoint: it has no state\.json"):
+    with pytest.raises(ValueError, match=r"not a checkpoint, or not a whole one: it has no state\.json"):
         load_checkpoint(tmp_path, parameters, optimizer)
-    (tmp_path / "state.json").write_text('{"format": 9}')
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
+    state = json.loads((path / "state.json").read_text()) | {"format": 9}
+    del state["digest"]
+    (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
     with pytest.raises(ValueError, match="format 9, this version reads 2"):
-        load_checkpoint(tmp_path, parameters, optimizer)
+        load_checkpoint(path, parameters, optimizer)
 
 
 def test_a_damaged_tensor_file_is_named_and_nothing_is_filled(tmp_path: Path, device: torch.device) -> None:
@@ -206,7 +209,7 @@ def test_a_damaged_tensor_file_is_named_and_nothing_is_filled(tmp_path: Path, de
         with pytest.raises(DamagedCheckpointError, match=problem):
             load_checkpoint(path, others, fresh)
     file.unlink()
-    with pytest.raises(DamagedCheckpointError, match=r"rank-00000\.safetensors cannot be read"):
+    with pytest.raises(DamagedCheckpointError, match=r"holds \[\], not \['rank-00000\.safetensors'\] as when"):
         load_checkpoint(path, others, fresh)
     assert torch.equal(others[0][1], before)
 
@@ -225,3 +228,47 @@ def test_nothing_on_disk_needs_unpickling(tmp_path: Path, device: torch.device) 
     names = sorted(file.suffix for file in path.iterdir())
     assert names == [".json", ".safetensors"]
     assert json.loads((path / "state.json").read_text())["optimizer"] == "AdamW"
+
+
+def test_a_file_that_was_not_written_with_it_makes_a_checkpoint_a_damaged_one(
+    tmp_path: Path, device: torch.device
+) -> None:
+    """The reader would take its tensors."""
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
+    save_file({"model.weight": torch.zeros(3, 2)}, path / "aaa.safetensors")
+    with pytest.raises(DamagedCheckpointError, match=r"holds \['aaa.safetensors', 'rank-00000.safetensors'\], not"):
+        load_checkpoint(path, parameters, optimizer)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "_problems", stale)
+    with pytest.raises(OSError, match=r"cannot be read .Stale file handle.; nothing was changed"):
+        load_checkpoint(path, parameters, optimizer)
+
+
+def test_an_old_checkpoint_that_stays_is_a_warning(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=1)
+
+    def busy(path: Path) -> None:
+        if path.exists():
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "_remove", busy)
+        save_checkpoint(tmp_path, Progress(2), parameters, optimizer, keep=1)
+    assert "warning: the old checkpoint" in capsys.readouterr().out
+    assert len(checkpoints_in(tmp_path)) == 2
+    save_checkpoint(tmp_path, Progress(3), parameters, optimizer, keep=1)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000003"]

@@ -86,6 +86,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, model_folder: Path, pairs_file
     settings = config("dpo", run, model_folder, pairs_file, training__max_steps=2)
     dpo.run(settings)
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",

@@ -118,6 +118,62 @@ def test_a_named_checkpoint_starts_the_run_and_its_own_take_over(tmp_path: Path)
     assert open_folder(settings).checkpoints == [own]
 
 
+def test_never_begins_anew_once_and_torchruns_restart_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _begin(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (found,) = open_folder(_config(tmp_path, training__resume="never")).checkpoints
+    assert found.name == "step-00000002"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert open_folder(_config(tmp_path, training__resume="never")).checkpoints == []
+
+
+@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("then", ["auto", "never"])
+def test_setting_aside_may_be_interrupted(
+    moves: int, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _begin(tmp_path)
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run / "model").mkdir()
+    (run / "model" / "config.json").touch()
+    rename, left = Path.rename, [moves]
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_folder(_config(tmp_path, training__resume="never"))
+    again = open_folder(_config(tmp_path, training__resume=then))
+    assert again.finished == (moves == 0 and then == "auto")  # nothing was moved: it is the finished run still
+    kept = [path.name for folder in run.glob("previous-*") for path in folder.iterdir()]
+    assert "metrics.jsonl" in kept or (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    if then == "never":
+        assert again.checkpoints == []
+        assert {"metrics.jsonl", "checkpoints", "model"} <= set(kept)
+
+
+@pytest.mark.parametrize("content", ["", "- a", "a: [", "\x00"])
+def test_a_damaged_config_is_named(content: str, tmp_path: Path) -> None:
+    _begin(tmp_path)
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        open_folder(_config(tmp_path))
+
+
+def test_a_foreign_folder_in_the_models_place_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not a model of ours"):
+        open_folder(_config(tmp_path))
+
+
 def test_the_docs_list_the_keys_that_may_change() -> None:
     text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
     listed = text.split("<!-- free keys: a test compares -->")[1].split("<!-- end -->")[0]

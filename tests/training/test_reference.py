@@ -1,5 +1,7 @@
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -224,3 +226,22 @@ def test_a_cache_under_the_wrong_name_is_an_error(tmp_path: Path, device: torch.
     next(tmp_path.glob("*.safetensors")).rename(tmp_path / f"{other.name}.safetensors")
     with pytest.raises(ValueError, match="another model, data or precision"):
         _call(_Scorer(), rows, tmp_path, other)
+
+
+def test_a_run_that_is_done_with_the_same_cache_may_remove_its_parts_any_time(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, left = reference.write_tensors, [2]
+
+    def disturbed(path: Path, *arguments: Any) -> None:
+        write(path, *arguments)
+        if left[0]:
+            left[0] -= 1
+            shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(reference, "write_tensors", disturbed)
+    rows, scorer = _rows(), _Scorer()
+    logps, read = _call(scorer, rows, tmp_path)
+    assert not read
+    assert left == [0]
+    assert torch.equal(_call(scorer, rows, tmp_path)[0], logps)

@@ -2,14 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import config, read_metrics, settings, write_messages
+from runs import config, read_metrics, settings, write_messages, write_pairs
 from safetensors.torch import load_file
 
 from notus.config import config_from_dict
@@ -142,7 +145,7 @@ def test_no_whole_checkpoint_is_an_error(
     with monkeypatch.context() as patch:
         at_call(patch, dpo.DPOTask, "row_loss", 2, terminate)
         assert dpo.run(cut) == STOPPED
-    (tmp_path / "cut" / "checkpoints" / "step-00000002" / "state.json").write_text("{")
+    (tmp_path / "cut" / "checkpoints" / "step-00000002" / "state.json").unlink()
     with pytest.raises(ValueError, match=r"no checkpoint is whole.*training\.resume=never to start over"):
         dpo.run(cut)
 
@@ -153,16 +156,52 @@ def test_a_second_launch_in_the_same_folder_is_refused(
     run = config("dpo", tmp_path / "run", model_folder, pairs_file, **EVERY)
 
     def launch_again() -> None:
-        from notus.training.folder import hold_folder
+        code = (
+            "import sys\nfrom pathlib import Path\nfrom runs import config\n"
+            "from notus.training.folder import hold_folder\n"
+            "hold_folder(config('dpo', *map(Path, sys.argv[1:])))"
+        )
+        command = [sys.executable, "-c", code, *map(str, (tmp_path / "run", model_folder, pairs_file))]
+        paths = os.pathsep.join(str(Path(__file__).parents[number]) for number in (1, 2))
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+        )
+        told.append(done.stderr)
 
-        with pytest.raises(ValueError, match="is in use by another launch"):
-            hold_folder(run)
-        tried.append(True)
-
-    tried: list[bool] = []
+    told: list[str] = []
     at_call(monkeypatch, dpo.DPOTask, "row_loss", 2, launch_again)
     assert dpo.run(run) == 0
-    assert tried
+    assert "is in use by another launch" in told[0]
+
+
+def test_changed_data_is_refused_before_the_reference_is_computed_for_it(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 18)
+    cut = config("dpo", tmp_path / "cut", model_folder, pairs, **EVERY)
+    with monkeypatch.context() as patch:
+        at_call(patch, dpo.DPOTask, "row_loss", 2, terminate)
+        assert dpo.run(cut) == STOPPED
+    before = sorted((tmp_path / "cut" / "reference").iterdir())
+    write_pairs(pairs, 18, seed=1)
+    with pytest.raises(ValueError, match=r"other contents of data\.train"):
+        dpo.run(cut)
+    assert sorted((tmp_path / "cut" / "reference").iterdir()) == before
+
+
+def test_a_branch_of_a_run_has_a_history_of_its_own(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from notus.training.tracking import Tracker
+
+    monkeypatch.setattr(Tracker, "state", lambda self: {"wandb": "origins"})
+    origin = config("dpo", tmp_path / "origin", model_folder, pairs_file, **EVERY)
+    assert dpo.run(origin) == 0
+    seen = []
+    monkeypatch.setattr(dpo.Run, "_tracker", lambda self, progress: seen.append(replace(progress)) or Tracker([]))
+    start = str(tmp_path / "origin" / "checkpoints" / "step-00000006")
+    assert dpo.run(config("dpo", tmp_path / "branch", model_folder, pairs_file, training__resume=start, **EVERY)) == 0
+    assert (seen[0].step, seen[0].trackers, seen[0].logged) == (6, {}, 0)
 
 
 def test_a_full_disk_at_a_checkpoint_ends_the_run_and_keeps_the_earlier_one(

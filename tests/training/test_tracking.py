@@ -324,3 +324,16 @@ def test_wandb_dying_mid_run_is_switched_off_once(wandb_folder: Path, capsys: py
     assert len(warnings) == 1
     assert len((wandb_folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert list(tracker.state()) == ["wandb"]  # a resumed run goes on with the same one
+
+
+@pytest.mark.parametrize("content", [None, b'{"step": 1}\n{"step": 2}\n'])
+def test_lost_lines_are_told(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    MetricsFile(path, resume_step=5, last_logged=4).close()
+    assert "has lost lines: step 4 was logged, and is not there" in capsys.readouterr().out
+    path.write_bytes(b'{"step": 2}\n{"step": 4}\n{"step": 6}\n')
+    MetricsFile(path, resume_step=5, last_logged=4).close()
+    assert "lost" not in capsys.readouterr().out
+    assert path.read_bytes() == b'{"step": 2}\n{"step": 4}\n'
