@@ -1,7 +1,6 @@
 """How long a checkpoint keeps the training waiting: one rank, a model of 100M parameters, steps of a realistic length.
 
-The same steps are taken with checkpoints in the background, with checkpoints that the loop waits for, and without; the
-loop's own methods are timed. `python benchmarks/fault_stall.py OUTCOME.json KIND CONFIG.yaml` is one such run.
+The same steps are taken with checkpoints and without; the loop's own methods are timed. `python benchmarks/fault_stall.py OUTCOME.json KIND CONFIG.yaml` is one such run.
 """
 
 import dataclasses
@@ -25,7 +24,6 @@ STEPS, SAVE_EVERY, PAIRS = 5, 2, 8
 PROMPT, COMPLETION = (30, 230), (150, 400)
 KINDS = {
     "background": (f"--training.save_every={SAVE_EVERY}",),
-    "waiting": (f"--training.save_every={SAVE_EVERY}", "--training.async_checkpoints=false"),
     "none": (f"--training.save_every={10 * STEPS}",),
 }
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from notus.data.disk import disk_error, sync
@@ -62,18 +62,13 @@ class Checkpoints:
             keep_every: besides those, keep the checkpoints of every so many steps.
         """
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
-        self._group: dist.ProcessGroup | None = None
-        self._stager: DefaultStager | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._pinned = device.type == "cuda"
+        self._thread: concurrent.futures.Executor | None = None
         if background:
-            on_gpu = device.type == "cuda"
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             # its own group: these messages must not mix with the loop's
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False,
-                    use_non_blocking_copy=on_gpu,
-                )
-            )  # fmt: skip
         self._writing: concurrent.futures.Future[Any] | None = None
         self._path = folder
 
@@ -93,13 +88,24 @@ class Checkpoints:
         self.wait()
         self._path = self._folder / step_folder(progress.step)
         commit = _Commit(self._path, copy.deepcopy(progress), type(optimizer).__name__, self._keep, self._keep_every)
-        writer, tensors = _Writer(commit), named_tensors(parameters, optimizer)
-        if self._stager is None:
+        tensors = named_tensors(parameters, optimizer)  # in the thread, of interest by their shapes and places alone
+        local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+        if self._thread is None:
+            writer = _Writer(commit, local)
             self._raise_from(lambda: dcp.save(tensors, storage_writer=writer))
             return
-        writing = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager)
-        assert isinstance(writing, concurrent.futures.Future)
-        self._writing = writing
+        writer = _Writer(commit, self._copy(local))
+        self._writing = self._thread.submit(dcp.save, tensors, storage_writer=writer, process_group=self._group)
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, which the next save uses again."""
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+            self._copies[name].copy_(tensor, non_blocking=True)
+        if self._pinned:
+            torch.cuda.current_stream().synchronize()
+        return self._copies
 
     def failed(self) -> bool:
         """Whether the write in the background has failed, as far as this rank knows."""
@@ -173,9 +179,10 @@ class _Writer(HuggingFaceStorageWriter):
     Torch's own writer first makes a second copy of all tensors in memory, and holds Python's lock while it does.
     """
 
-    def __init__(self, commit: _Commit) -> None:
+    def __init__(self, commit: _Commit, local: dict[str, Tensor]) -> None:
+        """`local`: this rank's part of every tensor, by name."""
         super().__init__(path=str(commit.partial), save_distributed=True)
-        self._commit = commit
+        self._commit, self._local = commit, local
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Clear away what a killed run left; before any rank writes."""
@@ -188,17 +195,16 @@ class _Writer(HuggingFaceStorageWriter):
         """Write this rank's tensors; the result tells the file's size and digest."""
         results: list[WriteResult] = []
         if plan.items:
-            name = f"rank-{plan.storage_data['shard_index'] - 1:05d}.safetensors"
+            file = f"rank-{plan.storage_data['shard_index'] - 1:05d}.safetensors"
             tensors, offsets = {}, {}
             for item in plan.items:
-                tensor, of_tensor = planner.resolve_data(item), item.tensor_data
-                assert isinstance(tensor, Tensor)
+                name, of_tensor = item.index.fqn, item.tensor_data
                 assert of_tensor is not None
-                assert item.index.fqn not in tensors
-                tensors[item.index.fqn], offsets[item.index.fqn] = tensor.detach(), list(of_tensor.chunk.offsets)
+                assert of_tensor.chunk.sizes == self._local[name].shape, name
+                tensors[name], offsets[name] = self._local[name].detach(), list(of_tensor.chunk.offsets)
             self._commit.partial.mkdir(parents=True, exist_ok=True)
-            written = _write_safetensors(self._commit.partial / name, tensors, offsets)
-            results = [WriteResult(item.index, written["bytes"], (name, written)) for item in plan.items]
+            written = _write_safetensors(self._commit.partial / file, tensors, offsets)
+            results = [WriteResult(item.index, written["bytes"], (file, written)) for item in plan.items]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
