@@ -18,4 +18,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(run_entry(main))
+    leave(run_entry(main, resumable=True))

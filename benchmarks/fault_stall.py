@@ -1,6 +1,7 @@
 """How long a checkpoint keeps the training waiting: one rank, a model of 100M parameters, steps of a realistic length.
 
-The same steps are taken with checkpoints and without; the loop's own methods are timed. `python benchmarks/fault_stall.py OUTCOME.json KIND CONFIG.yaml` is one such run.
+The same steps are taken with checkpoints and without; the loop's own methods are timed.
+`python benchmarks/fault_stall.py OUTCOME.json KIND CONFIG.yaml` is one such run.
 """
 
 import dataclasses

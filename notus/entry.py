@@ -38,14 +38,21 @@ def follow_parent(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def run_entry(work: Callable[[], int | None]) -> int:
+def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int:
     """Run an entry's body and return the process's exit code.
+
+    Args:
+        work: the body; returns its exit code, or None for 0.
+        resumable: the same command goes on where it was, so SIGTERM and SIGINT end it with `STOPPED`, from the start.
 
     Under torchrun every rank may meet the same mistake, or one rank alone; the first to meet it tells, and torchrun
     ends the rest. A rank that loses its peers because one of them has told of a mistake is silent.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         follow_parent(signal.SIGTERM)  # when torchrun is killed, its ranks would else train on, or wait for ever
+    if resumable:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop_early)
     try:
         return work() or 0
     except (ValueError, OSError) as error:
@@ -60,6 +67,13 @@ def run_entry(work: Callable[[], int | None]) -> int:
         if "RANK" in os.environ and _failures(0) > 0:
             return 1
         raise
+
+
+def _stop_early(number: int, _: object) -> NoReturn:
+    """While Python imports, say; `notus.training.stopping` takes over when a run begins."""
+    if os.environ.get("RANK", "0") == "0":
+        tell(f"{signal.Signals(number).name}: stopped before the run began; the same command starts it", sys.stderr)
+    os._exit(STOPPED)
 
 
 def leave(code: int) -> NoReturn:

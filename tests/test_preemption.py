@@ -161,3 +161,14 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_signal_while_python_imports_is_a_preemption_too(config_file: Path, tmp_path: Path) -> None:
+    launched = _launch(config_file, tmp_path / "run", ranks=0)
+    maps = Path(f"/proc/{launched.pid}/maps")
+    while "libtorch" not in maps.read_text():  # by then the entry is under way
+        time.sleep(0.005)
+    launched.send_signal(signal.SIGINT)
+    _, told = launched.communicate(timeout=60)
+    assert launched.returncode == STOPPED
+    assert told.startswith("SIGINT: stopped ")

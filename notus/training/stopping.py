@@ -96,7 +96,7 @@ class Stop:
         now = time.monotonic()
         if self._signalled is None and self._patient:
             self._signalled = now
-            _tell(f"{number.name}: stopping after this step; a second signal ends the run at once")
+            _tell(f"{number.name}: stopping after this step; a second or more from now, another one ends the run")
         elif self._signalled is None:
             _tell(f"{number.name}: stopped outside the training steps, nothing to save; the same command goes on")
             os._exit(STOPPED)
