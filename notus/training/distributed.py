@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from notus.entry import tell
+from notus.entry import LostPeers, tell
 from notus.training.heartbeat import heartbeat
 
 T = TypeVar("T")
@@ -60,7 +60,12 @@ def _launchers_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]
     On one node torchrun keeps a store over its restarts, in which the addresses of processes that are gone would lead
     ranks astray: each attempt has keys of its own. Several nodes count attempts each for itself.
     """
-    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().split("\n")[0]
+        raise LostPeers(f"no store of the launcher at {where} ({reason})", int(os.environ["RANK"])) from error
     store.set_timeout(timeout)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
