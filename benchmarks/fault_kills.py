@@ -20,6 +20,7 @@ PHASES = ("start", "reference", "step", "save", "evaluation", "export", "after")
 ALONE, ASKED = 5.0, 15.0  # seconds for the other rank to end by itself, and after SIGTERM, which torchrun would send
 AGAIN = 0.2  # share of the runs that are disturbed a second time
 AIMED = 0.5  # share of the moments that are drawn within a phase, as the short phases would hardly be met otherwise
+_START = 0.3  # seconds, before Python runs the entry
 _PATIENCE = 120.0
 _GOING_ON = re.compile(r"going on from .*\(step (\d+) of")
 _TRAINS, _EVALUATES = 1, 2
@@ -128,7 +129,9 @@ class Harness:
         trial.moments.append(round(time.monotonic() - run.began, 3))
         trial.ranks.append(chosen)
         trial.others.append(_let_end(run, [pid for pid in run.pids if pid not in [pids[rank] for rank in chosen]]))
-        if what != signal.SIGKILL and not self._documented(run, chosen, trial.phases[-1], (folder / "model").exists()):
+        # a launch that goes on is in its start first, whatever its folder says
+        where = "start" if trial.moments[-1] < _START else trial.phases[-1]
+        if what != signal.SIGKILL and not self._documented(run, chosen, where, (folder / "model").exists()):
             trial.losses.append(f"{what.name} in {trial.phases[-1]}: exit codes {run.codes()}, not {self.stopped}")
         trial.orphans += len(end_all(1.0))
         return True
