@@ -119,7 +119,7 @@ class TrainingConfig:
     """Seed of the order of the data, dropout, LoRA's start and the held-out rows."""
     deterministic: bool = False
     """Use algorithms that repeat bit for bit on the same machine with as many ranks; an error where there is none.
-    Slower on GPUs, mostly in attention's backward pass."""
+    What it costs on a GPU: not run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
     activation_checkpointing: bool = True

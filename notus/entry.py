@@ -32,6 +32,11 @@ def tell(text: object, stream: TextIO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def follow_parent(number: signal.Signals) -> None:
     """Have the kernel send this process a signal when the one that started it is gone."""
     if sys.platform == "linux":

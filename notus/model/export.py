@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from notus.entry import first_line
 from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_settings
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.publish import NewFolder, write_json, write_tensors
@@ -193,7 +194,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise errors of every kind for damaged files
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ValueError(
             f"{folder}: no tokenizer can be loaded from it ({reason}); copy the model's tokenizer files there"
         ) from error

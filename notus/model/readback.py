@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from notus.entry import first_line
 from notus.model.shards import is_rank_zero, local_rows
 
 
@@ -74,7 +75,7 @@ def _load(folder: Path, like: Any) -> Any:
     try:
         return type(like).from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise errors of every kind for damaged files
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise not_as_written(folder, f"{type(like).__name__} cannot load it ({reason})") from error
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from notus.entry import first_line
 from notus.model.lora import LoRALinear
 from notus.model.shards import fill_rows
 
@@ -59,7 +60,7 @@ def find_folder(name_or_path: str | Path) -> Path:
     except HFValidationError as error:
         raise ValueError(f"{name_or_path}: no such folder, nor can it be a hub id; check the path") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{name_or_path}: no such folder or hub id; check the name, and the access to the hub ({reason})"
         ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from notus.entry import first_line
 from notus.model.attention import IMPLEMENTATION, check_kernel
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
@@ -32,7 +33,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises errors of every kind for what it does not understand
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ValueError(
             f"{folder / 'config.json'}: not the configuration of a model ({reason}); restore it from the model's source"
         ) from error

@@ -24,7 +24,6 @@ STATE_FILE = "state.json"
 _FORMAT = 2
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _MOMENTS = {torch.optim.RMSprop: ("square_avg",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
-_BLOCK = 16 * 2**20
 
 
 class DamagedCheckpointError(ValueError):
@@ -191,7 +190,5 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
     if size != expected["bytes"]:
         return [f"{path} has {size} bytes, not {expected['bytes']}"]
     with path.open("rb", buffering=0) as file:
-        digest = hashlib.sha256()
-        while block := file.read(_BLOCK):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     return [] if digest.hexdigest() == expected["sha256"] else [f"{path} does not match its digest"]

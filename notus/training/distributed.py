@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from notus.entry import LostPeers, tell
+from notus.entry import LostPeers, first_line, tell
 from notus.training.heartbeat import heartbeat
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def _launchers_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]
         store, number, size = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise LostPeers(f"no store of the launcher at {where} ({reason})", int(os.environ["RANK"])) from error
     store.set_timeout(timeout)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":

@@ -16,7 +16,7 @@ import yaml
 
 from notus.config import Config, load_config, save_config
 from notus.data.disk import sync
-from notus.entry import tell
+from notus.entry import first_line, tell
 from notus.training.checkpoint import checkpoints_in
 from notus.training.tracking import METRICS_FILE
 
@@ -164,7 +164,7 @@ def _check_same_run(path: Path, config: Config) -> None:
         content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({str(error).splitlines()[0]}): remove it to go on with this launch's config"
+            f"{path} is damaged ({first_line(error)}): remove it to go on with this launch's config"
         ) from error
     task = "dpo" if "dpo" in content else "sft"  # SFT's has no such section
     if task != config.task:

@@ -30,8 +30,7 @@ SUMMED_MARGINS = Guard(
     "is below 2.1e-9 and teaches nothing more. Lower training.learning_rate, train fewer epochs, or take a loss with a "
     "bounded target (dpo.loss_type=ipo)",
 )
-# One nat per token: every token of the preferred answers has become e times less likely, on average. A run that works
-# lowers them by some tenths.
+# One nat per token: every token of the preferred answers has become e times less likely, on average.
 CHANGE_LIMIT = -1.0
 CHOSEN_CHANGE = Guard(
     "logps/chosen_change",

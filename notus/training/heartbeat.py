@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from notus.entry import LostPeers
+from notus.entry import LostPeers, first_line
 
 BEAT = 1.0  # seconds
 LISTEN = 6.0  # seconds; long beside a beat, as a busy machine may delay a few
@@ -107,7 +107,7 @@ def _judge(signs: _Signs, error: RuntimeError) -> tuple[str, int]:
         keeper = (
             "the machine that keeps torchrun's rendezvous" if by_torchrun else "rank 0, who keeps the list of ranks,"
         )
-        return f"lost contact with other ranks: {keeper} is gone or stopped ({_first_line(no_answer)})", dist.get_rank()
+        return f"lost contact with other ranks: {keeper} is gone or stopped ({_reason(no_answer)})", dist.get_rank()
     told, left = [], [dist.get_rank()]
     for rank, (host, _, state) in after.items():
         if state == _LOST:
@@ -119,8 +119,8 @@ def _judge(signs: _Signs, error: RuntimeError) -> tuple[str, int]:
         else:
             told.append(f"rank {rank} ({host}) is alive, but did not arrive in time")
     who = "; ".join(told) or "all of them are alive, the connection between them failed"
-    return f"lost contact with other ranks: {who} ({_first_line(error)})", min(left)
+    return f"lost contact with other ranks: {who} ({_reason(error)})", min(left)
 
 
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().split("\n")[0].split(". This is typically")[0]  # gloo goes on with advice
+def _reason(error: RuntimeError) -> str:
+    return first_line(error).split(". This is typically")[0]  # gloo goes on with advice

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from notus.data.disk import disk_error
-from notus.entry import tell
+from notus.entry import first_line, tell
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -143,10 +143,10 @@ class WandbSink:
         except Exception as error:  # of many kinds: time-outs, what a proxy answers in its place, a service that dies
             if mode != "online" or isinstance(error, (wandb.errors.UsageError, wandb.errors.AuthenticationError)):
                 raise ValueError(
-                    f"tracking.wandb: Weights & Biases refuses the run ({_first_line(error)}); WANDB_MODE=offline or "
+                    f"tracking.wandb: Weights & Biases refuses the run ({first_line(error)}); WANDB_MODE=offline or "
                     "tracking.wandb=false goes on without it"
                 ) from error
-            tell(f"warning: Weights & Biases is out of reach ({_first_line(error)}): the run is kept offline")
+            tell(f"warning: Weights & Biases is out of reach ({first_line(error)}): the run is kept offline")
             wandb.teardown()  # or the id would count as taken
             self._run = begin(mode="offline")
 
@@ -268,7 +268,7 @@ class Tracker:
             self._sinks.remove(sink)
             self._off.append(sink)
             name = type(sink).__name__.removesuffix("Sink")
-            tell(f"warning: {name} fails ({_first_line(error)}) and is off for the rest; {sink.remedy}")
+            tell(f"warning: {name} fails ({first_line(error)}) and is off for the rest; {sink.remedy}")
 
     def __enter__(self) -> "Tracker":
         return self
@@ -281,7 +281,3 @@ class Tracker:
                 sink.close()
         for sink in list(self._sinks):
             self._attempt(sink, sink.close)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -222,3 +222,29 @@ def test_a_full_disk_at_a_checkpoint_ends_the_run_and_keeps_the_earlier_one(
     assert (tmp_path / "cut" / "checkpoints" / "latest").read_text() == "step-00000003\n"
     assert dpo.run(cut) == 0
     same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_how_checkpoints_are_kept_follows_the_config(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    options = {"training__save_every": 1, "training__keep_checkpoints": 1, "training__keep_every": 3}
+    for name, background in (("behind", True), ("waiting", False)):
+        more = {**options, "training__epochs": 2, "training__async_checkpoints": background}
+        assert dpo.run(config("dpo", tmp_path / name, model_folder, pairs_file, **more)) == 0
+        kept = sorted(path.name for path in (tmp_path / name / "checkpoints").glob("step-*"))
+        assert kept == [f"step-{step:08d}" for step in (3, 6, 9, 10)]  # 18 pairs in steps of 4, twice
+    same(tmp_path / "behind", tmp_path / "waiting")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"training__save_every": 2, "training__keep_every": 3}, r"keep_every \(3\) must be a multiple of .* \(2\)"),
+        ({"training__keep_every": 3}, r"must be a multiple of training.save_every \(None\)"),
+        (
+            {"training__save_every": 1, "training__keep_every": 3, "training__keep_checkpoints": None},
+            "has no effect while training.keep_checkpoints is null",
+        ),
+    ],
+)
+def test_keeping_what_is_never_saved_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        config("dpo", tmp_path, tmp_path, tmp_path / "pairs.jsonl", **options)
