@@ -1,0 +1,82 @@
+"""The floating-point operations that a packed, prefix-shared step cannot do without; a multiply and an add are two.
+
+For an example of trunk T and branches B_k, of whose tokens S are scored:
+
+    forward = 2 * body * (T + sum B_k)  +  2 * head * S  +  4 * layers * width * A
+    A       = T (T + 1) / 2  +  sum over k of (B_k T + B_k (B_k + 1) / 2)
+
+where `body` and `head` are the weights of the linear layers and A counts the query-key pairs that the causal mask lets
+through. A backward pass is twice a forward pass where every weight is trained. A shared trunk counts once, padding and
+recomputation not at all: the definition of necessary arithmetic, of which "model FLOPs utilisation" is the share.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimensions:
+    """What the arithmetic of a decoder follows from.
+
+    Attributes:
+        layers: number of blocks.
+        attention_width: query heads times their dimension.
+        body_weights: weights of all linear layers but the head.
+        head_weights: weights of the output head.
+    """
+
+    layers: int
+    attention_width: int
+    body_weights: int
+    head_weights: int
+
+
+def dimensions(causal_lm: "PreTrainedModel") -> Dimensions:
+    """Of a transformers causal LM, which may be on the meta device, before it is sharded."""
+    from torch import nn
+
+    config, head = causal_lm.config, causal_lm.get_output_embeddings()
+    linears = (module for module in causal_lm.modules() if isinstance(module, nn.Linear) and module is not head)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Dimensions(
+        layers=config.num_hidden_layers,
+        attention_width=config.num_attention_heads * head_dim,
+        body_weights=sum(linear.weight.numel() for linear in linears),
+        head_weights=head.weight.numel(),
+    )
+
+
+def visible_pairs(trunks: np.ndarray, branches: np.ndarray) -> np.ndarray:
+    """Query-key pairs that the causal mask lets through, for each example.
+
+    Args:
+        trunks: [n] tokens of each trunk.
+        branches: [n, K] tokens of each branch.
+
+    Returns:
+        int64 [n].
+    """
+    trunks, branches = np.asarray(trunks, dtype=np.int64), np.asarray(branches, dtype=np.int64)
+    return trunks * (trunks + 1) // 2 + (branches * trunks[:, None] + branches * (branches + 1) // 2).sum(axis=1)
+
+
+def forward_flops(size: Dimensions, trunks: np.ndarray, branches: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """Necessary operations of one forward pass, for each example.
+
+    Args:
+        size: of the model.
+        trunks: [n] tokens of each trunk.
+        branches: [n, K] tokens of each branch.
+        scored: [n] completion tokens whose log-prob is taken, all branches together.
+
+    Returns:
+        int64 [n].
+    """
+    tokens = np.asarray(trunks, dtype=np.int64) + np.asarray(branches, dtype=np.int64).sum(axis=1)
+    linear = 2 * size.body_weights * tokens + 2 * size.head_weights * np.asarray(scored, dtype=np.int64)
+    return linear + 4 * size.layers * size.attention_width * visible_pairs(trunks, branches)
