@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from toys import toy_model
 
 from notus.model.arithmetic import Dimensions, dimensions, forward_flops, visible_pairs
-from toys import toy_model
 
 
 def test_visible_pairs_by_hand() -> None:
