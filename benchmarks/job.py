@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from notus.model.arithmetic import Dimensions
+
 BETA = 0.1
 WARMUP_RATIO = 0.1
 MAX_GRAD_NORM = 1.0
@@ -59,8 +61,10 @@ class Outcome(Stored):
         reference_seconds: of these, a reference pass ahead of training (0 where it runs inside the steps).
         total_seconds: everything after the imports.
         losses: one per optimizer step.
+        step_seconds: one per optimizer step; where the reference pass runs inside the steps, it is in them.
         baseline_mib: memory in use after the imports (on CUDA: 0).
         peak_mib: the most memory in use from then on: resident set, or allocated CUDA memory.
+        machine: device, threads and version of torch.
         tokens: per pair, in the order of the file, what `describe_tokens` says.
     """
 
@@ -68,8 +72,10 @@ class Outcome(Stored):
     reference_seconds: float
     total_seconds: float
     losses: list[float]
+    step_seconds: list[float]
     baseline_mib: float
     peak_mib: float
+    machine: str
     tokens: list[list[Any]]
 
 
@@ -79,21 +85,20 @@ class Machine(Stored):
 
     Attributes:
         flops_per_second: of the matrix products of a training step.
-        body_weights: elements of all linear layers but the head.
-        head_weights: elements of the head.
-        layers: number of attention layers.
-        attention_width: heads times their dimension.
+        size: what the arithmetic follows from.
         parameters: of the whole model.
         description: device, threads and version of torch.
     """
 
     flops_per_second: float
-    body_weights: int
-    head_weights: int
-    layers: int
-    attention_width: int
+    size: Dimensions
     parameters: int
     description: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        stored = json.loads(Path(path).read_text())
+        return cls(**{**stored, "size": Dimensions(**stored["size"])})
 
 
 def describe_tokens(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> list[Any]:

@@ -16,6 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from job import Machine
+from memory import describe_machine
+from notus.model.arithmetic import dimensions
 
 _SECONDS_PER_PRODUCT = 0.4
 
@@ -33,22 +35,12 @@ def measure(model_folder: str, tokens: int, scored: int, precision: str) -> Mach
     layers.append((tuple(head.weight.shape), scored, 1))
     seconds = sum(count * _layer_seconds(shape, rows, dtype) for shape, rows, count in layers)
     flops = sum(count * 6 * rows * shape[0] * shape[1] for shape, rows, count in layers)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Machine(
         flops_per_second=flops / seconds,
-        body_weights=sum(count * shape[0] * shape[1] for shape, count in body.items()),
-        head_weights=head.weight.numel(),
-        layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * head_dim,
+        size=dimensions(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        description=_description(),
+        description=describe_machine(),
     )
-
-
-def _description() -> str:
-    threads = f"{torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads}"
-    return f"{device}, torch {torch.__version__}"
 
 
 def _layer_seconds(shape: tuple[int, ...], rows: int, dtype: torch.dtype) -> float:

@@ -1,10 +1,16 @@
-"""Peak memory of this process: the resident set as Linux counts it, or allocated memory on CUDA."""
+"""The device that this process uses, and its peak memory: the resident set as Linux counts it, or allocated on CUDA."""
 
 from pathlib import Path
 
 import torch
 
 _MIB = 2**20
+
+
+def describe_machine() -> str:
+    """Device, threads and version of torch."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{device}, torch {torch.__version__}"
 
 
 class PeakMemory:

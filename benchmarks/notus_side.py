@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from job import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, describe_tokens
-from memory import PeakMemory
+from memory import PeakMemory, describe_machine
 from notus.config import config_from_dict
 from notus.data.rows import Rows
 from notus.training.dpo import build_task
@@ -29,14 +29,16 @@ def run_notus(job: Job) -> Outcome:
         tokens = _tokens(run.train_rows)
         pairs = [len(run.plan.indices(step)) for step in range(run.total_steps)]
     lines = [json.loads(line) for line in (Path(job.scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
-    seconds = sum(count / line["pairs_per_second"] for count, line in zip(pairs, lines, strict=True))
+    step_seconds = [count / line["pairs_per_second"] for count, line in zip(pairs, lines, strict=True)]
     return Outcome(
-        seconds=reference_seconds + seconds,
+        seconds=reference_seconds + sum(step_seconds),
         reference_seconds=reference_seconds,
         total_seconds=time.perf_counter() - began,
         losses=[line["loss"] for line in lines],
+        step_seconds=step_seconds,
         baseline_mib=memory.baseline_mib,
         peak_mib=memory.peak_mib(),
+        machine=describe_machine(),
         tokens=tokens,
     )
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from job import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, describe_tokens
-from memory import PeakMemory
+from memory import PeakMemory, describe_machine
 
 
 class TimedTrainer(DPOTrainer):
@@ -23,6 +23,22 @@ class TimedTrainer(DPOTrainer):
         seconds, dataset = _timed(lambda: super(TimedTrainer, self)._precompute_ref_logps(*args))
         self.reference_seconds += seconds
         return dataset
+
+
+class StepClock(TrainerCallback):
+    """Seconds from one step's log to the next one's; the log reads the loss, so the device is done by then."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._last = time.perf_counter()
+
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            self.step_seconds.append(now - self._last)
+            self._last = now
 
 
 def settings(job: Job) -> DPOConfig:
@@ -56,8 +72,13 @@ def train_with_trl(job: Job) -> Outcome:
     args = settings(job)
     args.model_init_kwargs = {"dtype": torch.float32}
     dataset = load_dataset("json", data_files=job.pairs, split="train", cache_dir=job.scratch)
+    clock = StepClock()
     trainer = TimedTrainer(
-        job.model, args=args, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(job.model)
+        job.model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        callbacks=[clock],
     )
     train_seconds, _ = _timed(trainer.train)
     total_seconds, peak_mib = time.perf_counter() - start, memory.peak_mib()
@@ -66,8 +87,10 @@ def train_with_trl(job: Job) -> Outcome:
         reference_seconds=trainer.reference_seconds,
         total_seconds=total_seconds,
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        step_seconds=clock.step_seconds,
         baseline_mib=memory.baseline_mib,
         peak_mib=peak_mib,
+        machine=describe_machine(),
         tokens=[
             describe_tokens(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset
         ],

@@ -1,0 +1,136 @@
+"""Notus beside TRL over prompt-to-completion ratios and lengths; what is measured and checked is that of vs_trl.py.
+
+    python benchmarks/vs_trl_sweep.py --results FILE.json --plot docs/vs-trl-cpu.svg
+    python benchmarks/vs_trl_sweep.py --stored FILE.json --plot docs/vs-trl-cpu.svg    # draws again, runs nothing
+
+All pairs of a point have the same lengths, so neither side pads. A length is that of a prompt and one completion.
+Prints a table in Markdown. Ends with exit code 1 if the sides saw other tokens or if their losses differ.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
+
+from report import Comparison, check_losses, check_tokens, loss_distance
+from sweep_report import draw, table
+from synthetic_pairs import make_pairs
+from vs_trl import TOLERANCE, Bench, able, call, parser_of_both, run_sides
+
+# Tokens of a prompt and one completion: the made models' positions end at 2,048, so a prompt with both completions fits
+# in a row of Notus.
+LONGEST = 1024
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of_both("Notus beside TRL over ratios and lengths: see the head of this file.")
+    parser.set_defaults(sides=["notus", "trl", "trl-precomputed", "trl-liger"])
+    parser.add_argument("--ratios", nargs="+", default=["1:4", "1:1", "4:1", "16:1"], help="prompt:completion")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[256, 1024], help="prompt and one completion")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a point's pairs, prompts counted twice")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs per optimizer step")
+    parser.add_argument("--epochs", type=int, default=3, help="three or more: the warm-up's first step changes nothing")
+    # ten times that of vs_trl.py, so that the losses of so few steps move
+    parser.add_argument("--learning-rate", type=float, default=5e-6)
+    parser.add_argument("--plot", type=Path, help="draw the speed-ups to this SVG file (needs matplotlib)")
+    parser.add_argument("--stored", type=Path, help="take the results from this file and run nothing")
+    args = parser.parse_args()
+    args.tolerance = args.tolerance or TOLERANCE[args.precision]
+    if max(args.lengths) > LONGEST:
+        parser.error(f"--lengths: at most {LONGEST}")
+    return args
+
+
+def split(ratio: str, length: int) -> tuple[int, int]:
+    """Tokens of a prompt and of a completion: `split("4:1", 1000) == (800, 200)`."""
+    prompt, completion = map(int, ratio.split(":"))
+    scored = round(length * completion / (prompt + completion))
+    return length - scored, scored
+
+
+def point_pairs(tokens: int, length: int, batch_size: int) -> int:
+    """Whole steps with about `tokens` tokens in all, one at least."""
+    return batch_size * max(1, round(tokens / (2 * length * batch_size)))
+
+
+def run_point(args: argparse.Namespace, folder: Path, model: Path, ratio: str, length: int) -> Comparison:
+    """Every side that can run here, on pairs of one shape."""
+    prompt, completion = split(ratio, length)
+    num_pairs = point_pairs(args.tokens, length, args.batch_size)
+    make_pairs(folder / "pairs.jsonl", num_pairs, args.seed, prompt=prompt, completion=completion, spread=0.0)
+    settings = argparse.Namespace(**{**vars(args), "max_length": LONGEST})
+    bench = Bench(settings, folder, model, folder / "pairs.jsonl", tokens_per_row=2 * LONGEST)
+    sides, not_run = able(args.sides)
+    runs = [run for _ in range(args.repeats) for run in run_sides(bench, sides, args.epochs)]
+    return Comparison(runs, [], num_pairs, args.batch_size, not_run)
+
+
+def summary(comparison: Comparison, ratio: str, length: int) -> dict[str, Any]:
+    """What is kept of a point."""
+    prompt, completion = split(ratio, length)
+    return {
+        "ratio": ratio,
+        "length": length,
+        "prompt": prompt,
+        "completion": completion,
+        "num_pairs": comparison.num_pairs,
+        "sides": {side: side_summary(comparison, side) for side in comparison.sides},
+    }
+
+
+def side_summary(comparison: Comparison, side: str) -> dict[str, Any]:
+    """What is kept of a side at a point; "steady" is without the first step and a reference pass ahead of training."""
+    epochs, outcomes = comparison.epochs[0], comparison.outcomes(side)
+    peak, above_imports = comparison.peak(side)
+    return {
+        "pairs_per_second": comparison.speed(side, epochs),
+        "steady_pairs_per_second": comparison.steady(side, epochs),
+        "peak_mib": peak,
+        "above_imports_mib": above_imports,
+        "loss_difference": loss_distance(comparison, comparison.sides[0], side, epochs),
+        "seconds": [outcome.seconds for outcome in outcomes],
+        "step_seconds": [outcome.step_seconds for outcome in outcomes],
+        "losses": [outcome.losses for outcome in outcomes],
+    }
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The results of all points, and what is wrong with them."""
+    points, faults = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        call(Path(scratch), "synthetic_setup.py", model, args.seed, args.size)
+        for length in args.lengths:
+            for ratio in args.ratios:
+                print(f"prompt:completion {ratio}, length {length}", file=sys.stderr)
+                comparison = run_point(args, Path(tempfile.mkdtemp(dir=scratch)), model, ratio, length)
+                points.append(summary(comparison, ratio, length))
+                wrong = check_tokens(comparison, LONGEST) + check_losses(comparison, args.tolerance)
+                faults += [f"{ratio}, length {length}: {fault}" for fault in wrong]
+    results = {
+        "machine": comparison.runs[0].outcome.machine,
+        "not_run": able(args.sides)[1],
+        "settings": vars(args),
+        "points": points,
+    }
+    return results, faults
+
+
+def main() -> None:
+    args = parse_arguments()
+    results, faults = (json.loads(args.stored.read_text()), []) if args.stored else measure(args)
+    print(table(results))
+    if args.results:
+        args.results.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    if args.plot:
+        draw(results, args.plot)
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()
