@@ -39,9 +39,9 @@ OPTIONS: dict[str, dict[str, object]] = {
     "trl-best": {**PRECOMPUTED, "per_device_train_batch_size": 1, "precompute_ref_batch_size": 1},
     "trl-liger": {**PRECOMPUTED, "use_liger_kernel": True},
 }
-# The largest difference of two losses at the same step. Both sides compute log-probs of a whole completion in bf16;
-# beta times their rounding is what the loss may differ by.
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+# The largest difference of two losses at the same step. In bf16 each side rounds its log-probs in its own way, and
+# beta times that is in the loss; 1.2e-3 was seen over six steps of the made pairs.
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 
 
 def missing(side: str) -> str | None:
@@ -59,7 +59,7 @@ def parser_of_both(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32")
     parser.add_argument("--size", choices=["15m", "100m", "1b"], default="15m", help="of the made model")
-    parser.add_argument("--tolerance", type=float, help="largest difference of two losses (fp32: 1e-3, bf16: 2e-2)")
+    parser.add_argument("--tolerance", type=float, help="largest difference of two losses (fp32: 1e-3, bf16: 1e-2)")
     parser.add_argument("--repeats", type=int, default=1, help="how often everything runs, in turns")
     parser.add_argument("--sides", nargs="+", choices=list(OPTIONS), default=list(OPTIONS))
     parser.add_argument("--seed", type=int, default=0, help="of the made model and pairs")

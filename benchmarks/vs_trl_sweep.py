@@ -21,8 +21,7 @@ from sweep_report import draw, table
 from synthetic_pairs import make_pairs
 from vs_trl import TOLERANCE, Bench, able, call, parser_of_both, run_sides
 
-# Tokens of a prompt and one completion: the made models' positions end at 2,048, so a prompt with both completions fits
-# in a row of Notus.
+# Tokens of a prompt and one completion; the made models' positions end at 2,048.
 LONGEST = 1024
 
 
@@ -63,7 +62,8 @@ def run_point(args: argparse.Namespace, folder: Path, model: Path, ratio: str, l
     num_pairs = point_pairs(args.tokens, length, args.batch_size)
     make_pairs(folder / "pairs.jsonl", num_pairs, args.seed, prompt=prompt, completion=completion, spread=0.0)
     settings = argparse.Namespace(**{**vars(args), "max_length": LONGEST})
-    bench = Bench(settings, folder, model, folder / "pairs.jsonl", tokens_per_row=2 * LONGEST)
+    tokens_per_row = max(Bench.tokens_per_row, prompt + 2 * completion)
+    bench = Bench(settings, folder, model, folder / "pairs.jsonl", tokens_per_row)
     sides, not_run = able(args.sides)
     runs = [run for _ in range(args.repeats) for run in run_sides(bench, sides, args.epochs)]
     return Comparison(runs, [], num_pairs, args.batch_size, not_run)
