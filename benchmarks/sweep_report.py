@@ -70,6 +70,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             panel.set_title(f"prompt + completion: {length} tokens", fontsize=10)
         first = next(iter(results["points"][0]["sides"]))
         panels[0].set_ylabel(f"pairs/s, {first} over the other")
+        panels[0].set_ylim(0, 1.15 * panels[0].get_ylim()[1])  # of all panels; room for the values
         panels[0].legend(frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -84,8 +85,7 @@ def _draw_panel(panel: Any, points: list[dict[str, Any]]) -> None:
         for name, value in zip(names, values, strict=True):
             panel.annotate(f"{value:.1f}", (name, value), (0, 5), textcoords="offset points", ha="center", fontsize=8)
     panel.axhline(1, color="grey", linewidth=0.8)
-    panel.set_ylim(bottom=0)
-    panel.margins(y=0.15)
+    panel.margins(x=0.1)
     panel.set_xlabel("prompt : completion")
     for edge in ("top", "right"):
         panel.spines[edge].set_visible(False)
