@@ -13,7 +13,8 @@ def table(results: dict[str, Any]) -> str:
     heads = ["prompt", "completion", "pairs", *speeds, *ratios, "steady", "peak memory", "losses within"]
     lines = [
         f"{settings['size']} parameters, {settings['precision']}, epochs: {settings['epochs']}, "
-        f"{settings['batch_size']} pairs per step; {results['machine']}",
+        f"{settings['batch_size']} pairs per step, "
+        f"spread of the lengths: {settings['spread']}; {results['machine']}",
         *(f"{side}: not run ({why})" for side, why in results["not_run"].items()),
         "",
         f"| {' | '.join(heads)} |",

@@ -31,7 +31,7 @@ def make_pairs(
     # <s> and </s> are tokens too
     means = np.array([prompt, completion, completion]) - 1
     lengths = np.exp(np.log(means) - spread**2 / 2 + spread * normal)
-    longest = np.maximum(means, [LONGEST_PROMPT, LONGEST_COMPLETION, LONGEST_COMPLETION])
+    longest = np.maximum(3 * means, [LONGEST_PROMPT, LONGEST_COMPLETION, LONGEST_COMPLETION])
     lengths = np.clip(lengths.round().astype(int), 2, longest)
     with path.open("w") as file:
         for words, chosen, rejected in lengths:

@@ -3,7 +3,8 @@
     python benchmarks/vs_trl_sweep.py --results FILE.json --plot docs/vs-trl-cpu.svg
     python benchmarks/vs_trl_sweep.py --stored FILE.json --plot docs/vs-trl-cpu.svg    # draws again, runs nothing
 
-All pairs of a point have the same lengths, so neither side pads. A length is that of a prompt and one completion.
+A length is that of a prompt and one completion. All pairs of a point have the same lengths, so neither side pads;
+with `--spread 0.7` they are log-normal around them, as those of vs_trl.py.
 Prints a table in Markdown. Ends with exit code 1 if the sides saw other tokens or if their losses differ.
 """
 
@@ -21,8 +22,7 @@ from sweep_report import draw, table
 from synthetic_pairs import make_pairs
 from vs_trl import TOLERANCE, Bench, able, call, parser_of_both, run_sides
 
-# Tokens of a prompt and one completion; the made models' positions end at 2,048.
-LONGEST = 1024
+LONGEST = 2048  # where the made models' positions end
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.set_defaults(sides=["notus", "trl", "trl-precomputed", "trl-liger"])
     parser.add_argument("--ratios", nargs="+", default=["1:4", "1:1", "4:1", "16:1"], help="prompt:completion")
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 1024], help="prompt and one completion")
+    parser.add_argument("--spread", type=float, default=0.0, help="of the logarithm of a point's lengths")
     parser.add_argument("--tokens", type=int, default=4096, help="of a point's pairs, prompts counted twice")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs per optimizer step")
     parser.add_argument("--epochs", type=int, default=3, help="three or more: the warm-up's first step changes nothing")
@@ -39,8 +40,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stored", type=Path, help="take the results from this file and run nothing")
     args = parser.parse_args()
     args.tolerance = args.tolerance or TOLERANCE[args.precision]
-    if max(args.lengths) > LONGEST:
-        parser.error(f"--lengths: at most {LONGEST}")
     return args
 
 
@@ -60,13 +59,25 @@ def run_point(args: argparse.Namespace, folder: Path, model: Path, ratio: str, l
     """Every side that can run here, on pairs of one shape."""
     prompt, completion = split(ratio, length)
     num_pairs = point_pairs(args.tokens, length, args.batch_size)
-    make_pairs(folder / "pairs.jsonl", num_pairs, args.seed, prompt=prompt, completion=completion, spread=0.0)
+    pairs = folder / "pairs.jsonl"
+    make_pairs(pairs, num_pairs, args.seed, prompt=prompt, completion=completion, spread=args.spread)
     settings = argparse.Namespace(**{**vars(args), "max_length": LONGEST})
-    tokens_per_row = max(Bench.tokens_per_row, prompt + 2 * completion)
-    bench = Bench(settings, folder, model, folder / "pairs.jsonl", tokens_per_row)
+    bench = Bench(settings, folder, model, pairs, tokens_per_row=max(Bench.tokens_per_row, longest_pair(pairs)))
     sides, not_run = able(args.sides)
     runs = [run for _ in range(args.repeats) for run in run_sides(bench, sides, args.epochs)]
     return Comparison(runs, [], num_pairs, args.batch_size, not_run)
+
+
+def longest_pair(pairs: Path) -> int:
+    """Tokens of the longest made pair, its prompt once: a row of Notus holds a pair whole.
+
+    Ends the process if the model has not as many positions.
+    """
+    lengths = [[len(text.split()) + 1 for text in json.loads(line).values()] for line in pairs.read_text().splitlines()]
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+    if longest > LONGEST:
+        sys.exit(f"a made pair has {longest} tokens, the model {LONGEST} positions: lower --lengths or --spread")
+    return max(map(sum, lengths))
 
 
 def summary(comparison: Comparison, ratio: str, length: int) -> dict[str, Any]:

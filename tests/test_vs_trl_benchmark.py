@@ -67,7 +67,7 @@ def stored() -> dict[str, Any]:
     return {
         "machine": "CPU, 2 threads",
         "not_run": {"trl-liger": "no CUDA"},
-        "settings": {"size": "15m", "precision": "fp32", "epochs": 3, "batch_size": 4},
+        "settings": {"size": "15m", "precision": "fp32", "epochs": 3, "batch_size": 4, "spread": 0.0},
         "points": points,
     }
 
@@ -77,7 +77,7 @@ def test_the_table_of_stored_results() -> None:
 
     lines = table(stored()).splitlines()
     assert lines[:2] == [
-        "15m parameters, fp32, epochs: 3, 4 pairs per step; CPU, 2 threads",
+        "15m parameters, fp32, epochs: 3, 4 pairs per step, spread of the lengths: 0.0; CPU, 2 threads",
         "trl-liger: not run (no CUDA)",
     ]
     assert lines[5] == "| 20 | 80 | 8 | 4.00 | 2.00 | 2.0x | 2.0x | 2.00x | 2.0e-06 of 2.0e-01 |"
@@ -93,6 +93,21 @@ def test_the_plot_of_stored_results_is_the_same_each_time(tmp_path: Path) -> Non
     assert drawn == (tmp_path / "b.svg").read_text()
     assert "prompt + completion: 100 tokens" in drawn
     assert all(f">{label}<" in drawn for label in ("1:4", "4:1", "2.0", "6.0", "trl"))
+
+
+def test_made_pairs_have_the_lengths_asked_for(tmp_path: Path) -> None:
+    from synthetic_pairs import make_pairs
+    from vs_trl_sweep import longest_pair, split
+
+    assert split("4:1", 1000) == (800, 200)
+    pairs = tmp_path / "pairs.jsonl"
+    make_pairs(pairs, 3, seed=0, prompt=80, completion=20, spread=0.0)
+    # <s> and </s> are of the 80 and the 20
+    assert {len(json.loads(line)["prompt"].split()) for line in pairs.read_text().splitlines()} == {79}
+    assert longest_pair(pairs) == 80 + 20 + 20
+    make_pairs(pairs, 2, seed=0, prompt=1500, completion=600, spread=0.0)
+    with pytest.raises(SystemExit, match="2100 tokens, the model 2048 positions"):
+        longest_pair(pairs)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("15m", 15.6), ("100m", 100.1), ("1b", 1100.0)])
