@@ -118,8 +118,9 @@ class Rows:
         """A content digest of every row (trunk, branches, masks): uint8 [n, 16]; computed once."""
         if self._known_digests is None:
             found = np.empty((len(self), 16), dtype=np.uint8)
-            for index in range(len(self)):
-                found[index] = np.frombuffer(_digest(self._example(index)), dtype=np.uint8)
+            for index, place in enumerate(self._places):
+                number, row = self._find(place)
+                found[index] = np.frombuffer(_digest(self._chunks[number], row), dtype=np.uint8)
             self._known_digests = found
         return self._known_digests
 
@@ -232,12 +233,14 @@ def _loss_tokens(chunk: _Chunk) -> np.ndarray:
     return learned
 
 
-def _digest(example: Example) -> bytes:
+def _digest(chunk: _Chunk, row: int) -> bytes:
     """BLAKE2b, 16 bytes, of a row's sizes, token ids and masks."""
-    sizes = [len(example.branches), len(example.trunk), *map(len, example.branches)]
-    digest = hashlib.blake2b(np.asarray(sizes, dtype="<i8").tobytes(), digest_size=16)
-    for ids in (example.trunk, *example.branches):
-        digest.update(ids.astype("<i4").tobytes())
-    for mask in example.loss_masks:
-        digest.update(mask.tobytes())
+    first, last = chunk.row_starts[row : row + 2].tolist()
+    edges = chunk.branch_starts[first : last + 1]
+    trunk, branches = slice(*chunk.trunk_starts[row : row + 2].tolist()), slice(int(edges[0]), int(edges[-1]))
+    sizes = [last - first, trunk.stop - trunk.start, *np.diff(edges).tolist()]
+    digest = hashlib.blake2b(np.asarray(sizes, dtype="<i8"), digest_size=16)
+    digest.update(np.asarray(chunk.trunk_ids[trunk], dtype="<i4"))
+    digest.update(np.asarray(chunk.branch_ids[branches], dtype="<i4"))
+    digest.update(chunk.mask[branches].astype(bool))
     return digest.digest()

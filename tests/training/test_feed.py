@@ -32,13 +32,13 @@ def tokens(batches) -> list[list[int]]:
 
 
 def feed(rows: Rows, costs: np.ndarray, plan: StepPlan, steps: range) -> Feed:
-    return Feed(rows, costs, plan, steps, tokens_per_row=120, device=CPU)
+    return Feed(rows, costs, plan, steps, tokens_per_row=int(rows.lengths.max()), device=CPU)
 
 
 def test_each_step_gets_its_rows_wherever_the_run_begins(job) -> None:
     rows, plan = job.train_rows, StepPlan(11, 4, seed=3)
     costs = row_costs(job.policy, rows)
-    options = {"rank": 0, "world_size": 1, "tokens_per_row": 120}
+    options = {"rank": 0, "world_size": 1, "tokens_per_row": int(rows.lengths.max())}
     expected = []
     for step in range(6):
         indices = plan.indices(step)
