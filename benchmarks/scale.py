@@ -131,13 +131,11 @@ def _anonymous() -> float:
 
 def measure(phase: str, folder: Path, files: list[Path]) -> Measured:
     """Run a phase here, on the pairs of these files; those before it have run."""
-    import datasets
     from transformers import AutoTokenizer
 
     from notus.data.dataset import load_pairs
     from notus.data.rows import Rows
 
-    datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     memory, began = _PrivateMemory(), time.perf_counter()
     dataset, report = load_pairs(

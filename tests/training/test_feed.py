@@ -64,8 +64,9 @@ def test_costs_are_the_necessary_operations(job) -> None:
 def test_idle_share_is_that_of_the_heavier_rank(job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("notus.training.feed.world_size", lambda: 2)
     plan = StepPlan(3, 3, shuffle=False)
-    with feed(job.train_rows, np.array([5, 3, 1] + [0] * 8), plan, range(1)) as one:
-        list(one.step())
+    costs = np.array([5, 3, 1] + [0] * 8)
+    with Feed(job.train_rows, costs, plan, range(1), tokens_per_row=1000, device=CPU) as one:
+        assert len(list(one.step())) == 1
         assert one.idle_share == pytest.approx(1 / 10)  # ranks of 5 and 4
 
 
