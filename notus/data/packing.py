@@ -1,17 +1,15 @@
 """Rows to steps to packed batches.
 
 A *step plan* says which examples an optimizer step sees; it depends on the data, the batch size and the seed,
-never on the number of ranks. Within a step, `deal` gives every rank the same number of rows, each at most
+never on the number of ranks. Within a step, `dealing.deal` gives every rank the same number of rows, each at most
 `tokens_per_row` long, and `collate` lays the examples of one row end to end:
 `[trunk branch_1 ... branch_K][trunk ...]...`, without padding.
 """
 
-import bisect
 import dataclasses
 import functools
-import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -65,17 +63,6 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def _spread(lengths: Sequence[int], order: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Put the items of `order` one by one into the bin that is lightest so far."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    heap = [(0, number) for number in range(num_bins)]
-    for item in order:
-        weight, number = heapq.heappop(heap)
-        bins[number].append(item)
-        heapq.heappush(heap, (weight + lengths[item], number))
-    return bins
-
-
 def check_fits(longest: int, tokens_per_row: int) -> None:
     """Raises ValueError if an example of `longest` tokens does not fit into a row."""
     if longest > tokens_per_row:
@@ -83,39 +70,6 @@ def check_fits(longest: int, tokens_per_row: int) -> None:
             f"training.tokens_per_row={tokens_per_row} is less than the longest example ({longest} tokens): "
             f"set training.tokens_per_row to at least {longest}, or lower data.max_length"
         )
-
-
-def deal(lengths: Sequence[int], world_size: int, tokens_per_row: int) -> list[list[list[int]]]:
-    """Deal a step's examples to ranks and rows.
-
-    Longest first, to the lightest rank; then, within a rank, to the lightest of its rows. Every rank gets the
-    same number of rows, as few as keep each within `tokens_per_row`; a row may be empty.
-
-    Args:
-        lengths: tokens of each example of the step (trunk and branches together).
-        world_size: number of ranks.
-        tokens_per_row: the most tokens a row may hold.
-
-    Returns:
-        `rows[rank][row]`: positions into `lengths`.
-
-    Raises:
-        ValueError: an example is longer than `tokens_per_row`.
-    """
-    lengths = [int(length) for length in lengths]
-    check_fits(max(lengths), tokens_per_row)
-    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    ranks = _spread(lengths, order, world_size)
-    heaviest = max(sum(lengths[item] for item in items) for items in ranks)
-    fewest = max(1, math.ceil(heaviest / tokens_per_row))
-    most = max(len(items) for items in ranks)  # a row for every example
-
-    def fits(num_rows: int) -> bool:
-        rows = (row for items in ranks for row in _spread(lengths, items, num_rows))
-        return all(sum(lengths[item] for item in row) <= tokens_per_row for row in rows)
-
-    num_rows = fewest + bisect.bisect_left(range(fewest, most), True, key=fits)
-    return [_spread(lengths, items, num_rows) for items in ranks]
 
 
 @dataclasses.dataclass
@@ -145,14 +99,17 @@ class Layout:
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on `device`."""
-        move = functools.partial(_move, device=device)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Layout":
+        """The same layout with its tensors changed."""
         return dataclasses.replace(
             self,
-            key_index=move(self.key_index),
-            first_copy=move(self.first_copy),
-            extra_copies=[(move(gathered), move(own)) for gathered, own in self.extra_copies],
-            query_starts=move(self.query_starts),
-            key_starts=move(self.key_starts),
+            key_index=change(self.key_index),
+            first_copy=change(self.first_copy),
+            extra_copies=[(change(gathered), change(own)) for gathered, own in self.extra_copies],
+            query_starts=change(self.query_starts),
+            key_starts=change(self.key_starts),
         )
 
 
@@ -180,18 +137,19 @@ class Batch:
     weights: Tensor
     indices: Tensor
 
+    def pin(self) -> "Batch":
+        """The same batch in page-locked memory, from which a copy to a GPU waits for nothing."""
+        return self._map(Tensor.pin_memory)
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; the dataset rows stay on the host."""
+        """The same batch on `device`; the dataset rows stay on the host. From `pin`ned memory it does not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         indices, layout = fields.pop("indices"), fields.pop("layout")
-        moved = {name: _move(tensor, device) for name, tensor in fields.items()}
-        return Batch(**moved, indices=indices, layout=layout.to(device))
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        changed = {name: change(tensor) for name, tensor in fields.items()}
+        return Batch(**changed, indices=indices, layout=layout.map(change))
 
 
 def filler(num_branches: int) -> Example:

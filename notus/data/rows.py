@@ -1,29 +1,29 @@
 """Fast access to tokenised rows: examples by index, lengths, digests.
 
-Reads Arrow memory directly, a slice of the dataset at a time.
+Reads the Arrow memory itself, which is mapped from disk; what is kept of a row is its lengths.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from notus.data.packing import Batch, Example, StepPlan, check_fits, collate, deal
-
-_SLICE = 4096
+from notus.data.dealing import deal, time_of
+from notus.data.packing import Batch, Example, StepPlan, check_fits, collate
 
 
 @dataclasses.dataclass(frozen=True)
-class _Slice:
-    """Some rows of a dataset, every column as one flat array.
+class _Chunk:
+    """Neighbouring rows as they are stored, every column as one flat array: views of the mapped memory.
 
     Attributes:
         trunk_ids, trunk_starts: token ids of the trunks, end to end, and where each row's begin: [rows + 1].
         branch_ids, branch_starts: those of the branches, K per row, and where each branch's begin.
-        mask: bool, one for each of `branch_ids`.
+        mask: 0 or 1 for each of `branch_ids`.
         row_starts: the number of each row's first branch: [rows + 1].
     """
 
@@ -40,8 +40,9 @@ class Rows:
 
     Attributes:
         num_branches: K, the same for every row.
+        trunk_lengths: int64 [n], tokens of each trunk.
+        branch_lengths: int64 [n, K], tokens of each branch.
         lengths: int64 [n], tokens of each example, trunk and branches together.
-        separate_lengths: int64 [n], tokens if each branch carried its own copy of the trunk.
         loss_tokens: int64 [n, K], tokens of each branch that the loss sees.
     """
 
@@ -53,43 +54,92 @@ class Rows:
         """
         if len(dataset) == 0:
             raise ValueError("the tokenised dataset holds no rows")
-        self._data = dataset.select_columns(["trunk", "branches", "loss_mask"]).with_format("arrow")
+        stored = dataset.data.table.select(["trunk", "branches", "loss_mask"]).to_batches()
+        self._chunks = [_read(batch) for batch in stored]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in stored)])
+        # a selection leaves the rows where they are and keeps a list of their places
+        selected = dataset._indices
+        self._places = np.arange(len(dataset)) if selected is None else selected.column(0).to_numpy().astype(np.int64)
         self._known_digests: np.ndarray | None = None
-        trunks, branches, learned, counts = [], [], [], []
-        for part in self._slices():
-            trunks.append(np.diff(part.trunk_starts))
-            branches.append(np.diff(part.branch_starts))
-            learned.append(_loss_tokens(part))
-            counts.append(np.diff(part.row_starts))
-        self.num_branches = int(counts[0][0])
-        if any((count != self.num_branches).any() for count in counts):
-            raise ValueError("the rows of the dataset differ in their number of completions")
-        of_trunks = np.concatenate(trunks)
-        of_branches = np.concatenate(branches).reshape(-1, self.num_branches).sum(axis=1)
-        self.lengths = of_trunks + of_branches
-        self.separate_lengths = self.num_branches * of_trunks + of_branches
-        self.loss_tokens = np.concatenate(learned).reshape(-1, self.num_branches)
+        self._scan()
+
+    def _scan(self) -> None:
+        number, row = self._find(self._places[0])
+        self.num_branches = int(np.diff(self._chunks[number].row_starts)[row])
+        each = np.arange(self.num_branches)
+        self.trunk_lengths = np.empty(len(self._places), dtype=np.int64)
+        self.branch_lengths = np.empty((len(self._places), self.num_branches), dtype=np.int64)
+        self.loss_tokens = np.empty_like(self.branch_lengths)
+        order = np.argsort(self._places, kind="stable")
+        ends = np.searchsorted(self._places[order], self._starts)
+        for chunk, start, first, last in zip(self._chunks, self._starts, ends, ends[1:], strict=False):
+            if first == last:
+                continue
+            here = order[first:last]
+            rows = self._places[here] - start
+            if (np.diff(chunk.row_starts)[rows] != self.num_branches).any():
+                raise ValueError("the rows of the dataset differ in their number of completions")
+            branches = chunk.row_starts[rows][:, None] + each
+            self.trunk_lengths[here] = np.diff(chunk.trunk_starts)[rows]
+            self.branch_lengths[here] = np.diff(chunk.branch_starts)[branches]
+            self.loss_tokens[here] = _loss_tokens(chunk)[branches]
+        self.lengths = self.trunk_lengths + self.branch_lengths.sum(axis=1)
+
+    def _find(self, place: int) -> tuple[int, int]:
+        """The chunk that holds a stored row, and the row's number there."""
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return number, int(place - self._starts[number])
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._places)
 
     def __call__(self, indices: np.ndarray) -> list[Example]:
-        """The examples at these rows, in this order."""
-        wanted = [int(index) for index in indices]
-        return _examples(_read(self._data[wanted]), wanted)
+        """The examples at these rows, in this order; their arrays are views of the mapped memory."""
+        return [self._example(int(index)) for index in indices]
 
-    def _slices(self) -> Iterator[_Slice]:
-        for start in range(0, len(self._data), _SLICE):
-            yield _read(self._data[start : start + _SLICE])
+    def _example(self, index: int) -> Example:
+        number, row = self._find(self._places[index])
+        chunk = self._chunks[number]
+        first, last = chunk.row_starts[row : row + 2].tolist()
+        edges = chunk.branch_starts[first : last + 1].tolist()
+        start, end = chunk.trunk_starts[row : row + 2].tolist()
+        return Example(
+            index=index,
+            trunk=chunk.trunk_ids[start:end],
+            branches=tuple(chunk.branch_ids[a:b] for a, b in itertools.pairwise(edges)),
+            loss_masks=tuple(chunk.mask[a:b].astype(bool) for a, b in itertools.pairwise(edges)),
+        )
+
+    def separate_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of these rows if each branch carried its own copy of the trunk."""
+        return self.lengths[indices] + (self.num_branches - 1) * self.trunk_lengths[indices]
 
     def digests(self) -> np.ndarray:
         """A content digest of every row (trunk, branches, masks): uint8 [n, 16]; computed once."""
         if self._known_digests is None:
-            self._known_digests = np.concatenate([_digests(part) for part in self._slices()])
+            found = np.empty((len(self), 16), dtype=np.uint8)
+            for index, place in enumerate(self._places):
+                number, row = self._find(place)
+                found[index] = np.frombuffer(_digest(self._chunks[number], row), dtype=np.uint8)
+            self._known_digests = found
         return self._known_digests
 
 
-def step_rows(rows: Rows, indices: np.ndarray, *, rank: int, world_size: int, tokens_per_row: int) -> Iterator[Batch]:
+def packed(rows: Rows, indices: np.ndarray, dealt: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    """A rank's packed rows of a step; `dealt`: which of the step's `indices` each holds, see `deal`."""
+    for row in dealt:
+        yield collate(rows(indices[row]), rows.num_branches)
+
+
+def step_rows(
+    rows: Rows,
+    indices: np.ndarray,
+    *,
+    rank: int,
+    world_size: int,
+    tokens_per_row: int,
+    costs: np.ndarray | None = None,
+) -> Iterator[Batch]:
     """This rank's packed rows of one step.
 
     Args:
@@ -97,9 +147,11 @@ def step_rows(rows: Rows, indices: np.ndarray, *, rank: int, world_size: int, to
         indices: dataset rows of the step.
         rank, world_size: which share of the step to take.
         tokens_per_row: the most tokens a row may hold.
+        costs: what each of the step's examples takes to compute, in any unit; None: as many as its tokens.
     """
-    for row in deal(rows.lengths[indices].tolist(), world_size, tokens_per_row)[rank]:
-        yield collate(rows(indices[row]), rows.num_branches)
+    lengths = rows.lengths[indices]
+    dealt = deal(lengths.tolist(), (lengths if costs is None else costs).tolist(), world_size, tokens_per_row)
+    return packed(rows, indices, dealt[rank])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,107 +162,85 @@ class PackingReport:
         steps: optimizer steps looked at.
         padding_share: share of processed tokens that carry nothing (fillers of empty rows).
         sharing_gain: tokens with a trunk per branch, over tokens with one trunk per example.
-        imbalance: mean over steps of (heaviest rank's tokens / mean rank's tokens - 1).
+        idle_share: share of the steps for which the mean rank waits for a heavier one, by cost.
     """
 
     steps: int
     padding_share: float
     sharing_gain: float
-    imbalance: float
+    idle_share: float
 
     def __str__(self) -> str:
         return (
             f"packing: padding {self.padding_share:.2%}, sharing gain {self.sharing_gain:.2f}x, "
-            f"rank imbalance {self.imbalance:.2%} (over {self.steps} steps)"
+            f"ranks idle {self.idle_share:.2%} by cost (over {self.steps} steps)"
         )
 
 
 def packing_report(
-    rows: Rows, plan: StepPlan, *, world_size: int, tokens_per_row: int, max_steps: int = 200
+    rows: Rows, plan: StepPlan, costs: np.ndarray, *, world_size: int, tokens_per_row: int, max_steps: int = 200
 ) -> PackingReport:
-    """Measure the first epoch's plan, at most `max_steps` steps of it.
+    """Measure the first epoch's plan, at most `max_steps` steps of it; `costs` [n]: what each row takes to compute.
 
     Raises:
         ValueError: an example of the dataset, in whatever step, is longer than `tokens_per_row`.
     """
     check_fits(int(rows.lengths.max()), tokens_per_row)
     steps = min(plan.steps_per_epoch, max_steps)
-    empty, packed, separate, excess = 0, 0, 0, 0.0
+    empty, packed, separate, cost, paid = 0, 0, 0, 0.0, 0.0
     for step in range(steps):
         indices = plan.indices(step)
-        lengths = rows.lengths[indices]
-        ranks = deal(lengths.tolist(), world_size, tokens_per_row)
+        of_step = costs[indices].tolist()
+        ranks = deal(rows.lengths[indices].tolist(), of_step, world_size, tokens_per_row)
         empty += sum(1 + rows.num_branches for rank in ranks for row in rank if not row)
-        loads = [sum(int(lengths[item]) for row in rank for item in row) for rank in ranks]
-        excess += max(loads) * world_size / sum(loads) - 1
-        packed += int(lengths.sum())
-        separate += int(rows.separate_lengths[indices].sum())
-    return PackingReport(steps, empty / (packed + empty), separate / packed, excess / steps)
+        cost += sum(of_step)
+        paid += world_size * time_of(ranks, of_step)
+        packed += int(rows.lengths[indices].sum())
+        separate += int(rows.separate_lengths(indices).sum())
+    return PackingReport(steps, empty / (packed + empty), separate / packed, 1 - cost / paid)
 
 
-def _read(table: pa.Table) -> _Slice:
-    trunk_ids, trunk_starts = _flat(table.column("trunk"))
-    branch_lists, row_starts = _flat_lists(table.column("branches"))
-    mask_lists, _ = _flat_lists(table.column("loss_mask"))
+def _read(batch: pa.RecordBatch) -> _Chunk:
+    trunk_ids, trunk_starts = _flat(batch.column("trunk"))
+    branch_lists, row_starts = _flat_lists(batch.column("branches"))
+    mask_lists, _ = _flat_lists(batch.column("loss_mask"))
     branch_ids, branch_starts = _flat(branch_lists)
     mask, mask_starts = _flat(mask_lists)
     assert np.array_equal(mask_starts, branch_starts)
-    return _Slice(trunk_ids, trunk_starts, branch_ids, branch_starts, mask.astype(bool), row_starts)
+    return _Chunk(trunk_ids, trunk_starts, branch_ids, branch_starts, mask, row_starts)
 
 
-def _flat_lists(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """The inner array of a list column, and where each row's part of it starts: [n + 1]."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
-    return array.flatten(), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+def _flat_lists(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """The inner array of a list array, and where each row's part of it starts: [n + 1]. Copies nothing."""
+    starts = array.offsets.to_numpy()
+    first, last = int(starts[0]), int(starts[-1])
+    return array.values.slice(first, last - first), starts - first if first else starts
 
 
-def _flat(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    values, starts = _flat_lists(column)
-    return values.to_numpy(zero_copy_only=False), starts
+def _flat(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    values, starts = _flat_lists(array)
+    return values.to_numpy(zero_copy_only=False), starts  # bits are copied, integers are not
 
 
-def _examples(part: _Slice, indices: list[int]) -> list[Example]:
-    """The slice's rows, which stand at `indices` of the dataset."""
-    examples = []
-    for number, index in enumerate(indices):
-        first, last = part.row_starts[number : number + 2]
-        spans = [slice(*part.branch_starts[branch : branch + 2]) for branch in range(first, last)]
-        examples.append(
-            Example(
-                index=index,
-                trunk=part.trunk_ids[slice(*part.trunk_starts[number : number + 2])],
-                branches=tuple(part.branch_ids[span] for span in spans),
-                loss_masks=tuple(part.mask[span] for span in spans),
-            )
-        )
-    return examples
-
-
-def _loss_tokens(part: _Slice) -> np.ndarray:
-    """Learned tokens of every branch of the slice, as `collate` counts them."""
-    total = np.concatenate([[0], np.cumsum(part.mask)])
-    learned = np.diff(total[part.branch_starts])
+def _loss_tokens(chunk: _Chunk) -> np.ndarray:
+    """Learned tokens of every branch of the chunk, as `collate` counts them."""
+    total = np.concatenate([[0], np.cumsum(chunk.mask, dtype=np.int64)])
+    learned = np.diff(total[chunk.branch_starts])
     # the first token of a conversation has nothing before it to predict it
-    headless = np.repeat(np.diff(part.trunk_starts) == 0, np.diff(part.row_starts))
-    headless &= np.diff(part.branch_starts) > 0
-    learned[headless] -= part.mask[part.branch_starts[:-1][headless]]
+    headless = np.repeat(np.diff(chunk.trunk_starts) == 0, np.diff(chunk.row_starts))
+    headless &= np.diff(chunk.branch_starts) > 0
+    learned[headless] -= chunk.mask[chunk.branch_starts[:-1][headless]]
     return learned
 
 
-def _digests(part: _Slice) -> np.ndarray:
-    """uint8 [rows, 16]: BLAKE2b of each row's sizes, token ids and masks."""
-    trunk_ids, branch_ids = (ids.astype("<i4").tobytes() for ids in (part.trunk_ids, part.branch_ids))
-    mask, lengths = part.mask.tobytes(), np.diff(part.branch_starts)
-    found = bytearray()
-    for row in range(len(part.row_starts) - 1):
-        first, last = part.row_starts[row : row + 2]
-        trunk_start, trunk_end = part.trunk_starts[row : row + 2]
-        start, end = part.branch_starts[first], part.branch_starts[last]
-        sizes = np.asarray([last - first, trunk_end - trunk_start, *lengths[first:last]], dtype="<i8")
-        digest = hashlib.blake2b(sizes.tobytes(), digest_size=16)
-        digest.update(trunk_ids[4 * trunk_start : 4 * trunk_end])
-        digest.update(branch_ids[4 * start : 4 * end])
-        digest.update(mask[start:end])
-        found += digest.digest()
-    return np.frombuffer(bytes(found), dtype=np.uint8).reshape(-1, 16)
+def _digest(chunk: _Chunk, row: int) -> bytes:
+    """BLAKE2b, 16 bytes, of a row's sizes, token ids and masks."""
+    first, last = chunk.row_starts[row : row + 2].tolist()
+    edges = chunk.branch_starts[first : last + 1]
+    trunk, branches = slice(*chunk.trunk_starts[row : row + 2].tolist()), slice(int(edges[0]), int(edges[-1]))
+    sizes = [last - first, trunk.stop - trunk.start, *np.diff(edges).tolist()]
+    digest = hashlib.blake2b(np.asarray(sizes, dtype="<i8"), digest_size=16)
+    digest.update(np.asarray(chunk.trunk_ids[trunk], dtype="<i4"))
+    digest.update(np.asarray(chunk.branch_ids[branches], dtype="<i4"))
+    digest.update(chunk.mask[branches].astype(bool))
+    return digest.digest()

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from notus.data.packing import Batch, StepPlan
-from notus.data.rows import Rows, step_rows
+from notus.data.rows import Rows
 from notus.model.policy import Policy
 from notus.training.checkpoint import Progress
 from notus.training.distributed import gather_objects, rank, say, sum_across_ranks, world_size
+from notus.training.feed import Feed, row_costs
 from notus.training.guards import Guard, Guards
 from notus.training.optim import (
     clip_gradients,
@@ -125,6 +126,7 @@ class Trainer:
         self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
         self._sums += torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
         self._seconds = progress.window_seconds
+        self._trained = 0.0  # seconds of this launch's steps
         self._guards = Guards(task.guards)
 
     def run(self) -> Ending:
@@ -132,15 +134,33 @@ class Trainer:
         self.policy.train()
         with self.stop.in_loop():
             try:
-                ending = self._run()
+                with self._feed() as feed:
+                    ending = self._run(feed)
             except Exception as error:
                 if not isinstance(error, RuntimeError):  # which may mean that the other ranks are gone
                     self.checkpoints.wait()  # what was saved before is worth its last bytes
                 raise
             self.checkpoints.wait()
+        self._say_idle(feed)
         return ending
 
-    def _run(self) -> Ending:
+    def _say_idle(self, feed: Feed) -> None:
+        """Print what share of this launch's steps was spent waiting; collective."""
+        waited = max(gather_objects(feed.waited / self._trained if self._trained else 0.0))
+        say(f"idle: {waited:.2%} of the steps for want of data, {feed.idle_share:.2%} by cost for a heavier rank")
+
+    def _feed(self) -> Feed:
+        task, settings = self.task, self.settings
+        return Feed(
+            task.rows,
+            row_costs(self.policy, task.rows),
+            task.plan,
+            range(self.progress.step, settings.total_steps),
+            tokens_per_row=settings.tokens_per_row,
+            device=self.device,
+        )
+
+    def _run(self, feed: Feed) -> Ending:
         saved, ending = self.progress.step, None
         while True:
             if not self.progress.recorded:
@@ -153,7 +173,7 @@ class Trainer:
                 return Ending.FINISHED
             if ending is not None:
                 return ending
-            ending = self._step()
+            ending = self._step(feed)
             if self.progress.step == 1:
                 self.task.check_first_step(self._global_sums())
 
@@ -181,16 +201,7 @@ class Trainer:
         step = self.progress.step
         return step == self.settings.total_steps or (every is not None and step % every == 0)
 
-    def _rows(self, indices: np.ndarray) -> Iterator[Batch]:
-        return step_rows(
-            self.task.rows,
-            indices,
-            rank=rank(),
-            world_size=world_size(),
-            tokens_per_row=self.settings.tokens_per_row,
-        )
-
-    def _step(self) -> Ending | None:
+    def _step(self, feed: Feed) -> Ending | None:
         """One optimizer step; returns the reason to stop after it, if any rank has one."""
         began = time.perf_counter()
         settings, step = self.settings, self.progress.step
@@ -199,7 +210,7 @@ class Trainer:
         indices = self.task.plan.indices(step)
         examples: list[tuple[Tensor, Tensor]] = []
         bad = torch.zeros((), device=self.device)
-        for batch in self._rows(indices):
+        for batch in feed.step():
             batch = batch.to(self.device)
             result = self.task.row_loss(self.policy(batch), batch, indices)
             result.loss.backward()
@@ -229,7 +240,9 @@ class Trainer:
         progress = self.progress
         progress.step, progress.recorded, progress.grad_norm, progress.learning_rate = step + 1, False, norm, rate
         progress.num_tokens += int(self.task.rows.lengths[indices].sum())
-        self._seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._seconds += seconds
+        self._trained += seconds
         return Ending.SIGNAL if signalled else Ending.BUDGET if overdue else None
 
     def _refuse(self, examples: list[tuple[Tensor, Tensor]]) -> None:

@@ -29,6 +29,7 @@ from notus.training import distributed
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.checkpoint import Progress
 from notus.training.determinism import deterministic
+from notus.training.feed import row_costs
 from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder
 from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
@@ -265,9 +266,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     if eval_rows is not None:
         check_fits(int(eval_rows.lengths.max()), training.tokens_per_row)
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
-    distributed.say(
-        packing_report(train_rows, plan, world_size=distributed.world_size(), tokens_per_row=training.tokens_per_row)
-    )
+    check_fits(int(train_rows.lengths.max()), training.tokens_per_row)
     policy = build_policy(
         model_folder,
         model_config,
@@ -280,6 +279,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
     )
+    costs, ranks = row_costs(policy, train_rows), distributed.world_size()
+    distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
         train_rows, eval_rows, plan, checkpoints, stop,

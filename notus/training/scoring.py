@@ -12,6 +12,7 @@ from torch import Tensor
 from notus.data.rows import Rows, step_rows
 from notus.model.policy import Policy
 from notus.training.distributed import rank, sum_across_ranks, world_size
+from notus.training.feed import prefetched, row_costs
 from notus.training.parallel import reshard
 
 
@@ -42,15 +43,23 @@ def score(
     found = torch.zeros(len(indices), rows.num_branches, dtype=torch.float32, device=device)
     was_training = policy.training
     policy.eval()
-    share = step_rows(rows, indices, rank=rank(), world_size=world_size(), tokens_per_row=tokens_per_row)
+    share = step_rows(
+        rows,
+        indices,
+        rank=rank(),
+        world_size=world_size(),
+        tokens_per_row=tokens_per_row,
+        costs=row_costs(policy, rows, indices),
+    )
     try:
-        for batch in share:
-            if on_row is not None:
-                on_row()
-            logps = policy(batch.to(device))
-            if int(batch.indices[0]) >= 0:  # not a filler
-                where = torch.tensor([place[index] for index in batch.indices.tolist()])
-                found[where.to(device)] = logps
+        with prefetched(share, device) as batches:
+            for batch in batches:
+                if on_row is not None:
+                    on_row()
+                logps = policy(batch.to(device))
+                if int(batch.indices[0]) >= 0:  # not a filler
+                    where = torch.tensor([place[index] for index in batch.indices.tolist()])
+                    found[where.to(device)] = logps
     finally:
         reshard(policy)
         policy.train(was_training)

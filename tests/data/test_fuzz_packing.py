@@ -118,12 +118,13 @@ def test_what_the_rows_say_of_themselves_is_so(
     report = packing_report(
         rows,
         StepPlan(len(rows), batch_size),
+        rows.lengths,
         world_size=world_size,
         tokens_per_row=int(rows.lengths.max()) + room,
     )
     assert 0 <= report.padding_share < 1
     assert 1 <= report.sharing_gain <= rows.num_branches
-    assert 0 <= report.imbalance <= world_size - 1
+    assert 0 <= report.idle_share <= 1 - 1 / world_size + 1e-9
 
 
 @fuzz(60)

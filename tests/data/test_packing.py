@@ -1,4 +1,4 @@
-"""Step plans, dealing, and the layout of packed rows."""
+"""Step plans, and the layout of packed rows."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notus.data.packing import Example, StepPlan, build_layout, check_fits, collate, deal, filler
+from notus.data.packing import Example, StepPlan, build_layout, collate, filler
 
 
 def example(index, trunk, branches, masks=None):
@@ -55,73 +55,6 @@ def test_epochs_and_seeds_have_different_orders_and_steps_can_be_asked_in_any_or
 def test_without_shuffling_every_epoch_has_the_datas_order():
     plan = StepPlan(5, 2, seed=7, shuffle=False)
     assert [plan.indices(step).tolist() for step in range(6)] == [[0, 1], [2, 3], [4]] * 2
-
-
-# --- dealing ---
-
-
-def flat(dealt):
-    return [item for rank in dealt for row in rank for item in row]
-
-
-def loads(lengths, dealt):
-    return [sum(lengths[item] for row in rank for item in row) for rank in dealt]
-
-
-def test_deal_by_hand():
-    # Longest first to the lightest rank: 9 to rank 0; 7 and 5 to rank 1 (12); 4 to rank 0 (13); 3 to rank 1
-    # (15); 1 to rank 0 (14). Rows of at most 9, two on each rank: (9) and (4, 1); (7) and (5, 3).
-    lengths = [1, 3, 4, 5, 7, 9]
-    assert deal(lengths, world_size=2, tokens_per_row=9) == [[[5], [2, 0]], [[4], [3, 1]]]
-    # Rows of 15: one each.
-    assert deal(lengths, world_size=2, tokens_per_row=15) == [[[5, 2, 0]], [[4, 3, 1]]]
-
-
-def test_deal_takes_more_rows_than_the_tokens_alone_would_need():
-    # 3 x 6 = 18 tokens would fill 2 rows of 10, but only one example fits into a row.
-    assert deal([6, 6, 6], world_size=1, tokens_per_row=10) == [[[0], [1], [2]]]
-
-
-def test_more_ranks_than_examples_get_empty_rows():
-    assert deal([5, 8], world_size=4, tokens_per_row=8) == [[[1]], [[0]], [[]], [[]]]
-
-
-def test_an_example_that_fits_into_no_row_is_an_error():
-    with pytest.raises(ValueError, match=r"training\.tokens_per_row=7 .*\(8 tokens\): set .* at least 8, or lower"):
-        deal([3, 8], world_size=2, tokens_per_row=7)
-    check_fits(8, 8)
-    with pytest.raises(ValueError, match=r"at least 9"):
-        check_fits(9, 8)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
-    world_size=st.integers(1, 9),
-    spare=st.integers(0, 60),
-)
-def test_deal_loses_nothing_doubles_nothing_and_keeps_within_the_limit(lengths, world_size, spare):
-    limit = max(lengths) + spare
-    dealt = deal(lengths, world_size, limit)
-    assert sorted(flat(dealt)) == list(range(len(lengths)))
-    assert len(dealt) == world_size
-    assert len({len(rank) for rank in dealt}) == 1
-    assert all(sum(lengths[item] for item in row) <= limit for rank in dealt for row in rank)
-    # Greedy balance: no rank exceeds another by more than the last example that it was given.
-    assert max(loads(lengths, dealt)) - min(loads(lengths, dealt)) <= max(lengths)
-
-
-@settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), world_size=st.integers(2, 3))
-def test_the_heaviest_rank_is_within_four_thirds_of_the_best_possible(lengths, world_size):
-    best = min(
-        max(
-            sum(length for length, rank in zip(lengths, ranks, strict=True) if rank == own) for own in range(world_size)
-        )
-        for ranks in itertools.product(range(world_size), repeat=len(lengths))
-    )
-    heaviest = max(loads(lengths, deal(lengths, world_size, 1000)))
-    assert heaviest <= (4 / 3 - 1 / (3 * world_size)) * best + 1e-9  # Graham 1969: longest processing time first
 
 
 # --- packed rows ---

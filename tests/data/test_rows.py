@@ -6,7 +6,6 @@ import datasets
 import numpy as np
 import pytest
 
-from notus.data import rows as rows_module
 from notus.data.packing import StepPlan
 from notus.data.rows import Rows, packing_report, step_rows
 
@@ -37,11 +36,6 @@ def random_records(count, num_branches=2, seed=0):
     return records
 
 
-@pytest.fixture(autouse=True)
-def _small_slices(monkeypatch):
-    monkeypatch.setattr(rows_module, "_SLICE", 7)  # so that every scan crosses slices
-
-
 def assert_same_reading(rows, source):
     records = source.to_list()
     order = np.random.default_rng(1).permutation(len(records))
@@ -64,7 +58,7 @@ def assert_same_lengths(rows, source):
     trunks = [len(record["trunk"]) for record in records]
     copies = rows.num_branches
     assert rows.lengths.tolist() == [trunk + rest for trunk, rest in zip(trunks, of_branches, strict=True)]
-    assert rows.separate_lengths.tolist() == [
+    assert rows.separate_lengths(np.arange(len(rows))).tolist() == [
         copies * trunk + rest for trunk, rest in zip(trunks, of_branches, strict=True)
     ]
     assert rows.loss_tokens.tolist() == [learned(record) for record in records]
@@ -112,7 +106,9 @@ def test_lengths_by_hand():
     ]
     rows = Rows(dataset(records))
     assert rows.lengths.tolist() == [6, 4, 2]
-    assert rows.separate_lengths.tolist() == [9, 4, 2]
+    assert rows.trunk_lengths.tolist() == [3, 0, 0]
+    assert rows.branch_lengths.tolist() == [[2, 1], [3, 1], [2, 0]]
+    assert rows.separate_lengths(np.array([2, 0, 1])).tolist() == [2, 9, 4]
     assert rows.loss_tokens.tolist() == [[2, 1], [1, 0], [1, 0]]
 
 
@@ -210,6 +206,26 @@ def torch_list(tensors):
     return [int(value) for tensor in tensors for value in tensor]
 
 
+def test_examples_are_views_of_the_file(tmp_path):
+    dataset(random_records(23)).save_to_disk(tmp_path)
+    rows = Rows(datasets.load_from_disk(str(tmp_path)))
+    first, again = (rows(np.array([5]))[0] for _ in range(2))
+    assert len(first.branches[0])
+    assert np.shares_memory(first.branches[0], again.branches[0])
+    assert not first.branches[0].flags.writeable
+
+
+def test_costs_decide_which_rank_takes_what():
+    records = [([1], [[2] * 3, [3]], [[1] * 3, [1]])] * 4
+    rows, costs = Rows(dataset(records)), np.array([3, 3, 9, 3])
+    shares = [
+        [batch.indices.tolist() for batch in step_rows(rows, np.arange(4), rank=rank, costs=costs, **common)]
+        for common in [{"world_size": 2, "tokens_per_row": 15}]
+        for rank in range(2)
+    ]
+    assert shares == [[[2]], [[0, 1, 3]]]
+
+
 # --- the packing report ---
 
 # tokens 10, 6, 4; with a trunk per branch 14, 8, 5
@@ -223,19 +239,20 @@ REPORTED = [
 def test_packing_report_by_hand():
     rows = Rows(dataset(REPORTED))
     plan = StepPlan(3, 2, shuffle=False)
-    report = packing_report(rows, plan, world_size=2, tokens_per_row=10)
-    # Step 0: ranks 10 and 6, mean 8: excess 1/4. Step 1: ranks 4 and 0: excess 1, and a filler of 3 tokens.
+    report = packing_report(rows, plan, np.array([9, 7, 4]), world_size=2, tokens_per_row=10)
+    # Step 0: ranks cost 9 and 7, so 2 of 18 are idle. Step 1: ranks 4 and 0, 4 of 8 are idle, and a filler of 3 tokens.
     assert report.steps == 2
     assert report.padding_share == pytest.approx(3 / 23)
     assert report.sharing_gain == pytest.approx(27 / 20)
-    assert report.imbalance == pytest.approx((1 / 4 + 1) / 2)
-    assert str(report) == "packing: padding 13.04%, sharing gain 1.35x, rank imbalance 62.50% (over 2 steps)"
+    assert report.idle_share == pytest.approx(6 / 26)
+    assert str(report) == "packing: padding 13.04%, sharing gain 1.35x, ranks idle 23.08% by cost (over 2 steps)"
 
 
 def test_packing_report_on_one_rank_has_no_padding_and_stops_at_max_steps():
     rows = Rows(dataset(REPORTED))
-    report = packing_report(rows, StepPlan(3, 1, shuffle=False), world_size=1, tokens_per_row=10, max_steps=1)
-    assert (report.steps, report.padding_share, report.imbalance) == (1, 0, 0)
+    plan = StepPlan(3, 1, shuffle=False)
+    report = packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=10, max_steps=1)
+    assert (report.steps, report.padding_share, report.idle_share) == (1, 0, 0)
     assert report.sharing_gain == pytest.approx(1.4)
 
 
@@ -243,4 +260,4 @@ def test_packing_report_refuses_a_row_too_long_in_a_step_that_it_does_not_look_a
     rows = Rows(dataset(REPORTED[::-1]))
     plan = StepPlan(3, 1, shuffle=False)
     with pytest.raises(ValueError, match=r"training\.tokens_per_row=9 is less than .* \(10 tokens\)"):
-        packing_report(rows, plan, world_size=1, tokens_per_row=9, max_steps=1)
+        packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=9, max_steps=1)
