@@ -30,8 +30,8 @@ OPERATIONS = {
     r"|mkldnn::|gemm|gemv|cutlass|xmma|nvjet|cublas|splitK|^(triton|cpp)_(tem|mm)",
     "copies": r"^aten::(copy_|_to_copy|clone|contiguous|cat|index_select|index_add_|index|index_put_?|fill_|zero_|split"
     r"_with_sizes_copy|select_backward|slice_backward|constant_pad_nd|embedding)$|^Memcpy|^Memset|[Cc]opy|CatArray",
-    "host": r"^aten::(empty\w*|(_unsafe_)?view\w*|_?reshape\w*|transpose|t|slice|split\w*|as_strided|expand|(un)?squeeze|select"
-    r"|detach_?|alias|permute|narrow|unbind|resize_|item|_local_scalar_dense|is_\w+|result_type|lift_fresh|to|chunk)$",
+    "host": r"^aten::(empty\w*|(_unsafe_)?view\w*|_?reshape\w*|transpose|t|slice|split\w*|as_strided|expand|select"
+    r"|(un)?squeeze|detach_?|alias|permute|narrow|unbind|resize_|item|_local_scalar_dense|is_\w+|result_type|lift_fresh|to|chunk)$",
     # the rest: norms, rotary positions, activations, sums; and the fused kernels of a compiled block
     "elementwise": r"^aten::|^(triton|cpp)_|CompiledF|Torch-Compiled|at::native|vectorized|reduce|elementwise",
 }
