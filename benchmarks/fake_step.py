@@ -1,0 +1,165 @@
+"""The real training step on fake tensors: what PyTorch's own trackers say of its memory and arithmetic.
+
+A process group of any size that sends nothing, tensors without storage, the policy as `build_policy` builds and shards
+it, two packed rows forward and backward, the clipped optimizer step: `FSDPMemTracker` follows every allocation of rank 0
+and `FlopCounterMode` counts every matrix product. Two things are put in place of what only a GPU has: an attention
+kernel that allocates what FlashAttention-2 allocates, and the optimizer's multi-tensor path, which is CUDA's default.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
+
+from notus.data.packing import Batch, Example, Layout, collate
+from notus.losses import dpo_loss
+from notus.model import attention, weights
+from notus.training import build
+from notus.training.build import Adapter, build_policy
+from notus.training.optim import build_optimizer, clip_gradients, local_gradients
+
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """What the trackers saw on one rank.
+
+    Attributes:
+        peak: bytes at the worst moment.
+        parts: the same by the tracker's kinds.
+        optimizer_peak: bytes at the worst moment of the optimizer's step.
+        flops: matrix products of one row forward and backward, attention left out; a multiply and an add are two.
+    """
+
+    peak: int
+    parts: dict[str, int]
+    optimizer_peak: int
+    flops: int
+
+
+class _Flash(torch.autograd.Function):
+    """Allocates, keeps and frees what FlashAttention-2's variable-length kernel does; computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: int) -> Tensor:
+        out = torch.empty_like(query)
+        normaliser = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, normaliser)
+        ctx.segments = segments
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, _, _ = ctx.saved_tensors
+        (tokens, heads, width), keys = query.shape, key.shape[0]
+        padded = tokens + 128 * ctx.segments
+        workspace = [query.new_empty(padded, heads, width, dtype=torch.float32)]
+        workspace.append(query.new_empty(heads, padded, dtype=torch.float32))
+        if heads != key.shape[1]:  # a gradient for each query head, summed over its group at the end
+            workspace += [query.new_empty(keys, heads, width) for _ in range(2)]
+        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        del workspace
+        return found
+
+
+def flash_signature(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
+) -> Tensor:
+    """An attention kernel for fake tensors."""
+    return _Flash.apply(query, key, value, len(layout.query_lengths))
+
+
+@contextlib.contextmanager
+def fake_world(world_size: int) -> Iterator[None]:
+    """A process group whose other ranks do not exist, fake tensors, and the GPU's kernels' memory."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    ranks = init_device_mesh("cpu", (world_size,))  # of real tensors: it reads its own ranks
+    nothing = mock.DEFAULT
+    try:
+        with (
+            mock.patch.multiple(build, load_weights=nothing, init_lora=nothing, _check_attention=nothing),
+            mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
+            mock.patch.object(build, "mesh", lambda *_: ranks),
+            mock.patch.object(attention, "kernel_for", lambda *_: ("varlen", flash_signature)),
+            mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def packed_row(trunk: int, branches: list[int], examples: int) -> Batch:
+    """A row of equal examples whose branches are learned to the last token."""
+    one = Example(
+        0,
+        np.ones(trunk, dtype=np.int64),
+        tuple(np.ones(length, dtype=np.int64) for length in branches),
+        tuple(np.ones(length, dtype=bool) for length in branches),
+    )
+    return collate([one] * examples, len(branches))
+
+
+def tracked_step(
+    config: PreTrainedConfig,
+    *,
+    world_size: int = 8,
+    row: tuple[int, list[int], int],
+    precision: str = "bf16",
+    optimizer: str = "rmsprop",
+    adapter: Adapter | None = None,
+    rows: int = 2,
+    **options: Any,
+) -> Tracked:
+    """Two optimizer steps of `rows` rows (trunk, branches, examples), the state of the first kept for the second."""
+    with fake_world(world_size):
+        policy = build_policy(
+            Path("."), config, device=CPU, precision=precision, adapter=adapter, **options
+        )
+        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        stepper = build_optimizer(trainable, name=optimizer, learning_rate=1e-6, weight_decay=0.0)
+        tracker = FSDPMemTracker(policy, stepper)
+        batch = packed_row(*row)
+        peaks = []
+        with tracker:
+            for _ in range(2):
+                for _ in range(rows):
+                    tracker.reset_mod_stats()
+                    with FlopCounterMode(display=False) as counter:
+                        _backward(policy, batch)
+                gradients = local_gradients(trainable)
+                clip_gradients(gradients, torch.ones(()), 1.0)
+                del gradients
+                before = tracker._peak_mem[CPU]
+                tracker._peak_mem[CPU] = 0
+                stepper.step()
+                peaks.append(tracker._peak_mem[CPU])
+                if before >= peaks[-1]:
+                    tracker._peak_mem[CPU] = before
+                stepper.zero_grad(set_to_none=True)
+        parts = tracker.get_tracker_snapshot("peak")[CPU]
+    return Tracked(parts.pop("Total"), parts, peaks[-1], counter.get_total_flops())
+
+
+def _backward(policy: Any, batch: Batch) -> None:
+    logps = policy(batch)
+    if logps.shape[1] == 1:
+        logps.sum().backward()
+        return
+    reference = torch.zeros(len(logps))
+    losses, _, _ = dpo_loss(logps[:, 0], logps[:, 1], reference, reference)
+    losses.sum().backward()
