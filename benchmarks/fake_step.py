@@ -7,6 +7,7 @@ kernel that allocates what FlashAttention-2 allocates, and the optimizer's multi
 """
 
 import contextlib
+import gc
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +17,16 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import varlen
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
-from notus.data.packing import Batch, Example, Layout, collate
+from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss
 from notus.model import attention, weights
 from notus.training import build
@@ -39,48 +41,45 @@ class Tracked:
     """What the trackers saw on one rank.
 
     Attributes:
-        peak: bytes at the worst moment.
-        parts: the same by the tracker's kinds.
-        optimizer_peak: bytes at the worst moment of the optimizer's step.
+        backward_peak, backward_parts: bytes at the worst moment of the rows, in all and by the tracker's kinds.
+        optimizer_peak, optimizer_parts: the same of the optimizer's step.
         flops: matrix products of one row forward and backward, attention left out; a multiply and an add are two.
     """
 
-    peak: int
-    parts: dict[str, int]
+    backward_peak: int
+    backward_parts: dict[str, int]
     optimizer_peak: int
+    optimizer_parts: dict[str, int]
     flops: int
 
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment of the step."""
+        return max(self.backward_peak, self.optimizer_peak)
 
-class _Flash(torch.autograd.Function):
-    """Allocates, keeps and frees what FlashAttention-2's variable-length kernel does; computes nothing."""
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: int) -> Tensor:
-        out = torch.empty_like(query)
-        normaliser = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, normaliser)
-        ctx.segments = segments
-        return out
+class _LikeAGPU(TorchDispatchMode):
+    """Allocates what FlashAttention-2's backward pass needs besides its results, which its fake kernel leaves out.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, _, _ = ctx.saved_tensors
-        (tokens, heads, width), keys = query.shape, key.shape[0]
-        padded = tokens + 128 * ctx.segments
-        workspace = [query.new_empty(padded, heads, width, dtype=torch.float32)]
-        workspace.append(query.new_empty(heads, padded, dtype=torch.float32))
+    And frees what the trackers keep alive: their hooks catch the exception with which checkpointing ends a block's
+    recomputation early, whose frames then hold tensors in a cycle. Without their hooks there is no such cycle.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default and torch._C._current_graph_task_id() != -1:
+            gc.collect()
+        if func is not varlen._varlen_attn_backward._opoverload:
+            return func(*args, **(kwargs or {}))
+        _, query, key, *_ = args
+        (tokens, heads, width), segments = query.shape, len(args[6]) - 1
+        padded = tokens + 128 * segments
+        workspace = [
+            query.new_empty(padded, heads, width, dtype=torch.float32),
+            query.new_empty(heads, padded, dtype=torch.float32),
+        ]
         if heads != key.shape[1]:  # a gradient for each query head, summed over its group at the end
-            workspace += [query.new_empty(keys, heads, width) for _ in range(2)]
-        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-        del workspace
-        return found
-
-
-def flash_signature(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
-) -> Tensor:
-    """An attention kernel for fake tensors."""
-    return _Flash.apply(query, key, value, len(layout.query_lengths))
+            workspace += [query.new_empty(len(key), heads, width) for _ in range(2)]
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -94,7 +93,7 @@ def fake_world(world_size: int) -> Iterator[None]:
             mock.patch.multiple(build, load_weights=nothing, init_lora=nothing, _check_attention=nothing),
             mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
             mock.patch.object(build, "mesh", lambda *_: ranks),
-            mock.patch.object(attention, "kernel_for", lambda *_: ("varlen", flash_signature)),
+            mock.patch.object(attention, "kernel_for", lambda *_: ("varlen", attention.varlen_kernel)),
             mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
@@ -134,25 +133,29 @@ def tracked_step(
         stepper = build_optimizer(trainable, name=optimizer, learning_rate=1e-6, weight_decay=0.0)
         tracker = FSDPMemTracker(policy, stepper)
         batch = packed_row(*row)
-        peaks = []
-        with tracker:
+        found: list[tuple[int, dict[str, int]]] = []
+        gc.freeze()  # for quick collections
+        with tracker, _LikeAGPU():
             for _ in range(2):
+                found = []
                 for _ in range(rows):
                     tracker.reset_mod_stats()
                     with FlopCounterMode(display=False) as counter:
                         _backward(policy, batch)
-                gradients = local_gradients(trainable)
-                clip_gradients(gradients, torch.ones(()), 1.0)
-                del gradients
-                before = tracker._peak_mem[CPU]
-                tracker._peak_mem[CPU] = 0
+                found.append(_peak(tracker))
+                clip_gradients(local_gradients(trainable), torch.ones(()), 1.0)
                 stepper.step()
-                peaks.append(tracker._peak_mem[CPU])
-                if before >= peaks[-1]:
-                    tracker._peak_mem[CPU] = before
+                found.append(_peak(tracker))
                 stepper.zero_grad(set_to_none=True)
-        parts = tracker.get_tracker_snapshot("peak")[CPU]
-    return Tracked(parts.pop("Total"), parts, peaks[-1], counter.get_total_flops())
+    (rows_peak, rows_parts), (update_peak, update_parts) = found
+    return Tracked(rows_peak, rows_parts, update_peak, update_parts, counter.get_total_flops())
+
+
+def _peak(tracker: FSDPMemTracker) -> tuple[int, dict[str, int]]:
+    """Bytes at the worst moment since the last call, in all and by kind."""
+    parts = dict(tracker.get_tracker_snapshot("peak")[CPU])
+    tracker._peak_mem[CPU] = 0
+    return parts.pop("Total"), parts
 
 
 def _backward(policy: Any, batch: Batch) -> None:
