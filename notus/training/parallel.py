@@ -11,31 +11,46 @@ import functools
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from notus.model.policy import Policy
+from notus.training.checkpointing import checkpointed
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool) -> Policy:
+def parallelize(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    precision: str,
+    activation_checkpointing: str,
+    compile: bool = False,
+    cpu_offload: bool = False,
+) -> Policy:
     """Shard a policy in place, typically still on the meta device.
 
     Args:
         policy: trainable parameters in fp32 (the masters).
         mesh: all ranks, in one dimension, or (replicate, shard): see `distributed.mesh`.
         precision: "bf16" or "fp32", the dtype of gathered parameters and of the computation.
-        activation_checkpointing: keep only each block's input for the backward pass.
+        activation_checkpointing: "none", "selective" or "full": see `notus.training.checkpointing`.
+        compile: torch.compile each block.
+        cpu_offload: keep parameters, gradients and what the optimizer makes of them in (pinned) host memory.
     """
-    if activation_checkpointing:
-        for block in policy.blocks:
-            _checkpoint_forward(block)
+    for block in policy.blocks:
+        block.forward = checkpointed(block, activation_checkpointing)
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
     gathers = mesh.size(mesh.ndim - 1) > 1
-    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision_policy, reshard_after_forward=gathers)
+    shard = functools.partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=precision_policy,
+        reshard_after_forward=gathers,
+        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    )
     for block in policy.blocks:
         shard(block)
     shard(policy)
@@ -60,7 +75,3 @@ def reshard(policy: nn.Module) -> None:
     """
     for module in fsdp_modules(policy):
         module.reshard()
-
-
-def _checkpoint_forward(block: nn.Module) -> None:
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

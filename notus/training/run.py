@@ -274,6 +274,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         device=device,
         precision=training.precision,
         activation_checkpointing=training.activation_checkpointing,
+        compile=training.compile,
+        cpu_offload=training.cpu_offload,
         adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
         trainable=train,
         seed=training.seed,
