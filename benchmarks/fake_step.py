@@ -33,6 +33,7 @@ from notus.training import build
 from notus.training.build import Adapter, build_policy
 from notus.training.optim import build_optimizer, clip_gradients, local_gradients
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU = torch.device("cpu")
 
 
@@ -120,27 +121,28 @@ def tracked_step(
     row: tuple[int, list[int], int],
     precision: str = "bf16",
     optimizer: str = "rmsprop",
-    adapter: Adapter | None = None,
+    lora_rank: int = 0,
     rows: int = 2,
     **options: Any,
 ) -> Tracked:
     """Two optimizer steps of `rows` rows (trunk, branches, examples), the state of the first kept for the second."""
     with fake_world(world_size):
-        policy = build_policy(
-            Path("."), config, device=CPU, precision=precision, adapter=adapter, **options
-        )
+        adapter = Adapter(lora_rank, 16.0, 0.0, TARGETS, False) if lora_rank else None
+        policy = build_policy(Path("."), config, device=CPU, precision=precision, adapter=adapter, **options)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         stepper = build_optimizer(trainable, name=optimizer, learning_rate=1e-6, weight_decay=0.0)
         tracker = FSDPMemTracker(policy, stepper)
         batch = packed_row(*row)
         found: list[tuple[int, dict[str, int]]] = []
+        counter = FlopCounterMode(display=False)
         gc.freeze()  # for quick collections
         with tracker, _LikeAGPU():
-            for _ in range(2):
+            for step in range(2):
                 found = []
                 for _ in range(rows):
                     tracker.reset_mod_stats()
-                    with FlopCounterMode(display=False) as counter:
+                    # it takes operations apart, which changes their memory: not where memory is looked at
+                    with counter if step == 0 else contextlib.nullcontext():
                         _backward(policy, batch)
                 found.append(_peak(tracker))
                 clip_gradients(local_gradients(trainable), torch.ones(()), 1.0)

@@ -212,7 +212,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     """What is alive at each moment of a step at which memory may peak."""
     held = 0 if job.cpu_offload else 1
     share, wide = job.shard_size, BYTES[job.precision]
-    frozen, tokens = size.parameters - size.trained, job.tokens_per_row
+    frozen = size.parameters - size.trained
     weights = held * (4 * size.trained + wide * frozen) // share
     gradients = held * 4 * size.trained // share
     state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
@@ -227,11 +227,11 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     block_grads, reduced = wide * size.block_trained, 4 * size.block_trained
     head_grad = wide * size.vocabulary * size.hidden if size.root_trained else 0
     kept = kept_per_block(size, job)
-    stack = size.layers * kept + _outside_blocks(size, job)
+    tables = 2 * wide * job.tokens_per_row * (size.query_width // size.heads)  # rotary
+    stack = size.layers * kept + tables
     working = _working(size, job)
-    last = size.layers - 1
-    found = [
-        Footprint("head", **in_rows, gathered=while_head, activations=stack, head=_head(size, job)),
+    return [
+        Footprint("head", **in_rows, gathered=while_head, activations=stack + _final(size, job), head=_head(size, job)),
         Footprint(
             "backward of the last block", **in_rows, gathered=while_block, activations=stack, working=working,
             whole_gradients=head_grad,
@@ -241,7 +241,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
             working=working, whole_gradients=head_grad + reduced,
         ),
         Footprint(
-            "hand-over of the last block's gradients", **in_rows, gathered=while_reduced, activations=last * kept,
+            "hand-over of the last block's gradients", **in_rows, gathered=while_reduced, activations=stack - kept,
             whole_gradients=head_grad + block_grads + reduced + reduced // share,
         ),
         Footprint(
@@ -253,7 +253,6 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
             optimizer_temporaries=held * 4 * size.trained // share,
         ),
     ]  # fmt: skip
-    return found
 
 
 def kept_per_block(size: ModelSize, job: Job) -> int:
@@ -297,19 +296,18 @@ def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
     return total
 
 
-def _outside_blocks(size: ModelSize, job: Job) -> int:
-    """The final norm, the hidden states of scored positions, rotary tables."""
+def _final(size: ModelSize, job: Job) -> int:
+    """The final norm, and the hidden states of scored positions."""
     wide = BYTES[job.precision]
-    norm = job.tokens_per_row * size.hidden * (4 + wide)
-    scored = job.scored_per_row * (wide * size.hidden + 16)
-    return norm + scored + job.tokens_per_row * 2 * wide * (size.query_width // size.heads)
+    norm = job.tokens_per_row * size.hidden * (4 + (wide if size.root_trained else 0))
+    return norm + job.scored_per_row * (wide * size.hidden + 16)
 
 
 def _working(size: ModelSize, job: Job) -> int:
     """A block's intermediate gradients, and its activations if they are computed again."""
     wide = BYTES[job.precision]
     inner = max(linear.outputs for linear in size.linears)
-    extra = job.tokens_per_row * wide * (2 * inner + 2 * size.hidden) + wide * size.hidden * inner
+    extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
     if job.activation_checkpointing == "none":
         return extra
     again = activations_per_block(size, job)
@@ -319,11 +317,13 @@ def _working(size: ModelSize, job: Job) -> int:
 
 
 def _head(size: ModelSize, job: Job) -> int:
-    """Logits of a chunk in fp32 and their copy in the computation's dtype; the head's gradient, being added to."""
+    """The backward pass of the log-probs: a chunk's logits in fp32 and their gradient in the computation's dtype, twice
+    while one chunk follows another, and the head's gradient in fp32, beside what is added to it."""
     wide, chunk = BYTES[job.precision], min(CHUNK_TOKENS, job.scored_per_row)
     logits = chunk * size.vocabulary * (4 + wide)
-    grad = size.vocabulary * size.hidden * (4 + wide) if size.root_trained else 0
-    return logits + grad + wide * job.scored_per_row * size.hidden
+    weights = size.vocabulary * size.hidden if size.root_trained else 0
+    next_chunk = logits if job.scored_per_row > chunk else 0
+    return 4 * weights + logits + max(next_chunk, wide * weights) + wide * job.scored_per_row * size.hidden
 
 
 def _batch(job: Job) -> int:
