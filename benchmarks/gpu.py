@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 # Before torch: rows of different lengths would leave holes that nothing fits into.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch

@@ -74,7 +74,7 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+    return "" if value is None else f"{value:.3g}"
 
 
 def _shares(report: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -13,7 +14,7 @@ import torch._dynamo.utils
 from transformers import MistralConfig
 
 from gpu_shapes import LONGEST, Scale, fitting, pairs, parameters, rows
-from gpu_step import Step, Work, build, model_dimensions
+from gpu_step import Step, Work, build, model_dimensions, predicted_bytes
 from notus.data.packing import Example, collate
 from profile_step import profiled
 
@@ -90,7 +91,8 @@ def guarded(clock: Clock, name: str, device: torch.device, measure: Callable[[],
         found = {"name": name, "status": "measured", **measure()}
     except torch.OutOfMemoryError:
         found = {"name": name, "status": OUT_OF_MEMORY}
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # one bad row must not cost the others
+    except Exception as error:  # one bad row must not cost the others; the exit code tells of it
+        traceback.print_exc()
         found = {"name": name, "status": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"}
     release(device)
     clock.took(time.perf_counter() - began)
@@ -148,6 +150,7 @@ def _try(row: Row, config, scale: Scale, device, seconds: float, tokens_per_row:
             "necessary_flops_per_second": median(work.necessary(steps[number]) / took for number, took in times),
             "done_flops_per_second": median(work.done(batches[number]) / took for number, took in times),
             **peaks(device),
+            "predicted_gib": predicted_bytes(work, row.checkpointing, [r for b in batches for r in b]) / GIB,
         }
         if row.profile:
             found["shares"] = profiled(lambda: step(batches[0]))

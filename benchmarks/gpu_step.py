@@ -18,6 +18,7 @@ from notus.model.policy import Policy
 from notus.model.support import disable_dropout
 from notus.model.weights import materialise
 from notus.training.distributed import mesh
+from notus.training.footprint import Job, ModelSize, footprint, model_size
 from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
 from notus.training.parallel import COMPUTE_DTYPES, parallelize
 
@@ -34,12 +35,14 @@ class Work:
         adapters: weights of all LoRA matrices.
         recomputed: weights of the products that the backward pass computes again.
         attention_again: whether it computes attention again.
+        memory: what its footprint follows from, adapters included.
     """
 
     size: Dimensions
     adapters: int
     recomputed: int
     attention_again: bool
+    memory: ModelSize | None = None
 
     def necessary(self, examples: Sequence[Example]) -> int:
         """Operations of one step on these examples, each trunk once, nothing computed twice, nothing padded."""
@@ -80,7 +83,7 @@ def work(policy: Policy, size: Dimensions, checkpointing: str) -> Work:
     """What a step of `policy` comes to; its blocks compute `checkpointing` again."""
     again = sum(_again(_products(block), checkpointing) for block in policy.blocks)
     adapters = sum(p.numel() for m in policy.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B))
-    return Work(size, adapters, again, checkpointing == "full")
+    return Work(size, adapters, again, checkpointing == "full", model_size(policy.causal_lm))
 
 
 def _products(block: torch.nn.Module) -> list[tuple[int, bool]]:
@@ -101,6 +104,22 @@ def _again(products: list[tuple[int, bool]], checkpointing: str) -> int:
     base = [weights for weights, adapter in products if not adapter]
     kept = sum(base[::2]) if checkpointing == "selective" else products[-1][0]
     return sum(weights for weights, _ in products) - kept
+
+
+def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Example]]) -> int:
+    """What `notus.training.footprint` says of the fullest of these rows, without the runtime's margin."""
+    fullest = max(rows, key=_tokens)
+    keys = sum(len(item.trunk) * len(item.branches) + sum(map(len, item.branches)) for item in fullest)
+    job = Job(
+        shard_size=1,
+        tokens_per_row=_tokens(fullest),
+        scored_per_row=sum(int(mask.sum()) for item in fullest for mask in item.loss_masks),
+        precision=PRECISION,
+        activation_checkpointing=checkpointing,
+        key_ratio=keys / _tokens(fullest),
+    )
+    assert work.memory is not None
+    return footprint(work.memory, job).total
 
 
 # ---- the policy ----

@@ -38,6 +38,7 @@ def test_the_whole_check_on_a_toy_with_torch_and_transformers_alone(tmp_path):
     assert [row["status"] for row in found["rows"]] == ["measured"] * 15
     for row in found["rows"]:
         assert row["pairs_per_second"] > 0
+        assert row.get("predicted_gib", 1.0) > 0
         assert 0 < row["mfu"] < 1
         assert row.get("hardware_utilisation", 1.0) > row["mfu"]
     assert sum(found["rows"][0]["shares"].values()) == pytest.approx(1)
@@ -47,6 +48,7 @@ def test_the_whole_check_on_a_toy_with_torch_and_transformers_alone(tmp_path):
 
 def test_a_wrong_kernel_fails_the_check_and_what_there_is_no_time_for_is_said(module, monkeypatch, capsys):
     gpu, gpu_parity = module("gpu"), module("gpu_parity")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which `--cpu` sets, back as it was afterwards
 
     def wrong(query, key, value, layout, scale, window):
         """Right but for the sliding window, which it does not know."""
