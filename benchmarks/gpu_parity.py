@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from notus.data.packing import Example, build_layout, collate
+from notus.data.packing import Example, Layout, build_layout, collate
 from notus.model import attention
 from notus.model.logprobs import full_logprobs, linear_logprobs
 from notus.model.policy import Policy
@@ -77,7 +77,9 @@ def _attention_checks(device: torch.device) -> Iterator[Check]:
                     yield Check(name, error, ATTENTION_TOLERANCE[precision])
 
 
-def _attention_error(layout, counts, window, dtype, device) -> float:
+def _attention_error(
+    layout: Layout, counts: tuple[int, int], window: int | None, dtype: torch.dtype, device: torch.device
+) -> float:
     """The largest relative error among the output and the gradients of query, key and value."""
     (heads, kv_heads), num_tokens = counts, sum(layout.query_lengths)
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +91,9 @@ def _attention_error(layout, counts, window, dtype, device) -> float:
     return _largest(relative(got, wanted) for got, wanted in zip(found, expected, strict=True))
 
 
-def _attend(kernel, leaves, upstream, layout, window) -> list[Tensor]:
+def _attend(
+    kernel: attention.Kernel | None, leaves: list[Tensor], upstream: Tensor, layout: Layout, window: int | None
+) -> list[Tensor]:
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     output, _ = attention.packed_attention(
         torch.nn.Identity(), *leaves, None, scaling=0.125, layout=layout, sliding_window=window, kernel=kernel
@@ -122,7 +126,9 @@ def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_logprobs(hidden, weight, targets, chunk_tokens=100)
 
 
-def _logprobs(function: Callable[..., Tensor], device, rounded, dtype, frozen: bool) -> list[Tensor]:
+def _logprobs(
+    function: Callable[..., Tensor], device: torch.device, rounded: torch.dtype, dtype: torch.dtype, frozen: bool
+) -> list[Tensor]:
     """[log-probs, gradient of the hidden states, of the weight] from inputs that are rounded alike."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator) for shape in ((230, 32), (500, 32)))

@@ -133,7 +133,9 @@ def measure(row: Row, scale: Scale, device: torch.device, seconds: float, memory
             raise torch.OutOfMemoryError("not even the shortest rows fit")
 
 
-def _try(row: Row, config, scale: Scale, device, seconds: float, tokens_per_row: int) -> dict[str, Any] | None:
+def _try(
+    row: Row, config: MistralConfig, scale: Scale, device: torch.device, seconds: float, tokens_per_row: int
+) -> dict[str, Any] | None:
     """None if memory does not suffice; what was built is gone by the return."""
     try:
         policy, work = build(config, device, rank=row.rank, checkpointing=row.checkpointing, compile=row.compile)
@@ -142,7 +144,7 @@ def _try(row: Row, config, scale: Scale, device, seconds: float, tokens_per_row:
         longest = LONGEST // scale.divisor
         batches = [rows(row.variant, examples, tokens_per_row, longest) for examples in steps]
         times = timed(lambda number: step(batches[number]), seconds, device, warm_up=2 if row.compile else 1)
-        found = {
+        found: dict[str, Any] = {
             "tokens_per_row": tokens_per_row,
             "pairs_per_step": len(steps[0]),
             "rows_per_step": len(batches[0]),
