@@ -19,7 +19,7 @@ TIMINGS = ("pairs_per_second", "examples_per_second")
 _ALL_CHECKPOINTS = ("--training.save_every=1", "--training.keep_checkpoints=null")
 _TRAINING = {
     "batch_size": 8, "max_steps": STEPS, "epochs": 3, "tokens_per_row": 320, "precision": "fp32",
-    "learning_rate": 1e-2, "optimizer": "adamw", "warmup_ratio": 0.2, "activation_checkpointing": False,
+    "learning_rate": 1e-2, "optimizer": "adamw", "warmup_ratio": 0.2, "activation_checkpointing": "none",
     "save_every": SAVE_EVERY, "eval_every": EVAL_EVERY, "log_every": LOG_EVERY, "keep_checkpoints": 2,
 }  # fmt: skip
 

@@ -136,7 +136,7 @@ def _make_inputs(scratch: Path, seed: int) -> Path:
         "data": {"train": str(scratch / "stall.jsonl"), "max_length": 1024, "cache_dir": str(scratch / "stall-rows")},
         "reference": {"cache_dir": str(scratch / "stall-reference")},
         "training": {"output_dir": str(scratch / "stall-run"), "batch_size": PAIRS, "epochs": 1, "precision": "fp32",
-                     "tokens_per_row": 2048, "activation_checkpointing": False},
+                     "tokens_per_row": 2048, "activation_checkpointing": "none"},
     }  # fmt: skip
     config = scratch / "stall.yaml"
     config.write_text(yaml.safe_dump(tree))

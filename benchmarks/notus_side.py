@@ -60,7 +60,7 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
             "warmup_ratio": WARMUP_RATIO,
             "max_grad_norm": MAX_GRAD_NORM,
             "precision": job.precision,
-            "activation_checkpointing": False,
+            "activation_checkpointing": "none",
             **job.options,
         },
         "dpo": {"beta": BETA},

@@ -16,19 +16,9 @@ Task = Literal["dpo", "sft"]
 
 # The names in `notus.losses`, written out here because this module imports no torch; a test holds them equal.
 LossType = Literal[
-    "sigmoid",
-    "robust",
-    "hinge",
-    "ipo",
-    "sigmoid_norm",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-]
+    "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
+    "apo_down", "discopop",
+]  # fmt: skip
 SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
 
 
@@ -111,6 +101,8 @@ class TrainingConfig:
     """Share of all steps in which the learning rate climbs linearly from zero."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """RMSprop keeps one state per parameter, AdamW two."""
+    optimizer_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How those states are kept; bf16 takes half the memory, rounded at random so that averages still move."""
     weight_decay: NonNegative = 0.0
     """Weight decay, as torch's optimizer of that name applies it."""
     max_grad_norm: NonNegative | None = 1.0
@@ -122,8 +114,13 @@ class TrainingConfig:
     What it costs on a GPU: not run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
-    activation_checkpointing: bool = True
-    """Compute activations again in the backward pass instead of keeping them: less memory, more work."""
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "full"
+    """What the backward pass computes again instead of keeping it: nothing, every second matrix product and what is
+    cheap, or whole blocks; "auto": the first of these, in this order, whose memory is estimated to fit."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer states in host memory: slow, and only for GPUs. Not run."""
     sharding: Literal["full", "hybrid"] = "full"
     """"full": each rank holds a share of the model; "hybrid": each node holds all of it, spread over its ranks."""
     timeout_minutes: Positive = 30.0

@@ -44,7 +44,7 @@ COMMON = {
     "epochs": 1,
     "warmup_ratio": 0.1,
     "precision": "fp32",
-    "activation_checkpointing": False,
+    "activation_checkpointing": "none",
 }
 SFT = {**COMMON, "optimizer": "adamw", "learning_rate": 3e-3, "lr_schedule": "cosine", "log_every": 10}
 DPO = {**COMMON, "optimizer": "rmsprop", "learning_rate": 2.5e-5, "lr_schedule": "linear"}

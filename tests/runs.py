@@ -49,7 +49,7 @@ def settings(folder: Path, model: Path, pairs: Path, **overrides: Any) -> dict[s
         "data": {"train": str(pairs), "max_length": 120, "cache_dir": str(pairs.parent / "cache")},
         "training": {
             "output_dir": str(folder), "batch_size": 4, "epochs": 1, "tokens_per_row": 400, "precision": "fp32",
-            "learning_rate": 1e-3, "activation_checkpointing": False, "warmup_ratio": 0.0,
+            "learning_rate": 1e-3, "activation_checkpointing": "none", "warmup_ratio": 0.0,
         },
     }  # fmt: skip
     for name, value in overrides.items():

@@ -47,7 +47,9 @@ def build_policy(
     *,
     device: torch.device,
     precision: str,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str = "none",
+    compile: bool = False,
+    cpu_offload: bool = False,
     adapter: Adapter | None = None,
     trainable: bool = True,
     seed: int = 0,
@@ -61,7 +63,7 @@ def build_policy(
         config: its configuration, from `read_model_config`.
         device: this rank's device.
         precision: "bf16" or "fp32", of the computation. Trainable parameters are fp32 either way.
-        activation_checkpointing: see `parallelize`.
+        activation_checkpointing, compile, cpu_offload: see `parallelize`.
         adapter: train LoRA adapters over a frozen base; None: train every parameter.
         trainable: False for scoring alone: every parameter frozen and in the computation's dtype.
         seed: of the adapters' start.
@@ -84,12 +86,28 @@ def build_policy(
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
     policy = Policy(causal_lm)
     ranks = mesh(device, sharding)
-    parallelize(policy, ranks, precision=precision, activation_checkpointing=activation_checkpointing)
-    materialise(policy, device)
+    parallelize(
+        policy,
+        ranks,
+        precision=precision,
+        activation_checkpointing=activation_checkpointing,
+        compile=compile,
+        cpu_offload=cpu_offload,
+    )
+    materialise(policy, torch.device("cpu") if cpu_offload else device)
+    if cpu_offload:
+        _move_buffers(policy, device)
     load_weights(causal_lm, folder)
     if adapter is not None:
         init_lora(causal_lm, seed)
     return policy
+
+
+def _move_buffers(policy: Policy, device: torch.device) -> None:
+    """Parameters are offloaded, buffers are not: FSDP moves the former alone."""
+    for module in policy.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def _check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -29,7 +29,8 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 FREE_KEYS = frozenset(
     {
         "data.num_workers", "data.cache_dir", "reference.cache_dir", "training.output_dir", "training.resume",
-        "training.tokens_per_row", "training.activation_checkpointing", "training.deterministic", "training.sharding",
+        "training.tokens_per_row", "training.activation_checkpointing", "training.compile", "training.cpu_offload",
+        "training.deterministic", "training.sharding",
         "training.timeout_minutes", "training.log_every", "training.eval_every", "training.save_every",
         "training.keep_checkpoints", "training.keep_every", "training.async_checkpoints", "training.max_hours",
         "tracking.wandb", "tracking.tensorboard", "tracking.project", "tracking.run_name",

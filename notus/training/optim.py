@@ -73,7 +73,7 @@ def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool
 
     Args:
         gradients: this rank's shards.
-        flags: [F], what this rank has to tell the others, on the gradients' device.
+        flags: [F], what this rank has to tell the others, on the device.
         first_replica: False where another rank counts the same shards.
 
     Returns:
@@ -82,11 +82,13 @@ def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool
     # small tensors leave some ranks without a shard
     counted = [gradient for gradient in gradients if gradient.numel()] if first_replica else []
     norms = [norm.float() for norm in torch._foreach_norm(counted)] if counted else []
-    squares = torch.stack([*norms, torch.zeros((), device=flags.device)]).square().sum()
+    device = counted[0].device if counted else flags.device  # with offload, gradients are on the host
+    squares = torch.stack([*norms, torch.zeros((), device=device)]).square().sum().to(flags.device)
     sums = sum_across_ranks(torch.cat([squares[None], flags.float()]))
     return torch.cat([sums[:1].sqrt(), sums[1:]])
 
 
 def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale the gradients in place so that their norm is at most `max_norm`; without a host sync."""
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].device))

@@ -1,41 +1,72 @@
-"""Checkpointing, then sharding: how a policy is spread over ranks, and in which order.
+"""Checkpointing, compiling, sharding: how a policy is spread over ranks, and in which order.
 
 1. Activation checkpointing wraps each block's `forward`, not the module: names stay Hugging Face's, and FSDP's hooks
    stay outside the recomputation, so a block is gathered once for its backward.
-2. `fully_shard` on each block, then on the root, which holds what is left: embedding, final norm, head. The head's
-   log-probs are computed inside the root's forward.
+2. `torch.compile` on each block's checkpointed forward: the compiler sees what is to be recomputed, and one graph
+   serves all blocks. Row lengths are symbols, the attention is one operator (`notus.model.opaque`): other rows do not
+   recompile. FSDP's hooks stay outside.
+3. `fully_shard` on each block, then on the root, which holds what is left: embedding, final norm, head. The head's
+   log-probs are computed inside the root's forward. FSDP2 gathers the next block while one computes: in the forward
+   pass as each block's hook runs ahead of the device, in the backward pass in the reverse order of the forward.
+   An explicit `set_modules_to_forward_prefetch` would only help a host that is slower than the device, at the cost
+   of one more gathered block, and is left out. On a GPU: not run.
+
+Activation offload is not built: a block's input must cross the bus twice in the time of one block, and "full" leaves
+little else to move.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from notus.model.opaque import OPAQUE
 from notus.model.policy import Policy
+from notus.training.checkpointing import checkpointed
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_checkpointing: bool) -> Policy:
+def parallelize(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    precision: str,
+    activation_checkpointing: str,
+    compile: bool = False,
+    cpu_offload: bool = False,
+) -> Policy:
     """Shard a policy in place, typically still on the meta device.
 
     Args:
         policy: trainable parameters in fp32 (the masters).
         mesh: all ranks, in one dimension, or (replicate, shard): see `distributed.mesh`.
         precision: "bf16" or "fp32", the dtype of gathered parameters and of the computation.
-        activation_checkpointing: keep only each block's input for the backward pass.
+        activation_checkpointing: "none", "selective" or "full": see `notus.training.checkpointing`.
+        compile: torch.compile each block.
+        cpu_offload: keep parameters, gradients and what the optimizer makes of them in (pinned) host memory.
     """
-    if activation_checkpointing:
-        for block in policy.blocks:
-            _checkpoint_forward(block)
+    run = torch.compile(_run, dynamic=True) if compile else None
+    for block in policy.blocks:
+        forward = checkpointed(block, activation_checkpointing)
+        block.forward = forward if run is None else functools.partial(run, forward)
+    if compile:
+        policy.causal_lm.set_attn_implementation(OPAQUE)
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
     gathers = mesh.size(mesh.ndim - 1) > 1
-    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=precision_policy, reshard_after_forward=gathers)
+    shard = functools.partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=precision_policy,
+        reshard_after_forward=gathers,
+        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    )
     for block in policy.blocks:
         shard(block)
     shard(policy)
@@ -45,6 +76,11 @@ def parallelize(policy: Policy, mesh: DeviceMesh, *, precision: str, activation_
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return policy
+
+
+def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What is compiled: one function for all blocks, whose weights are inputs to it, so it is compiled once for all."""
+    return forward(*args, **kwargs)
 
 
 def fsdp_modules(policy: nn.Module) -> list[FSDPModule]:
@@ -60,7 +96,3 @@ def reshard(policy: nn.Module) -> None:
     """
     for module in fsdp_modules(policy):
         module.reshard()
-
-
-def _checkpoint_forward(block: nn.Module) -> None:
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -83,8 +83,9 @@ class Run:
 
     @property
     def kernel(self) -> str:
-        """Name of the attention kernel in use."""
-        return kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
+        """Name of the attention kernel in use, and whether the blocks around it are compiled, which round otherwise."""
+        name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
+        return f"{name}-compiled" if self.config.training.compile else name
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -237,6 +238,8 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         stack.enter_context(stop.listening())
         stack.enter_context(deterministic(training.deterministic))
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
+        if training.cpu_offload and device.type == "cpu":
+            raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
             distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
         checkpoints: list[Path] = []
@@ -273,6 +276,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         device=device,
         precision=training.precision,
         activation_checkpointing=training.activation_checkpointing,
+        compile=training.compile,
+        cpu_offload=training.cpu_offload,
         adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
         trainable=train,
         seed=training.seed,

@@ -103,7 +103,7 @@ def test_neither_rows_nor_checkpointing_change_the_result(tmp_path: Path, model_
     settings: list[dict[str, Any]] = [
         {},
         {"training__tokens_per_row": 70},
-        {"training__activation_checkpointing": True},
+        {"training__activation_checkpointing": "full"},
     ]
     losses = []
     for number, overrides in enumerate(settings):

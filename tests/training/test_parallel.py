@@ -28,7 +28,7 @@ def _score(policy: Policy, rows: Rows, device: torch.device) -> torch.Tensor:
 
 
 def test_names_stay_hugging_faces(model_folder: Path, device: torch.device) -> None:
-    policy = _policy(model_folder, device, activation_checkpointing=True)
+    policy = _policy(model_folder, device, activation_checkpointing="full")
     expected = dict(AutoModelForCausalLM.from_pretrained(model_folder).named_parameters())
     found = dict(policy.causal_lm.named_parameters())
     assert list(found) == list(expected)
@@ -43,7 +43,7 @@ def test_checkpointing_computes_each_block_once_more(
 
     rows = _rows(model_folder, pairs_file)
     calls = {}
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "full"):
         policy = _policy(model_folder, device, activation_checkpointing=checkpointing)
         count: list[int] = []
         mlp = policy.blocks[0].mlp
@@ -51,7 +51,7 @@ def test_checkpointing_computes_each_block_once_more(
         (batch,) = step_rows(rows, np.arange(3), rank=0, world_size=1, tokens_per_row=400)
         policy(batch).sum().backward()
         calls[checkpointing] = len(count)
-    assert calls == {False: 1, True: 2}
+    assert calls == {"none": 1, "full": 2}
 
 
 def test_after_a_scoring_pass_the_masters_are_in_place_and_their_changes_seen(

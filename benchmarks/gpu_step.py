@@ -1,0 +1,211 @@
+"""A randomly initialised policy, the project's own training step on it, and the arithmetic of that step."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from notus.data.packing import Batch, Example, collate
+from notus.losses import dpo_loss, nll_loss
+from notus.model.arithmetic import Dimensions, dimensions, forward_flops
+from notus.model.attention import IMPLEMENTATION
+from notus.model.lora import LoRALinear, cast_frozen, init_lora, inject_lora
+from notus.model.policy import Policy
+from notus.model.support import disable_dropout
+from notus.model.weights import materialise
+from notus.training.distributed import mesh
+from notus.training.footprint import Job, ModelSize, footprint, model_size
+from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
+from notus.training.parallel import COMPUTE_DTYPES, parallelize
+
+PRECISION = "bf16"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The arithmetic of a model's linear layers and attention, in weights per token.
+
+    Attributes:
+        size: of the model without adapters.
+        adapters: weights of all LoRA matrices.
+        recomputed: weights of the products that the backward pass computes again.
+        attention_again: whether it computes attention again.
+        memory: what its footprint follows from, adapters included.
+    """
+
+    size: Dimensions
+    adapters: int
+    recomputed: int
+    attention_again: bool
+    memory: ModelSize | None = None
+
+    def necessary(self, examples: Sequence[Example]) -> int:
+        """Operations of one step on these examples, each trunk once, nothing computed twice, nothing padded."""
+        linear, attention, adapters = self._forward(examples)
+        return (2 if self.adapters else 3) * linear + 3 * (attention + adapters)
+
+    def done(self, rows: Sequence[Sequence[Example]]) -> int:
+        """Operations of one step as the rows have it: with copies, padding and recomputation.
+
+        The head's logits are computed again as well, but for one chunk of a row, which is left out of account.
+        """
+        examples = [item for row in rows for item in row]
+        linear, attention, adapters = self._forward(examples)
+        tokens, scored = _tokens(examples), sum(int(mask.sum()) for item in examples for mask in item.loss_masks)
+        again = 2 * self.recomputed * tokens + 2 * self.size.head_weights * scored + self.attention_again * attention
+        return (2 if self.adapters else 3) * linear + 3 * (attention + adapters) + again
+
+    def _forward(self, examples: Sequence[Example]) -> tuple[int, int, int]:
+        trunks = np.array([len(item.trunk) for item in examples])
+        branches = np.array([[len(branch) for branch in item.branches] for item in examples])
+        scored = np.array([sum(int(mask.sum()) for mask in item.loss_masks) for item in examples])
+        linear = int(forward_flops(dataclasses.replace(self.size, layers=0), trunks, branches, scored).sum())
+        attention = int(forward_flops(self.size, trunks, branches, scored).sum()) - linear
+        return linear, attention, 2 * self.adapters * _tokens(examples)
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(item.trunk) + sum(len(branch) for branch in item.branches) for item in examples)
+
+
+def model_dimensions(config: MistralConfig) -> Dimensions:
+    """Of a model of this shape."""
+    with torch.device("meta"):
+        return dimensions(AutoModelForCausalLM.from_config(config))
+
+
+def work(policy: Policy, size: Dimensions, checkpointing: str) -> Work:
+    """What a step of `policy` comes to; its blocks compute `checkpointing` again."""
+    again = sum(_again(_products(block), checkpointing) for block in policy.blocks)
+    adapters = sum(p.numel() for m in policy.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B))
+    return Work(size, adapters, again, checkpointing == "full", model_size(policy.causal_lm))
+
+
+def _products(block: torch.nn.Module) -> list[tuple[int, bool]]:
+    """(weights, whether they are an adapter's) of a block's matrix products, in the order of its forward pass."""
+    found = []
+    for module in block.modules():
+        if isinstance(module, torch.nn.Linear):
+            found.append((module.weight.numel(), False))
+        if isinstance(module, LoRALinear):
+            found += [(module.lora_A.numel(), True), (module.lora_B.numel(), True)]
+    return found
+
+
+def _again(products: list[tuple[int, bool]], checkpointing: str) -> int:
+    """Weights of those that are computed again: nobody needs the last one's output, and torch stops before it."""
+    if checkpointing == "none":
+        return 0
+    base = [weights for weights, adapter in products if not adapter]
+    kept = sum(base[::2]) if checkpointing == "selective" else products[-1][0]
+    return sum(weights for weights, _ in products) - kept
+
+
+def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Example]]) -> int:
+    """What `notus.training.footprint` says of the fullest of these rows, without the runtime's margin."""
+    fullest = max(rows, key=_tokens)
+    keys = sum(len(item.trunk) * len(item.branches) + sum(map(len, item.branches)) for item in fullest)
+    job = Job(
+        shard_size=1,
+        tokens_per_row=_tokens(fullest),
+        scored_per_row=sum(int(mask.sum()) for item in fullest for mask in item.loss_masks),
+        precision=PRECISION,
+        activation_checkpointing=checkpointing,
+        key_ratio=keys / _tokens(fullest),
+    )
+    assert work.memory is not None
+    return footprint(work.memory, job).total
+
+
+# ---- the policy ----
+
+
+def build(
+    config: MistralConfig, device: torch.device, *, rank: int, checkpointing: str, compile: bool
+) -> tuple[Policy, Work]:
+    """As `notus.training.build.build_policy` has it, with random weights in the place of a folder's.
+
+    Args:
+        config: the model's shape.
+        device: where it is to live.
+        rank: of the LoRA adapters; 0: every parameter is trained.
+        checkpointing: "none", "selective" or "full".
+        compile: each block.
+    """
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION, dtype=torch.float32)
+    disable_dropout(causal_lm)
+    size = dimensions(causal_lm)
+    if rank:
+        inject_lora(causal_lm, rank=rank, alpha=rank, dropout=0.0, target_modules=LORA_TARGETS)
+    cast_frozen(causal_lm, COMPUTE_DTYPES[PRECISION])
+    policy = Policy(causal_lm)
+    arithmetic = work(policy, size, checkpointing)
+    parallelize(policy, mesh(device), precision=PRECISION, activation_checkpointing=checkpointing, compile=compile)
+    materialise(policy, device)
+    _randomise(policy)
+    if rank:
+        init_lora(causal_lm, seed=0)
+    return policy.train(), arithmetic
+
+
+@torch.no_grad()
+def _randomise(policy: Policy) -> None:
+    """Matrices from a normal distribution, vectors (the norms' weights) 1."""
+    torch.manual_seed(0)
+    for parameter in policy.parameters():
+        local = parameter.to_local()
+        if parameter.dim() == 1:
+            local.fill_(1.0)
+        else:
+            local.normal_(0.0, 0.02)
+
+
+# ---- the step ----
+
+
+class Step:
+    """What `notus.training.loop` does in a step, without its books: rows, losses, norm, clipping, update."""
+
+    def __init__(self, policy: Policy, task: str, vocab: int) -> None:
+        """`task`: "dpo" or "sft"; `vocab`: size of the vocabulary."""
+        self.policy, self._task, self._log_vocab = policy, task, float(np.log(vocab))
+        self._trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self._device = self._trainable[0].device
+        self._optimizer = build_optimizer(self._trainable, name="rmsprop", learning_rate=5e-7, weight_decay=0.0)
+
+    def __call__(self, rows: Sequence[Sequence[Example]]) -> float:
+        """One optimizer step on these rows; the norm of its gradient, for which the host waits.
+
+        Raises:
+            ValueError: a loss or the norm is not finite.
+        """
+        examples = [item for row in rows for item in row]
+        tokens = sum(int(mask.sum()) for item in examples for mask in item.loss_masks)
+        bad = torch.zeros((), device=self._device)
+        for row in rows:
+            batch = collate(row, len(row[0].branches)).to(self._device)
+            logps = self.policy(batch)
+            loss = nll_loss(logps[:, 0], tokens).sum() if self._task == "sft" else self._dpo(logps, batch, examples)
+            loss.backward()
+            bad += ~torch.isfinite(loss.detach())
+        gradients = local_gradients(self._trainable)
+        with torch.profiler.record_function("clip"):
+            told = gradient_norm(gradients, bad[None])
+            norm, losses_bad = told.tolist()
+            if losses_bad or not math.isfinite(norm):
+                raise ValueError(f"{losses_bad:.0f} rows with a loss that is not finite, gradient norm {norm}")
+            clip_gradients(gradients, told[0], 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _dpo(self, logps: Tensor, batch: Batch, examples: Sequence[Example]) -> Tensor:
+        reference = -self._log_vocab * batch.lengths  # that of a model that knows nothing, as the policy does
+        losses, _, _ = dpo_loss(logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1])
+        return losses.sum() / len(examples)
