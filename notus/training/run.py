@@ -33,6 +33,7 @@ from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder
 from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
+from notus.training.optimizers import InPieces
 from notus.training.parallel import COMPUTE_DTYPES
 from notus.training.reference import digest_of_rows
 from notus.training.resume import check_contents, check_newest, load_newest
@@ -110,6 +111,7 @@ class Run:
             name=training.optimizer,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
+            state_dtype=training.optimizer_dtype,
         )
         progress = self._progress(optimizer)
         settings = Settings(
@@ -162,7 +164,7 @@ class Run:
             found["data.eval"] = digest_of_rows(self.eval_rows.digests())
         return found
 
-    def _progress(self, optimizer: torch.optim.Optimizer) -> Progress:
+    def _progress(self, optimizer: InPieces) -> Progress:
         """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
         if not self.checkpoints:
             return Progress(identity=self.identity)
