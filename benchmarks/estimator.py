@@ -1,0 +1,98 @@
+"""The estimator beside PyTorch's own trackers, on the real step with fake tensors: bytes and operations.
+
+    python benchmarks/estimator.py [--shape 7b] [--output FILE]
+
+Needs no GPU and no weights; a 7B shape takes minutes, for the trackers look at every operation.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from pathlib import Path
+
+import torch
+from fake_step import TARGETS, tracked_step
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from notus.model.lora import inject_lora
+from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, footprint, model_size, moments
+
+SHAPES = {
+    "mid": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4,
+            "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "sliding_window": None},
+    "7b": {"sliding_window": None},
+}  # fmt: skip
+ROWS = {"mid": (176, [300, 280], 5), "7b": (176, [300, 280], 10)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of run: "full" or a LoRA of a rank, and the dials."""
+
+    rank: int
+    checkpointing: str
+    optimizer: str
+
+    def __str__(self) -> str:
+        return f"{f'LoRA {self.rank}' if self.rank else 'full':<8} {self.checkpointing:<9} {self.optimizer:<7}"
+
+
+def cases(rank: int = 16) -> list[Case]:
+    """Full and LoRA, each checkpointing mode, each optimizer."""
+    return [Case(*each) for each in itertools.product((0, rank), CHECKPOINTING, ("rmsprop", "adamw"))]
+
+
+def size_of(config: MistralConfig, rank: int) -> ModelSize:
+    """The sizes of a model with adapters as the tracked one has them."""
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if rank:
+        inject_lora(causal_lm, rank=rank, alpha=16.0, dropout=0.0, target_modules=TARGETS)
+    return model_size(causal_lm)
+
+
+def job_of(case: Case, row: tuple[int, list[int], int], world_size: int = 8, **options: object) -> Job:
+    """The estimator's view of a tracked step."""
+    trunk, branches, examples = row
+    tokens = examples * (trunk + sum(branches))
+    return Job(
+        shard_size=world_size,
+        tokens_per_row=tokens,
+        scored_per_row=examples * sum(branches),
+        optimizer=case.optimizer,
+        activation_checkpointing=case.checkpointing,
+        key_ratio=examples * (len(branches) * trunk + sum(branches)) / tokens,
+        **options,
+    )
+
+
+def compare(case: Case, config: MistralConfig, row: tuple[int, list[int], int]) -> tuple[Footprint, Footprint, int, int]:
+    """(estimate of the rows, of the update, bytes that the tracker saw of the rows, of the update)."""
+    seen = tracked_step(
+        config, row=row, optimizer=case.optimizer, lora_rank=case.rank, activation_checkpointing=case.checkpointing
+    )
+    *rows, update = moments(size_of(config, case.rank), job_of(case, row))
+    return max(rows, key=lambda moment: moment.total), update, seen.backward_peak, seen.optimizer_peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    config, row = MistralConfig(**SHAPES[args.shape]), ROWS[args.shape]
+    lines = [f"{'case':<26} {'estimate':>10} {'tracker':>10} {'ratio':>6}   update: estimate, tracker (MiB)   peak at"]
+    for case in cases(64 if args.shape == "7b" else 16):
+        rows, update, seen, seen_update = compare(case, config, row)
+        whole, seen_whole = max(rows.total, update.total), max(seen, seen_update)
+        lines.append(
+            f"{case} {whole / 2**20:>10.1f} {seen_whole / 2**20:>10.1f} {whole / seen_whole:>6.3f}   "
+            f"{update.total / 2**20:>10.1f} {seen_update / 2**20:>10.1f}   {rows.moment}"
+        )
+        print(lines[-1], flush=True)
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

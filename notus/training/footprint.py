@@ -1,0 +1,331 @@
+"""The bytes that one rank of a training step needs, by pure arithmetic, before anything is allocated.
+
+A step's memory has few moments at which it may peak: the head's forward and backward pass, a block's backward pass, the
+hand-over of a block's or the root's gradients, the optimizer's update. `moments` adds up what is alive at each; the
+footprint is the largest. What is counted is what PyTorch's own memory tracker sees in the same step on fake tensors
+(benchmarks/estimator.py holds the two side by side); the CUDA context, NCCL's buffers and the allocator's gaps are not,
+see `RUNTIME_MARGIN`.
+
+Blocks are taken to be all alike. Compiled blocks keep less than is counted here: the figures are an upper bound then.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKPOINTING = ("none", "selective", "full")  # the faster ones first
+OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
+BYTES = {"bf16": 2, "fp32": 4}
+CHUNK_TOKENS = 1024  # of `notus.model.logprobs`
+# An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
+RUNTIME_MARGIN = 3 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block: its name, sizes, and the rank of its adapter (0: none)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """The sizes of a decoder, blocks alike.
+
+    Attributes:
+        layers: number of blocks.
+        hidden: width of the residual stream.
+        query_width, key_width: attention heads times their dimension, of queries and of keys.
+        heads: query heads.
+        vocabulary: rows of the head.
+        linears: of a block, in the order of its forward pass.
+        norms: widths of a block's norms.
+        block, block_trained: parameters of a block, adapters included, and those of them that are trained.
+        root, root_trained: parameters outside the blocks (embedding, final norm, head; a tied one once).
+        dropout: the adapters drop some of their input.
+    """
+
+    layers: int
+    hidden: int
+    query_width: int
+    key_width: int
+    heads: int
+    vocabulary: int
+    linears: tuple[Linear, ...]
+    norms: tuple[int, ...]
+    block: int
+    block_trained: int
+    root: int
+    root_trained: int
+    dropout: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """All of them, adapters included."""
+        return self.layers * self.block + self.root
+
+    @property
+    def trained(self) -> int:
+        """Those that the optimizer updates."""
+        return self.layers * self.block_trained + self.root_trained
+
+
+def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> ModelSize:
+    """Of a transformers causal LM, on whatever device, with its adapters and before it is sharded.
+
+    Args:
+        causal_lm: the model.
+        layers: how many blocks to count, if not those that it has: a model of one block stands for a deep one.
+    """
+    from torch import nn
+
+    config, block = causal_lm.config, causal_lm.get_decoder().layers[0]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    counts = _counts(block)
+    whole, stack = _counts(causal_lm), _counts(causal_lm.get_decoder().layers)
+    modules = dict(block.named_modules())
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    return ModelSize(
+        layers=layers or config.num_hidden_layers,
+        hidden=config.hidden_size,
+        query_width=config.num_attention_heads * head_dim,
+        key_width=groups * head_dim,
+        heads=config.num_attention_heads,
+        vocabulary=causal_lm.get_output_embeddings().weight.shape[0],
+        linears=tuple(
+            Linear(name.rpartition(".")[2], module.in_features, module.out_features, getattr(module, "rank", 0))
+            for name, module in linears.items()
+        ),
+        norms=tuple(
+            (config.num_attention_heads if "q_" in name else groups if "k_" in name else 1) * module.weight.numel()
+            for name, module in modules.items()
+            if "norm" in name
+        ),
+        block=counts[0],
+        block_trained=counts[1],
+        root=whole[0] - stack[0],
+        root_trained=whole[1] - stack[1],
+        dropout=any(getattr(module, "rank", 0) and module.dropout > 0 for module in linears.values()),
+    )
+
+
+def _counts(module: "nn.Module") -> tuple[int, int]:  # type: ignore[name-defined]  # noqa: F821
+    """Parameters, all and trained; a tied one once."""
+    found = list(module.parameters())
+    return sum(each.numel() for each in found), sum(each.numel() for each in found if each.requires_grad)
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank's device at a moment of a step.
+
+    Attributes:
+        moment: where in the step.
+        weights: this rank's share of the parameters: fp32 masters, frozen ones in the computation's dtype.
+        gradients: its share of the gradients, fp32, as they add up over rows.
+        optimizer_state: its share of the averages.
+        optimizer_temporaries: what the update computes for all parameters at once.
+        gathered: whole blocks and the root, in the computation's dtype, with the buffer of the next block's gathering.
+        whole_gradients: gradients of whole blocks, and the buffers of their reduction in fp32.
+        activations: what the forward pass keeps for the backward pass.
+        working: activations of the block in work, computed again, and its intermediate gradients.
+        head: logits of a chunk of tokens, and the head's gradient in fp32.
+        batch: token ids, positions, indices.
+    """
+
+    moment: str
+    weights: int = 0
+    gradients: int = 0
+    optimizer_state: int = 0
+    optimizer_temporaries: int = 0
+    gathered: int = 0
+    whole_gradients: int = 0
+    activations: int = 0
+    working: int = 0
+    head: int = 0
+    batch: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "moment"}
+
+    @property
+    def total(self) -> int:
+        """All parts together, without the runtime's margin."""
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a rank's memory follows from, besides the model.
+
+    Attributes:
+        shard_size: ranks over which the model is spread: all of them, or those of a node with hybrid sharding.
+        tokens_per_row: tokens of a packed row.
+        scored_per_row: those of them whose log-prob is taken.
+        precision: "bf16" or "fp32", of the computation.
+        optimizer, optimizer_dtype: as in the config.
+        activation_checkpointing: "none", "selective" or "full".
+        key_ratio: gathered keys over tokens: how often a trunk's keys are copied for its branches.
+        cpu_offload: weights, gradients and optimizer are in the host's memory.
+        single_row: each rank's step is one row: no gradients stand from an earlier row.
+    """
+
+    shard_size: int
+    tokens_per_row: int
+    scored_per_row: int
+    precision: str = "bf16"
+    optimizer: str = "rmsprop"
+    optimizer_dtype: str = "fp32"
+    activation_checkpointing: str = "full"
+    key_ratio: float = 1.2
+    cpu_offload: bool = False
+    single_row: bool = False
+
+
+def footprint(size: ModelSize, job: Job) -> Footprint:
+    """What a rank needs at the worst moment of a step."""
+    return max(moments(size, job), key=lambda moment: moment.total)
+
+
+def fastest_checkpointing(capacity: int, size: ModelSize, job: Job) -> str:
+    """The first of "none", "selective" and "full" with which a step fits a device of `capacity` bytes.
+
+    "full" if none does. `job.activation_checkpointing` is not looked at.
+    """
+    for name in CHECKPOINTING[:-1]:
+        needed = footprint(size, dataclasses.replace(job, activation_checkpointing=name)).total
+        if needed + RUNTIME_MARGIN <= capacity:
+            return name
+    return CHECKPOINTING[-1]
+
+
+def moments(size: ModelSize, job: Job) -> list[Footprint]:
+    """What is alive at each moment of a step at which memory may peak."""
+    held = 0 if job.cpu_offload else 1
+    share, wide = job.shard_size, BYTES[job.precision]
+    frozen = size.parameters - size.trained
+    weights = held * (4 * size.trained + wide * frozen) // share
+    gradients = held * 4 * size.trained // share
+    state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
+    always = {"weights": weights, "optimizer_state": state}
+    in_rows = {**always, "gradients": 0 if job.single_row else gradients, "batch": _batch(job)}
+    block, root = wide * size.block, wide * size.root
+    if share == 1:  # nothing is gathered: the cast copies of a rank's own weights are all that there is
+        gathered = size.layers * block + root
+        while_block = while_head = while_reduced = gathered
+    else:
+        while_block, while_head, while_reduced = root + 2 * block, root + block, root + block
+    block_grads, reduced = wide * size.block_trained, 4 * size.block_trained
+    head_grad = wide * size.vocabulary * size.hidden if size.root_trained else 0
+    kept = kept_per_block(size, job)
+    tables = 2 * wide * job.tokens_per_row * (size.query_width // size.heads)  # rotary
+    stack = size.layers * kept + tables
+    working = _working(size, job)
+    return [
+        Footprint("head", **in_rows, gathered=while_head, activations=stack + _final(size, job), head=_head(size, job)),
+        Footprint(
+            "backward of the last block", **in_rows, gathered=while_block, activations=stack, working=working,
+            whole_gradients=head_grad,
+        ),
+        Footprint(
+            "backward of the block before", **in_rows, gathered=while_block, activations=stack - kept,
+            working=working, whole_gradients=head_grad + reduced,
+        ),
+        Footprint(
+            "hand-over of the last block's gradients", **in_rows, gathered=while_reduced, activations=stack - kept,
+            whole_gradients=head_grad + block_grads + reduced + reduced // share,
+        ),
+        Footprint(
+            "hand-over of the root's gradients", **{**in_rows, "gradients": gradients},
+            whole_gradients=(wide + 4) * size.root_trained + reduced + 4 * size.root_trained // share,
+        ),
+        Footprint(
+            "optimizer", **always, gradients=gradients,
+            optimizer_temporaries=held * 4 * size.trained // share,
+        ),
+    ]  # fmt: skip
+
+
+def kept_per_block(size: ModelSize, job: Job) -> int:
+    """Bytes that a block's forward pass leaves for its backward pass."""
+    tokens, wide = job.tokens_per_row, BYTES[job.precision]
+    if job.activation_checkpointing == "full":
+        return wide * tokens * size.hidden
+    if job.activation_checkpointing == "selective":
+        products = sum(linear.outputs for linear in size.linears[::2])
+        return tokens * (wide * (size.hidden + products + size.query_width) + 4 * size.heads)
+    return activations_per_block(size, job)
+
+
+def activations_per_block(size: ModelSize, job: Job) -> int:
+    """Bytes that autograd saves of a block's forward pass: what each operation's backward pass reads.
+
+    A norm keeps its input in fp32 and, for its weight's gradient, the normalised input; a linear layer its input if
+    its weight is trained, or its adapter reads it; attention its queries, gathered keys and values, output and
+    normalisers; the gated MLP both factors and what the activation function was given.
+    """
+    wide, trained = BYTES[job.precision], size.block_trained == size.block
+    norms = sum(size.norms) * (4 + (wide if trained else 0))
+    attention = 2 * wide * size.query_width + 2 * wide * size.key_width * job.key_ratio + 4 * size.heads
+    inner = max(linear.outputs for linear in size.linears)
+    gated = sum(linear.inputs == size.hidden and linear.outputs == inner for linear in size.linears) > 1
+    mlp = wide * inner * (3 if gated else 1)
+    return math.ceil(job.tokens_per_row * (norms + attention + mlp + _linear_inputs(size, wide, trained)))
+
+
+def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
+    """Bytes per token of what linear layers and adapters keep; the attention's output, the input of `o_proj`, is
+    kept by the attention."""
+    total, seen = 0, ""
+    for linear in size.linears:
+        shared = f"{linear.inputs}" + ("gate up" if linear.name in ("gate_proj", "up_proj") else "qkv")
+        if (trained or (linear.rank and not size.dropout)) and linear.name != "o_proj" and shared != seen:
+            total += wide * linear.inputs
+            seen = shared
+        if linear.rank:
+            total += wide * linear.rank + (size.dropout and (wide + 1) * linear.inputs)
+    return total
+
+
+def _final(size: ModelSize, job: Job) -> int:
+    """The final norm, and the hidden states of scored positions."""
+    wide = BYTES[job.precision]
+    norm = job.tokens_per_row * size.hidden * (4 + (wide if size.root_trained else 0))
+    return norm + job.scored_per_row * (wide * size.hidden + 16)
+
+
+def _working(size: ModelSize, job: Job) -> int:
+    """A block's intermediate gradients, and its activations if they are computed again."""
+    wide = BYTES[job.precision]
+    inner = max(linear.outputs for linear in size.linears)
+    extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
+    if job.activation_checkpointing == "none":
+        return extra
+    again = activations_per_block(size, job)
+    if job.activation_checkpointing == "selective":
+        again -= job.tokens_per_row * (wide * (size.query_width + inner) + 4 * size.heads)
+    return again + extra
+
+
+def _head(size: ModelSize, job: Job) -> int:
+    """The backward pass of the log-probs: a chunk's logits in fp32 and their gradient in the computation's dtype, twice
+    while one chunk follows another, and the head's gradient in fp32, beside what is added to it."""
+    wide, chunk = BYTES[job.precision], min(CHUNK_TOKENS, job.scored_per_row)
+    logits = chunk * size.vocabulary * (4 + wide)
+    weights = size.vocabulary * size.hidden if size.root_trained else 0
+    next_chunk = logits if job.scored_per_row > chunk else 0
+    return 4 * weights + logits + max(next_chunk, wide * weights) + wide * job.scored_per_row * size.hidden
+
+
+def _batch(job: Job) -> int:
+    """Ids, positions, sources and targets, and three gather indices, int64."""
+    return round(8 * (job.tokens_per_row * (3 + job.key_ratio) + 2 * job.scored_per_row))
