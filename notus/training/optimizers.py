@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,7 +140,7 @@ class AdamW(InPieces, torch.optim.AdamW):
         means, squares = averages
         beta1, beta2 = group["betas"]
         before = step.item() - 1  # the kernel counts on, each piece for itself
-        torch.optim.adamw.adamw(
+        adamw(
             values,
             gradients,
             means,
