@@ -39,7 +39,7 @@ def capacity_of(device: torch.device) -> int:
     """Bytes that are free for this rank: on its GPU, or its share of the host's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _available() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return _available() // int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
 def _available() -> int:
