@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.fx.experimental import _config as symbols
 
 from notus.model.opaque import OPAQUE
 from notus.model.policy import Policy
@@ -55,6 +56,8 @@ def parallelize(
         block.forward = forward if run is None else functools.partial(run, forward)
     if compile:
         policy.causal_lm.set_attn_implementation(OPAQUE)
+        # Sizes that happen to be equal in the first row are not the same size; a row in which they differ would recompile.
+        symbols.use_duck_shape = False
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
