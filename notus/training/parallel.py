@@ -56,7 +56,7 @@ def parallelize(
         block.forward = forward if run is None else functools.partial(run, forward)
     if compile:
         policy.causal_lm.set_attn_implementation(OPAQUE)
-        # Sizes that happen to be equal in the first row are not the same size; a row in which they differ would recompile.
+        # Sizes that happen to be equal in the first row are not the same; a row in which they differ would recompile.
         symbols.use_duck_shape = False
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
