@@ -31,7 +31,7 @@ def _attention(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    return _run(query, key, value, index, lengths, scale, window)
+    return _packed(query, key, value, index, lengths, scale, window)
 
 
 @_attention.register_fake
@@ -52,7 +52,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     with torch._C._ForceDispatchKeyGuard(*_ABOVE_AUTOGRAD), torch.enable_grad():
-        out = _run(*inputs, index, lengths, scale, window)
+        out = _packed(inputs[0], inputs[1], inputs[2], index, lengths, scale, window)
         found = torch.autograd.grad(out, inputs, grad)
     query_grad, key_grad, value_grad = (tensor.clone(memory_format=torch.contiguous_format) for tensor in found)
     return query_grad, key_grad, value_grad
@@ -64,7 +64,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
     return new(query), new(key), new(value)
 
 
-def _run(
+def _packed(
     query: Tensor, key: Tensor, value: Tensor, index: list[Tensor], lengths: Tensor, scale: float, window: int | None
 ) -> Tensor:
     key_index, first_copy, query_starts, key_starts, *copies = index

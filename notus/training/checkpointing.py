@@ -1,10 +1,10 @@
 """Activation checkpointing as a dial: what a block keeps of its forward pass, and what its backward computes again.
 
-| mode | kept of a block | computed again |
-|---|---|---|
-| none | all that the backward pass reads | nothing |
-| selective | the attention's output, and every second matrix product's, from the first | the other products, and what is cheap |
-| full | the block's input | the block |
+none: all that the backward pass reads is kept, nothing is computed again.
+selective: the attention's output is kept, and every second matrix product's, from the first; the rest is computed
+again.
+full: the block's input is kept, the block is computed again, up to the last value that the backward pass reads: not its
+last product.
 
 Matrix products are counted in the order of the forward pass (of q, k, v, o, gate, up, down: q, v, gate and down are
 kept). The two products of a LoRA adapter are computed again and not counted: that costs rank / width of the layer's

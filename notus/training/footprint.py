@@ -307,7 +307,9 @@ def _working(size: ModelSize, job: Job) -> int:
     """A block's intermediate gradients, and its activations if they are computed again."""
     wide = BYTES[job.precision]
     inner = max(linear.outputs for linear in size.linears)
-    extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
+    extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (
+        wide * size.hidden * inner if size.root_trained else 0
+    )
     if job.activation_checkpointing == "none":
         return extra
     again = activations_per_block(size, job)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus.training.distributed import sum_across_ranks
+from notus.training.optimizers import AdamW, InPieces, RMSprop
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
@@ -33,14 +34,17 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, sche
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], *, name: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters."""
+    parameters: Iterable[nn.Parameter],
+    *,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    state_dtype: str = "fp32",
+) -> InPieces:
+    """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters; see `optimizers`."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if name == "rmsprop":
-        return torch.optim.RMSprop(trainable, lr=learning_rate, weight_decay=weight_decay)
-    assert name == "adamw", name
-    return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
+    kind = RMSprop if name == "rmsprop" else AdamW
+    return kind(trainable, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

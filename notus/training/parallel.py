@@ -11,8 +11,7 @@
    An explicit `set_modules_to_forward_prefetch` would only help a host that is slower than the device, at the cost
    of one more gathered block, and is left out. On a GPU: not run.
 
-Activation offload is not built: a block's input must cross the bus twice in the time of one block, and "full" leaves
-little else to move.
+Activation offload is not built: "full" leaves little to move, 1 GiB for 7B parameters and rows of 4,096 tokens.
 """
 
 import functools
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.fx.experimental import _config as symbols
 
 from notus.model.opaque import OPAQUE
 from notus.model.policy import Policy
@@ -56,6 +56,8 @@ def parallelize(
         block.forward = forward if run is None else functools.partial(run, forward)
     if compile:
         policy.causal_lm.set_attn_implementation(OPAQUE)
+        # Sizes that happen to be equal in the first row are not the same; a row in which they differ would recompile.
+        symbols.use_duck_shape = False
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
