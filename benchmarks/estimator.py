@@ -66,7 +66,9 @@ def job_of(case: Case, row: tuple[int, list[int], int], world_size: int = 8, **o
     )
 
 
-def compare(case: Case, config: MistralConfig, row: tuple[int, list[int], int]) -> tuple[Footprint, Footprint, int, int]:
+def compare(
+    case: Case, config: MistralConfig, row: tuple[int, list[int], int]
+) -> tuple[Footprint, Footprint, int, int]:
     """(estimate of the rows, of the update, bytes that the tracker saw of the rows, of the update)."""
     seen = tracked_step(
         config, row=row, optimizer=case.optimizer, lora_rank=case.rank, activation_checkpointing=case.checkpointing

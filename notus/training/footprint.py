@@ -176,7 +176,6 @@ class Job:
         activation_checkpointing: "none", "selective" or "full".
         key_ratio: gathered keys over tokens: how often a trunk's keys are copied for its branches.
         cpu_offload: weights, gradients and optimizer are in the host's memory.
-        single_row: each rank's step is one row: no gradients stand from an earlier row.
     """
 
     shard_size: int
@@ -188,7 +187,6 @@ class Job:
     activation_checkpointing: str = "full"
     key_ratio: float = 1.2
     cpu_offload: bool = False
-    single_row: bool = False
 
 
 def footprint(size: ModelSize, job: Job) -> Footprint:
@@ -217,7 +215,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     gradients = held * 4 * size.trained // share
     state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
     always = {"weights": weights, "optimizer_state": state}
-    in_rows = {**always, "gradients": 0 if job.single_row else gradients, "batch": _batch(job)}
+    in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
     block, root = wide * size.block, wide * size.root
     if share == 1:  # nothing is gathered: the cast copies of a rank's own weights are all that there is
         gathered = size.layers * block + root
@@ -245,7 +243,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
             whole_gradients=head_grad + block_grads + reduced + reduced // share,
         ),
         Footprint(
-            "hand-over of the root's gradients", **{**in_rows, "gradients": gradients},
+            "hand-over of the root's gradients", **in_rows,
             whole_gradients=(wide + 4) * size.root_trained + reduced + 4 * size.root_trained // share,
         ),
         Footprint(
@@ -307,7 +305,9 @@ def _working(size: ModelSize, job: Job) -> int:
     """A block's intermediate gradients, and its activations if they are computed again."""
     wide = BYTES[job.precision]
     inner = max(linear.outputs for linear in size.linears)
-    extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
+    extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (
+        wide * size.hidden * inner if size.root_trained else 0
+    )
     if job.activation_checkpointing == "none":
         return extra
     again = activations_per_block(size, job)
