@@ -11,11 +11,11 @@ import itertools
 from pathlib import Path
 
 import torch
-from fake_step import TARGETS, tracked_step
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from fake_step import TARGETS, tracked_step
 from notus.model.lora import inject_lora
-from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, footprint, model_size, moments
+from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, model_size, moments
 
 SHAPES = {
     "mid": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4,

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from notus.config import Config, load_config
+from notus.config import Config, Task, load_config
 from notus.evaluation.arguments import count, positive
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     options = argparse.ArgumentParser(prog="python -m notus estimate", allow_abbrev=False)
     _add_options(options)
     args, overrides = options.parse_known_args(args.overrides, args)
-    task = args.task or ("sft" if "sft" in Path(args.config).name else "dpo")
+    task: Task = args.task or ("sft" if "sft" in Path(args.config).name else "dpo")
     config = load_config([args.config, *overrides], task)
     print("\n".join(estimate(config, args)))
     return 0

@@ -1,6 +1,7 @@
 """A run on given GPUs: whether it fits, how long a step takes, and which dials would be faster."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 from notus.estimation.gpus import GPU, PER_NODE
@@ -95,16 +96,24 @@ def make_plan(setting: Setting) -> Plan:
         tokens_per_row=setting.tokens_per_row,
     )
     speed = _peak(setting) * setting.utilisation * setting.gpus / steps.imbalance
-    links = {"world_size": setting.gpus, "hybrid": setting.hybrid, "precision": setting.precision}
-    exchange = steps.rows * communication(setting.size, setting.gpu, **links)
+    exchange = functools.partial(
+        communication,
+        setting.size,
+        setting.gpu,
+        world_size=setting.gpus,
+        hybrid=setting.hybrid,
+        precision=setting.precision,
+    )
     # in scoring, rows are full: as many tokens as fit, whatever the batch size
     rows_per_example = setting.lengths.totals.mean() / setting.tokens_per_row / setting.gpus
     scoring = max(
         work.forward / (_peak(setting) * setting.utilisation * setting.gpus),
-        rows_per_example * communication(setting.size, setting.gpu, **links, backward=False),
+        rows_per_example * exchange(backward=False),
     )
     compute = setting.batch_size * work.hardware / speed
-    return Plan(setting, footprint(setting.size, job_of(setting)), steps, work, compute, exchange, float(scoring))
+    return Plan(
+        setting, footprint(setting.size, job_of(setting)), steps, work, compute, steps.rows * exchange(), float(scoring)
+    )
 
 
 def job_of(setting: Setting) -> Job:

@@ -109,8 +109,8 @@ def head(setting: Setting, model: str, gpu_name: str) -> list[str]:
     """What was assumed of model, GPUs and data."""
     size = setting.size
     return [
-        f"Model: {size.parameters / 1e9:.2f} billion parameters, {size.trained / 1e9:.3g} trained, {size.layers} blocks "
-        f"({model})",
-        f"GPUs: {setting.gpus} x {gpu_name}, links {setting.gpu.link:g} GB/s, network {setting.gpu.network:g} GB/s per GPU",
+        f"Model: {size.parameters / 1e9:.2f} billion parameters, {size.trained / 1e9:.3g} trained, {size.layers} blocks"
+        f" ({model})",
+        f"GPUs: {setting.gpus} x {gpu_name}; GB/s: {setting.gpu.link:g} in a node, {setting.gpu.network:g} between",
         f"Lengths: {setting.lengths.source}",
     ]

@@ -112,7 +112,7 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
         block_trained=counts[1],
         root=whole[0] - stack[0],
         root_trained=whole[1] - stack[1],
-        dropout=any(getattr(module, "rank", 0) and module.dropout > 0 for module in linears.values()),
+        dropout=any(getattr(module, "dropout", 0.0) > 0 for module in linears.values()),
     )
 
 
@@ -321,9 +321,10 @@ def _head(size: ModelSize, job: Job) -> int:
     while one chunk follows another, and the head's gradient in fp32, beside what is added to it."""
     wide, chunk = BYTES[job.precision], min(CHUNK_TOKENS, job.scored_per_row)
     logits = chunk * size.vocabulary * (4 + wide)
+    left = job.scored_per_row - chunk  # the first chunk of the backward pass is the last of the row, a short one
+    follows = (chunk if left > chunk else left) * size.vocabulary * (4 + wide)
     weights = size.vocabulary * size.hidden if size.root_trained else 0
-    next_chunk = logits if job.scored_per_row > chunk else 0
-    return 4 * weights + logits + max(next_chunk, wide * weights) + wide * job.scored_per_row * size.hidden
+    return 4 * weights + logits + max(follows, wide * weights) + wide * job.scored_per_row * size.hidden
 
 
 def _batch(job: Job) -> int:
