@@ -133,6 +133,7 @@ class Layout:
             row positions within each pair are unique.
         query_starts, key_starts: [S + 1] int32, cumulative segment lengths (cu_seqlens).
         query_lengths, key_lengths: the same lengths as Python integers, S each.
+        lengths: [2 S] both, as a tensor that stays on the host.
     """
 
     key_index: Tensor
@@ -142,6 +143,7 @@ class Layout:
     key_starts: Tensor
     query_lengths: list[int]
     key_lengths: list[int]
+    lengths: Tensor
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on `device`."""
@@ -285,6 +287,7 @@ def build_layout(trunks: Sequence[int], branches: Sequence[Sequence[int]]) -> La
         key_starts=_starts(key_lengths),
         query_lengths=query_lengths,
         key_lengths=key_lengths,
+        lengths=torch.tensor([*query_lengths, *key_lengths]),
     )
 
 

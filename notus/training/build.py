@@ -1,11 +1,11 @@
 """A policy from a model folder: meta device -> adapters -> checkpointing -> sharding -> storage -> weights."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from notus.entry import first_line
 from notus.model.attention import IMPLEMENTATION, check_kernel
@@ -47,7 +47,7 @@ def build_policy(
     *,
     device: torch.device,
     precision: str,
-    activation_checkpointing: str = "none",
+    activation_checkpointing: str | Callable[[PreTrainedModel], str] = "none",
     compile: bool = False,
     cpu_offload: bool = False,
     adapter: Adapter | None = None,
@@ -63,7 +63,8 @@ def build_policy(
         config: its configuration, from `read_model_config`.
         device: this rank's device.
         precision: "bf16" or "fp32", of the computation. Trainable parameters are fp32 either way.
-        activation_checkpointing, compile, cpu_offload: see `parallelize`.
+        activation_checkpointing: a mode, see `parallelize`, or what chooses one, given the model on the meta device.
+        compile, cpu_offload: see `parallelize`.
         adapter: train LoRA adapters over a frozen base; None: train every parameter.
         trainable: False for scoring alone: every parameter frozen and in the computation's dtype.
         seed: of the adapters' start.
@@ -84,13 +85,16 @@ def build_policy(
     if adapter is not None:
         inject_lora(causal_lm, **dataclasses.asdict(adapter))
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
+    mode = activation_checkpointing
+    if not isinstance(mode, str):
+        mode = mode(causal_lm)
     policy = Policy(causal_lm)
     ranks = mesh(device, sharding)
     parallelize(
         policy,
         ranks,
         precision=precision,
-        activation_checkpointing=activation_checkpointing,
+        activation_checkpointing=mode,
         compile=compile,
         cpu_offload=cpu_offload,
     )
@@ -106,7 +110,7 @@ def build_policy(
 def _move_buffers(policy: Policy, device: torch.device) -> None:
     """Parameters are offloaded, buffers are not: FSDP moves the former alone."""
     for module in policy.modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
 
 

@@ -13,17 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from notus.training.distributed import gather_objects, on_main, rank, world_size
+from notus.training.optimizers import InPieces
 
 STATE_FILE = "state.json"
 _FORMAT = 2
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_MOMENTS = {torch.optim.RMSprop: ("square_avg",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
 
 class DamagedCheckpointError(ValueError):
@@ -59,9 +58,7 @@ class Progress:
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load_checkpoint(
-    path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer | None
-) -> Progress:
+def load_checkpoint(path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces | None) -> Progress:
     """Fill parameters and optimizer from a checkpoint, whatever the number of ranks that wrote it; collective.
 
     Without an optimizer, its states are not read.
@@ -115,9 +112,7 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def named_tensors(
-    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer | None
-) -> dict[str, Tensor]:
+def named_tensors(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces | None) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name; makes the optimizer's state if no step has made it yet."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters:
@@ -126,11 +121,10 @@ def named_tensors(
         tensors[f"model.{name}"] = parameter.detach()
         if optimizer is None:
             continue
-        moments, state = _MOMENTS[type(optimizer)], optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state.update({moment: torch.zeros_like(parameter.detach()) for moment in moments})
-        tensors.update({f"optimizer.{moment}.{name}": state[moment] for moment in moments})
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = optimizer.new_state(parameter)
+        state = optimizer.state[parameter]
+        tensors.update({f"optimizer.{moment}.{name}": state[moment] for moment in optimizer.moments})
     return tensors
 
 

@@ -1,15 +1,15 @@
 """Activation checkpointing as a dial: what a block keeps of its forward pass, and what its backward computes again.
 
-| mode | kept of a block | computed again |
-|---|---|---|
-| none | all that the backward pass reads | nothing |
-| selective | the attention's output, and every second matrix product's, from the first | the other products, and what is cheap |
-| full | the block's input | the block |
+none: all that the backward pass reads is kept, nothing is computed again.
+selective: the attention's output is kept, and every second matrix product's, from the first; the rest is computed
+again.
+full: the block's input is kept, the block is computed again, up to the last value that the backward pass reads: not its
+last product.
 
 Matrix products are counted in the order of the forward pass (of q, k, v, o, gate, up, down: q, v, gate and down are
 kept). The two products of a LoRA adapter are computed again and not counted: that costs rank / width of the layer's
 own product, while their output would take as much memory.
-"""  # noqa: E501
+"""
 
 import collections
 import functools
@@ -50,21 +50,22 @@ def checkpointed(block: nn.Module, mode: str) -> Callable[..., Any]:
     }
     if mode == "selective":
         rank = max((layer.rank for layer in layers), default=0)
-        options["context_fn"] = functools.partial(selective_contexts, rank)
+        options["context_fn"] = functools.partial(selective_contexts, str(rank))
     return functools.partial(checkpoint, block.forward, **options)
 
 
-def selective_contexts(adapter_rank: int) -> Any:
+def selective_contexts(adapter_rank: str) -> Any:
     """The contexts of one block's forward pass and of its recomputation.
 
     Args:
-        adapter_rank: products with a matrix of at most this rank are an adapter's; 0: there are none.
+        adapter_rank: products with a matrix of at most this rank are an adapter's; 0: there are none. Digits, since the
+            compiler would take a number for a symbol.
     """
     counts: collections.Counter[bool] = collections.Counter()
 
     def policy(context: Any, op: Any, *args: Any, **_: Any) -> CheckpointPolicy:
         if op in PRODUCTS:
-            if min(args[-1].shape) > adapter_rank:
+            if min(args[-1].shape) > int(adapter_rank):
                 # torch 2.11 asks again in the recomputation
                 counts[context.is_recompute] += 1
                 if counts[context.is_recompute] % 2:

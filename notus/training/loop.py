@@ -25,6 +25,7 @@ from notus.training.optim import (
     local_gradients,
     set_learning_rate,
 )
+from notus.training.optimizers import InPieces
 from notus.training.saving import Checkpoints
 from notus.training.stopping import Interrupted, Stop
 from notus.training.tracking import Tracker
@@ -108,7 +109,7 @@ class Trainer:
     def __init__(
         self,
         policy: Policy,
-        optimizer: torch.optim.Optimizer,
+        optimizer: InPieces,
         task: Task,
         settings: Settings,
         *,

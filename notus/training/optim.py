@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus.training.distributed import sum_across_ranks
+from notus.training.optimizers import AdamW, InPieces, RMSprop
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
@@ -33,14 +34,17 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, sche
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], *, name: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters."""
+    parameters: Iterable[nn.Parameter],
+    *,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    state_dtype: str = "fp32",
+) -> InPieces:
+    """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters; see `optimizers`."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if name == "rmsprop":
-        return torch.optim.RMSprop(trainable, lr=learning_rate, weight_decay=weight_decay)
-    assert name == "adamw", name
-    return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
+    kind = RMSprop if name == "rmsprop" else AdamW
+    return kind(trainable, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -73,7 +77,7 @@ def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool
 
     Args:
         gradients: this rank's shards.
-        flags: [F], what this rank has to tell the others, on the gradients' device.
+        flags: [F], what this rank has to tell the others, on the device.
         first_replica: False where another rank counts the same shards.
 
     Returns:
@@ -82,11 +86,13 @@ def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool
     # small tensors leave some ranks without a shard
     counted = [gradient for gradient in gradients if gradient.numel()] if first_replica else []
     norms = [norm.float() for norm in torch._foreach_norm(counted)] if counted else []
-    squares = torch.stack([*norms, torch.zeros((), device=flags.device)]).square().sum()
+    device = counted[0].device if counted else flags.device  # with offload, gradients are on the host
+    squares = torch.stack([*norms, torch.zeros((), device=device)]).square().sum().to(flags.device)
     sums = sum_across_ranks(torch.cat([squares[None], flags.float()]))
     return torch.cat([sums[:1].sqrt(), sums[1:]])
 
 
 def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale the gradients in place so that their norm is at most `max_norm`; without a host sync."""
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].device))

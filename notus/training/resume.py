@@ -4,12 +4,12 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from notus.training.checkpoint import DamagedCheckpointError, Progress, load_checkpoint, read_identity
 from notus.training.distributed import on_main, say
 from notus.training.folder import set_aside_damaged
+from notus.training.optimizers import InPieces
 
 # Contents that a run cannot change when it goes on.
 _BOUND = ("data.train", "data.eval", "model.name_or_path")
@@ -43,7 +43,7 @@ def load_newest(
     checkpoints: Sequence[Path],
     own: Path,
     parameters: Iterable[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: InPieces,
 ) -> tuple[Path, Progress]:
     """Load the first checkpoint that is whole; damaged ones are set aside, saying so. Collective.
 

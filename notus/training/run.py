@@ -14,7 +14,7 @@ import datasets
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config, Task
+from notus.config import Config, Task, TrainingConfig
 from notus.data.chat import check_vocabulary, resolve_template
 from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
 from notus.data.packing import StepPlan, check_fits
@@ -26,13 +26,16 @@ from notus.model.export import export_model, load_tokenizer, read_generation_con
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
+from notus.training.automatic import choose_checkpointing
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.checkpoint import Progress
 from notus.training.determinism import deterministic
 from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder
+from notus.training.footprint import Job
 from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
 from notus.training.optim import build_optimizer
+from notus.training.optimizers import InPieces
 from notus.training.parallel import COMPUTE_DTYPES
 from notus.training.reference import digest_of_rows
 from notus.training.resume import check_contents, check_newest, load_newest
@@ -82,8 +85,9 @@ class Run:
 
     @property
     def kernel(self) -> str:
-        """Name of the attention kernel in use."""
-        return kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
+        """Name of the attention kernel in use, and whether the blocks around it are compiled, which round otherwise."""
+        name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
+        return f"{name}-compiled" if self.config.training.compile else name
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -109,6 +113,7 @@ class Run:
             name=training.optimizer,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
+            state_dtype=training.optimizer_dtype,
         )
         progress = self._progress(optimizer)
         settings = Settings(
@@ -161,7 +166,7 @@ class Run:
             found["data.eval"] = digest_of_rows(self.eval_rows.digests())
         return found
 
-    def _progress(self, optimizer: torch.optim.Optimizer) -> Progress:
+    def _progress(self, optimizer: InPieces) -> Progress:
         """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
         if not self.checkpoints:
             return Progress(identity=self.identity)
@@ -236,6 +241,8 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         stack.enter_context(stop.listening())
         stack.enter_context(deterministic(training.deterministic))
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
+        if training.cpu_offload and device.type == "cpu":
+            raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
             distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
         checkpoints: list[Path] = []
@@ -273,7 +280,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         model_config,
         device=device,
         precision=training.precision,
-        activation_checkpointing=training.activation_checkpointing,
+        activation_checkpointing=_checkpointing(training, train_rows, device) if train else "none",
         compile=training.compile,
         cpu_offload=training.cpu_offload,
         adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
@@ -286,6 +293,23 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
         train_rows, eval_rows, plan, checkpoints, stop,
     )  # fmt: skip
+
+
+def _checkpointing(training: TrainingConfig, rows: Rows, device: torch.device) -> str | Callable[..., str]:
+    """The mode of activation checkpointing, or what chooses it once the model is known."""
+    if training.activation_checkpointing != "auto":
+        return training.activation_checkpointing
+    ranks = distributed.world_size()
+    job = Job(
+        shard_size=distributed.ranks_per_node() if training.sharding == "hybrid" else ranks,
+        tokens_per_row=training.tokens_per_row,
+        scored_per_row=math.ceil(training.tokens_per_row * rows.loss_tokens.sum() / rows.lengths.sum()),
+        precision=training.precision,
+        optimizer=training.optimizer,
+        optimizer_dtype=training.optimizer_dtype,
+        cpu_offload=training.cpu_offload,
+    )
+    return functools.partial(choose_checkpointing, job=job, device=device)
 
 
 def load_rows(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:

@@ -40,6 +40,7 @@ from notus.training.checkpoint import (
     step_of,
 )
 from notus.training.distributed import PATIENCE
+from notus.training.optimizers import InPieces
 
 LATEST = "latest"
 _BLOCK = 16 * 2**20
@@ -72,9 +73,7 @@ class Checkpoints:
         self._writing: concurrent.futures.Future[Any] | None = None
         self._path = folder
 
-    def save(
-        self, progress: Progress, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def save(self, progress: Progress, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces) -> None:
         """Write `folder/step-XXXXXXXX`, after the checkpoint before it is on disk.
 
         Args:

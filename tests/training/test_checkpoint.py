@@ -10,17 +10,18 @@ from torch import nn
 
 from notus.training import checkpoint, saving
 from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
+from notus.training.optimizers import AdamW, InPieces, RMSprop
 from notus.training.saving import Checkpoints
 
 
-def _stepped(name: str, seed: int) -> tuple[list[tuple[str, nn.Parameter]], torch.optim.Optimizer]:
+def _stepped(name: str, seed: int, state_dtype: str = "fp32") -> tuple[list[tuple[str, nn.Parameter]], InPieces]:
     torch.manual_seed(seed)
     parameters = [
         ("weight", nn.Parameter(torch.randn(3, 2))),
         ("frozen", nn.Parameter(torch.randn(2), requires_grad=False)),
     ]
-    kind = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[name]
-    optimizer = kind([parameters[0][1]], lr=0.1)
+    kind = {"rmsprop": RMSprop, "adamw": AdamW}[name]
+    optimizer = kind([parameters[0][1]], lr=0.1, state_dtype=state_dtype)
     for _ in range(seed):
         parameters[0][1].grad = torch.randn(3, 2)
         optimizer.step()
@@ -35,12 +36,16 @@ def save_checkpoint(folder, progress, parameters, optimizer, *, keep=None, keep_
 
 
 @pytest.mark.parametrize("background", [True, False])
-@pytest.mark.parametrize("name", ["rmsprop", "adamw"])
-def test_goes_on_as_if_it_had_not_stopped(name: str, background: bool, tmp_path: Path, device: torch.device) -> None:
-    parameters, optimizer = _stepped(name, seed=3)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("rmsprop", "fp32"), ("adamw", "fp32"), ("rmsprop", "bf16"), ("adamw", "bf16")]
+)
+def test_goes_on_as_if_it_had_not_stopped(
+    name: str, dtype: str, background: bool, tmp_path: Path, device: torch.device
+) -> None:
+    parameters, optimizer = _stepped(name, 3, dtype)
     saved = Progress(step=3, num_tokens=99, window_sums=[[1.5]], recorded=False, trackers={"wandb": "x"})
     path = save_checkpoint(tmp_path, saved, parameters, optimizer, background=background)
-    others, fresh = _stepped(name, seed=0)
+    others, fresh = _stepped(name, 0, dtype)
     progress = load_checkpoint(path, others, fresh)
     assert progress == saved
     gradient = torch.randn(3, 2)
@@ -48,6 +53,8 @@ def test_goes_on_as_if_it_had_not_stopped(name: str, background: bool, tmp_path:
         parameter.grad = gradient.clone()
         stepping.step()
     assert torch.equal(parameters[0][1], others[0][1])
+    for moment in optimizer.moments:
+        assert torch.equal(optimizer.state[parameters[0][1]][moment], fresh.state[others[0][1]][moment])
 
 
 def test_frozen_parameters_are_left_out(tmp_path: Path, device: torch.device) -> None:
@@ -219,7 +226,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path, device: torch.devi
     path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     other = nn.Parameter(torch.zeros(4))
     with pytest.raises(ValueError, match="into this model"):
-        load_checkpoint(path, [("bias", other)], torch.optim.RMSprop([other]))
+        load_checkpoint(path, [("bias", other)], RMSprop([other]))
 
 
 def test_nothing_on_disk_needs_unpickling(tmp_path: Path, device: torch.device) -> None:

@@ -1,0 +1,110 @@
+"""Packed attention as one operator, for compiled blocks: torch.compile sees neither segments nor their lengths.
+
+A row's segments are Python lists, over which the compiler would unroll and on which it would guard: a new row, a new
+compilation. Behind an operator it sees tensors of any length alone. An operator cannot hand its autograd graph on, so
+its backward pass computes the attention's forward once more, in every mode of checkpointing.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from notus.data.packing import Layout
+from notus.model.attention import packed_attention
+
+OPAQUE = "notus_packed_opaque"
+# What dispatch looks for outside any operator; within one it leaves autograd out.
+_NOBODY = torch.nn.Module()  # an operator knows no calling module
+_ABOVE_AUTOGRAD = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+
+
+@torch.library.custom_op("notus::packed_attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: list[Tensor],
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    return _packed(query, key, value, index, lengths, scale, window)
+
+
+@_attention.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+
+
+@torch.library.custom_op("notus::packed_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: list[Tensor],
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    with torch._C._ForceDispatchKeyGuard(*_ABOVE_AUTOGRAD), torch.enable_grad():
+        out = _packed(inputs[0], inputs[1], inputs[2], index, lengths, scale, window)
+        found = torch.autograd.grad(out, inputs, grad)
+    query_grad, key_grad, value_grad = (tensor.clone(memory_format=torch.contiguous_format) for tensor in found)
+    return query_grad, key_grad, value_grad
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    new = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return new(query), new(key), new(value)
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, index: list[Tensor], lengths: Tensor, scale: float, window: int | None
+) -> Tensor:
+    key_index, first_copy, query_starts, key_starts, *copies = index
+    query_lengths, key_lengths = lengths.view(2, -1).tolist()
+    pairs = list(zip(copies[::2], copies[1::2], strict=True))
+    layout = Layout(key_index, first_copy, pairs, query_starts, key_starts, query_lengths, key_lengths, lengths)
+    out, _ = packed_attention(_NOBODY, query, key, value, None, scaling=scale, layout=layout, sliding_window=window)
+    return out.contiguous()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, index, lengths, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, lengths, *index)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    query, key, value, lengths, *index = ctx.saved_tensors
+    grads = _attention_backward(grad, query, key, value, index, lengths, ctx.scale, ctx.window)
+    return *grads, [None] * len(index), None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+def opaque_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layout: Layout,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' `AttentionInterface`: `packed_attention` behind an operator."""
+    copies = [tensor for pair in layout.extra_copies for tensor in pair]
+    index = [layout.key_index, layout.first_copy, layout.query_starts, layout.key_starts, *copies]
+    return _attention(query, key, value, index, layout.lengths, scaling, sliding_window), None
+
+
+AttentionInterface.register(OPAQUE, opaque_attention)

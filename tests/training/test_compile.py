@@ -1,0 +1,132 @@
+"""Compiled blocks, on backends that need no C++ compiler."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import free_ports, launched, run_ranks
+from runs import config, read_metrics
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.distributed.tensor import DTensor
+from toys import toy_model_folder
+
+from notus.data.packing import Batch, Example, collate
+from notus.model.policy import Policy
+from notus.training.build import Adapter, build_policy, read_model_config
+from notus.training.dpo import run
+
+ADAPTER = Adapter(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "down_proj"], rslora=False)
+
+
+class _Compiler:
+    """Keeps the number of matrix products of each forward and backward graph that is compiled."""
+
+    def __init__(self) -> None:
+        self.forward: list[int] = []
+        self.backward: list[int] = []
+        self._inner = aot_autograd(
+            fw_compiler=functools.partial(self._graph, self.forward),
+            bw_compiler=functools.partial(self._graph, self.backward),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+
+    @staticmethod
+    def _graph(products: list[int], graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        return self._inner(graph, inputs)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> _Compiler:
+    torch._dynamo.reset()
+    found = _Compiler()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=found))
+    return found
+
+
+def _rows(count: int) -> list[Batch]:
+    """Rows of 1 to 4 pairs, of many lengths."""
+    generator = np.random.default_rng(0)
+
+    def ids(size: int) -> np.ndarray:
+        return generator.integers(3, 400, size)
+
+    rows = []
+    for _ in range(count):
+        examples = []
+        for index in range(generator.integers(1, 5)):
+            trunk, *branches = generator.integers(2, 20, 3)
+            masks = tuple(np.ones(size, dtype=bool) for size in branches)
+            examples.append(Example(index, ids(trunk), tuple(ids(size) for size in branches), masks))
+        rows.append(collate(examples, 2))
+    return rows
+
+
+def _policy(folder: Path, device: torch.device, **options: Any) -> Policy:
+    policy = build_policy(folder, read_model_config(folder), device=device, precision="fp32", **options)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.fill_(0.1)
+    return policy.train()
+
+
+def _step(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    policy.zero_grad()
+    logps = policy(batch)
+    logps.sum().backward()
+    found = [parameter.grad for parameter in policy.parameters() if parameter.requires_grad]
+    return logps.detach(), [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapter", "again"),
+    [("selective", None, 3), ("full", None, 6), ("selective", ADAPTER, 3)],
+)
+def test_compiled_is_eager_and_other_rows_do_not_compile_again(
+    mode: str, adapter: Adapter | None, again: int, compiler: _Compiler, tmp_path: Path, device: torch.device
+) -> None:
+    folder = toy_model_folder(tmp_path / "model", num_hidden_layers=3, head_dim=16)
+    options = {"activation_checkpointing": mode, "adapter": adapter}
+    policy, plain = _policy(folder, device, compile=True, **options), _policy(folder, device, **options)
+    for number, batch in enumerate(_rows(50)):
+        logps, gradients = _step(policy, batch)
+        if number % 10 == 0:
+            expected, wanted = _step(plain, batch)
+            torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+            for found, right in zip(gradients, wanted, strict=True):
+                assert (found - right).norm() <= 1e-5 * right.norm() + 1e-7
+    assert len(compiler.forward) == 1  # one graph for three blocks and fifty rows
+    if adapter is None:  # seven products, of which each has two in its backward pass
+        assert compiler.backward == [14 + again]
+    with torch.no_grad():
+        policy.eval()
+        for batch in _rows(4):
+            torch.testing.assert_close(policy(batch), plain(batch), rtol=1e-5, atol=1e-4)
+    assert len(compiler.forward) == 2  # without gradients, once more
+
+
+def _train(folder: Path, model: Path, pairs: Path, ports: list[int]) -> None:
+    torch.compile = functools.partial(torch.compile, backend="eager")  # in this process alone
+    for name, port in zip(("plain", "compiled"), ports, strict=True):
+        job = config("dpo", folder / name, model, pairs, training__compile=name == "compiled", training__batch_size=6,
+                     training__activation_checkpointing="selective")  # fmt: skip
+        with launched(port):
+            assert run(job) == 0
+
+
+def test_a_compiled_run_on_two_ranks(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    run_ranks(_train, 2, tmp_path, tmp_path, model_folder, pairs_file, free_ports(2))
+    plain, compiled = (read_metrics(tmp_path / name) for name in ("plain", "compiled"))
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
+    references = {path.name for name in ("plain", "compiled") for path in (tmp_path / name / "reference").iterdir()}
+    assert len(references) == 2  # compiled kernels may round otherwise: a cache of its own
