@@ -11,11 +11,11 @@ import itertools
 from pathlib import Path
 
 import torch
-from fake_step import TARGETS, tracked_step
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from fake_step import TARGETS, tracked_step
 from notus.model.lora import inject_lora
-from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, footprint, model_size, moments
+from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, model_size, moments
 
 SHAPES = {
     "mid": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4,
@@ -66,7 +66,9 @@ def job_of(case: Case, row: tuple[int, list[int], int], world_size: int = 8, **o
     )
 
 
-def compare(case: Case, config: MistralConfig, row: tuple[int, list[int], int]) -> tuple[Footprint, Footprint, int, int]:
+def compare(
+    case: Case, config: MistralConfig, row: tuple[int, list[int], int]
+) -> tuple[Footprint, Footprint, int, int]:
     """(estimate of the rows, of the update, bytes that the tracker saw of the rows, of the update)."""
     seen = tracked_step(
         config, row=row, optimizer=case.optimizer, lora_rank=case.rank, activation_checkpointing=case.checkpointing

@@ -1,14 +1,14 @@
 """The real training step on fake tensors: what PyTorch's own trackers say of its memory and arithmetic.
 
 A process group of any size that sends nothing, tensors without storage, the policy as `build_policy` builds and shards
-it, two packed rows forward and backward, the clipped optimizer step: `FSDPMemTracker` follows every allocation of rank 0
-and `FlopCounterMode` counts every matrix product. Two things are put in place of what only a GPU has: an attention
+it, two packed rows forward and backward, the clipped optimizer step: `FSDPMemTracker` follows every allocation of rank
+0 and `FlopCounterMode` counts every matrix product. Two things are put in place of what only a GPU has: an attention
 kernel that allocates what FlashAttention-2 allocates, and the optimizer's multi-tensor path, which is CUDA's default.
 """
 
 import contextlib
-import gc
 import dataclasses
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,9 @@ def fake_world(world_size: int) -> Iterator[None]:
         with (
             mock.patch.multiple(build, load_weights=nothing, init_lora=nothing, _check_attention=nothing),
             mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
-            mock.patch.object(build, "mesh", lambda *_: ranks),
-            mock.patch.object(attention, "kernel_for", lambda *_: ("varlen", attention.varlen_kernel)),
-            mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"]),
+            mock.patch.object(build, "mesh", return_value=ranks),
+            mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
+            mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", return_value=["cpu"]),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
             yield

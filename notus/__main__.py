@@ -20,6 +20,7 @@ HELP = {
     "reference": "fill the reference log-prob cache of a DPO config, and stop",
     "evaluate": "measure on held-out pairs whether a model prefers the chosen completions",
     "generate": "complete the prompts of a file",
+    "estimate": "say whether a run fits on given GPUs, how long it takes and what it costs",
     "export": "write a run's model out as a Hugging Face folder or a PEFT adapter",
 }
 MODULES = {
@@ -27,6 +28,7 @@ MODULES = {
     "curate": "notus.data.curate",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
+    "estimate": "notus.estimate",
     "export": "notus.evaluation.export_run",
 }
 

@@ -112,7 +112,7 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
         block_trained=counts[1],
         root=whole[0] - stack[0],
         root_trained=whole[1] - stack[1],
-        dropout=any(getattr(module, "rank", 0) and module.dropout > 0 for module in linears.values()),
+        dropout=any(getattr(module, "dropout", 0.0) > 0 for module in linears.values()),
     )
 
 
@@ -176,7 +176,6 @@ class Job:
         activation_checkpointing: "none", "selective" or "full".
         key_ratio: gathered keys over tokens: how often a trunk's keys are copied for its branches.
         cpu_offload: weights, gradients and optimizer are in the host's memory.
-        single_row: each rank's step is one row: no gradients stand from an earlier row.
     """
 
     shard_size: int
@@ -188,7 +187,6 @@ class Job:
     activation_checkpointing: str = "full"
     key_ratio: float = 1.2
     cpu_offload: bool = False
-    single_row: bool = False
 
 
 def footprint(size: ModelSize, job: Job) -> Footprint:
@@ -217,7 +215,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     gradients = held * 4 * size.trained // share
     state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
     always = {"weights": weights, "optimizer_state": state}
-    in_rows = {**always, "gradients": 0 if job.single_row else gradients, "batch": _batch(job)}
+    in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
     block, root = wide * size.block, wide * size.root
     if share == 1:  # nothing is gathered: the cast copies of a rank's own weights are all that there is
         gathered = size.layers * block + root
@@ -245,7 +243,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
             whole_gradients=head_grad + block_grads + reduced + reduced // share,
         ),
         Footprint(
-            "hand-over of the root's gradients", **{**in_rows, "gradients": gradients},
+            "hand-over of the root's gradients", **in_rows,
             whole_gradients=(wide + 4) * size.root_trained + reduced + 4 * size.root_trained // share,
         ),
         Footprint(
@@ -323,9 +321,10 @@ def _head(size: ModelSize, job: Job) -> int:
     while one chunk follows another, and the head's gradient in fp32, beside what is added to it."""
     wide, chunk = BYTES[job.precision], min(CHUNK_TOKENS, job.scored_per_row)
     logits = chunk * size.vocabulary * (4 + wide)
+    left = job.scored_per_row - chunk  # the first chunk of the backward pass is the last of the row, a short one
+    follows = (chunk if left > chunk else left) * size.vocabulary * (4 + wide)
     weights = size.vocabulary * size.hidden if size.root_trained else 0
-    next_chunk = logits if job.scored_per_row > chunk else 0
-    return 4 * weights + logits + max(next_chunk, wide * weights) + wide * job.scored_per_row * size.hidden
+    return 4 * weights + logits + max(follows, wide * weights) + wide * job.scored_per_row * size.hidden
 
 
 def _batch(job: Job) -> int:

@@ -1,0 +1,69 @@
+"""Model sizes by numbers of GPUs, by the estimator: does a DPO step fit, and how fast is it.
+
+    python benchmarks/projections.py [--gpu h100] [--output FILE]
+
+Nothing is measured here. Full fine-tuning, RMSprop, UltraFeedback-like lengths, 64 pairs per step, or 8 per GPU if that
+is more; the fastest row size and checkpointing that fit; 45% of the peak, recomputation included; collectives at 75%
+of the links' data sheet, hidden behind computation as far as it lasts; latencies not counted.
+"""
+
+import argparse
+from pathlib import Path
+
+from notus.estimation.gpus import PER_NODE, find_gpu
+from notus.estimation.lengths import TYPICAL, draw
+from notus.estimation.models import find_config, sizes
+from notus.estimation.plan import Setting, fastest
+
+MODELS = ("Qwen/Qwen2.5-1.5B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-32B", "meta-llama/Llama-3.1-70B")
+COUNTS = (1, 8, 32, 128, 512)
+HEADER = "| model | GPUs | sharding | tokens per row | checkpointing | GiB a GPU | pairs/s | per GPU | MFU | bound by |"
+
+
+def line(name: str, gpu_name: str, gpus: int, hybrid: bool) -> str:
+    """A row of the table."""
+    size, dimensions = sizes(find_config(name)[0])
+    setting = Setting(
+        size=size,
+        dimensions=dimensions,
+        gpu=find_gpu(gpu_name),
+        gpus=gpus,
+        lengths=draw(TYPICAL, max_length=1024, max_prompt_length=512),
+        batch_size=max(64, 8 * gpus),
+        tokens_per_row=2048,
+        checkpointing="full",
+        precision="bf16",
+        optimizer="rmsprop",
+        optimizer_dtype="fp32",
+        hybrid=hybrid,
+        cpu_offload=False,
+        utilisation=0.45,
+    )
+    plan, start = fastest(setting), f"| {name} | {gpus} | {'hybrid' if hybrid else 'full'} |"
+    if plan is None:
+        return f"{start} does not fit | | | | | | |"
+    rate = setting.batch_size / plan.seconds
+    bound = "computation" if plan.compute >= plan.communication else "communication"
+    return (
+        f"{start} {plan.setting.tokens_per_row} | {plan.setting.checkpointing} | {plan.footprint.total / 2**30:.1f} | "
+        f"{rate:.1f} | {rate / gpus:.2f} | {plan.mfu:.0%} | {bound} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    lines = [f"{args.gpu}, by the estimator; not run.", "", HEADER, "|" + "---|" * 10]
+    for name in MODELS:
+        for gpus in COUNTS:
+            for hybrid in (False, True) if gpus > PER_NODE else (False,):
+                lines.append(line(name, args.gpu, gpus, hybrid))
+                print(lines[-1], flush=True)
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

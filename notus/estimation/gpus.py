@@ -1,0 +1,56 @@
+"""GPUs by name: memory, arithmetic and links, from their data sheets."""
+
+import dataclasses
+import difflib
+
+# Of what a data sheet promises of a link, the share that a large collective is taken to reach: an assumption.
+LINK_EFFICIENCY = 0.75
+PER_NODE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GPU:
+    """What the estimate needs to know of a GPU.
+
+    Attributes:
+        memory: MiB that the driver reports.
+        teraflops: dense bf16 matrix products, 10^12 operations per second.
+        link: GB/s between the GPUs of a node, one direction (NVLink, else PCIe).
+        network: GB/s per GPU between nodes; clouds differ: an assumption.
+    """
+
+    memory: int
+    teraflops: float
+    link: float
+    network: float
+
+    @property
+    def capacity(self) -> int:
+        """Bytes."""
+        return self.memory * 2**20
+
+
+GPUS = {
+    "a100-40gb": GPU(40536, 312, 300, 25),
+    "a100-80gb": GPU(81920, 312, 300, 25),
+    "h100": GPU(81559, 989, 450, 50),
+    "h200": GPU(143771, 989, 450, 50),
+    "b200": GPU(183359, 2250, 900, 50),
+    "l40s": GPU(46068, 362, 32, 12.5),
+    "a10g": GPU(23028, 70, 32, 12.5),
+    "l4": GPU(23034, 121, 32, 12.5),
+    "a6000": GPU(49140, 155, 32, 12.5),
+    "rtx3090": GPU(24576, 71, 32, 12.5),
+    "rtx4090": GPU(24564, 165, 32, 12.5),
+    "rtx5090": GPU(32607, 209, 64, 12.5),
+}
+
+
+def find_gpu(name: str) -> GPU:
+    """Raises ValueError, naming the nearest one, for a GPU that is not known."""
+    key = name.lower().replace(" ", "").replace("_", "-")
+    if key not in GPUS:
+        near = difflib.get_close_matches(key, GPUS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(GPUS)}"
+        raise ValueError(f"--gpu {name}: not a GPU that the estimate knows; {hint}")
+    return GPUS[key]

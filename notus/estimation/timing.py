@@ -1,0 +1,109 @@
+"""How long a step takes: arithmetic at an assumed utilisation, or communication over the slowest link, if that is more.
+
+Within a row, gathering and reduction run beside the computation; a step takes as long as the longer of the two. Not
+counted: latencies, loading, the optimizer's update, checkpoints, rows that wait for other ranks beyond their tokens.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from notus.data.packing import check_fits, deal
+from notus.estimation.gpus import GPU, LINK_EFFICIENCY, PER_NODE
+from notus.estimation.lengths import Lengths
+from notus.model.arithmetic import Dimensions, forward_flops, visible_pairs
+from notus.training.footprint import BYTES, ModelSize
+
+STEPS = 16
+SMALL_STEP = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A mean step, from packing some.
+
+    Attributes:
+        rows: packed rows of each rank.
+        fullest: tokens of the fullest row seen.
+        imbalance: tokens of the heaviest rank over the mean rank's.
+    """
+
+    rows: float
+    fullest: int
+    imbalance: float
+
+
+def pack(lengths: Lengths, *, batch_size: int, world_size: int, tokens_per_row: int) -> Steps:
+    """Deal some steps as training does. Raises ValueError for an example longer than a row."""
+    totals = lengths.totals
+    check_fits(int(totals.max()), tokens_per_row)
+    generator = np.random.default_rng(0)
+    rows, imbalance, fullest = [], [], 0
+    for _ in range(STEPS if batch_size <= SMALL_STEP else 2):
+        chosen = generator.integers(0, len(totals), batch_size)
+        ranks = deal(totals[chosen].tolist(), world_size, tokens_per_row)
+        loads = [sum(int(totals[chosen[item]]) for row in rank for item in row) for rank in ranks]
+        rows.append(len(ranks[0]))
+        imbalance.append(max(loads) * world_size / sum(loads))
+        fullest = max(fullest, *(int(totals[chosen[row]].sum()) for rank in ranks for row in rank if row))
+    return Steps(float(np.mean(rows)), fullest, float(np.mean(imbalance)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Operations per example: a multiply and an add are two.
+
+    Attributes:
+        forward: a forward pass (the reference's, or an evaluation's).
+        necessary: forward and backward pass, shared trunks once, nothing computed again.
+        hardware: the same with what activation checkpointing and the head's chunks compute again.
+    """
+
+    forward: float
+    necessary: float
+    hardware: float
+
+
+def arithmetic(size: ModelSize, dimensions: Dimensions, lengths: Lengths, checkpointing: str) -> Arithmetic:
+    """Means over examples. A frozen weight has no gradient; adapters are counted with their two passes."""
+    scored = lengths.branches.sum(axis=1)
+    forward = forward_flops(dimensions, lengths.trunks, lengths.branches, scored).mean()
+    pairs = visible_pairs(lengths.trunks, lengths.branches).mean()
+    attention = 4 * dimensions.layers * dimensions.attention_width * pairs
+    linear, head = forward - attention, 2 * dimensions.head_weights * scored.mean()
+    if size.trained == size.parameters:
+        necessary = 3 * forward
+    else:
+        adapters = 6 * size.trained * lengths.totals.mean()
+        necessary = 2 * linear + 3 * attention + adapters
+    body = linear - head
+    again = {"none": 0.0, "full": body + attention, "selective": body * _recomputed_share(size)}[checkpointing]
+    return Arithmetic(float(forward), float(necessary), float(necessary + again + head))
+
+
+def _recomputed_share(size: ModelSize) -> float:
+    products = [linear.inputs * linear.outputs for linear in size.linears]
+    return sum(products[1::2]) / sum(products)
+
+
+def communication(
+    size: ModelSize, gpu: GPU, *, world_size: int, hybrid: bool, precision: str, backward: bool = True
+) -> float:
+    """Seconds that the collectives of one row take: two gatherings of all parameters and a reduction of all gradients.
+
+    A collective of n ranks moves (n - 1) / n of its bytes over the slowest link. Between nodes each GPU has an adapter
+    of its own, and as many of them carry a collective as a node has GPUs.
+    """
+    shard = min(world_size, PER_NODE) if hybrid else world_size
+    if shard == 1 and world_size == 1:
+        return 0.0
+    speed = gpu.link if shard <= PER_NODE else min(gpu.link, PER_NODE * gpu.network)
+    gathered, reduced = BYTES[precision] * size.parameters, 4 * size.trained
+    moved = (1 + backward) * gathered + backward * reduced
+    seconds = moved * (shard - 1) / shard / (speed * 1e9 * LINK_EFFICIENCY)
+    if hybrid and backward:
+        nodes = math.ceil(world_size / PER_NODE)
+        replicated = 2 * reduced / shard * (nodes - 1) / nodes
+        seconds += replicated / (gpu.network * 1e9 * LINK_EFFICIENCY)
+    return seconds

@@ -1,0 +1,124 @@
+"""`python -m notus estimate`: the recipe fits, deep models answer at once, mistakes are told in a line."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from runs import settings, write_pairs
+from toys import toy_config, toy_model_folder
+
+from notus import __main__ as entry
+from notus.config import config_from_dict, save_config
+
+RECIPES = Path(__file__).parents[1] / "configs" / "notus-7b-v1"
+FULL = str(RECIPES / "dpo-full-8xa100-40gb.yaml")
+
+
+def told(capsys, *words: str) -> str:
+    capsys.readouterr()
+    assert entry.main(["estimate", *words]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *words: str) -> str:
+    capsys.readouterr()
+    assert entry.main(["estimate", *words]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def number(text: str, pattern: str) -> float:
+    found = re.search(pattern, text)
+    assert found, text
+    return float(found[1])
+
+
+def test_the_notus_recipe_fits_under_34_gigabytes_in_two_hours(capsys):
+    text = told(capsys, FULL, "--price", "2")
+    assert "Fits 39.59 GiB" in text
+    assert number(text, r"in all +([\d.]+)\n") < 34 / 1.0737  # GB to GiB
+    hours = number(text, r"in all +([\d.]+) h")
+    assert 1 < hours < 2
+    assert number(text, r"cost +([\d.]+) USD") == pytest.approx(hours * 8 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["dpo-lora-8xa100-40gb", "sft-8xa100-40gb"])
+def test_the_other_recipes_fit(capsys, name):
+    assert "Fits 39.59 GiB" in told(capsys, str(RECIPES / f"{name}.yaml"))
+
+
+def test_70b_answers_within_ten_seconds_and_tells_what_would_fit(capsys):
+    began = time.perf_counter()
+    text = told(capsys, FULL, "--gpus", "8", "--gpu", "h100", "--model.name_or_path=meta-llama/Llama-3.1-70B")
+    assert time.perf_counter() - began < 10
+    assert "70.55 billion parameters" in text
+    assert "Does NOT fit" in text
+    assert "take more GPUs" in text
+    changes = ("--model.name_or_path=meta-llama/Llama-3.1-70B", "--training.activation_checkpointing=auto")
+    text = told(capsys, FULL, "--gpus=64", "--gpu=h100", *changes)
+    assert "Fits 79.65 GiB" in text
+    assert "activation_checkpointing selective" in text
+
+
+def test_more_is_needed_for_more(capsys):
+    pattern = r"tensors +([\d.]+)\n"
+    least = number(told(capsys, FULL), pattern)
+    for change in (
+        "--training.optimizer=adamw", "--training.tokens_per_row=16384", "--gpus=4", "--training.precision=fp32",
+        "--model.name_or_path=Qwen/Qwen2.5-14B",
+    ):  # fmt: skip
+        assert number(told(capsys, FULL, change), pattern) > least, change
+    assert number(told(capsys, FULL, "--training.cpu_offload=true"), pattern) < least
+
+
+def test_hybrid_sharding_needs_the_memory_of_a_node(capsys):
+    pattern = r"weights.* ([\d.]+)\n"
+    one_node = number(told(capsys, FULL, "--gpus", "8"), pattern)
+    assert number(told(capsys, FULL, "--gpus", "16"), pattern) == pytest.approx(one_node / 2, abs=0.01)
+    assert number(told(capsys, FULL, "--gpus", "16", "--training.sharding=hybrid"), pattern) == one_node
+
+
+def test_twice_the_utilisation_is_half_the_time(capsys):
+    pattern = r"computation ([\d.]+) s"
+    slow, fast = (number(told(capsys, FULL, "--utilisation", share), pattern) for share in ("0.2", "0.4"))
+    assert slow == pytest.approx(2 * fast, rel=0.01)
+
+
+def test_slow_links_are_told(capsys):
+    text = told(capsys, FULL, "--gpu", "rtx4090", "--gpus", "8", "--training.tokens_per_row=2048")
+    assert "bound by COMMUNICATION" in text
+
+
+def test_the_datas_own_lengths_where_data_and_tokenizer_are_at_hand(tmp_path, capsys):
+    model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 6)
+    tree = settings(tmp_path / "run", model, pairs)
+    save_config(config_from_dict(tree, "dpo"), tmp_path / "config.yaml")
+    text = told(capsys, str(tmp_path / "config.yaml"), "--gpus", "1")
+    assert "6 examples of the data, tokenised" in text
+    assert "reference pass" in text
+    text = told(capsys, str(tmp_path / "config.yaml"), "--gpus=1", "--lengths=10,20,30")
+    assert "drawn: log-normal, mean tokens 10, 20, 30" in text
+
+
+def test_a_configuration_file_stands_for_the_model(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(toy_config().to_dict()))
+    text = told(capsys, FULL, "--model-config", str(tmp_path / "config.json"))
+    assert f"({tmp_path / 'config.json'})" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--gpu", "a100-40"], "--gpu a100-40: not a GPU that the estimate knows; did you mean a100-40gb?"),
+        (["--model.name_or_path=nobody/nothing"], "give its config.json with --model-config"),
+        (["--lengths", "1,2"], "--lengths 1,2: give 3 mean numbers of tokens"),
+        (["--training.tokens_per_roww=3"], "tokens_per_roww"),
+        (["--training.tokens_per_row=100"], "training.tokens_per_row=100 is less than the longest example"),
+        (["--training.sharding=hybrid"], "training.sharding=hybrid has no effect on 8 GPUs"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(capsys, words, error):
+    assert error in refused(capsys, FULL, *words)
