@@ -239,8 +239,8 @@ def _digest(chunk: _Chunk, row: int) -> bytes:
     edges = chunk.branch_starts[first : last + 1]
     trunk, branches = slice(*chunk.trunk_starts[row : row + 2].tolist()), slice(int(edges[0]), int(edges[-1]))
     sizes = [last - first, trunk.stop - trunk.start, *np.diff(edges).tolist()]
-    digest = hashlib.blake2b(np.asarray(sizes, dtype="<i8"), digest_size=16)
-    digest.update(np.asarray(chunk.trunk_ids[trunk], dtype="<i4"))
-    digest.update(np.asarray(chunk.branch_ids[branches], dtype="<i4"))
-    digest.update(chunk.mask[branches].astype(bool))
+    digest = hashlib.blake2b(np.asarray(sizes, dtype="<i8").tobytes(), digest_size=16)
+    digest.update(chunk.trunk_ids[trunk].astype("<i4").tobytes())
+    digest.update(chunk.branch_ids[branches].astype("<i4").tobytes())
+    digest.update(chunk.mask[branches].astype(bool).tobytes())
     return digest.digest()

@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from notus.data.packing import check_fits, deal
+from notus.data.dealing import deal
+from notus.data.packing import check_fits
 from notus.estimation.gpus import GPU, LINK_EFFICIENCY, PER_NODE
 from notus.estimation.lengths import Lengths
 from notus.model.arithmetic import Dimensions, forward_flops, visible_pairs
@@ -42,7 +43,8 @@ def pack(lengths: Lengths, *, batch_size: int, world_size: int, tokens_per_row: 
     rows, imbalance, fullest = [], [], 0
     for _ in range(STEPS if batch_size <= SMALL_STEP else 2):
         chosen = generator.integers(0, len(totals), batch_size)
-        ranks = deal(totals[chosen].tolist(), world_size, tokens_per_row)
+        tokens = totals[chosen].tolist()
+        ranks = deal(tokens, tokens, world_size, tokens_per_row)
         loads = [sum(int(totals[chosen[item]]) for row in rank for item in row) for rank in ranks]
         rows.append(len(ranks[0]))
         imbalance.append(max(loads) * world_size / sum(loads))
