@@ -3,8 +3,9 @@
 1. Activation checkpointing wraps each block's `forward`, not the module: names stay Hugging Face's, and FSDP's hooks
    stay outside the recomputation, so a block is gathered once for its backward.
 2. `torch.compile` on each block's checkpointed forward: the compiler sees what is to be recomputed, and one graph
-   serves all blocks. Row lengths are symbols, the attention is one operator (`notus.model.opaque`): other rows do not
-   recompile. FSDP's hooks stay outside.
+   serves all blocks (two with LoRA, where the first block's input needs no gradient; one more without gradients). Row
+   lengths are symbols, the attention is one operator (`notus.model.opaque`): other rows do not recompile, but for
+   fillers, since 1 is no symbol. FSDP's hooks stay outside.
 3. `fully_shard` on each block, then on the root, which holds what is left: embedding, final norm, head. The head's
    log-probs are computed inside the root's forward. FSDP2 gathers the next block while one computes: in the forward
    pass as each block's hook runs ahead of the device, in the backward pass in the reverse order of the forward.

@@ -105,14 +105,16 @@ def test_compiled_is_eager_and_other_rows_do_not_compile_again(
             torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
             for found, right in zip(gradients, wanted, strict=True):
                 assert (found - right).norm() <= 1e-5 * right.norm() + 1e-7
-    assert len(compiler.forward) == 1  # one graph for three blocks and fifty rows
+    # One graph for three blocks and fifty rows; beside a frozen embedding the first block's input needs no gradient.
+    graphs = 1 if adapter is None else 2
+    assert len(compiler.forward) == graphs
     if adapter is None:  # seven products, of which each has two in its backward pass
         assert compiler.backward == [14 + again]
     with torch.no_grad():
         policy.eval()
-        for batch in _rows(4):
+        for batch in _rows(2):
             torch.testing.assert_close(policy(batch), plain(batch), rtol=1e-5, atol=1e-4)
-    assert len(compiler.forward) == 2  # without gradients, once more
+    assert len(compiler.forward) == graphs + 1  # without gradients, once more
 
 
 def _train(folder: Path, model: Path, pairs: Path, ports: list[int]) -> None:
