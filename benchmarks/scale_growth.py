@@ -92,7 +92,7 @@ def measure(point: Point, folder: Path) -> Step:
         with Feed(rows, costs, plan, range(STEPS), tokens_per_row=3 * 4 * 64, device=device) as feed:
             for _ in range(STEPS):
                 began = time.perf_counter()
-                for batch in feed.step():
+                for batch, _ in feed.step():
                     _loss(policy(batch), point.pairs).backward()
                 gradients = local_gradients(policy.parameters())
                 clip_gradients(gradients, gradient_norm(gradients, torch.zeros(0))[0], 1.0)

@@ -68,7 +68,12 @@ def _parameters(function: Callable[..., object]) -> frozenset[str]:
 
 
 def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
-    """One `scaled_dot_product_attention` per segment; the fast path on CPU, and for fp32 everywhere."""
+    """One `scaled_dot_product_attention` per segment; the fast path on CPU, and for fp32 everywhere.
+
+    In fp32, whatever the inputs are: on CPU, its backward pass in bf16 takes up to three times as long.
+    """
+    dtype = query.dtype
+    query, key, value = query.float(), key.float(), value.float()
     window = None if window is not None and window >= max(layout.key_lengths) else window
     lengths = list(zip(layout.query_lengths, layout.key_lengths, strict=True))
     masked = [(rows, columns) for rows, columns in lengths if rows != columns or window is not None]
@@ -88,7 +93,7 @@ def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
                 q, k, v, attn_mask=corner, is_causal=square, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
             )
         )
-    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
+    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1).to(dtype)
 
 
 def dense_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:

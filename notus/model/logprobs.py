@@ -20,46 +20,49 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         normalisers, chosen = [], []
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = (rows @ weight.t()).float()
-            normalisers.append(logits.logsumexp(-1))
-            chosen.append(logits.gather(-1, ids[:, None]).squeeze(-1))
+            logits = rows @ weight.t()
+            top, where = logits.max(-1, keepdim=True)
+            chosen.append(logits.gather(-1, ids[:, None]).float())
+            probs = logits.softmax(-1, dtype=torch.float32)
+            # One pass over the logits where logsumexp makes several: p[top] = exp(top - normaliser), at least 1 / V
+            normalisers.append(top.float() - probs.gather(-1, where).log_())
         normaliser = torch.cat(normalisers)
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
         # The backward pass starts from these: one chunk less to compute again, and no more memory than at this moment.
-        ctx.last_logits = logits if any(ctx.needs_input_grad[:2]) else None
-        return torch.cat(chosen) - normaliser
+        ctx.last_probs = probs if any(ctx.needs_input_grad[:2]) else None
+        return (torch.cat(chosen) - normaliser).squeeze(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, targets, normaliser = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        parts = []
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        parts: list[Tensor] = []
+        grad_weight: Tensor | None = None
         chunk: int = ctx.chunk
-        kept, ctx.last_logits = ctx.last_logits, None
-        split = (reversed(tensor.split(chunk)) for tensor in (hidden, targets, normaliser, grad))
-        for rows, ids, norm, upstream in zip(*split, strict=True):
+        kept, ctx.last_probs = ctx.last_probs, None
+        split = (reversed(tensor.split(chunk)) for tensor in (hidden, targets, grad))
+        for rows, ids, upstream in zip(*split, strict=True):
             # d logp[target] / d logits = onehot(target) - softmax
-            logits, kept = kept if kept is not None else (rows @ weight.t()).float(), None
-            grad_logits = logits.sub_(norm[:, None]).exp_().mul_(-upstream[:, None])
+            probs, kept = kept if kept is not None else (rows @ weight.t()).softmax(-1, dtype=torch.float32), None
+            grad_logits = probs.mul_(-upstream[:, None])
             grad_logits.scatter_add_(-1, ids[:, None], upstream[:, None])
             grad_logits = grad_logits.to(weight.dtype)
+            del probs
             if need_hidden:
                 parts.append(grad_logits @ weight)
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.t(), rows)
+            if need_weight:
+                grad_weight = _add_product(grad_weight, grad_logits.t(), rows)
         grad_hidden = torch.cat(parts[::-1]) if need_hidden else None
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in fp32."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, accumulated in fp32 and in place."""
+    if total is None:
+        return (left @ right).float()
+    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(left @ right)
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from notus.entry import first_line
 from notus.model.attention import IMPLEMENTATION, check_kernel
+from notus.model.fused import fuse
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.support import check_supported, disable_dropout
@@ -80,6 +81,8 @@ def build_policy(
             trust_remote_code=trust_remote_code,
         )
     disable_dropout(causal_lm)
+    if not compile:  # the compiler fuses by itself
+        fuse(causal_lm)
     if not trainable:
         causal_lm.requires_grad_(False)
     if adapter is not None:

@@ -105,14 +105,17 @@ class Feed:
         """Share of the steps so far for which the mean rank waits for a heavier one, by cost."""
         return 1 - self._cost / self._paid if self._paid else 0.0
 
-    def step(self) -> Iterator[Batch]:
-        """The rows of the next step."""
+    def step(self) -> Iterator[tuple[Batch, bool]]:
+        """The rows of the next step, and whether each is the step's last."""
+        row: Batch | None = None
         for item in self._items:
+            if row is not None:
+                yield row, isinstance(item, _StepEnd)
             if isinstance(item, _StepEnd):
                 self._cost += item.cost
                 self._paid += item.paid
                 return
-            yield item
+            row = item
 
     def _make(self) -> Iterator[Batch | _StepEnd]:
         ranks = world_size()

@@ -27,6 +27,7 @@ from notus.training.optim import (
     set_learning_rate,
 )
 from notus.training.optimizers import InPieces
+from notus.training.parallel import expect_last_row
 from notus.training.saving import Checkpoints
 from notus.training.stopping import Interrupted, Stop
 from notus.training.tracking import Tracker
@@ -129,6 +130,8 @@ class Trainer:
         self._seconds = progress.window_seconds
         self._trained = 0.0  # seconds of this launch's steps
         self._guards = Guards(task.guards)
+        # one rank that holds all of the model where it computes
+        self._whole = world_size() == 1 and self.trainable[0].device == device
 
     def run(self) -> Ending:
         """Train, log, evaluate and save until the last step, or until the run is to stop; then all is on disk."""
@@ -211,7 +214,9 @@ class Trainer:
         indices = self.task.plan.indices(step)
         examples: list[tuple[Tensor, Tensor]] = []
         bad = torch.zeros((), device=self.device)
-        for batch in feed.step():
+        for batch, last in feed.step():
+            if self._whole:
+                expect_last_row(self.policy, last)
             batch = batch.to(self.device)
             result = self.task.row_loss(self.policy(batch), batch, indices)
             result.loss.backward()

@@ -72,7 +72,8 @@ def parallelize(
     )
     for block in policy.blocks:
         shard(block)
-    shard(policy)
+    # The root's head is what the backward pass begins with: freed after the forward, it would be gathered at once again.
+    shard(policy, reshard_after_forward=False)
     for module in fsdp_modules(policy) if mesh.size() > 1 else []:
         # The loss is divided by the step's global count, so gradients are summed, not averaged; as a plain sum,
         # because gloo knows no sum with a factor.
@@ -89,6 +90,17 @@ def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def fsdp_modules(policy: nn.Module) -> list[FSDPModule]:
     """Every module that FSDP manages, the root first."""
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def expect_last_row(policy: nn.Module, last: bool) -> None:
+    """Say before a row's forward pass whether it is the last of its step.
+
+    Where no gradient is shared between ranks, a step's gradients may add up in place, and weights stay gathered: what is
+    "gathered" and "reduced" there is copied. With shards, that would keep whole gradients on every rank.
+    """
+    for module in fsdp_modules(policy):
+        module.set_requires_gradient_sync(last, recurse=False)
+        module.set_reshard_after_backward(last, recurse=False)
 
 
 def reshard(policy: nn.Module) -> None:

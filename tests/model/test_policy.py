@@ -9,6 +9,7 @@ from toys import toy_model
 
 from notus.data.packing import Example, collate
 from notus.model.attention import IMPLEMENTATION
+from notus.model.fused import fuse
 from notus.model.policy import Policy
 
 # name: (kind, overrides of the toy config, which has 4 query and 2 key/value heads)
@@ -64,9 +65,11 @@ def pairs(seed=0):
     ]
 
 
-def policy_of(model):
+def policy_of(model, fused=True):
     packed = copy.deepcopy(model)
     packed.set_attn_implementation(IMPLEMENTATION)
+    if fused:
+        fuse(packed)
     return Policy(packed)
 
 
@@ -98,11 +101,12 @@ def relative(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_is_each_sequence_alone(name):
+def test_packed_is_each_sequence_alone(name, fused):
     kind, overrides = MODELS[name]
     model = toy_model(kind, **overrides)
-    policy, examples = policy_of(model), pairs()
+    policy, examples = policy_of(model, fused), pairs()
     found, expected = policy(collate(examples, 2)), logps_alone(model, examples)
     assert found.shape == (5, 2)
     assert found.dtype == torch.float32
@@ -156,13 +160,14 @@ def test_a_branch_does_not_see_its_sibling():
     assert policy(collate([first], 2))[0, 1] != policy(collate([other], 2))[0, 1]
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", ["mistral", "qwen3"])
-def test_bf16_is_no_worse_against_fp32_than_the_plain_path(kind):
+def test_bf16_is_no_worse_against_fp32_than_the_plain_path(kind, fused):
     model = toy_model(kind, seed=2, scale=2.0).bfloat16()
     examples = [item for seed in range(4) for item in pairs(seed)]
     exact = copy.deepcopy(model).float()
     expected = logps_alone(exact, examples)
-    plain, packed = logps_alone(model, examples), policy_of(model)
+    plain, packed = logps_alone(model, examples), policy_of(model, fused)
     found = packed(collate(examples, 2))
     assert found.dtype == torch.float32
     # Both errors are sums of many roundings: the margins allow for their luck, not for a lost factor of two.

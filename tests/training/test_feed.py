@@ -28,7 +28,8 @@ def job(tmp_path: Path):
 
 
 def tokens(batches) -> list[list[int]]:
-    return [batch.input_ids.tolist() for batch in batches]
+    """Of bare rows, or of a feed's, which come with whether they are the last."""
+    return [(batch[0] if isinstance(batch, tuple) else batch).input_ids.tolist() for batch in batches]
 
 
 def feed(rows: Rows, costs: np.ndarray, plan: StepPlan, steps: range) -> Feed:
@@ -49,6 +50,14 @@ def test_each_step_gets_its_rows_wherever_the_run_begins(job) -> None:
         assert whole.idle_share == 0  # a rank alone waits for nobody
     with feed(rows, costs, plan, range(4, 6)) as resumed:
         assert [tokens(resumed.step()) for _ in range(2)] == expected[4:]
+
+
+def test_the_last_row_of_a_step_is_known_as_such(job) -> None:
+    rows, plan = job.train_rows, StepPlan(11, 4, seed=3)
+    with feed(rows, row_costs(job.policy, rows), plan, range(3)) as whole:
+        for _ in range(3):
+            lasts = [last for _, last in whole.step()]
+            assert lasts == [False] * (len(lasts) - 1) + [True]
 
 
 def test_costs_are_the_necessary_operations(job) -> None:

@@ -1,0 +1,86 @@
+"""Fused functions against transformers' own modules, and against values worked out by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from toys import toy_model
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from notus.model.fused import ATTENTIONS, NORMS, _RMSNorm, _Rotary, fuse
+
+
+def test_norm_by_hand() -> None:
+    # mean square of (3, 4) is 12.5, its root 3.5355339
+    found = _RMSNorm.apply(torch.tensor([[3.0, 4.0]]), torch.tensor([2.0, 1.0]), 0.0)
+    torch.testing.assert_close(found, torch.tensor([[6 / 3.5355339, 4 / 3.5355339]]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_norm_is_transformers_own_with_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(24, eps=1e-5).to(dtype)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(2, 7, 24, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(2, 7, 24, dtype=dtype)
+    expected, found = norm(x), _RMSNorm.apply(x, norm.weight, 1e-5)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    wanted = torch.autograd.grad(expected, (x, norm.weight), upstream)
+    for got, grad in zip(torch.autograd.grad(found, (x, norm.weight), upstream), wanted, strict=True):
+        assert (got - grad).norm() <= tolerance * grad.norm()
+
+
+def test_rotary_by_hand() -> None:
+    # a quarter turn of the pairs (x0, x2) and (x1, x3): (a, b) becomes (-b, a)
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    cos, sin = torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4)
+    assert _Rotary.apply(x, cos, sin).flatten().tolist() == [-3, -4, 1, 2]
+
+
+def test_rotary_is_transformers_own_with_gradients() -> None:
+    torch.manual_seed(0)
+    angles = torch.rand(1, 5, 4).repeat(1, 1, 2) * 6
+    cos, sin = angles.cos(), angles.sin()
+    x, upstream = torch.randn(1, 5, 3, 8, requires_grad=True), torch.randn(1, 5, 3, 8)
+    expected = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+    found = _Rotary.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
+    torch.testing.assert_close(found, expected)
+    wanted, got = (torch.autograd.grad(out, x, upstream)[0] for out in (expected, found))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama", "qwen2", "qwen3"])
+def test_every_norm_and_attention_of_the_known_families_is_fused(kind: str) -> None:
+    model = toy_model(kind)
+    names = [name for name, _ in model.named_parameters()]
+    fuse(model)
+    known = [module for module in model.modules() if type(module).__name__ in NORMS | ATTENTIONS]
+    assert len(known) == 7 + 4 * (kind == "qwen3")  # two layers of an attention and two norms, and the last norm
+    assert all("forward" in vars(module) for module in known)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_other_modules_keep_their_forward() -> None:
+    class LlamaRMSNorm(nn.Module):  # a name does not make it transformers' own
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = toy_model()
+    model.model.norm = LlamaRMSNorm()
+    fuse(model)
+    assert "forward" not in vars(model.model.norm)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+def test_a_frozen_input_and_a_frozen_weight_get_no_gradient() -> None:
+    x, weight = torch.randn(3, 4), torch.ones(4, requires_grad=True)
+    _RMSNorm.apply(x, weight, 1e-6).sum().backward()
+    expected = copy.copy(weight.grad)
+    x.requires_grad_()
+    weight.grad = None
+    _RMSNorm.apply(x, weight, 1e-6).sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+    _RMSNorm.apply(x, weight.detach(), 1e-6).sum().backward()
+    assert x.grad is not None
