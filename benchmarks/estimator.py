@@ -10,10 +10,14 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from fake_step import TARGETS, tracked_step
+from fake_step import TARGETS, Tracked, tracked_step
+from notus.estimation.lengths import Lengths
+from notus.estimation.timing import arithmetic
+from notus.model.arithmetic import dimensions
 from notus.model.lora import inject_lora
 from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, model_size, moments
 
@@ -66,15 +70,23 @@ def job_of(case: Case, row: tuple[int, list[int], int], world_size: int = 8, **o
     )
 
 
-def compare(
-    case: Case, config: MistralConfig, row: tuple[int, list[int], int]
-) -> tuple[Footprint, Footprint, int, int]:
-    """(estimate of the rows, of the update, bytes that the tracker saw of the rows, of the update)."""
+def compare(case: Case, config: MistralConfig, row: tuple[int, list[int], int]) -> tuple[Footprint, Footprint, Tracked]:
+    """(estimate of the rows, of the update, what the trackers saw)."""
     seen = tracked_step(
         config, row=row, optimizer=case.optimizer, lora_rank=case.rank, activation_checkpointing=case.checkpointing
     )
     *rows, update = moments(size_of(config, case.rank), job_of(case, row))
-    return max(rows, key=lambda moment: moment.total), update, seen.backward_peak, seen.optimizer_peak
+    return max(rows, key=lambda moment: moment.total), update, seen
+
+
+def flops_ratio(case: Case, config: MistralConfig, row: tuple[int, list[int], int], seen: int) -> float:
+    """Estimated operations of a row, recomputation included, over those that `FlopCounterMode` counted."""
+    trunk, branches, examples = row
+    lengths = Lengths(np.array([trunk]), np.array([branches]), "one")
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    work = arithmetic(size_of(config, case.rank), dimensions(causal_lm), lengths, case.checkpointing)
+    return examples * work.hardware / seen
 
 
 def main() -> None:
@@ -83,13 +95,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     config, row = MistralConfig(**SHAPES[args.shape]), ROWS[args.shape]
-    lines = [f"{'case':<26} {'estimate':>10} {'tracker':>10} {'ratio':>6}   update: estimate, tracker (MiB)   peak at"]
+    titles = f"{'case':<26} {'estimate':>10} {'tracker':>10} {'ratio':>6}"
+    lines = [f"{titles}   update: estimate, tracker   operations   peak at (MiB, ratios)"]
     for case in cases(64 if args.shape == "7b" else 16):
-        rows, update, seen, seen_update = compare(case, config, row)
-        whole, seen_whole = max(rows.total, update.total), max(seen, seen_update)
+        rows, update, seen = compare(case, config, row)
+        whole, flops = max(rows.total, update.total), flops_ratio(case, config, row, seen.flops)
         lines.append(
-            f"{case} {whole / 2**20:>10.1f} {seen_whole / 2**20:>10.1f} {whole / seen_whole:>6.3f}   "
-            f"{update.total / 2**20:>10.1f} {seen_update / 2**20:>10.1f}   {rows.moment}"
+            f"{case} {whole / 2**20:>10.1f} {seen.peak / 2**20:>10.1f} {whole / seen.peak:>6.3f}   "
+            f"{update.total / 2**20:>10.1f} {seen.optimizer_peak / 2**20:>10.1f} {flops:>12.3f}   {rows.moment}"
         )
         print(lines[-1], flush=True)
     if args.output:

@@ -2,8 +2,8 @@
 
 A process group of any size that sends nothing, tensors without storage, the policy as `build_policy` builds and shards
 it, two packed rows forward and backward, the clipped optimizer step: `FSDPMemTracker` follows every allocation of rank
-0 and `FlopCounterMode` counts every matrix product. Two things are put in place of what only a GPU has: an attention
-kernel that allocates what FlashAttention-2 allocates, and the optimizer's multi-tensor path, which is CUDA's default.
+0 and `FlopCounterMode` counts every matrix product. Two things are put in place of what only a GPU has: what
+FlashAttention-2 allocates in its backward pass, and the size of the optimizer's pieces.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig
 from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss
 from notus.model import attention, weights
-from notus.training import build
+from notus.training import build, optimizers
 from notus.training.build import Adapter, build_policy
 from notus.training.optim import build_optimizer, clip_gradients, local_gradients
 
@@ -83,6 +83,26 @@ class _LikeAGPU(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Count(float):
+    """A step count that can be read, unlike a fake tensor's."""
+
+    def __add__(self, other: float) -> "_Count":
+        return _Count(float(self) + other)
+
+    def item(self) -> float:
+        return float(self)
+
+
+def _counted(self: optimizers.InPieces, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    zeros = {name: torch.zeros_like(parameter.detach(), dtype=self.state_dtype) for name in self.moments}
+    return {"step": _Count(0.0), **zeros}
+
+
+def _round_at_random(values: torch.Tensor, _: object) -> torch.Tensor:
+    bits = torch.empty_like(values, dtype=torch.int32)
+    return bits.view(torch.float32).bfloat16()
+
+
 @contextlib.contextmanager
 def fake_world(world_size: int) -> Iterator[None]:
     """A process group whose other ranks do not exist, fake tensors, and the GPU's kernels' memory."""
@@ -95,7 +115,10 @@ def fake_world(world_size: int) -> Iterator[None]:
             mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
             mock.patch.object(build, "mesh", return_value=ranks),
             mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
-            mock.patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", return_value=["cpu"]),
+            mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),
+            mock.patch.object(optimizers.InPieces, "new_state", _counted),
+            mock.patch.object(optimizers.InPieces, "_noise"),
+            mock.patch.object(optimizers, "round_at_random", _round_at_random),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
             yield
@@ -121,6 +144,7 @@ def tracked_step(
     row: tuple[int, list[int], int],
     precision: str = "bf16",
     optimizer: str = "rmsprop",
+    optimizer_dtype: str = "fp32",
     lora_rank: int = 0,
     rows: int = 2,
     **options: Any,
@@ -130,7 +154,9 @@ def tracked_step(
         adapter = Adapter(lora_rank, 16.0, 0.0, TARGETS, False) if lora_rank else None
         policy = build_policy(Path("."), config, device=CPU, precision=precision, adapter=adapter, **options)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        stepper = build_optimizer(trainable, name=optimizer, learning_rate=1e-6, weight_decay=0.0)
+        stepper = build_optimizer(
+            trainable, name=optimizer, learning_rate=1e-6, weight_decay=0.0, state_dtype=optimizer_dtype
+        )
         tracker = FSDPMemTracker(policy, stepper)
         batch = packed_row(*row)
         found: list[tuple[int, dict[str, int]]] = []
@@ -139,7 +165,7 @@ def tracked_step(
         with tracker, _LikeAGPU():
             for step in range(2):
                 found = []
-                for _ in range(rows):
+                for _ in range(rows if step else 1):
                     tracker.reset_mod_stats()
                     # it takes operations apart, which changes their memory: not where memory is looked at
                     with counter if step == 0 else contextlib.nullcontext():

@@ -80,7 +80,10 @@ def arithmetic(size: ModelSize, dimensions: Dimensions, lengths: Lengths, checkp
         adapters = 6 * size.trained * lengths.totals.mean()
         necessary = 2 * linear + 3 * attention + adapters
     body = linear - head
-    again = {"none": 0.0, "full": body + attention, "selective": body * _recomputed_share(size)}[checkpointing]
+    last, everything = size.linears[-1], sum(linear.inputs * linear.outputs for linear in size.linears)
+    # recomputation ends before the last product, whose output no backward pass reads
+    block = body * (1 - last.inputs * last.outputs / everything) + attention
+    again = {"none": 0.0, "full": block, "selective": body * _recomputed_share(size)}[checkpointing]
     return Arithmetic(float(forward), float(necessary), float(necessary + again + head))
 
 

@@ -20,6 +20,8 @@ CHECKPOINTING = ("none", "selective", "full")  # the faster ones first
 OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
 BYTES = {"bf16": 2, "fp32": 4}
 CHUNK_TOKENS = 1024  # of `notus.model.logprobs`
+PIECE = 64 * 2**20  # of an update, see `notus.training.optimizers`
+PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 2.5, ("adamw", "fp32"): 0, ("adamw", "bf16"): 2.5}
 # An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
 RUNTIME_MARGIN = 3 * 2**30
 
@@ -131,7 +133,7 @@ class Footprint:
         weights: this rank's share of the parameters: fp32 masters, frozen ones in the computation's dtype.
         gradients: its share of the gradients, fp32, as they add up over rows.
         optimizer_state: its share of the averages.
-        optimizer_temporaries: what the update computes for all parameters at once.
+        optimizer_temporaries: what the update of one piece computes.
         gathered: whole blocks and the root, in the computation's dtype, with the buffer of the next block's gathering.
         whole_gradients: gradients of whole blocks, and the buffers of their reduction in fp32.
         activations: what the forward pass keeps for the backward pass.
@@ -214,6 +216,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     weights = held * (4 * size.trained + wide * frozen) // share
     gradients = held * 4 * size.trained // share
     state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
+    pieces = PIECES[job.optimizer, job.optimizer_dtype]
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
     block, root = wide * size.block, wide * size.root
@@ -244,11 +247,11 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
         ),
         Footprint(
             "hand-over of the root's gradients", **in_rows,
-            whole_gradients=(wide + 4) * size.root_trained + reduced + 4 * size.root_trained // share,
+            whole_gradients=(wide + 4) * size.root_trained + 4 * size.root_trained // share,
         ),
         Footprint(
             "optimizer", **always, gradients=gradients,
-            optimizer_temporaries=held * 4 * size.trained // share,
+            optimizer_temporaries=round(held * pieces * min(PIECE, 4 * size.trained // share)),
         ),
     ]  # fmt: skip
 
