@@ -1,8 +1,9 @@
 """The small work of a decoder's block in fewer passes over memory, with less kept for the backward pass.
 
-Transformers writes root-mean-square norms and rotary embeddings as chains of elementwise operations, each of which reads
-and writes the whole row and many of which autograd keeps. Here each is one function with a backward pass of its own.
-The blocks' own code stays the reference: `tests/model/test_fused.py` holds the two equal, gradients included.
+Transformers writes root-mean-square norms and rotary embeddings as chains of elementwise operations: each reads and
+writes the whole row, and autograd keeps many of them. Here each is one function with a backward pass of its own.
+The blocks' own code stays the reference: `tests/model/test_fused.py` and `test_policy.py` hold the two
+equal, gradients included.
 """
 
 import functools
@@ -82,15 +83,15 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return out
 
 
-def _norm_forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     weight, epsilon = norm.weight, norm.variance_epsilon
     if hidden_states.is_cuda:  # one kernel there
-        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, epsilon)  # type: ignore[arg-type]
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, epsilon)
     return _RMSNorm.apply(hidden_states, weight, epsilon)
 
 
 def _attention_forward(
-    attention: nn.Module,
+    attention: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
@@ -110,7 +111,9 @@ def _attention_forward(
     window = getattr(attention.config, "sliding_window", None)
     out, _ = packed_attention(
         attention,
-        *(heads.transpose(1, 2) for heads in (query, key, value)),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         attention_mask,
         scaling=attention.scaling,
         # Qwen's layers have a window each, Mistral's the configuration's

@@ -18,20 +18,16 @@ def full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        normalisers, chosen = [], []
+        logps, probs = [], None
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = rows @ weight.t()
-            top, where = logits.max(-1, keepdim=True)
-            chosen.append(logits.gather(-1, ids[:, None]).float())
-            probs = logits.softmax(-1, dtype=torch.float32)
-            # One pass over the logits where logsumexp makes several: p[top] = exp(top - normaliser), at least 1 / V
-            normalisers.append(top.float() - probs.gather(-1, where).log_())
-        normaliser = torch.cat(normalisers)
+            del probs  # before the next are computed
+            logp, probs = _chunk_logprobs(rows, weight, ids[:, None])
+            logps.append(logp)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
         # The backward pass starts from these: one chunk less to compute again, and no more memory than at this moment.
         ctx.last_probs = probs if any(ctx.needs_input_grad[:2]) else None
-        return (torch.cat(chosen) - normaliser).squeeze(-1)
+        return torch.cat(logps).squeeze(-1)
 
     @staticmethod
     @once_differentiable
@@ -45,17 +41,39 @@ class _LinearLogprobs(torch.autograd.Function):
         split = (reversed(tensor.split(chunk)) for tensor in (hidden, targets, grad))
         for rows, ids, upstream in zip(*split, strict=True):
             # d logp[target] / d logits = onehot(target) - softmax
-            probs, kept = kept if kept is not None else (rows @ weight.t()).softmax(-1, dtype=torch.float32), None
+            probs, kept = kept if kept is not None else _softmax(rows @ weight.t()), None
             grad_logits = probs.mul_(-upstream[:, None])
             grad_logits.scatter_add_(-1, ids[:, None], upstream[:, None])
             grad_logits = grad_logits.to(weight.dtype)
-            del probs
+            del probs  # with another dtype, what follows needs them no more
             if need_hidden:
                 parts.append(grad_logits @ weight)
             if need_weight:
                 grad_weight = _add_product(grad_weight, grad_logits.t(), rows)
+            del grad_logits
         grad_hidden = torch.cat(parts[::-1]) if need_hidden else None
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _chunk_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax of a chunk's logits at `ids` [N, 1], fp32 [N, 1], and their softmax, fp32 [N, V].
+
+    log p[id] = logit[id] - top + log p[top], where p[top] is at least 1 / V: exact, and one pass over the logits where
+    logsumexp makes several.
+    """
+    logits = hidden @ weight.t()
+    top, where = logits.max(-1, keepdim=True)
+    above = logits.gather(-1, ids).float() - top.float()
+    probs = _softmax(logits)
+    return above + probs.gather(-1, where).log_(), probs
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """fp32, over the last dimension; `logits` are used up."""
+    if logits.is_cuda:  # casts as it goes
+        return logits.softmax(-1, dtype=torch.float32)
+    exact = logits.float()
+    return torch.softmax(exact, -1, out=exact)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -270,12 +270,12 @@ def kept_per_block(size: ModelSize, job: Job) -> int:
 def activations_per_block(size: ModelSize, job: Job) -> int:
     """Bytes that autograd saves of a block's forward pass: what each operation's backward pass reads.
 
-    A norm keeps its input in fp32 and, for its weight's gradient, the normalised input; a linear layer its input if
-    its weight is trained, or its adapter reads it; attention its queries, gathered keys and values, output and
+    A norm keeps its input (`notus.model.fused`); a linear layer its input if its weight is trained, or its adapter
+    reads it; attention its queries, gathered keys and values, output and
     normalisers; the gated MLP both factors and what the activation function was given.
     """
     wide, trained = BYTES[job.precision], size.block_trained == size.block
-    norms = sum(size.norms) * (4 + (wide if trained else 0))
+    norms = sum(size.norms) * wide
     attention = 2 * wide * size.query_width + 2 * wide * size.key_width * job.key_ratio + 4 * size.heads
     inner = max(linear.outputs for linear in size.linears)
     gated = sum(linear.inputs == size.hidden and linear.outputs == inner for linear in size.linears) > 1
@@ -300,7 +300,7 @@ def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
 def _final(size: ModelSize, job: Job) -> int:
     """The final norm, and the hidden states of scored positions."""
     wide = BYTES[job.precision]
-    norm = job.tokens_per_row * size.hidden * (4 + (wide if size.root_trained else 0))
+    norm = job.tokens_per_row * size.hidden * wide
     return norm + job.scored_per_row * (wide * size.hidden + 16)
 
 
@@ -320,14 +320,12 @@ def _working(size: ModelSize, job: Job) -> int:
 
 
 def _head(size: ModelSize, job: Job) -> int:
-    """The backward pass of the log-probs: a chunk's logits in fp32 and their gradient in the computation's dtype, twice
-    while one chunk follows another, and the head's gradient in fp32, beside what is added to it."""
+    """The backward pass of the log-probs: a chunk's probabilities in fp32 and their gradient in the computation's
+    dtype, and the head's gradient in fp32, beside what is added to it."""
     wide, chunk = BYTES[job.precision], min(CHUNK_TOKENS, job.scored_per_row)
     logits = chunk * size.vocabulary * (4 + wide)
-    left = job.scored_per_row - chunk  # the first chunk of the backward pass is the last of the row, a short one
-    follows = (chunk if left > chunk else left) * size.vocabulary * (4 + wide)
     weights = size.vocabulary * size.hidden if size.root_trained else 0
-    return 4 * weights + logits + max(follows, wide * weights) + wide * job.scored_per_row * size.hidden
+    return 4 * weights + logits + wide * weights + wide * job.scored_per_row * size.hidden
 
 
 def _batch(job: Job) -> int:

@@ -72,7 +72,7 @@ def parallelize(
     )
     for block in policy.blocks:
         shard(block)
-    # The root's head is what the backward pass begins with: freed after the forward, it would be gathered at once again.
+    # The backward pass begins with the root's head: freed after the forward pass, it would be gathered at once again.
     shard(policy, reshard_after_forward=False)
     for module in fsdp_modules(policy) if mesh.size() > 1 else []:
         # The loss is divided by the step's global count, so gradients are summed, not averaged; as a plain sum,
@@ -95,8 +95,8 @@ def fsdp_modules(policy: nn.Module) -> list[FSDPModule]:
 def expect_last_row(policy: nn.Module, last: bool) -> None:
     """Say before a row's forward pass whether it is the last of its step.
 
-    Where no gradient is shared between ranks, a step's gradients may add up in place, and weights stay gathered: what is
-    "gathered" and "reduced" there is copied. With shards, that would keep whole gradients on every rank.
+    For a rank alone: its gradients may add up in place over the step's rows, and its weights stay gathered, since
+    "gathering" and "reducing" are copies there. With shards, that would keep whole gradients on every rank.
     """
     for module in fsdp_modules(policy):
         module.set_requires_gradient_sync(last, recurse=False)
