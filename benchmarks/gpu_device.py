@@ -13,20 +13,16 @@ from typing import Any
 import torch
 from transformers import MistralConfig
 
-# Dense bf16 FLOP/s with fp32 accumulation, by NVIDIA's data sheets (no sparsity); the first name that fits counts.
-PEAKS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12,
-    "A30": 165e12, "A10G": 70e12, "A10": 125e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}  # fmt: skip
+from notus.estimation.gpus import gpu_of_driver
+
 _SECONDS_PER_PRODUCT = 0.1
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "trl", "liger-kernel")
 
 
 def peak(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the device of this name; None if the table has none like it."""
-    return next((flops for known, flops in PEAKS.items() if known in name), None)
+    """Dense bf16 FLOP/s of the device of this name by its data sheet; None if there is none like it."""
+    gpu = gpu_of_driver(name)
+    return gpu.teraflops * 1e12 if gpu else None
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from notus.data.packing import Example, Layout, build_layout, collate
 from notus.model import attention
+from notus.model.fused import fuse
 from notus.model.logprobs import full_logprobs, linear_logprobs
 from notus.model.policy import Policy
 
@@ -222,8 +223,12 @@ def _outcome(forward: Callable[..., Tensor], model: MistralForCausalLM, examples
 
 def _packed(model: MistralForCausalLM, examples: Sequence[Example]) -> Tensor:
     model.set_attn_implementation(attention.IMPLEMENTATION)
+    fuse(model)
     device = next(model.parameters()).device
-    return Policy(model)(collate(examples, len(examples[0].branches)).to(device))
+    logps = Policy(model)(collate(examples, len(examples[0].branches)).to(device))
+    for module in model.modules():  # it is the plain model next
+        vars(module).pop("forward", None)
+    return logps
 
 
 def _alone(model: MistralForCausalLM, examples: Sequence[Example]) -> Tensor:

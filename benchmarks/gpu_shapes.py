@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import MistralConfig
 
-from notus.data.packing import Example, deal
+from notus.data.dealing import deal
+from notus.data.packing import Example
 
 PAIRS_PER_STEP = 64
 LONGEST = 1024  # prompt and completion, as `data.max_length`
@@ -124,7 +125,8 @@ def rows(variant: str, examples: Sequence[Example], tokens_per_row: int, longest
         batches = [examples[start : start + size] for start in range(0, len(examples), size)]
         return [[_apart(item, _longest(batch)) for item in batch] for batch in batches]
     whole = list(examples) if variant == "shared" else [_apart(item, 0) for item in examples]
-    positions = deal([num_tokens(item) for item in whole], 1, tokens_per_row)[0]
+    lengths = [num_tokens(item) for item in whole]
+    positions = deal(lengths, lengths, 1, tokens_per_row)[0]
     return [[whole[position] for position in row] for row in positions]
 
 

@@ -13,6 +13,7 @@ from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss, nll_loss
 from notus.model.arithmetic import Dimensions, dimensions, forward_flops
 from notus.model.attention import IMPLEMENTATION
+from notus.model.fused import fuse
 from notus.model.lora import LoRALinear, cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.support import disable_dropout
@@ -20,7 +21,7 @@ from notus.model.weights import materialise
 from notus.training.distributed import mesh
 from notus.training.footprint import Job, ModelSize, footprint, model_size
 from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
-from notus.training.parallel import COMPUTE_DTYPES, parallelize
+from notus.training.parallel import COMPUTE_DTYPES, expect_last_row, parallelize
 
 PRECISION = "bf16"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -140,6 +141,8 @@ def build(
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION, dtype=torch.float32)
     disable_dropout(causal_lm)
+    if not compile:
+        fuse(causal_lm)
     size = dimensions(causal_lm)
     if rank:
         inject_lora(causal_lm, rank=rank, alpha=rank, dropout=0.0, target_modules=LORA_TARGETS)
@@ -188,7 +191,8 @@ class Step:
         examples = [item for row in rows for item in row]
         tokens = sum(int(mask.sum()) for item in examples for mask in item.loss_masks)
         bad = torch.zeros((), device=self._device)
-        for row in rows:
+        for number, row in enumerate(rows):
+            expect_last_row(self.policy, number == len(rows) - 1)
             batch = collate(row, len(row[0].branches)).to(self._device)
             logps = self.policy(batch)
             loss = nll_loss(logps[:, 0], tokens).sum() if self._task == "sft" else self._dpo(logps, batch, examples)

@@ -34,10 +34,13 @@ GPUS = {
     "a100-40gb": GPU(40536, 312, 300, 25),
     "a100-80gb": GPU(81920, 312, 300, 25),
     "h100": GPU(81559, 989, 450, 50),
+    "h100-pcie": GPU(81559, 756, 32, 25),
+    "h100-nvl": GPU(95830, 835, 300, 25),
     "h200": GPU(143771, 989, 450, 50),
     "b200": GPU(183359, 2250, 900, 50),
     "l40s": GPU(46068, 362, 32, 12.5),
     "a10g": GPU(23028, 70, 32, 12.5),
+    "a40": GPU(46068, 150, 32, 12.5),
     "l4": GPU(23034, 121, 32, 12.5),
     "a6000": GPU(49140, 155, 32, 12.5),
     "rtx3090": GPU(24576, 71, 32, 12.5),
@@ -54,3 +57,10 @@ def find_gpu(name: str) -> GPU:
         hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(GPUS)}"
         raise ValueError(f"--gpu {name}: not a GPU that the estimate knows; {hint}")
     return GPUS[key]
+
+
+def gpu_of_driver(name: str) -> GPU | None:
+    """The GPU that a driver calls `name`, such as "NVIDIA A100-SXM4-40GB"; None if it is not known."""
+    squeezed = name.lower().replace(" ", "")
+    fitting = [key for key in GPUS if all(part in squeezed for part in key.split("-"))]
+    return GPUS[max(fitting, key=len)] if fitting else None

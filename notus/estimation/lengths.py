@@ -70,11 +70,5 @@ def draw(means: tuple[float, ...], *, max_length: int, max_prompt_length: int, s
 
 
 def tokenised(rows: Rows) -> Lengths:
-    """The true lengths; what a branch has besides its scored tokens is taken to be the same for all."""
-    scored, most = rows.loss_tokens, rows.num_branches
-    if most == 1:
-        trunks = np.maximum(rows.lengths - scored[:, 0], 0)
-    else:
-        trunks = (rows.separate_lengths - rows.lengths) // (most - 1)
-    rest = (rows.lengths - trunks - scored.sum(axis=1)) // most
-    return Lengths(trunks, scored + rest[:, None], f"{len(rows)} examples of the data, tokenised")
+    """The true lengths."""
+    return Lengths(rows.trunk_lengths, rows.branch_lengths, f"{len(rows)} examples of the data, tokenised")

@@ -52,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             # d/dx = scale * (g w - normed * mean(g w normed))
-            mean = (product @ weight.float()[:, None]).div_(x.shape[-1])
+            mean = (product @ weight.float()).unsqueeze_(-1).div_(x.shape[-1])
             grad_x = (grad * weight).float().addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None
 
