@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-DEMO, TESTS, PATH = (block.strip() for block in BLOCKS)
+DEMO, TESTS, PATH, ESTIMATE = (block.strip() for block in BLOCKS)
 SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
 
 
@@ -99,3 +99,11 @@ def test_every_config_key_is_described() -> None:
         (row,) = re.findall(rf"^\| `{section}` \|(.*)\|$", README, re.MULTILINE)
         for item in fields(kind):
             assert f"`{item.name}`" in row, f"{section}.{item.name}"
+
+
+def test_the_estimate_says_what_the_readme_says_of_it(clone: Path) -> None:
+    (command,) = _commands(ESTIMATE)
+    told = _run(command, clone)
+    gib, capacity = re.search(r"in all +([\d.]+)\nFits ([\d.]+) GiB", told).groups()
+    hours = re.search(r"in all +([\d.]+) h", told)[1]
+    assert f"{float(gib):.1f} GiB of {float(capacity):.1f} and {hours} hours" in README
