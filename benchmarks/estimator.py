@@ -8,11 +8,14 @@ Needs no GPU and no weights; a 7B shape takes minutes, for the trackers look at 
 import argparse
 import dataclasses
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
 from fake_step import TARGETS, Tracked, tracked_step
 from notus.estimation.lengths import Lengths

@@ -7,10 +7,13 @@ Made model and pairs, as in vs_trl.py: two steps to warm up, then two under torc
 
 import argparse
 import itertools
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
 from notus.config import config_from_dict
 from notus.entry import leave
@@ -41,9 +44,7 @@ class Step:
             device=run.device,
         )
         self._run, self._feed, self._number = run, feed, itertools.count()
-        self._optimizer = build_optimizer(
-            run.policy.parameters(), name="rmsprop", learning_rate=5e-7, weight_decay=0.0
-        )
+        self._optimizer = build_optimizer(run.policy.parameters(), name="rmsprop", learning_rate=5e-7, weight_decay=0.0)
 
     def __call__(self) -> None:
         policy, indices = self._run.policy, self._run.plan.indices(next(self._number))

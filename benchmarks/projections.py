@@ -8,7 +8,10 @@ of the links' data sheet, hidden behind computation as far as it lasts; latencie
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
 from notus.estimation.gpus import PER_NODE, find_gpu
 from notus.estimation.lengths import TYPICAL, draw
