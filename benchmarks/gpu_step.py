@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from notus.data.packing import Batch, Example, collate
+from notus.data.prefetch import Prefetch
 from notus.losses import dpo_loss, nll_loss
 from notus.model.arithmetic import Dimensions, dimensions, forward_flops
 from notus.model.attention import IMPLEMENTATION
@@ -191,13 +192,14 @@ class Step:
         examples = [item for row in rows for item in row]
         tokens = sum(int(mask.sum()) for item in examples for mask in item.loss_masks)
         bad = torch.zeros((), device=self._device)
-        for number, row in enumerate(rows):
-            expect_last_row(self.policy, number == len(rows) - 1)
-            batch = collate(row, len(row[0].branches)).to(self._device)
-            logps = self.policy(batch)
-            loss = nll_loss(logps[:, 0], tokens).sum() if self._task == "sft" else self._dpo(logps, batch, examples)
-            loss.backward()
-            bad += ~torch.isfinite(loss.detach())
+        with Prefetch(self._batches(rows)) as batches:
+            for number, batch in enumerate(batches):
+                expect_last_row(self.policy, number == len(rows) - 1)
+                batch = batch.to(self._device)
+                logps = self.policy(batch)
+                loss = nll_loss(logps[:, 0], tokens).sum() if self._task == "sft" else self._dpo(logps, batch, examples)
+                loss.backward()
+                bad += ~torch.isfinite(loss.detach())
         gradients = local_gradients(self._trainable)
         with torch.profiler.record_function("clip"):
             told = gradient_norm(gradients, bad[None])
@@ -208,6 +210,11 @@ class Step:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _batches(self, rows: Sequence[Sequence[Example]]) -> Iterator[Batch]:
+        for row in rows:
+            batch = collate(row, len(row[0].branches))
+            yield batch.pin() if self._device.type == "cuda" else batch
 
     def _dpo(self, logps: Tensor, batch: Batch, examples: Sequence[Example]) -> Tensor:
         reference = -self._log_vocab * batch.lengths  # that of a model that knows nothing, as the policy does

@@ -12,12 +12,37 @@ from job import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, describe_tokens
 from memory import PeakMemory, describe_machine
 from notus.config import config_from_dict
 from notus.data.rows import Rows
+from notus.training import run as training
 from notus.training.dpo import build_task
+from notus.training.loop import Ending, Trainer
 from notus.training.run import start
 
 
+class TimedTrainer(Trainer):
+    """The trainer as it is, with a stopwatch, as TRL's has one. It saves no checkpoints, as TRL's saves none."""
+
+    seconds = 0.0
+    marks: tuple[float, ...] = ()
+
+    def run(self) -> Ending:
+        began = time.perf_counter()
+        TimedTrainer.marks = (began,)
+        ending = super().run()
+        TimedTrainer.seconds = time.perf_counter() - began
+        return ending
+
+    def _record(self, ending: Ending | None) -> Ending | None:
+        found = super()._record(ending)
+        TimedTrainer.marks += (time.perf_counter(),)
+        return found
+
+    def _save(self) -> None:
+        pass
+
+
 def run_notus(job: Job) -> Outcome:
-    """Run a job; the seconds are those of the reference pass and of the optimizer steps, as they are logged."""
+    """Run a job; the seconds are those of the reference pass and of the trainer from its first line to its last."""
+    training.Trainer = TimedTrainer  # type: ignore[misc]
     memory, began = PeakMemory(), time.perf_counter()
     config = config_from_dict(_settings(job), "dpo")
     with start(config, "dpo") as run:
@@ -27,15 +52,13 @@ def run_notus(job: Job) -> Outcome:
         reference_seconds = time.perf_counter() - before
         run.train(task)
         tokens = _tokens(run.train_rows)
-        pairs = [len(run.plan.indices(step)) for step in range(run.total_steps)]
     lines = [json.loads(line) for line in (Path(job.scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
-    step_seconds = [count / line["pairs_per_second"] for count, line in zip(pairs, lines, strict=True)]
     return Outcome(
-        seconds=reference_seconds + sum(step_seconds),
+        seconds=reference_seconds + TimedTrainer.seconds,
         reference_seconds=reference_seconds,
         total_seconds=time.perf_counter() - began,
         losses=[line["loss"] for line in lines],
-        step_seconds=step_seconds,
+        step_seconds=np.diff(TimedTrainer.marks).tolist(),
         baseline_mib=memory.baseline_mib,
         peak_mib=memory.peak_mib(),
         machine=describe_machine(),
@@ -60,7 +83,6 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
             "warmup_ratio": WARMUP_RATIO,
             "max_grad_norm": MAX_GRAD_NORM,
             "precision": job.precision,
-            "save_every": 10**6,  # the peer saves nothing either; the last checkpoint is not in the seconds
             "activation_checkpointing": "none",
             **job.options,
         },

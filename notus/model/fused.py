@@ -108,7 +108,6 @@ def _attention_forward(
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = (angles.unsqueeze(-2) for angles in position_embeddings)
     query, key = (_Rotary.apply(heads, cos, sin) for heads in (query, key))
-    window = getattr(attention.config, "sliding_window", None)
     out, _ = packed_attention(
         attention,
         query.transpose(1, 2),
@@ -116,8 +115,13 @@ def _attention_forward(
         value.transpose(1, 2),
         attention_mask,
         scaling=attention.scaling,
-        # Qwen's layers have a window each, Mistral's the configuration's
-        sliding_window=getattr(attention, "sliding_window", window),
+        sliding_window=_window(attention),
         **kwargs,
     )
     return attention.o_proj(out.flatten(2)), None
+
+
+def _window(attention: Any) -> int | None:
+    """Mistral's layers take the configuration's window, Qwen's have one each, Llama's none, whatever is configured."""
+    holder = attention.config if type(attention).__name__ == "MistralAttention" else attention
+    return getattr(holder, "sliding_window", None)

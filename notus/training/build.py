@@ -73,14 +73,7 @@ def build_policy(
         trust_remote_code: run model code that comes with the folder.
     """
     _check_attention(config, device, COMPUTE_DTYPES[precision])
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=IMPLEMENTATION,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-        )
-    disable_dropout(causal_lm)
+    causal_lm = _meta_model(config, trust_remote_code)
     if not compile:  # the compiler fuses by itself
         fuse(causal_lm)
     if not trainable:
@@ -108,6 +101,18 @@ def build_policy(
     if adapter is not None:
         init_lora(causal_lm, seed)
     return policy
+
+
+def _meta_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation=IMPLEMENTATION,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+        )
+    disable_dropout(causal_lm)
+    return causal_lm
 
 
 def _move_buffers(policy: Policy, device: torch.device) -> None:

@@ -116,6 +116,7 @@ class Feed:
                 self._paid += item.paid
                 return
             row = item
+        assert row is None, "rows without an end of their step"
 
     def _make(self) -> Iterator[Batch | _StepEnd]:
         ranks = world_size()

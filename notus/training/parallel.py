@@ -62,7 +62,8 @@ def parallelize(
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.
     precision_policy = MixedPrecisionPolicy(param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32)
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
-    gathers = mesh.size(mesh.ndim - 1) > 1
+    # Unless they are on the host: then one block at a time is to be on the device.
+    gathers = cpu_offload or mesh.size(mesh.ndim - 1) > 1
     shard = functools.partial(
         fully_shard,
         mesh=mesh,

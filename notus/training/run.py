@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -305,6 +306,7 @@ def _checkpointing(training: TrainingConfig, rows: Rows, device: torch.device) -
         shard_size=distributed.ranks_per_node() if training.sharding == "hybrid" else ranks,
         tokens_per_row=training.tokens_per_row,
         scored_per_row=math.ceil(training.tokens_per_row * rows.loss_tokens.sum() / rows.lengths.sum()),
+        key_ratio=float(rows.separate_lengths(np.arange(len(rows))).sum() / rows.lengths.sum()),
         precision=training.precision,
         optimizer=training.optimizer,
         optimizer_dtype=training.optimizer_dtype,

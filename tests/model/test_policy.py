@@ -20,6 +20,7 @@ MODELS = {
     "mistral, one key head, tied": ("mistral", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama": ("llama", {}),
     "llama, as many key heads, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama, a window that it has no use for": ("llama", {"sliding_window": 4}),
     "qwen2": ("qwen2", {}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2, window in one layer": (

@@ -16,6 +16,7 @@ from toys import toy_model
 
 from notus.data.packing import Batch, Example, collate
 from notus.model.attention import IMPLEMENTATION
+from notus.model.fused import fuse
 from notus.model.lora import init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.training.checkpointing import MODES, checkpointed
@@ -57,6 +58,7 @@ def _batch() -> Batch:
 def _policy(mode: str, *, rank: int = 0, dropout: float = 0.0) -> Policy:
     model = toy_model(num_hidden_layers=LAYERS)
     model.config._attn_implementation = IMPLEMENTATION
+    fuse(model)
     if rank:
         inject_lora(model, rank=rank, alpha=4, dropout=dropout, target_modules=["q_proj"])
         init_lora(model, 0)
