@@ -10,6 +10,7 @@ from toys import toy_model
 from notus.data.packing import Example, build_layout, collate
 from notus.model import attention
 from notus.model.attention import IMPLEMENTATION, check_kernel, dense_kernel, kernel_for, packed_attention
+from notus.model.fused import fuse
 from notus.model.policy import Policy
 
 pytestmark = [
@@ -82,6 +83,7 @@ def examples():
 def on_cuda(model, batch):
     policy = Policy(copy.deepcopy(model).to(CUDA))
     policy.causal_lm.set_attn_implementation(IMPLEMENTATION)
+    fuse(policy.causal_lm)
     logps = policy(batch.to(CUDA))
     logps.sum().backward()
     return torch.cat([logps.detach().flatten(), *(p.grad.flatten() for p in policy.parameters())]).float().cpu()
