@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, ins
 from fake_step import TARGETS, Tracked, tracked_step
 from notus.estimation.lengths import Lengths
 from notus.estimation.timing import arithmetic
-from notus.model.arithmetic import dimensions
+from notus.model.arithmetic import dimensions, visible_pairs
 from notus.model.lora import inject_lora
 from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, model_size, moments
 
@@ -92,13 +92,18 @@ def compare(
 
 
 def flops_ratio(case: Case, config: PreTrainedConfig, row: tuple[int, list[int], int], seen: int) -> float:
-    """Estimated operations of a row, recomputation included, over those that `FlopCounterMode` counted."""
+    """Estimated operations of a row's matrix products, recomputation included, attention left out, over those that
+    `FlopCounterMode` counted."""
     trunk, branches, examples = row
     lengths = Lengths(np.array([trunk]), np.array([branches]), "one")
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    work = arithmetic(size_of(config, case.rank), dimensions(causal_lm), lengths, case.checkpointing)
-    return examples * work.hardware / seen
+    size = dimensions(causal_lm)
+    work = arithmetic(size_of(config, case.rank), size, lengths, case.checkpointing)
+    pairs = visible_pairs(lengths.trunks, lengths.branches).item()
+    passes = 4 if case.checkpointing == "full" else 3  # a backward pass is two
+    attention = passes * 4 * size.layers * size.attention_width * pairs
+    return examples * (work.hardware - attention) / seen
 
 
 def main() -> None:
