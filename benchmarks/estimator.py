@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
 from fake_step import TARGETS, Tracked, tracked_step
 from notus.estimation.lengths import Lengths
 from notus.estimation.timing import arithmetic
-from notus.model.arithmetic import dimensions
+from notus.model.arithmetic import dimensions, visible_pairs
 from notus.model.lora import inject_lora
 from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, model_size, moments
 
@@ -39,6 +39,7 @@ class Case:
     rank: int
     checkpointing: str
     optimizer: str
+    optimizer_dtype: str = "fp32"
 
     def __str__(self) -> str:
         return f"{f'LoRA {self.rank}' if self.rank else 'full':<8} {self.checkpointing:<9} {self.optimizer:<7}"
@@ -49,7 +50,7 @@ def cases(rank: int = 16) -> list[Case]:
     return [Case(*each) for each in itertools.product((0, rank), CHECKPOINTING, ("rmsprop", "adamw"))]
 
 
-def size_of(config: MistralConfig, rank: int) -> ModelSize:
+def size_of(config: PreTrainedConfig, rank: int) -> ModelSize:
     """The sizes of a model with adapters as the tracked one has them."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -67,29 +68,42 @@ def job_of(case: Case, row: tuple[int, list[int], int], world_size: int = 8, **o
         tokens_per_row=tokens,
         scored_per_row=examples * sum(branches),
         optimizer=case.optimizer,
+        optimizer_dtype=case.optimizer_dtype,
         activation_checkpointing=case.checkpointing,
         key_ratio=examples * (len(branches) * trunk + sum(branches)) / tokens,
         **options,
     )
 
 
-def compare(case: Case, config: MistralConfig, row: tuple[int, list[int], int]) -> tuple[Footprint, Footprint, Tracked]:
+def compare(
+    case: Case, config: PreTrainedConfig, row: tuple[int, list[int], int]
+) -> tuple[Footprint, Footprint, Tracked]:
     """(estimate of the rows, of the update, what the trackers saw)."""
     seen = tracked_step(
-        config, row=row, optimizer=case.optimizer, lora_rank=case.rank, activation_checkpointing=case.checkpointing
+        config,
+        row=row,
+        optimizer=case.optimizer,
+        optimizer_dtype=case.optimizer_dtype,
+        lora_rank=case.rank,
+        activation_checkpointing=case.checkpointing,
     )
     *rows, update = moments(size_of(config, case.rank), job_of(case, row))
     return max(rows, key=lambda moment: moment.total), update, seen
 
 
-def flops_ratio(case: Case, config: MistralConfig, row: tuple[int, list[int], int], seen: int) -> float:
-    """Estimated operations of a row, recomputation included, over those that `FlopCounterMode` counted."""
+def flops_ratio(case: Case, config: PreTrainedConfig, row: tuple[int, list[int], int], seen: int) -> float:
+    """Estimated operations of a row's matrix products, recomputation included, attention left out, over those that
+    `FlopCounterMode` counted."""
     trunk, branches, examples = row
     lengths = Lengths(np.array([trunk]), np.array([branches]), "one")
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    work = arithmetic(size_of(config, case.rank), dimensions(causal_lm), lengths, case.checkpointing)
-    return examples * work.hardware / seen
+    size = dimensions(causal_lm)
+    work = arithmetic(size_of(config, case.rank), size, lengths, case.checkpointing)
+    pairs = visible_pairs(lengths.trunks, lengths.branches).item()
+    passes = 4 if case.checkpointing == "full" else 3  # a backward pass is two
+    attention = passes * 4 * size.layers * size.attention_width * pairs
+    return examples * (work.hardware - attention) / seen
 
 
 def main() -> None:

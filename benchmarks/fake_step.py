@@ -176,7 +176,9 @@ def tracked_step(
                 found.append(_peak(tracker))
                 stepper.zero_grad(set_to_none=True)
     (rows_peak, rows_parts), (update_peak, update_parts) = found
-    return Tracked(rows_peak, rows_parts, update_peak, update_parts, counter.get_total_flops())
+    # of attention, the counter takes every pair of a query and a key for visible
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "varlen" not in str(op))
+    return Tracked(rows_peak, rows_parts, update_peak, update_parts, products)
 
 
 def _peak(tracker: FSDPMemTracker) -> tuple[int, dict[str, int]]:

@@ -66,20 +66,23 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     setting, source = _setting(config, args, lengths)
     plan = make_plan(setting)
     unit = "pairs" if config.task == "dpo" else "examples"
-    lines = [*report.head(setting, source, args.gpu), "", *report.memory(plan), "", *report.step(plan, unit)]
-    lines += [*report.advice(plan), ""]
-    held_out = config.data.eval_size
+    lines = [*report.head(setting, source, args.gpu), "", *report.memory(plan), ""]
+    if setting.cpu_offload:
+        return [*lines, report.OFFLOADED]
+    lines += [*report.step(plan, unit), *report.advice(plan), ""]
     steps = config.training.max_steps
     if rows is not None:
-        whole = math.ceil((rows - held_out) / config.training.batch_size) * config.training.epochs
+        whole = math.ceil((rows - config.data.eval_size) / config.training.batch_size) * config.training.epochs
         steps = whole if steps is None else min(steps, whole)
     if steps is None:
         return [*lines, "Hours: how many examples the data holds is not known here; give --examples."]
     every = config.training.eval_every
-    reference = (rows or 0) if config.task == "dpo" else 0
+    held_out = config.data.eval_size if config.data.eval is None else _rows(config.data.eval)
+    besides = 0 if config.data.eval is None else held_out or 0
+    reference = (rows or 0) + besides if config.task == "dpo" else 0
     evaluations = math.ceil(steps / every) if every else 1
     return lines + report.run_time(
-        plan, unit, steps=steps, reference=reference, evaluations=evaluations, held_out=held_out, price=args.price
+        plan, steps=steps, reference=reference, evaluations=evaluations, held_out=held_out, price=args.price
     )
 
 
@@ -126,9 +129,21 @@ def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | 
     means = parse_means(args.lengths, branches) if args.lengths else TYPICAL[: branches + 1]
     data = config.data
     lengths = draw(means, max_length=data.max_length, max_prompt_length=data.max_prompt_length or data.max_length // 2)
-    known = [KNOWN_ROWS.get(source["path"]) for source in data.train]
-    rows = None if None in known else round(sum(n * s["weight"] for n, s in zip(known, data.train, strict=True)))
-    return lengths, args.examples or rows
+    return lengths, args.examples or _rows(data.train)
+
+
+def _rows(sources: list[dict[str, Any]]) -> int | None:
+    """How many examples, of known data sets and of small local files with one on each line; None: not known."""
+    total = 0.0
+    for source in sources:
+        path = Path(source["path"])
+        count = KNOWN_ROWS.get(source["path"])
+        if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size <= SMALL_DATA:
+            count = sum(not line.isspace() for line in path.open("rb"))
+        if count is None:
+            return None
+        total += count * source["weight"]
+    return round(total)
 
 
 def _tokenised(config: Config) -> "Lengths | None":

@@ -63,6 +63,17 @@ def test_the_other_recipes_fit(capsys, name):
         ("NVIDIA L4", "l4"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A30", "a30"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA A800-SXM4-80GB", "a800"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Quadro RTX 6000", None),
         ("Tesla T4", None),
     ],
 )
@@ -92,6 +103,44 @@ def test_more_is_needed_for_more(capsys):
     ):  # fmt: skip
         assert number(told(capsys, FULL, change), pattern) > least, change
     assert number(told(capsys, FULL, "--training.cpu_offload=true"), pattern) < least
+
+
+def test_offload_tells_the_hosts_memory_and_no_hours(capsys):
+    pattern = r"host memory .*: ([\d.]+) GiB"
+    offload = "--training.cpu_offload=true"
+    text = told(capsys, FULL, offload)
+    assert "time: not estimated with training.cpu_offload" in text
+    assert "pairs/s" not in text
+    assert " h\n" not in text
+    billions = 7.2417
+    assert number(text, pattern) == pytest.approx(12 * billions / 1.0737, rel=1e-3)
+    text = told(capsys, FULL, offload, "--training.optimizer=adamw", "--training.optimizer_dtype=bf16")
+    assert number(text, pattern) == pytest.approx(12 * billions / 1.0737, rel=1e-3)
+    # frozen weights in bf16: little more than two bytes each
+    lora = told(capsys, str(RECIPES / "dpo-lora-8xa100-40gb.yaml"), offload)
+    assert 2 * billions < number(lora, pattern) * 1.0737 < 3 * billions
+
+
+def test_fp32_runs_at_the_rate_of_fp32(capsys):
+    text = told(capsys, FULL, "--training.precision=fp32", "--gpu=a40")
+    assert "of 37.4 TFLOP/s" in text
+    assert "of 150 TFLOP/s" in told(capsys, FULL, "--gpu=a40")
+
+
+def test_evaluation_on_a_file_of_its_own_is_counted_or_told(tmp_path, capsys):
+    pairs, pattern = write_pairs(tmp_path / "pairs.jsonl", 6), r"in all +([\d.]+) h"
+    changes = ("--data.eval_size=0", "--training.eval_every=1", f"--data.eval={pairs}", "--training.max_steps=1000")
+    text = told(capsys, FULL, *changes)
+    assert "not counted" not in text
+    assert number(text, r"evaluation +([\d.]+) h") > 0
+    text = told(capsys, FULL, *changes, f"--data.eval={tmp_path / 'elsewhere.parquet'}")
+    assert "evaluation on data.eval: not counted" in text
+    assert number(text, pattern) < number(told(capsys, FULL, *changes), pattern)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Qwen/Qwen3-4B", "4.02"), ("Qwen/Qwen3-8B", "8.19")])
+def test_known_models_have_their_sizes(capsys, name, billions):
+    assert f"{billions} billion parameters" in told(capsys, FULL, f"--model.name_or_path={name}")
 
 
 def test_hybrid_sharding_needs_the_memory_of_a_node(capsys):

@@ -44,6 +44,8 @@ _QWEN_7B = _config("qwen2", 28, 3584, 18944, 28, 4, 152064)
 _QWEN_14B = _config("qwen2", 48, 5120, 13824, 40, 8, 152064)
 _QWEN_32B = _config("qwen2", 64, 5120, 27648, 40, 8, 152064)
 _QWEN_72B = _config("qwen2", 80, 8192, 29568, 64, 8, 152064)
+_QWEN3_4B = _config("qwen3", 36, 2560, 9728, 32, 8, 151936, head_dim=128, tie_word_embeddings=True)
+_QWEN3_8B = _config("qwen3", 36, 4096, 12288, 32, 8, 151936, head_dim=128)
 
 # Hub ids without owner, lower case; fine-tuned models have the sizes of what they were tuned from.
 KNOWN = {
@@ -63,6 +65,7 @@ KNOWN = {
     "qwen2.5-14b": _QWEN_14B, "qwen2.5-14b-instruct": _QWEN_14B,
     "qwen2.5-32b": _QWEN_32B, "qwen2.5-32b-instruct": _QWEN_32B,
     "qwen2.5-72b": _QWEN_72B, "qwen2.5-72b-instruct": _QWEN_72B,
+    "qwen3-4b": _QWEN3_4B, "qwen3-4b-base": _QWEN3_4B, "qwen3-8b": _QWEN3_8B, "qwen3-8b-base": _QWEN3_8B,
 }  # fmt: skip
 
 

@@ -81,8 +81,8 @@ class Plan:
 
 
 def _peak(setting: Setting) -> float:
-    """Operations per second of one GPU; fp32 products are taken to run at a sixteenth of bf16's rate."""
-    return setting.gpu.teraflops * 1e12 / (1 if setting.precision == "bf16" else 16)
+    """Operations per second of one GPU."""
+    return setting.gpu.rate(setting.precision) * 1e12
 
 
 def make_plan(setting: Setting) -> Plan:

@@ -1,7 +1,7 @@
 """The estimate as text."""
 
 from notus.estimation.plan import Plan, Setting, fastest
-from notus.training.footprint import OPTIMIZER_STATES, RUNTIME_MARGIN
+from notus.training.footprint import BYTES, OPTIMIZER_STATES, RUNTIME_MARGIN
 
 NAMES = {
     "weights": "weights (this GPU's share; trained ones in fp32)",
@@ -15,6 +15,7 @@ NAMES = {
     "head": "head: logits of a chunk, its gradient in fp32",
     "batch": "batch",
 }
+OFFLOADED = "time: not estimated with training.cpu_offload (the host's link and optimizer are not modelled)"
 
 
 def gib(count: float) -> str:
@@ -31,9 +32,15 @@ def memory(plan: Plan) -> list[str]:
     lines.append(f"  {'margin: CUDA context, NCCL, fragmentation (assumed)':<50} {gib(RUNTIME_MARGIN):>7}")
     lines.append(f"  {'in all':<50} {gib(found.total + RUNTIME_MARGIN):>8}")
     if setting.cpu_offload:
-        host = 4 * setting.size.trained * (2 + OPTIMIZER_STATES[setting.optimizer])
-        lines.append(f"  host memory for what is offloaded, all GPUs together: {gib(host)} GiB")
+        lines.append(f"  host memory for what is offloaded, all GPUs of a replica together: {gib(_host(setting))} GiB")
     return [*lines, verdict(plan)]
+
+
+def _host(setting: Setting) -> int:
+    """Bytes of weights (frozen ones in the computation's dtype), gradients and optimizer state."""
+    states = OPTIMIZER_STATES[setting.optimizer] * BYTES[setting.optimizer_dtype]
+    frozen = setting.size.parameters - setting.size.trained
+    return (4 + 4 + states) * setting.size.trained + BYTES[setting.precision] * frozen
 
 
 def verdict(plan: Plan) -> str:
@@ -73,14 +80,14 @@ def advice(plan: Plan) -> list[str]:
 def step(plan: Plan, unit: str) -> list[str]:
     """What one optimizer step does and takes."""
     setting, work = plan.setting, plan.arithmetic
-    examples = setting.batch_size
+    examples, rate = setting.batch_size, setting.gpu.rate(setting.precision)
     bound = "computation" if plan.compute >= plan.communication else "COMMUNICATION, which computation cannot hide"
     return [
         f"Step of {examples} {unit}",
         f"  rows per GPU {plan.steps.rows:.1f} (fullest {plan.steps.fullest} tokens), heaviest GPU "
         f"{plan.steps.imbalance - 1:.1%} above the mean",
         f"  necessary operations {examples * work.necessary:.3g}, with recomputation {examples * work.hardware:.3g}",
-        f"  computation {plan.compute:.2f} s at {setting.utilisation:.0%} of {setting.gpu.teraflops:g} TFLOP/s "
+        f"  computation {plan.compute:.2f} s at {setting.utilisation:.0%} of {rate:g} TFLOP/s "
         "(an assumption; measured on a GPU: not run)",
         f"  communication {plan.communication:.2f} s beside it; the step is bound by {bound}",
         f"  {plan.seconds:.2f} s, {examples / plan.seconds:.2f} {unit}/s, MFU on necessary operations {plan.mfu:.0%}",
@@ -88,16 +95,18 @@ def step(plan: Plan, unit: str) -> list[str]:
 
 
 def run_time(
-    plan: Plan, unit: str, *, steps: int, reference: int, evaluations: int, held_out: int, price: float | None
+    plan: Plan, *, steps: int, reference: int, evaluations: int, held_out: int | None, price: float | None
 ) -> list[str]:
-    """Hours and cost. `reference`: rows of the reference pass; `evaluations` of `held_out` rows each."""
+    """Hours and cost. `reference`: rows of the reference pass; `evaluations` of `held_out` rows each, None: unknown."""
     parts = {
         "reference pass": reference * plan.scoring,
         "training": steps * plan.seconds,
-        "evaluation": evaluations * held_out * plan.scoring,
+        "evaluation": evaluations * (held_out or 0) * plan.scoring,
     }
     lines = [f"Run of {steps} steps"]
     lines += [f"  {name:<16} {seconds / 3600:>8.2f} h" for name, seconds in parts.items() if seconds]
+    if held_out is None:
+        lines.append("  evaluation on data.eval: not counted")
     hours = sum(parts.values()) / 3600
     lines.append(f"  {'in all':<16} {hours:>8.2f} h, {hours * plan.setting.gpus:.1f} GPU-hours")
     if price is not None:

@@ -74,16 +74,15 @@ def arithmetic(size: ModelSize, dimensions: Dimensions, lengths: Lengths, checkp
     pairs = visible_pairs(lengths.trunks, lengths.branches).mean()
     attention = 4 * dimensions.layers * dimensions.attention_width * pairs
     linear, head = forward - attention, 2 * dimensions.head_weights * scored.mean()
-    if size.trained == size.parameters:
-        necessary = 3 * forward
-    else:
-        adapters = 6 * size.trained * lengths.totals.mean()
-        necessary = 2 * linear + 3 * attention + adapters
+    full = size.trained == size.parameters
+    adapters = 0.0 if full else 2 * size.trained * lengths.totals.mean()
+    necessary = 3 * forward if full else 2 * linear + 3 * attention + 3 * adapters
     body = linear - head
     last, everything = size.linears[-1], sum(linear.inputs * linear.outputs for linear in size.linears)
     # recomputation ends before the last product, whose output no backward pass reads
     block = body * (1 - last.inputs * last.outputs / everything) + attention
-    again = {"none": 0.0, "full": block, "selective": body * _recomputed_share(size)}[checkpointing]
+    selective = body * _recomputed_share(size)
+    again = {"none": 0.0, "full": block + adapters, "selective": selective + adapters}[checkpointing]
     return Arithmetic(float(forward), float(necessary), float(necessary + again + head))
 
 

@@ -6,22 +6,28 @@ footprint is the largest. What is counted is what PyTorch's own memory tracker s
 (benchmarks/estimator.py holds the two side by side); the CUDA context, NCCL's buffers and the allocator's gaps are not,
 see `RUNTIME_MARGIN`.
 
-Blocks are taken to be all alike. Compiled blocks keep less than is counted here: the figures are an upper bound then.
+Blocks are taken to be all alike. Compiled blocks are counted as if they were not compiled: they should keep less, which
+was not measured.
 """
 
 import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from notus.model.fused import NORMS
+from notus.model.logprobs import CHUNK_TOKENS
+from notus.training.checkpointing import MODES
+from notus.training.optimizers import CHUNK
+
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
-CHECKPOINTING = ("none", "selective", "full")  # the faster ones first
+CHECKPOINTING = MODES  # the faster ones first
 OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
 BYTES = {"bf16": 2, "fp32": 4}
-CHUNK_TOKENS = 1024  # of `notus.model.logprobs`
-PIECE = 64 * 2**20  # of an update, see `notus.training.optimizers`
-PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 2.5, ("adamw", "fp32"): 0, ("adamw", "bf16"): 2.5}
+PIECE = 4 * CHUNK["cuda"]  # bytes of an update's piece, and how many of them it takes: see `notus.training.optimizers`
+PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 3, ("adamw", "fp32"): 0, ("adamw", "bf16"): 3.5}
 # An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
 RUNTIME_MARGIN = 3 * 2**30
 
@@ -48,6 +54,7 @@ class ModelSize:
         vocabulary: rows of the head.
         linears: of a block, in the order of its forward pass.
         norms: widths of a block's norms.
+        fused: they keep their input alone, see `notus.model.fused`.
         block, block_trained: parameters of a block, adapters included, and those of them that are trained.
         root, root_trained: parameters outside the blocks (embedding, final norm, head; a tied one once).
         dropout: the adapters drop some of their input.
@@ -66,6 +73,19 @@ class ModelSize:
     root: int
     root_trained: int
     dropout: bool = False
+    fused: bool = True
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP, whose last product is the block's last."""
+        return self.linears[-1].inputs
+
+    @property
+    def factors(self) -> int:
+        """Outputs of the products before the last: twice the MLP's width if it is gated, in one product or two."""
+        fitting = (self.inner, 2 * self.inner)
+        before = [linear for linear in self.linears[-3:-1] if linear.name != "o_proj"]
+        return sum(linear.outputs for linear in before if linear.outputs in fitting)
 
     @property
     def parameters(self) -> int:
@@ -85,40 +105,51 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
         causal_lm: the model.
         layers: how many blocks to count, if not those that it has: a model of one block stands for a deep one.
     """
-    from torch import nn
-
     config, block = causal_lm.config, causal_lm.get_decoder().layers[0]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
     counts = _counts(block)
     whole, stack = _counts(causal_lm), _counts(causal_lm.get_decoder().layers)
     modules = dict(block.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linears = {name: modules[name] for name in _in_forward_order(modules)}
+    norms = {name: module for name, module in modules.items() if "norm" in name}
     return ModelSize(
         layers=layers or config.num_hidden_layers,
         hidden=config.hidden_size,
-        query_width=config.num_attention_heads * head_dim,
+        query_width=heads * head_dim,
         key_width=groups * head_dim,
-        heads=config.num_attention_heads,
+        heads=heads,
         vocabulary=causal_lm.get_output_embeddings().weight.shape[0],
         linears=tuple(
             Linear(name.rpartition(".")[2], module.in_features, module.out_features, getattr(module, "rank", 0))
             for name, module in linears.items()
         ),
         norms=tuple(
-            (config.num_attention_heads if "q_" in name else groups if "k_" in name else 1) * module.weight.numel()
-            for name, module in modules.items()
-            if "norm" in name
+            {"q_norm": heads, "k_norm": groups}.get(name.rpartition(".")[2], 1) * head_dim
+            if module.weight.numel() == head_dim  # each head by itself
+            else module.weight.numel()
+            for name, module in norms.items()
         ),
         block=counts[0],
         block_trained=counts[1],
         root=whole[0] - stack[0],
         root_trained=whole[1] - stack[1],
         dropout=any(getattr(module, "dropout", 0.0) > 0 for module in linears.values()),
+        fused=all(type(module).__name__ in NORMS for module in norms.values()),
     )
 
 
-def _counts(module: "nn.Module") -> tuple[int, int]:  # type: ignore[name-defined]  # noqa: F821
+def _in_forward_order(modules: "dict[str, nn.Module]") -> list[str]:
+    """Names of a block's linear layers; some families declare the attention's last product first."""
+    from torch import nn
+
+    names = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    parents = [name.rpartition(".")[0] for name in names]
+    return sorted(names, key=lambda name: (parents.index(name.rpartition(".")[0]), name.endswith("o_proj")))
+
+
+def _counts(module: "nn.Module") -> tuple[int, int]:
     """Parameters, all and trained; a tied one once."""
     found = list(module.parameters())
     return sum(each.numel() for each in found), sum(each.numel() for each in found if each.requires_grad)
@@ -220,7 +251,9 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
     block, root = wide * size.block, wide * size.root
-    if share == 1:  # nothing is gathered: the cast copies of a rank's own weights are all that there is
+    if (
+        share == 1 and not job.cpu_offload
+    ):  # nothing is gathered: cast copies of the rank's own weights are all there is
         gathered = size.layers * block + root
         while_block = while_head = while_reduced = gathered
     else:
@@ -270,17 +303,21 @@ def kept_per_block(size: ModelSize, job: Job) -> int:
 def activations_per_block(size: ModelSize, job: Job) -> int:
     """Bytes that autograd saves of a block's forward pass: what each operation's backward pass reads.
 
-    A norm keeps its input (`notus.model.fused`); a linear layer its input if its weight is trained, or its adapter
-    reads it; attention its queries, gathered keys and values, output and
-    normalisers; the gated MLP both factors and what the activation function was given.
+    A norm keeps what `_norms` says; a linear layer its input if its weight is trained, or its adapter reads it;
+    attention its queries, gathered keys and values, output and normalisers; the gated MLP both factors and what the
+    activation function was given.
     """
     wide, trained = BYTES[job.precision], size.block_trained == size.block
-    norms = sum(size.norms) * wide
+    norms = _norms(sum(size.norms), size, wide, trained)
     attention = 2 * wide * size.query_width + 2 * wide * size.key_width * job.key_ratio + 4 * size.heads
-    inner = max(linear.outputs for linear in size.linears)
-    gated = sum(linear.inputs == size.hidden and linear.outputs == inner for linear in size.linears) > 1
-    mlp = wide * inner * (3 if gated else 1)
+    mlp = wide * size.inner * (3 if size.factors == 2 * size.inner else 1)
     return math.ceil(job.tokens_per_row * (norms + attention + mlp + _linear_inputs(size, wide, trained)))
+
+
+def _norms(width: int, size: ModelSize, wide: int, trained: bool) -> int:
+    """Bytes per token that norms of `width` together keep: their input; those that are not fused (`notus.model.fused`)
+    keep it in fp32, and what their weight is multiplied with if it is trained."""
+    return width * (wide if size.fused else 4 + wide * trained)
 
 
 def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
@@ -288,7 +325,7 @@ def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
     kept by the attention."""
     total, seen = 0, ""
     for linear in size.linears:
-        shared = f"{linear.inputs}" + ("gate up" if linear.name in ("gate_proj", "up_proj") else "qkv")
+        shared = f"{linear.inputs}" + ("gate up" if linear.name in ("gate_proj", "up_proj", "gate_up_proj") else "qkv")
         if (trained or (linear.rank and not size.dropout)) and linear.name != "o_proj" and shared != seen:
             total += wide * linear.inputs
             seen = shared
@@ -300,14 +337,14 @@ def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
 def _final(size: ModelSize, job: Job) -> int:
     """The final norm, and the hidden states of scored positions."""
     wide = BYTES[job.precision]
-    norm = job.tokens_per_row * size.hidden * wide
+    norm = job.tokens_per_row * _norms(size.hidden, size, wide, size.root_trained > 0)
     return norm + job.scored_per_row * (wide * size.hidden + 16)
 
 
 def _working(size: ModelSize, job: Job) -> int:
     """A block's intermediate gradients, and its activations if they are computed again."""
     wide = BYTES[job.precision]
-    inner = max(linear.outputs for linear in size.linears)
+    inner = size.inner
     extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (
         wide * size.hidden * inner if size.root_trained else 0
     )
@@ -315,7 +352,8 @@ def _working(size: ModelSize, job: Job) -> int:
         return extra
     again = activations_per_block(size, job)
     if job.activation_checkpointing == "selective":
-        again -= job.tokens_per_row * (wide * (size.query_width + inner) + 4 * size.heads)
+        kept = sum(linear.outputs for linear in size.linears[::2] if linear.outputs in (inner, 2 * inner))
+        again -= job.tokens_per_row * (wide * (size.query_width + kept) + 4 * size.heads)
     return again + extra
 
 

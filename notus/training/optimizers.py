@@ -6,8 +6,8 @@ piece (`CHUNK` numbers of 4 bytes: 64 MiB on a GPU, 1 MiB on a CPU, where a piec
 
 | | fp32 states | bf16 states |
 |---|---|---|
-| RMSprop | C (the denominators) | 3 C (and the average in fp32, and random bits) |
-| AdamW, fused | 0 | 3 C (both averages in fp32, and random bits of one) |
+| RMSprop | C (the denominators) | 3 C (and the average in fp32, that of the piece before still held) |
+| AdamW, fused | 0 | 3.5 C (both averages in fp32, random bits of one, and that one rounded) |
 
 and C more for RMSprop with weight decay.
 
