@@ -1,7 +1,7 @@
 """One command to check a GPU: is what it computes right, how fast is it, and where does the time go.
 
     python benchmarks/gpu.py [--minutes 8] [--output FILE.json]
-    python benchmarks/gpu.py --cpu        # the same code on a toy model, in seconds
+    python benchmarks/gpu.py --cpu        # the same code on a toy model, in a minute or two
 
 Needs torch, transformers, safetensors, numpy and this project alone; TRL is measured beside it where it is installed.
 Ends with exit code 1 if a comparison is out of tolerance, or if a row failed for another reason than memory or time.

@@ -182,9 +182,14 @@ def compare(bench: Bench) -> Comparison:
     return Comparison(runs, machines, bench.args.num_pairs, bench.args.batch_size, not_run)
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """What a result follows from: not where it is written."""
+    return {name: value for name, value in vars(args).items() if name not in ("results", "plot", "stored")}
+
+
 def write_results(path: Path, args: argparse.Namespace, comparison: Comparison, shown: str) -> None:
     """The table, the settings and every outcome; token digests, which only the check needs, are left out."""
-    results = {"table": shown.splitlines(), "settings": vars(args), **dataclasses.asdict(comparison)}
+    results = {"table": shown.splitlines(), "settings": settings_of(args), **dataclasses.asdict(comparison)}
     for run in results["runs"]:
         del run["outcome"]["tokens"]
     path.write_text(json.dumps(results, indent=1, default=str) + "\n")

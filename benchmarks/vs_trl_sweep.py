@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, ins
 from report import Comparison, check_losses, check_tokens, loss_distance
 from sweep_report import draw, table
 from synthetic_pairs import make_pairs
-from vs_trl import TOLERANCE, Bench, able, call, parser_of_both, run_sides
+from vs_trl import TOLERANCE, Bench, able, call, parser_of_both, run_sides, settings_of
 
 LONGEST = 2048  # where the made models' positions end
 
@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     results = {
         "machine": comparison.runs[0].outcome.machine,
         "not_run": able(args.sides)[1],
-        "settings": vars(args),
+        "settings": settings_of(args),
         "points": points,
     }
     return results, faults

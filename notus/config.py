@@ -247,7 +247,10 @@ def config_from_dict(
         if conflict is not None:
             raise conflict
     except Refused as refusal:
-        raise ValueError(f"{(origins or {}).get(refusal.key, source)}: {refusal.key} {refusal}") from None
+        was_bool = any(f"not {value}" in str(refusal) for value in (True, False))
+        old = was_bool and refusal.key == "training.activation_checkpointing"
+        hint = " (true is full now, false is none)" if old else ""
+        raise ValueError(f"{(origins or {}).get(refusal.key, source)}: {refusal.key} {refusal}{hint}") from None
     return config
 
 

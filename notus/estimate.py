@@ -28,8 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=("dpo", "sft"), help="default: sft if the file's name has it, else dpo")
     parser.add_argument("--gpus", type=count, default=8, help="how many (default: 8)")
-    parser.add_argument("--gpu", default="a100-40gb", help="which: a100-40gb, h100, h200, ... (default: a100-40gb)")
-    parser.add_argument("--lengths", metavar="TRUNK,BRANCH,...", help="mean tokens, in place of the data's own")
+    parser.add_argument("--gpu", default="a100-40gb", help="which: a100-80gb, h100, ...; an unknown one lists all")
+    parser.add_argument(
+        "--lengths",
+        metavar="TRUNK,BRANCH,...",
+        help="mean tokens of prompt, chosen and rejected (SFT: prompt, answer), in place of those of the data, which "
+        "is read if it is local and small",
+    )
     parser.add_argument("--examples", type=count, help="training examples, if the data is not at hand")
     parser.add_argument(
         "--utilisation", type=_share, default=0.45, help="share of the peak reached, an assumption (default: 0.45)"
@@ -39,9 +44,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and at most 1")
     return value
 
 
@@ -122,6 +130,9 @@ def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | 
     from notus.estimation.lengths import TYPICAL, draw, parse_means
 
     branches = 2 if config.task == "dpo" else 1
+    for source in config.data.train:
+        if Path(source["path"]).suffix in (".jsonl", ".json", ".parquet") and not Path(source["path"]).is_file():
+            raise ValueError(f"data.train: {source['path']}: no such file")
     if args.lengths is None:
         found = _tokenised(config)
         if found is not None:

@@ -317,3 +317,11 @@ def test_there_are_configs() -> None:
     names = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
     assert {"demo/sft.yaml", "demo/dpo.yaml", "demo/dpo-lora.yaml"} <= names
     assert {f"notus-7b-v1/{kind}-8xa100-40gb.yaml" for kind in ("dpo-full", "dpo-lora", "sft")} <= names
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_an_older_dial_of_checkpointing_is_told_what_it_is_called_now(minimal: str, value: str) -> None:
+    with pytest.raises(ValueError, match=r"activation_checkpointing must be .*\(true is full now, false is none\)"):
+        load(minimal, f"--training.activation_checkpointing={value}")
+    with pytest.raises(ValueError, match=r"activation_checkpointing must be [^(]*$"):
+        load(minimal, "--training.activation_checkpointing=most")

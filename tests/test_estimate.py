@@ -191,3 +191,11 @@ def test_a_configuration_file_stands_for_the_model(tmp_path, capsys):
 )
 def test_mistakes_are_told_in_a_line(capsys, words, error):
     assert error in refused(capsys, FULL, *words)
+
+
+def test_a_data_file_that_is_not_there_is_named(capsys):
+    assert "data.train: nosuch.jsonl: no such file" in refused(capsys, FULL, "--data.train=nosuch.jsonl")
+
+
+def test_all_gpus_that_begin_as_asked_are_offered(capsys):
+    assert "did you mean a100-40gb or a100-80gb?" in refused(capsys, FULL, "--gpu", "a100")

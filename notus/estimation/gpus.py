@@ -68,8 +68,8 @@ def find_gpu(name: str) -> GPU:
     """Raises ValueError, naming the nearest one, for a GPU that is not known."""
     key = name.lower().replace(" ", "").replace("_", "-")
     if key not in GPUS:
-        near = difflib.get_close_matches(key, GPUS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(GPUS)}"
+        near = [known for known in GPUS if known.startswith(key)] or difflib.get_close_matches(key, GPUS, n=1)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"take one of {', '.join(GPUS)}"
         raise ValueError(f"--gpu {name}: not a GPU that the estimate knows; {hint}")
     return GPUS[key]
 

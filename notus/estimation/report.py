@@ -61,8 +61,8 @@ def _remedy(plan: Plan) -> str:
             f"training.activation_checkpointing={best.setting.checkpointing} ({gib(best.spare)} GiB to spare)."
         )
     return (
-        "No row size or checkpointing helps: take more GPUs or larger ones, training.optimizer_dtype=bf16, "
-        "lora.rank, or as a last resort training.cpu_offload=true."
+        "No row size or checkpointing helps: take more GPUs or larger ones, set lora.rank, or as a last resort "
+        "training.cpu_offload=true."
     )
 
 

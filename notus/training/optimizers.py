@@ -6,8 +6,8 @@ piece (`CHUNK` numbers of 4 bytes: 64 MiB on a GPU, 1 MiB on a CPU, where a piec
 
 | | fp32 states | bf16 states |
 |---|---|---|
-| RMSprop | C (the denominators) | 3 C (and the average in fp32, that of the piece before still held) |
-| AdamW, fused | 0 | 3.5 C (both averages in fp32, random bits of one, and that one rounded) |
+| RMSprop | C (the denominators) | 2.5 C (the average in fp32; random bits and what they round, once the denominators are gone) |
+| AdamW, fused | 0 | 3 C (both averages in fp32, random bits of one; half a C more if one tensor fills a piece) |
 
 and C more for RMSprop with weight decay.
 
@@ -66,6 +66,7 @@ class InPieces(torch.optim.Optimizer):
                     for column, rounded in zip(exact, columns, strict=True):
                         for average, place in zip(column, rounded, strict=True):
                             place.copy_(round_at_random(average, noise))
+                    del average, column  # or the last of them would stay through the next piece
 
     def update(
         self, values: list[Tensor], gradients: list[Tensor], averages: list[list[Tensor]], group: Any, step: Tensor

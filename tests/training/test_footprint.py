@@ -59,7 +59,7 @@ def test_the_update_by_hand():
     assert update.total == 4 * 680
     adamw = moments(TOY, dataclasses.replace(JOB, optimizer="adamw", optimizer_dtype="bf16"))[-1]
     assert adamw.optimizer_state == 680  # two states of half the size
-    assert adamw.optimizer_temporaries == 3.5 * 680  # all in one piece
+    assert adamw.optimizer_temporaries == 3 * 680  # all in one piece
 
 
 def test_what_a_block_keeps_by_hand():
