@@ -22,7 +22,8 @@ from notus.estimation.lengths import Lengths
 from notus.estimation.timing import arithmetic
 from notus.model.arithmetic import dimensions, visible_pairs
 from notus.model.lora import inject_lora
-from notus.training.footprint import CHECKPOINTING, Footprint, Job, ModelSize, model_size, moments
+from notus.model.size import ModelSize, model_size
+from notus.training.footprint import CHECKPOINTING, Footprint, Job, moments
 
 SHAPES = {
     "mid": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4,

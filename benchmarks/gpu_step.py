@@ -17,10 +17,11 @@ from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
 from notus.model.lora import LoRALinear, cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
+from notus.model.size import ModelSize, model_size
 from notus.model.support import disable_dropout
 from notus.model.weights import materialise
 from notus.training.distributed import mesh
-from notus.training.footprint import Job, ModelSize, footprint, model_size
+from notus.training.footprint import Job, footprint
 from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
 from notus.training.parallel import COMPUTE_DTYPES, expect_last_row, parallelize
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from notus.entry import first_line
 from notus.model.arithmetic import Dimensions, dimensions
 from notus.model.lora import inject_lora
+from notus.model.size import ModelSize, model_size
 from notus.model.support import check_supported, disable_dropout
-from notus.training.footprint import ModelSize, model_size
 
 
 def _config(

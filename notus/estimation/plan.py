@@ -8,7 +8,8 @@ from notus.estimation.gpus import GPU, PER_NODE
 from notus.estimation.lengths import Lengths
 from notus.estimation.timing import Arithmetic, Steps, arithmetic, communication, pack
 from notus.model.arithmetic import Dimensions
-from notus.training.footprint import CHECKPOINTING, RUNTIME_MARGIN, Footprint, Job, ModelSize, footprint
+from notus.model.size import ModelSize
+from notus.training.footprint import CHECKPOINTING, RUNTIME_MARGIN, Footprint, Job, footprint
 
 
 @dataclasses.dataclass(frozen=True)

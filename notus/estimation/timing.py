@@ -14,7 +14,8 @@ from notus.data.packing import check_fits
 from notus.estimation.gpus import GPU, LINK_EFFICIENCY, PER_NODE
 from notus.estimation.lengths import Lengths
 from notus.model.arithmetic import Dimensions, forward_flops, visible_pairs
-from notus.training.footprint import BYTES, ModelSize
+from notus.model.size import ModelSize
+from notus.training.footprint import BYTES
 
 STEPS = 16
 SMALL_STEP = 512

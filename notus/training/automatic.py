@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from notus.model.size import model_size
 from notus.training.distributed import gather_objects, say, world_size
-from notus.training.footprint import RUNTIME_MARGIN, Job, fastest_checkpointing, footprint, model_size
+from notus.training.footprint import RUNTIME_MARGIN, Job, fastest_checkpointing, footprint
 
 GIB = 2**30
 

@@ -6,7 +6,7 @@ piece (`CHUNK` numbers of 4 bytes: 64 MiB on a GPU, 1 MiB on a CPU, where a piec
 
 | | fp32 states | bf16 states |
 |---|---|---|
-| RMSprop | C (the denominators) | 2.5 C (the average in fp32; random bits and what they round, once the denominators are gone) |
+| RMSprop | C (the denominators) | 2.5 C (the average in fp32, random bits, and what they round) |
 | AdamW, fused | 0 | 3 C (both averages in fp32, random bits of one; half a C more if one tensor fills a piece) |
 
 and C more for RMSprop with weight decay.

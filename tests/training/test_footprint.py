@@ -11,18 +11,16 @@ from toys import toy_model
 from transformers import AutoModelForCausalLM
 
 from notus.model.lora import inject_lora
+from notus.model.size import Linear, ModelSize, model_size
 from notus.training import footprint as footprint_module
 from notus.training import optimizers
 from notus.training.footprint import (
     RUNTIME_MARGIN,
     Job,
-    Linear,
-    ModelSize,
     activations_per_block,
     fastest_checkpointing,
     footprint,
     kept_per_block,
-    model_size,
     moments,
 )
 

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from transformers import MistralConfig
 
 from notus.data.packing import Example, collate
+from notus.model.size import model_size
 from notus.training import build
 from notus.training.build import build_policy
-from notus.training.footprint import Job, footprint, model_size
+from notus.training.footprint import Job, footprint
 from notus.training.optim import build_optimizer
 
 pytestmark = [
