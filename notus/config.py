@@ -247,9 +247,7 @@ def config_from_dict(
         if conflict is not None:
             raise conflict
     except Refused as refusal:
-        was_bool = any(f"not {value}" in str(refusal) for value in (True, False))
-        old = was_bool and refusal.key == "training.activation_checkpointing"
-        hint = " (true is full now, false is none)" if old else ""
+        hint = " (once true: full, false: none)" if refusal.key == "training.activation_checkpointing" else ""
         raise ValueError(f"{(origins or {}).get(refusal.key, source)}: {refusal.key} {refusal}{hint}") from None
     return config
 

@@ -9,7 +9,7 @@ from notus.estimation.lengths import Lengths
 from notus.estimation.timing import Arithmetic, Steps, arithmetic, communication, pack
 from notus.model.arithmetic import Dimensions
 from notus.model.size import ModelSize
-from notus.training.footprint import CHECKPOINTING, RUNTIME_MARGIN, Footprint, Job, footprint
+from notus.training.footprint import CHECKPOINTING, RUNTIME_MARGIN, Footprint, Job, fastest_checkpointing, footprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,8 @@ def _resolve(setting: Setting) -> Setting:
     """ "auto" as the trainer resolves it: the first that fits."""
     if setting.checkpointing != "auto":
         return setting
-    tried = (dataclasses.replace(setting, checkpointing=name) for name in CHECKPOINTING)
-    fits = (one for one in tried if footprint(one.size, job_of(one)).total + RUNTIME_MARGIN <= one.gpu.capacity)
-    return next(fits, dataclasses.replace(setting, checkpointing=CHECKPOINTING[-1]))
+    mode = fastest_checkpointing(setting.gpu.capacity, setting.size, job_of(setting))
+    return dataclasses.replace(setting, checkpointing=mode)
 
 
 def fastest(setting: Setting) -> Plan | None:

@@ -23,13 +23,16 @@ ATTENTIONS = frozenset(f"{family}Attention" for family in _FAMILIES)
 def fuse(causal_lm: PreTrainedModel) -> None:
     """Replace, in place, the forward of every norm and attention layer that is known here; others keep their own."""
     for module in causal_lm.modules():
-        kind = type(module)
-        if not kind.__module__.startswith("transformers.models."):
-            continue
-        if kind.__name__ in NORMS:
+        if is_known(module, NORMS):
             module.forward = functools.partial(_norm_forward, module)
-        elif kind.__name__ in ATTENTIONS:
+        elif is_known(module, ATTENTIONS):
             module.forward = functools.partial(_attention_forward, module)
+
+
+def is_known(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a module is transformers' own of one of these names, `NORMS` or `ATTENTIONS`."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
 
 
 class _RMSNorm(torch.autograd.Function):

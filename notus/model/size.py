@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from notus.model.fused import NORMS
+from notus.model.fused import NORMS, is_known
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +114,7 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
         root=whole[0] - stack[0],
         root_trained=whole[1] - stack[1],
         dropout=any(getattr(module, "dropout", 0.0) > 0 for module in linears.values()),
-        fused=all(type(module).__name__ in NORMS for module in norms.values()),
+        fused=all(is_known(module, NORMS) for module in norms.values()),
     )
 
 

@@ -123,9 +123,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
     block, root = wide * size.block, wide * size.root
-    if (
-        share == 1 and not job.cpu_offload
-    ):  # nothing is gathered: cast copies of the rank's own weights are all there is
+    if share == 1 and not job.cpu_offload:  # cast copies of the rank's own weights stay
         gathered = size.layers * block + root
         while_block = while_head = while_reduced = gathered
     else:
