@@ -18,7 +18,7 @@ HELP = {
     "demo": "make data, train a small model on it and align it, to see the whole path work",
     "curate": "turn UltraFeedback records into preference pairs",
     "reference": "fill the reference log-prob cache of a DPO config, and stop",
-    "evaluate": "measure on held-out pairs whether a model prefers the chosen completions",
+    "evaluate": "measure a model: preferences on held-out pairs, or another --suite",
     "generate": "complete the prompts of a file",
     "estimate": "say whether a run fits on given GPUs, how long it takes and what it costs",
     "export": "write a run's model out as a Hugging Face folder or a PEFT adapter",
@@ -58,16 +58,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         for name, line in HELP.items():
             subparser = subparsers.add_parser(name, help=line, description=line)
             if name == wanted:
-                declare, run = _load(name)
+                declare, run = _load(name, argv)
                 declare(subparser)
                 subparser.set_defaults(run=run)
         return parser.parse_args(argv)
 
 
-def _load(name: str) -> tuple[Declare, Run]:
+def _load(name: str, argv: list[str]) -> tuple[Declare, Run]:
     if name == "reference":
         return _declare_reference, _run_reference
     module = importlib.import_module(MODULES[name])
+    if name == "evaluate":  # its suites have arguments of their own
+        module = module.find_suite(argv)
     return module.add_arguments, module.run
 
 

@@ -254,7 +254,7 @@ def _win_rate(rows: list[dict[str, Any]], key: str) -> float:
 def _evaluate(folder: Path) -> dict[str, Any]:
     """What the DPO model makes of the held-out pairs, against the SFT model."""
     result, pairs = folder / "evaluation.json", folder / "data" / "pairs-eval.jsonl"
-    _command("evaluate", folder / "dpo", "--base", folder / "sft", "--pairs", pairs, "--output", result)
+    _command("preferences.command", folder / "dpo", "--base", folder / "sft", "--pairs", pairs, "--output", result)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 

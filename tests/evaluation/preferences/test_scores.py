@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from notus.evaluation.preferences import preference_metrics
+from notus.evaluation.preferences.scores import preference_metrics
 
 POLICY = torch.tensor([[-1.0, -3.0], [-2.0, -2.0], [-4.0, -1.0]])
 BASE = torch.tensor([[-2.0, -2.0], [-2.0, -2.0], [-1.0, -2.0]])

@@ -1,0 +1,161 @@
+"""`notus evaluate`: its figures are transformers' own, from full models, adapters, runs, and on two ranks."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from toys import toy_model, toy_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from notus.__main__ import main
+from notus.model.export import load_causal_lm
+
+FP32 = ["--precision", "fp32", "--max-length", "120"]
+
+
+@torch.no_grad()
+def logps(model, tokenizer, pairs_file):
+    """[n, 2] completion log-probs, each conversation by itself through transformers' forward."""
+    found = []
+    for line in pairs_file.read_text().splitlines():
+        row = json.loads(line)
+        start = len(tokenizer(row["prompt"]).input_ids)
+        sums = []
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([tokenizer(row["prompt"] + row[side] + "</s>").input_ids])
+            tokens = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            sums.append(tokens[start - 1 :].sum())
+        found.append(torch.stack(sums))
+    return torch.stack(found).double()
+
+
+def evaluate(tmp_path, *arguments):
+    output = tmp_path / "result.json"
+    assert main(["evaluate", *map(str, arguments), "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def check_rewards(result, policy, base, beta):
+    rewards = beta * (policy - base)
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert result["rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-5)
+    assert result["rewards/chosen"] == pytest.approx(rewards[:, 0].mean().item(), abs=1e-5)
+    assert result["rewards/accuracies"] == pytest.approx((margins > 0).double().mean().item())
+    assert result["loss"] == pytest.approx(torch.nn.functional.softplus(-margins).mean().item(), abs=1e-5)
+    assert result["logps/rejected"] == pytest.approx(policy[:, 1].mean().item(), abs=1e-4)
+
+
+def test_against_a_base_as_transformers_computes_it(tmp_path, capsys, model_folder, other_folder, pairs_file):
+    result = evaluate(tmp_path, other_folder, "--pairs", pairs_file, "--base", model_folder, "--beta", 0.3, *FP32)
+    policy, base = (
+        logps(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), pairs_file)
+        for folder in (other_folder, model_folder)
+    )
+    check_rewards(result, policy, base, 0.3)
+    assert (result["ranked_by"], result["num_pairs"], result["beta"]) == ("rewards", 10, 0.3)
+    table = capsys.readouterr().out
+    assert re.search(rf"reward .* {result['rewards/accuracies']:.4f}\n", table)
+    assert "rows: 10 read, 10 kept" in table
+
+
+def test_alone_by_log_prob(tmp_path, capsys, model_folder, pairs_file):
+    result = evaluate(tmp_path, model_folder, "--pairs", pairs_file, *FP32)
+    policy = logps(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        AutoTokenizer.from_pretrained(model_folder),
+        pairs_file,
+    )
+    assert result["ranked_by"] == "logps"
+    assert result["base"] is None
+    assert result["beta"] is None
+    assert result["logps/accuracies"] == pytest.approx((policy[:, 0] > policy[:, 1]).double().mean().item())
+    assert result["logps/margins"] == pytest.approx((policy[:, 0] - policy[:, 1]).mean().item(), abs=1e-4)
+    assert not {"rewards/accuracies", "loss"} & set(result)
+    assert "without a base" in capsys.readouterr().out
+
+
+def test_adapter_is_held_against_its_own_base(tmp_path, lora_run, model_folder, pairs_file):
+    result = evaluate(tmp_path, lora_run / "model", "--pairs", pairs_file, *FP32)
+    merged, tokenizer = load_causal_lm(lora_run, dtype=torch.float32, device="cpu")
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert result["base"] == str(model_folder)
+    check_rewards(result, logps(merged, tokenizer, pairs_file), logps(base, tokenizer, pairs_file), 0.1)
+    assert abs(result["rewards/margins"]) > 1e-3  # the adapter has learned something
+
+
+def test_run_brings_its_settings(tmp_path, full_run, model_folder, pairs_file):
+    result = evaluate(tmp_path, full_run, "--pairs", pairs_file, "--base", model_folder)
+    expected = {"precision": "fp32", "max_length": 120, "max_prompt_length": 60, "beta": 0.5}
+    assert {key: result[key] for key in expected} == expected
+    shorter = evaluate(tmp_path, full_run, "--pairs", pairs_file, "--max-length", "20", "--max-prompt-length", 10)
+    assert shorter["max_length"] == 20
+    assert shorter["logps/chosen"] > result["logps/chosen"]  # fewer tokens are left
+
+
+def test_tokens_per_row_does_not_matter(tmp_path, model_folder, pairs_file):
+    one = evaluate(tmp_path, model_folder, "--pairs", pairs_file, *FP32)
+    other = evaluate(tmp_path, model_folder, "--pairs", pairs_file, "--tokens-per-row", 60, *FP32)
+    assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-6)
+
+
+def refuse(capsys, *arguments):
+    assert main(["evaluate", *map(str, arguments)]) == 1
+    return capsys.readouterr().err
+
+
+def test_refuses(tmp_path, capsys, model_folder, pairs_file, full_run):
+    pairs = ["--pairs", pairs_file]
+    assert "--beta has no effect" in refuse(capsys, model_folder, *pairs, "--beta", 0.2)
+    assert "raise it" in refuse(capsys, model_folder, *pairs, "--tokens-per-row", 3, *FP32)
+    assert "no such folder" in refuse(capsys, tmp_path / "none", *pairs)
+    assert "no config.json" in refuse(capsys, tmp_path, *pairs)
+    assert "would replace the input" in refuse(capsys, model_folder, *pairs, "--output", pairs_file)
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model"))
+    assert "python -m notus export" in refuse(capsys, unfinished, *pairs)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_refuses_a_base_of_another_vocabulary(tmp_path, capsys, model_folder, pairs_file):
+
+    small = tmp_path / "small"
+    toy_model(vocab_size=300).save_pretrained(small)
+    told = refuse(capsys, model_folder, "--pairs", pairs_file, "--base", small, *FP32)
+    assert "does not fit the model" in told
+
+
+def test_refuses_log_probs_that_are_not_finite(tmp_path, capsys, pairs_file):
+
+    broken = tmp_path / "broken"
+    model = toy_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    model.save_pretrained(broken)
+    toy_tokenizer().save_pretrained(broken)
+    assert "not finite" in refuse(capsys, broken, "--pairs", pairs_file, *FP32)
+
+
+def test_empty_system_turn_is_the_runs_or_the_users(tmp_path, model_folder):
+    row = {"prompt": [{"role": "user", "content": "poem"}]}
+    row |= {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    pairs = tmp_path / "chat.jsonl"
+    pairs.write_text(json.dumps(row))
+    plain = evaluate(tmp_path, model_folder, "--pairs", pairs, *FP32)
+    system = evaluate(tmp_path, model_folder, "--pairs", pairs, "--add-empty-system", *FP32)
+    assert plain["logps/chosen"] != system["logps/chosen"]
+    assert (plain["add_empty_system"], system["add_empty_system"]) == (False, True)
+
+
+def test_swapped_pairs_flip_the_margin(tmp_path, model_folder, other_folder, pairs_file):
+    swapped = tmp_path / "swapped.jsonl"
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    swapped.write_text(
+        "\n".join(json.dumps({**row, "chosen": row["rejected"], "rejected": row["chosen"]}) for row in rows)
+    )
+    one, other = (
+        evaluate(tmp_path, other_folder, "--pairs", file, "--base", model_folder, *FP32)
+        for file in (pairs_file, swapped)
+    )
+    assert one["rewards/margins"] == pytest.approx(-other["rewards/margins"], rel=1e-5)

@@ -1,0 +1,28 @@
+"""Results of evaluations: read back as they were written; anything else names the file."""
+
+import pytest
+
+from notus.evaluation.results import Figure, Result, read_results, write_result
+
+RESULT = Result(
+    suite="open-llm",
+    model="runs/dpo",
+    figures=[Figure("ARC-Challenge", "acc_norm", 64.59, "%", stderr=1.4, count=1172, reference={"Zephyr": 62.03})],
+    settings={"precision": "bf16"},
+    details={"tasks": ["arc_challenge"]},
+    date="2026-11-22",
+)
+
+
+def test_results_are_read_back(tmp_path):
+    write_result(tmp_path / "evaluations" / "open-llm", RESULT)
+    assert read_results(tmp_path) == [RESULT]
+    assert read_results(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"suite": "x"}'])
+def test_a_damaged_result_is_named(tmp_path, content):
+    path = write_result(tmp_path / "evaluations" / "open-llm", RESULT)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"open-llm/result\.json: not the result"):
+        read_results(tmp_path)
