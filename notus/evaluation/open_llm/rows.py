@@ -2,12 +2,13 @@
 
 Texts are sorted as sequences of tokens, so those with a long common beginning stand together: the four options of a
 question, and the questions of a task whose examples are always the same. Neighbours become a group, one trunk and a
-branch each, as long as that saves tokens. Rows follow from the texts alone, so that their number of ranks changes
+branch each, where that saves tokens. Rows follow from the texts alone, so that their number of ranks changes
 nothing, not even by rounding.
 """
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,11 +51,6 @@ class Group:
     def tokens(self) -> int:
         """Tokens of the group in a row."""
         return self.trunk + sum(len(ids) - self.trunk for ids in self.inputs)
-
-    @property
-    def keys(self) -> int:
-        """Tokens that attention gathers: every input in full."""
-        return sum(len(ids) for ids in self.inputs)
 
 
 Row = list[Group]
@@ -105,23 +101,36 @@ def _inputs(texts: Sequence[Text]) -> list[tuple[np.ndarray, list[int]]]:
     return [(texts[longest].ids[:-1], wanted) for longest, wanted in found]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """Neighbours in sorted order, from `start` to before `stop`: `keys` tokens in all, `trunk` of each in common."""
+
+    start: int
+    stop: int
+    trunk: int
+    keys: int
+
+    @property
+    def tokens(self) -> int:
+        return self.keys - (self.stop - self.start - 1) * self.trunk
+
+
 def _groups(texts: Sequence[Text], tokens_per_row: int) -> list[Group]:
-    groups: list[Group] = []
-    for ids, wanted in _inputs(texts):
-        joined = _joined(groups[-1], ids, wanted) if groups else None
-        if joined and joined.tokens <= tokens_per_row and joined.keys <= _KEYS_PER_TOKEN * tokens_per_row:
-            groups[-1] = joined
-        else:
-            groups.append(Group(0, [ids], [wanted]))
-    return groups
-
-
-def _joined(group: Group, ids: np.ndarray, wanted: list[int]) -> Group | None:
-    """The group with one more input, if that takes fewer tokens than the input by itself."""
-    known = group.inputs[-1][: group.trunk or None]
-    trunk = _common(known, ids)
-    joined = Group(trunk, [*group.inputs, ids], [*group.wanted, wanted])
-    return joined if joined.tokens < group.tokens + len(ids) else None
+    """Join neighbours where that saves tokens and there is room; those with the most in common first."""
+    inputs = _inputs(texts)
+    alone = [_Span(number, number + 1, 0, len(ids)) for number, (ids, _) in enumerate(inputs)]
+    begins, ends = {span.start: span for span in alone}, {span.stop: span for span in alone}
+    common = [0, *(_common(first, second) for (first, _), (second, _) in itertools.pairwise(inputs))]
+    for place in sorted(range(1, len(inputs)), key=lambda place: -common[place]):
+        left, right = ends[place], begins[place]
+        joined = _Span(left.start, right.stop, common[place], left.keys + right.keys)
+        saves = joined.tokens < left.tokens + right.tokens
+        if saves and joined.tokens <= tokens_per_row and joined.keys <= _KEYS_PER_TOKEN * tokens_per_row:
+            del begins[place], ends[place]
+            begins[joined.start] = ends[joined.stop] = joined
+    return [
+        Group(span.trunk, *map(list, zip(*inputs[span.start : span.stop], strict=True))) for span in begins.values()
+    ]
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
