@@ -49,11 +49,6 @@ def write_task(folder: Path, task: str, kind: str, rows: list[dict], rest: str) 
     (folder / f"{task}.yaml").write_text(TASK.format(task=task, data=data, kind=kind) + rest)
 
 
-def read_task(folder: Path, task: str) -> list[dict]:
-    """A task's data."""
-    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """Three tasks: toy_choice, toy_generate (the toy model answers two of five right), toy_rolling; a group of two."""

@@ -16,15 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("lm_eval")
 
 from notus.__main__ import main
+from notus.evaluation.open_llm import tasks
+from notus.evaluation.open_llm.benchmarks import BY_TASK
 from notus.evaluation.results import read_result
 
 ALL = "toy_choice,toy_generate,toy_rolling"
 
 
-def evaluate(model, task_folder, out=None, *options, tasks=ALL, code=0):
-    where = ["--output", str(out)] if out else []
+def evaluate(model, task_folder, out, *options, tasks=ALL):
     local = ["--tasks", tasks, "--include-path", str(task_folder), "--precision", "fp32"]
-    assert main(["evaluate", str(model), "--suite", "open-llm", *local, *where, *options]) == code
+    assert main(["evaluate", str(model), "--suite", "open-llm", *local, "--output", str(out), *options]) == 0
 
 
 def read_task(folder: Path, task: str) -> list[dict]:
@@ -170,17 +171,34 @@ def told(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_wrong_names_are_told_before_the_model_is_loaded(task_folder, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def manager(task_folder):
+    """All of lm-eval's tasks and those of the tests; reading the files takes a while."""
+    return tasks._manager(["toy_group"], str(task_folder))
+
+
+def test_wrong_names_are_told_before_the_model_is_loaded(task_folder, manager, tmp_path, capsys, monkeypatch):
+    assert set(BY_TASK) <= set(manager.all_tasks)
     local = ["--include-path", task_folder]
-    error = told(capsys, tmp_path / "none", "--tasks", "toy_choise,toy_choice,hellaswaq", *local)
-    assert "no task 'toy_choise', near it are toy_choice" in error
-    assert "no task 'hellaswaq', near it are" in error
-    assert "hellaswag" in error
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "_manager", lambda *_: manager)
+        error = told(capsys, tmp_path / "none", "--tasks", "toy_choise,toy_choice,hellaswaq", *local)
+        assert "no task 'toy_choise', near it are toy_choice" in error
+        assert "no task 'hellaswaq', near it are" in error
+        assert "hellaswag" in error
+        assert "found in both" in told(capsys, tmp_path / "none", "--tasks", "toy_choice,toy_group", *local)
     assert "no such folder" in told(capsys, tmp_path / "none", "--tasks", "a", "--include-path", tmp_path / "gone")
     shutil.copytree(task_folder, tmp_path / "tasks")
     (tmp_path / "tasks" / "broken.yaml").write_text("task: broken\ndataset_path: json\noutput_type: generate_until\n")
     error = told(capsys, tmp_path / "none", "--tasks", "broken", "--include-path", tmp_path / "tasks")
     assert "the task broken or its data cannot be loaded" in error
+
+
+def test_a_group_stands_for_its_tasks(model_folder, task_folder, manager, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_manager", lambda *_: manager)
+    evaluate(model_folder, task_folder, tmp_path, tasks="toy_gr*")
+    names = [figure.name for figure in read_result(tmp_path / "result.json").figures]
+    assert names == ["toy_choice", "toy_choice", "toy_generate"]
 
 
 def test_what_would_have_no_effect_is_refused(model_folder, task_folder, tmp_path, capsys):
