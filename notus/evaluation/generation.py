@@ -87,6 +87,45 @@ def generate(
     return [_decode(tokenizer, ids, completed[index]) for index, ids in enumerate(encoded)]
 
 
+def sample_ids(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    seed: int = 42,
+    batch_size: int = 32,
+) -> tuple[list[list[int]], list[bool]]:
+    """A draw from the model's own distribution (temperature 1, all tokens) after each prompt; a collective.
+
+    Args:
+        causal_lm, tokenizer, max_new_tokens, seed, batch_size: as `generate` has them.
+        prompts: token ids, at least one each.
+
+    Returns:
+        The token ids of each completion, the one that ended it among them; and whether one did: else the completion was
+        cut at `max_new_tokens` or the end of the context.
+
+    Raises:
+        ValueError: a prompt that fills the context.
+    """
+    context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
+    room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    if min(room) < 1:
+        raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
+    config = _generation_config(causal_lm, tokenizer, 1.0, 1.0, 0)
+    batches = _batches(prompts, room, batch_size, seed)
+    new = {}
+    for number in _share(list(range(len(batches)))):
+        with _seeded(batches[number].seed or 0, causal_lm.device):
+            new[number] = _complete(causal_lm, batches[number], config, with_end=True)
+    completed: dict[int, list[int]] = {}
+    for number, drawn in _of_all_ranks(new).items():
+        completed.update(zip(batches[number].indices, drawn, strict=True))
+    drawn_ids = [completed[index] for index in range(len(prompts))]
+    return drawn_ids, [ids[-1] in config.eos_token_id for ids in drawn_ids]
+
+
 def generate_kept(
     causal_lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -192,8 +231,10 @@ def _of_all_ranks(new: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]
     return {number: ids for share in shares for number, ids in share.items()}
 
 
-def _complete(causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig) -> list[list[int]]:
-    """New token ids of one batch, EOS left out, each at most as long as its room."""
+def _complete(
+    causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig, *, with_end: bool = False
+) -> list[list[int]]:
+    """New token ids of one batch, EOS left out unless `with_end`, each at most as long as its room."""
     prompts = batch.prompts
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), config.pad_token_id)
@@ -207,7 +248,10 @@ def _complete(causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig
             input_ids=input_ids.to(causal_lm.device), attention_mask=attention_mask.to(causal_lm.device)
         )
     rows = output[:, width:].tolist()
-    return [_until(row[:limit], config.eos_token_id) for row, limit in zip(rows, batch.room, strict=True)]
+    return [
+        row[: min(limit, _end(row, config.eos_token_id) + with_end)]
+        for row, limit in zip(rows, batch.room, strict=True)
+    ]
 
 
 @contextmanager
@@ -221,9 +265,9 @@ def _own_defaults(causal_lm: PreTrainedModel, config: GenerationConfig) -> Itera
         causal_lm.generation_config = kept
 
 
-def _until(ids: list[int], ends: list[int]) -> list[int]:
-    """What stands before the first of `ends`."""
-    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+def _end(ids: list[int], ends: list[int]) -> int:
+    """How many tokens stand before the first of `ends`."""
+    return next((at for at, token in enumerate(ids) if token in ends), len(ids))
 
 
 @contextmanager
