@@ -84,7 +84,7 @@ def sample(
 ) -> Samples:
     """Draw a completion of each prompt at temperature 1 from the model or adapter in `folder`; collective.
 
-    Every rank holds the model while it draws. Transformers' generation computes in the precision of the scoring pass, so
+    Every rank holds the model while it draws. Generation computes in the precision of the scoring pass, so
     draws and scores are of one distribution but for rounding. Raises ValueError for a prompt that fills the context.
     """
     causal_lm, _ = load_causal_lm(
