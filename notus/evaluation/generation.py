@@ -14,7 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from notus.data.chat import ChatEncoder, Turns
 from notus.evaluation.kept import Batch, KeptTokens
@@ -67,15 +73,51 @@ def generate(
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
     encoded = [_encode(encoder, prompt, context, at) for prompt, at in zip(prompts, places, strict=True)]
-    room = [min(max_new_tokens, context - len(ids)) for ids in encoded]
+    completed = generate_ids(
+        causal_lm,
+        tokenizer,
+        encoded,
+        [min(max_new_tokens, context - len(ids)) for ids in encoded],
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        batch_size=batch_size,
+        kept=kept,
+    )
+    return [_decode(tokenizer, ids, new) for ids, new in zip(encoded, completed, strict=True)]
+
+
+def generate_ids(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    room: list[int],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 42,
+    batch_size: int = 32,
+    stop: Sequence[str] = (),
+    with_end: bool = False,
+    kept: KeptTokens | None = None,
+) -> list[list[int]]:
+    """`generate` from token ids to token ids: what follows each prompt, at most its `room`; EOS only if `with_end`.
+
+    A completion also ends where its text holds one of `stop`; that, and what the batch took to end, stays in it.
+    """
+    assert not (with_end and kept), "what is kept has no ends"
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
-    batches = _batches(encoded, room, batch_size, seed if temperature > 0 else None)
-    done = kept.find(batches, _settings(causal_lm, config)) if kept else {}
+    batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
+    settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
+    done = kept.find(batches, settings) if kept else {}
     new: dict[int, list[list[int]]] = {}
     for number in _share([number for number in range(len(batches)) if number not in done]):
         batch = batches[number]
+        stopping = _Stop(tokenizer, stop, max(map(len, batch.prompts))) if stop else None
         with _seeded(batch.seed or 0, causal_lm.device):
-            new[number] = _complete(causal_lm, batch, config)
+            new[number] = _complete(causal_lm, batch, config, stopping, with_end)
         if kept:
             kept.add(number, new[number])
     done |= _of_all_ranks(new)
@@ -84,46 +126,22 @@ def generate(
         for number, batch in enumerate(batches)
         for index, ids in zip(batch.indices, done[number], strict=True)
     }
-    return [_decode(tokenizer, ids, completed[index]) for index, ids in enumerate(encoded)]
+    return [completed[index] for index in range(len(prompts))]
 
 
-def sample_ids(
-    causal_lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    seed: int = 42,
-    batch_size: int = 32,
-) -> tuple[list[list[int]], list[bool]]:
-    """A draw from the model's own distribution (temperature 1, all tokens) after each prompt; a collective.
+class _Stop(StoppingCriteria):
+    """Ends a row once the text of its new tokens holds one of some strings."""
 
-    Args:
-        causal_lm, tokenizer, max_new_tokens, seed, batch_size: as `generate` has them.
-        prompts: token ids, at least one each.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        # a token that ends such a string has at least a byte of it, and so has each before
+        self.longest = max(len(text.encode()) for text in stop) + 1
 
-    Returns:
-        The token ids of each completion, the one that ended it among them; and whether one did: else the completion was
-        cut at `max_new_tokens` or the end of the context.
-
-    Raises:
-        ValueError: a prompt that fills the context.
-    """
-    context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
-    room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
-    if min(room) < 1:
-        raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
-    config = _generation_config(causal_lm, tokenizer, 1.0, 1.0, 0)
-    batches = _batches(prompts, room, batch_size, seed)
-    new = {}
-    for number in _share(list(range(len(batches)))):
-        with _seeded(batches[number].seed or 0, causal_lm.device):
-            new[number] = _complete(causal_lm, batches[number], config, with_end=True)
-    completed: dict[int, list[int]] = {}
-    for number, drawn in _of_all_ranks(new).items():
-        completed.update(zip(batches[number].indices, drawn, strict=True))
-    drawn_ids = [completed[index] for index in range(len(prompts))]
-    return drawn_ids, [ids[-1] in config.eos_token_id for ids in drawn_ids]
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        new = input_ids[:, self.width :][:, -self.longest :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        done = [any(end in text for end in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def generate_kept(
@@ -183,19 +201,23 @@ def _generation_config(
     top_p: float,
     top_k: int,
 ) -> GenerationConfig:
-    """Greedy or sampled; ends at the tokenizer's EOS and at those that the model names."""
-    of_model = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
-    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
+    """Greedy or sampled, up to one of `end_tokens`."""
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=temperature > 0,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_tokens(causal_lm, tokenizer),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         use_cache=True,
     )
     if temperature > 0:
         config.update(temperature=temperature, top_p=top_p, top_k=top_k)
     return config
+
+
+def end_tokens(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS and those that the model names."""
+    of_model = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
+    return sorted({tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None})
 
 
 def _settings(causal_lm: PreTrainedModel, config: GenerationConfig) -> dict[str, Any]:
@@ -232,7 +254,11 @@ def _of_all_ranks(new: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]
 
 
 def _complete(
-    causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig, *, with_end: bool = False
+    causal_lm: PreTrainedModel,
+    batch: Batch,
+    config: GenerationConfig,
+    stopping: StoppingCriteria | None,
+    with_end: bool,
 ) -> list[list[int]]:
     """New token ids of one batch, EOS left out unless `with_end`, each at most as long as its room."""
     prompts = batch.prompts
@@ -245,13 +271,13 @@ def _complete(
     config.max_new_tokens = max(batch.room)
     with _own_defaults(causal_lm, config):
         output = causal_lm.generate(  # type: ignore[operator]
-            input_ids=input_ids.to(causal_lm.device), attention_mask=attention_mask.to(causal_lm.device)
+            input_ids=input_ids.to(causal_lm.device),
+            attention_mask=attention_mask.to(causal_lm.device),
+            stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
         )
     rows = output[:, width:].tolist()
-    return [
-        row[: min(limit, _end(row, config.eos_token_id) + with_end)]
-        for row, limit in zip(rows, batch.room, strict=True)
-    ]
+    ends = [_end(row, config.eos_token_id) + with_end for row in rows]
+    return [row[: min(limit, end)] for row, limit, end in zip(rows, batch.room, ends, strict=True)]
 
 
 @contextmanager

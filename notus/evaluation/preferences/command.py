@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     with distributed.process_group() as device:
         if args.output:
             distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs))
-        model = distributed.main_first(lambda: find_source(args.model))
+        model = distributed.main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
         base = _find_base(args, model)
         _check_options(args, base)
         result = _evaluate(args, device, model, base)
@@ -108,7 +108,7 @@ def _find_base(args: argparse.Namespace, model: "ModelSource") -> "ModelSource |
     from notus.training.distributed import main_first
 
     name = args.base or model.base
-    return main_first(lambda: find_source(name)) if name else None
+    return main_first(lambda: find_source(name, trust_remote_code=args.trust_remote_code)) if name else None
 
 
 def _check_options(args: argparse.Namespace, base: "ModelSource | None") -> None:
@@ -148,7 +148,7 @@ def _evaluate(
     scores, base_scores = _score(args, model, base, scoring)
     beta = model.choose(args.beta, "dpo.beta", 0.1) if base else None
     described = {
-        "model": args.model,
+        "model": model.name,
         "base": base.name if base else None,
         "ranked_by": "rewards" if base else "logps",
         "pairs": args.pairs,

@@ -1,6 +1,7 @@
 """KL(model ‖ base) of whole completions, estimated from the model's own samples."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from notus.data.chat import ChatEncoder
 from notus.data.columns import FEATURES
 from notus.data.rows import Rows
 from notus.evaluation import prompts as prompt_files
-from notus.evaluation.generation import sample_ids
+from notus.evaluation.generation import end_tokens, generate_ids
 from notus.evaluation.preferences.breakdowns import stderr
 from notus.evaluation.preferences.scores import free_memory
 from notus.model.export import load_causal_lm
@@ -90,10 +91,16 @@ def sample(
     causal_lm, _ = load_causal_lm(
         folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=trust_remote_code
     )
-    completions, ended = sample_ids(causal_lm, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=SEED)
+    context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
+    room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    if min(room) < 1:
+        raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
+    completions = generate_ids(causal_lm, tokenizer, prompts, room, temperature=1.0, seed=SEED, with_end=True)
+    ends = end_tokens(causal_lm, tokenizer)
     del causal_lm
     free_memory()
-    return Samples(_as_rows(prompts, completions), ~np.array(ended), max_new_tokens)
+    cut = np.array([ids[-1] not in ends for ids in completions])
+    return Samples(_as_rows(prompts, completions), cut, max_new_tokens)
 
 
 def _as_rows(prompts: list[list[int]], completions: list[list[int]]) -> Rows:

@@ -56,7 +56,7 @@ def _with_error(found: dict[str, Any], name: str, digits: int) -> str:
 
 def _breakdowns(result: dict[str, Any]) -> Iterator[str]:
     ranked = _MEASURES[result["ranked_by"]]
-    yield f"{ranked + ', 95% intervals':34}{'pairs':>7}{'margin':>28}{'accuracy':>24}"
+    yield f"{ranked + ', 95% intervals':34}{'pairs':>7}  {'margin':>30}  {'accuracy':>24}"
     yield _line("all pairs", result["overall"])
     sources = result["by_source"] or []
     for row in sources[:_MOST_SOURCES]:
@@ -74,7 +74,7 @@ def _line(title: str, row: dict[str, Any]) -> str:
     margin = f"{row['margin']:.4f} [{low:.4f}, {high:.4f}]"
     low, high = row["accuracy_interval"]
     accuracy = f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-    return f"  {title[:31]:32}{row['count']:7}{margin:>28}{accuracy:>24}"
+    return f"  {title[:31]:32}{row['count']:7}  {margin:>30}  {accuracy:>24}"
 
 
 def as_result(result: dict[str, Any], model: str) -> Result:

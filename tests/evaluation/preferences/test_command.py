@@ -189,8 +189,8 @@ def test_refuses(tmp_path, capsys, model_folder, pairs_file, full_run):
     assert "no config.json" in refuse(capsys, tmp_path, *pairs)
     assert "would replace the input" in refuse(capsys, model_folder, *pairs, "--output", pairs_file)
     unfinished = tmp_path / "unfinished"
-    shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model"))
-    assert "python -m notus export" in refuse(capsys, unfinished, *pairs)
+    shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model", "checkpoints"))
+    assert str(unfinished) in refuse(capsys, unfinished, *pairs)
     assert not (tmp_path / "result.json").exists()
 
 

@@ -16,8 +16,7 @@ from notus.__main__ import main
 from notus.data.columns import FEATURES
 from notus.data.dataset import load_pairs
 from notus.data.rows import Rows
-from notus.evaluation.generation import sample_ids
-from notus.evaluation.preferences.kl import Samples, choose, kl, prompts_of, read_prompts
+from notus.evaluation.preferences.kl import Samples, choose, kl, prompts_of, read_prompts, sample
 
 FP32 = ["--precision", "fp32", "--max-length", "120"]
 
@@ -89,20 +88,27 @@ def test_prompts_are_drawn_without_replacement():
     assert choose(prompts, 99) == prompts
 
 
-def test_samples_hold_the_token_that_ends_them():
-    model, tokenizer = toy_model(), toy_tokenizer()
-    with torch.no_grad():  # every other token is as likely as EOS
+def test_samples_hold_the_token_that_ends_them(tmp_path):
+    model = toy_model(max_position_embeddings=40)
+    with torch.no_grad():  # every token is as likely as EOS
         model.lm_head.weight.zero_()
-    model.config.max_position_embeddings = 40
-    prompts = [[1, 5], [1], [1] * 39]
-    ids, ended = sample_ids(model, tokenizer, prompts * 40, max_new_tokens=30)
-    for prompt, drawn, end in zip(prompts * 40, ids, ended, strict=True):
-        assert 2 not in drawn[:-1]
-        assert end == (drawn[-1] == 2)
-        assert end or len(drawn) == min(30, 40 - len(prompt))
-    assert 0 < sum(ended) < 120  # of 400 tokens one ends: 1 in 14 of the long ones
+    model.generation_config.eos_token_id = [2, 3, 4, 5, 6, 7, 8, 9]  # 8 of 400
+    model.save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    prompts = [[1, 5], [1] * 20, [1] * 39] * 40
+    how = {"max_new_tokens": 30, "precision": "fp32", "device": torch.device("cpu")}
+    samples = sample(tmp_path, toy_tokenizer(), prompts, **how)
+    for prompt, example, cut in zip(prompts, samples.rows(np.arange(120)), samples.cut, strict=True):
+        drawn = example.branches[0].tolist()
+        assert example.trunk.tolist() == prompt
+        assert not set(drawn[:-1]) & set(range(2, 10))
+        assert cut == (drawn[-1] not in range(2, 10))
+        assert not cut or len(drawn) == min(30, 40 - len(prompt))
+    assert samples.rows.loss_tokens.tolist() == samples.rows.branch_lengths.tolist()
+    # not ended after 30, 20 and 1 tokens: 0.98^30 = 0.55, 0.98^20 = 0.67 and 0.98 of 40 each, 87.8 in all
+    assert 70 < samples.cut.sum() < 105
     with pytest.raises(ValueError, match="40 tokens fill the model's context of 40"):
-        sample_ids(model, tokenizer, [[1] * 40], max_new_tokens=3)
+        sample(tmp_path, toy_tokenizer(), [[1] * 40], **how)
 
 
 @pytest.fixture(scope="module")
