@@ -6,7 +6,8 @@ from notus.evaluation.release.facts import Facts
 
 _DPO = """@inproceedings{rafailov2023direct,
   title = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
-  author = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and Chelsea Finn},
+  author = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and
+    Chelsea Finn},
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2023},
   url = {https://arxiv.org/abs/2305.18290}

@@ -46,19 +46,19 @@ def run(args: argparse.Namespace) -> int:
     from notus.evaluation.files import check_output, replacing
     from notus.evaluation.models import is_run, read_run_settings
     from notus.evaluation.release.card import base_has_chat_template, has_chat_template, model_card
-    from notus.evaluation.release.facts import read_facts, standing_step
+    from notus.evaluation.release.facts import read_facts, standing_step, variant_of
     from notus.training.folder import CONFIG_FILE, MODEL
 
     run_folder = Path(args.run_folder)
     if not is_run(run_folder):
         raise ValueError(f"{run_folder}: no run's folder, it has no {CONFIG_FILE}; name a training.output_dir")
     settings = read_run_settings(run_folder)
-    lora = bool(settings.get("lora", {}).get("rank"))
+    lora = bool(settings["lora"]["rank"])
     if args.merge and not lora:
         raise ValueError(f"{run_folder}: a full fine-tuning run has nothing to merge; leave --merge out")
-    facts = read_facts(run_folder, settings, standing_step(run_folder))
+    facts = read_facts(run_folder, settings).at(standing_step(run_folder))
     chat = has_chat_template(run_folder / MODEL) if facts.step is None else base_has_chat_template(facts)
-    variant = "full" if not lora else "merged" if args.merge else "adapter"
+    variant = variant_of(lora=lora, merge=args.merge)
     name = run_folder.resolve().name
     text = model_card(facts, variant, choices(args, name=name, repo_id=args.repo_id), chat=chat)
     if args.output == "-":

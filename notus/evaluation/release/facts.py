@@ -1,4 +1,4 @@
-"""What a run's folder says about the model that came of it, and what of that others may read: no path of this machine."""
+"""What a run's folder says about its model, and what of that others may read: no path of this machine."""
 
 import dataclasses
 import hashlib
@@ -54,18 +54,27 @@ class Facts:
         """The model that the run started from, as its config names it."""
         return str(self.settings["model"]["name_or_path"])
 
+    def at(self, step: int | None) -> "Facts":
+        """The same of the model after `step`; None: of the finished one."""
+        metrics = [line for line in self.metrics if step is None or line["step"] <= step]
+        return dataclasses.replace(self, step=step, metrics=metrics)
 
-def read_facts(run: Path, settings: Settings, step: int | None) -> Facts:
-    """Read a run's folder. Raises ValueError, naming the file, for one that is damaged."""
-    metrics = _read_metrics(run / METRICS_FILE)
+
+def read_facts(run: Path, settings: Settings) -> Facts:
+    """Read a run's folder, as if it were finished. Raises ValueError, naming the file, for one that is damaged."""
     return Facts(
         settings=settings,
-        step=step,
-        metrics=[line for line in metrics if step is None or line["step"] <= step],
+        step=None,
+        metrics=_read_metrics(run / METRICS_FILE),
         data=_read_noted(run / DATA),
         environment=_read_noted(run / ENVIRONMENT),
         results=read_results(run),
     )
+
+
+def variant_of(*, lora: bool, merge: bool) -> Variant:
+    """Which of the three a run's export is."""
+    return ("merged" if merge else "adapter") if lora else "full"
 
 
 def standing_step(run: Path) -> int | None:

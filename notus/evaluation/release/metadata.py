@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -24,6 +25,8 @@ def card_metadata(
     """The header's data; `base_model` is a hub id, or None where the base has none."""
     adapter = variant == "adapter"
     results = list(evaluation_results(facts))
+    relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base_model else {}
+    optional: dict[str, Any] = {**licence, **relation}
     return ModelCardData(
         base_model=base_model,
         datasets=hub_datasets(facts) or None,
@@ -33,8 +36,7 @@ def card_metadata(
         model_name=name if results else None,
         pipeline_tag="text-generation",
         tags=_tags(facts),
-        **licence,
-        **({"base_model_relation": "adapter" if adapter else "finetune"} if base_model else {}),
+        **optional,
     )
 
 
