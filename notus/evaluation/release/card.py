@@ -128,20 +128,23 @@ def _datasets(facts: Facts) -> Iterator[dict[str, Any]]:
 
 
 def _counts(facts: Facts) -> Iterator[str]:
-    """Rows, and the drop report, of each part of the data."""
+    """Rows, where they come from, and the drop report, of each part of the data."""
     for purpose, key in (("training", "train"), ("evaluation", "eval")):
         noted = (facts.data or {}).get(key)
-        if noted:
-            report = ", ".join(_flat_counts(noted.get("report") or {}))
-            yield f"{purpose}: {noted['rows']:,} rows" + (f" (of what was read: {report})" if report else "")
+        if not noted:
+            continue
+        yield f"{purpose}: {noted['rows']:,} rows"
+        if noted.get("sources"):
+            yield f"{purpose}, rows by source: {_listed(noted['sources'])}"
+        report = noted.get("report")
+        if report:
+            dropped = _listed(report["dropped"]) or "none"
+            cut = f"{report['prompts_cut']:,} prompts, {report['completions_cut']:,} rows' completions"
+            yield f"{purpose}: {report['read']:,} rows read; dropped: {dropped}; cut to length: {cut}"
 
 
-def _flat_counts(tree: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from (f"{number:,} {name}: {reason}" for reason, number in value.items())
-        elif value:
-            yield f"{value:,} {name.replace('_', ' ')}"
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
 
 
 def _hyperparameters(facts: Facts) -> Iterator[tuple[str, Any]]:
@@ -186,7 +189,7 @@ def _preference_settings(dpo: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _machine(facts: Facts) -> Iterator[tuple[str, str]]:
     noted = facts.environment or {}
     if noted.get("hardware"):
-        yield "hardware", str(noted["hardware"])
+        yield "hardware", f"{noted['hardware']} (processes: {noted['world_size']})"
     if noted.get("seconds"):
         yield "time", _duration(float(noted["seconds"]))
     if noted.get("versions"):

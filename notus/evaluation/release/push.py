@@ -150,7 +150,8 @@ def _reason(error: BaseException) -> str:
     answer = next((link.response for link in chain if isinstance(link, HfHubHTTPError)), None)
     if answer is None:  # the outer error may say no more than that a file failed
         outer, inner = first_line(chain[0]), first_line(chain[-1])
-        return outer if inner in outer else f"{outer} ({inner})"
+        way_out = "; HF_HUB_DISABLE_XET=1 does without that storage" if "xet" in inner else ""
+        return (outer if inner in outer else f"{outer} ({inner})") + way_out
     said = answer.headers.get("X-Error-Message")
     remedy = _REMEDIES.get(answer.status_code, "the hub has a fault; try again later")
     if answer.status_code == 400:  # what is wrong with the files, in several lines

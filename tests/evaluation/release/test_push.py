@@ -5,32 +5,12 @@ The hub itself was not reached: not run. The client is kept from Xet's storage, 
 
 import json
 import shutil
-import time
 
 import huggingface_hub
 import pytest
-from hub import TOKEN, serving
+from hub import TOKEN
 
 from notus.__main__ import main
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server, monkeypatch, tmp_path):
-    server.__init__(server.address)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))  # the client's pauses between retries
-    return server
 
 
 def export(*words):
@@ -213,3 +193,11 @@ def test_a_header_that_the_hub_refuses_is_told(full_run, tmp_path, hub, capsys):
     (out / "README.md").write_text("---\nmodel-index: 3\n---\nMine.\n")
     assert "Invalid metadata in README.md" in refused(capsys, full_run, out, "--push", "ada/tiny")
     assert hub.commits == []
+
+
+def test_a_hub_without_xet_is_told_of(full_run, tmp_path, hub, monkeypatch, capsys):
+    """The client does not fall back by itself."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    error = refused(capsys, full_run, tmp_path / "out", "--push", "ada/tiny")
+    assert "404 Not Found" in error
+    assert "HF_HUB_DISABLE_XET=1 does without that storage" in error
