@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,7 @@ def _export(args: argparse.Namespace, facts: "Facts", variant: "Variant") -> Non
             causal_lm, tokenizer, step = _load(args, settings, run_folder)
             fill = functools.partial(_write, args, settings, causal_lm, tokenizer)
         new = NewFolder(args.out, markers=set())
-        new.write(fill)
+        new.write(functools.partial(_filled, fill))
 
         def add_card(partial: Path) -> None:
             text = _card(args, facts.at(step), variant, chat=has_chat_template(partial))
@@ -142,6 +142,13 @@ def _export(args: argparse.Namespace, facts: "Facts", variant: "Variant") -> Non
 
         new.write(add_card)
         new.publish()
+
+
+def _filled(fill: Callable[[Path], None], partial: Path) -> None:
+    try:
+        fill(partial)
+    except OSError as error:  # it tells of the disk already
+        raise ValueError(str(error)) from error
 
 
 def _card(args: argparse.Namespace, facts: "Facts", variant: "Variant", *, chat: bool) -> str:

@@ -24,6 +24,7 @@ _REMEDIES = {
     401: "the hub does not accept the login: run `hf auth login`, or set HF_TOKEN to a token that is valid",
     403: "the token may not write there: make one with write access to that repository or organisation",
     404: "there is no such repository or revision, or the token may not see it",
+    429: "the hub has had too many requests: wait some minutes",
     409: "it exists already, or is being changed at this moment",
 }
 

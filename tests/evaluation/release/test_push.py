@@ -38,6 +38,7 @@ def test_a_full_model_arrives_byte_for_byte(full_run, tmp_path, hub, capsys):
     assert hub.files("ada/tiny") == content(out)
     assert len([name for name in content(out) if name.endswith(".safetensors")]) > 2
     assert "README.md" in content(out)
+    assert not any(TOKEN.encode() in path.read_bytes() for path in out.iterdir())
     assert hub.repositories["ada/tiny"]["private"]
     assert hub.commits == [("ada/tiny", "main", "Model, tokenizer and card")]
     assert f"pushed to {hub.address}/ada/tiny\n" in capsys.readouterr().out
