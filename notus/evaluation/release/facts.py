@@ -22,7 +22,7 @@ from notus.training.tracking import METRICS_FILE
 
 DATA, ENVIRONMENT = "data.json", "environment.json"
 Variant = Literal["full", "adapter", "merged"]
-Settings = Mapping[str, Mapping[str, Any]]
+Settings = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
