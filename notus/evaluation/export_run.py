@@ -48,11 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("to the hub", "the login is the hub client's own: `hf auth login`, or HF_TOKEN")
     group.add_argument(
-        "--push", type=repo_id, metavar="REPO_ID", help="upload OUT there; an OUT that is done goes as is"
+        "--push",
+        type=repo_id,
+        metavar="REPO_ID",
+        help="upload OUT there; where an earlier export of the same has finished OUT, it is not made again",
     )
     group.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     group.add_argument("--revision", metavar="BRANCH", help="default: main")
-    group.add_argument("--commit-message", metavar="TEXT")
+    group.add_argument("--commit-message", metavar="TEXT", help="default: what is in it")
     group.add_argument("--dry-run", action="store_true", help="write OUT, say what would be uploaded, and send nothing")
 
 
@@ -76,8 +79,11 @@ def run(args: argparse.Namespace) -> int:
     facts, variant = read_facts(run_folder, settings), variant_of(lora=adapter, merge=args.merge)
     destination = _destination(args, facts, variant)
     _card(args, facts, variant, chat=True)  # what it cannot be written from is told before the work
+    if done is not None:
+        _check_done(args, facts, variant, done)
     if destination is not None and not args.dry_run:
         destination = open_repository(destination)
+        args.push = destination.repo_id  # with its owner, as the card is to name it
     if done is None:
         _export(args, facts, variant)
         print(f"wrote {out}", flush=True)
@@ -171,22 +177,29 @@ def _mark(args: argparse.Namespace, settings: Settings, variant: "Variant", step
     return Mark(run_digest(Path(args.run_folder)), step, options)
 
 
+def _check_done(args: argparse.Namespace, facts: "Facts", variant: "Variant", done: "Mark") -> None:
+    """Raise ValueError if what OUT holds is another export, or its card can no longer say what `args` want of it."""
+    from notus.evaluation.release.facts import standing_step
+    from notus.evaluation.release.finished import CARD, card_was_edited, check_same
+
+    out = Path(args.out)
+    check_same(out, done, _mark(args, facts.settings, variant, standing_step(Path(args.run_folder))))
+    asked = args.license or args.language or (args.base_model and variant != "adapter")
+    if asked and card_was_edited(out, done):
+        raise ValueError(f"{out / CARD}: was edited, so say there what --license, --language and --base-model would")
+
+
 def _renew(args: argparse.Namespace, facts: "Facts", variant: "Variant", done: "Mark") -> None:
     """Of an export that is there already, write the card anew, with what was evaluated since; but not an edited one."""
     from notus.evaluation.release.card import has_chat_template
-    from notus.evaluation.release.facts import standing_step
-    from notus.evaluation.release.finished import CARD, card_was_edited, check_same, write_card
+    from notus.evaluation.release.finished import CARD, card_was_edited, write_card
 
-    out, step = Path(args.out), standing_step(Path(args.run_folder))
-    mark = _mark(args, facts.settings, variant, step)
-    check_same(out, done, mark)
-    if not card_was_edited(out, done):
-        write_card(out, _card(args, facts.at(step), variant, chat=has_chat_template(out)), mark)
-        print(f"{out} is there already, and complete: only its {CARD} was written anew", flush=True)
+    out = Path(args.out)
+    if card_was_edited(out, done):
+        print(f"{out} is there already, and complete; its {CARD} was edited, and stays as it is", flush=True)
         return
-    if args.license or args.language or (args.base_model and variant != "adapter"):
-        raise ValueError(f"{out / CARD}: was edited, so say there what --license, --language and --base-model would")
-    print(f"{out} is there already, and complete; its {CARD} was edited, and stays as it is", flush=True)
+    write_card(out, _card(args, facts.at(done.step), variant, chat=has_chat_template(out)), done)
+    print(f"{out} is there already, and complete: only its {CARD} was written anew", flush=True)
 
 
 def _push(args: argparse.Namespace, facts: "Facts", destination: "Destination") -> None:

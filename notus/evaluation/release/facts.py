@@ -135,7 +135,11 @@ def base_licence(base: str) -> dict[str, str]:
         raise ValueError(f"{path}: its metadata is no YAML; correct it, or state the licence with --license") from error
     if not isinstance(stated, dict) or not isinstance(stated.get("license"), str):
         return {}
-    return {key: str(stated[key]) for key in ("license", "license_name", "license_link") if stated.get(key)}
+    return {
+        key: " ".join(str(stated[key]).split())
+        for key in ("license", "license_name", "license_link")
+        if stated.get(key)
+    }
 
 
 def private_paths(run: Path, settings: Settings) -> list[str]:
@@ -143,7 +147,7 @@ def private_paths(run: Path, settings: Settings) -> list[str]:
     sources = [*settings["data"]["train"], *(settings["data"]["eval"] or [])]
     names = [str(run), settings["model"]["name_or_path"], *(source["path"] for source in sources)]
     found = {str(Path(name).expanduser().resolve()) for name in names if hub_id(name) is None}
-    return sorted({*found, f"{Path.home()}/"})
+    return sorted(path for path in {*found, str(Path.home())} if path != "/")
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

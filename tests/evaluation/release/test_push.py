@@ -5,6 +5,7 @@ The hub itself was not reached: not run. The client is kept from Xet's storage, 
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -55,6 +56,7 @@ def test_an_adapter_needs_a_base_that_others_have(lora_run, model_folder, tmp_pa
     sent = hub.files("ada/tiny-lora")  # the name alone is the user's own repository
     assert sent == content(out)
     assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert b'from_pretrained("ada/tiny-lora"' in sent["README.md"]
     assert all(str(tmp_path.parent).encode() not in text for text in sent.values())
 
 
@@ -114,8 +116,9 @@ def test_an_edited_card_is_never_overwritten(full_run, tmp_path, hub, capsys):
     assert export(full_run, out, "--push", "ada/tiny") == 0
     assert card.read_text() == edited
     assert hub.files("ada/tiny")["README.md"] == edited.encode()
-    card.write_text(f"{edited}\nTrained in {full_run}/.\n")
-    assert f"README.md: names {full_run}" in refused(capsys, full_run, out, "--push", "ada/tiny")
+    for place in (full_run, Path.home()):
+        card.write_text(f"{edited}\nTrained in {place}/x.\n")
+        assert f"README.md: names {place}, a place on this" in refused(capsys, full_run, out, "--push", "ada/tiny")
     assert len(hub.commits) == 1
 
 
@@ -125,7 +128,7 @@ def test_an_export_of_something_else_is_not_pushed(full_run, lora_run, tmp_path,
     error = refused(capsys, full_run, out, "--push", "ada/tiny", "--dtype", "bf16")
     assert "dtype torch.float32, not torch.bfloat16" in error
     assert "another run" in refused(capsys, lora_run, out, "--push", "ada/tiny", "--base-model", "org/base")
-    assert hub.commits == []
+    assert hub.requests == []
 
 
 def test_visibility_is_never_changed(full_run, tmp_path, hub, capsys):
