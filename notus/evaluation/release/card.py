@@ -94,11 +94,9 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def base_has_chat_template(facts: Facts) -> bool:
-    """The same, before there is a folder: by the run's settings, and the base model's files on this machine."""
+    """The same, before there is a folder: by what the run learned, and the base model's files on this machine."""
     found = base_file(facts.base, "tokenizer_config.json")
-    return facts.settings["data"]["chat_template"] is not None or (
-        found is not None and has_chat_template(found.parent)
-    )
+    return facts.learned_chat or (found is not None and has_chat_template(found.parent))
 
 
 def _template() -> jinja2.Template:

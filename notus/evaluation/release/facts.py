@@ -54,6 +54,12 @@ class Facts:
         """The model that the run started from, as its config names it."""
         return str(self.settings["model"]["name_or_path"])
 
+    @property
+    def learned_chat(self) -> bool:
+        """Whether a chat template certainly rendered rows: the config names one, or the run counted such rows."""
+        report = ((self.data or {}).get("train") or {}).get("report") or {}
+        return self.settings["data"]["chat_template"] is not None or report.get("templated", 0) > 0
+
     def at(self, step: int | None) -> "Facts":
         """The same of the model after `step`; None: of the finished one."""
         metrics = [line for line in self.metrics if step is None or line["step"] <= step]

@@ -266,14 +266,21 @@ def test_the_examples_work(full_run, lora_run, tmp_path, monkeypatch, capsys):
         assert run_example(tmp_path / name, monkeypatch, capsys).strip()
 
 
-def test_the_example_of_a_chat_model_works(model_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_example_of_a_chat_model_works(model_folder, tmp_path, monkeypatch, capsys, finished):
     message = {"role": "assistant", "content": "hello world"}
     other = {"role": "assistant", "content": "lazy dog"}
     row = {"prompt": [{"role": "user", "content": "hello"}], "chosen": [message], "rejected": [other]}
     pairs = write_pairs(tmp_path / "pairs.jsonl", 1)
     pairs.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
-    tree = settings(tmp_path / "run", model_folder, pairs, training__max_steps=1, data__add_empty_system=True)
+    tree = settings(tmp_path / "run", model_folder, pairs, training__max_steps=1)
+    tree["data"] |= {"add_empty_system": True, "chat_template": "zephyr"}
     dpo.run(config_from_dict(tree, "dpo"))
+    if not finished:
+        shutil.rmtree(tmp_path / "run" / "model")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "chat")]) == 0
     assert "apply_chat_template" in (tmp_path / "chat" / "README.md").read_text()
+    assert (tmp_path / "chat" / "chat_template.jinja").read_text() == ZEPHYR_TEMPLATE
     assert run_example(tmp_path / "chat", monkeypatch, capsys).strip()
+    example = card(tmp_path / "run", "--repo-id", "chat")[1].partition("```python")[2].partition("```")[0]
+    assert example in (tmp_path / "chat" / "README.md").read_text()
