@@ -13,6 +13,8 @@ from hub import TOKEN
 
 from notus.__main__ import main
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")  # the client's own
+
 
 def export(*words):
     return main(["export", *map(str, words)])
