@@ -3,9 +3,13 @@
 Prompts are tokenised by the encoder that training uses, so the model sees what it was trained on.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +17,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder, Turns
+from notus.evaluation.kept import Batch, KeptTokens
+from notus.model.weights import WITHOUT_EFFECT
 
 
 def generate(
@@ -29,6 +35,7 @@ def generate(
     chat_template: str | None = None,
     add_empty_system: bool = False,
     places: Sequence[str] | None = None,
+    kept: KeptTokens | None = None,
 ) -> list[str]:
     """Complete each prompt up to EOS, `max_new_tokens` or the end of the model's context.
 
@@ -48,6 +55,7 @@ def generate(
         batch_size: prompts computed together.
         chat_template, add_empty_system: see `ChatEncoder`.
         places: what errors call each prompt; None: by its number.
+        kept: where finished batches are kept and found again; see `generate_kept`.
 
     Returns:
         The completions in the order of `prompts`, without special tokens.
@@ -61,16 +69,60 @@ def generate(
     encoded = [_encode(encoder, prompt, context, at) for prompt, at in zip(prompts, places, strict=True)]
     room = [min(max_new_tokens, context - len(ids)) for ids in encoded]
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
-    batches = _batches([len(ids) for ids in encoded], batch_size)
-    completed: dict[int, str] = {}
-    for number in _share(len(batches)):
-        indices = batches[number]
-        with _seeded((seed << 20) + number, causal_lm.device):
-            new = _complete(causal_lm, [encoded[i] for i in indices], [room[i] for i in indices], config)
-        for index, ids in zip(indices, new, strict=True):
-            completed[index] = _decode(tokenizer, encoded[index], ids)
-    completed = _of_all_ranks(completed)
-    return [completed[index] for index in range(len(prompts))]
+    batches = _batches(encoded, room, batch_size, seed if temperature > 0 else None)
+    done = kept.find(batches, _settings(causal_lm, config)) if kept else {}
+    new: dict[int, list[list[int]]] = {}
+    for number in _share([number for number in range(len(batches)) if number not in done]):
+        batch = batches[number]
+        with _seeded(batch.seed or 0, causal_lm.device):
+            new[number] = _complete(causal_lm, batch, config)
+        if kept:
+            kept.add(number, new[number])
+    done |= _of_all_ranks(new)
+    completed = {
+        index: ids
+        for number, batch in enumerate(batches)
+        for index, ids in zip(batch.indices, done[number], strict=True)
+    }
+    return [_decode(tokenizer, ids, completed[index]) for index, ids in enumerate(encoded)]
+
+
+def generate_kept(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Turns],
+    *,
+    kept: Path,
+    identity: str,
+    **options: Any,
+) -> list[str]:
+    """As `generate`, but what is finished is kept: the same call, on any number of ranks, goes on where it stopped.
+
+    Every rank appends its finished batches to a file of its own in the folder `kept`, which all ranks must see.
+    A greedy completion is found again by its prompt's tokens and the settings, a sampled one also by its batch,
+    so `batch_size` and the other prompts may change between calls of the one kind, but not of the other.
+
+    Args:
+        causal_lm, tokenizer, prompts: as `generate` has them.
+        kept: a folder, made if need be; calls with other prompts, settings or models may share it.
+        identity: says which weights these are, as `model_digest` does.
+        options: of `generate`.
+
+    Raises:
+        ValueError: as `generate`; also a file in `kept` that holds something else.
+        OSError: the disk refuses.
+    """
+    return generate(causal_lm, tokenizer, prompts, kept=KeptTokens(kept, identity), **options)
+
+
+def model_digest(causal_lm: PreTrainedModel) -> str:
+    """sha256 (hex) over a model as it was loaded: its tensors, and the settings that alter its computation."""
+    config = {k: v for k, v in causal_lm.config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(k)}
+    total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(causal_lm.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return total.hexdigest()
 
 
 def _encode(encoder: ChatEncoder, prompt: Turns, context: int | None, place: str) -> list[int]:
@@ -107,45 +159,55 @@ def _generation_config(
     return config
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar lengths, the longest first: memory runs out at once or not at all."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _settings(causal_lm: PreTrainedModel, config: GenerationConfig) -> dict[str, Any]:
+    """What decides completions beside weights, prompts and room."""
+    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
+    return {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
 
 
-def _share(num_batches: int) -> Iterable[int]:
+def _batches(encoded: list[list[int]], room: list[int], batch_size: int, seed: int | None) -> list[Batch]:
+    """Batches of prompts of similar lengths, the longest first: memory runs out at once or not at all."""
+    order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
+    batches = []
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        indices = order[start : start + batch_size]
+        own = None if seed is None else (seed << 20) + number
+        batches.append(Batch(indices, [encoded[i] for i in indices], [room[i] for i in indices], own))
+    return batches
+
+
+def _share(numbers: list[int]) -> Iterable[int]:
     """This rank's batches; a progress bar on rank 0, if there is a terminal."""
     if not dist.is_initialized():
-        return tqdm(range(num_batches), desc="generating", disable=None)
-    share = range(dist.get_rank(), num_batches, dist.get_world_size())
+        return tqdm(numbers, desc="generating", disable=None)
+    share = numbers[dist.get_rank() :: dist.get_world_size()]
     return share if dist.get_rank() else tqdm(share, desc="generating", disable=None)
 
 
-def _of_all_ranks(completed: dict[int, str]) -> dict[int, str]:
+def _of_all_ranks(new: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]:
     if not dist.is_initialized():
-        return completed
-    shares: list[dict[int, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, completed)
-    return {index: text for share in shares for index, text in share.items()}
+        return new
+    shares: list[dict[int, list[list[int]]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, new)
+    return {number: ids for share in shares for number, ids in share.items()}
 
 
-def _complete(
-    causal_lm: PreTrainedModel, prompts: list[list[int]], room: list[int], config: GenerationConfig
-) -> list[list[int]]:
-    """New token ids of one batch, EOS left out, each at most as long as its `room`."""
+def _complete(causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig) -> list[list[int]]:
+    """New token ids of one batch, EOS left out, each at most as long as its room."""
+    prompts = batch.prompts
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), config.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
-    config.max_new_tokens = max(room)
+    config.max_new_tokens = max(batch.room)
     with _own_defaults(causal_lm, config):
         output = causal_lm.generate(  # type: ignore[operator]
             input_ids=input_ids.to(causal_lm.device), attention_mask=attention_mask.to(causal_lm.device)
         )
     rows = output[:, width:].tolist()
-    return [_until(row[:limit], config.eos_token_id) for row, limit in zip(rows, room, strict=True)]
+    return [_until(row[:limit], config.eos_token_id) for row, limit in zip(rows, batch.room, strict=True)]
 
 
 @contextmanager
