@@ -26,6 +26,27 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
+def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    """The judge, a model behind an OpenAI-compatible endpoint; see `endpoint.judge_endpoint`."""
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's name at its endpoint, as gpt-4")
+    parser.add_argument(
+        "--judge-url",
+        metavar="URL",
+        default="https://api.openai.com/v1",
+        help="an OpenAI-compatible endpoint, without /chat/completions (default: OpenAI's)",
+    )
+    parser.add_argument(
+        "--api-key-env",
+        metavar="VARIABLE",
+        default="OPENAI_API_KEY",
+        help="the environment variable that holds the endpoint's key (default: OPENAI_API_KEY)",
+    )
+    parser.add_argument(
+        "--judge-timeout", type=positive, default=120.0, metavar="SECONDS", help="of one request (default: 120)"
+    )
+    parser.add_argument("--parallel", type=count, default=4, help="requests at a time (default: 4)")
+
+
 def count(text: str) -> int:
     """An integer of at least 1, for argparse."""
     value = int(text)
