@@ -1,4 +1,4 @@
-"""One answer of a model to each instruction of a suite: kept as it is done; the ranks share the work."""
+"""One answer of a model to each prompt of a suite: kept as it is done; the ranks share the work."""
 
 import argparse
 import dataclasses
@@ -11,6 +11,7 @@ from notus.evaluation.arguments import count, share, temperature
 if TYPE_CHECKING:
     import torch
 
+    from notus.data.chat import Turns
     from notus.evaluation.models import ModelSource
 
 DEFAULTS = {"max_new_tokens": 2048, "temperature": 0.0, "top_p": 1.0, "seed": 42, "batch_size": 32}
@@ -42,7 +43,7 @@ class Answers:
     """What a model answered.
 
     Attributes:
-        texts: by instruction, without the white space around them.
+        texts: by prompt, without the white space around them.
         settings: how they came about: precision, chat template and what else bears on them.
     """
 
@@ -52,25 +53,25 @@ class Answers:
 
 def answer(
     source: "ModelSource",
-    instructions: Sequence[str],
+    prompts: "Sequence[Turns]",
     places: Sequence[str],
     args: argparse.Namespace,
     *,
     kept: Path,
     device: "torch.device",
 ) -> Answers:
-    """Let a model answer each instruction: as the user's turn if it has a chat format, else as a text to go on from.
+    """Let a model answer each prompt. A string is the user's turn if it has a chat format, else a text to go on from.
 
     Args:
         source: the model.
-        instructions: what to answer.
-        places: what errors call each instruction.
+        prompts: what to answer: strings, or messages that end before the answer.
+        places: what errors call each prompt.
         args: as `add_model_arguments` and `add_answer_arguments` declare them.
         kept: a folder for finished batches; the same call goes on where it stopped. A collective.
         device: this rank's.
 
     Raises:
-        ValueError: the model cannot be loaded, or an instruction fills its context.
+        ValueError: the model cannot be loaded, or a prompt fills its context.
     """
     from notus.data.chat import check_vocabulary
     from notus.evaluation.generation import generate_kept, model_digest
@@ -92,7 +93,7 @@ def answer(
     texts = generate_kept(
         causal_lm,
         tokenizer,
-        [[{"role": "user", "content": text}] if as_turns else text for text in instructions],
+        [[{"role": "user", "content": each}] if as_turns and isinstance(each, str) else each for each in prompts],
         places=places,
         kept=kept,
         identity=model_digest(causal_lm),

@@ -10,6 +10,7 @@ DEFAULT = "preferences"
 SUITES = {
     "preferences": "notus.evaluation.preferences.command",
     "alpaca-eval": "notus.evaluation.alpaca_eval.command",
+    "win-rate": "notus.evaluation.win_rate.command",
 }
 
 

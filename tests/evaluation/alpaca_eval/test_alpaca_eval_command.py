@@ -2,12 +2,11 @@
 
 import json
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
+from judges import Reply, completion, serving
 
 from notus.__main__ import main
 from notus.evaluation import generation
@@ -72,43 +71,22 @@ def test_a_second_run_computes_nothing_again(model_folder, asked, tmp_path, monk
     assert found[:2] == [completions(model_folder), completions(model_folder, **wanted)]
 
 
-class Judge(BaseHTTPRequestHandler):
-    """Speaks the chat protocol; ranks the longer answer first, and cannot make up its mind about poems."""
+@pytest.fixture
+def server():
+    """A judge that ranks the longer answer first, cannot make up its mind about poems, and may be out of money."""
 
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request)
-        if len(self.server.requests) > self.server.limit:
-            self.send_response(400)
-            self.end_headers()
-            self.wfile.write(b'{"error": {"message": "no money left", "type": "billing"}}')
-            return
+    def respond(request, number):
+        if number >= served.limit:
+            return Reply({"error": {"message": "no money left", "type": "billing"}}, 400)
         question, first, second = request["messages"][-1]["content"].split("|||")
         ranks = (1, 2) if len(first) > len(second) else (2, 1)
         text = str([{"model": f"model_{number}", "rank": rank} for number, rank in enumerate(ranks, start=1)])
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        if "poem" in question:
-            choice["message"]["content"] = "a hard question"
-        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "gpt-4", "choices": [choice]}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        body = json.dumps({**answer, "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        body = completion("a hard question" if "poem" in question else text)
+        return Reply({**body, "usage": {"total_tokens": 2}}, headers={"Content-Type": "application/json"})
 
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
-        server.requests, server.limit = [], 99
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+    with serving(respond) as served:
+        served.limit = 99
+        yield served
 
 
 @pytest.fixture
@@ -124,7 +102,7 @@ def config(tmp_path, server):
   fn_completions: openai_completions
   completions_kwargs:
     {{model_name: gpt-4, max_tokens: 10, temperature: 0, num_procs: 1, openai_api_keys: [key],
-      openai_api_base: "http://127.0.0.1:{server.server_port}/v1"}}
+      openai_api_base: "{server.url}"}}
   fn_completion_parser: ranking_parser
   batch_size: 1
 """
