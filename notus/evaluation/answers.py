@@ -76,6 +76,7 @@ def answer(
     from notus.data.chat import check_vocabulary
     from notus.evaluation.generation import generate_kept, model_digest
     from notus.model.export import load_causal_lm, load_tokenizer
+    from notus.training.distributed import on_main
     from notus.training.parallel import COMPUTE_DTYPES
 
     trust = args.trust_remote_code
@@ -96,7 +97,7 @@ def answer(
         [[{"role": "user", "content": each}] if as_turns and isinstance(each, str) else each for each in prompts],
         places=places,
         kept=kept,
-        identity=model_digest(causal_lm),
+        identity=on_main(lambda: model_digest(causal_lm)),
         **answer_settings(args),
         **prompting,
     )

@@ -70,11 +70,12 @@ def run(args: argparse.Namespace) -> int:
     if args.reference_outputs is not None and args.judge is None:
         raise ValueError("--reference-outputs has no effect without a judge: set --judge as well")
     answer_settings(args)
+    from notus.evaluation.alpaca_eval.prompts import HUB_ID
     from notus.evaluation.models import find_source
     from notus.training import distributed
 
     with distributed.process_group() as device:
-        source = distributed.main_first(lambda: find_source(args.model))
+        source = distributed.main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked up before the hours of generation.
         instructions, judge = distributed.on_main(lambda: _prepare(args))
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             {"instruction": asked.text, "output": text, "generator": model_name(args.model), "dataset": asked.dataset}
             for asked, text in zip(instructions, answers.texts, strict=True)
         ]
-        settings = {**answers.settings, "prompts": args.prompts or "AlpacaEval's", "judge": args.judge}
+        settings = {**answers.settings, "prompts": args.prompts or HUB_ID, "judge": args.judge}
         distributed.on_main(lambda: _finish(folder, source.name, outputs, judge, settings))
     return 0
 
@@ -128,11 +129,11 @@ def _finish(
 
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / OUTPUTS) as file:
-        file.write(json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
+        file.write(json.dumps(outputs, indent=2) + "\n")
     print(f"{len(outputs)} outputs of {model}: {folder / OUTPUTS}", flush=True)
     if judge is None:
         print("not judged: run again with --judge CONFIG, or score annotations of them with --annotations FILE")
-        write_result(folder, Result(SUITE, model, [_lengths(outputs)], settings))
+        write_result(folder, Result(SUITE, model, [_length(outputs, settings)], settings))
         return
     annotations = judging.judge_outputs(
         judge.config, outputs, judge.baseline, folder / f"judge-{Path(judge.config).name}"
@@ -178,7 +179,8 @@ def _report(
     scores = score(entries)
     judges = sorted({entry.annotator for entry in entries})
     baselines = sorted({entry.baseline for entry in entries})
-    figures = _figures(scores, judges, baselines, controlled)
+    dataset = _dataset(settings)
+    figures = _figures(scores, judges, baselines, controlled, dataset)
     settings = {**settings, "annotators": judges, "baselines": baselines}
     path = write_result(folder, Result(SUITE, model, figures, settings, dataclasses.asdict(scores)))
     print(f"{model} against {', '.join(baselines)}, judged by {', '.join(judges)}")
@@ -195,24 +197,36 @@ def _report(
 
 
 def _figures(
-    scores: "Scores", judges: list[str], baselines: list[str], controlled: dict[str, float] | None
+    scores: "Scores",
+    judges: list[str],
+    baselines: list[str],
+    controlled: dict[str, float] | None,
+    dataset: str | None,
 ) -> list[Figure]:
     """Win rates in percent, and the average length; published ones only beside the same judge and baseline."""
     setup = f"judged by {', '.join(judges)} against {', '.join(baselines)}"
     comparable = (judges, baselines) == ([PUBLISHED_BY[0]], [PUBLISHED_BY[1]])
 
     def rate(metric: str, value: float, stderr: float | None, reference: dict[str, float]) -> Figure:
-        return Figure(NAME, metric, value, "%", stderr, scores.count, setup, reference=reference)
+        return Figure(NAME, metric, value, "%", stderr, scores.count, setup, dataset, reference)
 
     figures = [rate("win_rate", scores.win_rate, scores.standard_error, PUBLISHED if comparable else {})]
     if controlled is not None:
         figures.append(rate("length_controlled_win_rate", controlled["win_rate"], controlled["stderr"], {}))
     if scores.weighted_win_rate != scores.win_rate:
         figures.append(rate("weighted_win_rate", scores.weighted_win_rate, scores.weighted_standard_error, {}))
-    length = Figure(NAME, "avg_length", scores.average_length, "", None, scores.count + scores.left_out, "characters")
-    return [*figures, length]
+    count = scores.count + scores.left_out
+    return [*figures, Figure(NAME, "avg_length", scores.average_length, "", None, count, "characters", dataset)]
 
 
-def _lengths(outputs: list[dict[str, Any]]) -> Figure:
+def _length(outputs: list[dict[str, Any]], settings: dict[str, Any]) -> Figure:
     length = sum(len(output["output"]) for output in outputs) // len(outputs)
-    return Figure(NAME, "avg_length", length, "", None, len(outputs), "characters")
+    return Figure(NAME, "avg_length", length, "", None, len(outputs), "characters", _dataset(settings))
+
+
+def _dataset(settings: dict[str, Any]) -> str | None:
+    """The prompts as a card names them: the hub's id, or a file's name; None where annotations alone are known."""
+    from notus.evaluation.alpaca_eval.prompts import HUB_ID
+
+    prompts = settings.get("prompts")
+    return prompts if prompts in (None, HUB_ID) else Path(prompts).name

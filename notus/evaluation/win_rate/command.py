@@ -6,6 +6,7 @@ the user's, or a model behind an OpenAI-compatible endpoint; it sees every pair 
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
             args.output, sources[0].run if sources[0] else None, args.model or Path(args.answers).stem, SUITE
         )
         pairs, settings = _pairs(args, sources, folder / GENERATION, device)
-        settings = {**settings, "prompts": args.prompts, "judge": judge.name}
+        prompts = args.prompts or args.answers or args.against_answers
+        settings = {**settings, "prompts": prompts, "judge": judge.name}
         name = sources[0].name if sources[0] else name
         distributed.on_main(lambda: _compare(folder, name, other, pairs, judge, settings))
     return 0
@@ -136,9 +138,10 @@ def _template(path: Path) -> str:
 def _sources(args: argparse.Namespace) -> tuple["ModelSource | None", "ModelSource | None"]:
     from notus.evaluation.models import find_source
 
+    find = functools.partial(find_source, trust_remote_code=args.trust_remote_code)
     return (
-        find_source(args.model) if args.model is not None else None,
-        find_source(args.against) if args.against is not None else None,
+        find(args.model) if args.model is not None else None,
+        find(args.against) if args.against is not None else None,
     )
 
 
@@ -198,7 +201,7 @@ def _compare(
             f"not one of {len(pairs)} pairs has both verdicts ({failures[0]}); mend the judge and run the same command "
             f"again: answers and verdicts so far are kept in {folder}"
         )
-    figures = _figures(scores, other, judge.name)
+    figures = _figures(scores, other, judge.name, Path(settings["prompts"]).name)
     path = write_result(
         folder, Result(SUITE, name, figures, {**settings, "against": other}, dataclasses.asdict(scores))
     )
@@ -212,16 +215,17 @@ def _write_pairs(folder: Path, judged: list["Judged"]) -> None:
     with replacing(folder / PAIRS) as file:
         for one in judged:
             row = {**dataclasses.asdict(one), "points": one.points}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
-def _figures(scores: "Scores", other: str, judge: str) -> list[Figure]:
+def _figures(scores: "Scores", other: str, judge: str, dataset: str) -> list[Figure]:
     setup = f"against {other}, judged by {judge} in both orders"
-    rate = Figure("win rate", "win_rate", scores.win_rate, "%", scores.standard_error, scores.count, setup)
+    rate = Figure("win rate", "win_rate", scores.win_rate, "%", scores.standard_error, scores.count, setup, dataset)
     if scores.flip_rate is None:
         return [rate]
     asked = scores.count - scores.same
-    return [rate, Figure("win rate", "position_bias", scores.flip_rate, "%", None, asked, "verdicts that flip")]
+    flips = Figure("win rate", "position_bias", scores.flip_rate, "%", None, asked, "pairs that flip", dataset)
+    return [rate, flips]
 
 
 def _table(scores: "Scores", name: str, other: str, judge: str) -> str:

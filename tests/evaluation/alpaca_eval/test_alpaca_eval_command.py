@@ -140,7 +140,7 @@ def test_the_package_judges(model_folder, asked, tmp_path, server, config, capsy
     result = read_result(out / "result.json")
     rate, length = result.figures
     assert (rate.metric, rate.value, rate.count) == ("win_rate", 50, 2)
-    assert rate.setup == "judged by longer against base"
+    assert (rate.setup, rate.dataset) == ("judged by longer against base", "asked.json")
     assert length.count == 3
     assert result.details["left_out"] == 1
     asked_so_far = len(server.requests)
@@ -199,7 +199,7 @@ def test_the_hubs_files_are_the_default(model_folder, tmp_path, config, monkeypa
     assert set(fetched) == {("tatsu-lab/alpaca_eval", "alpaca_eval.json", "dataset")}
     figures = read_result(tmp_path / "o" / "result.json").figures
     assert [figure.metric for figure in figures] == ["win_rate", "length_controlled_win_rate", "avg_length"]
-    assert figures[1].value == 12.5
+    assert (figures[1].value, figures[0].dataset) == (12.5, "tatsu-lab/alpaca_eval")
     assert main([*command, "--reference-outputs", "gpt4_1106_preview"]) == 0
     assert fetched[-1][1] == "alpaca_eval_gpt4_baseline.json"
     capsys.readouterr()

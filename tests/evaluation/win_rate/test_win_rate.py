@@ -93,6 +93,7 @@ def test_two_files_and_a_function(tmp_path, judge_file, capsys):
     )
     result = read_result(tmp_path / "o" / "result.json")
     assert (result.figures[0].metric, result.figures[0].value, result.figures[0].count) == ("win_rate", 50, 4)
+    assert {figure.dataset for figure in result.figures} == {"ours.jsonl"}
     details = result.details
     assert (details["wins"], details["losses"], details["ties"], details["same"]) == (1, 1, 2, 1)
     assert details["flip_rate"] == 0
