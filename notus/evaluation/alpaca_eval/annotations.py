@@ -125,7 +125,7 @@ def _parse(value: Any, place: str) -> Annotation:
         raise ValueError(f"{place}: has no key {missing[0]!r}; give AlpacaEval's annotations.json")
     for key in TEXTS:
         if not isinstance(value[key], str):
-            raise ValueError(f"{place}: {key} is no text but {value[key]!r}")
+            raise ValueError(f"{place}: {key} is no text but {type(value[key]).__name__}")
     return Annotation(
         instruction=value["instruction"],
         output=value["output_2"],
@@ -140,11 +140,11 @@ def _preference(value: Any, place: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{place}: the preference is no number but {value!r}")
-    if math.isnan(value):
+        raise ValueError(f"{place}: the preference is no number but {type(value).__name__}")
+    if value != value:  # NaN, as the package writes it
         return None
     if value == 0:
         return 1.5
     if not 1 <= value <= 2:
-        raise ValueError(f"{place}: the preference {value!r} is out of range; it goes from 1 to 2, or is null")
+        raise ValueError(f"{place}: the preference {str(value)[:20]} is out of range; it goes from 1 to 2, or is null")
     return float(value)

@@ -35,7 +35,8 @@ def find_judge(name: str) -> str:
 def judge_outputs(config: str, outputs: list[dict[str, Any]], baseline: list[dict[str, Any]], folder: Path) -> Path:
     """Have the package compare `outputs` with `baseline`; returns its annotations file in `folder`.
 
-    What has been judged is kept in `folder`, chunk by chunk: after a failure the same call goes on.
+    Verdicts are kept in `folder`, chunk by chunk: after a failure the same call goes on, and asks again for those
+    that were none.
 
     Args:
         config: as `find_judge` gives it.
@@ -88,7 +89,10 @@ def length_controlled(annotations: Path) -> dict[str, float]:
 
 
 def _annotator(package: ModuleType) -> type:
-    """The package's annotator, whose kept verdicts outlive a kill and can be read back with pandas 3."""
+    """The package's annotator, whose kept verdicts outlive a kill, and which asks again for those that it did not get.
+
+    With pandas 3 the package cannot put a tie into verdicts that were read back as integers.
+    """
 
     base: Any = package.annotators.PairwiseAnnotator
 
@@ -102,8 +106,9 @@ def _annotator(package: ModuleType) -> type:
 
         def load_(self, path: Path | None = None) -> None:
             super().load_(path)
-            if self.df_annotations is not None:  # whole numbers come back as integers, into which no tie can be put
-                self.df_annotations = self.df_annotations.astype({self.annotation_key: float})
+            if self.df_annotations is not None:
+                kept = self.df_annotations.astype({self.annotation_key: float})
+                self.df_annotations = kept[kept[self.annotation_key] != self.TMP_MISSING_ANNOTATION]
 
     return Annotator
 

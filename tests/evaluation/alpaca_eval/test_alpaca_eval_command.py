@@ -81,11 +81,11 @@ def server():
         question, first, second = request["messages"][-1]["content"].split("|||")
         ranks = (1, 2) if len(first) > len(second) else (2, 1)
         text = str([{"model": f"model_{number}", "rank": rank} for number, rank in enumerate(ranks, start=1)])
-        body = completion("a hard question" if "poem" in question else text)
+        body = completion(text if served.decided or "poem" not in question else "a hard question")
         return Reply({**body, "usage": {"total_tokens": 2}}, headers={"Content-Type": "application/json"})
 
     with serving(respond) as served:
-        served.limit = 99
+        served.limit, served.decided = 99, False
         yield served
 
 
@@ -144,12 +144,16 @@ def test_the_package_judges(model_folder, asked, tmp_path, server, config, capsy
     assert length.count == 3
     assert result.details["left_out"] == 1
     asked_so_far = len(server.requests)
-    assert main(command) == 0  # all is kept
-    assert len(server.requests) == asked_so_far
+    server.decided = True
+    assert main(command) == 0  # verdicts are kept, and that which was none is asked for again
+    assert len(server.requests) == asked_so_far + 1
+    assert read_result(out / "result.json").details["left_out"] == 0
+    assert main(command) == 0
+    assert len(server.requests) == asked_so_far + 1
     prompt = (config / "prompt.txt").read_text()
     (config / "prompt.txt").write_text(prompt.replace("user", "user\nWhich is longer?"))
     assert main(command) == 0  # another prompt is another judge
-    assert len(server.requests) == asked_so_far + 3
+    assert len(server.requests) == asked_so_far + 4
 
 
 def test_length_controlled_win_rate_is_the_packages(tmp_path, monkeypatch):
