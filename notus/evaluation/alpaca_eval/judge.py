@@ -93,7 +93,6 @@ def _annotator(package: ModuleType) -> type:
 
     With pandas 3 the package cannot put a tie into verdicts that were read back as integers.
     """
-
     base: Any = package.annotators.PairwiseAnnotator
 
     class Annotator(base):
@@ -123,6 +122,7 @@ def _digest(package: ModuleType, config: str) -> str:
 def _package() -> ModuleType:
     level = logging.getLogger().level
     try:
+        importlib.import_module("alpaca_eval.main")  # a folder of the name alpaca_eval has no such module
         return importlib.import_module("alpaca_eval")
     except ImportError as error:
         raise ValueError(f"a judge needs the package alpaca_eval ({first_line(error)}): {REMEDY}") from error

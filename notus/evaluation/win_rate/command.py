@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
 
     with distributed.process_group() as device:
         sources = distributed.main_first(lambda: _sources(args))
-        name, other = args.model or args.answers, args.against or args.against_answers
+        files = (args.answers, args.against_answers)
+        name, other = (source.name if source else file for source, file in zip(sources, files, strict=True))
         folder = result_folder(
             args.output, sources[0].run if sources[0] else None, args.model or Path(args.answers).stem, SUITE
         )
         pairs, settings = _pairs(args, sources, folder / GENERATION, device)
         prompts = args.prompts or args.answers or args.against_answers
         settings = {**settings, "prompts": prompts, "judge": judge.name}
-        name = sources[0].name if sources[0] else name
         distributed.on_main(lambda: _compare(folder, name, other, pairs, judge, settings))
     return 0
 

@@ -52,7 +52,7 @@ def read_answers(path: Path) -> tuple[list[Asked], list[str]]:
         key = next((key for key in ANSWERS if isinstance(row.get(key), str)), None)
         if key is None:
             raise ValueError(f"{place}: no text under one of the keys {', '.join(ANSWERS)}; give an answer")
-        answers.append(row.pop(key))
+        answers.append(row.pop(key).strip())  # as answers that are generated here
         value, messages = read_prompt(row, place)
         turns = value if isinstance(value, str) else messages
         asked.append(Asked(place, turns, _text(turns)))

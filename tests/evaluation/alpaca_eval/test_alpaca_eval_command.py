@@ -92,7 +92,7 @@ def server():
 @pytest.fixture
 def config(tmp_path, server):
     """An annotator's config for the server."""
-    pytest.importorskip("alpaca_eval")
+    pytest.importorskip("alpaca_eval.main")
     folder = tmp_path / "annotators" / "longer"
     folder.mkdir(parents=True)
     (folder / "prompt.txt").write_text("<|im_start|>user\n{instruction}|||{output_1}|||{output_2}\n<|im_end|>")
@@ -232,7 +232,7 @@ def test_a_missing_package_says_how_to_install_it(model_folder, asked, monkeypat
     ],
 )
 def test_mistakes_show_before_the_generation(model_folder, asked, monkeypatch, capsys, more, told):
-    pytest.importorskip("alpaca_eval")
+    pytest.importorskip("alpaca_eval.main")
     monkeypatch.setattr(generation, "_complete", None)
     assert main([*SUITE, str(model_folder), "--prompts", str(asked), *more]) == 1
     assert told in capsys.readouterr().err

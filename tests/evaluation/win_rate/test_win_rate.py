@@ -366,6 +366,7 @@ def test_wrong_answer_files_are_named(tmp_path, text, told):
 def test_files_of_different_prompts_are_refused(tmp_path):
     ours, answers = read_answers(write(tmp_path / "a.jsonl", ["x", "y"]))
     theirs, _ = read_answers(write(tmp_path / "b.jsonl", ["x"]))
+    assert read_answers(write(tmp_path / "c.jsonl", [" x\n"]))[1] == ["x"]
     assert match(ours[::-1], ours, answers, "a") == ["y", "x"]
     with pytest.raises(ValueError, match=r"b.jsonl: no answer to the prompt of .*a.jsonl, line 2"):
         match(ours, theirs, ["x"], "b.jsonl")
