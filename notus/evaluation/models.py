@@ -21,12 +21,14 @@ class ModelSource:
         folder: a model's folder, or an adapter's.
         base: of an adapter, the model that it adapts, as its config names it; None for a full model.
         settings: a run's settings by section; empty for anything but a run.
+        run: a run's folder; None for anything but a run.
     """
 
     name: str
     folder: Path
     base: str | None = None
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    run: Path | None = None
 
     def choose(self, given: Any, key: str, default: Any) -> Any:
         """What the user gave; else what the run's setting `section.name` says; else `default`."""
@@ -41,6 +43,7 @@ def find_source(name: str) -> ModelSource:
     """Find a model, an adapter or a finished run. Raises ValueError, naming the folder, if it is none."""
     folder = find_folder(name)
     settings: Mapping[str, Mapping[str, Any]] = {}
+    run = None
     if is_run(folder):
         settings, run, folder = read_run_settings(folder), folder, folder / MODEL
         if not folder.is_dir():
@@ -49,8 +52,8 @@ def find_source(name: str) -> ModelSource:
                 f"checkpoint out with `python -m notus export {name} OUT`"
             )
     if (folder / ADAPTER_CONFIG).is_file():
-        return ModelSource(name, folder, read_adapter_settings(folder)["base_model_name_or_path"], settings)
-    return ModelSource(name, resolve_model_folder(folder), None, settings)
+        return ModelSource(name, folder, read_adapter_settings(folder)["base_model_name_or_path"], settings, run)
+    return ModelSource(name, resolve_model_folder(folder), None, settings, run)
 
 
 def is_run(folder: Path) -> bool:

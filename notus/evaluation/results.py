@@ -61,6 +61,23 @@ class Result:
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 
+def result_folder(given: str | None, run: Path | None, model: str, suite: str) -> Path:
+    """Where a suite's results go: as the user says, else into the run, else by the model's name in the working folder.
+
+    Args:
+        given: the folder that the user named.
+        run: the run's folder, of a run.
+        model: the model as the user named it: a folder's last part counts, or a hub id as it is.
+        suite: its name on the command line.
+    """
+    if given is not None:
+        return Path(given)
+    if run is not None:
+        return run / EVALUATIONS / suite
+    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+    return Path(EVALUATIONS) / name / suite
+
+
 def write_result(folder: Path, result: Result) -> Path:
     """Write `folder/result.json`, whole or not at all; returns its path. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
