@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=temperature, help="0 is greedy (default: FastChat's, 0 to 0.7 by the question's category)"
     )
     parser.add_argument("--seed", type=int, default=42, help="of the draws (default: 42)")
-    parser.add_argument("--batch-size", type=count, default=32, help="answers at a time (default: 32)")
+    parser.add_argument("--batch-size", type=count, default=8, help="answers at a time (default: 8)")
     add_judge_arguments(parser)
     parser.add_argument("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl")
     parser.add_argument(
