@@ -6,6 +6,7 @@ model. All files are FastChat's. Answers and verdicts are kept as they come: the
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raise ValueError for options that exclude each other or have no effect."""
+    for name in ("answers", "judgments"):
+        if getattr(args, name) is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"--{name} works in one process: leave torchrun out")
     if args.judgments is not None:
         _refuse_others(args, _ANYWHERE | {"judgments"}, "with --judgments, which are scored as they are")
     elif args.answers is not None:
@@ -180,7 +184,7 @@ def _judge_file(args: argparse.Namespace) -> int:
     from notus.evaluation.results import result_folder
 
     answers, plan = read_answers(args.answers), _plan(args)
-    folder = result_folder(args.output, None, _models(answers), SUITE)
+    folder = result_folder(args.output, None, _folder_name(_models(answers), args.answers), SUITE)
     return _judge(args, plan, answers, folder, {"answers": args.answers})
 
 
@@ -235,8 +239,8 @@ def _score_file(args: argparse.Namespace) -> int:
 
     lines = read_judgments(Path(args.judgments))
     questions = read_questions(args.questions) if args.questions else []
-    models = ", ".join(sorted({line["model"] for line in lines}))
-    folder = result_folder(args.output, None, models, SUITE)
+    models = sorted({line["model"] for line in lines})
+    folder = result_folder(args.output, None, _folder_name(models, args.judgments), SUITE)
     _report(lines, questions, models, folder, {"judgments": args.judgments})
     return 0
 
@@ -244,7 +248,7 @@ def _score_file(args: argparse.Namespace) -> int:
 def _report(
     lines: Sequence[dict[str, Any]],
     questions: Sequence["Question"],
-    models: str,
+    models: Sequence[str],
     folder: Path,
     settings: dict[str, Any],
 ) -> None:
@@ -257,9 +261,14 @@ def _report(
     if not figures:
         raise ValueError("no judgment holds a score, all are -1; judge the answers again")
     details = {"scores": [scores.plain(each) for each in found]}
-    path = write_result(folder, Result(SUITE, models, figures, settings, details))
+    path = write_result(folder, Result(SUITE, ", ".join(models), figures, settings, details))
     print(f"{scores.table(found)}\nwrote {path}")
 
 
-def _models(answers: Sequence["Answer"]) -> str:
-    return ", ".join(sorted({answer.model for answer in answers}))
+def _models(answers: Sequence["Answer"]) -> list[str]:
+    return sorted({answer.model for answer in answers})
+
+
+def _folder_name(models: Sequence[str], file: str) -> str:
+    """What results of models in a file go under: the model, or of several the file's name."""
+    return models[0] if len(models) == 1 else Path(file).stem
