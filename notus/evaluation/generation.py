@@ -14,7 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from notus.data.chat import ChatEncoder, Turns
 from notus.evaluation.kept import Batch, KeptTokens
@@ -67,15 +73,49 @@ def generate(
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
     encoded = [_encode(encoder, prompt, context, at) for prompt, at in zip(prompts, places, strict=True)]
-    room = [min(max_new_tokens, context - len(ids)) for ids in encoded]
+    completed = generate_ids(
+        causal_lm,
+        tokenizer,
+        encoded,
+        [min(max_new_tokens, context - len(ids)) for ids in encoded],
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        batch_size=batch_size,
+        kept=kept,
+    )
+    return [_decode(tokenizer, ids, new) for ids, new in zip(encoded, completed, strict=True)]
+
+
+def generate_ids(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    room: list[int],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 42,
+    batch_size: int = 32,
+    stop: Sequence[str] = (),
+    kept: KeptTokens | None = None,
+) -> list[list[int]]:
+    """`generate` from token ids to token ids: what follows each prompt, at most its `room`, without EOS.
+
+    A completion also ends where its text holds one of `stop`; that, and what the batch took to end, stays in it.
+    """
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
-    batches = _batches(encoded, room, batch_size, seed if temperature > 0 else None)
-    done = kept.find(batches, _settings(causal_lm, config)) if kept else {}
+    batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
+    settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
+    done = kept.find(batches, settings) if kept else {}
     new: dict[int, list[list[int]]] = {}
     for number in _share([number for number in range(len(batches)) if number not in done]):
         batch = batches[number]
+        stopping = _Stop(tokenizer, stop, max(map(len, batch.prompts))) if stop else None
         with _seeded(batch.seed or 0, causal_lm.device):
-            new[number] = _complete(causal_lm, batch, config)
+            new[number] = _complete(causal_lm, batch, config, stopping)
         if kept:
             kept.add(number, new[number])
     done |= _of_all_ranks(new)
@@ -84,7 +124,22 @@ def generate(
         for number, batch in enumerate(batches)
         for index, ids in zip(batch.indices, done[number], strict=True)
     }
-    return [_decode(tokenizer, ids, completed[index]) for index, ids in enumerate(encoded)]
+    return [completed[index] for index in range(len(prompts))]
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row once the text of its new tokens holds one of some strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        # a token that ends such a string has at least a byte of it, and so has each before
+        self.longest = max(len(text.encode()) for text in stop) + 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        new = input_ids[:, self.width :][:, -self.longest :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        done = [any(end in text for end in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def generate_kept(
@@ -192,7 +247,9 @@ def _of_all_ranks(new: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]
     return {number: ids for share in shares for number, ids in share.items()}
 
 
-def _complete(causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig) -> list[list[int]]:
+def _complete(
+    causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig, stopping: StoppingCriteria | None = None
+) -> list[list[int]]:
     """New token ids of one batch, EOS left out, each at most as long as its room."""
     prompts = batch.prompts
     width = max(len(ids) for ids in prompts)
@@ -204,7 +261,9 @@ def _complete(causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig
     config.max_new_tokens = max(batch.room)
     with _own_defaults(causal_lm, config):
         output = causal_lm.generate(  # type: ignore[operator]
-            input_ids=input_ids.to(causal_lm.device), attention_mask=attention_mask.to(causal_lm.device)
+            input_ids=input_ids.to(causal_lm.device),
+            attention_mask=attention_mask.to(causal_lm.device),
+            stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
         )
     rows = output[:, width:].tolist()
     return [_until(row[:limit], config.eos_token_id) for row, limit in zip(rows, batch.room, strict=True)]

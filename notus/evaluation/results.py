@@ -61,21 +61,9 @@ class Result:
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 
-def result_folder(given: str | None, run: Path | None, model: str, suite: str) -> Path:
-    """Where a suite's results go: as the user says, else into the run, else by the model's name in the working folder.
-
-    Args:
-        given: the folder that the user named.
-        run: the run's folder, of a run.
-        model: the model as the user named it: a folder's last part counts, or a hub id as it is.
-        suite: its name on the command line.
-    """
-    if given is not None:
-        return Path(given)
-    if run is not None:
-        return run / EVALUATIONS / suite
-    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
-    return Path(EVALUATIONS) / name / suite
+def model_name(model: str) -> str:
+    """What others call a model: of a folder its last part, or the hub id."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def write_result(folder: Path, result: Result) -> Path:
@@ -98,3 +86,12 @@ def read_result(path: Path) -> Result:
 def read_results(run: Path) -> list[Result]:
     """The results in a run's folder, by suite. Raises ValueError as `read_result`."""
     return [read_result(path) for path in sorted((run / EVALUATIONS).glob(f"*/{RESULT}"))]
+
+
+def result_folder(given: str | None, run: Path | None, model: str, suite: str) -> Path:
+    """Where a suite's results go: the folder that the user gave, else the run's own, else one named for the model."""
+    if given is not None:
+        return Path(given)
+    if run is not None:
+        return run / EVALUATIONS / suite
+    return Path(EVALUATIONS) / model.strip("/").replace("/", "__") / suite

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from notus.data.packing import Batch
-from notus.model.logprobs import linear_logprobs
+from notus.model.logprobs import linear_logprobs, linear_scores
 
 
 class Policy(nn.Module):
@@ -41,13 +41,22 @@ class Policy(nn.Module):
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """fp32 [M]: the log-prob of every completion token of the row, in nats (call through `forward`)."""
+        return linear_logprobs(self._sources(batch), self._head.weight, batch.targets)
+
+    @torch.no_grad()
+    def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`token_logprobs`, and bool [M]: whether the token is the likeliest. Of an unsharded policy, no gradients."""
+        return linear_scores(self._sources(batch), self._head.weight, batch.targets)
+
+    def _sources(self, batch: Batch) -> Tensor:
+        """[M, D]: the final hidden states that predict the completion tokens."""
         hidden = self.causal_lm.get_decoder()(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
             layout=batch.layout,
         ).last_hidden_state.squeeze(0)
-        return linear_logprobs(hidden.index_select(0, batch.sources), self._head.weight, batch.targets)
+        return hidden.index_select(0, batch.sources)
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of completion log-probs per branch.

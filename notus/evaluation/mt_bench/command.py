@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     from notus.training import distributed
 
     with distributed.process_group() as device:
-        source = distributed.main_first(lambda: find_source(args.model))
+        source = distributed.main_first(
+            lambda: find_source(args.model, trust_remote_code=args.trust_remote_code)
+        )
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked at before the hours of generation.
         plan = distributed.on_main(lambda: _plan(args))
