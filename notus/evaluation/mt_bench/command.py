@@ -74,16 +74,14 @@ def run(args: argparse.Namespace) -> int:
     from notus.training import distributed
 
     with distributed.process_group() as device:
-        source = distributed.main_first(
-            lambda: find_source(args.model, trust_remote_code=args.trust_remote_code)
-        )
+        source = distributed.main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked at before the hours of generation.
         plan = distributed.on_main(lambda: _plan(args))
         answers, settings = _generate(args, source, plan.questions, folder, device)
         speaks = distributed.is_main()
     # Judging can take hours, and the other ranks have no part in it.
-    return _judge(args, plan, answers, folder, settings) if speaks else 0
+    return _judge(args, plan, answers, source.name, folder, settings) if speaks else 0
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -152,6 +150,7 @@ def _generate(
     """The answers, which are then in the folder, and how they came about. A collective."""
     from notus.data.chat import check_vocabulary
     from notus.evaluation.mt_bench.answers import generate_answers, write_answers
+    from notus.evaluation.results import model_name
     from notus.model.export import load_causal_lm
     from notus.training.distributed import on_main, say
     from notus.training.parallel import COMPUTE_DTYPES
@@ -168,9 +167,14 @@ def _generate(
         "chat_template": source.choose(args.chat_template, "data.chat_template", None),
         "add_empty_system": source.choose(args.add_empty_system, "data.add_empty_system", False),
     }
-    kept = folder / GENERATION
     answers, cut_off = generate_answers(
-        causal_lm, tokenizer, questions, model=source.name, kept=kept, temperature=args.temperature, **options
+        causal_lm,
+        tokenizer,
+        questions,
+        model=source.name.replace(args.model, model_name(args.model), 1),  # with the step of a run in progress
+        kept=folder / GENERATION,
+        temperature=args.temperature,
+        **options,
     )
     if cut_off:
         say(f"{cut_off} answers are empty: the conversation before them fills the model's context")
@@ -186,15 +190,21 @@ def _judge_file(args: argparse.Namespace) -> int:
     from notus.evaluation.results import result_folder
 
     answers, plan = read_answers(args.answers), _plan(args)
-    folder = result_folder(args.output, None, _folder_name(_models(answers), args.answers), SUITE)
-    return _judge(args, plan, answers, folder, {"answers": args.answers})
+    models = sorted({answer.model for answer in answers})
+    folder = result_folder(args.output, None, _folder_name(models, args.answers), SUITE)
+    return _judge(args, plan, answers, ", ".join(models), folder, {"answers": args.answers})
 
 
 def _judge(
-    args: argparse.Namespace, plan: _Plan, answers: list["Answer"], folder: Path, settings: dict[str, Any]
+    args: argparse.Namespace,
+    plan: _Plan,
+    answers: list["Answer"],
+    model: str,
+    folder: Path,
+    settings: dict[str, Any],
 ) -> int:
     """Have the answers judged and report; or say how, if there is no judge."""
-    from notus.evaluation.mt_bench import judging
+    from notus.evaluation.mt_bench import inputs, judging
 
     if plan.endpoint is None or plan.prompts is None:
         told = "--judge-model NAME --judge-prompts FILE [--judge-url URL]"
@@ -208,7 +218,7 @@ def _judge(
         tell(f"stopped: the verdicts that came are in {kept}; the same command goes on from there")
         return STOPPED
     settings |= {
-        "questions": args.questions or "LMSYS's",
+        "questions": args.questions or inputs.QUESTIONS,
         "references": args.references or "the questions' own",
         "judge": args.judge_model,
         "judge_url": args.judge_url,
@@ -218,7 +228,7 @@ def _judge(
         "missing": judged.missing,
     }
     _tell_failures(judged, len(wanted), kept)
-    _report(judged.verdicts, plan.questions, _models(answers), folder, settings)
+    _report(args, judged.verdicts, plan.questions, model, folder, settings)
     return 1 if judged.missing else 0
 
 
@@ -243,32 +253,31 @@ def _score_file(args: argparse.Namespace) -> int:
     questions = read_questions(args.questions) if args.questions else []
     models = sorted({line["model"] for line in lines})
     folder = result_folder(args.output, None, _folder_name(models, args.judgments), SUITE)
-    _report(lines, questions, models, folder, {"judgments": args.judgments})
+    _report(args, lines, questions, ", ".join(models), folder, {"judgments": args.judgments})
     return 0
 
 
 def _report(
+    args: argparse.Namespace,
     lines: Sequence[dict[str, Any]],
     questions: Sequence["Question"],
-    models: Sequence[str],
+    model: str,
     folder: Path,
     settings: dict[str, Any],
 ) -> None:
     """Print the table and write the result."""
     from notus.evaluation.mt_bench import scores
+    from notus.evaluation.mt_bench.inputs import HUB_ID
     from notus.evaluation.results import Result, write_result
 
+    dataset = Path(args.questions).name if args.questions else None if args.judgments else HUB_ID
     found = scores.score(lines, {question.id: question.category for question in questions})
-    figures = scores.figures(found)
+    figures = scores.figures(found, dataset)
     if not figures:
         raise ValueError("no judgment holds a score, all are -1; judge the answers again")
     details = {"scores": [scores.plain(each) for each in found]}
-    path = write_result(folder, Result(SUITE, ", ".join(models), figures, settings, details))
+    path = write_result(folder, Result(SUITE, model, figures, settings, details))
     print(f"{scores.table(found)}\nwrote {path}")
-
-
-def _models(answers: Sequence["Answer"]) -> list[str]:
-    return sorted({answer.model for answer in answers})
 
 
 def _folder_name(models: Sequence[str], file: str) -> str:

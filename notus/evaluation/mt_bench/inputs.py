@@ -14,7 +14,8 @@ from notus.data.curate import read_file
 from notus.entry import first_line
 
 # LMSYS's own 80 questions; the space has no reference answers and no prompts for the judge.
-QUESTIONS = "hf://spaces/lmsys/mt-bench/data/mt_bench/question.jsonl"
+HUB_ID = "lmsys/mt-bench"
+QUESTIONS = f"hf://spaces/{HUB_ID}/data/mt_bench/question.jsonl"
 FASTCHAT = "lm-sys/FastChat has it, as fastchat/llm_judge/data/"
 # Judged against a reference answer, as FastChat's NEED_REF_CATS.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")

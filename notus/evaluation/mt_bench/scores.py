@@ -11,8 +11,9 @@ from notus.data.curate import read_file
 from notus.evaluation.results import Figure
 
 NAME = "MT-Bench"
-# Mean scores over both turns of the 80 questions, and the judges that count as the one that gave them.
+# Mean scores over both turns, of how many questions, and the judges that count as the one that gave them.
 PUBLISHED = {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
+PUBLISHED_QUESTIONS = 80
 PUBLISHED_BY = ("gpt-4", "gpt-4-0314", "gpt-4-0613")
 _UNREAD = -1
 
@@ -123,23 +124,27 @@ def _mean(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values) if values else math.nan, len(values))
 
 
-def figures(scores: Sequence[Scores]) -> list[Figure]:
-    """The overall score of each model, then its turns and categories; published ones beside the judge that gave them.
+def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure]:
+    """The overall score of each model, then its turns and categories; none of a model without any score.
 
-    Of several models the setup names the one that a figure is of.
+    Published scores stand beside those by the same judge of as many questions. Of several models the setup names the
+    one that a figure is of. `dataset`: of the questions, as `Figure` has it.
     """
     found = []
     for each in scores:
-        told = f"{each.model}, judged by {each.judge}" if len(scores) > 1 else f"judged by {each.judge}"
         if math.isnan(each.overall.score):
             continue
-        reference = PUBLISHED if each.judge in PUBLISHED_BY else {}
+        told = f"{each.model}, judged by {each.judge}" if len(scores) > 1 else f"judged by {each.judge}"
         stderr = None if math.isnan(each.stderr) else each.stderr
-        found.append(Figure(NAME, "score", each.overall.score, "", stderr, each.overall.count, told, None, reference))
-        parts = {f"turn {turn}": mean for turn, mean in each.turns.items()} | dict(each.categories)
-        found += [
-            Figure(NAME, f"score, {part}", mean.score, "", None, mean.count, told) for part, mean in parts.items()
-        ]
+        comparable = each.judge in PUBLISHED_BY and each.questions == PUBLISHED_QUESTIONS
+        parts = {"score": each.overall}
+        parts |= {f"score, turn {turn}": mean for turn, mean in each.turns.items()}
+        parts |= {f"score, {category}": mean for category, mean in each.categories.items()}
+        for metric, mean in parts.items():
+            overall = mean is each.overall
+            reference = PUBLISHED if overall and comparable else {}
+            error = stderr if overall else None
+            found.append(Figure(NAME, metric, mean.score, "", error, mean.count, told, dataset, reference))
     return found
 
 

@@ -57,19 +57,25 @@ def test_models_and_judges_are_kept_apart_the_best_first() -> None:
     ]
 
 
-def test_published_scores_stand_beside_those_of_the_same_judge_alone() -> None:
-    by_gpt4, by_other = (
-        figures(score([fastchat.judgment(81, 1, 8, judge=judge)], fastchat.CATEGORIES)) for judge in ("gpt-4", "gpt-4o")
-    )
-    assert by_gpt4[0].reference == {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
-    assert by_other[0].reference == {}
-    assert [(figure.metric, figure.value, figure.count) for figure in by_gpt4] == [
+def test_published_scores_stand_beside_those_of_the_same_judge_and_as_many_questions() -> None:
+    def overall(count: int, judge: str) -> Any:
+        return figures(score([fastchat.judgment(number, 1, 8, judge=judge) for number in range(count)]))[0]
+
+    assert overall(80, "gpt-4").reference == {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
+    assert overall(80, "gpt-4o").reference == {}
+    assert overall(79, "gpt-4").reference == {}
+
+
+def test_figures_of_one_model() -> None:
+    found = figures(score([fastchat.judgment(81, 1, 8)], fastchat.CATEGORIES), "question.jsonl")
+    assert [(figure.metric, figure.value, figure.count) for figure in found] == [
         ("score", 8.0, 1),
         ("score, turn 1", 8.0, 1),
         ("score, writing", 8.0, 1),
     ]
-    assert by_gpt4[0].stderr is None
-    assert by_gpt4[0].setup == "judged by gpt-4"
+    assert {(figure.name, figure.setup, figure.dataset, figure.stderr) for figure in found} == {
+        ("MT-Bench", "judged by gpt-4", "question.jsonl", None)
+    }
 
 
 def test_figures_of_several_models_name_them() -> None:
