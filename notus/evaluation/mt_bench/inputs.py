@@ -182,6 +182,7 @@ def _text(row: dict[str, Any], key: str, place: str) -> str:
 
 
 def _texts(value: Any, where: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+    """A list of texts; numbers, which translated reference files hold, are taken as such."""
+    if not isinstance(value, list) or not all(isinstance(text, str | int | float) for text in value):
         raise ValueError(f"{where} is {json.dumps(value)[:60]}, not a list of texts; give FastChat's files")
-    return value
+    return [str(text) for text in value]

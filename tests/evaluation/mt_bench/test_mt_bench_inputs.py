@@ -29,6 +29,12 @@ def test_references_of_a_file_stand_in_the_place_of_the_questions_own(tmp_path: 
     assert by_id[101].reference == ["right 101 one", "right 101 two"]
 
 
+def test_a_reference_that_is_a_number_is_its_digits(tmp_path: Path) -> None:
+    row = {**fastchat.question(111), "reference": [12000, 0.19]}
+    (question,) = inputs.read_questions(str(fastchat.write_lines(tmp_path / "question.jsonl", [row])))
+    assert question.reference == ["12000", "0.19"]
+
+
 def test_a_missing_reference_is_told_with_the_file_to_give(tmp_path: Path) -> None:
     row = {**fastchat.question(101), "reference": ["only one"]}
     path = fastchat.write_lines(tmp_path / "question.jsonl", [row])
@@ -44,7 +50,7 @@ BAD_QUESTIONS = {
     "has no question_id": {**OTHER, "question_id": None},
     "key 'category' holds no text": {**OTHER, "category": 7},
     "key 'turns' is null": {**OTHER, "turns": None},
-    "key 'turns' is": {**OTHER, "turns": [1, 2]},
+    "key 'turns' is": {**OTHER, "turns": ["a", ["b"]]},
     "has 0 turns": {**OTHER, "turns": []},
     "has 3 turns": {**OTHER, "turns": ["a", "b", "c"]},
     "key 'reference' is": {**OTHER, "reference": "text"},
@@ -75,7 +81,7 @@ def test_the_last_answer_of_a_model_to_a_question_counts(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("choices", [None, [], [{}], [{"turns": "text"}], [{"turns": [1]}], "text"])
+@pytest.mark.parametrize("choices", [None, [], [{}], [{"turns": "text"}], [{"turns": [None]}], "text"])
 def test_what_is_no_answer_is_told_with_its_line(choices: Any, tmp_path: Path) -> None:
     path = fastchat.write_lines(tmp_path / "a.jsonl", [{**fastchat.answer(81), "choices": choices}])
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1.*give FastChat's"):
