@@ -19,6 +19,7 @@ QUESTIONS = f"hf://spaces/{HUB_ID}/data/mt_bench/question.jsonl"
 FASTCHAT = "lm-sys/FastChat has it, as fastchat/llm_judge/data/"
 # Judged against a reference answer, as FastChat's NEED_REF_CATS.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
+UNREAD = -1  # the score of a judgment without a rating
 # Of the prompts for turn 1 and 2; True: with a reference answer.
 PROMPTS = {
     False: ("single-v1", "single-v1-multi-turn"),

@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all
 from notus.evaluation.kept import keep, read_kept
-from notus.evaluation.mt_bench.inputs import PROMPTS, Answer, JudgePrompt, Question, QuestionId
+from notus.evaluation.mt_bench.inputs import PROMPTS, UNREAD, Answer, JudgePrompt, Question, QuestionId
 
 ASKED = 3  # times at most for one verdict, if it cannot be read
-UNREAD = -1  # FastChat's score for such a verdict
 HIGHEST = 10
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
@@ -41,8 +40,7 @@ class Judged:
     """What came of it: a line in FastChat's format for every verdict, and why there is none for the others.
 
     Attributes:
-        verdicts: of every match that was answered, `score` -1 where no answer could be read.
-        unread: how many those are.
+        verdicts: of every match that was answered, `score` -1 where no rating could be read.
         missing: matches that got no answer from the endpoint.
         reason: the last of the endpoint's errors; None if there was none.
     """

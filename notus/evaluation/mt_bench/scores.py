@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from notus.data.curate import read_file
+from notus.evaluation.mt_bench.inputs import UNREAD
 from notus.evaluation.results import Figure
 
 NAME = "MT-Bench"
@@ -15,7 +16,6 @@ NAME = "MT-Bench"
 PUBLISHED = {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
 PUBLISHED_QUESTIONS = 80
 PUBLISHED_BY = ("gpt-4", "gpt-4-0314", "gpt-4-0613")
-_UNREAD = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def score(lines: Iterable[Mapping[str, Any]], categories: Mapping[int | str, str
         judge = str(line.get("judge", [""])[0])
         of_model = last.setdefault((line["model"], judge), {})
         turn = (line["question_id"], line["turn"])
-        if line["score"] != _UNREAD or turn not in of_model:
+        if line["score"] != UNREAD or turn not in of_model:
             of_model[turn] = line["score"]
     scores = [_of_model(*key, of_model, categories or {}) for key, of_model in last.items()]
     return sorted(scores, key=lambda each: (math.isnan(each.overall.score), -each.overall.score, each.model))
@@ -98,7 +98,7 @@ def score(lines: Iterable[Mapping[str, Any]], categories: Mapping[int | str, str
 def _of_model(
     model: str, judge: str, of_turn: Mapping[tuple[int | str, int], float], categories: Mapping[int | str, str]
 ) -> Scores:
-    read = {key: value for key, value in of_turn.items() if value != _UNREAD}
+    read = {key: value for key, value in of_turn.items() if value != UNREAD}
     by_question: dict[int | str, list[float]] = {}
     by_category: dict[str, list[float]] = {}
     by_turn: dict[int, list[float]] = {1: [], 2: []}
