@@ -146,7 +146,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+    return [
+        {key: value for key, value in record.items() if key not in TIMINGS and not key.startswith("system/")}
+        for record in records
+    ]
 
 
 def digest(path: Path) -> str:

@@ -185,7 +185,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where metrics go besides `metrics.jsonl`."""
+    """What a run tells besides `metrics.jsonl`, and where."""
 
     wandb: bool = False
     """Log to Weights & Biases."""
@@ -195,6 +195,11 @@ class TrackingConfig:
     """Weights & Biases project."""
     run_name: str | None = None
     """Weights & Biases run name; null: the name of the run's folder."""
+    samples: Index = 8
+    """Prompts that the model continues (greedily) at step 0, at each evaluation and at the end: the first ones of the
+    evaluation data, else of the training data; 0: none."""
+    sample_tokens: Count = 64
+    """Most tokens of such a continuation; each costs a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,11 +283,12 @@ def _conflicts(config: Config) -> Iterator[Refused]:
     if config.lora.rank == 0:
         yield from _without_effect(config, "lora", "while lora.rank is 0: set lora.rank, or remove it")
     if not config.tracking.wandb:
+        why = "while tracking.wandb is false: set that, or remove it"
+        yield from _without_effect(config, "tracking", why, besides=("tensorboard", "samples", "sample_tokens"))
+    if config.tracking.samples == 0:
+        why = "while tracking.samples is 0: set that, or remove it"
         yield from _without_effect(
-            config,
-            "tracking",
-            "while tracking.wandb is false: set that, or remove it",
-            besides=("tensorboard",),
+            config, "tracking", why, besides=("wandb", "tensorboard", "project", "run_name", "samples")
         )
     if config.task == "sft":
         for section in DPO_SECTIONS:

@@ -41,23 +41,37 @@ class Policy(nn.Module):
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """fp32 [M]: the log-prob of every completion token of the row, in nats (call through `forward`)."""
-        hidden = self.causal_lm.get_decoder()(
+        hidden = self._hidden(batch)
+        return linear_logprobs(hidden.index_select(0, batch.sources), self._head.weight, batch.targets)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """[N, D]: what the head sees of the row's tokens."""
+        decoded = self.causal_lm.get_decoder()(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
             layout=batch.layout,
-        ).last_hidden_state.squeeze(0)
-        return linear_logprobs(hidden.index_select(0, batch.sources), self._head.weight, batch.targets)
+        )
+        return decoded.last_hidden_state.squeeze(0)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def _likeliest(self, batch: Batch) -> Tensor:
+        """int64 [E, K]: the likeliest token after each branch."""
+        ends = batch.layout.query_starts[1:] - 1  # a segment's queries end with its branch
+        logits = self._hidden(batch).index_select(0, ends) @ self._head.weight.t()
+        return logits.argmax(-1).view(batch.lengths.shape).clone()
+
+    def forward(self, batch: Batch, *, next_tokens: bool = False) -> Tensor:
         """Sum of completion log-probs per branch.
 
         Args:
             batch: a packed row of E examples with K branches each.
+            next_tokens: return instead the likeliest token after each branch, int64 [E, K]; no branch may be empty.
 
         Returns:
             fp32 [E, K], nats.
         """
+        if next_tokens:
+            return self._likeliest(batch)
         tokens = self.token_logprobs(batch)
         sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
         return sums.view(batch.lengths.shape).clone()  # FSDP hooks its outputs and warns of views
