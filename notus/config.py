@@ -282,14 +282,7 @@ def _conflicts(config: Config) -> Iterator[Refused]:
     """What contradicts, or would be ignored because of, other keys."""
     if config.lora.rank == 0:
         yield from _without_effect(config, "lora", "while lora.rank is 0: set lora.rank, or remove it")
-    if not config.tracking.wandb:
-        why = "while tracking.wandb is false: set that, or remove it"
-        yield from _without_effect(config, "tracking", why, besides=("tensorboard", "samples", "sample_tokens"))
-    if config.tracking.samples == 0:
-        why = "while tracking.samples is 0: set that, or remove it"
-        yield from _without_effect(
-            config, "tracking", why, besides=("wandb", "tensorboard", "project", "run_name", "samples")
-        )
+    yield from _tracking_conflicts(config)
     if config.task == "sft":
         for section in DPO_SECTIONS:
             yield from _without_effect(config, section, "in SFT: remove it, or run train_dpo.py")
@@ -304,6 +297,15 @@ def _without_effect(config: Config, section: str, why: str, besides: tuple[str, 
     for item in dataclasses.fields(values):
         if item.name not in besides and getattr(values, item.name) != getattr(SECTIONS[section](), item.name):
             yield Refused(f"{section}.{item.name}", f"has no effect {why}")
+
+
+def _tracking_conflicts(config: Config) -> Iterator[Refused]:
+    for key, of_it in (("wandb", ("project", "run_name")), ("samples", ("sample_tokens",))):
+        value = getattr(config.tracking, key)
+        if not value:
+            others = tuple(item.name for item in dataclasses.fields(TrackingConfig) if item.name not in of_it)
+            why = f"while tracking.{key} is {str(value).lower()}: set that, or remove it"
+            yield from _without_effect(config, "tracking", why, besides=others)
 
 
 def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Refused]:

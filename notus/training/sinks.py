@@ -1,10 +1,11 @@
 """Weights & Biases and TensorBoard: metrics in groups, what stands before the first step, and samples."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class WandbSink(Sink):
 
         has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        self._folder = folder
         self.run_id = run_id or secrets.token_hex(4)
         begin: Callable[..., Any] = functools.partial(
             wandb.init, project=project, name=name, dir=folder, config=dict(config), id=self.run_id,
@@ -81,7 +83,20 @@ class WandbSink(Sink):
 
         rows = [[step, *dataclasses.astuple(sample)] for sample in samples]
         table = wandb.Table(columns=["step", *(field.name for field in dataclasses.fields(Sample))], data=rows)
-        self._run.log({"samples": table}, step=step)
+        with self._staged():
+            self._run.log({"samples": table}, step=step)
+
+    @contextlib.contextmanager
+    def _staged(self) -> Iterator[None]:
+        """Keep a copy of each table, which goes to the server, with the run: the home folder may be another's then."""
+        kept = os.environ.get("WANDB_DATA_DIR")
+        os.environ["WANDB_DATA_DIR"] = kept or str(self._folder.absolute() / "wandb")
+        try:
+            yield
+        finally:
+            del os.environ["WANDB_DATA_DIR"]
+            if kept is not None:
+                os.environ["WANDB_DATA_DIR"] = kept
 
     def state(self) -> dict[str, str]:
         return {"wandb": self.run_id}
@@ -96,7 +111,7 @@ class TensorBoardSink(Sink):
     remedy = f"{METRICS_FILE} and {SAMPLES_FILE} have everything"
 
     def __init__(self, folder: Path, *, resume_step: int, texts: Mapping[str, str]) -> None:
-        """Open a writer; events after `resume_step` are from steps that will be taken again, and are hidden.
+        """Open a writer; events after `resume_step` are from steps that will be taken again, and go.
 
         Args:
             folder: the run's.
@@ -112,7 +127,9 @@ class TensorBoardSink(Sink):
             raise ValueError(
                 "tracking.tensorboard=true needs the tensorboard package: pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
+            _forget_after(path, resume_step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
         for title, text in texts.items():
             self._writer.add_text(title, _verbatim(text), resume_step + 1)
 
@@ -132,6 +149,22 @@ class TensorBoardSink(Sink):
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop later steps from a file of events. TensorBoard's own purge would leave texts and hide scalars alone."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    events = [(raw, Event.FromString(raw)) for raw in RawEventFileLoader(str(path)).Load()]
+    partial = path.with_name(".partial")
+    with partial.open("wb") as file:
+        records = RecordWriter(file)
+        for raw, event in events:
+            if event.step <= step or event.HasField("file_version"):
+                records.write(raw)
+    os.replace(partial, path)
 
 
 def _verbatim(text: str) -> str:

@@ -142,7 +142,8 @@ class Tracker:
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Record what the model says after `step` steps."""
-        self._each(lambda sink: sink.log_samples(step, samples))
+        if samples:
+            self._each(lambda sink: sink.log_samples(step, samples))
 
     def state(self) -> dict[str, str]:
         """What a checkpoint keeps, so that a resumed run goes on in the same place: the W&B run's id."""

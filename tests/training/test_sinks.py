@@ -12,16 +12,37 @@ import pytest
 from disks import largest_file
 
 from notus.training import sinks
-from notus.training.sinks import TensorBoardSink, WandbSink
+from notus.training.sampling import Sample
+from notus.training.sinks import TensorBoardSink, WandbSink, grouped
 from notus.training.tracking import MetricsFile, Tracker
 
 
-def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+def test_metrics_in_groups() -> None:
+    metrics = {"loss": 1.0, "rewards/chosen": 2.0, "eval_loss": 3.0, "eval_rewards/chosen": 4.0, "system/mfu": 5.0}
+    assert grouped(metrics) == {
+        "train/loss": 1.0,
+        "train/rewards/chosen": 2.0,
+        "eval/loss": 3.0,
+        "eval/rewards/chosen": 4.0,
+        "system/mfu": 5.0,
+    }
+
+
+def _events(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
+    return events
+
+
+def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in _events(folder).Scalars(name)]
+
+
+def _texts(folder: Path, name: str) -> list[tuple[int, str]]:
+    tensors = _events(folder).Tensors(f"{name}/text_summary")
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in tensors]
 
 
 def test_tensorboard_files_hold_the_metrics(tmp_path: Path) -> None:
@@ -42,6 +63,25 @@ def test_tensorboard_shows_steps_that_are_taken_again_once(tmp_path: Path) -> No
     assert _scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5), (5, 5.5)]
 
 
+def test_tensorboard_shows_texts_verbatim_and_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    # a launch, one that began anew before any checkpoint, one that goes on after step 2
+    for resume_step, config in ((-1, "a: 1"), (-1, "a: 1\nb: *2*"), (2, "a: 3")):
+        sink = TensorBoardSink(tmp_path, resume_step=resume_step, texts={"config": config})
+        for step in range(resume_step + 1, 5):
+            sink.log(step, {"loss": 0.5})
+            sink.log_samples(step, [Sample(0, "one\n# two", f"{config} at {step}"), Sample(1, "", "`")])
+        sink.close()
+    assert _texts(tmp_path, "config") == [(0, "    a: 1\n    b: *2*"), (3, "    a: 3")]
+    samples = _texts(tmp_path, "samples")
+    assert [step for step, _ in samples] == [0, 1, 2, 3, 4]
+    assert samples[3][1] == (
+        "**0: prompt**\n\n    one\n    # two\n\n**0: completion**\n\n    a: 3 at 3\n\n"
+        "**1: prompt**\n\n\n\n**1: completion**\n\n    `"
+    )
+    assert [step for step, _ in _scalars(tmp_path, "train/loss")] == [0, 1, 2, 3, 4]
+
+
 def test_tensorboard_on_a_full_disk_is_switched_off(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,8 +95,8 @@ def test_tensorboard_on_a_full_disk_is_switched_off(
     assert told.wait(10)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
     assert lines == [
-        "warning: TensorBoard fails ([Errno 27] File too large) and is off for the rest; metrics.jsonl and samples.jsonl "
-        "have everything"
+        "warning: TensorBoard fails ([Errno 27] File too large) and is off for the rest; "
+        "metrics.jsonl and samples.jsonl have everything"
     ]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 30
 
@@ -85,8 +125,8 @@ def _sink(folder: Path, **options: Any) -> WandbSink:
     return WandbSink(project="notus-test", name="toy", folder=folder, config={"dpo": {"beta": 0.1}}, **options)
 
 
-def _history(file: Path) -> list[dict[str, float]]:
-    """The lines of metrics in a .wandb file: LevelDB's log format behind 7 bytes, each record a protocol buffer."""
+def _records(file: Path) -> list[Any]:
+    """What a .wandb file holds: LevelDB's log format behind 7 bytes, each record a protocol buffer."""
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -100,11 +140,20 @@ def _history(file: Path) -> list[dict[str, float]]:
         part += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # a whole record, or the last part of one
-            record, part = Record.FromString(part), b""
-            if record.WhichOneof("record_type") == "history":
-                items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
-                found.append({name: json.loads(items[name]) for name in ("_step", "loss")})
+            found.append(Record.FromString(part))
+            part = b""
     return found
+
+
+def _full_history(records: list[Any]) -> list[dict[str, Any]]:
+    """The lines of metrics; a nested key is written with slashes."""
+    items = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in each} for each in items]
+
+
+def _history(file: Path) -> list[dict[str, Any]]:
+    """The step and the loss of each line."""
+    return [{"_step": line["_step"], "loss": line["train/loss"]} for line in _full_history(_records(file))]
 
 
 def _only_file(folder: Path, kind: str) -> Path:
@@ -166,6 +215,44 @@ def test_wandb_is_offline_without_a_key(wandb_folder: Path) -> None:
     file = _only_file(wandb_folder, "offline-run")
     assert _history(file) == [{"_step": 1, "loss": 0.5}]
     assert file.name == f"run-{sink.run_id}.wandb"
+
+
+def test_offline_files_hold_groups_config_and_samples_of_both_launches(wandb_folder: Path) -> None:
+    first = _sink(wandb_folder)
+    first.log_samples(0, [Sample(0, "Say A", "A\n"), Sample(1, "Say B", "é")])
+    first.log(1, {"loss": 0.5, "system/mfu": 0.25})
+    first.close()
+    again = _sink(wandb_folder, run_id=first.run_id)
+    again.log(2, {"loss": 0.25, "eval_loss": 0.75})
+    again.log_samples(2, [Sample(0, "Say A", "B"), Sample(1, "Say B", "B")])
+    again.close()
+    assert not (wandb_folder / ".local").exists()  # what the sync needs is with the run
+    found = {}
+    for file in sorted(wandb_folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime):
+        records = _records(file)
+        runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        assert {run.run_id for run in runs} == {first.run_id}
+        config = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
+        assert config["dpo"] == {"beta": 0.1}
+        for line in _full_history(records):
+            shown = {name: value for name, value in line.items() if not name.startswith(("_", "samples"))}
+            found[line["_step"]] = (shown, _table(file.parent, line))
+    assert found == {
+        0: ({}, [[0, 0, "Say A", "A\n"], [0, 1, "Say B", "é"]]),
+        1: ({"train/loss": 0.5, "system/mfu": 0.25}, None),
+        2: ({"train/loss": 0.25, "eval/loss": 0.75}, [[2, 0, "Say A", "B"], [2, 1, "Say B", "B"]]),
+    }
+
+
+def _table(folder: Path, line: dict[str, Any]) -> list[list[Any]] | None:
+    """The rows of the table `samples`, which is a file beside the run's."""
+    path = line.get("samples/path") or line.get("samples", {}).get("path")
+    if path is None:
+        return None
+    table = json.loads((folder / "files" / path).read_text())
+    assert table["columns"] == ["step", "index", "prompt", "completion"]
+    rows: list[list[Any]] = table["data"]
+    return rows
 
 
 @pytest.mark.parametrize("server", ["closed", "silent", "500", "garbage"])
