@@ -215,7 +215,7 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str,
         (["--tracking.run_name=x"], "tracking.run_name has no effect while tracking.wandb is false"),
         (
             ["--tracking.samples=0", "--tracking.sample_tokens=9"],
-            "tracking.sample_tokens has no effect while tracking.s",
+            "tracking.sample_tokens has no effect",
         ),
         (["--training.eval_every=5"], "training.eval_every has no effect without evaluation data"),
         (["--data.eval=a", "--data.eval_size=5"], "data.eval_size has no effect beside data.eval"),
