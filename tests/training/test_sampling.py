@@ -64,12 +64,8 @@ def test_samples_are_those_of_plain_greedy_decoding(longest: int, model_folder: 
     expected = [greedy(model_folder, prompt, min(6, longest - len(prompt)), {end}) for prompt in PROMPTS]
     assert len(expected[0]) <= 2
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    assert found == [
-        Sample(
-            index, tokenizer.decode(prompt, skip_special_tokens=True), tokenizer.decode(new, skip_special_tokens=True)
-        )
-        for index, (prompt, new) in enumerate(zip(PROMPTS, expected, strict=True))
-    ]
+    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in each] for each in (PROMPTS, expected)]
+    assert found == [Sample(index, *both) for index, both in enumerate(zip(*texts, strict=True))]
     # one pass per token, and one for the token that ends a completion
     tokens = max(len(new) + (len(new) < 6) for new in expected) if longest == 100 else 0
     assert longest == 10 or len(passes) == tokens
@@ -234,9 +230,10 @@ def test_samples_after_the_checkpoint_go_when_a_killed_run_goes_on(
     assert dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **overrides)) == 0
     cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **overrides)
     for step in (2, 4):  # in the step after the first, before any checkpoint; after three
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             at_call(patch, dpo.DPOTask, "row_loss", step, kill)
-            dpo.run(cut)
+            with pytest.raises(Killed):
+                dpo.run(cut)
     assert max(line["step"] for line in samples_of(tmp_path / "cut")) == 3
     assert dpo.run(cut) == 0
     assert samples_of(tmp_path / "cut") == samples_of(tmp_path / "whole")
