@@ -215,11 +215,11 @@ def build_layout(trunks: Sequence[int], branches: Sequence[Sequence[int]]) -> La
 
     Args:
         trunks: trunk length of each example.
-        branches: branch lengths of each example, K each.
+        branches: branch lengths of each example; their number may differ.
     """
     key_index, query_lengths, key_lengths = [], [], []
     first_copy: list[np.ndarray] = []
-    copies: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in branches[0][1:]]
+    copies: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in max(branches, key=len)[1:]]
     row, gathered = 0, 0
     for trunk, parts in zip(trunks, branches, strict=True):
         shared = np.arange(row, row + trunk)

@@ -9,6 +9,7 @@ DEFAULT = "preferences"
 # By name: the module that has `add_arguments` and `run`, imported when it is asked for.
 SUITES = {
     "preferences": "notus.evaluation.preferences.command",
+    "open-llm": "notus.evaluation.open_llm.command",
 }
 
 

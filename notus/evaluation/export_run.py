@@ -5,7 +5,6 @@ in one process.
 """
 
 import argparse
-import functools
 import os
 import re
 import shutil
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_DEFAULT_SHARD = 5 * 10**9
 
 Settings = dict[str, dict[str, Any]]
 
@@ -87,41 +85,16 @@ def _load(
     args: argparse.Namespace, settings: Settings, run_folder: Path
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """The run's final model, its adapter merged; or the model of its newest checkpoint."""
-    import torch
-
+    from notus.evaluation.unfinished import load_unfinished
     from notus.model.export import load_causal_lm
-    from notus.training.checkpoint import checkpoints_in
-    from notus.training.folder import CHECKPOINTS, MODEL
+    from notus.training.folder import MODEL
 
-    load = functools.partial(load_causal_lm, device="cpu", trust_remote_code=args.trust_remote_code)
-    if (run_folder / MODEL).is_dir():
-        return load(run_folder / MODEL, dtype=_dtype(args, settings))
-    checkpoints = checkpoints_in(run_folder / CHECKPOINTS)
-    if not checkpoints:
-        raise ValueError(f"{run_folder}: the run has not finished and has no checkpoint yet; train it first")
-    causal_lm, tokenizer = load(settings["model"]["name_or_path"], dtype=torch.float32)
-    _fill(causal_lm, settings, checkpoints)
+    final, trust = run_folder / MODEL, args.trust_remote_code
+    if final.is_dir():
+        return load_causal_lm(final, dtype=_dtype(args, settings), device="cpu", trust_remote_code=trust)
+    causal_lm, tokenizer, checkpoint = load_unfinished(run_folder, settings, trust_remote_code=trust)
+    print(f"the run has not finished: exporting {checkpoint}", flush=True)
     return causal_lm, tokenizer
-
-
-def _fill(causal_lm: "PreTrainedModel", settings: Settings, checkpoints: list[Path]) -> None:
-    """Give the base model the weights, or the adapter, of the first checkpoint that is whole."""
-    from notus.model.lora import inject_lora
-    from notus.model.policy import Policy
-    from notus.training.checkpoint import DamagedCheckpointError, load_checkpoint
-
-    if settings["lora"]["rank"]:
-        inject_lora(causal_lm, **settings["lora"])
-    policy = Policy(causal_lm)  # checkpoints have its names
-    for checkpoint in checkpoints:
-        try:
-            load_checkpoint(checkpoint, policy.named_parameters(), optimizer=None)
-        except DamagedCheckpointError as error:
-            print(f"warning: {error}", flush=True)
-            continue
-        print(f"the run has not finished: exporting {checkpoint}", flush=True)
-        return
-    raise ValueError(f"{checkpoints[0].parent}: no checkpoint is whole; nothing to export")
 
 
 def _write(
@@ -130,26 +103,16 @@ def _write(
     causal_lm: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> None:
-    from notus.model.adapter import export_adapter
-    from notus.model.export import export_model
-    from notus.model.lora import lora_layers, merge_lora
+    from notus.evaluation.unfinished import DEFAULT_SHARD, write_model
 
-    if lora_layers(causal_lm) and not args.merge:
-        export_adapter(
-            causal_lm,
-            args.out,
-            base_model_name_or_path=settings["model"]["name_or_path"],
-            tokenizer=tokenizer,
-        )
-        return
-    merge_lora(causal_lm)
-    export_model(
+    write_model(
         causal_lm,
-        args.out,
-        hf_config=causal_lm.config,
-        tokenizer=tokenizer,
+        tokenizer,
+        Path(args.out),
+        base=settings["model"]["name_or_path"],
         dtype=_dtype(args, settings),
-        max_shard_bytes=args.max_shard_size or _DEFAULT_SHARD,
+        merge=args.merge,
+        max_shard_bytes=args.max_shard_size or DEFAULT_SHARD,
     )
 
 

@@ -3,16 +3,28 @@
 Prompts are tokenised by the encoder that training uses, so the model sees what it was trained on.
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from notus.data.chat import ChatEncoder, Turns
+from notus.evaluation.kept import Batch, KeptTokens
+from notus.model.weights import WITHOUT_EFFECT
 
 
 def generate(
@@ -29,6 +41,7 @@ def generate(
     chat_template: str | None = None,
     add_empty_system: bool = False,
     places: Sequence[str] | None = None,
+    kept: KeptTokens | None = None,
 ) -> list[str]:
     """Complete each prompt up to EOS, `max_new_tokens` or the end of the model's context.
 
@@ -48,6 +61,7 @@ def generate(
         batch_size: prompts computed together.
         chat_template, add_empty_system: see `ChatEncoder`.
         places: what errors call each prompt; None: by its number.
+        kept: where finished batches are kept and found again; see `generate_kept`.
 
     Returns:
         The completions in the order of `prompts`, without special tokens.
@@ -59,18 +73,113 @@ def generate(
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
     encoded = [_encode(encoder, prompt, context, at) for prompt, at in zip(prompts, places, strict=True)]
-    room = [min(max_new_tokens, context - len(ids)) for ids in encoded]
+    completed = generate_ids(
+        causal_lm,
+        tokenizer,
+        encoded,
+        [min(max_new_tokens, context - len(ids)) for ids in encoded],
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        batch_size=batch_size,
+        kept=kept,
+    )
+    return [_decode(tokenizer, ids, new) for ids, new in zip(encoded, completed, strict=True)]
+
+
+def generate_ids(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    room: list[int],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 42,
+    batch_size: int = 32,
+    stop: Sequence[str] = (),
+    with_end: bool = False,
+    kept: KeptTokens | None = None,
+) -> list[list[int]]:
+    """`generate` from token ids to token ids: what follows each prompt, at most its `room`; EOS only if `with_end`.
+
+    A completion also ends where its text holds one of `stop`; that, and what the batch took to end, stays in it.
+    """
+    assert not (with_end and kept), "what is kept has no ends"
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
-    batches = _batches([len(ids) for ids in encoded], batch_size)
-    completed: dict[int, str] = {}
-    for number in _share(len(batches)):
-        indices = batches[number]
-        with _seeded((seed << 20) + number, causal_lm.device):
-            new = _complete(causal_lm, [encoded[i] for i in indices], [room[i] for i in indices], config)
-        for index, ids in zip(indices, new, strict=True):
-            completed[index] = _decode(tokenizer, encoded[index], ids)
-    completed = _of_all_ranks(completed)
+    batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
+    settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
+    done = kept.find(batches, settings) if kept else {}
+    new: dict[int, list[list[int]]] = {}
+    for number in _share([number for number in range(len(batches)) if number not in done]):
+        batch = batches[number]
+        stopping = _Stop(tokenizer, stop, max(map(len, batch.prompts))) if stop else None
+        with _seeded(batch.seed or 0, causal_lm.device):
+            new[number] = _complete(causal_lm, batch, config, stopping, with_end)
+        if kept:
+            kept.add(number, new[number])
+    done |= _of_all_ranks(new)
+    completed = {
+        index: ids
+        for number, batch in enumerate(batches)
+        for index, ids in zip(batch.indices, done[number], strict=True)
+    }
     return [completed[index] for index in range(len(prompts))]
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row once the text of its new tokens holds one of some strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        # a token that ends such a string has at least a byte of it, and so has each before
+        self.longest = max(len(text.encode()) for text in stop) + 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        new = input_ids[:, self.width :][:, -self.longest :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        done = [any(end in text for end in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def generate_kept(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Turns],
+    *,
+    kept: Path,
+    identity: str,
+    **options: Any,
+) -> list[str]:
+    """As `generate`, but what is finished is kept: the same call, on any number of ranks, goes on where it stopped.
+
+    Every rank appends its finished batches to a file of its own in the folder `kept`, which all ranks must see.
+    A greedy completion is found again by its prompt's tokens and the settings, a sampled one also by its batch,
+    so `batch_size` and the other prompts may change between calls of the one kind, but not of the other.
+
+    Args:
+        causal_lm, tokenizer, prompts: as `generate` has them.
+        kept: a folder, made if need be; calls with other prompts, settings or models may share it.
+        identity: says which weights these are, as `model_digest` does.
+        options: of `generate`.
+
+    Raises:
+        ValueError: as `generate`; also a file in `kept` that holds something else.
+        OSError: the disk refuses.
+    """
+    return generate(causal_lm, tokenizer, prompts, kept=KeptTokens(kept, identity), **options)
+
+
+def model_digest(causal_lm: PreTrainedModel) -> str:
+    """sha256 (hex) over a model as it was loaded: its tensors, and the settings that alter its computation."""
+    config = {k: v for k, v in causal_lm.config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(k)}
+    total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(causal_lm.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return total.hexdigest()
 
 
 def _encode(encoder: ChatEncoder, prompt: Turns, context: int | None, place: str) -> list[int]:
@@ -92,13 +201,11 @@ def _generation_config(
     top_p: float,
     top_k: int,
 ) -> GenerationConfig:
-    """Greedy or sampled; ends at the tokenizer's EOS and at those that the model names."""
-    of_model = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
-    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
+    """Greedy or sampled, up to one of `end_tokens`."""
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=temperature > 0,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_tokens(causal_lm, tokenizer),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         use_cache=True,
     )
@@ -107,45 +214,70 @@ def _generation_config(
     return config
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar lengths, the longest first: memory runs out at once or not at all."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def end_tokens(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS and those that the model names."""
+    of_model = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
+    return sorted({tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None})
 
 
-def _share(num_batches: int) -> Iterable[int]:
+def _settings(causal_lm: PreTrainedModel, config: GenerationConfig) -> dict[str, Any]:
+    """What decides completions beside weights, prompts and room."""
+    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
+    return {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
+
+
+def _batches(encoded: list[list[int]], room: list[int], batch_size: int, seed: int | None) -> list[Batch]:
+    """Batches of prompts of similar lengths, the longest first: memory runs out at once or not at all."""
+    order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
+    batches = []
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        indices = order[start : start + batch_size]
+        own = None if seed is None else (seed << 20) + number
+        batches.append(Batch(indices, [encoded[i] for i in indices], [room[i] for i in indices], own))
+    return batches
+
+
+def _share(numbers: list[int]) -> Iterable[int]:
     """This rank's batches; a progress bar on rank 0, if there is a terminal."""
     if not dist.is_initialized():
-        return tqdm(range(num_batches), desc="generating", disable=None)
-    share = range(dist.get_rank(), num_batches, dist.get_world_size())
+        return tqdm(numbers, desc="generating", disable=None)
+    share = numbers[dist.get_rank() :: dist.get_world_size()]
     return share if dist.get_rank() else tqdm(share, desc="generating", disable=None)
 
 
-def _of_all_ranks(completed: dict[int, str]) -> dict[int, str]:
+def _of_all_ranks(new: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]:
     if not dist.is_initialized():
-        return completed
-    shares: list[dict[int, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, completed)
-    return {index: text for share in shares for index, text in share.items()}
+        return new
+    shares: list[dict[int, list[list[int]]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, new)
+    return {number: ids for share in shares for number, ids in share.items()}
 
 
 def _complete(
-    causal_lm: PreTrainedModel, prompts: list[list[int]], room: list[int], config: GenerationConfig
+    causal_lm: PreTrainedModel,
+    batch: Batch,
+    config: GenerationConfig,
+    stopping: StoppingCriteria | None,
+    with_end: bool,
 ) -> list[list[int]]:
-    """New token ids of one batch, EOS left out, each at most as long as its `room`."""
+    """New token ids of one batch, EOS left out unless `with_end`, each at most as long as its room."""
+    prompts = batch.prompts
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), config.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
-    config.max_new_tokens = max(room)
+    config.max_new_tokens = max(batch.room)
     with _own_defaults(causal_lm, config):
         output = causal_lm.generate(  # type: ignore[operator]
-            input_ids=input_ids.to(causal_lm.device), attention_mask=attention_mask.to(causal_lm.device)
+            input_ids=input_ids.to(causal_lm.device),
+            attention_mask=attention_mask.to(causal_lm.device),
+            stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
         )
     rows = output[:, width:].tolist()
-    return [_until(row[:limit], config.eos_token_id) for row, limit in zip(rows, room, strict=True)]
+    ends = [_end(row, config.eos_token_id) + with_end for row in rows]
+    return [row[: min(limit, end)] for row, limit, end in zip(rows, batch.room, ends, strict=True)]
 
 
 @contextmanager
@@ -159,9 +291,9 @@ def _own_defaults(causal_lm: PreTrainedModel, config: GenerationConfig) -> Itera
         causal_lm.generation_config = kept
 
 
-def _until(ids: list[int], ends: list[int]) -> list[int]:
-    """What stands before the first of `ends`."""
-    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+def _end(ids: list[int], ends: list[int]) -> int:
+    """How many tokens stand before the first of `ends`."""
+    return next((at for at, token in enumerate(ids) if token in ends), len(ids))
 
 
 @contextmanager

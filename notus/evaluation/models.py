@@ -1,4 +1,7 @@
-"""What MODEL_OR_RUN stands for: a model, an adapter on its base, or a run's result, with its settings."""
+"""What MODEL_OR_RUN stands for: a model, an adapter on its base, or a run's result, with its settings.
+
+A run in progress stands for its newest whole checkpoint, which is written out once, into the run's `snapshots/`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from notus.evaluation.unfinished import snapshot
 from notus.model.adapter import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.weights import find_folder, resolve_model_folder
 from notus.training.folder import CONFIG_FILE, MODEL
@@ -17,16 +21,18 @@ class ModelSource:
     """Where a model's weights are.
 
     Attributes:
-        name: as the user wrote it.
+        name: as the user wrote it; of a run in progress with the step, as "runs/dpo (step 100)".
         folder: a model's folder, or an adapter's.
         base: of an adapter, the model that it adapts, as its config names it; None for a full model.
         settings: a run's settings by section; empty for anything but a run.
+        run: a run's folder; None for anything but a run.
     """
 
     name: str
     folder: Path
     base: str | None = None
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    run: Path | None = None
 
     def choose(self, given: Any, key: str, default: Any) -> Any:
         """What the user gave; else what the run's setting `section.name` says; else `default`."""
@@ -37,20 +43,34 @@ class ModelSource:
         return default if value is None else value
 
 
-def find_source(name: str) -> ModelSource:
-    """Find a model, an adapter or a finished run. Raises ValueError, naming the folder, if it is none."""
+def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """Find a model, an adapter or a run. Under torchrun call it through `main_first`.
+
+    Args:
+        name: a folder or a hub id.
+        trust_remote_code: run code that comes with the base model, where a checkpoint is written out.
+
+    Raises:
+        ValueError: naming the folder, if it is none of them, or a run without a whole checkpoint.
+        OSError: the disk refuses the checkpoint's copy.
+    """
     folder = find_folder(name)
-    settings: Mapping[str, Mapping[str, Any]] = {}
-    if is_run(folder):
-        settings, run, folder = read_run_settings(folder), folder, folder / MODEL
-        if not folder.is_dir():
-            raise ValueError(
-                f"{run}: the run has not finished, so it has no {MODEL}/; let it finish, or write its newest "
-                f"checkpoint out with `python -m notus export {name} OUT`"
-            )
+    if not is_run(folder):
+        return _source(name, folder)
+    settings, run = read_run_settings(folder), folder
+    if (run / MODEL).is_dir():
+        return _source(name, run / MODEL, settings, run)
+    step, folder = snapshot(run, settings, trust_remote_code=trust_remote_code)
+    return _source(f"{name} (step {step})", folder, settings, run)
+
+
+def _source(
+    name: str, folder: Path, settings: Mapping[str, Mapping[str, Any]] | None = None, run: Path | None = None
+) -> ModelSource:
+    base = None
     if (folder / ADAPTER_CONFIG).is_file():
-        return ModelSource(name, folder, read_adapter_settings(folder)["base_model_name_or_path"], settings)
-    return ModelSource(name, resolve_model_folder(folder), None, settings)
+        base = read_adapter_settings(folder)["base_model_name_or_path"]
+    return ModelSource(name, folder if base else resolve_model_folder(folder), base, settings or {}, run)
 
 
 def is_run(folder: Path) -> bool:

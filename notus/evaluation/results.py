@@ -81,3 +81,12 @@ def read_result(path: Path) -> Result:
 def read_results(run: Path) -> list[Result]:
     """The results in a run's folder, by suite. Raises ValueError as `read_result`."""
     return [read_result(path) for path in sorted((run / EVALUATIONS).glob(f"*/{RESULT}"))]
+
+
+def result_folder(given: str | None, run: Path | None, model: str, suite: str) -> Path:
+    """Where a suite's results go: the folder that the user gave, else the run's own, else one named for the model."""
+    if given is not None:
+        return Path(given)
+    if run is not None:
+        return run / EVALUATIONS / suite
+    return Path(EVALUATIONS) / model.strip("/").replace("/", "__") / suite

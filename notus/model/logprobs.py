@@ -21,7 +21,7 @@ class _LinearLogprobs(torch.autograd.Function):
         logps, probs = [], None
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             del probs  # before the next are computed
-            logp, probs = _chunk_logprobs(rows, weight, ids[:, None])
+            logp, probs, _ = _chunk_logprobs(rows, weight, ids[:, None])
             logps.append(logp)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
@@ -55,8 +55,8 @@ class _LinearLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _chunk_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax of a chunk's logits at `ids` [N, 1], fp32 [N, 1], and their softmax, fp32 [N, V].
+def _chunk_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log softmax of a chunk's logits at `ids` [N, 1], fp32 [N, 1]; their softmax, fp32 [N, V]; their argmax [N, 1].
 
     log p[id] = logit[id] - top + log p[top], where p[top] is at least 1 / V: exact, and one pass over the logits where
     logsumexp makes several.
@@ -65,7 +65,7 @@ def _chunk_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor
     top, where = logits.max(-1, keepdim=True)
     above = logits.gather(-1, ids).float() - top.float()
     probs = _softmax(logits)
-    return above + probs.gather(-1, where).log_(), probs
+    return above + probs.gather(-1, where).log_(), probs, where
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -99,3 +99,23 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_to
         fp32 [N], nats.
     """
     return _LinearLogprobs.apply(hidden, weight, targets, chunk_tokens)
+
+
+@torch.no_grad()
+def linear_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprobs` with no backward pass, and from the same logits whether each target is the likeliest token.
+
+    Args:
+        hidden, weight, targets, chunk_tokens: as `linear_logprobs` has them.
+
+    Returns:
+        fp32 [N], nats; and bool [N].
+    """
+    logps, greedy = [], []
+    for rows, ids in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        logp, _, likeliest = _chunk_logprobs(rows, weight, ids[:, None])
+        logps.append(logp.squeeze(-1))
+        greedy.append(likeliest.squeeze(-1) == ids)
+    return torch.cat(logps), torch.cat(greedy)

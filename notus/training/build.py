@@ -72,7 +72,7 @@ def build_policy(
         sharding: "full" or "hybrid", see `distributed.mesh`.
         trust_remote_code: run model code that comes with the folder.
     """
-    _check_attention(config, device, COMPUTE_DTYPES[precision])
+    check_attention(config, device, COMPUTE_DTYPES[precision])
     causal_lm = _meta_model(config, trust_remote_code)
     if not compile:  # the compiler fuses by itself
         fuse(causal_lm)
@@ -122,7 +122,8 @@ def _move_buffers(policy: Policy, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def _check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+def check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Try the attention kernel of this device and dtype on the model's sizes; see `check_kernel`."""
     num_heads = config.num_attention_heads
     check_kernel(
         device,

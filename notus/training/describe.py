@@ -38,9 +38,19 @@ def data_summary(rows: Rows, report: DropReport | None) -> dict[str, Any]:
         "rows": len(rows),
         "report": {} if report is None else {**dataclasses.asdict(report), "kept": report.kept},
         "lengths": {name: length_histogram(values) for name, values in lengths.items()},
-        "ratings": None,
-        "sources": None,
+        "ratings": None if rows.ratings is None else _rating_histograms(rows.ratings),
+        "sources": None if rows.sources is None else dict(Counter(rows.sources).most_common()),
     }
+
+
+def _rating_histograms(ratings: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """Of the known ratings [n, 2] of chosen and rejected, over the same buckets; the last one holds its upper edge."""
+    edges = np.histogram_bin_edges(ratings[~np.isnan(ratings)], BUCKETS)
+    found = {}
+    for name, column in zip(("chosen", "rejected"), ratings.T, strict=True):
+        counts = np.histogram(column[~np.isnan(column)], edges)[0]
+        found[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return found
 
 
 def length_histogram(lengths: np.ndarray) -> dict[str, list[int]]:

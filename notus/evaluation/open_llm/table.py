@@ -1,0 +1,81 @@
+"""lm-eval's results as figures, and as one Markdown table beside the published ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from notus.evaluation.open_llm.benchmarks import BY_TASK, NOTES
+from notus.evaluation.results import Figure
+
+PEERS = ZEPHYR, NOTUS = "Zephyr-7B-beta", "Notus 7B v1"
+# Shares of 1, which people read in %.
+_SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "brier_acc", "contains", "em", "exact_match", "f1"})
+
+
+def figures(results: dict[str, Any], names: Sequence[str]) -> list[Figure]:
+    """The figures of tasks and groups: of the leaderboard's seven its own measure, of others all that they have.
+
+    Args:
+        results: as lm-eval's `simple_evaluate` returns them.
+        names: which, in order.
+    """
+    found = []
+    for name in names:
+        values = {**results["results"], **results.get("groups", {})}[name]
+        for key in values:
+            metric, _, reading = key.partition(",")
+            if not reading or metric.endswith("_stderr") or not isinstance(values[key], int | float):
+                continue
+            if name not in BY_TASK or (metric, reading) == (BY_TASK[name].metric, BY_TASK[name].filter):
+                found.append(_figure(results, name, metric, reading, values))
+    return found
+
+
+def _figure(results: dict[str, Any], name: str, metric: str, reading: str, values: dict[str, Any]) -> Figure:
+    scale = 100.0 if metric in _SHARES else 1.0
+    stderr = values.get(f"{metric}_stderr,{reading}")
+    first = _tasks_of(results, name)[0]
+    benchmark = BY_TASK.get(name)
+    shown = metric if reading == "none" else f"{metric} ({reading})"
+    return Figure(
+        name=benchmark.title if benchmark else name,
+        metric=shown,
+        value=scale * values[f"{metric},{reading}"],
+        unit="%" if scale == 100 else "",
+        stderr=scale * stderr if isinstance(stderr, int | float) else None,
+        count=sum(results["n-samples"][task]["effective"] for task in _tasks_of(results, name)),
+        setup=f"{results['n-shot'][first]}-shot",
+        dataset=benchmark.dataset if benchmark else results["configs"][first].get("dataset_path"),
+        reference={ZEPHYR: benchmark.zephyr, NOTUS: benchmark.notus} if benchmark else {},
+    )
+
+
+def _tasks_of(results: dict[str, Any], name: str) -> list[str]:
+    """The tasks of a group, down to the last, or the task itself."""
+    members = [member for member in results.get("group_subtasks", {}).get(name, []) if member != name]
+    return [task for member in members for task in _tasks_of(results, member)] if members else [name]
+
+
+def markdown(model: str, found: Sequence[Figure], remarks: Sequence[str]) -> str:
+    """One table, and what a reader has to know below it."""
+    lines = [
+        f"| benchmark | measure | examples | {model} | {ZEPHYR} | {NOTUS} |",
+        "|---|---|---:|---:|---:|---:|",
+        *(_line(figure) for figure in found),
+        "",
+    ]
+    lines += [f"\\* {NOTES[figure.name]}." for figure in found if figure.name in NOTES]
+    if any(figure.reference for figure in found):
+        lines.append(
+            f"{ZEPHYR} and {NOTUS}: figures of the Open LLM Leaderboard, by the lm-evaluation-harness of its time; "
+            "later versions may score a task differently."
+        )
+    return "\n".join([*lines, *remarks]).rstrip() + "\n"
+
+
+def _line(figure: Figure) -> str:
+    star = "\\*" if figure.name in NOTES else ""
+    value = f"{figure.value:.2f}{f' {figure.unit}'.rstrip()}"
+    error = f" ± {figure.stderr:.2f}" if figure.stderr is not None else ""
+    published = " | ".join(f"{figure.reference[peer]:.2f}" if peer in figure.reference else "-" for peer in PEERS)
+    measure = f"{figure.metric}, {figure.setup}"
+    return f"| {figure.name}{star} | {measure} | {figure.count} | {value}{error} | {published} |"

@@ -1,0 +1,163 @@
+"""The model of a run that has not finished: its newest whole checkpoint, as an ordinary model's or adapter's folder.
+
+The run may be writing at that moment. It is not disturbed: checkpoints appear whole, are only read here, and what is
+written goes into a folder that the run does not know.
+"""
+
+import fcntl
+import functools
+import multiprocessing
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from notus.model.adapter import ADAPTER_CONFIG, export_adapter
+from notus.model.export import export_model, load_causal_lm
+from notus.model.lora import inject_lora, lora_layers, merge_lora
+from notus.model.policy import Policy
+from notus.training.checkpoint import DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
+from notus.training.distributed import process_group
+from notus.training.folder import CHECKPOINTS
+from notus.training.parallel import COMPUTE_DTYPES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SNAPSHOTS = "snapshots"
+DEFAULT_SHARD = 5 * 10**9
+_LOCK = ".lock"
+_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+
+Settings = dict[str, dict[str, Any]]
+
+
+def snapshot(run: Path, settings: Settings, *, trust_remote_code: bool = False) -> tuple[int, Path]:
+    """The step of the newest whole checkpoint, and a folder with its model, written if it is not there yet.
+
+    It is written by a process of its own, on the CPU: the caller may be one of several ranks, or fill a GPU. A second
+    caller waits for the first. Within a process group rank 0 calls this first; the others take what that found, though
+    the run may have gone on meanwhile.
+
+    Raises:
+        ValueError: the run has no whole checkpoint, or its model cannot be made.
+        OSError: the disk refuses.
+    """
+    folder = run / SNAPSHOTS
+    if dist.is_initialized() and dist.get_rank() > 0:
+        newest = next(path for path in checkpoints_in(folder) if _is_whole(path))  # named as the checkpoints are
+        return step_of(newest), newest
+    if not checkpoints_in(run / CHECKPOINTS):
+        raise _no_checkpoint(run)
+    folder.mkdir(exist_ok=True)
+    with (folder / _LOCK).open("a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        newest = folder / checkpoints_in(run / CHECKPOINTS)[0].name
+        if not _is_whole(newest):
+            newest = _write_apart(run, settings, folder, trust_remote_code)
+    return step_of(newest), newest
+
+
+def _no_checkpoint(run: Path) -> ValueError:
+    return ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Exports appear whole."""
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def _write_apart(run: Path, settings: Settings, folder: Path, trust_remote_code: bool) -> Path:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_write_snapshot, args=(theirs, run, settings, folder, trust_remote_code))
+    process.start()
+    theirs.close()
+    try:
+        outcome = mine.recv()
+    except EOFError:
+        process.join()
+        raise OSError(f"{run}: the process that wrote its newest checkpoint out ended ({process.exitcode})") from None
+    process.join()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _write_snapshot(outcome: Any, run: Path, settings: Settings, folder: Path, trust_remote_code: bool) -> None:
+    for name in _LAUNCH:
+        os.environ.pop(name, None)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        with process_group():
+            causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust_remote_code)
+            out = folder / checkpoint.name
+            dtype = COMPUTE_DTYPES[settings["training"]["precision"]]
+            write_model(causal_lm, tokenizer, out, base=settings["model"]["name_or_path"], dtype=dtype)
+        outcome.send(out)
+    except (ValueError, OSError) as error:
+        outcome.send(error)
+
+
+def load_unfinished(
+    run: Path, settings: Settings, *, trust_remote_code: bool = False
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Path]:
+    """The base model with the weights, or the adapter, of the newest checkpoint that is whole; and that checkpoint.
+
+    All is on the CPU, in fp32. In a process group of one. Raises ValueError if there is no whole checkpoint.
+    """
+    import torch
+
+    if not checkpoints_in(run / CHECKPOINTS):
+        raise _no_checkpoint(run)
+    load = functools.partial(load_causal_lm, dtype=torch.float32, device="cpu", trust_remote_code=trust_remote_code)
+    causal_lm, tokenizer = load(settings["model"]["name_or_path"])
+    if settings["lora"]["rank"]:
+        inject_lora(causal_lm, **settings["lora"])
+    return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
+
+
+def _fill(causal_lm: "PreTrainedModel", folder: Path) -> Path:
+    policy = Policy(causal_lm)  # checkpoints have its names
+    damaged: set[Path] = set()
+    while True:
+        left = [path for path in checkpoints_in(folder) if path not in damaged]
+        if not left:
+            raise ValueError(f"{folder}: no checkpoint is whole; nothing to export")
+        try:
+            load_checkpoint(left[0], policy.named_parameters(), optimizer=None)
+            return left[0]
+        except (ValueError, OSError) as error:
+            if not left[0].exists():
+                continue  # the run has a newer one, and has removed this one meanwhile
+            if not isinstance(error, DamagedCheckpointError):
+                raise
+            print(f"warning: {error}", flush=True)
+            damaged.add(left[0])
+
+
+def write_model(
+    causal_lm: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    out: Path,
+    *,
+    base: str,
+    dtype: "torch.dtype",
+    merge: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD,
+) -> None:
+    """Write LoRA layers as PEFT's adapter of `base`, unless they are to be merged; anything else as a whole model."""
+    if lora_layers(causal_lm) and not merge:
+        export_adapter(causal_lm, out, base_model_name_or_path=base, tokenizer=tokenizer)
+        return
+    merge_lora(causal_lm)
+    export_model(
+        causal_lm,
+        out,
+        hf_config=causal_lm.config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )

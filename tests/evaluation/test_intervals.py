@@ -1,0 +1,46 @@
+"""Intervals against published and hand-worked values."""
+
+import numpy as np
+import pytest
+
+from notus.evaluation.intervals import bootstrap_mean, wilson
+
+
+def test_wilson_by_hand():
+    # Of 10 trials 8 successes, z = 1.959964: centre (0.8 + 0.192073) / 1.384146 = 0.716740,
+    # half width 1.959964 / 1.384146 * sqrt(0.016 + 0.0096036) = 0.226578
+    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=2e-6)
+    # Newcombe 1998, table I, method 3: 81 of 263 are 0.2553 to 0.3662; 0 of 20 are 0 to 0.1611; 1 of 29
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+
+
+def test_wilson_is_symmetric_takes_half_wins_and_knows_nothing_of_nothing():
+    low, high = wilson(2.5, 10)
+    assert wilson(7.5, 10) == pytest.approx((1 - high, 1 - low))
+    assert wilson(20, 20)[1] == 1.0
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(8, 10, level=0.9)[0] > wilson(8, 10)[0]
+
+
+def test_bootstrap_of_shares_is_the_binomial():
+    # The mean of 100 draws from 50 ones and 50 zeros is Binomial(100, 1/2) / 100: quantiles 0.40 and 0.60.
+    low, high = bootstrap_mean([0, 1] * 50)
+    assert low == pytest.approx(0.40, abs=0.011)
+    assert high == pytest.approx(0.60, abs=0.011)
+
+
+def test_bootstrap_of_a_normal_is_its_standard_error():
+    values = np.random.default_rng(7).normal(3.0, 2.0, size=400)
+    low, high = bootstrap_mean(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    narrow = bootstrap_mean(values, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+    assert bootstrap_mean(values) == (low, high)
+    assert bootstrap_mean(values, seed=1) != (low, high)
+
+
+def test_bootstrap_of_one_value_is_it():
+    assert bootstrap_mean([2.5]) == (2.5, 2.5)
