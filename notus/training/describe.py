@@ -27,6 +27,7 @@ from notus.training.tracking import Sink
 DATA_FILE = "data.json"
 ENVIRONMENT_FILE = "environment.json"
 BUCKETS = 24
+NAMED_SOURCES = 100
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -39,8 +40,15 @@ def data_summary(rows: Rows, report: DropReport | None) -> dict[str, Any]:
         "report": {} if report is None else {**dataclasses.asdict(report), "kept": report.kept},
         "lengths": {name: length_histogram(values) for name, values in lengths.items()},
         "ratings": None if rows.ratings is None else _rating_histograms(rows.ratings),
-        "sources": None if rows.sources is None else dict(Counter(rows.sources).most_common()),
+        "sources": None if rows.sources is None else _count(rows.sources),
     }
+
+
+def _count(sources: list[str]) -> dict[str, int]:
+    """Rows by source, the largest first; what is beyond `NAMED_SOURCES` is counted together."""
+    counted = Counter(sources).most_common()
+    rest = sum(count for _, count in counted[NAMED_SOURCES:])
+    return dict(counted[:NAMED_SOURCES]) | ({"(others)": rest} if rest else {})
 
 
 def _rating_histograms(ratings: np.ndarray) -> dict[str, dict[str, list[float]]]:

@@ -1,5 +1,6 @@
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,11 @@ def test_histograms_lose_nothing() -> None:
 
 
 def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> None:
-    rows = [{"prompt": "a b", "chosen": " one two", "rejected": " b"}] * 5
+    rows = [
+        {"prompt": "a b", "chosen": " one two", "rejected": " b", "source": source, "chosen-rating": rating,
+         "rejected-rating": 1.0}
+        for source, rating in (("x", 5.0), ("y", 4.0), ("x", 3.0), (None, None), ("y", 3.4))
+    ]  # fmt: skip
     rows += [{"prompt": "a", "chosen": " x", "rejected": " x"}] * 2  # identical
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,6 +57,13 @@ def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> Non
     }
     assert told["train"]["report"] == report
     assert told["eval"]["report"] == {}  # its rows were read with the others
+    ratings = [told[side]["ratings"] for side in ("train", "eval")]
+    counts = [sum(sum(each[name]["counts"]) for each in ratings) for name in ("chosen", "rejected")]
+    assert counts == [4, 5]  # one is not known
+    assert ratings[0]["chosen"]["edges"] == ratings[0]["rejected"]["edges"]
+    assert ratings[0]["rejected"]["counts"][0] == 3
+    named = [Counter(told[side]["sources"]) for side in ("train", "eval")]
+    assert named[0] + named[1] == {"x": 2, "y": 2, "(unknown)": 1}
     assert [told[side]["rows"] for side in ("train", "eval")] == [3, 2]
     lengths = told["train"]["lengths"]
     assert list(lengths) == ["prompt", "chosen", "rejected"]
@@ -63,7 +75,14 @@ def test_what_data_json_says_of_demonstrations(tmp_path: Path, model_folder: Pat
     data = write_messages(tmp_path / "chats.jsonl", 6)
     sft.run(config("sft", tmp_path / "run", model_folder, data))
     told = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (told["train"]["ratings"], told["train"]["sources"]) == (None, None)
     assert (told["eval"], list(told["train"]["lengths"])) == (None, ["prompt", "completion"])
+
+
+def test_many_sources_are_counted_together() -> None:
+    names = [str(number) for number in range(103) for _ in range(1 + (number == 50))]
+    counted = describe._count(names)
+    assert (len(counted), next(iter(counted)), counted["50"], counted["(others)"]) == (101, "50", 2, 3)
 
 
 def test_hardware(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
