@@ -60,6 +60,7 @@ def make_inputs(scratch: Path, seed: int) -> None:
             "model": {"name_or_path": str(scratch / "model")},
             "data": {name: str(scratch / f"{name}-{task}.jsonl") for name in ("train", "eval")} | {"max_length": 120},
             "training": {**_TRAINING, "output_dir": str(scratch / "run"), "seed": seed},
+            "tracking": {"samples": 0},
             **case.options,
         }
         (scratch / f"{case.name}.yaml").write_text(yaml.safe_dump(tree))

@@ -1,7 +1,10 @@
 import http.server
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,8 +13,11 @@ from typing import Any
 
 import pytest
 from disks import largest_file
+from runs import config, read_metrics
+from test_resume import at_call, terminate
 
-from notus.training import sinks
+from notus.entry import STOPPED
+from notus.training import dpo, sinks
 from notus.training.sampling import Sample
 from notus.training.sinks import TensorBoardSink, WandbSink, grouped
 from notus.training.tracking import MetricsFile, Tracker
@@ -66,11 +72,11 @@ def test_tensorboard_shows_steps_that_are_taken_again_once(tmp_path: Path) -> No
 def test_tensorboard_shows_texts_verbatim_and_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     # a launch, one that began anew before any checkpoint, one that goes on after step 2
-    for resume_step, config in ((-1, "a: 1"), (-1, "a: 1\nb: *2*"), (2, "a: 3")):
-        sink = TensorBoardSink(tmp_path, resume_step=resume_step, texts={"config": config})
+    for resume_step, text in ((-1, "a: 1"), (-1, "a: 1\nb: *2*"), (2, "a: 3")):
+        sink = TensorBoardSink(tmp_path, resume_step=resume_step, texts={"config": text})
         for step in range(resume_step + 1, 5):
             sink.log(step, {"loss": 0.5})
-            sink.log_samples(step, [Sample(0, "one\n# two", f"{config} at {step}"), Sample(1, "", "`")])
+            sink.log_samples(step, [Sample(0, "one\n# two", f"{text} at {step}"), Sample(1, "", "`")])
         sink.close()
     assert _texts(tmp_path, "config") == [(0, "    a: 1\n    b: *2*"), (3, "    a: 3")]
     samples = _texts(tmp_path, "samples")
@@ -127,8 +133,9 @@ def _sink(folder: Path, **options: Any) -> WandbSink:
 
 def _records(file: Path) -> list[Any]:
     """What a .wandb file holds: LevelDB's log format behind 7 bytes, each record a protocol buffer."""
-    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
+
+    import wandb
 
     wandb.teardown()  # it writes what it still holds, as it does when the process ends
     data, place, part, found = file.read_bytes(), 7, b"", []
@@ -161,11 +168,17 @@ def _only_file(folder: Path, kind: str) -> Path:
     return file
 
 
+def _offline(folder: Path) -> list[Path]:
+    """The files of the launches, in their order."""
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+
+
 class _Server:
     """A Weights & Biases server on this machine, as much of it as a run needs; or one that answers with `broken`."""
 
     def __init__(self, broken: tuple[int, bytes] | None = None) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.streamed: list[dict[str, Any]] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -186,6 +199,9 @@ class _Server:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def reply(self, path: str, body: bytes) -> dict[str, Any]:
+        if path.endswith("/file_stream"):
+            files = json.loads(body).get("files", {})
+            self.streamed += [json.loads(line) for line in files.get("wandb-history.jsonl", {}).get("content", [])]
         if path != "/graphql":
             return {}
         asked = json.loads(body)
@@ -196,6 +212,10 @@ class _Server:
             project = {"name": "notus-test", "entity": {"name": "me"}}
             bucket = {"id": "1", "name": asked["variables"]["name"], "displayName": "toy", "project": project}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        if asked["operationName"] == "CreateRunFiles":
+            return {"data": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}}}
+        if asked["operationName"] == "CreateArtifact":
+            return {"errors": [{"message": "no artifacts here"}]}
         return {"data": {}}
 
     def stop(self) -> None:
@@ -228,7 +248,7 @@ def test_offline_files_hold_groups_config_and_samples_of_both_launches(wandb_fol
     again.close()
     assert not (wandb_folder / ".local").exists()  # what the sync needs is with the run
     found = {}
-    for file in sorted(wandb_folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime):
+    for file in _offline(wandb_folder):
         records = _records(file)
         runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
         assert {run.run_id for run in runs} == {first.run_id}
@@ -332,3 +352,47 @@ def test_wandb_dying_mid_run_is_switched_off_once(wandb_folder: Path, capsys: py
     assert len(warnings) == 1
     assert len((wandb_folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert list(tracker.state()) == ["wandb"]  # a resumed run goes on with the same one
+
+
+def test_a_preempted_run_is_one_run_offline_and_after_the_sync(
+    wandb_folder: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked = {"wandb": True, "samples": 2, "sample_tokens": 3}
+    overrides = {f"tracking__{key}": value for key, value in tracked.items()} | {"training__eval_every": 2}
+    run = config("dpo", wandb_folder / "run", model_folder, pairs_file, data__eval_size=5, **overrides)
+    with monkeypatch.context() as patch:
+        at_call(patch, dpo.DPOTask, "row_loss", 3, terminate)
+        assert dpo.run(run) == STOPPED
+    assert dpo.run(run) == 0
+    files = sorted(
+        (wandb_folder / "run").glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime
+    )
+    assert len(files) == 2
+    found = [_records(file) for file in files]
+    runs = [[record.run for record in records if record.WhichOneof("record_type") == "run"] for records in found]
+    (name,) = {each.run_id for part in runs for each in part}
+    config_told = {item.key: json.loads(item.value_json) for each in runs[0] for item in each.config.update}
+    assert config_told["training"]["batch_size"] == 4
+    assert config_told["data_summary"] == json.loads((wandb_folder / "run" / "data.json").read_text())
+    lines = [{**line, "table": _table(file.parent, line)} for file, records in zip(files, found, strict=True)
+             for line in _full_history(records)]  # fmt: skip
+    assert [line["_step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["_step"] for line in lines if line["table"]] == [0, 2, 4]
+    kept = read_metrics(wandb_folder / "run")
+    assert [line.get("train/loss") for line in lines] == [None, *(line["loss"] for line in kept)]
+    assert [line.get("eval/loss") for line in lines] == [None, *(line.get("eval_loss") for line in kept)]
+    assert all(line["system/tokens_per_second"] > 0 for line in lines[1:])
+    _sync(files, _Server(), name, [(line["_step"], line.get("train/loss")) for line in lines])
+
+
+def _sync(files: list[Path], server: _Server, name: str, expected: list[tuple[int, float | None]]) -> None:
+    """What is kept offline goes to the server by wandb's own command, under one name."""
+    away = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    for file in files:
+        command = [sys.executable, "-m", "wandb", "sync", str(file.parent)]
+        done = subprocess.run(command, env={**os.environ, **away}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    asked = [request for request in server.requests if request["operationName"] == "UpsertBucket"]
+    assert {request["variables"]["name"] for request in asked} == {name}
+    assert [(line["_step"], line.get("train/loss")) for line in server.streamed] == expected
+    server.stop()
