@@ -125,6 +125,7 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         wandb.teardown()
     except ConnectionError:  # the test has killed the service
         wandb.setup._singleton = None
+        wandb.sdk.lib.module.unset_globals()  # the dead run
 
 
 def _sink(folder: Path, **options: Any) -> WandbSink:
