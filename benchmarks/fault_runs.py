@@ -60,6 +60,7 @@ def make_inputs(scratch: Path, seed: int) -> None:
             "model": {"name_or_path": str(scratch / "model")},
             "data": {name: str(scratch / f"{name}-{task}.jsonl") for name in ("train", "eval")} | {"max_length": 120},
             "training": {**_TRAINING, "output_dir": str(scratch / "run"), "seed": seed},
+            "tracking": {"samples": 0},
             **case.options,
         }
         (scratch / f"{case.name}.yaml").write_text(yaml.safe_dump(tree))
@@ -146,7 +147,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+    return [
+        {key: value for key, value in record.items() if key not in TIMINGS and not key.startswith("system/")}
+        for record in records
+    ]
 
 
 def digest(path: Path) -> str:

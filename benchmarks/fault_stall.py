@@ -137,6 +137,7 @@ def _make_inputs(scratch: Path, seed: int) -> Path:
         "reference": {"cache_dir": str(scratch / "stall-reference")},
         "training": {"output_dir": str(scratch / "stall-run"), "batch_size": PAIRS, "epochs": 1, "precision": "fp32",
                      "tokens_per_row": 2048, "activation_checkpointing": "none"},
+        "tracking": {"samples": 0},
     }  # fmt: skip
     config = scratch / "stall.yaml"
     config.write_text(yaml.safe_dump(tree))

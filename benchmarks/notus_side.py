@@ -87,6 +87,7 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
             **job.options,
         },
         "dpo": {"beta": BETA},
+        "tracking": {"samples": 0},
     }
 
 

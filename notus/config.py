@@ -185,7 +185,7 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where metrics go besides `metrics.jsonl`."""
+    """What a run tells besides `metrics.jsonl`, and where."""
 
     wandb: bool = False
     """Log to Weights & Biases."""
@@ -195,6 +195,11 @@ class TrackingConfig:
     """Weights & Biases project."""
     run_name: str | None = None
     """Weights & Biases run name; null: the name of the run's folder."""
+    samples: Index = 8
+    """Prompts that the model continues (greedily) at step 0, at each evaluation and at the end: the first ones of the
+    evaluation data, else of the training data; 0: none."""
+    sample_tokens: Count = 64
+    """Most tokens of such a continuation; each costs a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,13 +282,7 @@ def _conflicts(config: Config) -> Iterator[Refused]:
     """What contradicts, or would be ignored because of, other keys."""
     if config.lora.rank == 0:
         yield from _without_effect(config, "lora", "while lora.rank is 0: set lora.rank, or remove it")
-    if not config.tracking.wandb:
-        yield from _without_effect(
-            config,
-            "tracking",
-            "while tracking.wandb is false: set that, or remove it",
-            besides=("tensorboard",),
-        )
+    yield from _tracking_conflicts(config)
     if config.task == "sft":
         for section in DPO_SECTIONS:
             yield from _without_effect(config, section, "in SFT: remove it, or run train_dpo.py")
@@ -298,6 +297,15 @@ def _without_effect(config: Config, section: str, why: str, besides: tuple[str, 
     for item in dataclasses.fields(values):
         if item.name not in besides and getattr(values, item.name) != getattr(SECTIONS[section](), item.name):
             yield Refused(f"{section}.{item.name}", f"has no effect {why}")
+
+
+def _tracking_conflicts(config: Config) -> Iterator[Refused]:
+    for key, of_it in (("wandb", ("project", "run_name")), ("samples", ("sample_tokens",))):
+        value = getattr(config.tracking, key)
+        if not value:
+            others = tuple(item.name for item in dataclasses.fields(TrackingConfig) if item.name not in of_it)
+            why = f"while tracking.{key} is {str(value).lower()}: set that, or remove it"
+            yield from _without_effect(config, "tracking", why, besides=others)
 
 
 def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Refused]:

@@ -95,9 +95,9 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
 
 
 def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "tuple[Setting, str]":
-    from notus.estimation.gpus import PER_NODE, find_gpu
     from notus.estimation.models import find_config, sizes
     from notus.estimation.plan import Setting
+    from notus.model.gpus import PER_NODE, find_gpu
 
     gpu, training, lora = find_gpu(args.gpu), config.training, config.lora
     model, source = find_config(args.model_config or config.model.name_or_path)

@@ -51,6 +51,7 @@ def settings(folder: Path, model: Path, pairs: Path, **overrides: Any) -> dict[s
             "output_dir": str(folder), "batch_size": 4, "epochs": 1, "tokens_per_row": 400, "precision": "fp32",
             "learning_rate": 1e-3, "activation_checkpointing": "none", "warmup_ratio": 0.0,
         },
+        "tracking": {"samples": 0},
     }  # fmt: skip
     for name, value in overrides.items():
         section, key = name.split("__")
@@ -66,6 +67,14 @@ def config(task: str, folder: Path, model: Path, pairs: Path, **overrides: Any) 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(folder: Path) -> list[dict[str, float]]:
+    """The same lines without what differs between equal runs: speed and memory."""
+    return [
+        {key: value for key, value in line.items() if not key.endswith("per_second") and not key.startswith("system/")}
+        for line in read_metrics(folder)
+    ]
 
 
 def write_messages(path: Path, count: int, *, seed: int = 0) -> Path:

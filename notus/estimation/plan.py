@@ -4,10 +4,10 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from notus.estimation.gpus import GPU, PER_NODE
 from notus.estimation.lengths import Lengths
 from notus.estimation.timing import Arithmetic, Steps, arithmetic, communication, pack
 from notus.model.arithmetic import Dimensions
+from notus.model.gpus import GPU, PER_NODE
 from notus.model.size import ModelSize
 from notus.training.footprint import CHECKPOINTING, RUNTIME_MARGIN, Footprint, Job, fastest_checkpointing, footprint
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from notus.data.dealing import deal
 from notus.data.packing import check_fits
-from notus.estimation.gpus import GPU, LINK_EFFICIENCY, PER_NODE
 from notus.estimation.lengths import Lengths
 from notus.model.arithmetic import Dimensions, forward_flops, visible_pairs
+from notus.model.gpus import GPU, LINK_EFFICIENCY, PER_NODE
 from notus.model.size import ModelSize
 from notus.training.footprint import BYTES
 

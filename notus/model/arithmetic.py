@@ -80,3 +80,28 @@ def forward_flops(size: Dimensions, trunks: np.ndarray, branches: np.ndarray, sc
     tokens = np.asarray(trunks, dtype=np.int64) + np.asarray(branches, dtype=np.int64).sum(axis=1)
     linear = 2 * size.body_weights * tokens + 2 * size.head_weights * np.asarray(scored, dtype=np.int64)
     return linear + 4 * size.layers * size.attention_width * visible_pairs(trunks, branches)
+
+
+def training_flops(
+    size: Dimensions,
+    trunks: np.ndarray,
+    branches: np.ndarray,
+    scored: np.ndarray,
+    *,
+    adapter_weights: int | None = None,
+) -> np.ndarray:
+    """Necessary operations of a forward and a backward pass, for each example; arguments as `forward_flops` has them.
+
+    Args:
+        adapter_weights: how many weights are trained beside frozen ones, which need no gradient of their own; None:
+            every weight is trained.
+
+    Returns:
+        int64 [n].
+    """
+    forward = forward_flops(size, trunks, branches, scored)
+    if adapter_weights is None:
+        return 3 * forward
+    linear = forward_flops(dataclasses.replace(size, layers=0), trunks, branches, scored)
+    tokens = np.asarray(trunks, dtype=np.int64) + np.asarray(branches, dtype=np.int64).sum(axis=1)
+    return 3 * forward - linear + 6 * adapter_weights * tokens

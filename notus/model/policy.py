@@ -41,33 +41,42 @@ class Policy(nn.Module):
 
     def token_logprobs(self, batch: Batch) -> Tensor:
         """fp32 [M]: the log-prob of every completion token of the row, in nats (call through `forward`)."""
-        return linear_logprobs(self._sources(batch), self._head.weight, batch.targets)
+        return linear_logprobs(self._hidden(batch, batch.sources), self._head.weight, batch.targets)
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`token_logprobs`, and bool [M]: whether the token is the likeliest. Of an unsharded policy, no gradients."""
-        return linear_scores(self._sources(batch), self._head.weight, batch.targets)
+        return linear_scores(self._hidden(batch, batch.sources), self._head.weight, batch.targets)
 
-    def _sources(self, batch: Batch) -> Tensor:
-        """[M, D]: the final hidden states that predict the completion tokens."""
+    def _hidden(self, batch: Batch, positions: Tensor) -> Tensor:
+        """[n, D]: the final hidden states at n row positions."""
         hidden = self.causal_lm.get_decoder()(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
             layout=batch.layout,
         ).last_hidden_state.squeeze(0)
-        return hidden.index_select(0, batch.sources)
+        return hidden.index_select(0, positions)
 
-    def forward(self, batch: Batch, *, per_token: bool = False) -> Tensor:
+    def _likeliest(self, batch: Batch) -> Tensor:
+        """int64 [E, K]: the likeliest token after each branch."""
+        ends = batch.layout.query_starts[1:] - 1  # a segment's queries end with its branch
+        logits = self._hidden(batch, ends) @ self._head.weight.t()
+        return logits.argmax(-1).view(batch.lengths.shape).clone()
+
+    def forward(self, batch: Batch, *, per_token: bool = False, next_tokens: bool = False) -> Tensor:
         """Sum of completion log-probs per branch.
 
         Args:
             batch: a packed row of E examples with K branches each.
             per_token: give `token_logprobs` in place of the sums.
+            next_tokens: give the likeliest token after each branch, of which none may be empty, in their place.
 
         Returns:
-            fp32 [E, K], nats; per token fp32 [M].
+            fp32 [E, K], nats; per token fp32 [M]; tokens int64 [E, K].
         """
+        if next_tokens:
+            return self._likeliest(batch)
         tokens = self.token_logprobs(batch)
         if per_token:
             return tokens.clone()

@@ -1,17 +1,48 @@
 """`training.activation_checkpointing: auto`: the fastest mode whose memory is estimated to fit the smallest device."""
 
 import dataclasses
+import functools
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from notus.data.rows import Rows
 from notus.model.size import model_size
-from notus.training.distributed import gather_objects, say, world_size
+from notus.training.distributed import gather_objects, ranks_per_node, say, world_size
 from notus.training.footprint import RUNTIME_MARGIN, Job, fastest_checkpointing, footprint
 
 GIB = 2**30
+
+
+def checkpointing_of(
+    mode: str, rows: Rows, device: torch.device, *, hybrid: bool, tokens_per_row: int, **job: Any
+) -> str | Callable[[PreTrainedModel], str]:
+    """The mode of activation checkpointing, or for "auto" what chooses it once the model is known; collective.
+
+    Args:
+        mode: of the config.
+        rows: the training data.
+        device: this rank's.
+        hybrid: whether each node holds all of the model.
+        tokens_per_row: the most tokens of a packed row.
+        job: further fields of `Job`.
+    """
+    if mode != "auto":
+        return mode
+    chosen = Job(
+        shard_size=ranks_per_node() if hybrid else world_size(),
+        tokens_per_row=tokens_per_row,
+        scored_per_row=math.ceil(tokens_per_row * rows.loss_tokens.sum() / rows.lengths.sum()),
+        key_ratio=float(rows.separate_lengths(np.arange(len(rows))).sum() / rows.lengths.sum()),
+        **job,
+    )
+    return functools.partial(choose_checkpointing, job=chosen, device=device)
 
 
 def choose_checkpointing(causal_lm: PreTrainedModel, job: Job, device: torch.device) -> str:

@@ -40,7 +40,7 @@ class Progress:
         recorded: whether the metrics that are due at `step` are logged; not if its evaluation was interrupted.
         grad_norm, learning_rate: of the last step.
         window_sums: metric sums since the last line of metrics, by rank.
-        window_seconds: seconds of those steps.
+        window_steps, window_seconds: how many steps these are, and their seconds.
         identity: digests of what the run learns from and starts from, by the config key that names it; and the names
             of the reference caches.
         trackers: ids of the run at its trackers, by their names.
@@ -53,6 +53,7 @@ class Progress:
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     window_sums: list[list[float]] = dataclasses.field(default_factory=list)
+    window_steps: int = 0
     window_seconds: float = 0.0
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)

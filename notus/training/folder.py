@@ -1,6 +1,7 @@
 """A run's folder: who may use it, where to go on, and when it is finished.
 
 OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  model/
+           data.json  environment.json  samples.jsonl
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ FREE_KEYS = frozenset(
         "training.timeout_minutes", "training.log_every", "training.eval_every", "training.save_every",
         "training.keep_checkpoints", "training.keep_every", "training.async_checkpoints", "training.max_hours",
         "tracking.wandb", "tracking.tensorboard", "tracking.project", "tracking.run_name",
+        "tracking.samples", "tracking.sample_tokens",
     }
 )  # fmt: skip
 

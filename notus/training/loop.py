@@ -18,6 +18,7 @@ from notus.training.checkpoint import Progress
 from notus.training.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.training.feed import Feed, row_costs
 from notus.training.guards import Guard, Guards
+from notus.training.metering import Meter
 from notus.training.optim import (
     clip_gradients,
     gradient_norm,
@@ -28,6 +29,7 @@ from notus.training.optim import (
 )
 from notus.training.optimizers import InPieces
 from notus.training.parallel import expect_last_row
+from notus.training.sampling import Sample
 from notus.training.saving import Checkpoints
 from notus.training.stopping import Interrupted, Stop
 from notus.training.tracking import Tracker
@@ -105,6 +107,9 @@ class Settings:
     save_every: int | None
 
 
+Sampling = Callable[[Callable[[], None]], list[Sample]]
+
+
 class Trainer:
     """Takes a policy from `progress` to `settings.total_steps`."""
 
@@ -119,11 +124,13 @@ class Trainer:
         tracker: Tracker,
         checkpoints: Checkpoints,
         stop: Stop,
+        meter: Meter,
+        sample: Sampling | None,
         device: torch.device,
     ) -> None:
         self.policy, self.optimizer, self.task, self.settings = policy, optimizer, task, settings
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
-        self.stop = stop
+        self.stop, self.meter, self.sample = stop, meter, sample
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
         self._sums += torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
@@ -165,7 +172,7 @@ class Trainer:
         )
 
     def _run(self, feed: Feed) -> Ending:
-        saved, ending = self.progress.step, None
+        saved, ending = self.progress.step, self._begin()
         while True:
             if not self.progress.recorded:
                 ending = self._record(ending)
@@ -181,6 +188,18 @@ class Trainer:
             if self.progress.step == 1:
                 self.task.check_first_step(self._global_sums())
 
+    def _begin(self) -> Ending | None:
+        """Let a fresh model speak; returns the reason to stop, if there is one by now."""
+        if self.progress.step == 0:
+            try:
+                self.tracker.log_samples(0, self._samples())
+            except Interrupted:
+                return Ending.SIGNAL
+        return None
+
+    def _samples(self) -> list[Sample]:
+        return self.sample(self.stop.check) if self.sample else []
+
     def _record(self, ending: Ending | None) -> Ending | None:
         """Log what is due at this step; returns the reason to stop, if there is one by now."""
         evaluate = self._due(self.settings.eval_every)
@@ -188,15 +207,17 @@ class Trainer:
             return ending  # the next launch evaluates
         if evaluate or self._due(self.settings.log_every):
             held_out: dict[str, float] = {}
+            samples: list[Sample] = []
             if evaluate:
                 try:
-                    held_out = self.task.evaluate(self.policy, self.stop.check)
+                    held_out, samples = self.task.evaluate(self.policy, self.stop.check), self._samples()
                 except Interrupted:
                     return Ending.SIGNAL
             metrics = self._window()
             for warning in self._guards.check(metrics):
                 say(warning)
             self.tracker.log(self.progress.step, {**metrics, **held_out})
+            self.tracker.log_samples(self.progress.step, samples)
             self.progress.logged = self.progress.step
         self.progress.recorded = True
         return ending
@@ -246,6 +267,7 @@ class Trainer:
         progress = self.progress
         progress.step, progress.recorded, progress.grad_norm, progress.learning_rate = step + 1, False, norm, rate
         progress.num_tokens += int(self.task.rows.lengths[indices].sum())
+        progress.window_steps += 1
         seconds = time.perf_counter() - began
         self._seconds += seconds
         self._trained += seconds
@@ -265,13 +287,18 @@ class Trainer:
     def _window(self) -> dict[str, float]:
         """The line for this step: means over the steps since the last one, from one reduction."""
         progress = self.progress
-        metrics = self.task.metrics(self._global_sums(), self._seconds)
+        memory = torch.zeros(world_size(), dtype=torch.float64, device=self.device)
+        memory[rank()] = self.meter.memory()  # the sum over ranks has every rank's
+        told = sum_across_ranks(torch.cat([memory, self._sums])).tolist()
+        metrics = self.task.metrics(told[world_size() :], self._seconds)
         metrics["grad_norm"] = progress.grad_norm
         metrics["learning_rate"] = progress.learning_rate
         metrics["epoch"] = progress.step / self.task.plan.steps_per_epoch
         metrics["num_tokens"] = progress.num_tokens
+        steps = range(progress.step - progress.window_steps, progress.step)
+        metrics |= self.meter.figures(steps, self._seconds, max(told[: world_size()]))
         self._sums.zero_()
-        self._seconds = 0.0
+        self._seconds, progress.window_steps = 0.0, 0
         return metrics
 
     def _global_sums(self) -> list[float]:
@@ -280,7 +307,7 @@ class Trainer:
     def _save(self) -> None:
         self.progress.window_sums, self.progress.window_seconds = gather_objects(self._sums.tolist()), self._seconds
         self.progress.trackers = self.tracker.state()
-        self.tracker.sync()
+        self.tracker.sync(self.progress.step)
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
 
 

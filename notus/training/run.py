@@ -3,21 +3,19 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config, Task, TrainingConfig
-from notus.data.chat import check_vocabulary, resolve_template
-from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
+from notus.config import Config, Task, to_yaml
+from notus.data.chat import check_vocabulary
+from notus.data.disk import write_whole
 from notus.data.packing import StepPlan, check_fits
 from notus.data.rows import Rows, packing_report
 from notus.entry import STOPPED
@@ -27,31 +25,35 @@ from notus.model.export import export_model, load_tokenizer, read_generation_con
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
-from notus.training.automatic import choose_checkpointing
+from notus.training.automatic import checkpointing_of
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.checkpoint import Progress
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE, EnvironmentFile, hardware
 from notus.training.determinism import deterministic
 from notus.training.feed import row_costs
 from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder
-from notus.training.footprint import Job
+from notus.training.inputs import Inputs, load_inputs
 from notus.training.loop import Ending, Settings, Trainer
 from notus.training.loop import Task as LoopTask
+from notus.training.metering import Meter
 from notus.training.optim import build_optimizer
 from notus.training.optimizers import InPieces
 from notus.training.parallel import COMPUTE_DTYPES
 from notus.training.reference import digest_of_rows
 from notus.training.resume import check_contents, check_newest, load_newest
+from notus.training.sampling import Sampler, build_sampler
 from notus.training.saving import Checkpoints
 from notus.training.shared import check_shared
+from notus.training.sinks import TensorBoardSink, WandbSink
 from notus.training.stopping import Stop
 from notus.training.tracking import (
     METRICS_FILE,
+    SAMPLES_FILE,
     MetricsFile,
     ProgressBar,
+    SamplesFile,
     Sink,
-    TensorBoardSink,
     Tracker,
-    WandbSink,
 )
 
 
@@ -66,10 +68,11 @@ class Run:
         model_folder: the model it starts from, on this machine.
         model_config, tokenizer: that model's.
         policy: sharded, with the starting weights.
-        train_rows, eval_rows: tokenised data.
+        inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
         checkpoints: where to go on from: the first that is whole, the newest first.
         stop: requests to end before the last step.
+        hardware: the job's devices.
     """
 
     config: Config
@@ -79,11 +82,21 @@ class Run:
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
-    train_rows: Rows
-    eval_rows: Rows | None
+    inputs: Inputs
     plan: StepPlan
     checkpoints: list[Path]
     stop: Stop
+    hardware: str
+
+    @property
+    def train_rows(self) -> Rows:
+        """What the model learns from."""
+        return self.inputs.train
+
+    @property
+    def eval_rows(self) -> Rows | None:
+        """What it is evaluated on."""
+        return self.inputs.eval
 
     @property
     def kernel(self) -> str:
@@ -149,6 +162,8 @@ class Run:
                 tracker=tracker,
                 checkpoints=checkpoints,
                 stop=self.stop,
+                meter=Meter(self.policy, self.train_rows, self.plan, device=self.device, precision=training.precision),
+                sample=self._sampler(),
                 device=self.device,
             ).run()
         if ending is Ending.FINISHED:
@@ -182,26 +197,45 @@ class Run:
         self.say(f"going on from {path} (step {progress.step} of {self.total_steps})")
         return progress
 
+    def _sampler(self) -> Sampler | None:
+        return build_sampler(
+            self.policy,
+            self.tokenizer,
+            self.train_rows if self.eval_rows is None else self.eval_rows,
+            count=self.config.tracking.samples,
+            max_new_tokens=self.config.tracking.sample_tokens,
+            tokens_per_row=self.config.training.tokens_per_row,
+            generation_config=read_generation_config(self.model_folder),
+            device=self.device,
+        )
+
     def _tracker(self, progress: Progress) -> Tracker:
         if not distributed.is_main():
             return Tracker([])
         tracking, step = self.config.tracking, progress.step
         recorded = step if progress.recorded else step - 1
+        kept = recorded if step else -1  # at step 0 the model is sampled, once
         shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
                  "pairs/s": "pairs_per_second", "examples/s": "examples_per_second"}  # fmt: skip
         sinks: list[Sink] = [
-            MetricsFile(self.folder / METRICS_FILE, resume_step=recorded, last_logged=progress.logged),
+            MetricsFile(self.folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
             ProgressBar(total_steps=self.total_steps, start_step=step, shown=shown),
+            EnvironmentFile(self.folder / ENVIRONMENT_FILE, step=step, hardware=self.hardware),
         ]
+        if tracking.samples or (self.folder / SAMPLES_FILE).exists():
+            sinks.append(SamplesFile(self.folder / SAMPLES_FILE, resume_step=kept))
+        data = self.inputs.summary()
+        write_whole(self.folder / DATA_FILE, json.dumps(data) + "\n")
         if tracking.wandb:
             name = tracking.run_name or self.folder.name
-            settings = dataclasses.asdict(self.config)
+            settings = {**dataclasses.asdict(self.config), "data_summary": data}
             run_id = progress.trackers.get("wandb")
             sinks.append(
                 WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings, run_id=run_id)
             )
         if tracking.tensorboard:
-            sinks.append(TensorBoardSink(self.folder, resume_step=recorded))
+            texts = {"config": to_yaml(self.config), "data": json.dumps(data, indent=1)}
+            sinks.append(TensorBoardSink(self.folder, resume_step=kept, texts=texts))
         return Tracker(sinks)
 
     def _export(self) -> None:
@@ -270,9 +304,10 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
     check_vocabulary(tokenizer, model_config.vocab_size)
-    train_rows, eval_rows = load_rows(config, task, tokenizer)
-    if eval_rows is not None:
-        check_fits(int(eval_rows.lengths.max()), training.tokens_per_row)
+    inputs = _inputs(config, tokenizer)
+    train_rows = inputs.train
+    if inputs.eval is not None:
+        check_fits(int(inputs.eval.lengths.max()), training.tokens_per_row)
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     check_fits(int(train_rows.lengths.max()), training.tokens_per_row)
     policy = build_policy(
@@ -280,7 +315,18 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         model_config,
         device=device,
         precision=training.precision,
-        activation_checkpointing=_checkpointing(training, train_rows, device) if train else "none",
+        activation_checkpointing=checkpointing_of(
+            training.activation_checkpointing,
+            train_rows,
+            device,
+            hybrid=training.sharding == "hybrid",
+            **{
+                name: getattr(training, name)
+                for name in ("tokens_per_row", "precision", "optimizer", "optimizer_dtype", "cpu_offload")
+            },
+        )
+        if train
+        else "none",
         compile=training.compile,
         cpu_offload=training.cpu_offload,
         adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
@@ -293,57 +339,18 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
-        train_rows, eval_rows, plan, checkpoints, stop,
+        inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
 
 
-def _checkpointing(training: TrainingConfig, rows: Rows, device: torch.device) -> str | Callable[..., str]:
-    """The mode of activation checkpointing, or what chooses it once the model is known."""
-    if training.activation_checkpointing != "auto":
-        return training.activation_checkpointing
-    ranks = distributed.world_size()
-    job = Job(
-        shard_size=distributed.ranks_per_node() if training.sharding == "hybrid" else ranks,
-        tokens_per_row=training.tokens_per_row,
-        scored_per_row=math.ceil(training.tokens_per_row * rows.loss_tokens.sum() / rows.lengths.sum()),
-        key_ratio=float(rows.separate_lengths(np.arange(len(rows))).sum() / rows.lengths.sum()),
-        precision=training.precision,
-        optimizer=training.optimizer,
-        optimizer_dtype=training.optimizer_dtype,
-        cpu_offload=training.cpu_offload,
-    )
-    return functools.partial(choose_checkpointing, job=job, device=device)
-
-
-def load_rows(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, Rows | None]:
-    """Tokenised training rows and, if the config has any, evaluation rows; collective, rank 0 fills the cache.
-
-    Gives `tokenizer` the chat template that rendered the rows, if one did.
-    """
-    data, seed = config.data, config.training.seed
-    options: dict[str, Any] = {
+def _inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    data = config.data
+    sources = {"train": data.train} if data.eval is None else {"train": data.train, "eval": data.eval}
+    options = {
         name: getattr(data, name)
-        for name in ("max_length", "chat_template", "add_empty_system", "num_workers", "cache_dir")
-    }
-    load: Callable[..., tuple[datasets.Dataset, DropReport]] = load_sft
-    if task == "dpo":
-        assert data.max_prompt_length is not None  # the config resolves it
-        load = functools.partial(load_pairs, max_prompt_length=data.max_prompt_length)
-
-    def read(name: str, source: Any) -> datasets.Dataset:
-        try:
-            dataset, report = distributed.main_first(lambda: load(source, tokenizer, seed=seed, **options))
-        except OSError as error:
-            raise ValueError(f"data.{name} cannot be read, or data.cache_dir not be written ({error})") from error
-        distributed.say(f"{name} {report}")
-        if report.templated:  # the format that was learned leaves with the model
-            tokenizer.chat_template = resolve_template(tokenizer, data.chat_template)
-        return dataset
-
-    train = read("train", data.train)
-    if data.eval is not None:
-        return Rows(train), Rows(read("eval", data.eval))
-    if data.eval_size:
-        train, held_out = split_holdout(train, data.eval_size, seed)
-        return Rows(train), Rows(held_out)
-    return Rows(train), None
+        for name in (
+            "max_prompt_length", "eval_size", "max_length", "chat_template", "add_empty_system", "num_workers",
+            "cache_dir",
+        )
+    }  # fmt: skip
+    return load_inputs(sources, tokenizer, seed=config.training.seed, **options)

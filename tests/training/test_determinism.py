@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import config, read_metrics, settings, write_pairs
+from runs import config, settings, without_timings, write_pairs
 from safetensors.torch import load_file
 from toys import toy_model_folder
 
@@ -64,12 +64,8 @@ def test_it_is_on_before_a_device_is_chosen_and_off_after_the_run(
     assert _state() == before
 
 
-TIMINGS = ("pairs_per_second",)
-
-
 def _result(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    lines = [{key: value for key, value in line.items() if key not in TIMINGS} for line in read_metrics(run)]
-    return lines, load_file(run / "model" / "model.safetensors")
+    return without_timings(run), load_file(run / "model" / "model.safetensors")
 
 
 def _assert_bitwise_equal(one: Path, other: Path) -> None:

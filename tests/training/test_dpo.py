@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from ranks import free_port, launched, run_ranks
-from runs import config, read_metrics, write_pairs
+from runs import config, read_metrics, without_timings, write_pairs
 from safetensors.torch import load_file
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +22,7 @@ from notus.training.loop import NonFiniteError
 KEYS = {
     "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected",
     "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "logps/chosen_change",
-    "pairs_per_second",
+    "pairs_per_second", "system/tokens_per_second", "system/host_memory_gib",
 }  # fmt: skip
 
 
@@ -88,6 +88,8 @@ def test_what_a_run_leaves_behind(tmp_path: Path, model_folder: Path, pairs_file
     assert {path.name for path in run.iterdir()} == {
         ".lock",
         "config.yaml",
+        "data.json",
+        "environment.json",
         "metrics.jsonl",
         "checkpoints",
         "reference",
@@ -151,13 +153,7 @@ def test_resumed_is_bitwise_undisturbed(
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     whole, cut = (load_file(tmp_path / run / "model" / name) for run in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    lines = [
-        [
-            {key: value for key, value in line.items() if key != "pairs_per_second"}
-            for line in read_metrics(tmp_path / run)
-        ]
-        for run in ("whole", "cut")
-    ]
+    lines = [without_timings(tmp_path / run) for run in ("whole", "cut")]
     assert lines[0] == lines[1]
 
 

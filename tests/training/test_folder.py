@@ -95,11 +95,13 @@ def test_what_does_not_change_the_result_may_change(change: dict[str, Any], tmp_
 def test_never_sets_the_earlier_run_aside(tmp_path: Path) -> None:
     open_folder(_config(tmp_path))
     (tmp_path / "run" / "model").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("kept")
+    for name in ("metrics.jsonl", "samples.jsonl", "data.json", "environment.json"):
+        (tmp_path / "run" / name).write_text("kept")
     opening = open_folder(_config(tmp_path, dpo__beta=0.2, training__resume="never"))
     assert opening == Opening(finished=False, checkpoints=[])
     (aside,) = (tmp_path / "run").glob("previous-*")
-    assert (aside / "metrics.jsonl").read_text() == "kept"
+    for name in ("metrics.jsonl", "samples.jsonl", "data.json", "environment.json"):
+        assert (aside / name).read_text() == "kept"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", aside.name]
 
 

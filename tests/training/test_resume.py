@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import config, read_metrics, settings, write_messages, write_pairs
+from runs import config, settings, without_timings, write_messages, write_pairs
 from safetensors.torch import load_file
 
 from notus.config import config_from_dict
@@ -32,10 +32,7 @@ def same(one: Path, other: Path) -> None:
         first, second = (load_file(run / "model" / name) for run in (one, other))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
-    lines = [
-        [{key: value for key, value in line.items() if not key.endswith("per_second")} for line in read_metrics(run)]
-        for run in (one, other)
-    ]
+    lines = [without_timings(run) for run in (one, other)]
     assert lines[0] == lines[1]
 
 

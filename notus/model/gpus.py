@@ -12,7 +12,7 @@ PER_NODE = 8
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """What the estimate needs to know of a GPU.
+    """What is to be known of a GPU.
 
     Attributes:
         memory: MiB that the driver reports.

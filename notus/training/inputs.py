@@ -1,0 +1,83 @@
+"""Training and evaluation rows of a run, with what became of the data on the way."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from notus.data.chat import resolve_template
+from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
+from notus.data.rows import Rows
+from notus.training import distributed
+from notus.training.describe import data_summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run learns from and is evaluated on.
+
+    Attributes:
+        train: the training rows.
+        eval: the evaluation rows, if there are any.
+        reports: what reading "train" and "eval" dropped and cut; rows held out of "train" were read with it.
+    """
+
+    train: Rows
+    eval: Rows | None
+    reports: dict[str, DropReport]
+
+    def summary(self) -> dict[str, Any]:
+        """The content of `data.json`."""
+        sides = {"train": self.train, "eval": self.eval}
+        return {
+            name: None if rows is None else data_summary(rows, self.reports.get(name)) for name, rows in sides.items()
+        }
+
+
+def load_inputs(
+    sources: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int | None,
+    eval_size: int,
+    seed: int,
+    **options: Any,
+) -> Inputs:
+    """Read and tokenise; collective, rank 0 fills the cache.
+
+    Gives `tokenizer` the chat template that rendered the rows, if one did.
+
+    Args:
+        sources: what is read as "train" and, if it is there, as "eval"; see `load_pairs`.
+        tokenizer: a fast tokenizer.
+        max_prompt_length: of pairs; None reads demonstrations.
+        eval_size: rows to hold out of the training data, if "eval" is not there.
+        seed: of all draws.
+        options: further arguments of `load_pairs` and `load_sft`.
+    """
+    load: Callable[..., tuple[datasets.Dataset, DropReport]] = load_sft
+    if max_prompt_length is not None:
+        load = functools.partial(load_pairs, max_prompt_length=max_prompt_length)
+    reports = {}
+
+    def read(name: str) -> datasets.Dataset:
+        try:
+            dataset, report = distributed.main_first(lambda: load(sources[name], tokenizer, seed=seed, **options))
+        except OSError as error:
+            raise ValueError(f"data.{name} cannot be read, or data.cache_dir not be written ({error})") from error
+        distributed.say(f"{name} {report}")
+        if report.templated:  # the format that was learned leaves with the model
+            tokenizer.chat_template = resolve_template(tokenizer, options["chat_template"])
+        reports[name] = report
+        return dataset
+
+    train = read("train")
+    if "eval" in sources:
+        return Inputs(Rows(train), Rows(read("eval")), reports)
+    if eval_size:
+        train, held_out = split_holdout(train, eval_size, seed)
+        return Inputs(Rows(train), Rows(held_out), reports)
+    return Inputs(Rows(train), None, reports)

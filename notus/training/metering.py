@@ -1,0 +1,62 @@
+"""What the steps take of the machines: tokens and necessary operations per second, and memory."""
+
+import resource
+import sys
+
+import numpy as np
+import torch
+
+from notus.data.packing import StepPlan
+from notus.data.rows import Rows
+from notus.model.arithmetic import dimensions, training_flops
+from notus.model.gpus import gpu_of_driver
+from notus.model.policy import Policy
+from notus.training.distributed import world_size
+
+
+def peak_rate(device: torch.device, precision: str) -> float | None:
+    """Operations per second of a rank's device by its data sheet, in "bf16" or "fp32"; None if it is not known."""
+    gpu = gpu_of_driver(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.rate(precision) * 1e12 if gpu else None
+
+
+class Meter:
+    """Figures under `system/`, over some steps at a time."""
+
+    def __init__(self, policy: Policy, rows: Rows, plan: StepPlan, *, device: torch.device, precision: str) -> None:
+        """Measure a run of `policy` on the steps that `plan` makes of `rows`, computing in "bf16" or "fp32"."""
+        self._rows, self._plan, self._device = rows, plan, device
+        self._peak = peak_rate(device, precision)
+        self._costs = _step_costs(policy, rows) if self._peak else None
+
+    def memory(self) -> float:
+        """GiB that this rank has needed at most so far: allocated on its GPU, or else of the host's memory."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    def figures(self, steps: range, seconds: float, memory: float) -> dict[str, float]:
+        """Metrics of some steps that took so many seconds, and of the ranks' largest `memory` in GiB."""
+        where = "gpu" if self._device.type == "cuda" else "host"
+        found = {f"system/{where}_memory_gib": memory}
+        if not (steps and seconds):
+            return found
+        indices = np.concatenate([self._plan.indices(step) for step in steps])
+        found["system/tokens_per_second"] = self._rows.lengths[indices].sum() / seconds
+        if self._peak and self._costs is not None:
+            found["system/mfu"] = self._costs[indices].sum() / seconds / self._peak / world_size()
+        return {name: float(value) for name, value in found.items()}
+
+
+def _step_costs(policy: Policy, rows: Rows) -> np.ndarray:
+    """Necessary operations of a forward and backward pass, for each example."""
+    trained = [parameter.numel() for parameter in policy.parameters() if parameter.requires_grad]
+    frozen = len(trained) < len(list(policy.parameters()))
+    return training_flops(
+        dimensions(policy.causal_lm),
+        rows.trunk_lengths,
+        rows.branch_lengths,
+        rows.loss_tokens.sum(axis=1),
+        adapter_weights=sum(trained) if frozen else None,
+    )
