@@ -22,8 +22,8 @@ from notus.data.ultrafeedback import Report, curate
 from notus.evaluation.files import replacing
 
 Rows = list[dict[str, Any]]
-SFT = {**demo.SFT, "save_every": 100}
-DPO = demo.DPO
+SFT: dict[str, Any] = {**demo.SFT, "save_every": 100}
+DPO: dict[str, Any] = demo.DPO
 
 
 @dataclasses.dataclass(frozen=True)

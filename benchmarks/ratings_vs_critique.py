@@ -55,7 +55,9 @@ def run_seed(size: Size, seed: int, fault_rates: list[float], work: Path) -> dic
 
     def dpo(name: str, pairs: list[dict[str, Any]], fault_rate: float | None) -> dict[str, Any]:
         print(f"\n== seed {seed}: {name}", file=sys.stderr, flush=True)
-        return dpo_run(folder / f"{size.steps}-steps" / name, data, pairs, model, start["start"], size.steps, fault_rate=fault_rate)
+        return dpo_run(
+            folder / f"{size.steps}-steps" / name, data, pairs, model, start["start"], size.steps, fault_rate=fault_rate
+        )
 
     ratings = dpo("ratings", pairs_by_ratings(data)[0], None)
     critique = [dpo(f"overall-score-{rate:g}", pairs_by_score(data, rate)[0], rate) for rate in fault_rates]
@@ -92,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for run in (seed["start"], seed["ratings"], *seed["overall_score"]):
             del run["answers"]  # they stay in the work folder
     return {
-        "command": "python benchmarks/ratings_vs_critique.py" + " --quick" * args.quick,
+        "quick": args.quick,
         "machine": platform.machine(),
         "torch": torch.__version__,
         "size": vars(size),
