@@ -81,8 +81,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 _CHOICE_HEADS = (
-    "1s stored as 10", "pairs: ratings / score", "tied: ratings / score", "trained on: ratings / score",
-    "chosen differs", "rejected differs", "chosen right: ratings / score", "rejected right: ratings / score",
+    "1s stored as 10", "of all answers", "pairs: ratings / score", "tied: ratings / score",
+    "trained on: ratings / score", "chosen differs", "rejected differs",
+    "chosen right: ratings / score", "rejected right: ratings / score",
 )  # fmt: skip
 RATE_HEADS = (
     "1s stored as 10", "win rate: ratings", "win rate: score", "difference", "per seed", "answers differ",
@@ -103,6 +104,7 @@ def _choice_cells(results: dict[str, Any], number: int) -> list[str]:
 
     return [
         f"{results['fault_rates'][number]:.0%}",
+        f"{statistics.mean(choice['stored_as_10'] for choice in found):.1%}",
         both(",.0f", lambda rule: rule["pairs"]),
         both(",.0f", lambda rule: rule["dropped"].get(TIED, 0)),
         both(",.0f", lambda rule: rule["kept"]),
@@ -205,7 +207,10 @@ def _draw_gaps(panel: Any, results: dict[str, Any]) -> None:
     for number, rate in enumerate(results["fault_rates"]):
         found = [100 * gap for gap in differences(results, number)]
         mean, half = over_seeds(found)
-        panel.errorbar(100 * rate, mean, yerr=half, color="black", marker="_", markersize=12, capsize=4)
-        panel.plot([100 * rate + 3] * len(found), found, linestyle="none", marker="o", markersize=4, color="#0072b2")
+        names = ["mean, 95% interval", "a seed"] if number == 0 else [None, None]
+        panel.errorbar(100 * rate, mean, yerr=half, color="black", marker="_", capsize=4, linewidth=1.2, label=names[0])
+        places = [100 * rate + 4] * len(found)
+        panel.plot(places, found, linestyle="none", marker="o", markersize=4, color="grey", label=names[1])
     panel.axhline(0, color="grey", linewidth=0.8)
     panel.set_title("ratings less overall score, points", fontsize=10)
+    panel.legend(frameon=False, loc="upper left")

@@ -1,7 +1,7 @@
 """The runs of `ratings_vs_critique.py`: data, the start, DPO on pairs of either rule, the judge's verdicts.
 
-A finished run leaves its result in the work folder, with digests of what went into it, and is not repeated; one that
-was killed goes on from its newest checkpoint.
+A finished run leaves its result in the work folder, with digests of what went into it, and is not repeated. One that
+was killed goes on: SFT from its newest checkpoint, DPO, which takes seconds, from its start.
 """
 
 import argparse
@@ -88,7 +88,8 @@ def pairs_by_score(data: Data, fault_rate: float) -> tuple[Rows, Report]:
 def choices(data: Data, fault_rate: float) -> dict[str, Any]:
     """How the two rules choose at a fault rate, and how often they choose what is right."""
     by_ratings, of_ratings = pairs_by_ratings(data)
-    again, _ = curate(records_at(data, fault_rate), by="ratings", seed=data.seed)
+    records = records_at(data, fault_rate)
+    again, _ = curate(records, by="ratings", seed=data.seed)
     assert again == by_ratings, "the ratings' pairs depend on the fault rate"
     by_score, of_score = pairs_by_score(data, fault_rate)
     other = {row["instruction"]: row for row in by_score}
@@ -96,6 +97,7 @@ def choices(data: Data, fault_rate: float) -> dict[str, Any]:
     return {
         "seed": data.seed,
         "fault_rate": fault_rate,
+        "stored_as_10": _share(answer["overall_score"] == 10 for record in records for answer in record["completions"]),
         "both": len(both),
         "chosen_differs": _share(mine["chosen_response"] != its["chosen_response"] for mine, its in both),
         "rejected_differs": _share(mine["rejected_response"] != its["rejected_response"] for mine, its in both),

@@ -60,6 +60,8 @@ def test_how_the_rules_choose() -> None:
     data = make_data(Size(sft=4, preferences=300, held_out=4), 0)
     honest, faulty = choices(data, 0.0), choices(data, 1.0)
     assert honest["ratings"] == faulty["ratings"]
+    # about half of the answers are wrong, and a third of those scored 1
+    assert honest["stored_as_10"] == 0 < 0.1 < faulty["stored_as_10"] < 0.25
     assert faulty["overall_score"]["kept_chosen_right"] < honest["overall_score"]["kept_chosen_right"] - 0.2
     _, report = curate(records_at(data, 1.0), by="ratings", seed=0)
     assert faulty["both"] == report.compared
