@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from notus.data.ultrafeedback import TIED
-
 NORMAL = 1.959964
 # Student's t for 95%, two-sided, by degrees of freedom from 1
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -60,8 +58,9 @@ def table(results: dict[str, Any]) -> str:
             f"{size['steps']} steps of {results['recipes']['dpo']['batch_size']} pairs, {size['held_out']:,} held-out "
             f"prompts; win rate: share of right answers; the start's is {start:.1%} on average.",
             "",
-            "How the rules choose (means over seeds; shares of the prompts where both give a pair; right: of the pairs "
-            "whose two texts differ, which alone are trained on)",
+            "How the rules choose (means over seeds; a prompt has no pair where its scores tie or fewer than two of "
+            "its answers have one; of the pairs, those whose two texts differ are trained on, and hard and right are "
+            "shares of these; differs: of the prompts where both rules give a pair)",
             "",
             *_markdown(
                 _CHOICE_HEADS, [_choice_cells(results, number) for number in range(len(results["fault_rates"]))]
@@ -81,8 +80,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 _CHOICE_HEADS = (
-    "1s stored as 10", "of all answers", "pairs: ratings / score", "tied: ratings / score",
-    "trained on: ratings / score", "chosen differs", "rejected differs",
+    "1s stored as 10", "of all answers", "pairs: ratings / score", "trained on: ratings / score",
+    "of these hard: ratings / score", "chosen differs", "rejected differs",
     "chosen right: ratings / score", "rejected right: ratings / score",
 )  # fmt: skip
 RATE_HEADS = (
@@ -106,8 +105,8 @@ def _choice_cells(results: dict[str, Any], number: int) -> list[str]:
         f"{results['fault_rates'][number]:.0%}",
         f"{statistics.mean(choice['stored_as_10'] for choice in found):.1%}",
         both(",.0f", lambda rule: rule["pairs"]),
-        both(",.0f", lambda rule: rule["dropped"].get(TIED, 0)),
         both(",.0f", lambda rule: rule["kept"]),
+        both(".1%", lambda rule: rule["kept_hard"]),
         f"{statistics.mean(choice['chosen_differs'] for choice in found):.1%}",
         f"{statistics.mean(choice['rejected_differs'] for choice in found):.1%}",
         both(".1%", lambda rule: rule["kept_chosen_right"]),

@@ -24,6 +24,7 @@ from notus.evaluation.files import replacing
 Rows = list[dict[str, Any]]
 SFT: dict[str, Any] = {**demo.SFT, "save_every": 100}
 DPO: dict[str, Any] = demo.DPO
+HARD = {f"synthetic_{task.name}" for task in synthetic.TASKS if task.hard}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ def described(pairs: Rows, report: Report) -> dict[str, Any]:
         "pairs": len(pairs),
         "dropped": dict(report.dropped),
         "kept": len(kept),
+        "kept_hard": _share(row["source"] in HARD for row in kept),
         "chosen_right": _share(_right(row, "chosen_response") for row in pairs),
         "kept_chosen_right": _share(_right(row, "chosen_response") for row in kept),
         "kept_rejected_right": _share(_right(row, "rejected_response") for row in kept),

@@ -66,11 +66,17 @@ def test_how_the_rules_choose() -> None:
     _, report = curate(records_at(data, 1.0), by="ratings", seed=0)
     assert faulty["both"] == report.compared
     assert faulty["chosen_differs"] == report.differing_share > 0.2
-    pair = {"instruction": "Count these digits: 1234", "chosen_response": "4", "rejected_response": "10"}
-    pairs = [pair, {**pair, "chosen_response": "10", "rejected_response": "4"}, {**pair, "rejected_response": "4"}]
+    pair = {
+        "source": "synthetic_count",
+        "instruction": "Count these digits: 1234",
+        "chosen_response": "4",
+        "rejected_response": "10",
+    }
+    turned = {**pair, "source": "synthetic_repeat", "chosen_response": "10", "rejected_response": "4"}
+    pairs = [pair, turned, {**pair, "rejected_response": "4"}]
     found = described(pairs, pairs_by_ratings(data)[1])
     assert (found["pairs"], found["kept"], found["chosen_right"]) == (3, 2, 2 / 3)
-    assert (found["kept_chosen_right"], found["kept_rejected_right"]) == (0.5, 0.5)
+    assert [found[name] for name in ("kept_hard", "kept_chosen_right", "kept_rejected_right")] == [0.5, 0.5, 0.5]
 
 
 def test_too_few_pairs_for_the_steps_are_refused(tmp_path: Path) -> None:
@@ -114,7 +120,8 @@ def test_the_page_and_the_tables_are_those_of_the_results(name: str) -> None:
     assert (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines() == lines
     page = (ROOT / "docs" / "ratings-vs-critique.md").read_text().splitlines()
     learned = lines.index(f"| {' | '.join(RATE_HEADS)} |")
-    assert set(lines[learned : learned + 2 + len(results["fault_rates"])]) <= set(page)
+    upto = learned + 2 + len(results["fault_rates"])
+    assert {line for line in lines[:upto] if line.startswith("|")} <= set(page)
 
 
 def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
