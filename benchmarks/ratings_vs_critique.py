@@ -13,6 +13,8 @@ command, and `--seeds 0` in one process beside `--seeds 1` in another fill the s
 """
 
 import argparse
+import dataclasses
+import importlib.util
 import json
 import platform
 import sys
@@ -31,7 +33,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ratings against critique: see the head of this file.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--fault-rates", nargs="+", type=_share, default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    parser.add_argument("--steps", type=int, default=Size.steps, help=f"of DPO (default: {Size.steps})")
+    parser.add_argument("--steps", type=int, help=f"of DPO (default: {Size.steps}; quick: {QUICK.steps})")
     parser.add_argument("--work", type=Path, default=Path("runs/ratings-vs-critique"), help="what runs leave")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few prompts: says nothing")
     parser.add_argument("--results", type=Path, help="write the results to this JSON file, the table to .md")
@@ -88,7 +90,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The results of all seeds."""
     import torch
 
-    size = QUICK if args.quick else Size(steps=args.steps)
+    size = QUICK if args.quick else Size()
+    if args.steps is not None:
+        size = dataclasses.replace(size, steps=args.steps)
     seeds = [run_seed(size, seed, args.fault_rates, args.work) for seed in args.seeds]
     for seed in seeds:
         for run in (seed["start"], seed["ratings"], *seed["overall_score"]):
@@ -106,6 +110,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install -r requirements-bench.txt")
     results = json.loads(args.stored.read_text()) if args.stored else measure(args)
     written = table(results)
     print(written)

@@ -21,7 +21,7 @@ def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from ratings_vs_critique import main
 
     out = tmp_path / "out.json"
-    command = ["--quick", "--seeds=0", "--fault-rates", "1", f"--work={tmp_path}", f"--results={out}"]
+    command = ["--quick", "--seeds=0", "--fault-rates", "1", "--steps=1", f"--work={tmp_path}", f"--results={out}"]
     verdicts = critique_runs._verdicts
 
     def killed_at_the_last_run(folder: Path, data: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (seed,) = json.loads(out.read_text())["seeds"]
     runs = [seed["ratings"], *seed["overall_score"]]
     assert [run["fault_rate"] for run in runs] == [None, 1]
-    assert [run["steps"] for run in runs] == [2, 2]
+    assert [run["steps"] for run in runs] == [1, 1]
     assert [run["first_loss"] for run in runs] == pytest.approx([0.693147] * 2, abs=1e-4)  # ln 2: one start for all
     assert all(len(run["right"]) == 16 for run in runs)
     assert "| 100% |" in out.with_suffix(".md").read_text()
@@ -122,6 +122,17 @@ def test_the_page_and_the_tables_are_those_of_the_results(name: str) -> None:
     learned = lines.index(f"| {' | '.join(RATE_HEADS)} |")
     upto = learned + 2 + len(results["fault_rates"])
     assert {line for line in lines[:upto] if line.startswith("|")} <= set(page)
+
+
+def test_without_matplotlib_a_plot_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from ratings_vs_critique import main
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install -r requirements-bench\.txt"):
+        main([f"--plot={tmp_path / 'plot.svg'}", f"--work={tmp_path / 'work'}"])
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
