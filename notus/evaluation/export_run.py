@@ -125,7 +125,6 @@ def _destination(args: argparse.Namespace, facts: "Facts", variant: "Variant") -
 
 
 def _export(args: argparse.Namespace, facts: "Facts", variant: "Variant") -> None:
-    from notus.data.chat import resolve_template
     from notus.evaluation.release.card import has_chat_template
     from notus.evaluation.release.finished import write_card
     from notus.model.publish import NewFolder
@@ -138,8 +137,6 @@ def _export(args: argparse.Namespace, facts: "Facts", variant: "Variant") -> Non
             step, fill = None, functools.partial(_copy, args, run_folder / MODEL)
         else:
             causal_lm, tokenizer, step = _load(args, settings, run_folder)
-            if step is not None and facts.learned_chat:  # at the end of a run, the run does the same
-                tokenizer.chat_template = resolve_template(tokenizer, settings["data"]["chat_template"])
             fill = functools.partial(_write, args, settings, causal_lm, tokenizer)
         new = NewFolder(args.out, markers=set())
         new.write(functools.partial(_filled, fill))

@@ -14,6 +14,7 @@ from notus.evaluation.release.citations import citations
 from notus.evaluation.release.facts import Facts, Variant, base_file, base_licence, hub_id, public_name
 from notus.evaluation.release.metadata import card_metadata, figure_label, of_this_model
 from notus.evaluation.results import Figure, Result
+from notus.evaluation.unfinished import learned_chat
 from notus.model.weights import read_json
 
 _TEMPLATE = "card.md.jinja"
@@ -96,7 +97,7 @@ def has_chat_template(folder: Path) -> bool:
 def base_has_chat_template(facts: Facts) -> bool:
     """The same, before there is a folder: by what the run learned, and the base model's files on this machine."""
     found = base_file(facts.base, "tokenizer_config.json")
-    return facts.learned_chat or (found is not None and has_chat_template(found.parent))
+    return learned_chat(facts.settings, facts.data) or (found is not None and has_chat_template(found.parent))
 
 
 def _template() -> jinja2.Template:

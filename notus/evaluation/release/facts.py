@@ -17,10 +17,10 @@ from notus.data.sources import SUFFIXES
 from notus.evaluation.models import is_run
 from notus.evaluation.results import Result, read_results
 from notus.training.checkpoint import checkpoints_in, step_of
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
 from notus.training.folder import CHECKPOINTS, CONFIG_FILE, MODEL
 from notus.training.tracking import METRICS_FILE
 
-DATA, ENVIRONMENT = "data.json", "environment.json"
 Variant = Literal["full", "adapter", "merged"]
 Settings = dict[str, dict[str, Any]]
 
@@ -54,12 +54,6 @@ class Facts:
         """The model that the run started from, as its config names it."""
         return str(self.settings["model"]["name_or_path"])
 
-    @property
-    def learned_chat(self) -> bool:
-        """Whether a chat template certainly rendered rows: the config names one, or the run counted such rows."""
-        report = ((self.data or {}).get("train") or {}).get("report") or {}
-        return self.settings["data"]["chat_template"] is not None or report.get("templated", 0) > 0
-
     def at(self, step: int | None) -> "Facts":
         """The same of the model after `step`; None: of the finished one."""
         metrics = [line for line in self.metrics if step is None or line["step"] <= step]
@@ -72,8 +66,8 @@ def read_facts(run: Path, settings: Settings) -> Facts:
         settings=settings,
         step=None,
         metrics=_read_metrics(run / METRICS_FILE),
-        data=_read_noted(run / DATA),
-        environment=_read_noted(run / ENVIRONMENT),
+        data=_read_noted(run / DATA_FILE),
+        environment=_read_noted(run / ENVIRONMENT_FILE),
         results=read_results(run),
     )
 
