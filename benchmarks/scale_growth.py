@@ -116,7 +116,7 @@ def _loss(logps: "Tensor", pairs: int) -> "Tensor":
 def _rows(point: Point) -> "Rows":
     import datasets
 
-    from notus.data.dataset import FEATURES
+    from notus.data.columns import FEATURES
     from notus.data.rows import Rows
 
     count, length = point.pairs * STEPS, point.length

@@ -2,7 +2,7 @@
 
 A row holds `trunk`, the longest token prefix that its K conversations have in common within the prompt;
 `branches`, the rest of each; and `loss_mask`, 1 where a branch's token is learned. SFT has K = 1, DPO K = 2:
-chosen, rejected.
+chosen, rejected. Beside the tokens stands where a row came from, as far as the data say, see `columns.py`.
 """
 
 import dataclasses
@@ -22,16 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from notus.data.cache import cached
 from notus.data.chat import ChatEncoder, Encoded, Rendered
-from notus.data.records import Task, normalize
+from notus.data.columns import FEATURES, PROVENANCE, TokenisedRow, table
+from notus.data.records import Task, normalize, read_provenance
 from notus.data.sources import Part, Source, open_source, parts, read_rows
 
-FEATURES = datasets.Features(
-    {
-        "trunk": datasets.List(datasets.Value("int32")),
-        "branches": datasets.List(datasets.List(datasets.Value("int32"))),
-        "loss_mask": datasets.List(datasets.List(datasets.Value("int8"))),
-    }
-)
 BATCH_ROWS = 500  # rows tokenised at a time; a worker's memory is some of these
 
 # What befell a row, as bits: cut at either end and kept, or dropped; and whether a kept one is in the chat format.
@@ -203,7 +197,7 @@ class _Rule:
 
     def digest(self) -> str:
         """Digest of the rule, and of the code that applies it."""
-        names = ("chat.py", "records.py", "sources.py", "dataset.py")
+        names = ("chat.py", "records.py", "sources.py", "columns.py", "dataset.py")
         code = [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in names]
         versions = [tokenizers.__version__, transformers.__version__]
         decides = [self.encoder.digest(), self.task, self.max_length, self.max_prompt_length, code, versions]
@@ -218,13 +212,15 @@ class _Tokenize:
     rule: _Rule
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pa.Table:
-        rows = [self._render(place, row) for place, row in read_rows(self.source, batch, indices)]
+        placed = list(read_rows(self.source, batch, indices))
+        rows = [self._render(place, row) for place, row in placed]
         encoded = iter(self.rule.encoder.tokenize([text for row in rows for text in row]))
         done = []
-        for row in rows:
+        for row, (_, raw) in zip(rows, placed, strict=True):
             kept, outcome = self._finish([next(encoded) for _ in row])
-            done.append((kept, outcome | TEMPLATED if kept and row[0].templated else outcome))
-        return _table(done)
+            outcome |= TEMPLATED if kept and row[0].templated else 0
+            done.append(TokenisedRow(kept, split_trunk(kept) if kept else 0, outcome, read_provenance(raw)))
+        return table(done)
 
     def _render(self, place: str, row: Any) -> list[Rendered]:
         """The texts of a row's conversations; none if a completion is empty."""
@@ -281,40 +277,13 @@ def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> da
             batched=True,
             batch_size=BATCH_ROWS,
             remove_columns=source.rows.column_names,
-            features=datasets.Features({**FEATURES, "outcome": datasets.Value("int8")}),
+            features=datasets.Features({**FEATURES, **PROVENANCE, "outcome": datasets.Value("int8")}),
             num_proc=workers if workers > 1 else None,
             new_fingerprint=fingerprint,
             cache_file_name=file,
             desc=f"Tokenizing {source.name}",
         ),
     )
-
-
-def _table(rows: Sequence[tuple[list[Encoded], int]]) -> pa.Table:
-    trunks: list[np.ndarray] = []
-    branches: list[Encoded] = []
-    for encoded, _ in rows:
-        shared = split_trunk(encoded) if encoded else 0
-        trunks.append(encoded[0].ids[:shared] if encoded else np.empty(0, np.int32))
-        branches += [Encoded(item.ids[shared:], item.mask[shared:]) for item in encoded]
-    per_row = _offsets([len(encoded) for encoded, _ in rows])
-    ids, masks = _lists([item.ids for item in branches]), _lists([item.mask for item in branches])
-    columns = {
-        "trunk": _lists(trunks),
-        "branches": pa.ListArray.from_arrays(per_row, ids),
-        "loss_mask": pa.ListArray.from_arrays(per_row, masks),
-        "outcome": pa.array([outcome for _, outcome in rows], pa.int8()),
-    }
-    return pa.table(columns)
-
-
-def _lists(items: Sequence[np.ndarray]) -> pa.ListArray:
-    values = np.concatenate(items) if items else np.empty(0, np.int32)
-    return pa.ListArray.from_arrays(_offsets([len(item) for item in items]), pa.array(values))
-
-
-def _offsets(lengths: Sequence[int]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
 
 
 def _drop(tokenized: datasets.Dataset) -> tuple[datasets.Dataset, DropReport]:

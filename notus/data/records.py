@@ -20,7 +20,11 @@ and for SFT:
 A message is {role, content} or {from, value}, its role system, user (human) or assistant (gpt). Where
 messages are expected, a string stands for one turn: of the user in a prompt, of the assistant in a
 completion. Where a whole conversation stands beside a prompt string, the conversation counts: the string is
-its copy. Other columns are ignored.
+its copy.
+
+Of the other columns two things are kept for reports: `source`, a string, and the ratings of chosen and rejected,
+numbers in `chosen_avg_rating` and `rejected_avg_rating` (Argilla v1), `chosen-rating` and `rejected-rating` (cleaned)
+or `score_chosen` and `score_rejected` (UltraFeedback binarized). Anything else in them, and all the rest, is ignored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +43,11 @@ PAIR_FORMS = (
     ("prompt", "chosen", "rejected"),
     ("chosen", "rejected"),
 )
+RATINGS = (
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("score_chosen", "score_rejected"),
+)
 SFT_FORMS = (("messages",), ("prompt", "completion"), *PAIR_FORMS, ("conversations",))
 
 
@@ -47,6 +56,14 @@ class Record(NamedTuple):
 
     prompt: Turns
     completions: tuple[Turns, ...]
+
+
+class Provenance(NamedTuple):
+    """Where a row came from and how its answers were rated, as its data say; None: they do not."""
+
+    source: str | None
+    chosen_rating: float | None
+    rejected_rating: float | None
 
 
 def normalize(row: Mapping[str, Any], task: Task) -> Record:
@@ -79,6 +96,20 @@ def find_form(row: Mapping[str, Any], task: Task) -> tuple[str, ...]:
     raise ValueError(
         f"the columns {', '.join(map(str, row)) or '(none)'} are of no known {task} form ({accepted}); {remedy}"
     )
+
+
+def read_provenance(row: Mapping[str, Any]) -> Provenance:
+    """What stands in a row's `source` and ratings; never an error, because training does not need them."""
+    source = row.get("source")
+    if isinstance(source, str):
+        source = source.encode(errors="replace").decode()  # half of a surrogate pair cannot be stored
+    columns = next((pair for pair in RATINGS if pair[0] in row or pair[1] in row), RATINGS[0])
+    return Provenance(source if isinstance(source, str) else None, *(_rating(row.get(column)) for column in columns))
+
+
+def _rating(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 1e30 else None  # NaN compares false; beyond, fp32 overflows
 
 
 def _pair(row: Mapping[str, Any], form: tuple[str, ...]) -> Record:

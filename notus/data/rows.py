@@ -4,6 +4,7 @@ Reads the Arrow memory itself, which is mapped from disk; what is kept of a row 
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from notus.data.dealing import deal, time_of
 from notus.data.packing import Batch, Example, StepPlan, check_fits, collate
+from notus.data.records import Provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Rows:
         loss_tokens: int64 [n, K], tokens of each branch that the loss sees.
     """
 
+    UNKNOWN_SOURCE = "(unknown)"
+
     def __init__(self, dataset: datasets.Dataset) -> None:
         """Scan the lengths once.
 
@@ -54,7 +58,9 @@ class Rows:
         """
         if len(dataset) == 0:
             raise ValueError("the tokenised dataset holds no rows")
-        stored = dataset.data.table.select(["trunk", "branches", "loss_mask"]).to_batches()
+        table = dataset.data.table
+        stored = table.select(["trunk", "branches", "loss_mask"]).to_batches()
+        self._provenance = table.select([name for name in Provenance._fields if name in table.column_names])
         self._chunks = [_read(batch) for batch in stored]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in stored)])
         # a selection leaves the rows where they are and keeps a list of their places
@@ -84,6 +90,26 @@ class Rows:
             self.branch_lengths[here] = np.diff(chunk.branch_starts)[branches]
             self.loss_tokens[here] = _loss_tokens(chunk)[branches]
         self.lengths = self.trunk_lengths + self.branch_lengths.sum(axis=1)
+
+    @functools.cached_property
+    def sources(self) -> list[str] | None:
+        """[n]: what the data call each row's source, `UNKNOWN_SOURCE` where they do not; None: they never do."""
+        if "source" not in self._provenance.column_names:
+            return None
+        named = self._provenance.column("source").take(pa.array(self._places)).combine_chunks().dictionary_encode()
+        if named.null_count == len(named):
+            return None
+        names = [*named.dictionary.to_pylist(), self.UNKNOWN_SOURCE]
+        return [names[number] for number in named.indices.fill_null(len(names) - 1).to_pylist()]
+
+    @functools.cached_property
+    def ratings(self) -> np.ndarray | None:
+        """fp32 [n, 2]: the data's ratings of chosen and rejected, NaN where unknown; None: all are unknown."""
+        if "chosen_rating" not in self._provenance.column_names:
+            return None
+        columns = (self._provenance.column(name) for name in ("chosen_rating", "rejected_rating"))
+        found = np.stack([column.to_numpy()[self._places].astype(np.float32) for column in columns], axis=1)
+        return None if np.isnan(found).all() else found
 
     def _find(self, place: int) -> tuple[int, int]:
         """The chunk that holds a stored row, and the row's number there."""

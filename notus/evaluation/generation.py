@@ -100,12 +100,14 @@ def generate_ids(
     seed: int = 42,
     batch_size: int = 32,
     stop: Sequence[str] = (),
+    with_end: bool = False,
     kept: KeptTokens | None = None,
 ) -> list[list[int]]:
-    """`generate` from token ids to token ids: what follows each prompt, at most its `room`, without EOS.
+    """`generate` from token ids to token ids: what follows each prompt, at most its `room`; EOS only if `with_end`.
 
     A completion also ends where its text holds one of `stop`; that, and what the batch took to end, stays in it.
     """
+    assert not (with_end and kept), "what is kept has no ends"
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
     batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
     settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
@@ -115,7 +117,7 @@ def generate_ids(
         batch = batches[number]
         stopping = _Stop(tokenizer, stop, max(map(len, batch.prompts))) if stop else None
         with _seeded(batch.seed or 0, causal_lm.device):
-            new[number] = _complete(causal_lm, batch, config, stopping)
+            new[number] = _complete(causal_lm, batch, config, stopping, with_end)
         if kept:
             kept.add(number, new[number])
     done |= _of_all_ranks(new)
@@ -199,19 +201,23 @@ def _generation_config(
     top_p: float,
     top_k: int,
 ) -> GenerationConfig:
-    """Greedy or sampled; ends at the tokenizer's EOS and at those that the model names."""
-    of_model = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
-    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
+    """Greedy or sampled, up to one of `end_tokens`."""
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=temperature > 0,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_tokens(causal_lm, tokenizer),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         use_cache=True,
     )
     if temperature > 0:
         config.update(temperature=temperature, top_p=top_p, top_k=top_k)
     return config
+
+
+def end_tokens(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS and those that the model names."""
+    of_model = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
+    return sorted({tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None})
 
 
 def _settings(causal_lm: PreTrainedModel, config: GenerationConfig) -> dict[str, Any]:
@@ -248,9 +254,13 @@ def _of_all_ranks(new: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]
 
 
 def _complete(
-    causal_lm: PreTrainedModel, batch: Batch, config: GenerationConfig, stopping: StoppingCriteria | None = None
+    causal_lm: PreTrainedModel,
+    batch: Batch,
+    config: GenerationConfig,
+    stopping: StoppingCriteria | None,
+    with_end: bool,
 ) -> list[list[int]]:
-    """New token ids of one batch, EOS left out, each at most as long as its room."""
+    """New token ids of one batch, EOS left out unless `with_end`, each at most as long as its room."""
     prompts = batch.prompts
     width = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), width), config.pad_token_id)
@@ -266,7 +276,8 @@ def _complete(
             stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
         )
     rows = output[:, width:].tolist()
-    return [_until(row[:limit], config.eos_token_id) for row, limit in zip(rows, batch.room, strict=True)]
+    ends = [_end(row, config.eos_token_id) + with_end for row in rows]
+    return [row[: min(limit, end)] for row, limit, end in zip(rows, batch.room, ends, strict=True)]
 
 
 @contextmanager
@@ -280,9 +291,9 @@ def _own_defaults(causal_lm: PreTrainedModel, config: GenerationConfig) -> Itera
         causal_lm.generation_config = kept
 
 
-def _until(ids: list[int], ends: list[int]) -> list[int]:
-    """What stands before the first of `ends`."""
-    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+def _end(ids: list[int], ends: list[int]) -> int:
+    """How many tokens stand before the first of `ends`."""
+    return next((at for at, token in enumerate(ids) if token in ends), len(ids))
 
 
 @contextmanager

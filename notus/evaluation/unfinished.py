@@ -47,8 +47,10 @@ def snapshot(run: Path, settings: Settings, *, trust_remote_code: bool = False) 
     """
     folder = run / SNAPSHOTS
     if dist.is_initialized() and dist.get_rank() > 0:
-        newest = next(path for path in checkpoints_in(folder) if _is_whole(path))  # named as the checkpoints are
-        return step_of(newest), newest
+        found = [path for path in checkpoints_in(folder) if _is_whole(path)]  # these are named as checkpoints are
+        if not found:
+            raise ValueError(f"{folder}: this rank does not see what the first wrote there; use a disk that all share")
+        return step_of(found[0]), found[0]
     if not checkpoints_in(run / CHECKPOINTS):
         raise _no_checkpoint(run)
     folder.mkdir(exist_ok=True)

@@ -58,15 +58,18 @@ class Policy(nn.Module):
         ).last_hidden_state.squeeze(0)
         return hidden.index_select(0, batch.sources)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, *, per_token: bool = False) -> Tensor:
         """Sum of completion log-probs per branch.
 
         Args:
             batch: a packed row of E examples with K branches each.
+            per_token: give `token_logprobs` in place of the sums.
 
         Returns:
-            fp32 [E, K], nats.
+            fp32 [E, K], nats; per token fp32 [M].
         """
         tokens = self.token_logprobs(batch)
+        if per_token:
+            return tokens.clone()
         sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
         return sums.view(batch.lengths.shape).clone()  # FSDP hooks its outputs and warns of views

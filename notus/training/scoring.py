@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from notus.data.packing import Batch
 from notus.data.rows import Rows, step_rows
 from notus.model.policy import Policy
 from notus.training.distributed import rank, sum_across_ranks, world_size
@@ -41,6 +42,48 @@ def score(
     """
     place = {int(index): position for position, index in enumerate(indices)}
     found = torch.zeros(len(indices), rows.num_branches, dtype=torch.float32, device=device)
+
+    def keep(batch: Batch) -> None:
+        logps = policy(batch)
+        if int(batch.indices[0]) >= 0:  # not a filler
+            where = torch.tensor([place[index] for index in batch.indices.tolist()])
+            found[where.to(device)] = logps
+
+    _pass(policy, rows, indices, keep, tokens_per_row=tokens_per_row, device=device, on_row=on_row)
+    return sum_across_ranks(found).cpu()
+
+
+@torch.no_grad()
+def score_tokens(policy: Policy, rows: Rows, *, tokens_per_row: int, device: torch.device) -> Tensor:
+    """Score a whole dataset token by token; collective, every rank takes a share and gets the whole.
+
+    Arguments as in `score`. Returns fp32 [rows.loss_tokens.sum()] on the host: the log-prob of every completion token,
+    in nats, row by row and branch by branch.
+    """
+    starts = np.cumsum([0, *rows.loss_tokens.sum(axis=1)])
+    found = torch.zeros(int(starts[-1]), dtype=torch.float32, device=device)
+
+    def keep(batch: Batch) -> None:
+        logps = policy(batch, per_token=True)
+        if int(batch.indices[0]) >= 0:  # not a filler
+            where = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in batch.indices.tolist()])
+            found[torch.from_numpy(where).to(device)] = logps
+
+    _pass(policy, rows, np.arange(len(rows)), keep, tokens_per_row=tokens_per_row, device=device)
+    return sum_across_ranks(found).cpu()
+
+
+def _pass(
+    policy: Policy,
+    rows: Rows,
+    indices: np.ndarray,
+    keep: Callable[[Batch], None],
+    *,
+    tokens_per_row: int,
+    device: torch.device,
+    on_row: Callable[[], None] | None = None,
+) -> None:
+    """Hand each of this rank's packed rows, on the device, to `keep`, which computes with the policy."""
     was_training = policy.training
     policy.eval()
     share = step_rows(
@@ -56,14 +99,10 @@ def score(
             for batch in batches:
                 if on_row is not None:
                     on_row()
-                logps = policy(batch.to(device))
-                if int(batch.indices[0]) >= 0:  # not a filler
-                    where = torch.tensor([place[index] for index in batch.indices.tolist()])
-                    found[where.to(device)] = logps
+                keep(batch.to(device))
     finally:
         reshard(policy)
         policy.train(was_training)
-    return sum_across_ranks(found).cpu()
 
 
 def score_all(

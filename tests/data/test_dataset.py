@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from notus.data import dataset as dataset_module
 from notus.data.chat import Encoded
+from notus.data.columns import FEATURES, PROVENANCE
 from notus.data.dataset import (
     COMPLETION_CUT,
     PROMPT_CUT,
@@ -62,11 +63,10 @@ class TestRows:
     def test_pair(self, tmp_path: Path) -> None:
         rows, report = load(write_rows(tmp_path / "a.jsonl", [pair("QQ", "XY", "Z")]))
         q, x, y, z = bytes_of("QXYZ")
-        assert list(rows) == [
-            {"trunk": [1, q, q], "branches": [[x, y, EOS_ID], [z, EOS_ID]], "loss_mask": [[1, 1, 1], [1, 1]]}
-        ]
+        expected = {"trunk": [1, q, q], "branches": [[x, y, EOS_ID], [z, EOS_ID]], "loss_mask": [[1, 1, 1], [1, 1]]}
+        assert list(rows) == [{**expected, "source": None, "chosen_rating": None, "rejected_rating": None}]
         assert report == DropReport(read=1)
-        assert rows.features == dataset_module.FEATURES
+        assert rows.features == {**FEATURES, **PROVENANCE}
 
     def test_completions_that_begin_alike_are_not_in_the_trunk(self, tmp_path: Path) -> None:
         rows, _ = load(write_rows(tmp_path / "a.jsonl", [pair("Q", "XY", "XZ")]), bos=False)

@@ -9,7 +9,8 @@ from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notus.data.dataset import FEATURES, split_holdout
+from notus.data.columns import FEATURES
+from notus.data.dataset import split_holdout
 from notus.data.packing import Batch, StepPlan
 from notus.data.rows import Rows, packing_report, step_rows
 

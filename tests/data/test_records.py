@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from notus.data.records import PAIR_FORMS, SFT_FORMS, find_form, normalize
+from notus.data.records import PAIR_FORMS, SFT_FORMS, Provenance, find_form, normalize, read_provenance
 
 
 def user(text: str) -> dict[str, str]:
@@ -195,3 +195,20 @@ def test_every_form_is_recognised_by_its_columns() -> None:
         assert find_form(dict.fromkeys(form), "dpo") == form
     for form in SFT_FORMS:
         assert find_form(dict.fromkeys(form), "sft") == form
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"source": "flan", "chosen_avg_rating": 4.5, "rejected_avg_rating": 2}, ("flan", 4.5, 2.0)),
+        ({"source": "flan", "chosen-rating": 5.0, "rejected-rating": 1.0}, ("flan", 5.0, 1.0)),
+        ({"score_chosen": 8, "score_rejected": 7.5}, (None, 8.0, 7.5)),
+        ({"prompt": "q"}, (None, None, None)),
+        # what is no name and no number is not an error: training does not need it
+        ({"source": 3, "score_chosen": "N/A", "score_rejected": 7}, (None, None, 7.0)),
+        ({"source": "\ud800x", "score_chosen": True, "score_rejected": None}, ("?x", None, None)),
+        ({"score_chosen": float("nan"), "score_rejected": 10**400}, (None, None, None)),
+    ],
+)
+def test_provenance(row: dict[str, Any], expected: Any) -> None:
+    assert read_provenance(row) == Provenance(*expected)

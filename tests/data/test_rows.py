@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
+from notus.data.columns import PROVENANCE
 from notus.data.packing import StepPlan
 from notus.data.rows import Rows, packing_report, step_rows
 
@@ -124,6 +125,43 @@ def test_an_empty_dataset_and_mixed_numbers_of_branches_are_refused():
     one, two = random_records(9, 1), random_records(1, 2)
     with pytest.raises(ValueError, match="differ in their number of completions"):
         Rows(dataset([*one, *two]))
+
+
+# --- provenance ---
+
+
+def with_provenance(source):
+    """`source`, whose rows 0, 3, 6 ... are of "a", 1, 4, ... of "b", the rest of nothing; rated row number, 0."""
+    count = len(source)
+    columns = {
+        "source": ["a", "b", None] * (count // 3),
+        "chosen_rating": list(range(count)),
+        "rejected_rating": [None, 0.0] * (count // 2),
+    }
+    told = datasets.Dataset.from_dict(columns, features=PROVENANCE)
+    return datasets.concatenate_datasets([source, told], axis=1)
+
+
+@pytest.mark.parametrize("arrange", [lambda source: source, concatenate], ids=["whole", "chunks"])
+def test_provenance_follows_the_rows(arrange):
+    source = arrange(with_provenance(dataset(random_records(24))))
+    rows = Rows(source.select([7, 7, 0, 23]))
+    assert rows.sources == ["b", "b", "a", Rows.UNKNOWN_SOURCE]
+    assert rows.ratings.dtype == np.float32
+    np.testing.assert_array_equal(rows.ratings, [[7, 0], [7, 0], [0, np.nan], [23, 0]])
+
+
+def test_provenance_that_nobody_gave_is_none():
+    bare = dataset(random_records(2))
+    told = datasets.Dataset.from_dict({name: [None, None] for name in PROVENANCE}, features=PROVENANCE)
+    for rows in (Rows(bare), Rows(datasets.concatenate_datasets([bare, told], axis=1))):
+        assert rows.sources is None
+        assert rows.ratings is None
+
+
+def test_provenance_is_no_part_of_the_digests():
+    bare = dataset(random_records(24))
+    assert digests(with_provenance(bare)) == digests(bare)
 
 
 # --- digests ---

@@ -46,11 +46,11 @@ def killed_after(monkeypatch, batches):
     computed = []
     complete = generation._complete
 
-    def dying(causal_lm, batch, *options):
+    def dying(causal_lm, batch, *rest):
         if len(computed) == batches:
             raise Killed
         computed.append(batch.indices)
-        return complete(causal_lm, batch, *options)
+        return complete(causal_lm, batch, *rest)
 
     monkeypatch.setattr(generation, "_complete", dying)
     return computed

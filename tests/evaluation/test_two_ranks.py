@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,15 @@ def torchrun(folder: Path, commands: list[list[str]]) -> subprocess.CompletedPro
     )
 
 
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a JSON tree, by its path."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{path}/{key}")
+    elif isinstance(tree, int | float):
+        yield path, float(tree)
+
+
 def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the quick\na\nwrite a poem about the sea\nhello world\ndog\n")
@@ -52,6 +63,10 @@ def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
                 str(pairs_file),
                 "--output",
                 str(tmp_path / f"{ending}.json"),
+                "--kl-samples",
+                "7",
+                "--kl-max-new-tokens",
+                "9",
             ],
             ["generate", str(lora_run), str(prompts), str(tmp_path / f"{ending}.jsonl"), *draw],
             ["evaluate", str(lora_run), "--pairs", str(tmp_path / "none.jsonl")],
@@ -61,10 +76,11 @@ def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
     assert done.returncode == 0, done.stderr
     assert [main(command) for command in commands("one")] == [0, 0, 1]
     alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    numbers = {key for key, value in alone.items() if isinstance(value, float)}
-    assert len(numbers) > 10
-    for key in numbers:
-        assert together[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), key
+    numbers, of_both = dict(leaves(alone)), dict(leaves(together))
+    assert len(numbers) > 60
+    assert numbers.keys() == of_both.keys()
+    for key, number in numbers.items():
+        assert of_both[key] == pytest.approx(number, rel=1e-4, abs=1e-6), key
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
     assert done.stdout.count("sigmoid loss") == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]

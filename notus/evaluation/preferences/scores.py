@@ -1,7 +1,9 @@
 """Does a model prefer the chosen completions? Accuracy and margins on pairs, alone or against a base."""
 
+import dataclasses
 import gc
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,85 +14,118 @@ from notus.data.rows import Rows
 from notus.evaluation.models import ModelSource
 from notus.losses import dpo_loss
 from notus.model.adapter import load_adapter, read_adapter_settings
+from notus.model.lora import adapters_off
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.distributed import main_first, say
-from notus.training.scoring import score_all
+from notus.training.scoring import score_all, score_tokens
 
 DEFAULT_TOKENS_PER_ROW = 4096
 
 
-def score_model(
-    source: ModelSource,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    precision: str,
-    tokens_per_row: int | None,
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> Tensor:
-    """Completion log-probs under a model, which is loaded, sharded, for this and freed again; collective.
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What to score, and how.
 
-    Args:
-        source: the model, or an adapter, which is put on its base.
-        rows: tokenised pairs.
+    Attributes:
+        pairs: tokenised pairs.
+        samples: other rows, scored token by token; None: there are none.
         tokenizer: what made the rows; its ids must fit the model's vocabulary.
         precision: "bf16" or "fp32".
         tokens_per_row: the most tokens of a packed row; None: 4096, or the longest pair's.
         device: this rank's device.
-        trust_remote_code: run model code that comes with the folder.
+        trust_remote_code: run model code that comes with a folder.
+    """
 
-    Returns:
-        fp32 [n, K] on the host, in nats.
+    pairs: Rows
+    samples: Rows | None
+    tokenizer: PreTrainedTokenizerBase
+    precision: str
+    tokens_per_row: int | None
+    device: torch.device
+    trust_remote_code: bool = False
+
+
+class Scores(NamedTuple):
+    """Log-probs on the host, in nats: of the pairs' completions, fp32 [n, 2]; of the samples' tokens, fp32 [tokens]."""
+
+    pairs: Tensor
+    samples: Tensor | None
+
+
+def score_model(source: ModelSource, scoring: Scoring) -> Scores:
+    """Score under a model, which is loaded, sharded, for this and freed again; collective.
 
     Raises:
         ValueError: a model that cannot be loaded, rows that do not fit, log-probs that are not finite.
     """
-    longest = int(rows.lengths.max())
-    if tokens_per_row is not None and tokens_per_row < longest:
+    _check_fits(scoring)
+    policy = _build(source, scoring)
+    scores = _score(policy, source.name, scoring)
+    del policy
+    free_memory()
+    return scores
+
+
+def score_adapter(source: ModelSource, scoring: Scoring) -> tuple[Scores, Scores]:
+    """Score under an adapter and, with it switched off, under its own base, which is loaded once for both."""
+    _check_fits(scoring)
+    policy = _build(source, scoring)
+    adapted = _score(policy, source.name, scoring)
+    with adapters_off(policy.causal_lm):
+        base = _score(policy, str(source.base), scoring)
+    del policy
+    free_memory()
+    return adapted, base
+
+
+def _check_fits(scoring: Scoring) -> None:
+    longest = int(scoring.pairs.lengths.max())
+    if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
         raise ValueError(
-            f"--tokens-per-row {tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
+            f"--tokens-per-row {scoring.tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
             "or lower --max-length"
         )
-    policy = _build(source, tokenizer, precision, device, trust_remote_code)
+
+
+def _score(policy: Policy, name: str, scoring: Scoring) -> Scores:
+    pairs, samples, device = scoring.pairs, scoring.samples, scoring.device
+    room = scoring.tokens_per_row or DEFAULT_TOKENS_PER_ROW
     logps = score_all(
         policy,
-        rows,
-        tokens_per_row=tokens_per_row or max(DEFAULT_TOKENS_PER_ROW, longest),
+        pairs,
+        tokens_per_row=max(room, int(pairs.lengths.max())),
         device=device,
-        on_part=lambda done, total: say(f"{source.name}: {done}/{total} pairs"),
+        on_part=lambda done, total: say(f"{name}: {done}/{total} pairs"),
     )
-    del policy
-    _free_memory()
     bad = torch.nonzero(~torch.isfinite(logps).all(dim=1)).flatten().tolist()
     if bad:
         raise ValueError(
-            f"{source.name}: log-probs are not finite for kept rows {bad[:10]} ({len(bad)} in all); check "
+            f"{name}: log-probs are not finite for kept rows {bad[:10]} ({len(bad)} in all); check "
             "the weights, or use --precision fp32"
         )
-    return logps
+    if samples is None:
+        return Scores(logps, None)
+    tokens = score_tokens(policy, samples, tokens_per_row=max(room, int(samples.lengths.max())), device=device)
+    if not torch.isfinite(tokens).all():
+        raise ValueError(f"{name}: log-probs of samples are not finite; check the weights, or use --precision fp32")
+    return Scores(logps, tokens)
 
 
-def _build(
-    source: ModelSource,
-    tokenizer: PreTrainedTokenizerBase,
-    precision: str,
-    device: torch.device,
-    trust_remote_code: bool,
-) -> Policy:
+def _build(source: ModelSource, scoring: Scoring) -> Policy:
+    trust = scoring.trust_remote_code
     folder: Path = main_first(lambda: resolve_model_folder(source.base or source.folder))
-    config = read_model_config(folder, trust_remote_code=trust_remote_code)
-    check_vocabulary(tokenizer, config.vocab_size)
+    config = read_model_config(folder, trust_remote_code=trust)
+    check_vocabulary(scoring.tokenizer, config.vocab_size)
     policy = build_policy(
         folder,
         config,
-        device=device,
-        precision=precision,
+        device=scoring.device,
+        precision=scoring.precision,
         adapter=_adapter(source.folder) if source.base else None,
         trainable=False,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust,
     )
     if source.base:
         load_adapter(policy.causal_lm, source.folder)
@@ -108,7 +143,7 @@ def _adapter(folder: Path) -> Adapter:
     )
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """Give back what the model held: FSDP's state and its modules refer to each other."""
     gc.collect()
     if torch.cuda.is_available():

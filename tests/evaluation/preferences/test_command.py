@@ -10,7 +10,11 @@ from toys import toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.__main__ import main
+from notus.evaluation.preferences import scores
+from notus.evaluation.preferences.table import DETAILS
+from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
+from notus.training.build import build_policy
 
 FP32 = ["--precision", "fp32", "--max-length", "120"]
 
@@ -85,6 +89,71 @@ def test_adapter_is_held_against_its_own_base(tmp_path, lora_run, model_folder, 
     assert abs(result["rewards/margins"]) > 1e-3  # the adapter has learned something
 
 
+def test_adapter_and_its_base_are_loaded_once(tmp_path, lora_run, model_folder, pairs_file, monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        scores, "build_policy", lambda *args, **kwargs: built.append(1) or build_policy(*args, **kwargs)
+    )
+    kl = ["--kl-samples", 4, "--kl-max-new-tokens", 5]
+    once = evaluate(tmp_path, lora_run, "--pairs", pairs_file, *kl)
+    assert len(built) == 1
+    named = evaluate(tmp_path, lora_run, "--pairs", pairs_file, "--base", model_folder, *kl)
+    assert len(built) == 3
+    assert once == named
+
+
+def test_run_keeps_its_result(tmp_path, full_run, model_folder, pairs_file):
+    kl = ["--kl-samples", 4, "--kl-max-new-tokens", 5]
+    result = evaluate(tmp_path, full_run, "--pairs", pairs_file, "--base", model_folder, *kl)
+    kept = read_result(full_run / "evaluations" / "preferences" / "result.json")
+    assert (kept.suite, kept.model) == ("preferences", str(full_run))
+    assert kept.details == {name: result[name] for name in DETAILS}
+    figures = {figure.metric: figure for figure in kept.figures}
+    assert list(figures) == ["accuracy", "margin", "loss", "ece", "kl_per_sequence"]
+    accuracy = figures["accuracy"]
+    assert (accuracy.unit, accuracy.count, accuracy.dataset) == ("%", 10, "pairs.jsonl")
+    assert accuracy.value == pytest.approx(100 * result["rewards/accuracies"])
+    assert accuracy.stderr == pytest.approx(100 * result["overall"]["accuracy_stderr"])
+    assert figures["margin"].value == pytest.approx(result["rewards/margins"])
+    assert figures["kl_per_sequence"].count == 4
+    assert kept.settings["beta"] == 0.5
+    assert "loss" not in kept.settings
+
+
+def test_breakdowns_stand_for_the_same_pairs(tmp_path, capsys, model_folder, other_folder, pairs_file):
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    named = tmp_path / "named.jsonl"
+    named.write_text("\n".join(json.dumps({**row, "source": f"made {n % 2}"}) for n, row in enumerate(rows[:9])))
+    result = evaluate(tmp_path, other_folder, "--pairs", named, "--base", model_folder, "--beta", 0.01, *FP32)
+    assert result["overall"]["margin"] == pytest.approx(result["rewards/margins"])
+    assert result["overall"]["accuracy"] == pytest.approx(result["rewards/accuracies"])
+    assert [(row["source"], row["count"]) for row in result["by_source"]] == [("made 0", 5), ("made 1", 4)]
+    for breakdown in ("by_source", "by_length", "by_longer"):
+        total = sum(row["count"] * row["margin"] for row in result[breakdown])
+        assert total / 9 == pytest.approx(result["rewards/margins"]), breakdown
+    assert sum(entry["count"] for entry in result["calibration"]["bins"]) == 9
+    assert result["calibration"]["brier"] == pytest.approx(0.25, abs=0.1)  # a small beta is sure of nothing
+    table = capsys.readouterr().out
+    assert re.search(r"made 0 +5 .*\[", table)
+    assert "calibration: expected error" in table
+
+
+def test_alone_there_is_nothing_to_calibrate(tmp_path, model_folder, pairs_file):
+    result = evaluate(tmp_path, model_folder, "--pairs", pairs_file, *FP32)
+    assert (result["calibration"], result["kl"], result["by_source"]) == (None, None, None)
+    assert result["overall"]["margin"] == pytest.approx(result["logps/margins"])
+
+
+def test_one_pair(tmp_path, model_folder, other_folder, pairs_file):
+    one = tmp_path / "one.jsonl"
+    one.write_text(pairs_file.read_text().splitlines()[0])
+    kl = ["--kl-samples", 1, "--kl-max-new-tokens", 2]
+    result = evaluate(tmp_path, other_folder, "--pairs", one, "--base", model_folder, *kl, *FP32)
+    assert result["length_bias"] is None
+    assert result["overall"]["accuracy_stderr"] is None
+    assert result["kl"]["per_sequence_stderr"] is None
+
+
 def test_run_brings_its_settings(tmp_path, full_run, model_folder, pairs_file):
     result = evaluate(tmp_path, full_run, "--pairs", pairs_file, "--base", model_folder)
     expected = {"precision": "fp32", "max_length": 120, "max_prompt_length": 60, "beta": 0.5}
@@ -108,13 +177,20 @@ def refuse(capsys, *arguments):
 def test_refuses(tmp_path, capsys, model_folder, pairs_file, full_run):
     pairs = ["--pairs", pairs_file]
     assert "--beta has no effect" in refuse(capsys, model_folder, *pairs, "--beta", 0.2)
+    assert "--kl-samples has no effect without a base" in refuse(capsys, model_folder, *pairs, "--kl-samples", 2)
+    based = [model_folder, *pairs, "--base", model_folder]
+    assert "--kl-prompts has no effect without --kl-samples" in refuse(capsys, *based, "--kl-prompts", pairs_file)
+    assert "--kl-max-new-tokens has no effect" in refuse(capsys, *based, "--kl-max-new-tokens", 2)
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n")
+    assert "holds no prompts" in refuse(capsys, *based, "--kl-samples", 2, "--kl-prompts", blank, *FP32)
     assert "raise it" in refuse(capsys, model_folder, *pairs, "--tokens-per-row", 3, *FP32)
     assert "no such folder" in refuse(capsys, tmp_path / "none", *pairs)
     assert "no config.json" in refuse(capsys, tmp_path, *pairs)
     assert "would replace the input" in refuse(capsys, model_folder, *pairs, "--output", pairs_file)
     unfinished = tmp_path / "unfinished"
-    shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model"))
-    assert "python -m notus export" in refuse(capsys, unfinished, *pairs)
+    shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model", "checkpoints"))
+    assert str(unfinished) in refuse(capsys, unfinished, *pairs)
     assert not (tmp_path / "result.json").exists()
 
 

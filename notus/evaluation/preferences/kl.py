@@ -1,0 +1,148 @@
+"""KL(model ‖ base) of whole completions, estimated from the model's own samples."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from notus.data.chat import ChatEncoder
+from notus.data.columns import FEATURES
+from notus.data.rows import Rows
+from notus.evaluation import prompts as prompt_files
+from notus.evaluation.generation import end_tokens, generate_ids
+from notus.evaluation.preferences.breakdowns import stderr
+from notus.evaluation.preferences.scores import free_memory
+from notus.model.export import load_causal_lm
+from notus.training.parallel import COMPUTE_DTYPES
+
+SEED = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Completions that a model drew.
+
+    Attributes:
+        rows: prompt and completion of each; every token of the completion counts, the one that ends it too.
+        cut: bool [n], whether it was stopped before its end.
+        max_new_tokens: at how many tokens, unless the context ended first.
+    """
+
+    rows: Rows
+    cut: np.ndarray
+    max_new_tokens: int
+
+
+def prompts_of(rows: Rows) -> list[list[int]]:
+    """The different prompts of tokenised pairs: what stands before the first learned token of the chosen completion."""
+    found: dict[tuple[int, ...], None] = {}
+    for index in range(len(rows)):
+        (example,) = rows(np.array([index]))
+        first = int(example.loss_masks[0].argmax())
+        found[(*example.trunk.tolist(), *example.branches[0][:first].tolist())] = None
+    return [list(ids) for ids in found]
+
+
+def read_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None, add_empty_system: bool
+) -> list[list[int]]:
+    """The prompts of a file as `notus generate` takes them, as token ids. Raises ValueError, naming the line."""
+    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
+    has_chat_format = bool(chat_template or tokenizer.chat_template)
+    found = []
+    for prompt in prompt_files.read_prompts(path, strings_are_turns=has_chat_format):
+        try:
+            found.append(encoder.encode_prompt(prompt.turns))
+        except ValueError as error:
+            raise ValueError(f"{prompt.place}: {error}") from error
+        if not found[-1]:
+            raise ValueError(f"{prompt.place}: the prompt is empty; there is nothing to continue")
+    return found
+
+
+def choose(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """`count` of the prompts, drawn without replacement; all, if there are no more."""
+    drawn = np.random.default_rng(SEED).permutation(len(prompts))[:count]
+    return [prompts[index] for index in np.sort(drawn)]
+
+
+def sample(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    precision: str,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> Samples:
+    """Draw a completion of each prompt at temperature 1 from the model or adapter in `folder`; collective.
+
+    Every rank holds the model while it draws. Generation computes in the precision of the scoring pass, so
+    draws and scores are of one distribution but for rounding. Raises ValueError for a prompt that fills the context.
+    """
+    causal_lm, _ = load_causal_lm(
+        folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=trust_remote_code
+    )
+    context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
+    room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    if min(room) < 1:
+        raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
+    completions = generate_ids(causal_lm, tokenizer, prompts, room, temperature=1.0, seed=SEED, with_end=True)
+    ends = end_tokens(causal_lm, tokenizer)
+    del causal_lm
+    free_memory()
+    cut = np.array([ids[-1] not in ends for ids in completions])
+    return Samples(_as_rows(prompts, completions), cut, max_new_tokens)
+
+
+def _as_rows(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
+    columns = {
+        "trunk": prompts,
+        "branches": [[ids] for ids in completions],
+        "loss_mask": [[[1] * len(ids)] for ids in completions],
+    }
+    return Rows(datasets.Dataset.from_dict(columns, features=FEATURES))
+
+
+def kl(policy: Tensor, base: Tensor, samples: Samples) -> dict[str, Any]:
+    """Estimate KL(policy ‖ base), in nats, from log-probs of the samples' tokens, both fp32 [tokens] in their order.
+
+    With r = base(token) / policy(token), two unbiased estimates of a sample's KL, each summed over its tokens (Schulman
+    2020, "Approximating KL divergence"): k1 = -log r, whose sum is log policy(y) - log base(y); and k3 = r - 1 - log r,
+    never negative, and of lower variance while the models are near each other. It is taken token by token, where the
+    chain rule makes the sum a KL again: for whole sequences r spans hundreds of nats. Where the base likes a token far
+    more than the policy, which then draws it rarely, k3 is the noisier one, and too low until it is drawn; so k1 leads.
+
+    A sample that is cut counts with the tokens it has, so where there are such, this is the KL of the first
+    `max_new_tokens` tokens, and at most that of whole completions.
+
+    Returns:
+        `samples`, `tokens`, `cut_share` and `max_new_tokens`; `per_sequence` and `per_token`, means of k1 over samples
+        and over tokens; `k3_per_sequence`, `k3_per_token` likewise; each with its `_stderr` (None for one sample).
+    """
+    lengths = samples.rows.loss_tokens[:, 0]
+    ratios = base.double().numpy() - policy.double().numpy()
+    result: dict[str, Any] = {
+        "samples": len(lengths),
+        "tokens": int(lengths.sum()),
+        "cut_share": float(samples.cut.mean()),
+        "max_new_tokens": samples.max_new_tokens,
+    }
+    starts = np.cumsum(lengths) - lengths
+    for prefix, values in (("", -ratios), ("k3_", np.expm1(ratios) - ratios)):
+        sums = np.add.reduceat(values, starts)
+        rate = float(sums.sum() / lengths.sum())
+        result[f"{prefix}per_sequence"] = float(sums.mean())
+        result[f"{prefix}per_sequence_stderr"] = stderr(sums)
+        result[f"{prefix}per_token"] = rate
+        # of a ratio of two means, to first order
+        result[f"{prefix}per_token_stderr"] = stderr((sums - rate * lengths) / lengths.mean())
+    return result
