@@ -73,7 +73,12 @@ def test_mistakes_of_the_writing_process_are_told(full_run, in_progress):
 
 
 def settings(model_folder):
-    return {"model": {"name_or_path": str(model_folder)}, "lora": {"rank": 0}, "data": {"chat_template": None}, "data": {"chat_template": None}}
+    return {
+        "model": {"name_or_path": str(model_folder)},
+        "lora": {"rank": 0},
+        "data": {"chat_template": None},
+        "data": {"chat_template": None},
+    }
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one(full_run, in_progress, model_folder, capsys):

@@ -1,9 +1,9 @@
 """`python -m notus evaluate --suite preferences`: does a model prefer the chosen completions of held-out pairs?
 
 Both models are computed as in training: packed, prefix-shared, sharded, under plain `python` or torchrun.
-With a base, pairs are ranked by reward, β·(log-prob - the base's log-prob); an adapter's base is the model it
-adapts, unless --base names another. Without one they are ranked by the log-prob itself, and there is no calibration
-and no KL.
+With a base, pairs are ranked by reward, β·(log-prob - the base's log-prob). Unless --base names another, an adapter's
+base is the model it adapts, a DPO run's the model it started from. Without one they are ranked by the log-prob itself,
+and there is no calibration and no KL.
 
 A run's figures are also written to RUN/evaluations/preferences/result.json. Its `details`, and those keys of --output:
 
@@ -39,18 +39,22 @@ if TYPE_CHECKING:
 
 
 DEFAULT_KL_TOKENS = 512
+# How pairs become tokens.
+ROW_OPTIONS = ("max_length", "max_prompt_length", "chat_template", "add_empty_system")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add_suite_argument(parser)
     add_model_arguments(parser)
-    parser.add_argument("--pairs", required=True, help="held-out pairs: a file, a folder or a hub id")
-    parser.add_argument("--split", default="train", help="of a hub dataset (default: train)")
+    parser.add_argument(
+        "--pairs", help="held-out pairs: a file, a folder or a hub id (default: those that the run held out)"
+    )
+    parser.add_argument("--split", help="of a hub dataset (default: train)")
     parser.add_argument(
         "--base",
         metavar="MODEL_OR_RUN",
-        help="the model to compare with (default: an adapter's own base; for other models none)",
+        help="the model to compare with (default: an adapter's own base, a DPO run's start; for other models none)",
     )
     parser.add_argument("--beta", type=positive, help="scale of the rewards (default: the run's, or 0.1)")
     parser.add_argument(
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
     with distributed.process_group() as device:
         if args.output:
-            distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs))
+            distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs or args.model))
         model = distributed.main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
         base = _find_base(args, model)
         _check_options(args, base)
@@ -107,7 +111,8 @@ def _find_base(args: argparse.Namespace, model: "ModelSource") -> "ModelSource |
     from notus.evaluation.models import find_source
     from notus.training.distributed import main_first
 
-    name = args.base or model.base
+    start = model.settings["model"]["name_or_path"] if "dpo" in model.settings else None
+    name = args.base or model.base or start
     return main_first(lambda: find_source(name, trust_remote_code=args.trust_remote_code)) if name else None
 
 
@@ -116,6 +121,10 @@ def _check_options(args: argparse.Namespace, base: "ModelSource | None") -> None
         for option, value in (("--beta", args.beta), ("--kl-samples", args.kl_samples)):
             if value is not None:
                 raise ValueError(f"{option} has no effect without a base: give --base, or leave it out")
+    if args.pairs is None:
+        for option in ("split", *ROW_OPTIONS):  # cut otherwise, other rows would be held out
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option.replace('_', '-')} needs --pairs: the run's own are taken as they are")
     if args.kl_samples is None:
         for option, value in (("--kl-prompts", args.kl_prompts), ("--kl-max-new-tokens", args.kl_max_new_tokens)):
             if value is not None:
@@ -128,13 +137,14 @@ def _evaluate(
     """What the table shows and the file gets: how it was computed, then the metrics."""
     import torch
 
+    from notus.evaluation.preferences import pairs
     from notus.evaluation.preferences.scores import Scoring, preference_metrics
     from notus.model.export import load_tokenizer
 
     tokenizer = load_tokenizer(model.folder, args.trust_remote_code)
     options = _data_options(args, model)
     precision = model.choose(args.precision, "training.precision", "bf16")
-    rows = _load_rows(args, tokenizer, options)
+    rows = pairs.load(args.pairs, args.split, model, tokenizer, options)
     samples = _sample(args, model, tokenizer, rows, options, precision, device) if args.kl_samples else None
     scoring = Scoring(
         pairs=rows,
@@ -151,7 +161,7 @@ def _evaluate(
         "model": model.name,
         "base": base.name if base else None,
         "ranked_by": "rewards" if base else "logps",
-        "pairs": args.pairs,
+        "pairs": pairs.name_of(args.pairs, model),
         "num_pairs": len(rows),
         "precision": precision,
         "beta": beta,
@@ -228,17 +238,6 @@ def _sample(
         device=device,
         trust_remote_code=args.trust_remote_code,
     )
-
-
-def _load_rows(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", options: dict[str, Any]) -> "Rows":
-    from notus.data.dataset import load_pairs
-    from notus.data.rows import Rows
-    from notus.training.distributed import main_first, say
-
-    source = [{"path": args.pairs, "split": args.split}]
-    dataset, report = main_first(lambda: load_pairs(source, tokenizer, **options))
-    say(f"{args.pairs} {report}")
-    return Rows(dataset)
 
 
 def _data_options(args: argparse.Namespace, model: "ModelSource") -> dict[str, Any]:

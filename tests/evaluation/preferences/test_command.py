@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from runs import config, read_metrics
 from toys import toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +15,7 @@ from notus.evaluation.preferences import scores
 from notus.evaluation.preferences.table import DETAILS
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
+from notus.training import dpo
 from notus.training.build import build_policy
 
 FP32 = ["--precision", "fp32", "--max-length", "120"]
@@ -152,6 +154,25 @@ def test_one_pair(tmp_path, model_folder, other_folder, pairs_file):
     assert result["length_bias"] is None
     assert result["overall"]["accuracy_stderr"] is None
     assert result["kl"]["per_sequence_stderr"] is None
+
+
+@pytest.mark.parametrize("held_out", [{"data__eval_size": 3}, {"data__eval": "pairs"}])
+def test_a_run_is_measured_on_what_it_held_out_against_its_start(tmp_path, model_folder, pairs_file, held_out):
+    held_out = {key: str(pairs_file) if value == "pairs" else value for key, value in held_out.items()}
+    dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, training__max_steps=2, **held_out))
+    result = evaluate(tmp_path, tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert result["num_pairs"] == held_out.get("data__eval_size", 10)
+    assert result["base"] == str(model_folder)
+    found = [result[key] for key in ("loss", "rewards/margins", "rewards/accuracies")]
+    assert found == pytest.approx([last[f"eval_{key}"] for key in ("loss", "rewards/margins", "rewards/accuracies")])
+
+
+def test_rows_of_the_runs_own_are_taken_as_they_are(capsys, full_run, model_folder):
+    assert "no DPO run that held pairs out" in refuse(capsys, full_run)
+    assert "no DPO run that held pairs out" in refuse(capsys, model_folder)
+    assert "--max-length needs --pairs" in refuse(capsys, full_run, "--max-length", 20)
+    assert "--split needs --pairs" in refuse(capsys, full_run, "--split", "test")
 
 
 def test_run_brings_its_settings(tmp_path, full_run, model_folder, pairs_file):

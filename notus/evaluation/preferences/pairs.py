@@ -1,0 +1,54 @@
+"""The pairs that a model is measured on: those the user names, or those that its run held out from training."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from notus.evaluation.models import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from notus.data.rows import Rows
+
+
+def name_of(given: str | None, model: ModelSource) -> str:
+    """What the figures call the pairs.
+
+    Raises:
+        ValueError: none are given, and the model is no run with held-out pairs.
+    """
+    if given is not None:
+        return given
+    data = model.settings.get("data", {})
+    if "dpo" not in model.settings or not (data.get("eval") or data.get("eval_size")):
+        raise ValueError(f"{model.name}: no DPO run that held pairs out: name held-out pairs with --pairs")
+    if data.get("eval"):
+        return data["eval"] if isinstance(data["eval"], str) else "data.eval"
+    return f"{data['eval_size']} rows held out of data.train"
+
+
+def load(
+    given: str | None,
+    split: str | None,
+    model: ModelSource,
+    tokenizer: "PreTrainedTokenizerBase",
+    options: Mapping[str, Any],
+) -> "Rows":
+    """Read and tokenise the pairs; within a process group, rank 0 first. Raises ValueError as `load_pairs` does."""
+    from notus.data.dataset import load_pairs, split_holdout
+    from notus.data.rows import Rows
+    from notus.training.distributed import main_first, say
+
+    name = name_of(given, model)
+    if given is not None:
+        source: Any = [{"path": given, "split": split or "train"}]
+        dataset, report = main_first(lambda: load_pairs(source, tokenizer, **options))
+    else:
+        data, seed = model.settings["data"], model.settings["training"]["seed"]
+        source = data.get("eval") or data["train"]
+        cached = {key: data[key] for key in ("num_workers", "cache_dir")}
+        dataset, report = main_first(lambda: load_pairs(source, tokenizer, seed=seed, **options, **cached))
+        if not data.get("eval"):
+            dataset = split_holdout(dataset, data["eval_size"], seed)[1]
+    say(f"{name} {report}")
+    return Rows(dataset)
