@@ -77,7 +77,6 @@ def settings(model_folder):
         "model": {"name_or_path": str(model_folder)},
         "lora": {"rank": 0},
         "data": {"chat_template": None},
-        "data": {"chat_template": None},
     }
 
 
