@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from notus.data.chat import ZEPHYR_TEMPLATE
 from notus.evaluation import unfinished
 from notus.evaluation.models import find_source
 from notus.model.export import load_causal_lm
@@ -73,11 +74,18 @@ def test_mistakes_of_the_writing_process_are_told(full_run, in_progress):
 
 
 def settings(model_folder):
-    return {
-        "model": {"name_or_path": str(model_folder)},
-        "lora": {"rank": 0},
-        "data": {"chat_template": None},
-    }
+    return {"model": {"name_or_path": str(model_folder)}, "data": {"chat_template": None}, "lora": {"rank": 0}}
+
+
+def test_the_learned_chat_template_is_the_tokenizers(full_run, in_progress, model_folder):
+    run = in_progress(full_run)
+    (run / "data.json").write_text(json.dumps({"train": {"report": {"templated": 0}}}))
+    with distributed.process_group():
+        _, plain, _ = unfinished.load_unfinished(run, settings(model_folder))
+        (run / "data.json").write_text(json.dumps({"train": {"report": {"templated": 3}}}))
+        _, chat, _ = unfinished.load_unfinished(run, settings(model_folder))
+    assert plain.chat_template is None
+    assert chat.chat_template == ZEPHYR_TEMPLATE
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one(full_run, in_progress, model_folder, capsys):
