@@ -21,7 +21,8 @@ HELP = {
     "evaluate": "measure a model: preferences on held-out pairs, or another --suite",
     "generate": "complete the prompts of a file",
     "estimate": "say whether a run fits on given GPUs, how long it takes and what it costs",
-    "export": "write a run's model out as a Hugging Face folder or a PEFT adapter",
+    "card": "write a model card from a run",
+    "export": "write a run's model out with its card, as a Hugging Face folder or a PEFT adapter; --push: to the hub",
 }
 MODULES = {
     "demo": "notus.demo",
@@ -29,6 +30,7 @@ MODULES = {
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate",
+    "card": "notus.evaluation.release.command",
     "export": "notus.evaluation.export_run",
 }
 

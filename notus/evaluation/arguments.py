@@ -4,9 +4,14 @@ import argparse
 import math
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, and how it is computed and prompted."""
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a model's, an adapter's or a run's folder, or a hub id")
+def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """The model, which may be left out if `optional`, and how it is computed and prompted."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL_OR_RUN",
+        nargs="?" if optional else None,
+        help="a model's, an adapter's or a run's folder, or a hub id",
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument(
         "--chat-template",
@@ -19,6 +24,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="an empty system turn before conversations without one (default: as the run did, or none)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
+    """The judge, a model behind an OpenAI-compatible endpoint; see `endpoint.judge_endpoint`."""
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's name at its endpoint, as gpt-4")
+    parser.add_argument(
+        "--judge-url",
+        metavar="URL",
+        default="https://api.openai.com/v1",
+        help="an OpenAI-compatible endpoint, without /chat/completions (default: OpenAI's)",
+    )
+    parser.add_argument(
+        "--api-key-env",
+        metavar="VARIABLE",
+        default="OPENAI_API_KEY",
+        help="the environment variable that holds the endpoint's key (default: OPENAI_API_KEY)",
+    )
+    parser.add_argument(
+        "--judge-timeout", type=positive, default=120.0, metavar="SECONDS", help="of one request (default: 120)"
+    )
+    parser.add_argument("--parallel", type=count, default=4, help="requests at a time (default: 4)")
 
 
 def count(text: str) -> int:
@@ -34,4 +60,17 @@ def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def temperature(text: str) -> float:
+    """0, which is greedy, or a finite number above 0, for argparse."""
+    return 0.0 if float(text) == 0 else positive(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1, for argparse."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value

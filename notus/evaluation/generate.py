@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from notus.evaluation.arguments import add_model_arguments, count, positive
+from notus.evaluation.arguments import add_model_arguments, count, share, temperature
 from notus.evaluation.files import check_output, replacing
 
 if TYPE_CHECKING:
@@ -39,10 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace OUT if it exists, once the result is complete"
     )
     parser.add_argument("--max-new-tokens", type=count, default=512, help="of a completion (default: 512)")
-    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy (default: 0)")
-    parser.add_argument(
-        "--top-p", type=_share, help="draw from the likeliest tokens with this share of the probability"
-    )
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens with this share of the probability")
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
     parser.add_argument("--num-samples", type=count, default=1, help="completions per prompt (default: 1)")
     parser.add_argument("--seed", type=int, help=f"of the draws (default: {DEFAULT_SEED})")
@@ -147,14 +145,3 @@ def _write(path: Path, prompts: list["Prompt"], completions: list[str], num_samp
             samples = completions[number * num_samples : (number + 1) * num_samples]
             result = {"completion": samples[0]} if num_samples == 1 else {"completions": samples}
             file.write(json.dumps({**prompt.row, **result}, ensure_ascii=False) + "\n")
-
-
-def _temperature(text: str) -> float:
-    return 0.0 if float(text) == 0 else positive(text)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value

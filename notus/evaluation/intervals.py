@@ -40,6 +40,8 @@ def bootstrap_mean(
     values = np.asarray(values, dtype=np.float64)
     assert len(values) > 0
     generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    at_once = max(1, 2**18 // len(values))
+    blocks = (min(at_once, draws - start) for start in range(0, draws, at_once))
+    means = [values[generator.integers(len(values), size=(block, len(values)))].mean(axis=1) for block in blocks]
+    low, high = np.quantile(np.concatenate(means), [0.5 - level / 2, 0.5 + level / 2])
     return float(low), float(high)

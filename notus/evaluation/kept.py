@@ -83,6 +83,8 @@ class KeptTokens:
 
         Raises ValueError, naming the file, if one in the folder is no file of kept completions.
         """
+        if dist.is_initialized():
+            self.identity = on_main(lambda: self.identity)  # ranks that disagreed would wait for each other for ever
         self._keys = [self._keys_of(batch, settings) for batch in batches]
         wanted = {key for keys in self._keys for key in keys}
         found = on_main(lambda: self._read(wanted)) if dist.is_initialized() else self._read(wanted)

@@ -41,7 +41,7 @@ def read_prompts(path: Path, *, strings_are_turns: bool, system: str | None = No
     """
     prompts = []
     for place, row in _rows(path):
-        value, turns = _read(row, place)
+        value, turns = read_prompt(row, place)
         if isinstance(value, str) and not strings_are_turns:
             prompts.append(Prompt(place, row, value))
             continue
@@ -70,8 +70,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", {"prompt": line.removesuffix("\r")}
 
 
-def _read(row: Any, place: str) -> tuple[Any, list[Message]]:
-    """A row's prompt as it stands there, and as messages."""
+def read_prompt(row: Any, place: str) -> tuple[Any, list[Message]]:
+    """A row's prompt as it stands there, and as messages that end before the answer. ValueError if it has none."""
     key = next((key for key in KEYS if key in row), None) if isinstance(row, dict) else None
     if key is None:
         raise ValueError(f"{place}: holds no prompt; give an object with one of the keys {', '.join(KEYS)}")

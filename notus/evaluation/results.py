@@ -61,6 +61,11 @@ class Result:
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 
+def model_name(model: str) -> str:
+    """What others call a model: of a folder its last part, or the hub id."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 def write_result(folder: Path, result: Result) -> Path:
     """Write `folder/result.json`, whole or not at all; returns its path. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,20 @@ import fcntl
 import functools
 import multiprocessing
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from notus.data.chat import resolve_template
 from notus.model.adapter import ADAPTER_CONFIG, export_adapter
 from notus.model.export import export_model, load_causal_lm
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.policy import Policy
+from notus.model.weights import read_json
 from notus.training.checkpoint import DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
+from notus.training.describe import DATA_FILE
 from notus.training.distributed import process_group
 from notus.training.folder import CHECKPOINTS
 from notus.training.parallel import COMPUTE_DTYPES
@@ -47,8 +51,10 @@ def snapshot(run: Path, settings: Settings, *, trust_remote_code: bool = False) 
     """
     folder = run / SNAPSHOTS
     if dist.is_initialized() and dist.get_rank() > 0:
-        newest = next(path for path in checkpoints_in(folder) if _is_whole(path))  # named as the checkpoints are
-        return step_of(newest), newest
+        found = [path for path in checkpoints_in(folder) if _is_whole(path)]  # these are named as checkpoints are
+        if not found:
+            raise ValueError(f"{folder}: this rank does not see what the first wrote there; use a disk that all share")
+        return step_of(found[0]), found[0]
     if not checkpoints_in(run / CHECKPOINTS):
         raise _no_checkpoint(run)
     folder.mkdir(exist_ok=True)
@@ -116,7 +122,16 @@ def load_unfinished(
     causal_lm, tokenizer = load(settings["model"]["name_or_path"])
     if settings["lora"]["rank"]:
         inject_lora(causal_lm, **settings["lora"])
+    data = read_json(run / DATA_FILE) if (run / DATA_FILE).is_file() else None
+    if learned_chat(settings, data):  # at the end of a run, the run does the same
+        tokenizer.chat_template = resolve_template(tokenizer, settings["data"]["chat_template"])
     return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
+
+
+def learned_chat(settings: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any] | None) -> bool:
+    """Whether a chat template certainly rendered rows: the config names one, or `data.json` counted such rows."""
+    report = data["train"]["report"] if data else {}
+    return settings["data"]["chat_template"] is not None or report.get("templated", 0) > 0
 
 
 def _fill(causal_lm: "PreTrainedModel", folder: Path) -> Path:

@@ -92,6 +92,15 @@ def test_layout_by_hand():
     assert layout.query_starts.dtype == layout.key_starts.dtype == torch.int32
 
 
+def test_layout_of_different_numbers_of_branches():
+    # Example 1: branch 0 alone; example 2: trunk 1, branches 2 | 3 | 4.  Gather: 0 | 1 2 | 1 3 | 1 4
+    layout = build_layout([0, 1], [[1], [1, 1, 1]])
+    assert layout.key_index.tolist() == [0, 1, 2, 1, 3, 1, 4]
+    assert layout.first_copy.tolist() == [0, 1, 2, 4, 6]
+    assert [(there.tolist(), here.tolist()) for there, here in layout.extra_copies] == [([3], [1]), ([5], [1])]
+    assert (layout.query_lengths, layout.key_lengths) == ([1, 2, 1, 1], [1, 2, 2, 2])
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), num_branches=st.integers(1, 4), num_examples=st.integers(1, 5))
 def test_layout_covers_every_token_and_each_copy_once(data, num_branches, num_examples):

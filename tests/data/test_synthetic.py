@@ -78,3 +78,21 @@ def test_ratings_choose_right_answers_more_often_than_the_faulty_score() -> None
         pairs, _ = curate(records, by=by, seed=0)
         rates[by] = synthetic.win_rate([p["instruction"] for p in pairs], [p["chosen_response"] for p in pairs])
     assert rates["ratings"] > rates["overall_score"] + 0.1
+
+
+def test_the_fault_rate_changes_the_overall_scores_alone() -> None:
+    (prompts,) = synthetic.make_prompts([200], seed=0)
+    scores: dict[float, list[float]] = {}
+    rest = []
+    for rate in (0.0, 0.5, 1.0):
+        records = synthetic.ultrafeedback_records(prompts, seed=0, fault_rate=rate)
+        scores[rate] = [c.pop("overall_score") for record in records for c in record["completions"]]
+        rest.append(records)
+    assert rest[0] == rest[1] == rest[2]
+    assert 10 not in scores[0.0]
+    assert 1 not in scores[1.0]
+    # every fault stores a 1 as 10, and a higher rate keeps the faults of a lower one
+    for lower, higher in ((0.0, 0.5), (0.5, 1.0)):
+        changed = [pair for pair in zip(scores[lower], scores[higher], strict=True) if pair[0] != pair[1]]
+        assert len(changed) > 20
+        assert set(changed) == {(1, 10)}

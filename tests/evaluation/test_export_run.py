@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from disks import largest_file
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -111,6 +113,35 @@ def test_refuses(full_run, lora_run, unfinished, tmp_path, capsys, monkeypatch):
     assert (out / "config.json").read_text() == "mine"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refuse(capsys, full_run, tmp_path / "new")
+
+
+def test_a_full_disk_is_told_once_and_leaves_nothing(full_run, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    with largest_file(50_000):
+        error = refuse(capsys, full_run, out)
+    assert error.count("cannot be written") == 1
+    assert "File too large" in error
+    assert not out.exists()
+
+
+def test_the_card_goes_with_every_export(full_run, lora_run, model_folder, tmp_path):
+    for run, name, options, library in (
+        (full_run, "full", [], "transformers"),
+        (lora_run, "merged", ["--merge"], "transformers"),
+        (lora_run, "adapter", [], "peft"),
+    ):
+        out = export(run, tmp_path / name, "--license", "mit", "--base-model", "org/base", *options)
+        data = ModelCard.load(out / "README.md").data
+        assert (data.library_name, data.license, data.base_model) == (library, "mit", "org/base")
+        assert f'from_pretrained("{name}"' in (out / "README.md").read_text()
+        assert {path.name for path in out.iterdir() if path.suffix == ".tmp"} == set()
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    )
+    unnamed = export(lora_run, tmp_path / "unnamed")  # PEFT finds the base by its path, which the card does not tell
+    path = json.loads((unnamed / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert path == str(model_folder)
+    assert path not in (unnamed / "README.md").read_text()
 
 
 def test_refuses_sizes_that_are_none(tmp_path):

@@ -42,5 +42,12 @@ def test_bootstrap_of_a_normal_is_its_standard_error():
     assert bootstrap_mean(values, seed=1) != (low, high)
 
 
+def test_bootstrap_of_more_values_than_a_block_holds():
+    assert bootstrap_mean(np.full(2**18 + 1, 0.25), draws=3) == (0.25, 0.25)
+    ramp = np.linspace(0, 1, 2**17 - 1)  # two draws a block, the last block with one
+    low, high = bootstrap_mean(ramp, draws=5)
+    assert 0.495 < low < high < 0.505
+
+
 def test_bootstrap_of_one_value_is_it():
     assert bootstrap_mean([2.5]) == (2.5, 2.5)

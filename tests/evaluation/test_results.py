@@ -1,8 +1,10 @@
 """Results of evaluations: read back as they were written; anything else names the file."""
 
+from pathlib import Path
+
 import pytest
 
-from notus.evaluation.results import Figure, Result, read_results, write_result
+from notus.evaluation.results import Figure, Result, read_results, result_folder, write_result
 
 RESULT = Result(
     suite="open-llm",
@@ -26,3 +28,9 @@ def test_a_damaged_result_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"open-llm/result\.json: not the result"):
         read_results(tmp_path)
+
+
+def test_where_results_go(tmp_path):
+    assert result_folder("there", tmp_path, "model", "suite") == Path("there")
+    assert result_folder(None, tmp_path, "model", "suite") == tmp_path / "evaluations" / "suite"
+    assert result_folder(None, None, "org/model", "suite") == Path("evaluations/org__model/suite")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from notus.model.logprobs import full_logprobs, linear_logprobs
+from notus.model.logprobs import full_logprobs, linear_logprobs, linear_scores
 
 NUM_TOKENS, WIDTH, VOCABULARY = 23, 8, 50
 
@@ -165,3 +165,14 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_twice():
     out = linear_logprobs(hidden.requires_grad_(), weight, targets, chunk_tokens=5)
     first, second = (torch.autograd.grad(out, hidden, upstream, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_scores_are_the_log_probs_and_the_likeliest(chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    targets = (hidden @ weight.t()).argmax(-1)
+    targets[::2] = (targets[::2] + 1) % 11
+    logps, greedy = linear_scores(hidden, weight, targets, chunk_tokens=chunk)
+    torch.testing.assert_close(logps, full_logprobs(hidden, weight, targets))
+    assert greedy.tolist() == [False, True, False, True, False, True, False]

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-fewshot",
         type=_whole,
-        help="examples in the prompt (default: the leaderboard's for its seven tasks, else the task's own)",
+        help="examples in the prompt, but for tasks that are set to 0 (default: the leaderboard's for its seven tasks, "
+        "else the task's own)",
     )
     parser.add_argument("--limit", type=count, help="take the first so many examples of each task: a trial")
     parser.add_argument(
@@ -115,7 +116,7 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
     manager, opened = tasks.open_tasks(args.tasks or list(BY_TASK), args.include_path)
     if args.num_fewshot is None:
         tasks.set_shots(opened)
-    source = main_first(lambda: find_source(args.model))
+    source = main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
     folder = result_folder(args.output, source.run, source.name, SUITE)
     lm = _load(args, source, folder / KEPT, device)
     results = tasks.evaluate(

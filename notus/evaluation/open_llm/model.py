@@ -137,13 +137,16 @@ class NotusLM(TemplateLM):
         until = handle_stop_sequences(options.pop("until"), eos=None)
         until = [text for text in until if text]
         length = options.pop("max_gen_toks")
-        drawn = {name: options.pop(name) for name in _DRAWN & options.keys()} if options.pop("do_sample") else {}
+        drawn = {}
+        if options.pop("do_sample"):
+            drawn = {"temperature": 1.0, **{name: options.pop(name) for name in _DRAWN & options.keys()}}
         unknown = options.keys() - _DRAWN
         if unknown:
             raise ValueError(f"generation_kwargs of a task: {sorted(unknown)} are not supported; leave them out")
         if length >= self.max_length:
             raise ValueError(f"a task generates {length} tokens, which do not fit into --max-length {self.max_length}")
-        prompts = [self.tok_encode(context)[-(self.max_length - length) :] for context in contexts]
+        encoded = (self.tok_encode(context) or [self.prefix_token_id] for context in contexts)
+        prompts = [ids[-(self.max_length - length) :] for ids in encoded]
         new = generate_ids(
             self.causal_lm,
             self.tokenizer,

@@ -20,13 +20,21 @@ def figures(results: dict[str, Any], names: Sequence[str]) -> list[Figure]:
     """
     found = []
     for name in names:
-        values = {**results["results"], **results.get("groups", {})}[name]
-        for key in values:
-            metric, _, reading = key.partition(",")
-            if not reading or metric.endswith("_stderr") or not isinstance(values[key], int | float):
-                continue
-            if name not in BY_TASK or (metric, reading) == (BY_TASK[name].metric, BY_TASK[name].filter):
-                found.append(_figure(results, name, metric, reading, values))
+        own = _own_figures(results, name)
+        # a group without a measure of its own stands for its members
+        found += own or figures(results, [task for task in _tasks_of(results, name) if task != name])
+    return found
+
+
+def _own_figures(results: dict[str, Any], name: str) -> list[Figure]:
+    values = {**results["results"], **results.get("groups", {})}.get(name, {})
+    found = []
+    for key in values:
+        metric, _, reading = key.partition(",")
+        if not reading or metric.endswith("_stderr") or not isinstance(values[key], int | float):
+            continue
+        if name not in BY_TASK or (metric, reading) == (BY_TASK[name].metric, BY_TASK[name].filter):
+            found.append(_figure(results, name, metric, reading, values))
     return found
 
 
@@ -74,7 +82,8 @@ def markdown(model: str, found: Sequence[Figure], remarks: Sequence[str]) -> str
 
 def _line(figure: Figure) -> str:
     star = "\\*" if figure.name in NOTES else ""
-    value = f"{figure.value:.2f}{f' {figure.unit}'.rstrip()}"
+    value = f"{figure.value:.2f}" if abs(figure.value) < 1e6 else f"{figure.value:.3g}"
+    value += f" {figure.unit}".rstrip()
     error = f" ± {figure.stderr:.2f}" if figure.stderr is not None else ""
     published = " | ".join(f"{figure.reference[peer]:.2f}" if peer in figure.reference else "-" for peer in PEERS)
     measure = f"{figure.metric}, {figure.setup}"

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,14 @@ def open_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskMana
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"--include-path {include_path}: there is no such folder; name the one of your task files")
     manager = _manager(names, include_path)
-    found: list[str] = []
-    for name in names:
-        found += [match for match in _match(manager, name) if match not in found]
+    matches = {name: sorted(manager.match_tasks([name])) for name in names}
+    wrong = [_near(manager, name) for name, found in matches.items() if not found]
+    if wrong:
+        raise ValueError(
+            f"--tasks: {'; '.join(wrong)}; `lm-eval ls tasks` lists all {len(manager.all_tasks)}, --include-path names "
+            "a folder of your own"
+        )
+    found = list(dict.fromkeys(task for name in names for task in matches[name]))
     opened = main_first(lambda: [task for name in found for task in _open(manager, name)])
     try:
         manager.load(opened)  # refuses what is named twice
@@ -50,16 +56,10 @@ def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
     return TaskManager(include_path=include_path)
 
 
-def _match(manager: TaskManager, name: str) -> list[str]:
-    found = manager.match_tasks([name])
-    if found:
-        return sorted(found)
+def _near(manager: TaskManager, name: str) -> str:
     near = difflib.get_close_matches(name, manager.all_tasks, n=_SHOWN, cutoff=0.6)
     hint = f"near it are {', '.join(near)}" if near else f"the leaderboard's are {', '.join(BY_TASK)}"
-    raise ValueError(
-        f"--tasks: lm-eval has no task {name!r}; {hint}; `lm-eval ls tasks` lists all {len(manager.all_tasks)}, "
-        "--include-path names a folder of your own"
-    )
+    return f"lm-eval has no task {name!r}, {hint}"
 
 
 def _open(manager: TaskManager, name: str) -> list[Task | Group]:
@@ -95,7 +95,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run lm-eval; collective. What it returns, on rank 0; {} on the others."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR if is_main() else logging.CRITICAL)
-    with contextlib.redirect_stderr(None) if not is_main() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if not is_main():  # its progress bars
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
         results = simple_evaluate(
             model=lm,
             model_args={"pretrained": lm.name},

@@ -119,7 +119,7 @@ def kl(policy: Tensor, base: Tensor, samples: Samples) -> dict[str, Any]:
     2020, "Approximating KL divergence"): k1 = -log r, whose sum is log policy(y) - log base(y); and k3 = r - 1 - log r,
     never negative, and of lower variance while the models are near each other. It is taken token by token, where the
     chain rule makes the sum a KL again: for whole sequences r spans hundreds of nats. Where the base likes a token far
-    more than the policy does, k3 can be the noisier one; the standard errors tell.
+    more than the policy, which then draws it rarely, k3 is the noisier one, and too low until it is drawn; so k1 leads.
 
     A sample that is cut counts with the tokens it has, so where there are such, this is the KL of the first
     `max_new_tokens` tokens, and at most that of whole completions.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from runs import words
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TASK = """
 task: {task}
@@ -48,14 +49,9 @@ def write_task(folder: Path, task: str, kind: str, rows: list[dict], rest: str) 
     (folder / f"{task}.yaml").write_text(TASK.format(task=task, data=data, kind=kind) + rest)
 
 
-def read_task(folder: Path, task: str) -> list[dict]:
-    """A task's data."""
-    return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="session")
-def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tasks: toy_choice, toy_generate, toy_rolling."""
+def task_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """Three tasks: toy_choice, toy_generate (the toy model answers two of five right), toy_rolling; a group of two."""
     folder = tmp_path_factory.mktemp("tasks")
     draw = random.Random(0)
     choices = [
@@ -68,7 +64,16 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_task(folder, "toy_choice", "multiple_choice", choices, CHOICE)
     questions = [{"question": words(draw, 1, 6), "answer": words(draw, 1, 2)} for _ in range(5)]
+    causal_lm, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        AutoTokenizer.from_pretrained(model_folder),
+    )
+    for row in questions[:2]:
+        ids = tokenizer(row["question"], return_tensors="pt").input_ids
+        new = causal_lm.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        row["answer"] = tokenizer.decode(new, skip_special_tokens=True).split("o")[0]
     write_task(folder, "toy_generate", "generate_until", questions, GENERATE)
     texts = [{"text": words(draw, 3, 40)} for _ in range(4)]
     write_task(folder, "toy_rolling", "loglikelihood_rolling", texts, ROLLING)
+    (folder / "group.yaml").write_text("group: toy_group\ntask: [toy_choice, toy_generate]\n")
     return folder

@@ -1,0 +1,98 @@
+"""`python -m notus card`: a model card, written from a run."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from notus.evaluation.release.card import Choices
+
+README = "README.md"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder (training.output_dir)")
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"a new file, or - for the terminal (default: {README} in the run's folder)"
+    )
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: the card of the merged model")
+    parser.add_argument("--repo-id", type=repo_id, metavar="REPO_ID", help="where on the hub the model will be")
+    add_card_arguments(parser)
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a card says and no run knows."""
+    parser.add_argument(
+        "--base-model", type=repo_id, metavar="REPO_ID", help="the base model's hub id, where it was a local folder"
+    )
+    parser.add_argument(
+        "--license", type=_word, metavar="ID", help="as the hub names it, say apache-2.0 (default: the base model's)"
+    )
+    parser.add_argument("--language", type=_language, metavar="CODE", nargs="+", help="languages, say: en de")
+
+
+def choices(args: argparse.Namespace, *, name: str, repo_id: str | None) -> "Choices":
+    """The card's part of a command line."""
+    from notus.evaluation.release.card import Choices
+
+    return Choices(name, repo_id, args.base_model, args.license, tuple(args.language or ()))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the card, return 0. Raises ValueError or OSError with a message for the user."""
+    from notus.evaluation.files import check_output, replacing
+    from notus.evaluation.models import is_run, read_run_settings
+    from notus.evaluation.release.card import base_has_chat_template, has_chat_template, model_card
+    from notus.evaluation.release.facts import read_facts, standing_step, variant_of
+    from notus.training.folder import CONFIG_FILE, MODEL
+
+    run_folder = Path(args.run_folder)
+    if not is_run(run_folder):
+        raise ValueError(f"{run_folder}: no run's folder, it has no {CONFIG_FILE}; name a training.output_dir")
+    settings = read_run_settings(run_folder)
+    lora = bool(settings["lora"]["rank"])
+    if args.merge and not lora:
+        raise ValueError(f"{run_folder}: a full fine-tuning run has nothing to merge; leave --merge out")
+    facts = read_facts(run_folder, settings).at(standing_step(run_folder))
+    chat = has_chat_template(run_folder / MODEL) if facts.step is None else base_has_chat_template(facts)
+    variant = variant_of(lora=lora, merge=args.merge)
+    name = run_folder.resolve().name
+    text = model_card(facts, variant, choices(args, name=name, repo_id=args.repo_id), chat=chat)
+    if args.output == "-":
+        sys.stdout.write(text)
+        return 0
+    output = Path(args.output) if args.output else run_folder / README
+    check_output(output, not_over=str(run_folder))
+    if output.exists():
+        raise ValueError(f"{output}: exists, and may have been edited; remove it, or name another --output")
+    with replacing(output) as file:
+        file.write(text)
+    print(f"wrote {output}")
+    return 0
+
+
+def repo_id(text: str) -> str:
+    """A name that the hub can have, for argparse."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of the hub's form, USER/NAME") from error
+    return text
+
+
+def _word(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no licence id of the hub's, such as apache-2.0 or mit")
+    return text
+
+
+def _language(text: str) -> str:
+    if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no language code of two or three letters, such as en")
+    return text

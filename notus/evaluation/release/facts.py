@@ -1,0 +1,174 @@
+"""What a run's folder says about its model, and what of that others may read: no path of this machine."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from notus.data.sources import SUFFIXES
+from notus.evaluation.models import is_run
+from notus.evaluation.results import Result, read_results
+from notus.training.checkpoint import checkpoints_in, step_of
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
+from notus.training.folder import CHECKPOINTS, CONFIG_FILE, MODEL
+from notus.training.tracking import METRICS_FILE
+
+Variant = Literal["full", "adapter", "merged"]
+Settings = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A run, as far as its folder tells.
+
+    Attributes:
+        settings: its resolved config, by section.
+        step: of an unfinished run, the step of the checkpoint that stands for it; None: it is finished.
+        metrics: the lines of `metrics.jsonl`, up to that step.
+        data, environment: what the run noted of its data and machine; None where it noted nothing.
+        results: its evaluations, by suite.
+    """
+
+    settings: Settings
+    step: int | None
+    metrics: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Any] | None
+    environment: Mapping[str, Any] | None
+    results: Sequence[Result]
+
+    @property
+    def task(self) -> Literal["dpo", "sft"]:
+        """What was trained; only DPO's config has a section of that name."""
+        return "dpo" if "dpo" in self.settings else "sft"
+
+    @property
+    def base(self) -> str:
+        """The model that the run started from, as its config names it."""
+        return str(self.settings["model"]["name_or_path"])
+
+    def at(self, step: int | None) -> "Facts":
+        """The same of the model after `step`; None: of the finished one."""
+        metrics = [line for line in self.metrics if step is None or line["step"] <= step]
+        return dataclasses.replace(self, step=step, metrics=metrics)
+
+
+def read_facts(run: Path, settings: Settings) -> Facts:
+    """Read a run's folder, as if it were finished. Raises ValueError, naming the file, for one that is damaged."""
+    return Facts(
+        settings=settings,
+        step=None,
+        metrics=_read_metrics(run / METRICS_FILE),
+        data=_read_noted(run / DATA_FILE),
+        environment=_read_noted(run / ENVIRONMENT_FILE),
+        results=read_results(run),
+    )
+
+
+def variant_of(*, lora: bool, merge: bool) -> Variant:
+    """Which of the three a run's export is."""
+    return ("merged" if merge else "adapter") if lora else "full"
+
+
+def standing_step(run: Path) -> int | None:
+    """None for a finished run; else the step of its newest checkpoint. Raises ValueError where there is none."""
+    if (run / MODEL).is_dir():
+        return None
+    checkpoints = checkpoints_in(run / CHECKPOINTS)
+    if not checkpoints:
+        raise ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
+    return step_of(checkpoints[0])
+
+
+def run_digest(run: Path) -> str:
+    """By which a run is known again: that of its config."""
+    return hashlib.sha256((run / CONFIG_FILE).read_bytes()).hexdigest()
+
+
+def hub_id(name: str) -> str | None:
+    """A model's or dataset's name, if it is one of the hub and no file or folder here; else None."""
+    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def public_name(name: str) -> str:
+    """A name without the way to it: the hub id, or a local folder's or file's last part; a run's model by its run."""
+    if hub_id(name):
+        return name
+    path = Path(name).expanduser()
+    return path.parent.name if path.name == MODEL and is_run(path.parent) else path.name
+
+
+def base_file(base: str, name: str) -> Path | None:
+    """A file of the base model, if it is on this machine; nothing is downloaded."""
+    if hub_id(base) is None:
+        path = Path(base).expanduser() / name
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(base, name)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def base_licence(base: str) -> dict[str, str]:
+    """`license`, and `license_name` and `license_link` if it has them, as the base model's own card states.
+
+    Empty where there is no card, or none in it. Raises ValueError, naming the card, if it cannot be read.
+    """
+    path = base_file(base, "README.md")
+    if path is None:
+        return {}
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        stated = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: its metadata is no YAML; correct it, or state the licence with --license") from error
+    if not isinstance(stated, dict) or not isinstance(stated.get("license"), str):
+        return {}
+    return {
+        key: " ".join(str(stated[key]).split())
+        for key in ("license", "license_name", "license_link")
+        if stated.get(key)
+    }
+
+
+def private_paths(run: Path, settings: Settings) -> list[str]:
+    """Places on this machine that a run names, and the user's home: what no published file may hold."""
+    sources = [*settings["data"]["train"], *(settings["data"]["eval"] or [])]
+    names = [str(run), settings["model"]["name_or_path"], *(source["path"] for source in sources)]
+    found = {str(Path(name).expanduser().resolve()) for name in names if hub_id(name) is None}
+    return sorted(path for path in {*found, str(Path.home())} if path != "/")
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines; a run that goes on may be writing the last one."""
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            record = dict(json.loads(line))
+            lines.append({**record, "step": int(record["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: not a line of metrics; restore the file") from error
+    return lines
+
+
+def _read_noted(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not what a run notes there ({error}); restore the file, or remove it") from error

@@ -1,0 +1,160 @@
+"""An exported folder to the hub, in one commit; who may do that is asked before any work.
+
+The token is the hub client's own: `hf auth login`, or HF_TOKEN. Tested against a stand-in for the hub's API on this
+machine, with plain LFS uploads; against the hub itself, and its Xet storage: not run.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import ModelInfo
+
+from notus.entry import first_line
+
+# Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
+_TEXTS = (".json", ".md", ".jinja", ".txt")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+_HUBS_OWN = ".gitattributes"  # every repository has it from the start
+_REMEDIES = {
+    401: "the hub does not accept the login: run `hf auth login`, or set HF_TOKEN to a token that is valid",
+    403: "the token may not write there: make one with write access to that repository or organisation",
+    404: "there is no such repository or revision, or the token may not see it",
+    429: "the hub has had too many requests: wait some minutes",
+    409: "it exists already, or is being changed at this moment",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """A repository of the hub: its id, whether it is to be private, the branch (None: main), the commit's message."""
+
+    repo_id: str
+    private: bool = True
+    revision: str | None = None
+    message: str | None = None
+
+
+def open_repository(destination: Destination) -> Destination:
+    """Log in and find or create the repository, before the export's work; returns its full id.
+
+    Says what files it holds already. Raises ValueError where there is no login or no write access, where what should
+    be private is public, or where the hub does not answer.
+    """
+    api = HfApi()
+    with _told("log in to the hub"):
+        user = api.whoami()
+    full = destination if "/" in destination.repo_id else _owned(destination, user["name"])
+    with _told(f"open {full.repo_id} on the hub"):
+        info = _find_or_create(api, full)
+        if full.revision is not None:
+            api.create_branch(full.repo_id, branch=full.revision, exist_ok=True)
+            info = api.model_info(full.repo_id, revision=full.revision)
+    _check_visibility(info, full)
+    held = [file.rfilename for file in info.siblings or () if file.rfilename != _HUBS_OWN]
+    if held:
+        print(
+            f"note: {full.repo_id} holds {_some(held)} already; what has the name of a new file is replaced, all else "
+            "stays",
+            flush=True,
+        )
+    return full
+
+
+def upload(folder: Path, destination: Destination) -> str:
+    """Commit the folder's files, all or none; returns the repository's address. Raises ValueError if that fails."""
+    api = HfApi()
+    with _told(f"upload to {destination.repo_id}", f"{folder} is complete: the same command pushes it, without export"):
+        api.create_commit(
+            destination.repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files_of(folder)],
+            commit_message=destination.message or "Model, tokenizer and card",
+            revision=destination.revision,
+        )
+    branch = f"/tree/{destination.revision}" if destination.revision else ""
+    return f"{api.endpoint}/{destination.repo_id}{branch}"
+
+
+def files_of(folder: Path) -> list[str]:
+    """What is uploaded: every file but hidden ones, by its path in the folder."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+def listing(folder: Path, destination: Destination) -> str:
+    """What `upload` would send, with sizes in bytes."""
+    kind = "private" if destination.private else "public"
+    lines = [f"  {(folder / name).stat().st_size:>15,}  {name}" for name in files_of(folder)]
+    branch = f", branch {destination.revision}" if destination.revision else ""
+    return "\n".join([f"would upload to {destination.repo_id} ({kind}{branch}), bytes and name:", *lines])
+
+
+def check_no_paths(folder: Path, paths: Iterable[str]) -> None:
+    """Raise ValueError, naming file and path, if a text file to be uploaded names one of these places."""
+    patterns = {path: re.compile(rf"(?<![\w/.-]){re.escape(path)}(?![\w-])") for path in paths}
+    for name in files_of(folder):
+        if not name.endswith(_TEXTS) or Path(name).name in _VOCABULARIES:
+            continue
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        found = next((path for path, pattern in patterns.items() if pattern.search(text)), None)
+        if found is not None:
+            raise ValueError(f"{folder / name}: names {found}, a place on this machine; take that out before --push")
+
+
+def _owned(destination: Destination, user: str) -> Destination:
+    return dataclasses.replace(destination, repo_id=f"{user}/{destination.repo_id}")
+
+
+def _find_or_create(api: HfApi, destination: Destination) -> ModelInfo:
+    try:
+        info = api.model_info(destination.repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(destination.repo_id, private=destination.private)
+        return api.model_info(destination.repo_id)
+    api.auth_check(destination.repo_id, write=True)
+    return info
+
+
+def _check_visibility(info: ModelInfo, destination: Destination) -> None:
+    if destination.private and not info.private:
+        raise ValueError(
+            f"{destination.repo_id} is public, so everybody would see the model: give --public if they may, or make it "
+            "private in its settings on the hub"
+        )
+    if info.private and not destination.private:
+        print(f"note: {destination.repo_id} is private, and stays so; its settings on the hub change that", flush=True)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} other files" if len(names) > 5 else "")
+
+
+@contextlib.contextmanager
+def _told(what: str, remedy: str | None = None) -> Iterator[None]:
+    """Turn whatever ends a talk with the hub into one line for the user."""
+    try:
+        yield
+    except Exception as error:  # the client, its HTTP library and its storage library raise errors of every kind
+        raise ValueError(f"cannot {what}: {_reason(error)}{'; ' + remedy if remedy else ''}") from error
+
+
+def _reason(error: BaseException) -> str:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    if any(isinstance(link, LocalTokenNotFoundError) for link in chain):
+        return "there is no login; run `hf auth login`, or set HF_TOKEN"
+    answer = next((link.response for link in chain if isinstance(link, HfHubHTTPError)), None)
+    if answer is None:  # the outer error may say no more than that a file failed
+        outer, inner = first_line(chain[0]), first_line(chain[-1])
+        way_out = "; HF_HUB_DISABLE_XET=1 does without that storage" if "xet" in inner else ""
+        return (outer if inner in outer else f"{outer} ({inner})") + way_out
+    said = answer.headers.get("X-Error-Message")
+    remedy = _REMEDIES.get(answer.status_code, "the hub has a fault; try again later")
+    if answer.status_code == 400:  # what is wrong with the files, in several lines
+        remedy = " ".join(str(error).split())
+    return f"{remedy} (HTTP {answer.status_code}{': ' + said if said else ''})"

@@ -1,0 +1,127 @@
+"""Means of judgments, worked out by hand."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import fastchat
+import pytest
+
+from notus.evaluation.mt_bench.scores import Mean, figures, read_judgments, score, table
+
+LINES = [
+    fastchat.judgment(81, 1, 8),
+    fastchat.judgment(81, 2, 6),
+    fastchat.judgment(101, 1, 3),
+    fastchat.judgment(101, 2, 4.5),
+    fastchat.judgment(111, 1, 10),
+    fastchat.judgment(111, 2, -1),
+]
+
+
+def test_scores_per_turn_per_category_and_in_all() -> None:
+    (scores,) = score(LINES, fastchat.CATEGORIES)
+    assert scores.overall == Mean(pytest.approx((8 + 6 + 3 + 4.5 + 10) / 5), 5)
+    assert scores.turns == {1: Mean(pytest.approx(7.0), 3), 2: Mean(pytest.approx(5.25), 2)}
+    assert scores.categories == {"writing": Mean(7.0, 2), "reasoning": Mean(3.75, 2), "math": Mean(10.0, 1)}
+    assert scores.unread == 1
+    # questions' means are 7, 3.75 and 10: their mean 6.9167, squared deviations 0.00694, 10.0278, 9.5069
+    assert scores.questions == 3
+    assert scores.stderr == pytest.approx(math.sqrt((0.00694 + 10.0278 + 9.5069) / 2 / 3), abs=1e-4)
+
+
+def test_without_the_questions_there_are_no_categories() -> None:
+    assert score(LINES)[0].categories == {}
+
+
+def test_the_last_judgment_of_a_turn_counts_unless_it_holds_no_score() -> None:
+    lines = [fastchat.judgment(81, 1, 2), fastchat.judgment(81, 1, 9), fastchat.judgment(81, 1, -1)]
+    (scores,) = score(lines)
+    assert (scores.overall, scores.unread) == (Mean(9.0, 1), 0)
+    (scores,) = score(reversed(lines))
+    assert (scores.overall, scores.unread) == (Mean(2.0, 1), 0)
+
+
+def test_models_and_judges_are_kept_apart_the_best_first() -> None:
+    lines = [
+        fastchat.judgment(81, 1, 4, "a"),
+        fastchat.judgment(81, 1, 7, "b"),
+        fastchat.judgment(81, 1, 5, "a", "other"),
+        fastchat.judgment(81, 1, -1, "c"),
+    ]
+    assert [(each.model, each.judge, each.overall.count) for each in score(lines)] == [
+        ("b", "gpt-4", 1),
+        ("a", "other", 1),
+        ("a", "gpt-4", 1),
+        ("c", "gpt-4", 0),
+    ]
+
+
+def test_published_scores_stand_beside_those_of_the_same_judge_and_as_many_questions() -> None:
+    def overall(count: int, judge: str) -> Any:
+        return figures(score([fastchat.judgment(number, 1, 8, judge=judge) for number in range(count)]))[0]
+
+    assert overall(80, "gpt-4").reference == {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
+    assert overall(80, "gpt-4o").reference == {}
+    assert overall(79, "gpt-4").reference == {}
+
+
+def test_figures_of_one_model() -> None:
+    found = figures(score([fastchat.judgment(81, 1, 8)], fastchat.CATEGORIES), "question.jsonl")
+    assert [(figure.metric, figure.value, figure.count) for figure in found] == [
+        ("score", 8.0, 1),
+        ("score, turn 1", 8.0, 1),
+        ("score, writing", 8.0, 1),
+    ]
+    assert {(figure.name, figure.setup, figure.dataset, figure.stderr) for figure in found} == {
+        ("MT-Bench", "judged by gpt-4", "question.jsonl", None)
+    }
+
+
+def test_figures_of_several_models_name_them() -> None:
+    found = figures(score([fastchat.judgment(81, 1, 8, "a"), fastchat.judgment(81, 1, 7, "b")]))
+    assert [figure.setup for figure in found if figure.metric == "score"] == [
+        "a, judged by gpt-4",
+        "b, judged by gpt-4",
+    ]
+
+
+def test_the_table_has_a_line_for_every_model() -> None:
+    lines = [*LINES, fastchat.judgment(151, 1, -1, "nothing")]
+    rows = [" ".join(line.split()) for line in table(score(lines, fastchat.CATEGORIES)).splitlines()]
+    assert rows[0] == "model judge all s.e. turn 1 turn 2 writing reasoning math scored unread"
+    assert rows[1] == "toy gpt-4 6.30 1.80 7.00 5.25 7.00 3.75 10.00 5 1"
+    assert rows[2] == "nothing gpt-4 - - - - - - - 0 1"
+    assert "Zephyr-7B-β 7.34, Notus 7B v1 7.30" in rows[3]
+
+
+def test_a_file_of_fastchat_whose_last_line_has_no_end(tmp_path: Path) -> None:
+    path = fastchat.write_lines(tmp_path / "gpt-4_single.jsonl", LINES)
+    path.write_text(path.read_text().rstrip("\n"))
+    assert read_judgments(path) == LINES
+
+
+BAD: list[Any] = [
+    3,
+    {**LINES[0], "score": "8"},
+    {**LINES[0], "score": None},
+    {**LINES[0], "turn": 3},
+    {**LINES[0], "model": None},
+    {**LINES[0], "question_id": None},
+    {**LINES[0], "judge": "gpt-4"},
+    {"question_id": 81, "model_1": "a", "model_2": "b", "g1_winner": "tie", "turn": 1},
+]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_what_is_no_judgment_is_told_with_its_line(line: Any, tmp_path: Path) -> None:
+    path = fastchat.write_lines(tmp_path / "j.jsonl", [LINES[0], line])
+    with pytest.raises(ValueError, match=r"j\.jsonl, line 2: not a judgment of a single answer"):
+        read_judgments(path)
+
+
+def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such file"):
+        read_judgments(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="holds no judgments"):
+        read_judgments(fastchat.write_lines(tmp_path / "j.jsonl", []))

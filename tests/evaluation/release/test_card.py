@@ -1,0 +1,286 @@
+"""`notus card`: the hub's client reads it back as it was meant, it tells what the run tells, and no path of ours."""
+
+import json
+import math
+import re
+import shutil
+
+import huggingface_hub
+import pytest
+from huggingface_hub import EvalResult, ModelCard
+from runs import settings, write_pairs
+from toys import toy_model_folder
+
+from notus.__main__ import main
+from notus.config import config_from_dict, to_yaml
+from notus.data.chat import ZEPHYR_TEMPLATE
+from notus.evaluation.results import Figure, Result, write_result
+from notus.training import dpo
+
+BASE, DATA = "alignment-handbook/zephyr-7b-sft-full", "argilla/ultrafeedback-binarized-preferences"
+METRICS = [
+    {"step": 1, "loss": 0.69314, "rewards/accuracies": 0.5},
+    {"step": 2, "loss": 0.5, "rewards/accuracies": 0.75, "eval_loss": 0.6},
+    {"step": 3, "loss": 0.25, "rewards/accuracies": 1.0, "eval_loss": 0.4},
+]
+
+
+def make_run(folder, task="dpo", *, model=BASE, data=DATA, **overrides):
+    """A finished run's folder, as far as a card looks into it."""
+    tree = settings(folder, model, folder / "unused.jsonl", **{"data__train": str(data), **overrides})
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "chat_template.jinja").write_text(ZEPHYR_TEMPLATE)
+    (folder / "config.yaml").write_text(to_yaml(config_from_dict(tree, task)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+    return folder
+
+
+def card(run, *options):
+    """The card's path, text, and header as the hub's client reads it."""
+    path = run / "card.md"
+    path.unlink(missing_ok=True)
+    assert main(["card", str(run), "--output", str(path), *options]) == 0
+    return path, path.read_text(), ModelCard.load(path).data
+
+
+def refused(capsys, *words):
+    capsys.readouterr()
+    assert main(["card", *map(str, words)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_header_and_text_of_the_recipe(tmp_path):
+    more = {"data__eval_size": 2000, "data__add_empty_system": True, "dpo__label_smoothing": 0.1}
+    run = make_run(tmp_path / "notus", training__max_grad_norm=0, **more)
+    _, text, data = card(run, "--license", "apache-2.0", "--language", "en", "de", "--repo-id", "ada/notus-7b")
+    assert data.to_dict() == {
+        "base_model": BASE,
+        "base_model_relation": "finetune",
+        "datasets": [DATA],
+        "language": ["en", "de"],
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["notus", "dpo", "alignment", "preference-optimization"],
+    }
+    assert f"notus-7b is [{BASE}](https://huggingface.co/{BASE}), all of its weights trained by Direct Prefer" in text
+    assert 'from_pretrained("ada/notus-7b", dtype="auto")' in text
+    assert 'messages = [{"role": "system", "content": ""}, {"role": "user"' in text
+    assert "2,000 rows were held out of the training data for evaluation (seed 42)" in text
+    for row in ("loss | sigmoid", "beta | 0.1", "label smoothing | 0.1", "pairs per step | 4", "learning rate | 0.001"):
+        assert f"| {row} |\n" in text
+    assert "gradient norm" not in text
+    assert "| training loss | 0.6931 (step 1) | 0.25 (step 3) |" in text
+    assert "| loss, held-out | 0.6 (step 2) | 0.4 (step 3) |" in text
+    assert text.count("not recorded") == 2
+    assert re.findall(r"@\w+\{(\w+),", text) == [
+        "rafailov2023direct",
+        "cui2023ultrafeedback",
+        "notus2023",
+        "notus",
+    ]
+    assert "Training has not finished" not in text
+    assert "Not evaluated beyond training" in text
+
+
+def test_adapter_merged_and_sft(tmp_path):
+    run = make_run(tmp_path / "lora", lora__rank=8, lora__alpha=32, lora__dropout=0.1)
+    _, text, data = card(run)
+    assert (data.library_name, data.base_model_relation, "lora" in data.tags) == ("peft", "adapter", True)
+    assert "AutoPeftModelForCausalLM" in text
+    assert "| LoRA | rank 8, alpha 32, dropout 0.1 |\n| LoRA on | q_proj, k_proj, v_proj, o_proj |" in text
+    _, text, data = card(run, "--merge")
+    assert (data.library_name, data.base_model_relation) == ("transformers", "finetune")
+    assert "with a LoRA adapter merged into its weights" in text
+    assert "AutoPeft" not in text
+    _, text, data = card(make_run(tmp_path / "sft", "sft", data="HuggingFaceH4/ultrachat_200k"))
+    assert data.tags == ["notus", "sft"]
+    assert "supervised fine-tuning (SFT) on `HuggingFaceH4/ultrachat_200k`" in text
+    assert "beta" not in text
+    assert "rafailov" not in text
+
+
+def test_what_the_run_noted_of_data_and_machine(tmp_path):
+    run = make_run(tmp_path / "run")
+    report = {"read": 1010, "dropped": {"empty completion": 7, "other": 3}, "prompts_cut": 4, "completions_cut": 1200}
+    train = {"rows": 1000, "report": report, "sources": {"flan": 600, "sharegpt": 400}}
+    (run / "data.json").write_text(json.dumps({"train": train, "eval": {"rows": 20, "report": {}, "sources": None}}))
+    noted = {"hardware": "8 x A100", "world_size": 8, "versions": {"torch": "2.13.0"}, "launches": [], "seconds": 7200}
+    (run / "environment.json").write_text(json.dumps(noted))
+    _, text, _ = card(run)
+    assert "- training: 1,000 rows\n- training, rows by source: flan 600, sharegpt 400\n" in text
+    assert "1,010 rows read; dropped: empty completion 7, other 3; cut to length: 4 prompts, 1,200 rows' compl" in text
+    assert "- evaluation: 20 rows\n" in text
+    assert "- hardware: 8 x A100 (processes: 8)\n- time: 2.0 h\n- software: torch 2.13.0\n" in text
+    assert "not recorded" not in text
+
+
+def figures(*found):
+    return {"figures": list(found), "settings": {"path": "/home/ada/secret"}, "date": "2026-11-22"}
+
+
+def test_evaluations_are_read_back_by_the_hubs_client(tmp_path):
+    run = make_run(tmp_path / "run")
+    few = {"unit": "%", "stderr": 1.4, "count": 1172}
+    arc = Figure("ARC-Challenge", "acc_norm", 64.59, setup="25-shot", reference={"Zephyr": 62.03}, **few)
+    bench = Figure("MT-Bench", "score", 7.3, dataset="lmsys/mt_bench_human_judgments", count=80)
+    turn = Figure("MT-Bench, turn 2", "score", 7.1, dataset="lmsys/mt_bench_human_judgments")
+    nan = Figure("broken", "acc", math.nan)
+    local = Figure("reward | accuracy", "accuracy", 90.5, "%", dataset="/home/ada/My pairs.jsonl")
+    write_result(run / "evaluations" / "open-llm", Result("open-llm", "/home/ada/run", **figures(arc, nan)))
+    write_result(run / "evaluations" / "mt-bench", Result("mt-bench", "run (step 3)", **figures(bench, turn)))
+    write_result(run / "evaluations" / "preferences", Result("preferences", "run", **figures(local)))
+    write_result(run / "evaluations" / "old", Result("old", "run (step 2)", **figures(arc)))
+    _, text, data = card(run)
+    task = {"task_type": "text-generation", "task_name": "Text Generation"}
+    mt = {"dataset_type": "lmsys/mt_bench_human_judgments", "dataset_name": "MT-Bench", "metric_type": "score", **task}
+    assert data.eval_results == [
+        EvalResult(metric_value=7.3, metric_name="score", **mt),
+        EvalResult(metric_value=7.1, metric_name="MT-Bench, turn 2: score", **mt),
+        EvalResult(
+            dataset_type="arc-challenge", dataset_name="ARC-Challenge (25-shot)", metric_type="acc_norm",
+            metric_name="acc_norm", metric_value=64.59, **task,
+        ),
+        EvalResult(
+            dataset_type="my-pairs.jsonl", dataset_name="reward | accuracy", metric_type="accuracy",
+            metric_name="accuracy", metric_value=90.5, **task,
+        ),
+    ]  # fmt: skip
+    assert data.model_name == "run"
+    assert "| ARC-Challenge (25-shot) | acc_norm | 64.59 % | 1.40 % | 1,172 | 62.03 % |\n" in text
+    assert (
+        "| benchmark | measure | this model | standard error | examples | Zephyr |\n|---|---|---|---|---|---|\n" in text
+    )
+    assert "| broken | acc | – | – | – | – |\n" in text
+    assert "| reward \\| accuracy | accuracy | 90.50 % | – | – |\n" in text
+    assert "`old`, 2026-11-22, **of the model after step 2, not of this one**:" in text
+    assert "/home/ada" not in text
+
+
+OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 2
+
+
+@pytest.mark.skipif(OLD_CLIENT, reason="this client asks the real hub, whatever the endpoint is")
+def test_the_hubs_check_by_its_client(tmp_path, hub):
+    run = make_run(tmp_path / "run")
+    write_result(run / "evaluations" / "x", Result("x", "run", **figures(Figure("ARC", "acc", 1.0))))
+    path, text, _ = card(run)
+    ModelCard.load(path).validate()
+    assert hub.requests == ["validate"]
+    broken = ModelCard(text)
+    broken.data["base_model"] = "/home/ada/base"
+    with pytest.raises(ValueError, match="home/ada/base"):
+        broken.validate()
+
+
+def test_nothing_of_this_machine_is_in_it(tmp_path):
+    base = toy_model_folder(tmp_path / "models" / "my-base")
+    data = tmp_path / "private" / "pairs.jsonl"
+    data.parent.mkdir()
+    data.touch()
+    template = tmp_path / "private" / "chat.jinja"
+    run = make_run(tmp_path / "runs" / "mine", model=base, data=data, data__chat_template=str(template))
+    _, text, data = card(run)
+    assert "mine is `my-base`, all of its weights trained" in text
+    assert "| pairs.jsonl | train | 1.0 | training |" in text
+    assert "| chat template | chat.jinja |" in text
+    assert (data.base_model, data.datasets, data.get("base_model_relation")) == (None, None, None)
+    for part in (str(tmp_path), "private", "models/", "runs"):
+        assert part not in text
+    after_sft = make_run(tmp_path / "dpo", model=run / "model")
+    assert "dpo is `mine`, all" in card(after_sft)[1]
+    _, text, data = card(run, "--base-model", "org/base")
+    assert (data.base_model, data.base_model_relation) == ("org/base", "finetune")
+    assert "my-base" not in text
+
+
+def test_licence_is_the_bases_or_given_and_never_guessed(tmp_path, capsys):
+    base = tmp_path / "base"
+    base.mkdir()
+    run = make_run(tmp_path / "run", model=base)
+    _, text, data = card(run)
+    assert data.license is None
+    assert "Not stated." in text
+    stated = base / "README.md"
+    stated.write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: https://l.org\n---\nText\n")
+    _, text, data = card(run)
+    assert (data.license, data.license_name, data.license_link) == ("other", "llama3", "https://l.org")
+    assert "llama3, as the base model's card states (https://l.org)." in text
+    _, text, data = card(run, "--license", "mit")
+    assert (data.license, data.license_name) == ("mit", None)
+    assert "\nmit.\n" in text
+    stated.write_text("No header\n")
+    assert card(run)[2].license is None
+    stated.write_text("---\nlicense: [\n---\n")
+    assert f"{stated}: its metadata is no YAML" in refused(capsys, run, "--output", "-")
+
+
+def test_an_unfinished_run_says_its_step(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "model")
+    assert "no checkpoint yet; train it first" in refused(capsys, run)
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    _, text, _ = card(run)
+    assert "**Training has not finished**: this is the model after step 2." in text
+    assert "| training loss | 0.6931 (step 1) | 0.5 (step 2) |" in text
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the run is writing it
+    card(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    assert "metrics.jsonl, line 4: not a line of metrics" in refused(capsys, run, "--output", "-")
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    assert main(["card", str(run)]) == 0
+    written = (run / "README.md").read_text()
+    assert "may have been edited" in refused(capsys, run)
+    assert main(["card", str(run), "--output", "-"]) == 0
+    assert capsys.readouterr().out == written
+    assert "nothing to merge" in refused(capsys, run, "--merge")
+    assert "no run's folder" in refused(capsys, tmp_path)
+    for wrong in (["--license", "MIT license"], ["--language", "english"], ["--base-model", "/home/x"]):
+        with pytest.raises(SystemExit):
+            main(["card", str(run), *wrong])
+    (run / "environment.json").write_text("[1]")
+    assert "environment.json: not what a run notes there" in refused(capsys, run, "--output", "-")
+
+
+def run_example(folder, monkeypatch, capsys):
+    """Run the card's Python in the folder above, as a reader would."""
+    monkeypatch.chdir(folder.parent)
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    capsys.readouterr()
+    exec(code, {})
+    return capsys.readouterr().out
+
+
+def test_the_examples_work(full_run, lora_run, tmp_path, monkeypatch, capsys):
+    for run, name, options in ((full_run, "full", []), (lora_run, "merged", ["--merge"]), (lora_run, "adapter", [])):
+        if name == "adapter":
+            pytest.importorskip("peft")
+        assert main(["export", str(run), str(tmp_path / name), *options]) == 0
+        assert run_example(tmp_path / name, monkeypatch, capsys).strip()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_example_of_a_chat_model_works(model_folder, tmp_path, monkeypatch, capsys, finished):
+    message = {"role": "assistant", "content": "hello world"}
+    other = {"role": "assistant", "content": "lazy dog"}
+    row = {"prompt": [{"role": "user", "content": "hello"}], "chosen": [message], "rejected": [other]}
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 1)
+    pairs.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    tree = settings(tmp_path / "run", model_folder, pairs, training__max_steps=1)
+    tree["data"] |= {"add_empty_system": True, "chat_template": "zephyr"}
+    dpo.run(config_from_dict(tree, "dpo"))
+    if not finished:
+        shutil.rmtree(tmp_path / "run" / "model")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "chat")]) == 0
+    assert "apply_chat_template" in (tmp_path / "chat" / "README.md").read_text()
+    assert (tmp_path / "chat" / "chat_template.jinja").read_text() == ZEPHYR_TEMPLATE
+    assert run_example(tmp_path / "chat", monkeypatch, capsys).strip()
+    example = card(tmp_path / "run", "--repo-id", "chat")[1].partition("```python")[2].partition("```")[0]
+    assert example in (tmp_path / "chat" / "README.md").read_text()

@@ -1,0 +1,65 @@
+"""What the documents show works: their code runs, their rows load, their links lead somewhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import write_pairs
+from toys import toy_model_folder
+
+from notus.data.records import normalize
+from notus.losses import LOSS_TYPES
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_every_loss_is_described():
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)[1:] == list(LOSS_TYPES)  # the first is the heading
+
+
+def test_the_code_beside_the_losses_runs():
+    (code,) = blocks("losses.md", "python")
+    exec(code, {})
+
+
+def test_the_rows_that_the_data_formats_show_are_read():
+    (text,) = blocks("data.md", "json")
+    prompts = [normalize(json.loads(line), "dpo").prompt for line in text.splitlines()]
+    assert prompts == [
+        "The capital of France is",
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "user", "content": "Name a prime."}],
+    ]
+
+
+def test_the_example_scores_pairs(tmp_path):
+    model, other = toy_model_folder(tmp_path / "a"), toy_model_folder(tmp_path / "b", seed=1)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 7)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    told = [
+        subprocess.run(
+            [sys.executable, ROOT / "examples" / "score_pairs.py", policy, model, pairs],
+            env=environment, capture_output=True, text=True, check=True,
+        ).stdout
+        for policy in (model, other)
+    ]  # fmt: skip
+    assert "7 kept" in told[0]
+    assert "loss 0.6931  accuracy 0.0%" in told[0]  # the policy is the reference: ln 2, and no pair is won
+    assert "loss 0.6931" not in told[1]

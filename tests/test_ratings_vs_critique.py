@@ -1,0 +1,147 @@
+"""A tiny run of `benchmarks/ratings_vs_critique.py`, its intervals by hand, and that its page says what it found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notus.data.ultrafeedback import curate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import critique_runs
+    from ratings_vs_critique import main
+
+    out = tmp_path / "out.json"
+    command = ["--quick", "--seeds=0", "--fault-rates", "1", "--steps=1", f"--work={tmp_path}", f"--results={out}"]
+    verdicts = critique_runs._verdicts
+
+    def killed_at_the_last_run(folder: Path, data: Any) -> dict[str, Any]:
+        if folder.name == "overall-score-1":
+            raise KeyboardInterrupt
+        return verdicts(folder, data)
+
+    monkeypatch.setattr(critique_runs, "_verdicts", killed_at_the_last_run)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    trained: list[str] = []
+    train = critique_runs._train
+
+    def noting(task: Any, folder: Path, *rest: Any) -> None:
+        trained.append(folder.name)
+        train(task, folder, *rest)
+
+    monkeypatch.setattr(critique_runs, "_verdicts", verdicts)
+    monkeypatch.setattr(critique_runs, "_train", noting)
+    main(command)
+    assert trained == ["overall-score-1"]
+    (seed,) = json.loads(out.read_text())["seeds"]
+    runs = [seed["ratings"], *seed["overall_score"]]
+    assert [run["fault_rate"] for run in runs] == [None, 1]
+    assert [run["steps"] for run in runs] == [1, 1]
+    assert [run["first_loss"] for run in runs] == pytest.approx([0.693147] * 2, abs=1e-4)  # ln 2: one start for all
+    assert all(len(run["right"]) == 16 for run in runs)
+    assert "| 100% |" in out.with_suffix(".md").read_text()
+    with pytest.raises(ValueError, match="remove it, or name another --work"):
+        critique_runs.start_run(tmp_path / "seed-0" / "start", critique_runs.make_data(critique_runs.Size(64, 9, 9), 1))
+
+
+def test_how_the_rules_choose() -> None:
+    from critique_runs import Size, choices, described, make_data, pairs_by_ratings, records_at
+
+    data = make_data(Size(sft=4, preferences=300, held_out=4), 0)
+    honest, faulty = choices(data, 0.0), choices(data, 1.0)
+    assert honest["ratings"] == faulty["ratings"]
+    # about half of the answers are wrong, and a third of those scored 1
+    assert honest["stored_as_10"] == 0 < 0.1 < faulty["stored_as_10"] < 0.25
+    assert faulty["overall_score"]["kept_chosen_right"] < honest["overall_score"]["kept_chosen_right"] - 0.2
+    _, report = curate(records_at(data, 1.0), by="ratings", seed=0)
+    assert faulty["both"] == report.compared
+    assert faulty["chosen_differs"] == report.differing_share > 0.2
+    pair = {
+        "source": "synthetic_count",
+        "instruction": "Count these digits: 1234",
+        "chosen_response": "4",
+        "rejected_response": "10",
+    }
+    turned = {**pair, "source": "synthetic_repeat", "chosen_response": "10", "rejected_response": "4"}
+    pairs = [pair, turned, {**pair, "rejected_response": "4"}]
+    found = described(pairs, pairs_by_ratings(data)[1])
+    assert (found["pairs"], found["kept"], found["chosen_right"]) == (3, 2, 2 / 3)
+    assert [found[name] for name in ("kept_hard", "kept_chosen_right", "kept_rejected_right")] == [0.5, 0.5, 0.5]
+
+
+def test_too_few_pairs_for_the_steps_are_refused(tmp_path: Path) -> None:
+    from critique_runs import Size, dpo_run, make_data, pairs_by_ratings
+
+    data = make_data(Size(sft=4, preferences=40, held_out=4), 0)
+    with pytest.raises(ValueError, match="do not last for 64"):
+        dpo_run(tmp_path, data, pairs_by_ratings(data)[0], tmp_path, "", steps=2)
+
+
+def test_head_to_head_counts_the_prompts_whose_answers_differ() -> None:
+    from ratings_vs_critique import head_to_head
+
+    first = {"answers": ["4", "5", "10", "7", "9"], "right": "11001"}
+    second = {"answers": ["4", "10", "12", "8", "3"], "right": "10010", "fault_rate": 0.5}
+    found = {"fault_rate": 0.5, "differ": 4, "ratings_wins": 2, "critique_wins": 1, "ties": 1}
+    assert head_to_head(first, second) == found
+
+
+def test_intervals() -> None:
+    from critique_report import over_seeds, paired, wilson
+
+    # (0.8 + 0.1921 -+ 1.96 sqrt(0.016 + 0.0096)) / 1.3841
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10)[0] == pytest.approx(0)
+    # three won, one lost of eight: 2/8, variance (4 - 4/8) / 64
+    assert paired("11110000", "00011000") == pytest.approx((0.25, 1.959964 * (3.5 / 64) ** 0.5))
+    assert over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
+    assert over_seeds([0.5]) == (0.5, None)
+    with pytest.raises(ValueError, match="11 seeds"):
+        over_seeds([0.0] * 11)
+
+
+@pytest.mark.parametrize("name", ["ratings-vs-critique", "ratings-vs-critique-32-steps"])
+def test_the_page_and_the_tables_are_those_of_the_results(name: str) -> None:
+    from critique_report import RATE_HEADS, table
+
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert not results["quick"]
+    lines = table(results).splitlines()
+    assert (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines() == lines
+    page = (ROOT / "docs" / "ratings-vs-critique.md").read_text().splitlines()
+    learned = lines.index(f"| {' | '.join(RATE_HEADS)} |")
+    upto = learned + 2 + len(results["fault_rates"])
+    assert {line for line in lines[:upto] if line.startswith("|")} <= set(page)
+
+
+def test_without_matplotlib_a_plot_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from ratings_vs_critique import main
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install -r requirements-bench\.txt"):
+        main([f"--plot={tmp_path / 'plot.svg'}", f"--work={tmp_path / 'work'}"])
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from ratings_vs_critique import main
+
+    stored = ROOT / "benchmarks" / "results" / "ratings-vs-critique.json"
+    files = [tmp_path / "first.svg", tmp_path / "second.svg"]
+    for file in files:
+        main([f"--stored={stored}", f"--plot={file}"])
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "ratings less overall score" in files[0].read_text()
