@@ -133,9 +133,8 @@ def _sink(folder: Path, **options: Any) -> WandbSink:
 
 def _records(file: Path) -> list[Any]:
     """What a .wandb file holds: LevelDB's log format behind 7 bytes, each record a protocol buffer."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
 
     wandb.teardown()  # it writes what it still holds, as it does when the process ends
     data, place, part, found = file.read_bytes(), 7, b"", []
