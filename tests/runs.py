@@ -1,9 +1,15 @@
 """Small runs on toy models and toy pairs, for the tests of training and of what comes after it."""
 
 import json
+import os
 import random
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from notus.config import Config, config_from_dict
 
@@ -85,3 +91,22 @@ def write_messages(path: Path, count: int, *, seed: int = 0) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, action: Callable[[], None]) -> None:
+    """Do something just before the method `name` is called for the `number`th time."""
+    inner, calls = getattr(owner, name), []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return inner(*arguments, **named)
+
+    patch.setattr(owner, name, counted)
+
+
+def terminate() -> None:
+    """Let this process be preempted, and give its watching thread the time to see it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)

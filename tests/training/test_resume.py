@@ -1,10 +1,8 @@
 """An interrupted and resumed run is an undisturbed one, bit by bit."""
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import config, settings, without_timings, write_messages, write_pairs
+from runs import at_call, config, settings, terminate, without_timings, write_messages, write_pairs
 from safetensors.torch import load_file
 
 from notus.config import config_from_dict
@@ -34,27 +32,6 @@ def same(one: Path, other: Path) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
     lines = [without_timings(run) for run in (one, other)]
     assert lines[0] == lines[1]
-
-
-def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, action: Callable[[], None]) -> None:
-    """Do something just before the method `name` is called for the `number`th time."""
-    inner, calls = getattr(owner, name), []
-
-    def counted(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == number:
-            action()
-        return inner(*arguments, **named)
-
-    patch.setattr(owner, name, counted)
-
-
-def terminate() -> None:
-    """Let this process be preempted, and give its watching thread the time to see it."""
-    import time
-
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.2)
 
 
 @pytest.mark.parametrize("kind", ["dpo-full", "dpo-lora", "sft-full", "sft-lora"])

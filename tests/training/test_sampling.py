@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import config, read_metrics, settings, without_timings, write_messages
+from runs import at_call, config, read_metrics, settings, terminate, without_timings, write_messages
 from safetensors.torch import load_file
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -195,8 +195,6 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, model_folder: Path, pairs_f
 def test_a_signal_while_sampling_ends_the_run_at_once_and_nothing_is_said_twice(
     call: int, tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_resume import at_call, terminate
-
     overrides = {**SAMPLED, "training__eval_every": 2, "training__save_every": 3, "data__eval_size": 5}
     monkeypatch.setattr(sampling, "_end_tokens", lambda *_: set())
     assert dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **overrides)) == 0
@@ -217,8 +215,6 @@ def test_a_signal_while_sampling_ends_the_run_at_once_and_nothing_is_said_twice(
 def test_samples_after_the_checkpoint_go_when_a_killed_run_goes_on(
     tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_resume import at_call
-
     class Killed(Exception):
         pass
 
@@ -262,8 +258,6 @@ def _assert_events_once(run: Path) -> None:
 def test_earlier_samples_stay_where_a_run_goes_on_without(
     tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_resume import at_call, terminate
-
     with monkeypatch.context() as patch:
         at_call(patch, dpo.DPOTask, "row_loss", 2, terminate)
         assert dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, **SAMPLED)) == STOPPED

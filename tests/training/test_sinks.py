@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 from disks import largest_file
-from runs import config, read_metrics
-from test_resume import at_call, terminate
+from runs import at_call, config, read_metrics, terminate
 
 from notus.entry import STOPPED
 from notus.training import dpo, sinks
@@ -134,9 +133,8 @@ def _sink(folder: Path, **options: Any) -> WandbSink:
 
 def _records(file: Path) -> list[Any]:
     """What a .wandb file holds: LevelDB's log format behind 7 bytes, each record a protocol buffer."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
     import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
 
     wandb.teardown()  # it writes what it still holds, as it does when the process ends
     data, place, part, found = file.read_bytes(), 7, b"", []
@@ -391,7 +389,10 @@ def _sync(files: list[Path], server: _Server, name: str, expected: list[tuple[in
     away = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
     for file in files:
         command = [sys.executable, "-m", "wandb", "sync", str(file.parent)]
-        done = subprocess.run(command, env={**os.environ, **away}, capture_output=True, text=True, timeout=60)
+        # it keeps a log where it stands
+        done = subprocess.run(
+            command, env={**os.environ, **away}, cwd=file.parent, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
     asked = [request for request in server.requests if request["operationName"] == "UpsertBucket"]
     assert {request["variables"]["name"] for request in asked} == {name}
