@@ -1,0 +1,94 @@
+"""The data a run learned from: lengths, ratings, sources, and what was dropped."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from notus.evaluation.report.elements import Bars, Table
+from notus.evaluation.report.numbers import number
+from notus.evaluation.report.panels import Panel
+from notus.evaluation.report.reading import RunRecord
+
+MOST_SOURCES = 20
+CUTS = {
+    "prompts_cut": "prompts cut to length",
+    "completions_cut": "completions cut to length",
+    "templated": "in the chat format",
+}
+
+
+def data_panels(runs: Sequence[RunRecord]) -> list[Panel]:
+    """Histograms of lengths and ratings of the training rows."""
+    return [
+        *_histograms(runs, "lengths", "Lengths", "Training rows by their number of tokens.", "tokens"),
+        *_histograms(runs, "ratings", "Ratings", "Training pairs by the rating of their answers.", "rating"),
+    ]
+
+
+def _histograms(runs: Sequence[RunRecord], group: str, title: str, note: str, axis: str) -> list[Panel]:
+    """With one run a single chart of all parts, with several a chart for each part."""
+    found = [(run.data.get("train") or {}).get(group) or {} for run in runs]
+    parts = list(dict.fromkeys(part for histograms in found for part in histograms))
+    if len(runs) == 1:
+        named = [(part, index, found[0][part]) for index, part in enumerate(parts)]
+        return [_histogram(group, title, note, axis, named)] if named else []
+    panels = []
+    for part in parts:
+        named = [(run.label, i, found[i][part]) for i, run in enumerate(runs) if part in found[i]]
+        panels.append(_histogram(f"{group}-{part}", f"{title}: {part}", note, axis, named))
+    return panels
+
+
+def _histogram(
+    name: str, title: str, note: str, axis: str, histograms: Sequence[tuple[str, int, Mapping[str, Any]]]
+) -> Panel:
+    panel = Panel(name, title, note, "share")
+    panel.set_axes(x=axis, rangemode="tozero")
+    for label, colour, histogram in histograms:
+        total = sum(histogram["counts"])
+        if total:
+            panel.add_outline(
+                histogram["edges"], [count / total for count in histogram["counts"]], label, colour=colour
+            )
+    return panel
+
+
+def data_table(runs: Sequence[RunRecord]) -> Table | None:
+    """What was read, dropped and cut, by run and split; None if no run tells."""
+    told = [(f"{run.label}: {split}" if len(runs) > 1 else split, _counts(part)) for run, split, part in _splits(runs)]
+    names = dict.fromkeys(name for _, counts in told for name in counts)
+    rows = [[name, *(counts.get(name, "–") for _, counts in told)] for name in names]
+    return Table("Rows", ["", *(column for column, _ in told)], rows) if rows else None
+
+
+def _counts(part: Mapping[str, Any]) -> dict[str, str]:
+    """A split's rows, from what was read to what is used."""
+    report = part.get("report") or {}
+    counts = {words: report[key] for key, words in (("read", "read"), ("kept", "kept")) if key in report}
+    counts |= {f"dropped: {reason}": count for reason, count in report.get("dropped", {}).items()}
+    counts |= {words: report[key] for key, words in CUTS.items() if key in report}
+    return {name: f"{count:,}" for name, count in {**counts, "used": part["rows"]}.items()}
+
+
+def _splits(runs: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, str, Mapping[str, Any]]]:
+    for run in runs:
+        for key, split in (("train", "train"), ("eval", "held-out")):
+            if run.data.get(key):
+                yield run, split, run.data[key]
+
+
+def source_bars(runs: Sequence[RunRecord]) -> list[Bars]:
+    """Training rows by source, the most frequent first, for each run that knows them."""
+    found = []
+    for colour, run in enumerate(runs):
+        sources = (run.data.get("train") or {}).get("sources") or {}
+        if not sources:
+            continue
+        ordered = sorted(sources.items(), key=lambda item: -item[1])
+        if len(ordered) > MOST_SOURCES:
+            rest = ordered[MOST_SOURCES - 1 :]
+            ordered = [*ordered[: MOST_SOURCES - 1], (f"{len(rest)} others", sum(count for _, count in rest))]
+        most = max(count for _, count in ordered)
+        rows = [(name, number(count), count / most) for name, count in ordered]
+        caption = f"Sources: {run.label}" if len(runs) > 1 else "Sources"
+        found.append(Bars(caption, rows, colour, "Training rows by where they come from."))
+    return found
