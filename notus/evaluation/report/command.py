@@ -11,9 +11,7 @@ REPORT = "report.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folders of runs, finished or going on; several: overlaid"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, finished or not; several: overlaid")
     parser.add_argument(
         "--output",
         metavar="FILE.html",

@@ -1,5 +1,7 @@
 """Curves made ready to draw: few enough points to keep the file small, and a calm line through noisy ones."""
 
+import itertools
+
 import numpy as np
 
 from notus.evaluation.report.reading import Curve
@@ -19,7 +21,7 @@ def decimate(curve: Curve, limit: int = MAX_POINTS) -> Curve:
         return curve
     bounds = np.linspace(1, count - 1, (limit - 2) // 2 + 1).astype(int)
     kept = {0, count - 1}
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         values = curve.values[start:end]
         if np.isnan(values).all():
             kept.add(int(start))

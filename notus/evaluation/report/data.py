@@ -1,9 +1,10 @@
 """The data a run learned from: lengths, ratings, sources, and what was dropped."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from notus.evaluation.report.elements import Bars, Table
+from notus.evaluation.report.elements import Bar, Bars, Table
 from notus.evaluation.report.numbers import number
 from notus.evaluation.report.panels import Panel
 from notus.evaluation.report.reading import RunRecord
@@ -77,18 +78,22 @@ def _splits(runs: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, str, Mapping
 
 
 def source_bars(runs: Sequence[RunRecord]) -> list[Bars]:
-    """Training rows by source, the most frequent first, for each run that knows them."""
-    found = []
-    for colour, run in enumerate(runs):
-        sources = (run.data.get("train") or {}).get("sources") or {}
-        if not sources:
-            continue
-        ordered = sorted(sources.items(), key=lambda item: -item[1])
-        if len(ordered) > MOST_SOURCES:
-            rest = ordered[MOST_SOURCES - 1 :]
-            ordered = [*ordered[: MOST_SOURCES - 1], (f"{len(rest)} others", sum(count for _, count in rest))]
-        most = max(count for _, count in ordered)
-        rows = [(name, number(count), count / most) for name, count in ordered]
-        caption = f"Sources: {run.label}" if len(runs) > 1 else "Sources"
-        found.append(Bars(caption, rows, colour, "Training rows by where they come from."))
-    return found
+    """Training rows by source, the most frequent first; nothing if no run knows them."""
+    sources = [(run.data.get("train") or {}).get("sources") or {} for run in runs]
+    totals = Counter[str]()
+    for counts in sources:
+        totals.update(counts)
+    if not totals:
+        return []
+    most = max(count for counts in sources for count in counts.values())
+    rows = {
+        name: [
+            Bar(index, number(counts[name]), counts[name] / most)
+            for index, counts in enumerate(sources)
+            if name in counts
+        ]
+        for name, _ in totals.most_common(MOST_SOURCES)
+    }
+    rest = len(totals) - len(rows)
+    note = "Training rows by where they come from" + (f"; {rest:,} rarer sources are left out." if rest else ".")
+    return [Bars("Sources", note, rows)]

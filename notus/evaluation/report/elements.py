@@ -1,7 +1,7 @@
 """Parts of the page that are text: tables, bars, headline figures."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Cell = str | tuple[str, str]  # the second text is set small, below the first
 
@@ -17,13 +17,21 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bar:
+    """A value drawn as a bar of that `length` (0 to 1), for the run at that place."""
+
+    run: int
+    value: Cell
+    length: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Bars:
-    """Values drawn as bars: `rows` of name, value in words, and length (0 to 1), in the colour of that number."""
+    """Named values, each with a bar for every run that has it."""
 
     caption: str
-    rows: Sequence[tuple[str, str, float]]
-    colour: int
-    note: str = ""
+    note: str
+    rows: Mapping[str, Sequence[Bar]]
 
 
 @dataclasses.dataclass(frozen=True)

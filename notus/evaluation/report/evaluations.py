@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from notus.evaluation.report.elements import Cell, Table
-from notus.evaluation.report.numbers import number
+from notus.evaluation.report.numbers import number, short_path
 from notus.evaluation.report.reading import RunRecord
 from notus.evaluation.results import Figure, Result
 
@@ -18,7 +18,8 @@ TITLES = {
 
 def evaluation_tables(runs: Sequence[RunRecord]) -> list[Table]:
     """One table for each suite, a column for each run that has it, then published models."""
-    suites = dict.fromkeys(result.suite for run in runs for result in run.results)
+    there = dict.fromkeys(result.suite for run in runs for result in run.results)
+    suites = sorted(there, key=lambda suite: list(TITLES).index(suite) if suite in TITLES else len(TITLES))
     return [
         _table(suite, [(run.label, result) for run in runs for result in run.results if result.suite == suite])
         for suite in suites
@@ -39,7 +40,7 @@ def _table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
         ]
         for row, figures in rows.items()
     ]
-    where = "; ".join(f"{result.model}, {result.date}" for _, result in results)
+    where = "; ".join(f"{short_path(result.model)}, {result.date}" for _, result in results)
     note = f"{where}. ± is one standard error, n the number of examples."
     return Table(TITLES.get(suite, suite), ["", *(label for label, _ in results), *published], told, note)
 

@@ -1,4 +1,6 @@
-"""Numbers as a reader likes them."""
+"""Numbers and paths as a reader likes them."""
+
+from pathlib import PurePath
 
 
 def number(value: float, unit: str = "") -> str:
@@ -29,3 +31,9 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours:,} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+
+
+def short_path(path: str) -> str:
+    """The end of a long path on this machine; anything else as it is."""
+    parts = PurePath(path).parts
+    return "…/" + "/".join(parts[-2:]) if path.startswith("/") and len(parts) > 3 else path

@@ -1,12 +1,11 @@
 """What a run is, where it stands, and how it differs from the others: facts, headline figures, tables."""
 
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 
 import numpy as np
 
 from notus.evaluation.report.elements import Table, Tile
-from notus.evaluation.report.numbers import duration, number
+from notus.evaluation.report.numbers import duration, number, short_path
 from notus.evaluation.report.reading import RunRecord
 
 SHOWN_VERSIONS = ("torch", "transformers")
@@ -19,7 +18,7 @@ def facts(run: RunRecord) -> dict[str, str]:
     size = f"LoRA of rank {lora['rank']}" if lora["rank"] else "all weights"
     found = {
         "Task": f"{run.task.upper()} of {size}",
-        "Base model": _short(run.settings["model"]["name_or_path"]),
+        "Base model": short_path(run.settings["model"]["name_or_path"]),
         "Steps": _steps(run),
         "Batch": f"{training['batch_size']} {unit} a step",
         "Learning rate": f"{number(training['learning_rate'])}, {training['lr_schedule']}, {training['optimizer']}",
@@ -42,19 +41,13 @@ def _steps(run: RunRecord) -> str:
     return f"{run.step:,} of {planned:,}" if planned is not None else f"{run.step:,}"
 
 
-def _short(path: str) -> str:
-    """The end of a long path on this machine; anything else as it is."""
-    parts = PurePath(path).parts
-    return "…/" + "/".join(parts[-2:]) if path.startswith("/") and len(parts) > 3 else path
-
-
 def tiles(runs: Sequence[RunRecord]) -> list[Tile]:
     """The headline figures that any run has."""
     makers: dict[str, Callable[[RunRecord], tuple[str, str] | None]] = {
         "Reward accuracy": lambda run: _latest(run, "rewards/accuracies", "share"),
         "Reward margin": lambda run: _latest(run, "rewards/margins"),
         "Loss": _loss,
-        "KL to the reference": _kl,
+        "KL to reference": _kl,
         "Throughput": _throughput,
         "Peak memory": _memory,
         "MFU": lambda run: _median(run, "system/mfu", "share", "median"),
@@ -98,9 +91,9 @@ def _median(run: RunRecord, name: str, unit: str, note: str) -> tuple[str, str] 
 
 
 def _memory(run: RunRecord) -> tuple[str, str] | None:
-    for name, place in (("system/gpu_memory_gib", "of the GPU"), ("system/host_memory_gib", "of the host")):
+    for name, place in (("system/gpu_memory_gib", "a GPU"), ("system/host_memory_gib", "the host")):
         if name in run.curves:
-            return f"{number(float(np.nanmax(run.curves[name].values)))} GiB", place
+            return number(float(np.nanmax(run.curves[name].values))), f"GiB of {place}"
     return None
 
 

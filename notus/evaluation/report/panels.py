@@ -1,6 +1,7 @@
 """A chart of the report: traces, the key that stands above it, and the same in words."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from html import escape
@@ -101,7 +102,7 @@ class Panel:
     def add_outline(self, edges: Sequence[float], shares: Sequence[float], name: str, *, colour: int) -> None:
         """A histogram's outline: `edges` [n + 1], `shares` [n] of all rows."""
         dash = ("solid", "dash", "dot", "dashdot")[colour % 4]
-        spans = [f"{number(low)} to {number(high)}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        spans = [f"{number(low)} to {number(high)}" for low, high in itertools.pairwise(edges)]
         self.keys.append(Key(name, colour, dash, "", [len(self.figure.data)]))
         self.figure.add_scatter(
             x=list(edges), y=[*shares, shares[-1]], name=escape(name), text=[*spans, spans[-1]],

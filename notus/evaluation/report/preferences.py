@@ -6,7 +6,7 @@ Its `details` hold what could be computed, so each part is shown where it is the
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from notus.evaluation.report.elements import Bars, Table
+from notus.evaluation.report.elements import Bar, Bars, Table
 from notus.evaluation.report.numbers import number
 from notus.evaluation.report.panels import Panel
 from notus.evaluation.report.reading import RunRecord
@@ -38,21 +38,25 @@ def calibration_panels(runs: Sequence[RunRecord]) -> list[Panel]:
 def breakdown_bars(runs: Sequence[RunRecord]) -> list[Bars]:
     """Accuracy by source, by length, and by which answer is the longer one."""
     kinds: dict[str, tuple[str, Callable[[Row], str]]] = {
-        "by_source": ("by source", lambda row: str(row["source"])),
-        "by_length": ("by length", lambda row: f"{row['low']:,} to {row['high']:,} tokens"),
-        "by_longer": ("by the longer answer", lambda row: f"{row['longer']} is longer"),
+        "by_source": ("source", lambda row: str(row["source"])),
+        "by_length": ("length of the pair", lambda row: f"{row['low']:,} to {row['high']:,} tokens"),
+        "by_longer": ("longer answer", lambda row: str(row["longer"])),
     }
     found = []
     for key, (title, name) in kinds.items():
-        for colour, run in enumerate(runs):
-            rows = [
-                (name(row), f"{number(row['accuracy'], 'share')}, n = {row['count']:,}", row["accuracy"])
-                for row in run.preference_details(key) or []
-            ]
-            if rows:
-                caption = f"Accuracy {title}" + (f": {run.label}" if len(runs) > 1 else "")
-                found.append(Bars(caption, rows, colour))
+        rows: dict[str, list[Bar]] = {}
+        for index, run in enumerate(runs):
+            for row in run.preference_details(key) or []:
+                bar = Bar(index, (number(row["accuracy"], "share"), _spread(row)), row["accuracy"])
+                rows.setdefault(name(row), []).append(bar)
+        if rows:
+            found.append(Bars(f"Accuracy by {title}", "With 95% intervals.", rows))
     return found
+
+
+def _spread(row: Row) -> str:
+    low, high = row["accuracy_interval"]
+    return f"{100 * low:.0f}–{100 * high:.0f}%, n = {row['count']:,}"
 
 
 def detail_table(runs: Sequence[RunRecord]) -> Table | None:
