@@ -33,8 +33,10 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else default
     runs = read_runs(args.runs)
     check_output(output, not_over=args.runs[0])
-    if output.exists() and GENERATOR not in output.open(encoding="utf-8", errors="replace").read(1000):
-        raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
+    if output.exists():
+        with output.open("rb") as earlier:
+            if GENERATOR.encode() not in earlier.read(1000):
+                raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
     page = render(runs)
     with replacing(output) as file:
         file.write(page)

@@ -26,11 +26,11 @@ def _plain(value: float, unit: str) -> str:
 
 def duration(seconds: float) -> str:
     """In the two greatest units: "1 h 52 min"."""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours:,} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+    if round(seconds) < 3600:
+        return "{} min {} s".format(*divmod(round(seconds), 60))
+    return "{:,} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
 def short_path(path: str) -> str:

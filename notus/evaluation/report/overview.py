@@ -25,8 +25,8 @@ def facts(run: RunRecord) -> dict[str, str]:
     }
     if run.task == "dpo":
         found["Preference loss"] = f"{run.settings['dpo']['loss_type']}, β = {number(run.settings['dpo']['beta'])}"
-    if (tokens := run.last("num_tokens")) is not None:
-        found["Tokens seen"] = number(tokens)
+    if "num_tokens" in run.curves:
+        found["Tokens seen"] = number(run.curves["num_tokens"].values[-1])
     if hardware := run.environment.get("hardware"):
         found["Hardware"] = hardware
     if seconds := run.environment.get("seconds"):
@@ -62,8 +62,9 @@ def tiles(runs: Sequence[RunRecord]) -> list[Tile]:
 def _latest(run: RunRecord, name: str, unit: str = "") -> tuple[str, str] | None:
     """The last held-out value, or where there is none the last of training."""
     for key, where in ((f"eval_{name}", "held-out"), (name, "train")):
-        if (value := run.last(key)) is not None:
-            return number(value, unit), f"{where}, step {run.curves[key].steps[-1]:,}"
+        if key in run.curves:
+            known = run.curves[key].known
+            return number(known.values[-1], unit), f"{where}, step {known.steps[-1]:,}"
     return None
 
 
@@ -71,7 +72,7 @@ def _loss(run: RunRecord) -> tuple[str, str] | None:
     latest = _latest(run, "loss")
     if latest is None or "loss" not in run.curves:
         return latest
-    first = run.curves["loss"]
+    first = run.curves["loss"].known
     return latest[0], f"{latest[1]}; {number(first.values[0])} at step {first.steps[0]:,}"
 
 
@@ -111,7 +112,7 @@ def last_values(runs: Sequence[RunRecord]) -> Table:
 def _ends(run: RunRecord, name: str) -> tuple[str, str]:
     if name not in run.curves:
         return "–", "–"
-    known = run.curves[name].values[np.isfinite(run.curves[name].values)]
+    known = run.curves[name].known.values
     return number(known[0]), number(known[-1])
 
 

@@ -22,9 +22,10 @@
     Object.assign(layout, {
       font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, uirevision: "kept",
       hovermode: layout.hovermode ?? "x unified", dragmode: touch ? false : "zoom",
-      hoverlabel: { bgcolor: colour("card"), bordercolor: colour("muted"), font: { ...font, color: colour("ink") } },
+      hoverlabel: { namelength: -1, bgcolor: colour("card"), bordercolor: colour("muted"), font: { ...font, color: colour("ink") } },
       margin: { l: 44, r: 12, t: 10, b: 40 },
     });
+    if (layout.xaxis.title.text === "step") layout.xaxis.unifiedhovertitle = { text: "step %{x:,d}" };
     layout.xaxis = { showgrid: false, zeroline: false, ticks: "outside", tickcolor: colour("line"), nticks: 7, ...layout.xaxis, ...axis };
     layout.yaxis = { nticks: 6, hoverformat: ".4~g", ...layout.yaxis, ...axis };
     return [data, layout, config];

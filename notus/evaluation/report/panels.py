@@ -64,7 +64,7 @@ class Panel:
 
     def set_axes(self, *, x: str, last: int | None = None, **y_axis: Any) -> None:
         """Name the x axis and, for steps, where it ends; and say how the y axis is written."""
-        shares = {"tickformat": ".0%", "hoverformat": ".1%"} if self.unit == "share" else {"exponentformat": "power"}
+        shares = {"tickformat": ".0%", "hoverformat": ".1%"} if self.unit == "share" else {"exponentformat": "e"}
         ends = {} if last is None else {"range": [0, 1.03 * last]}
         self.figure.update_layout(xaxis={"title": {"text": x}, **ends}, yaxis={**shares, **y_axis})
 
@@ -75,22 +75,20 @@ class Panel:
         symbol = SYMBOLS[colour % len(SYMBOLS)]
         dash, first = HELD_OUT_DASH if held_out else "solid", len(self.figure.data)
         calm = smooth(curve) if noisy and not held_out else None
-        few = len(curve.steps) <= 60
-        bare = calm is None and (held_out or len(curve.steps) == 1)
+        shows = held_out or marked or len(curve.steps) == 1
+        marker = {"size": 8, "symbol": symbol, "maxdisplayed": 25 if held_out else 7}
+        modes = {True: "lines+markers", False: "lines"}
         self._trace(
-            decimate(curve), name, colour=colour, opacity=1.0 if calm is None else 0.4,
-            mode="lines+markers" if bare and few else "lines",
-            line={"width": 2.5 if held_out else 2 if calm is None else 1, "dash": dash},
-            marker={"size": 8, "symbol": symbol},
+            decimate(curve), name, colour=colour, opacity=0.35 if calm else 1.0,
+            mode=modes[shows and calm is None], line={"width": 1 if calm else 2.5, "dash": dash}, marker=marker,
         )  # fmt: skip
         if calm is not None:
             self._trace(
-                decimate(calm), name, colour=colour, hoverinfo="skip", mode="lines+markers" if marked else "lines",
-                line={"width": 2.5}, marker={"size": 8, "symbol": symbol, "maxdisplayed": 7},
+                decimate(calm), name, colour=colour, hoverinfo="skip", mode=modes[shows], line={"width": 2.5},
+                marker=marker,
             )  # fmt: skip
-        shown = symbol if bare or (marked and calm is not None) else ""
-        value = number(curve.values[np.isfinite(curve.values)][-1], self.unit)
-        self.keys.append(Key(name, colour, dash, shown, range(first, len(self.figure.data)), value))
+        traces, value = range(first, len(self.figure.data)), number(curve.known.values[-1], self.unit)
+        self.keys.append(Key(name, colour, dash, symbol if shows else "", traces, value))
         self.spoken.append(_course(name, curve, self.unit))
 
     def _trace(self, curve: Curve, name: str, *, colour: int, **look: Any) -> None:
@@ -137,11 +135,7 @@ class Panel:
 
 
 def _course(name: str, curve: Curve, unit: str) -> str:
-    known = np.flatnonzero(np.isfinite(curve.values))
-    first, last = known[0], known[-1]
-    if first == last:
-        return f"{name}: {number(curve.values[last], unit)} at step {curve.steps[last]}."
-    return (
-        f"{name}: from {number(curve.values[first], unit)} at step {curve.steps[first]} "
-        f"to {number(curve.values[last], unit)} at step {curve.steps[last]}."
-    )
+    steps, values = curve.known.steps, [number(value, unit) for value in curve.known.values[[0, -1]]]
+    if len(steps) == 1:
+        return f"{name}: {values[0]} at step {steps[0]}."
+    return f"{name}: from {values[0]} at step {steps[0]} to {values[1]} at step {steps[-1]}."

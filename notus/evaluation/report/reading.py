@@ -26,6 +26,12 @@ class Curve:
     steps: np.ndarray
     values: np.ndarray
 
+    @property
+    def known(self) -> "Curve":
+        """The curve without what is not finite."""
+        finite = np.isfinite(self.values)
+        return Curve(self.steps[finite], self.values[finite])
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -46,7 +52,7 @@ class RunRecord:
         task: "dpo" or "sft".
         state: "finished", "running", or "unfinished" (no launch holds the folder).
         settings: the resolved config by section; `config_text`: the same as it stands in the file.
-        curves: by metric's name; those without any finite value are left out.
+        curves: by metric's name, each with a finite value at least.
         samples: by prompt's index, each in the order of steps.
         data, environment: what these files hold; empty if they are not there.
         results: of the evaluations.
@@ -78,10 +84,6 @@ class RunRecord:
         training = self.settings["training"]
         steps = training["epochs"] * round(float(epoch.steps[-1] / epoch.values[-1]))
         return int(steps if training["max_steps"] is None else min(steps, training["max_steps"]))
-
-    def last(self, name: str) -> float | None:
-        """A metric's last value; None if it has none."""
-        return float(self.curves[name].values[-1]) if name in self.curves else None
 
     def preference_details(self, name: str) -> Any:
         """A part of the preferences suite's details; None if there is no such result, or not this part of it."""
