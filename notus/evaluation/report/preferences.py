@@ -11,6 +11,7 @@ from notus.evaluation.report.numbers import number
 from notus.evaluation.report.panels import Panel
 from notus.evaluation.report.reading import RunRecord
 
+MOST_ROWS = 20  # sources, the most frequent of which come first
 Row = Mapping[str, Any]
 
 
@@ -39,14 +40,14 @@ def breakdown_bars(runs: Sequence[RunRecord]) -> list[Bars]:
     """Accuracy by source, by length, and by which answer is the longer one."""
     kinds: dict[str, tuple[str, Callable[[Row], str]]] = {
         "by_source": ("source", lambda row: str(row["source"])),
-        "by_length": ("length of the pair", lambda row: f"{row['low']:,} to {row['high']:,} tokens"),
+        "by_length": ("length of both answers", lambda row: f"{row['low']:,} to {row['high']:,} tokens"),
         "by_longer": ("longer answer", lambda row: str(row["longer"])),
     }
     found = []
     for key, (title, name) in kinds.items():
         rows: dict[str, list[Bar]] = {}
         for index, run in enumerate(runs):
-            for row in run.preference_details(key) or []:
+            for row in (run.preference_details(key) or [])[:MOST_ROWS]:
                 bar = Bar(index, (number(row["accuracy"], "share"), _spread(row)), row["accuracy"])
                 rows.setdefault(name(row), []).append(bar)
         if rows:

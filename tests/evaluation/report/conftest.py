@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from report_runs import write_run
 
-pytest.importorskip("plotly")
-
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:

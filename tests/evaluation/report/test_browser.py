@@ -10,13 +10,13 @@ import shutil
 
 import pytest
 from report_runs import dpo_metrics, sft_metrics, write_run
+from selenium import webdriver
+from selenium.webdriver.support.wait import WebDriverWait
 
 from notus.evaluation.report.page import render
 from notus.evaluation.report.reading import read_runs
 from notus.evaluation.results import Figure, Result, write_result
 
-webdriver = pytest.importorskip("selenium.webdriver")
-wait = pytest.importorskip("selenium.webdriver.support.wait")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver")
@@ -166,7 +166,7 @@ def test_charts_follow_the_window(show):
     page = show(width=1440)
     look(page, width=390)
     width = "return document.querySelector('.plot .main-svg').getBoundingClientRect().width"
-    wait.WebDriverWait(page, 30).until(lambda driver: driver.execute_script(width) < 390)
+    WebDriverWait(page, 30).until(lambda driver: driver.execute_script(width) < 390)
     assert not page.execute_script(OVERFLOWS)
 
 
