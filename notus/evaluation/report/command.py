@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report. Raises ValueError for what is no run, and where plotly is missing."""
+    """Write the report. Raises ValueError for what is no run, where plotly is missing, and where it cannot be written."""
     try:
         import plotly  # noqa: F401
     except ModuleNotFoundError as error:
@@ -31,14 +31,14 @@ def run(args: argparse.Namespace) -> int:
 
     default = Path(args.runs[0]).expanduser() / REPORT if len(args.runs) == 1 else Path(REPORT)
     output = Path(args.output) if args.output else default
-    runs = read_runs(args.runs)
-    check_output(output, not_over=args.runs[0])
-    if output.exists():
-        with output.open("rb") as earlier:
-            if GENERATOR.encode() not in earlier.read(1000):
-                raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
-    page = render(runs)
-    with replacing(output) as file:
-        file.write(page)
+    page = render(read_runs(args.runs))
+    try:
+        check_output(output, not_over=args.runs[0])
+        if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
+        with replacing(output) as file:
+            file.write(page)
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written ({error}); choose another place with --output") from error
     tell(f"report: {output} ({len(page.encode()) / 2**20:.1f} MiB)")
     return 0

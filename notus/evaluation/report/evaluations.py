@@ -34,7 +34,7 @@ def _table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
     published = dict.fromkeys(name for figure in figures for name in figure.reference)
     told = [
         [
-            (figures[0].name, ", ".join(filter(None, (figures[0].metric, figures[0].setup)))),
+            (figures[0].name, _how(figures[0])),
             *(_cell(result, row) for _, result in results),
             *(_reference(figures, name) for name in published),
         ]
@@ -45,6 +45,11 @@ def _table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
     return Table(TITLES.get(suite, suite), ["", *(label for label, _ in results), *published], told, note)
 
 
+def _how(figure: Figure) -> str:
+    setup = " ".join(short_path(word) for word in figure.setup.split(" "))
+    return ", ".join(filter(None, (figure.metric, setup)))
+
+
 def _row(figure: Figure) -> tuple[str, ...]:
     return figure.name, figure.metric, figure.setup, figure.unit
 
@@ -52,9 +57,13 @@ def _row(figure: Figure) -> tuple[str, ...]:
 def _cell(result: Result, row: tuple[str, ...]) -> Cell:
     for figure in result.figures:
         if _row(figure) == row:
-            spread = f" ± {number(figure.stderr, figure.unit)}" if figure.stderr is not None else ""
+            spread = f" ± {_error(figure.stderr, figure.unit)}" if figure.stderr is not None else ""
             return number(figure.value, figure.unit) + spread, f"n = {figure.count:,}" if figure.count else ""
     return "–"
+
+
+def _error(value: float, unit: str) -> str:
+    return number(value, unit) if unit == "%" else number(float(f"{value:.2g}"))
 
 
 def _reference(figures: Sequence[Figure], name: str) -> str:

@@ -61,7 +61,7 @@ def _spread(row: Row) -> str:
 
 
 def detail_table(runs: Sequence[RunRecord]) -> Table | None:
-    """Single figures, a column for each run; None if there are none."""
+    """Single figures that are no headlines of the suite, a column for each run; None if there are none."""
     told = [(run.label, _figures(run)) for run in runs]
     shown = [(label, figures) for label, figures in told if figures]
     names = dict.fromkeys(name for _, figures in shown for name in figures)
@@ -72,14 +72,12 @@ def detail_table(runs: Sequence[RunRecord]) -> Table | None:
 
 def _figures(run: RunRecord) -> dict[str, str]:
     parts = {
-        "Expected calibration error": ("calibration", "ece", "share"),
         "Brier score (0.25 is chance)": ("calibration", "brier", ""),
         "β at which it is calibrated best": ("calibration", "best_beta", ""),
         "Correlation of margin and length difference": ("length_bias", "pearson", ""),
         "The same, of ranks": ("length_bias", "spearman", ""),
         "Margin per token of difference": ("length_bias", "slope_per_token", ""),
         "Margin at equal length": ("length_bias", "margin_at_equal_length", ""),
-        "KL to the base per answer, nats, sampled": ("kl", "per_sequence", ""),
         "KL to the base per token, nats, sampled": ("kl", "per_token", ""),
     }
     values = {name: ((run.preference_details(part) or {}).get(key), unit) for name, (part, key, unit) in parts.items()}

@@ -24,6 +24,7 @@ class Chart:
         per_beta: values are divided by the run's β.
         unit: of the values, as `number` has it.
         noisy: whether a moving mean helps to see the course.
+        from_zero: whether the y axis begins at 0.
     """
 
     name: str
@@ -34,13 +35,11 @@ class Chart:
     per_beta: bool = False
     unit: str = ""
     noisy: bool = True
-
-
-_ANSWERS = (Line("{}/chosen", "chosen"), Line("{}/rejected", "rejected"))
+    from_zero: bool = False
 
 
 def _answers(group: str) -> tuple[Line, ...]:
-    return tuple(Line(line.metric.format(group), line.name) for line in _ANSWERS)
+    return tuple(Line(f"{group}/{name}", name) for name in ("chosen", "rejected"))
 
 
 CHARTS = (
@@ -59,17 +58,18 @@ CHARTS = (
     Chart("nll", "NLL of the chosen answers", "Per token, in nats; the extra term of the loss.", [Line("nll_loss")]),
     Chart("learning-rate", "Learning rate", "As the schedule set it at each step.", [Line("learning_rate")],
           noisy=False),
-    Chart("grad-norm", "Gradient norm", "Global norm before clipping.", [Line("grad_norm")]),
+    Chart("grad-norm", "Gradient norm", "Global norm before clipping.", [Line("grad_norm")], from_zero=True),
     Chart("pairs-per-second", "Throughput, pairs", "Pairs per second over all GPUs, without evaluations.",
-          [Line("pairs_per_second")]),
+          [Line("pairs_per_second")], from_zero=True),
     Chart("examples-per-second", "Throughput, examples", "Examples per second over all GPUs, without evaluations.",
-          [Line("examples_per_second")]),
+          [Line("examples_per_second")], from_zero=True),
     Chart("tokens-per-second", "Throughput, tokens", "Tokens per second over all GPUs.",
-          [Line("system/tokens_per_second")]),
+          [Line("system/tokens_per_second")], from_zero=True),
     Chart("mfu", "Model FLOPs utilisation", "Share of the GPUs' peak that the necessary arithmetic takes.",
-          [Line("system/mfu")], unit="share"),
+          [Line("system/mfu")], unit="share", from_zero=True),
     Chart("memory", "Peak memory", "In GiB, of one process.",
-          [Line("system/gpu_memory_gib", "GPU"), Line("system/host_memory_gib", "host")], noisy=False),
+          [Line("system/gpu_memory_gib", "GPU"), Line("system/host_memory_gib", "host")], noisy=False,
+          from_zero=True),
 )  # fmt: skip
 
 
@@ -111,7 +111,8 @@ def _overlay(chart: Chart, line: Line, runs: Sequence[RunRecord], *, many: bool)
 
 def _panel(chart: Chart, name: str, title: str, runs: Sequence[RunRecord]) -> Panel:
     panel = Panel(name, title, chart.note, chart.unit)
-    panel.set_axes(x="step", last=max(run.step for run in runs))
+    last = max(run.step for run in runs)
+    panel.set_axes(x="step", last=last, rangemode="tozero" if chart.from_zero else "normal")
     return panel
 
 

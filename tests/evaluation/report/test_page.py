@@ -128,15 +128,15 @@ def test_evaluations_beside_published_figures(make_run):
     for folder, value in ((first, 62.5), (second, 64.0)):
         arc = Figure("ARC", "acc_norm", value, "%", 1.25, 1172, "25-shot", reference={"Zephyr": 62.03})
         write_result(folder / "evaluations" / "open-llm", Result("open-llm", str(folder), [arc], {}))
-    margin = Figure("margin", "margin", -0.5, stderr=0.25)
+    margin = Figure("margin", "margin", -0.5, stderr=0.0123, setup="against /home/me/runs/sft/model")
     write_result(second / "evaluations" / "preferences", Result("preferences", "two", [margin], {}, DETAILS))
     page = page_of(first, second)
     text = text_of(page)
     assert "one two Zephyr ARC acc_norm, 25-shot 62.50% ± 1.25% n = 1,172 64.00% ± 1.25% n = 1,172 62.03%" in text
-    assert "margin margin −0.5 ± 0.25" in text
+    assert "margin margin, against …/sft/model −0.5 ± 0.012" in text
     assert "KL to reference 3.5 two: nats per answer, sampled" in text
     assert "sharegpt two: 80.0% 49–94%, n = 10" in text
-    assert "Expected calibration error 10.0%" in text
+    assert "KL to the base per token, nats, sampled 0.25" in text
     assert "β at which" not in text  # there is none
     assert len(figures_of(page)["calibration"]["data"]) == 2
 
@@ -217,6 +217,8 @@ def test_the_command_writes_and_replaces_its_own_report_alone(make_run, tmp_path
     assert (second / "notes.html").read_text() == "mine"
     assert "that is no report" in capsys.readouterr().err
     assert main(["report", "two", "--output", str(tmp_path)]) == 1
+    assert main(["report", "two", "--output", str(second / "notes.html" / "x.html")]) == 1
+    assert "choose another place with --output" in capsys.readouterr().err
     assert main(["report", "nothing"]) == 1
     assert not (tmp_path / "nothing").exists()
 
