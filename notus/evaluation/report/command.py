@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report. Raises ValueError for what is no run, where plotly is missing, and where it cannot be written."""
+    """Write the report. Raises ValueError for what is no run, without plotly, and where it cannot be written."""
     try:
         import plotly  # noqa: F401
     except ModuleNotFoundError as error:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     page = render(read_runs(args.runs))
     try:
         check_output(output, not_over=args.runs[0])
-        if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace"):
+        if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:1000]:
             raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
         with replacing(output) as file:
             file.write(page)

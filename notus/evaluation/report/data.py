@@ -27,7 +27,8 @@ def data_panels(runs: Sequence[RunRecord]) -> list[Panel]:
 
 def _histograms(runs: Sequence[RunRecord], group: str, title: str, note: str, axis: str) -> list[Panel]:
     """With one run a single chart of all parts, with several a chart for each part."""
-    found = [(run.data.get("train") or {}).get(group) or {} for run in runs]
+    read = [(run.data.get("train") or {}).get(group) or {} for run in runs]
+    found = [{part: h for part, h in histograms.items() if any(h["counts"])} for histograms in read]
     parts = list(dict.fromkeys(part for histograms in found for part in histograms))
     if len(runs) == 1:
         named = [(part, index, found[0][part]) for index, part in enumerate(parts)]
@@ -45,11 +46,8 @@ def _histogram(
     panel = Panel(name, title, note, "share")
     panel.set_axes(x=axis, rangemode="tozero")
     for label, colour, histogram in histograms:
-        total = sum(histogram["counts"])
-        if total:
-            panel.add_outline(
-                histogram["edges"], [count / total for count in histogram["counts"]], label, colour=colour
-            )
+        counts = histogram["counts"]
+        panel.add_outline(histogram["edges"], [count / sum(counts) for count in counts], label, colour=colour)
     return panel
 
 

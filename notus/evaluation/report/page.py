@@ -19,7 +19,7 @@ from notus.evaluation.report.training import training_panels
 
 GENERATOR = '<meta name="generator" content="notus report">'  # by which an earlier report is known
 HERE = Path(__file__).parent
-COLOURS = 7  # --c0 to --c6 in style.css
+COLOURS = 7  # --c0 to --c6 in page.css
 
 
 def render(runs: Sequence[RunRecord]) -> str:

@@ -54,16 +54,17 @@ CHARTS = (
     Chart("logps", "Log-probability of the answers", "Sum over the answer's tokens under the policy, in nats, mean "
           "over pairs.", _answers("logps")),
     Chart("drift", "Drift from the reference", "Mean log-ratio of policy to reference on the data's own answers, in "
-          "nats (reward / β). Off-policy: a drift, not a KL divergence.", _answers("rewards"), per_beta=True),
+          "nats (reward / β). Off-policy: a drift, not a KL divergence.", _answers("rewards"), task="dpo",
+          per_beta=True),
     Chart("nll", "NLL of the chosen answers", "Per token, in nats; the extra term of the loss.", [Line("nll_loss")]),
     Chart("learning-rate", "Learning rate", "As the schedule set it at each step.", [Line("learning_rate")],
           noisy=False),
     Chart("grad-norm", "Gradient norm", "Global norm before clipping.", [Line("grad_norm")], from_zero=True),
-    Chart("pairs-per-second", "Throughput, pairs", "Pairs per second over all GPUs, without evaluations.",
+    Chart("pairs-per-second", "Throughput, pairs", "Pairs per second of the whole job, without evaluations.",
           [Line("pairs_per_second")], from_zero=True),
-    Chart("examples-per-second", "Throughput, examples", "Examples per second over all GPUs, without evaluations.",
+    Chart("examples-per-second", "Throughput, examples", "Examples per second of the whole job, without evaluations.",
           [Line("examples_per_second")], from_zero=True),
-    Chart("tokens-per-second", "Throughput, tokens", "Tokens per second over all GPUs.",
+    Chart("tokens-per-second", "Throughput, tokens", "Tokens per second of the whole job.",
           [Line("system/tokens_per_second")], from_zero=True),
     Chart("mfu", "Model FLOPs utilisation", "Share of the GPUs' peak that the necessary arithmetic takes.",
           [Line("system/mfu")], unit="share", from_zero=True),
@@ -120,6 +121,6 @@ def _curves(run: RunRecord, chart: Chart, line: Line) -> list[tuple[Curve, bool]
     """The line's curves, and whether each is of held-out rows."""
     if chart.task not in (None, run.task):
         return []
-    scale = 1.0 / run.settings["dpo"]["beta"] if chart.per_beta and run.task == "dpo" else 1.0
+    scale = 1.0 / run.settings["dpo"]["beta"] if chart.per_beta else 1.0
     found = [(run.curves.get(line.metric), False), (run.curves.get(f"eval_{line.metric}"), True)]
     return [(Curve(curve.steps, scale * curve.values), held) for curve, held in found if curve is not None]
