@@ -30,7 +30,7 @@ def test_help_lists_the_commands(capsys):
     assert all(name in told for name in ("demo", "curate", "reference", "evaluate", "generate", "export"))
 
 
-@pytest.mark.parametrize("command", [[], ["curate"], ["reference"], ["evaluate"], ["generate"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["curate"], ["reference"], ["evaluate"], ["generate"], ["report"], ["export"]])
 def test_help_starts_no_torch(command):
     code = (
         "import sys, contextlib\nfrom notus.__main__ import main\n"

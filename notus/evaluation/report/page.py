@@ -1,0 +1,67 @@
+"""The page: everything that the runs tell, set by the template into one file without links to anything outside."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from notus.evaluation.report import overview
+from notus.evaluation.report.data import data_panels, data_table, source_bars
+from notus.evaluation.report.evaluations import evaluation_tables
+from notus.evaluation.report.preferences import breakdown_bars, calibration_panels, detail_table
+from notus.evaluation.report.reading import RunRecord
+from notus.evaluation.report.samples import sample_groups
+from notus.evaluation.report.training import training_panels
+
+GENERATOR = '<meta name="generator" content="notus report">'  # by which an earlier report is known
+HERE = Path(__file__).parent
+COLOURS = 7  # --c0 to --c6 in page.css
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The report of runs as HTML. Every text from a run is escaped; only scripts of ours may run in the page."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text(encoding="utf-8"))]
+    training, data, calibration = training_panels(runs), data_panels(runs), calibration_panels(runs)
+    return environment.get_template("page.html.j2").render(
+        generator=Markup(GENERATOR),
+        policy=_security_policy(scripts),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        scripts=scripts,
+        colours=COLOURS,
+        runs=runs,
+        facts=[overview.facts(run) for run in runs],
+        tiles=overview.tiles(runs),
+        training=training,
+        last_values=overview.last_values(runs),
+        data=data,
+        data_table=data_table(runs),
+        sources=source_bars(runs),
+        evaluations=evaluation_tables(runs),
+        calibration=calibration,
+        breakdowns=breakdown_bars(runs),
+        preference_table=detail_table(runs),
+        samples=sample_groups(runs),
+        differing=overview.differing_settings(runs),
+        figures={panel.name: panel.as_json() for panel in (*training, *data, *calibration)},
+    )
+
+
+def _script(text: str) -> Markup:
+    """A script as it stands in the page, where a carriage return would be read as a newline and change its digest."""
+    assert "</script" not in text.lower()
+    return Markup(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _security_policy(scripts: Sequence[str]) -> str:
+    """Nothing is loaded, and no script runs but these: what data might smuggle in stays text."""
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    closed = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    return f"{closed}; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"

@@ -1,0 +1,252 @@
+"""The report in a real browser: it renders without errors or network, is true to the run, and is readable.
+
+Skipped where there is no Chromium with its driver.
+"""
+
+import itertools
+import json
+import re
+import shutil
+
+import pytest
+from report_runs import dpo_metrics, sft_metrics, write_run
+from selenium import webdriver
+from selenium.webdriver.support.wait import WebDriverWait
+
+from notus.evaluation.report.page import render
+from notus.evaluation.report.reading import read_runs
+from notus.evaluation.results import Figure, Result, write_result
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver")
+
+EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+EVIL_NAME = "<img src=x onerror=window.hacked=3>"
+HISTOGRAM = {"edges": [0, 10, 20, 30], "counts": [1, 6, 3]}
+SPLIT = {
+    "rows": 10, "report": {"read": 14, "dropped": {"empty completion": 4}},
+    "lengths": {"prompt": HISTOGRAM, "chosen": HISTOGRAM}, "ratings": None, "sources": {EVIL: 7, "a" * 60: 3},
+}  # fmt: skip
+OVERFLOWS = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
+BINS = [{"confidence": 0.6, "frequency": 0.7, "interval": [0.4, 0.9]}]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    listen = "window.failures = []; addEventListener('error', e => failures.push(e.message));"
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": listen})
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Reports: of a run with everything and hostile texts in it, alone and beside one of SFT that is not finished."""
+    folder = tmp_path_factory.mktemp("reports")
+    full, other = _full_run(folder / EVIL_NAME), write_run(folder / "b", "sft", metrics=sft_metrics(30), finished=False)
+    for name, runs in (("one", [full]), ("two", [full, other])):
+        (folder / f"{name}.html").write_text(render(read_runs([str(run) for run in runs])))
+    return folder
+
+
+@pytest.fixture
+def show(browser, pages):
+    """Show a page at a width and in a colour scheme; what was logged before is forgotten."""
+
+    def at(name="one", *, width=1440, scheme="light"):
+        look(browser, width=width, scheme=scheme)
+        for log in ("browser", "performance"):
+            browser.get_log(log)
+        browser.get((pages / f"{name}.html").as_uri())
+        return browser
+
+    return at
+
+
+def _full_run(folder):
+    samples = [
+        {"step": step, "index": index, "prompt": EVIL, "completion": f"{EVIL} {'long ' * 400}"}
+        for step in (0, 60)
+        for index in range(3)
+    ]
+    write_run(
+        folder, metrics=dpo_metrics(60, eval_every=20), samples=samples, data={"train": SPLIT, "eval": SPLIT},
+        environment={"hardware": EVIL, "seconds": 7000.0}, dpo__beta=0.25,
+    )  # fmt: skip
+    published = dict.fromkeys(("Zephyr-7B-β", "Notus 7B v1", EVIL), 64.0)
+    arc = Figure("AI2 Reasoning Challenge", "acc_norm", 62.5, "%", 1.25, 1172, "25-shot", None, published)
+    write_result(folder / "evaluations" / "open-llm", Result("open-llm", "m" * 80, [arc], {}))
+    details = {"calibration": {"bins": BINS, "ece": 0.1, "brier": 0.2, "best_beta": 0.1}}
+    write_result(folder / "evaluations" / "preferences", Result("preferences", "m", [arc], {}, details))
+    return folder
+
+
+def look(browser, *, width=1440, scheme="light"):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    # two frames on, the page has been told and has drawn
+    browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))")
+
+
+def test_it_renders_without_errors_and_without_network(show):
+    page = show()
+    drawn = page.execute_script(
+        "return [...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('svg').length)"
+    )
+    assert len(drawn) == 10
+    assert min(drawn) > 0
+    assert page.execute_script("return failures") == []
+    assert page.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url[:7] for url in asked] == ["file://"]  # the page itself
+
+
+def test_the_curves_have_the_runs_values(show):
+    page = show()
+    metrics = dpo_metrics(60, eval_every=20)
+    read = """const calc = document.getElementById(arguments[0]).calcdata;
+              return calc.map(points => points.map(point => [point.x, point.y]))"""
+    for chart, key, scale in (
+        ("loss-dpo", "loss", 1), ("accuracy", "rewards/accuracies", 1), ("margins", "rewards/margins", 1),
+        ("drift", "rewards/chosen", 4), ("learning-rate", "learning_rate", 1),
+        ("pairs-per-second", "pairs_per_second", 1),
+    ):  # fmt: skip
+        points = page.execute_script(read, f"{chart}-plot")[0]
+        expected = [(line["step"], pytest.approx(line[key] * scale, rel=1e-6)) for line in metrics]
+        assert [tuple(point) for point in points] == expected, chart
+    held_out = page.execute_script(read, "loss-dpo-plot")[2]
+    assert [tuple(point) for point in held_out] == [(step, pytest.approx(0.6 - 0.001 * step)) for step in (20, 40, 60)]
+
+
+def test_texts_of_the_run_run_nothing(show):
+    page = show("two")
+    page.execute_script("Plotly.Fx.hover('loss-dpo-plot', [{curveNumber: 0, pointNumber: 3}])")
+    shown = page.execute_script("return document.querySelector('#loss-dpo-plot .hoverlayer').textContent")
+    assert EVIL_NAME in shown
+    assert page.execute_script("return document.querySelectorAll('img').length") == 0
+    assert page.execute_script("return window.hacked ?? null") is None
+    assert EVIL_NAME in page.title
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_it_reads_well(show, width):
+    for name in ("one", "two"):
+        page = show(name, width=width)
+        page.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true })")
+        assert not page.execute_script(OVERFLOWS)
+        beyond = """return [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') &&
+                    e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 90))"""
+        assert page.execute_script(beyond) == []
+        small = """return [...document.querySelectorAll('body *')].filter(e => !e.matches('script')
+                   && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
+                   && parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.outerHTML.slice(0, 90))"""
+        assert page.execute_script(small) == []
+        covered = """const box = e => e.getBoundingClientRect();
+                     return [...document.querySelectorAll('.chart .keys')].filter(keys =>
+                     box(keys).bottom > box(keys.nextElementSibling).top).length"""
+        assert page.execute_script(covered) == 0
+        inside = """return [...document.querySelectorAll('.plot')].filter(plot => {
+                    const outer = plot.getBoundingClientRect();
+                    const inner = plot.querySelector('.main-svg').getBoundingClientRect();
+                    return Math.abs(inner.width - outer.width) > 1.5 || inner.height < 200}).length"""
+        assert page.execute_script(inside) == 0
+
+
+def test_charts_follow_the_window(show):
+    page = show(width=1440)
+    look(page, width=390)
+    width = "return document.querySelector('.plot .main-svg').getBoundingClientRect().width"
+    WebDriverWait(page, 30).until(lambda driver: driver.execute_script(width) < 390)
+    assert not page.execute_script(OVERFLOWS)
+
+
+def colours(page, selector):
+    """An element's colour, and the first opaque background behind it."""
+    found = page.execute_script(
+        """let e = document.querySelector(arguments[0]); const own = getComputedStyle(e), fill = own.fill;
+           const text = e instanceof SVGElement ? fill : own.color;
+           while (getComputedStyle(e).backgroundColor === 'rgba(0, 0, 0, 0)') e = e.parentElement;
+           return [text, getComputedStyle(e).backgroundColor]""",
+        selector,
+    )
+    return [rgb(text) for text in found]
+
+
+def rgb(text):
+    if text.startswith("#"):
+        return [int(text[at : at + 2], 16) for at in (1, 3, 5)]
+    return [float(part) for part in re.findall(r"[\d.]+", text)[:3]]
+
+
+def contrast(one, other):
+    """WCAG 2.2, relative luminance and contrast ratio."""
+
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_lines_stand_out(show, scheme):
+    page = show("two", scheme=scheme)
+    for selector in (
+        "body", ".eyebrow", "nav a", ".badge.finished", ".badge.unfinished", "dt", ".tile small", ".note", ".lead",
+        ".key", "thead th", "td small", ".answers .label", "footer p", ".plot .xtick text", ".plot .ytick text",
+    ):  # fmt: skip
+        assert contrast(*colours(page, selector)) >= 4.5, selector
+    card = colours(page, ".chart")[1]
+    style = "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()"
+    for number in range(int(page.execute_script(style, "--colours"))):
+        assert contrast(rgb(page.execute_script(style, f"--c{number}")), card) >= 3, number
+
+
+def test_colours_follow_the_scheme_without_a_reload(show):
+    page = show(scheme="light")
+    read = """const line = document.querySelector('#loss-dpo-plot .scatterlayer .js-line');
+              return [getComputedStyle(document.body).backgroundColor, getComputedStyle(line).stroke,
+                      getComputedStyle(document.querySelector('#loss-dpo-plot .xtick text')).fill]"""
+    light = page.execute_script(read)
+    look(page, scheme="dark")
+    dark = page.execute_script(read)
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    assert sum(rgb(light[0])) > 600 > 150 > sum(rgb(dark[0]))
+
+
+def test_a_key_hides_its_lines(show):
+    page = show()
+    visible = "return document.getElementById('loss-dpo-plot')._fullData.map(trace => trace.visible)"
+    assert page.execute_script(visible) == [True, True, True]
+    key = page.find_element("css selector", "#loss-dpo .key")
+    key.send_keys("\n")  # by the keyboard
+    assert key.get_attribute("aria-pressed") == "false"
+    assert page.execute_script(visible) == [False, False, True]
+    key.click()
+    assert page.execute_script(visible) == [True, True, True]
+
+
+def test_screen_readers_are_told(show):
+    page = show()
+    assert page.execute_script("return document.documentElement.lang") == "en"
+    label = page.execute_script("return document.getElementById('loss-dpo-plot').getAttribute('aria-label')")
+    assert label == (
+        "DPO loss. train: from 0.6931 at step 1 to 0.1031 at step 60. "
+        "held-out: from 0.58 at step 20 to 0.54 at step 60."
+    )
+    levels = page.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => Number(e.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels))
+    assert page.execute_script("return [...document.querySelectorAll('.plot')].every(p => p.ariaLabel)")

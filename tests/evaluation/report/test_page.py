@@ -1,0 +1,257 @@
+"""What stands in the page, read without a browser: figures, tables, escaping, and what is left out."""
+
+import base64
+import hashlib
+import json
+import re
+import sys
+
+import numpy as np
+from report_runs import dpo_metrics, sft_metrics
+
+from notus.__main__ import main
+from notus.evaluation.report.numbers import duration, number, short_path
+from notus.evaluation.report.page import render
+from notus.evaluation.report.reading import read_runs
+from notus.evaluation.results import Figure, Result, write_result
+
+EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+HISTOGRAM = {"edges": [0, 10, 20, 30], "counts": [1, 6, 3]}
+DATA = {
+    "train": {
+        "rows": 10,
+        "report": {"read": 14, "dropped": {"empty completion": 4}, "prompts_cut": 2, "kept": 10},
+        "lengths": {"prompt": HISTOGRAM, "chosen": HISTOGRAM, "rejected": HISTOGRAM},
+        "ratings": {"chosen": HISTOGRAM, "rejected": HISTOGRAM},
+        "sources": {"sharegpt": 7, "flan": 3},
+    },
+    "eval": None,
+}
+COMPARED = {"count": 10, "accuracy": 0.8, "accuracy_interval": [0.49, 0.943]}
+DETAILS = {
+    "calibration": {
+        "bins": [{"confidence": 0.6, "frequency": 0.7, "interval": [0.4, 0.9]}],
+        "ece": 0.1, "brier": 0.2, "best_beta": None,
+    },
+    "by_source": [{"source": "sharegpt", **COMPARED}],
+    "by_length": [{"low": 8, "high": 15, **COMPARED}],
+    "length_bias": None,
+    "kl": {"per_sequence": 3.5, "per_token": 0.25},
+}  # fmt: skip
+
+
+def page_of(*folders):
+    return render(read_runs([str(folder) for folder in folders]))
+
+
+def figures_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S)[1])
+
+
+def text_of(page):
+    """The page's own text, without its scripts and styles, in one line."""
+    own = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", page, flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", own).split())
+
+
+def values(array):
+    if isinstance(array, dict):
+        array = np.frombuffer(base64.b64decode(array["bdata"]), dtype=np.dtype(array["dtype"]))
+    return np.asarray(array)
+
+
+def lines(figures, name):
+    return [(values(trace["x"]), values(trace["y"])) for trace in figures[name]["data"]]
+
+
+def test_curves_have_the_runs_values(make_run):
+    metrics = dpo_metrics(20, eval_every=10)
+    figures = figures_of(page_of(make_run(metrics=metrics, dpo__beta=0.5)))
+    (steps, loss), (eval_steps, eval_loss) = lines(figures, "loss-dpo")
+    assert steps.tolist() == list(range(1, 21))
+    np.testing.assert_allclose(loss, [line["loss"] for line in metrics], rtol=1e-6)
+    assert eval_steps.tolist() == [10, 20]
+    np.testing.assert_allclose(eval_loss, [0.59, 0.58], rtol=1e-6)
+    # drift is reward / β: at step 20 0.02 * 19 / 0.5 and -0.03 * 19 / 0.5
+    chosen, rejected = lines(figures, "drift")
+    np.testing.assert_allclose([chosen[1][-1], rejected[1][-1]], [0.76, -1.14], rtol=1e-6)
+
+
+def test_a_long_curve_is_shown_with_its_moving_mean(make_run):
+    figure = figures_of(page_of(make_run(metrics=dpo_metrics(60))))["margins"]
+    raw, calm = figure["data"]
+    assert raw["opacity"] < 1
+    assert calm["hoverinfo"] == "skip"
+    np.testing.assert_allclose(values(raw["y"]), [0.05 * step for step in range(60)], rtol=1e-6, atol=1e-9)
+
+
+def test_runs_of_two_tasks_share_the_charts_that_both_have(make_run):
+    page = page_of(make_run("sft", "sft", metrics=sft_metrics(10)), make_run("dpo"))
+    figures = figures_of(page)
+    assert len(figures["learning-rate"]["data"]) == 2
+    assert {trace["meta"]["colour"] for trace in figures["learning-rate"]["data"]} == {0, 1}
+    assert [trace["name"] for trace in figures["loss-sft"]["data"]] == ["sft, train"]  # other quantities, other axes
+    assert [trace["name"] for trace in figures["loss-dpo"]["data"]] == ["dpo, train"]
+    assert "logps-chosen" in figures
+    assert "logps-rejected" in figures
+    assert "Settings that differ" in text_of(page)
+    for chart in figures.values():  # colour is never the only sign
+        looks = [(t["marker"]["symbol"], t["line"]["dash"]) for t in chart["data"] if t.get("hoverinfo") != "skip"]
+        assert len(set(looks)) == len(looks)
+
+
+def test_headline_figures(make_run):
+    text = text_of(page_of(make_run(metrics=dpo_metrics(20, eval_every=10), finished=False, training__epochs=3)))
+    assert "Reward accuracy 75.0% held-out, step 20" in text
+    assert "Reward margin 0.25 held-out, step 20" in text
+    assert "Loss 0.58 held-out, step 20; 0.6931 at step 1" in text
+    assert "Throughput 50.5 pairs/s, median" in text  # of 41 to 60
+    assert "Steps 20 of 30" in text
+    assert "unfinished" in text
+
+
+def test_data_and_environment(make_run):
+    environment = {"hardware": "2 x A100", "seconds": 6700.0, "versions": {"torch": "2.13.0", "numpy": "2"}}
+    page = page_of(make_run(data=DATA, environment=environment))
+    text = text_of(page)
+    assert "Hardware 2 x A100 Training time 1 h 52 min Versions torch 2.13.0" in text
+    assert "read 14 kept 10 dropped: empty completion 4 prompts cut to length 2 used 10" in text
+    assert "sharegpt 7 flan 3" in text
+    (edges, shares), _ = lines(figures_of(page), "ratings")
+    assert edges.tolist() == [0, 10, 20, 30]
+    assert shares.tolist() == [0.1, 0.6, 0.3, 0.3]
+    assert len(figures_of(page)["lengths"]["data"]) == 3
+
+
+def test_evaluations_beside_published_figures(make_run):
+    first, second = make_run("one"), make_run("two")
+    for folder, value in ((first, 62.5), (second, 64.0)):
+        arc = Figure("ARC", "acc_norm", value, "%", 1.25, 1172, "25-shot", reference={"Zephyr": 62.03})
+        write_result(folder / "evaluations" / "open-llm", Result("open-llm", str(folder), [arc], {}))
+    margin = Figure("margin", "margin", -0.5, stderr=0.0123, setup="against /home/me/runs/sft/model")
+    write_result(second / "evaluations" / "preferences", Result("preferences", "two", [margin], {}, DETAILS))
+    page = page_of(first, second)
+    text = text_of(page)
+    assert "one two Zephyr ARC acc_norm, 25-shot 62.50% ± 1.25% n = 1,172 64.00% ± 1.25% n = 1,172 62.03%" in text
+    assert "margin margin, against …/sft/model −0.5 ± 0.012" in text
+    assert "KL to reference 3.5 two: nats per answer, sampled" in text
+    assert "sharegpt 80.0% 49–94%, n = 10 two" in text
+    assert "KL to the base per token, nats, sampled 0.25" in text
+    assert "β at which" not in text  # there is none
+    assert len(figures_of(page)["calibration"]["data"]) == 2
+
+
+def test_samples_before_and_after_and_of_two_runs(make_run):
+    def samples(word):
+        return [
+            {"step": step, "index": index, "prompt": f"prompt {index}", "completion": f"{word} {step}.{index}"}
+            for step in (0, 5, 10)
+            for index in range(5)
+        ]
+
+    first, second = make_run("one", samples=samples("uno")), make_run("two", samples=samples("due"))
+    alone = text_of(page_of(first))
+    assert "Prompt prompt 0 Before training uno 0.0 After step 10 uno 10.0" in alone
+    assert "uno 5." not in alone
+    assert "1 more" in alone
+    assert "Prompt prompt 4 one, step 10 uno 10.4 two, step 10 due 10.4" in text_of(page_of(first, second))
+
+
+def test_while_samples_are_written_and_with_one_step_only(make_run):
+    sample = {"step": 0, "index": 0, "prompt": "p", "completion": ""}
+    assert "Prompt p Before training (no text)" in text_of(page_of(make_run("a", samples=[sample])))
+    half = [sample, {**sample, "index": 1, "prompt": "q"}, {**sample, "step": 9, "completion": "x"}]
+    text = text_of(page_of(make_run("b", samples=half)))
+    assert "After step 9 x" in text
+    assert "Prompt q" not in text
+
+
+def test_what_is_not_there_has_no_section(make_run):
+    folder = make_run(
+        data={
+            "train": {
+                "rows": 3,
+                "report": {},
+                "lengths": {"prompt": {"edges": [0, 1], "counts": [0]}},
+                "ratings": None,
+                "sources": None,
+            }
+        }
+    )
+    page = page_of(folder)
+    assert 'id="data"' in page
+    assert "lengths" not in figures_of(page)
+    assert "Sources" not in text_of(page)
+    (folder / "data.json").unlink()
+    (folder / "metrics.jsonl").write_text("")
+    page = page_of(folder)
+    for section in ("training", "data", "evaluation", "samples"):
+        assert f'id="{section}"' not in page
+        assert f'href="#{section}"' not in page
+    assert 'class="tiles"' not in page
+
+
+def test_texts_of_the_run_stay_texts(make_run):
+    evil = {"step": 0, "index": 0, "prompt": EVIL, "completion": EVIL}
+    data = {"train": {**DATA["train"], "sources": {EVIL: 3}}, "eval": None}
+    run = make_run("<img src=x onerror=hacked=3>", samples=[evil], data=data, environment={"hardware": EVIL})
+    other = make_run("b")
+    result = Result("preferences", EVIL, [Figure(EVIL, EVIL, 1.0, reference={EVIL: 1.0})], {}, DETAILS)
+    write_result(run / "evaluations" / "preferences", result)
+    page = page_of(run, other)
+    assert page.count("<script") == 3 + page.count('"<script')
+    assert "<img" not in page.split("<script")[0]
+    assert EVIL not in page
+    names = {trace.get("name") for trace in figures_of(page)["loss-dpo"]["data"]}
+    assert "&lt;img src=x onerror=hacked=3&gt;, train" in names  # plotly reads names as HTML of a kind
+
+
+def test_only_the_scripts_of_the_page_are_allowed(make_run):
+    page = page_of(make_run())
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1].replace("&#39;", "'")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert f"default-src 'none'; base-uri 'none'; form-action 'none'; script-src {allowed};" in policy
+
+
+def test_the_command_writes_and_replaces_its_own_report_alone(make_run, tmp_path, monkeypatch, capsys):
+    first, second = make_run("one"), make_run("two")
+    assert main(["report", str(first)]) == 0
+    assert main(["report", str(first)]) == 0
+    assert (first / "report.html").read_text().startswith("<!doctype html>")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "one", "two"]) == 0
+    assert (tmp_path / "report.html").is_file()
+    (second / "notes.html").write_text("mine")
+    assert main(["report", "two", "--output", "two/notes.html"]) == 1
+    assert (second / "notes.html").read_text() == "mine"
+    assert "that is no report" in capsys.readouterr().err
+    assert main(["report", "two", "--output", str(tmp_path)]) == 1
+    assert main(["report", "two", "--output", str(second / "notes.html" / "x.html")]) == 1
+    assert "choose another place with --output" in capsys.readouterr().err
+    assert main(["report", "nothing"]) == 1
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_without_plotly_it_says_what_to_install(make_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert main(["report", str(make_run())]) == 1
+    assert "pip install plotly" in capsys.readouterr().err
+
+
+def test_a_long_run_gives_a_small_file(make_run):
+    long, short = make_run("long", metrics=dpo_metrics(20_000, eval_every=100)), make_run("short")
+    assert len(page_of(long)) - len(page_of(short)) < 500_000
+
+
+def test_numbers_as_they_are_written():
+    told = [number(value) for value in (0.0, 3.0, -0.05927, 12345.678, 2.5e-5, 5e-7, 0.69314718)]
+    assert told == ["0", "3", "−0.05927", "12,346", "2.5e-5", "5e-7", "0.6931"]
+    assert [number(0.90625, "share"), number(64.586, "%")] == ["90.6%", "64.59%"]
+    assert [duration(s) for s in (59.4, 59.6, 3590.0, 3599.6, 6700.0)] == [
+        "59 s", "1 min 0 s", "59 min 50 s", "1 h 0 min", "1 h 52 min"
+    ]  # fmt: skip
+    assert [short_path(p) for p in ("/a/b/c/model", "hub/model", "runs/x/y/z")] == [
+        "…/c/model", "hub/model", "runs/x/y/z"
+    ]  # fmt: skip
