@@ -111,7 +111,7 @@ def _check(args: argparse.Namespace, adapter: bool, final: Path, done: bool) -> 
 
 
 def _destination(args: argparse.Namespace, facts: "Facts", variant: "Variant") -> "Destination | None":
-    from notus.evaluation.release.facts import hub_id, public_name
+    from notus.evaluation.names import hub_id, public_name
     from notus.evaluation.release.push import Destination
 
     if not args.push:

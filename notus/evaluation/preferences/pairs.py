@@ -23,7 +23,7 @@ def name_of(given: str | None, model: ModelSource) -> str:
     if "dpo" not in model.settings or not (data.get("eval") or data.get("eval_size")):
         raise ValueError(f"{model.name}: no DPO run that held pairs out: name held-out pairs with --pairs")
     if data.get("eval"):
-        return data["eval"] if isinstance(data["eval"], str) else "data.eval"
+        return ", ".join(source["path"] for source in data["eval"])  # a resolved config has a list
     return f"{data['eval_size']} rows held out of data.train"
 
 

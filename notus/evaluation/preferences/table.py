@@ -1,9 +1,9 @@
 """The figures of a preference evaluation, for a terminal and in the form that every suite leaves."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from notus.evaluation.names import public_name
 from notus.evaluation.results import Figure, Result
 
 _MEASURES = {"rewards": "reward", "logps": "log-prob", "logps_per_token": "log-prob per token"}
@@ -86,11 +86,10 @@ def as_result(result: dict[str, Any], model: str) -> Result:
 def _figures(result: dict[str, Any]) -> Iterator[Figure]:
     overall, kl, known = result["overall"], result["kl"], result["calibration"]
     what = _MEASURES[result["ranked_by"]]
-    named = result["pairs"]
     shared: dict[str, Any] = {
         "count": overall["count"],
-        "dataset": Path(named).name if Path(named).exists() else named,
-        "setup": f"beta {result['beta']:g}, against {result['base']}" if result["base"] else "no base",
+        "dataset": ", ".join(public_name(name) for name in result["pairs"].split(", ")),
+        "setup": f"beta {result['beta']:g}, against {public_name(result['base'])}" if result["base"] else "no base",
     }
     error = overall["accuracy_stderr"]
     percent = None if error is None else 100 * error

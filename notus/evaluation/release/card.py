@@ -10,8 +10,9 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard
 
+from notus.evaluation.names import hub_id, public_name
 from notus.evaluation.release.citations import citations
-from notus.evaluation.release.facts import Facts, Variant, base_file, base_licence, hub_id, public_name
+from notus.evaluation.release.facts import Facts, Variant, base_file, base_licence
 from notus.evaluation.release.metadata import card_metadata, figure_label, of_this_model
 from notus.evaluation.results import Figure, Result
 from notus.evaluation.unfinished import learned_chat

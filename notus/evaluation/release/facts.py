@@ -10,11 +10,8 @@ from typing import Any, Literal
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from notus.data.sources import SUFFIXES
-from notus.evaluation.models import is_run
+from notus.evaluation.names import hub_id
 from notus.evaluation.results import Result, read_results
 from notus.training.checkpoint import checkpoints_in, step_of
 from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
@@ -90,25 +87,6 @@ def standing_step(run: Path) -> int | None:
 def run_digest(run: Path) -> str:
     """By which a run is known again: that of its config."""
     return hashlib.sha256((run / CONFIG_FILE).read_bytes()).hexdigest()
-
-
-def hub_id(name: str) -> str | None:
-    """A model's or dataset's name, if it is one of the hub and no file or folder here; else None."""
-    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def public_name(name: str) -> str:
-    """A name without the way to it: the hub id, or a local folder's or file's last part; a run's model by its run."""
-    if hub_id(name):
-        return name
-    path = Path(name).expanduser()
-    return path.parent.name if path.name == MODEL and is_run(path.parent) else path.name
 
 
 def base_file(base: str, name: str) -> Path | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from notus.evaluation.release.facts import Facts, Variant, hub_id
+from notus.evaluation.names import hub_id
+from notus.evaluation.release.facts import Facts, Variant
 from notus.evaluation.results import Figure, Result
 
 _STEP = re.compile(r"\(step (\d+)\)$")
