@@ -135,7 +135,7 @@ def test_evaluations_beside_published_figures(make_run):
     assert "one two Zephyr ARC acc_norm, 25-shot 62.50% ± 1.25% n = 1,172 64.00% ± 1.25% n = 1,172 62.03%" in text
     assert "margin margin, against …/sft/model −0.5 ± 0.012" in text
     assert "KL to reference 3.5 two: nats per answer, sampled" in text
-    assert "sharegpt 80.0% 49–94%, n = 10 two" in text
+    assert "sharegpt two 80.0% 49–94%, n = 10" in text
     assert "KL to the base per token, nats, sampled 0.25" in text
     assert "β at which" not in text  # there is none
     assert len(figures_of(page)["calibration"]["data"]) == 2
