@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-DEMO, TESTS, PATH, ESTIMATE = (block.strip() for block in BLOCKS)
+DEMO, TESTS, PATH, PUBLISH, ESTIMATE = (block.strip() for block in BLOCKS)
 SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
 
 
@@ -77,6 +77,22 @@ def test_the_path_runs_on_what_the_demo_left(demo: dict[str, float], clone: Path
     assert (clone / "runs" / "merged" / "model.safetensors").is_file()
 
 
+def test_the_demos_run_is_measured_shown_described_and_shared_in_four_commands(
+    demo: dict[str, float], clone: Path
+) -> None:
+    commands = _commands(PUBLISH)
+    assert len(commands) == 4
+    told = [_run(command, clone) for command in commands]
+    run, release = clone / "runs" / "demo" / "dpo", clone / "runs" / "demo-release"
+    accuracy = f"{demo['eval_reward_accuracy']:.4f}"
+    assert accuracy in told[0]
+    percent = f"{100 * demo['eval_reward_accuracy']:.1f}"
+    assert percent in (run / "report.html").read_text(encoding="utf-8")
+    assert percent in (run / "README.md").read_text(encoding="utf-8")
+    assert percent in (release / "README.md").read_text(encoding="utf-8")
+    assert (release / "model.safetensors").is_file()
+
+
 def test_ci_installs_and_tests_as_the_readme_says() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for part in ("-r requirements.txt -r requirements-dev.txt", "python -m pytest -n 2"):
@@ -87,7 +103,7 @@ def test_ci_installs_and_tests_as_the_readme_says() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (ROOT / target.split("#")[0]).exists(), target
 
 
 def test_every_config_key_is_described() -> None:
