@@ -5,7 +5,7 @@ import sys
 from notus.data.dataset import load_pairs
 from notus.data.rows import Rows
 from notus.evaluation.models import find_source
-from notus.evaluation.preferences.scores import score_model
+from notus.evaluation.preferences.scores import Scoring, score_model
 from notus.losses import dpo_loss
 from notus.model.export import load_tokenizer
 from notus.training.distributed import process_group
@@ -15,8 +15,8 @@ tokenizer = load_tokenizer(policy.folder, trust_remote_code=False)
 dataset, report = load_pairs(sys.argv[3], tokenizer, max_length=1024, max_prompt_length=512)
 rows = Rows(dataset)
 with process_group() as device:  # under torchrun, the ranks share the models and the work
-    options = {"precision": "fp32", "tokens_per_row": None, "device": device}
-    policy_logps, reference_logps = (score_model(m, rows, tokenizer, **options) for m in (policy, reference))
+    scoring = Scoring(rows, tokenizer, precision="fp32", device=device)
+    policy_logps, reference_logps = (score_model(model, scoring).pairs for model in (policy, reference))
 # each [n, 2]: chosen, rejected; nats, summed over the completion's tokens
 losses, chosen, rejected = dpo_loss(*policy_logps.unbind(1), *reference_logps.unbind(1), beta=0.1)
 print(report)

@@ -30,20 +30,20 @@ class Scoring:
 
     Attributes:
         pairs: tokenised pairs.
-        samples: other rows, scored token by token; None: there are none.
         tokenizer: what made the rows; its ids must fit the model's vocabulary.
         precision: "bf16" or "fp32".
-        tokens_per_row: the most tokens of a packed row; None: 4096, or the longest pair's.
         device: this rank's device.
+        samples: other rows, scored token by token; None: there are none.
+        tokens_per_row: the most tokens of a packed row; None: 4096, or the longest pair's.
         trust_remote_code: run model code that comes with a folder.
     """
 
     pairs: Rows
-    samples: Rows | None
     tokenizer: PreTrainedTokenizerBase
     precision: str
-    tokens_per_row: int | None
     device: torch.device
+    samples: Rows | None = None
+    tokens_per_row: int | None = None
     trust_remote_code: bool = False
 
 
