@@ -111,7 +111,7 @@ def fake_world(world_size: int) -> Iterator[None]:
     nothing = mock.DEFAULT
     try:
         with (
-            mock.patch.multiple(build, load_weights=nothing, init_lora=nothing, _check_attention=nothing),
+            mock.patch.multiple(build, load_weights=nothing, init_lora=nothing, check_attention=nothing),
             mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
             mock.patch.object(build, "mesh", return_value=ranks),
             mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
