@@ -292,6 +292,8 @@ def report(folder: Path) -> str:
         f"{'seconds':36}{summary['seconds']:10.1f}",
         "",
         *_samples(folder),
+        "",
+        f"next: python -m notus evaluate {folder / 'dpo'}, then report, card or export in its place",
     ]
     return "\n".join(lines)
 
