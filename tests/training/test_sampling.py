@@ -104,7 +104,9 @@ def _rows(folder: Path, records: list[dict[str, str]], load: Callable[..., Any],
     return Rows(load(path, tokenizer, max_length=40, cache_dir=path.parent / "cache", **options)[0])
 
 
-def test_prompts_are_the_first_different_ones_up_to_the_completion(tmp_path: Path, model_folder: Path) -> None:
+def test_prompts_are_the_first_different_ones_up_to_the_completion(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     prompts = ["one", "two", "one", "three and more", "four"]
     pairs = [{"prompt": prompt, "chosen": f" a{i}", "rejected": f" b{i}"} for i, prompt in enumerate(prompts)]
@@ -114,6 +116,8 @@ def test_prompts_are_the_first_different_ones_up_to_the_completion(tmp_path: Pat
     assert len(first_prompts(rows, 9, 40)) == 4
     longest = max(len(prompt) for prompt in first_prompts(rows, 9, 40))
     assert "<s>three and more" not in [tokenizer.decode(prompt) for prompt in first_prompts(rows, 9, longest)]
+    monkeypatch.setattr(sampling, "SEARCHED", 3)  # rows, not prompts: "one" is there twice
+    assert [tokenizer.decode(prompt) for prompt in first_prompts(rows, 9, 40)] == ["<s>one", "<s>two"]
     chats = [{"prompt": prompt, "completion": " yes"} for prompt in prompts]
     rows = _rows(model_folder, chats, load_sft, tmp_path / "chats.jsonl")
     assert [tokenizer.decode(prompt) for prompt in first_prompts(rows, 2, 40)] == ["<s>one", "<s>two"]
