@@ -5,11 +5,12 @@ the wrong type or out of range, and a setting that other settings would leave wi
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from notus.conflicts import conflicts
 from notus.schema import Bounds, OneOrMore, Refused, build_sections, dump_yaml, read_arguments
 
 Task = Literal["dpo", "sft"]
@@ -19,8 +20,6 @@ LossType = Literal[
     "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
     "apo_down", "discopop",
 ]  # fmt: skip
-SMOOTHED_LOSSES = ("sigmoid", "robust", "exo_pair")
-
 
 Count = Annotated[int, Bounds(1)]
 Index = Annotated[int, Bounds(0)]
@@ -226,6 +225,7 @@ SECTIONS: dict[str, Any] = {
     "tracking": TrackingConfig,
 }
 DPO_SECTIONS = ("dpo", "reference")
+OPTIONAL_SECTIONS = (*DPO_SECTIONS, "lora", "tracking")
 
 
 def load_config(arguments: str | Path | Sequence[str], task: Task) -> Config:
@@ -248,7 +248,8 @@ def config_from_dict(
     """
     try:
         config = _resolve(Config(**build_sections(tree, SECTIONS), task=task))
-        conflict = next(_conflicts(config), None)
+        unset = {name: dataclasses.asdict(SECTIONS[name]()) for name in OPTIONAL_SECTIONS}
+        conflict = next(conflicts(dataclasses.asdict(config), unset), None)
         if conflict is not None:
             raise conflict
     except Refused as refusal:
@@ -276,80 +277,3 @@ def _resolve(config: Config) -> Config:
     if training.max_grad_norm == 0:
         training = dataclasses.replace(training, max_grad_norm=None)
     return dataclasses.replace(config, data=data, training=training)
-
-
-def _conflicts(config: Config) -> Iterator[Refused]:
-    """What contradicts, or would be ignored because of, other keys."""
-    if config.lora.rank == 0:
-        yield from _without_effect(config, "lora", "while lora.rank is 0: set lora.rank, or remove it")
-    yield from _tracking_conflicts(config)
-    if config.task == "sft":
-        for section in DPO_SECTIONS:
-            yield from _without_effect(config, section, "in SFT: remove it, or run train_dpo.py")
-    yield from _checkpoint_conflicts(config.training)
-    yield from _data_conflicts(config)
-    yield from _loss_conflicts(config.dpo)
-
-
-def _without_effect(config: Config, section: str, why: str, besides: tuple[str, ...] = ()) -> Iterator[Refused]:
-    """The keys of a section that were moved away from their defaults."""
-    values = getattr(config, section)
-    for item in dataclasses.fields(values):
-        if item.name not in besides and getattr(values, item.name) != getattr(SECTIONS[section](), item.name):
-            yield Refused(f"{section}.{item.name}", f"has no effect {why}")
-
-
-def _tracking_conflicts(config: Config) -> Iterator[Refused]:
-    for key, of_it in (("wandb", ("project", "run_name")), ("samples", ("sample_tokens",))):
-        value = getattr(config.tracking, key)
-        if not value:
-            others = tuple(item.name for item in dataclasses.fields(TrackingConfig) if item.name not in of_it)
-            why = f"while tracking.{key} is {str(value).lower()}: set that, or remove it"
-            yield from _without_effect(config, "tracking", why, besides=others)
-
-
-def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Refused]:
-    if training.keep_every is None:
-        return
-    if training.keep_checkpoints is None:
-        yield Refused(
-            "training.keep_every", "has no effect while training.keep_checkpoints is null: keep one of the two"
-        )
-    if training.save_every is None or training.keep_every % training.save_every:
-        yield Refused(
-            "training.keep_every",
-            f"({training.keep_every}) must be a multiple of training.save_every ({training.save_every})",
-        )
-
-
-def _data_conflicts(config: Config) -> Iterator[Refused]:
-    data = config.data
-    if config.task == "sft" and data.max_prompt_length is not None:
-        yield Refused("data.max_prompt_length", "has no effect in SFT, which cuts long rows at their end: remove it")
-    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
-        yield Refused(
-            "data.max_prompt_length",
-            f"({data.max_prompt_length}) must be below data.max_length ({data.max_length}), "
-            "or nothing is left of the completions",
-        )
-    if data.eval is not None and data.eval_size > 0:
-        yield Refused("data.eval_size", "has no effect beside data.eval: keep one of the two")
-    if data.eval is None and data.eval_size == 0 and config.training.eval_every is not None:
-        yield Refused(
-            "training.eval_every",
-            "has no effect without evaluation data: set data.eval or data.eval_size, or remove it (null)",
-        )
-    if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
-        yield Refused("data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}")
-
-
-def _loss_conflicts(dpo: DPOConfig) -> Iterator[Refused]:
-    if dpo.label_smoothing > 0 and dpo.loss_type not in SMOOTHED_LOSSES:
-        yield Refused(
-            "dpo.label_smoothing",
-            f"has no effect with dpo.loss_type {dpo.loss_type!r}: use one of {', '.join(SMOOTHED_LOSSES)}",
-        )
-    if dpo.label_smoothing == 0 and dpo.loss_type == "exo_pair":
-        yield Refused("dpo.label_smoothing", "must be above 0 with dpo.loss_type 'exo_pair': set it, say to 1e-3")
-    if dpo.label_smoothing == 0.5 and dpo.loss_type == "robust":
-        yield Refused("dpo.label_smoothing", "must be below 0.5 with dpo.loss_type 'robust'")

@@ -46,6 +46,7 @@ GPUS = {
     "h100-pcie": GPU(81559, 756, 51, 32, 25),
     "h100-nvl": GPU(95830, 835, 60, 300, 25),
     "h200": GPU(143771, 989, 67, 450, 50),
+    "h200-nvl": GPU(143771, 835, 60, 450, 25),
     "gh200": GPU(97871, 989, 67, 450, 50),
     "h20": GPU(97871, 148, 44, 450, 50),
     "b200": GPU(183359, 2250, 80, 900, 50),
@@ -62,6 +63,9 @@ GPUS = {
     "rtx4090": GPU(24564, 165, 82.6, 32, 12.5),
     "rtx5090": GPU(32607, 209, 104.8, 64, 12.5),
 }
+
+# Words of a driver's name that make a known GPU another one: "RTX 3090 Ti", "RTX 4090 D", a slice of an A100.
+_OTHERS = frozenset({"laptop", "max", "mig", "ti", "super", "d"})
 
 
 def find_gpu(name: str) -> GPU:
@@ -80,7 +84,7 @@ def gpu_of_driver(name: str) -> GPU | None:
     All words of a key are words of the name; a size and "GB", or "RTX" and a number, may stand apart.
     """
     words = re.findall(r"[a-z0-9]+", name.lower())
-    if "laptop" in words:
+    if _OTHERS.intersection(words):
         return None
     known = {*words, *(first + second for first, second in itertools.pairwise(words) if first == "rtx")}
     known |= {number + "gb" for number, unit in itertools.pairwise(words) if unit == "gb"}

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from notus.config import Config, Task, to_yaml
 from notus.data.chat import check_vocabulary
-from notus.data.disk import write_whole
 from notus.data.packing import StepPlan, check_fits
 from notus.data.rows import Rows, packing_report
 from notus.entry import STOPPED
@@ -28,7 +26,7 @@ from notus.training import distributed
 from notus.training.automatic import checkpointing_of
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.checkpoint import Progress
-from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE, EnvironmentFile, hardware
+from notus.training.describe import hardware
 from notus.training.determinism import deterministic
 from notus.training.feed import row_costs
 from notus.training.folder import CHECKPOINTS, MODEL, hold_folder, open_folder
@@ -44,17 +42,9 @@ from notus.training.resume import check_contents, check_newest, load_newest
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.saving import Checkpoints
 from notus.training.shared import check_shared
-from notus.training.sinks import TensorBoardSink, WandbSink
 from notus.training.stopping import Stop
-from notus.training.tracking import (
-    METRICS_FILE,
-    SAMPLES_FILE,
-    MetricsFile,
-    ProgressBar,
-    SamplesFile,
-    Sink,
-    Tracker,
-)
+from notus.training.telling import open_tracker
+from notus.training.tracking import Tracker
 
 
 @dataclasses.dataclass
@@ -212,31 +202,15 @@ class Run:
     def _tracker(self, progress: Progress) -> Tracker:
         if not distributed.is_main():
             return Tracker([])
-        tracking, step = self.config.tracking, progress.step
-        recorded = step if progress.recorded else step - 1
-        kept = recorded if step else -1  # at step 0 the model is sampled, once
-        shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
-                 "pairs/s": "pairs_per_second", "examples/s": "examples_per_second"}  # fmt: skip
-        sinks: list[Sink] = [
-            MetricsFile(self.folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
-            ProgressBar(total_steps=self.total_steps, start_step=step, shown=shown),
-            EnvironmentFile(self.folder / ENVIRONMENT_FILE, step=step, hardware=self.hardware),
-        ]
-        if tracking.samples or (self.folder / SAMPLES_FILE).exists():
-            sinks.append(SamplesFile(self.folder / SAMPLES_FILE, resume_step=kept))
-        data = self.inputs.summary()
-        write_whole(self.folder / DATA_FILE, json.dumps(data) + "\n")
-        if tracking.wandb:
-            name = tracking.run_name or self.folder.name
-            settings = {**dataclasses.asdict(self.config), "data_summary": data}
-            run_id = progress.trackers.get("wandb")
-            sinks.append(
-                WandbSink(project=tracking.project, name=name, folder=self.folder, config=settings, run_id=run_id)
-            )
-        if tracking.tensorboard:
-            texts = {"config": to_yaml(self.config), "data": json.dumps(data, indent=1)}
-            sinks.append(TensorBoardSink(self.folder, resume_step=kept, texts=texts))
-        return Tracker(sinks)
+        return open_tracker(
+            self.folder,
+            progress,
+            total_steps=self.total_steps,
+            hardware=self.hardware,
+            settings=dataclasses.asdict(self.config),
+            config_text=to_yaml(self.config),
+            data=self.inputs.summary(),
+        )
 
     def _export(self) -> None:
         """Write the final model, or the adapter, to the run's folder."""

@@ -1,6 +1,7 @@
 """Sampling while training: what plain greedy decoding says, and no trace of it in the training."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def _rows(folder: Path, records: list[dict[str, str]], load: Callable[..., Any],
     return Rows(load(path, tokenizer, max_length=40, cache_dir=path.parent / "cache", **options)[0])
 
 
-def test_prompts_are_the_first_different_ones_up_to_the_completion(tmp_path: Path, model_folder: Path) -> None:
+def test_prompts_are_the_first_different_ones_up_to_the_completion(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     prompts = ["one", "two", "one", "three and more", "four"]
     pairs = [{"prompt": prompt, "chosen": f" a{i}", "rejected": f" b{i}"} for i, prompt in enumerate(prompts)]
@@ -114,6 +117,8 @@ def test_prompts_are_the_first_different_ones_up_to_the_completion(tmp_path: Pat
     assert len(first_prompts(rows, 9, 40)) == 4
     longest = max(len(prompt) for prompt in first_prompts(rows, 9, 40))
     assert "<s>three and more" not in [tokenizer.decode(prompt) for prompt in first_prompts(rows, 9, longest)]
+    monkeypatch.setattr(sampling, "SEARCHED", 3)  # rows, not prompts: "one" is there twice
+    assert [tokenizer.decode(prompt) for prompt in first_prompts(rows, 9, 40)] == ["<s>one", "<s>two"]
     chats = [{"prompt": prompt, "completion": " yes"} for prompt in prompts]
     rows = _rows(model_folder, chats, load_sft, tmp_path / "chats.jsonl")
     assert [tokenizer.decode(prompt) for prompt in first_prompts(rows, 2, 40)] == ["<s>one", "<s>two"]
@@ -178,17 +183,48 @@ def _on_two_ranks(trees: list[dict[str, Any]], ports: list[int]) -> None:
 
 def test_two_ranks_say_what_one_says(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     overrides = {**SAMPLED, "training__tokens_per_row": 70, "training__max_steps": 2, "data__eval_size": 5}
-    kinds = {"full": overrides, "lora": {**overrides, "lora__rank": 2}}
+    # an odd number of prompts, and fewer than ranks: one of them has nothing to say, and goes along
+    kinds = {"full": overrides, "lora": {**overrides, "lora__rank": 2, "tracking__samples": 1}}
     for kind, options in kinds.items():
         dpo.run(config("dpo", tmp_path / kind / "one", model_folder, pairs_file, **options))
     trees = [settings(tmp_path / kind / "two", model_folder, pairs_file, **options) for kind, options in kinds.items()]
     run_ranks(_on_two_ranks, 2, tmp_path, trees, free_ports(2))
-    for kind in kinds:
+    for kind, options in kinds.items():
         one, two = tmp_path / kind / "one", tmp_path / kind / "two"
         assert samples_of(two) == samples_of(one)
-        assert len(samples_of(two)) == 6
+        assert len(samples_of(two)) == 2 * options["tracking__samples"]
         assert {line["system/host_memory_gib"] for line in read_metrics(two)} == {2.5}  # the larger
         assert json.loads((two / "environment.json").read_text())["world_size"] == 2
+
+
+def _stopped_on_one_rank(tree: dict[str, Any], ports: list[int]) -> None:
+    passes: list[int] = []
+    inner = Sampler._next_tokens
+
+    def next_tokens(sampler: Sampler, *given: Any) -> list[int]:
+        passes.append(1)
+        if len(passes) == 7 and os.environ["RANK"] == "1":  # at step 2's evaluation
+            terminate()
+        return inner(sampler, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_end_tokens", lambda *_: set())
+        patch.setattr(Sampler, "_next_tokens", next_tokens)
+        for port, (code, total) in zip(ports, ((STOPPED, 7), (0, 7 + 2 * 5)), strict=True):
+            with launched(port):
+                assert (dpo.run(config_from_dict(tree, "dpo")), len(passes)) == (code, total)
+
+
+def test_a_signal_to_one_rank_while_sampling_ends_all_at_the_same_pass(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    overrides = {**SAMPLED, "training__eval_every": 2, "data__eval_size": 5}
+    run_ranks(
+        _stopped_on_one_rank, 2, tmp_path, settings(tmp_path / "run", model_folder, pairs_file, **overrides),
+        free_ports(2),
+    )  # fmt: skip
+    found = [(line["step"], line["index"]) for line in samples_of(tmp_path / "run")]
+    assert found == [(step, index) for step in (0, 2, 4) for index in range(3)]
 
 
 @pytest.mark.parametrize("call", [2, 9])  # of 5 forward passes each: at step 0, and at step 2's evaluation

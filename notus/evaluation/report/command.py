@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
     default = Path(args.runs[0]).expanduser() / REPORT if len(args.runs) == 1 else Path(REPORT)
     output = Path(args.output) if args.output else default
-    page = render(read_runs(args.runs))
+    # half a character that stood alone in the data is no text that a file can hold
+    page = render(read_runs(args.runs)).encode("utf-8", "replace").decode("utf-8")
     try:
         check_output(output, not_over=args.runs[0])
         if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:1000]:

@@ -81,7 +81,7 @@ def source_bars(runs: Sequence[RunRecord]) -> list[Bars]:
     totals = Counter[str]()
     for counts in sources:
         totals.update(counts)
-    if not totals:
+    if not totals.total():
         return []
     most = max(count for counts in sources for count in counts.values())
     rows = {

@@ -1,10 +1,13 @@
 """Numbers and paths as a reader likes them."""
 
+import math
 from pathlib import PurePath
 
 
 def number(value: float, unit: str = "") -> str:
-    """Four figures, thousands set apart; `unit` "%" takes a percentage, "share" a share of 1."""
+    """Four figures, thousands set apart; `unit` "%" takes a percentage, "share" a share of 1. A dash for no number."""
+    if not math.isfinite(value):
+        return "–"
     return _plain(value, unit).replace("-", "−", 1) if value < 0 else _plain(value, unit)
 
 

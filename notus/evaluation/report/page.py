@@ -1,9 +1,11 @@
 """The page: everything that the runs tell, set by the template into one file without links to anything outside."""
 
 import base64
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,12 +15,18 @@ from notus.evaluation.report import overview
 from notus.evaluation.report.data import data_panels, data_table, source_bars
 from notus.evaluation.report.evaluations import evaluation_tables
 from notus.evaluation.report.preferences import breakdown_bars, calibration_panels, detail_table
-from notus.evaluation.report.reading import RunRecord
+from notus.evaluation.report.reading import DATA, ENVIRONMENT, RunRecord, told
 from notus.evaluation.report.samples import sample_groups
 from notus.evaluation.report.training import training_panels
+from notus.evaluation.results import EVALUATIONS, RESULT
+from notus.training.folder import CONFIG_FILE
+from notus.training.tracking import METRICS_FILE
+
+T = TypeVar("T")
 
 GENERATOR = '<meta name="generator" content="notus report">'  # by which an earlier report is known
 HERE = Path(__file__).parent
+RESULTS = f"{EVALUATIONS}/*/{RESULT}"
 COLOURS = 7  # --c0 to --c6 in page.css
 
 
@@ -28,7 +36,10 @@ def render(runs: Sequence[RunRecord]) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text(encoding="utf-8"))]
-    training, data, calibration = training_panels(runs), data_panels(runs), calibration_panels(runs)
+    made = functools.partial(_made, runs)
+    training = made(f"{CONFIG_FILE} or {METRICS_FILE}", training_panels)
+    data = made(DATA, data_panels)
+    calibration = made(RESULTS, calibration_panels)
     return environment.get_template("page.html.j2").render(
         generator=Markup(GENERATOR),
         policy=_security_policy(scripts),
@@ -36,21 +47,26 @@ def render(runs: Sequence[RunRecord]) -> str:
         scripts=scripts,
         colours=COLOURS,
         runs=runs,
-        facts=[overview.facts(run) for run in runs],
-        tiles=overview.tiles(runs),
+        facts=made(f"{CONFIG_FILE} or {ENVIRONMENT}", lambda runs: [overview.facts(run) for run in runs]),
+        tiles=made(RESULTS, overview.tiles),
         training=training,
         last_values=overview.last_values(runs),
         data=data,
-        data_table=data_table(runs),
-        sources=source_bars(runs),
-        evaluations=evaluation_tables(runs),
+        data_table=made(DATA, data_table),
+        sources=made(DATA, source_bars),
+        evaluations=made(RESULTS, evaluation_tables),
         calibration=calibration,
-        breakdowns=breakdown_bars(runs),
-        preference_table=detail_table(runs),
+        breakdowns=made(RESULTS, breakdown_bars),
+        preference_table=made(RESULTS, detail_table),
         samples=sample_groups(runs),
         differing=overview.differing_settings(runs),
         figures={panel.name: panel.as_json() for panel in (*training, *data, *calibration)},
     )
+
+
+def _made(runs: Sequence[RunRecord], files: str, make: Callable[[Sequence[RunRecord]], T]) -> T:
+    """A part of the page, which shows what these files of the runs hold; see `told`."""
+    return told(files, [run.folder for run in runs], lambda: make(runs))
 
 
 def _script(text: str) -> Markup:

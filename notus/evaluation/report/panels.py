@@ -72,7 +72,7 @@ class Panel:
         self, curve: Curve, name: str, *, colour: int, held_out: bool = False, marked: bool = False, noisy: bool = True
     ) -> None:
         """A metric over steps: thin as it is, with its moving mean bold where it is long and noisy."""
-        symbol = SYMBOLS[colour % len(SYMBOLS)]
+        symbol = _symbol(colour)
         dash, first = HELD_OUT_DASH if held_out else "solid", len(self.figure.data)
         calm = smooth(curve) if noisy and not held_out else None
         shows = held_out or marked or len(curve.steps) == 1
@@ -114,7 +114,7 @@ class Panel:
         self, x: Sequence[float], y: Sequence[float], name: str, *, colour: int, intervals: Sequence[Sequence[float]]
     ) -> None:
         """Points joined by a line, each with the low and the high end of its interval."""
-        symbol = SYMBOLS[colour % len(SYMBOLS)]
+        symbol = _symbol(colour)
         self.keys.append(Key(name, colour, "solid", symbol, [len(self.figure.data)]))
         above = [high - value for value, (_, high) in zip(y, intervals, strict=True)]
         below = [value - low for value, (low, _) in zip(y, intervals, strict=True)]
@@ -132,6 +132,11 @@ class Panel:
             x=[low, high], y=[low, high], mode="lines", line={"width": 1.5, "dash": "dot"}, hoverinfo="skip",
             meta={"colour": None},
         )  # fmt: skip
+
+
+def _symbol(colour: int) -> str:
+    """Moves on by one each time the colours are used up, so that no two of many lines share both."""
+    return SYMBOLS[(colour + colour // len(SYMBOLS)) % len(SYMBOLS)]
 
 
 def _course(name: str, curve: Curve, unit: str) -> str:

@@ -5,9 +5,10 @@ import dataclasses
 import fcntl
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from notus.evaluation.models import is_run, read_run_settings
 from notus.evaluation.results import Result, read_results
 from notus.training.folder import CONFIG_FILE, LOCK, MODEL
 from notus.training.tracking import METRICS_FILE
+
+T = TypeVar("T")
 
 SAMPLES, DATA, ENVIRONMENT = "samples.jsonl", "data.json", "environment.json"
 
@@ -78,8 +81,8 @@ class RunRecord:
     @property
     def planned_steps(self) -> int | None:
         """Steps of the whole run; None before the first line says how many an epoch has."""
-        epoch = self.curves.get("epoch")
-        if epoch is None:
+        epoch = self.curves["epoch"].known if "epoch" in self.curves else None
+        if epoch is None or epoch.values[-1] <= 0:
             return None
         training = self.settings["training"]
         steps = training["epochs"] * round(float(epoch.steps[-1] / epoch.values[-1]))
@@ -112,11 +115,26 @@ def _read_run(folder: Path, label: str) -> RunRecord:
         settings=settings,
         config_text=(folder / CONFIG_FILE).read_text(encoding="utf-8"),
         curves=_curves(_read_lines(folder / METRICS_FILE)),
-        samples=_samples(_read_lines(folder / SAMPLES)),
+        samples=told(SAMPLES, [folder], lambda: _samples(_read_lines(folder / SAMPLES))),
         data=_read_object(folder / DATA),
         environment=_read_object(folder / ENVIRONMENT),
         results=read_results(folder),
     )
+
+
+def told(files: str, folders: Sequence[Path], make: Callable[[], T]) -> T:
+    """What `make` makes of `files`, which lie in each of `folders`.
+
+    Raises:
+        ValueError: naming them, if what they hold is not as this version writes it: damaged, or of another version.
+    """
+    try:
+        return make()
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        where = ", ".join(str(folder / files) for folder in folders)
+        raise ValueError(
+            f"{where}: not as this version writes it ({type(error).__name__}: {error}); restore it, or move it away"
+        ) from error
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -179,9 +197,14 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
             if name != "step" and isinstance(value, int | float):
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(record["step"])
-                values.append(value if math.isfinite(value) else math.nan)
+                values.append(_finite(value))
     curves = {name: Curve(np.array(steps), np.array(values, float)) for name, (steps, values) in columns.items()}
     return {name: curve for name, curve in curves.items() if np.isfinite(curve.values).any()}
+
+
+def _finite(value: float) -> float:
+    """NaN for what is not finite, a whole number beyond all floats among it."""
+    return float(value) if abs(value) <= sys.float_info.max else math.nan
 
 
 def _samples(records: Sequence[Mapping[str, Any]]) -> list[list[Sample]]:

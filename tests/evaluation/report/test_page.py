@@ -7,11 +7,12 @@ import re
 import sys
 
 import numpy as np
+import pytest
 from report_runs import dpo_metrics, sft_metrics
 
 from notus.__main__ import main
 from notus.evaluation.report.numbers import duration, number, short_path
-from notus.evaluation.report.page import render
+from notus.evaluation.report.page import COLOURS, render
 from notus.evaluation.report.reading import read_runs
 from notus.evaluation.results import Figure, Result, write_result
 
@@ -255,3 +256,47 @@ def test_numbers_as_they_are_written():
     assert [short_path(p) for p in ("/a/b/c/model", "hub/model", "runs/x/y/z")] == [
         "…/c/model", "hub/model", "runs/x/y/z"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "tree"),
+    [
+        ("data.json", {"train": {"rows": 5, "lengths": {"prompt": {"edges": [1, 2]}}}}),
+        ("data.json", {"train": [1]}),
+        ("environment.json", {"seconds": "long"}),
+        ("evaluations/preferences/result.json", {"figures": [{"name": "a", "metric": "b", "value": None}]}),
+        ("evaluations/preferences/result.json", {"details": {"calibration": {"bins": [{"confidence": 0.5}]}}}),
+    ],
+)
+def test_what_another_version_or_a_fault_left_is_named_in_one_line(make_run, capsys, file, tree):
+    folder = make_run()
+    path = folder / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "result.json":
+        tree = {"suite": "preferences", "model": "m", "figures": [], "settings": {}, "date": "2026-01-01", **tree}
+    path.write_text(json.dumps(tree))
+    assert main(["report", str(folder)]) == 1
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert path.name in told
+    assert str(folder) in told
+    assert not (folder / "report.html").exists()
+
+
+def test_half_a_character_does_not_stop_the_report(make_run):
+    folder = make_run(samples=[{"step": 0, "index": 0, "prompt": "p\ud800q", "completion": "a"}])
+    assert main(["report", str(folder)]) == 0
+    assert "p?q" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_figure_that_is_no_number_is_a_dash(make_run):
+    assert (number(float("nan")), number(float("inf"), "share")) == ("–", "–")
+
+
+def test_no_two_of_many_runs_share_colour_and_symbol(make_run):
+    runs = [make_run(f"run-{i}", metrics=dpo_metrics(3)) for i in range(9)]
+    page = page_of(*runs)
+    looks = {
+        (trace["meta"]["colour"] % COLOURS, trace["marker"]["symbol"]) for trace in figures_of(page)["accuracy"]["data"]
+    }
+    assert len(looks) == 9

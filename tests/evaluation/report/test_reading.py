@@ -93,3 +93,23 @@ def test_what_is_no_run_is_named(tmp_path, make_run):
         read(tmp_path / "none")
     with pytest.raises(ValueError, match=r"data\.json: not a JSON object"):
         read(make_run(data=[1]))
+
+
+def test_epochs_that_are_no_numbers_plan_nothing(make_run):
+    lines = dpo_metrics(4)
+    for line in lines[2:]:
+        line["epoch"] = math.nan
+    assert read(make_run(metrics=lines, training__epochs=2)).planned_steps == 20  # by the last that is one
+    assert read(make_run("zero", metrics=[{"step": 0, "loss": 1.0, "epoch": 0.0}])).planned_steps is None
+
+
+def test_a_number_beyond_all_floats_is_a_gap(make_run):
+    run = read(make_run(metrics=[{"step": 1, "loss": 10**400}, {"step": 2, "loss": 1}]))
+    assert math.isnan(run.curves["loss"].values[0])
+    assert run.curves["loss"].values[1] == 1.0
+
+
+@pytest.mark.parametrize("sample", [{}, {"index": 0, "prompt": "a"}])
+def test_samples_that_are_none_are_named(make_run, sample):
+    with pytest.raises(ValueError, match=r"samples\.jsonl: not as this version writes it"):
+        read(make_run(samples=[{"step": 1, **sample}]))
