@@ -95,7 +95,7 @@ def listing(folder: Path, destination: Destination) -> str:
 
 def check_no_paths(folder: Path, paths: Iterable[str]) -> None:
     """Raise ValueError, naming file and path, if a text file to be uploaded names one of these places."""
-    patterns = {path: re.compile(rf"(?<![\w/.-]){re.escape(path)}(?![\w-])") for path in paths}
+    patterns = {path: re.compile(rf"(?:(?<![\w/.-])|(?<=file://)){re.escape(path)}(?![\w-])") for path in paths}
     for name in files_of(folder):
         if not name.endswith(_TEXTS) or Path(name).name in _VOCABULARIES:
             continue
