@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
         pairs, settings = _pairs(args, sources, folder / GENERATION, device)
         prompts = args.prompts or args.answers or args.against_answers
         settings = {**settings, "prompts": prompts, "judge": judge.name}
-        return distributed.on_main(lambda: _compare(folder, name, other, pairs, judge, settings))
+        speaks = distributed.is_main()
+    # Judging can take hours, and the other ranks have no part in it.
+    return _compare(folder, name, other, pairs, judge, settings) if speaks else 0
 
 
 def _check_sides(args: argparse.Namespace) -> None:

@@ -152,6 +152,18 @@ def test_a_signal_keeps_the_verdicts_and_says_how_to_go_on(tmp_path, capsys, num
         assert len(served.requests) == 7
 
 
+def test_nobody_waits_in_the_process_group_while_the_judge_is_asked(tmp_path, judge_file, monkeypatch):
+    grouped = []
+
+    def judging(*_):
+        grouped.append(torch.distributed.is_initialized())
+        return [Judged(Pair("q", "a", "b"), "A", "B")], []
+
+    monkeypatch.setattr("notus.evaluation.win_rate.verdicts.judge_pairs", judging)
+    assert compare(tmp_path, ["a"], ["b"], "--judge-function", f"{judge_file}:first") == 0
+    assert grouped == [False]
+
+
 def test_nonsense_is_counted(tmp_path, judge_file, capsys):
     assert compare(tmp_path, ["a", "b"], ["c", "d"], "--judge-function", f"{judge_file}:odd") == 0
     details = read_result(tmp_path / "o" / "result.json").details
