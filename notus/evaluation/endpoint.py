@@ -18,7 +18,7 @@ import signal
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 try:
@@ -96,8 +96,7 @@ class Endpoint:
         """
         for attempt in range(self.retries + 1):
             try:
-                # The loop, and with it the deadline, is this request's own.
-                return asyncio.run(self._request(messages))
+                return _run(self._request(messages))
             except _Passing as failure:
                 if attempt == self.retries:
                     raise EndpointError(f"{self.base_url}: {failure} ({attempt + 1} requests)") from failure
@@ -285,6 +284,19 @@ def _signals_to(notice: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _run(request: Coroutine[Any, Any, str]) -> str:
+    """Run a request in a loop, and with a deadline, of its own.
+
+    `asyncio.run` would wait at the end for the thread that looks the name up, which knows of no deadline.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(request)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
 
 
 @functools.cache

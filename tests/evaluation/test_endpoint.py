@@ -101,6 +101,19 @@ def test_a_server_that_says_nothing_at_all(waits: list[float]) -> None:
     assert len(served.requests) == 3
 
 
+def test_a_name_that_is_looked_up_for_ever_meets_the_deadline(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up, asked = threading.Event(), Endpoint("http://localhost:9/v1", "judge", timeout=0.3, retries=0)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: looked_up.wait(20) and [])
+    started = time.monotonic()
+    with pytest.raises(EndpointError, match=r"no whole answer in 0\.3 s"):
+        asked.ask(QUESTION)
+    took = time.monotonic() - started
+    looked_up.set()
+    assert took < 5
+
+
 def test_429_waits_as_long_as_the_server_says_in_seconds(waits: list[float]) -> None:
     with serving(once(Reply("slow down", 429, {"Retry-After": "7"}))) as served:
         assert endpoint(served, waits).ask(QUESTION) == "fine"

@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import ModelInfo
 from notus.entry import first_line
 
 # Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
-_TEXTS = (".json", ".md", ".jinja", ".txt")
+_TEXTS = (".json", ".md", ".jinja", ".txt", ".py", ".yaml", ".yml", ".jsonl")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 _HUBS_OWN = ".gitattributes"  # every repository has it from the start
 _REMEDIES = {
