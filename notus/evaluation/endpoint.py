@@ -13,11 +13,12 @@ import json
 import os
 import queue
 import random
+import re
 import signal
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 try:
@@ -72,15 +73,18 @@ class Endpoint:
     sleep: Callable[[float], None] = dataclasses.field(default=time.sleep, repr=False)
 
     def __post_init__(self) -> None:
+        # Looked for before anything can fail: a message must not repeat the password, or the key of a query.
+        if "@" in self.base_url:
+            raise ValueError("the endpoint's address holds a password; give it as a key, by --api-key-env")
+        if "?" in self.base_url or "#" in self.base_url:
+            raise ValueError("the endpoint's address holds a ? or #; give what stands before /chat/completions")
         try:
             url = httpx.URL(self.base_url)
         except httpx.InvalidURL as error:
             raise ValueError(f"{self.base_url!r}: no address ({error}); give one as http://host:8000/v1") from error
-        if url.userinfo:
-            raise ValueError("the endpoint's address holds a password; give it as a key, by --api-key-env")
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"{self.base_url!r}: not an endpoint's address; give one as http://host:8000/v1")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise ValueError("the API key holds characters that no key has; set its environment variable anew")
 
     def ask(self, messages: Sequence[dict[str, str]]) -> str:
@@ -92,8 +96,7 @@ class Endpoint:
         """
         for attempt in range(self.retries + 1):
             try:
-                # The loop, and with it the deadline, is this request's own.
-                return asyncio.run(self._request(messages))
+                return _run(self._request(messages))
             except _Passing as failure:
                 if attempt == self.retries:
                     raise EndpointError(f"{self.base_url}: {failure} ({attempt + 1} requests)") from failure
@@ -107,11 +110,11 @@ class Endpoint:
                 response, body = await self._post(client, messages)
         except TimeoutError:
             raise _Passing(f"no whole answer in {self.timeout:g} s") from None
-        except httpx.RequestError as error:
-            raise _Passing(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        except httpx.RequestError as error:  # which may quote what the server sent, at any length
+            raise _Passing(f"{type(error).__name__}: {self._clean(str(error))}".rstrip(": ")) from None
         if not response.is_success:
             self._refuse(response, body)
-        return _content(body)
+        return self._content(body)
 
     async def _post(
         self, client: "httpx.AsyncClient", messages: Sequence[dict[str, str]]
@@ -149,10 +152,28 @@ class Endpoint:
         text = body.decode("utf-8", "replace")
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             text = str(json.loads(text)["error"]["message"])
+        text = self._clean(text)
+        return f" ({text})" if text else ""
+
+    def _clean(self, text: str) -> str:
+        """A server's words fit to be shown: one short line, without the key."""
         if self.api_key:
             text = text.replace(self.api_key, "***")
-        text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-        return f" ({text[:_TOLD]})" if text else ""
+        letters = (letter if letter.isprintable() else " " for letter in text[: 10 * _TOLD])
+        return " ".join("".join(letters).split())[:_TOLD]
+
+    def _content(self, body: bytes) -> str:
+        """The text of the first choice. Raises _Passing if there is none."""
+        try:
+            choice = json.loads(body)["choices"][0]
+            content = choice["message"]["content"]
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise _Passing(f"an answer that is no chat completion ({type(error).__name__})") from error
+        if content is not None and not isinstance(content, str):
+            raise _Passing("an answer that is no chat completion (its content is no text)")
+        if not content or not content.strip():
+            raise _Passing(f"an empty answer (finish_reason {self._clean(str(choice.get('finish_reason')))})")
+        return content
 
 
 def judge_endpoint(args: argparse.Namespace) -> Endpoint:
@@ -265,6 +286,19 @@ def _signals_to(notice: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _run(request: Coroutine[Any, Any, str]) -> str:
+    """Run a request in a loop, and with a deadline, of its own.
+
+    `asyncio.run` would wait at the end for the thread that looks the name up, which knows of no deadline.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(request)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
 @functools.cache
 def _certificates() -> ssl.SSLContext:
     """Who is trusted; read once, as it takes longer than a request to a server nearby."""
@@ -278,20 +312,6 @@ async def _read(response: "httpx.Response") -> bytes:
         if len(body) > MAX_BYTES:
             raise _Passing(f"an answer of more than {MAX_BYTES >> 20} MiB")
     return bytes(body)
-
-
-def _content(body: bytes) -> str:
-    """The text of the first choice. Raises _Passing if there is none."""
-    try:
-        choice = json.loads(body)["choices"][0]
-        content = choice["message"]["content"]
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise _Passing(f"an answer that is no chat completion ({type(error).__name__})") from error
-    if content is not None and not isinstance(content, str):
-        raise _Passing("an answer that is no chat completion (its content is no text)")
-    if not content or not content.strip():
-        raise _Passing(f"an empty answer (finish_reason {choice.get('finish_reason')!r})")
-    return content
 
 
 def _pause(attempt: int, retry_after: float | None) -> float:

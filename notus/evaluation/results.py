@@ -94,4 +94,7 @@ def result_folder(given: str | None, run: Path | None, model: str, suite: str) -
         return Path(given)
     if run is not None:
         return run / EVALUATIONS / suite
-    return Path(EVALUATIONS) / model.strip("/").replace("/", "__") / suite
+    name = model.strip("/").replace("/", "__")
+    if not name.strip("."):  # "." or "..", which a file of annotations may call its model, are no folder's name
+        name = Path(model).resolve().name or "unnamed"
+    return Path(EVALUATIONS) / name / suite

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -98,6 +99,19 @@ def test_a_server_that_says_nothing_at_all(waits: list[float]) -> None:
             endpoint(served, waits, timeout=0.2).ask(QUESTION)
         served.closing.set()
     assert len(served.requests) == 3
+
+
+def test_a_name_that_is_looked_up_for_ever_meets_the_deadline(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up, asked = threading.Event(), Endpoint("http://localhost:9/v1", "judge", timeout=0.3, retries=0)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: looked_up.wait(20) and [])
+    started = time.monotonic()
+    with pytest.raises(EndpointError, match=r"no whole answer in 0\.3 s"):
+        asked.ask(QUESTION)
+    took = time.monotonic() - started
+    looked_up.set()
+    assert took < 5
 
 
 def test_429_waits_as_long_as_the_server_says_in_seconds(waits: list[float]) -> None:
@@ -255,16 +269,53 @@ def test_what_is_no_address_is_told_before_the_work(url: str) -> None:
         Endpoint(url, "judge")
 
 
-def test_a_password_in_the_address_is_not_repeated() -> None:
-    with pytest.raises(ValueError, match="holds a password") as caught:
-        Endpoint("https://me:hunter2@host/v1", "judge")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hunter2@host/v1",
+        "https://me:hunter2@host:port/v1",
+        "me:hunter2@host/v1",
+        "https://host/v1?key=hunter2",
+        "host:port/v1#hunter2",
+    ],
+)
+def test_a_password_or_key_in_the_address_is_not_repeated(url: str) -> None:
+    with pytest.raises(ValueError, match=r"holds a (password|\? or #)") as caught:
+        Endpoint(url, "judge")
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_key_that_no_header_can_hold_is_not_repeated() -> None:
+@pytest.mark.parametrize("key", ["sk-秘密", "sk-秘密 ", "sk-secret ", " sk-secret", "sk secret", "sk-secret\n", ""])
+def test_a_key_that_no_header_can_hold_is_not_repeated(key: str) -> None:
     with pytest.raises(ValueError, match="set its environment variable anew") as caught:
-        Endpoint("http://host/v1", "judge", api_key="sk-秘密")
+        Endpoint("http://host/v1", "judge", api_key=key)
     assert "秘密" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def bad_header(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"HTTP/1.1 200 OK\r\n{handler.headers['Authorization']} {'x' * 5000}\r\n\r\n".encode())
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply({"choices": [{"message": {"content": ""}, "finish_reason": f"{KEY}\n" * 10_000}]}),
+        Reply(conduct=bad_header),
+        Reply({"error": {"message": f"{KEY}\n" * 10_000}}, 400),
+        Reply({"error": {"message": f"{KEY}\n" * 10_000}}, 503),
+    ],
+    ids=["finish_reason", "header", "refusal", "fault"],
+)
+def test_a_server_that_repeats_the_key_at_length_is_told_in_one_short_line(reply: Reply, waits: list[float]) -> None:
+    with serving(lambda request, number: reply) as served, pytest.raises(EndpointError) as caught:
+        endpoint(served, waits, api_key=KEY, retries=0).ask(QUESTION)
+    told = str(caught.value)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+    assert "***" in told
+    assert len(told) < 500
+    assert told.isprintable()
 
 
 def judge(*options: str) -> Endpoint:

@@ -34,3 +34,12 @@ def test_where_results_go(tmp_path):
     assert result_folder("there", tmp_path, "model", "suite") == Path("there")
     assert result_folder(None, tmp_path, "model", "suite") == tmp_path / "evaluations" / "suite"
     assert result_folder(None, None, "org/model", "suite") == Path("evaluations/org__model/suite")
+    assert result_folder(None, None, "../model/", "suite") == Path("evaluations/..__model/suite")
+
+
+def test_results_stay_under_a_name_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "inner")
+    assert result_folder(None, None, ".", "suite") == Path("evaluations/inner/suite")
+    assert result_folder(None, None, "..", "suite") == Path("evaluations/mine/suite")
+    assert result_folder(None, None, "/", "suite") == Path("evaluations/unnamed/suite")

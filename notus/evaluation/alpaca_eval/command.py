@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
             for asked, text in zip(instructions, answers.texts, strict=True)
         ]
         settings = {**answers.settings, "prompts": args.prompts or HUB_ID, "judge": args.judge}
-        distributed.on_main(lambda: _finish(folder, source.name, outputs, judge, settings))
+        speaks = distributed.is_main()
+    if speaks:  # judging can take hours, and the other ranks have no part in it
+        _finish(folder, source.name, outputs, judge, settings)
     return 0
 
 

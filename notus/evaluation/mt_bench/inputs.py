@@ -19,6 +19,7 @@ QUESTIONS = f"hf://spaces/{HUB_ID}/data/mt_bench/question.jsonl"
 FASTCHAT = "lm-sys/FastChat has it, as fastchat/llm_judge/data/"
 # Judged against a reference answer, as FastChat's NEED_REF_CATS.
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding", "arena-hard-200")
+HIGHEST = 10
 UNREAD = -1  # the score of a judgment without a rating
 # Of the prompts for turn 1 and 2; True: with a reference answer.
 PROMPTS = {
@@ -26,6 +27,7 @@ PROMPTS = {
     True: ("single-math-v1", "single-math-v1-multi-turn"),
 }
 _FIELDS = ({"question", "answer"}, {"question_1", "question_2", "answer_1", "answer_2"})
+_JUDGED = ("answer", "answer_2")  # what a template must hold
 _REFERENCE_FIELDS = ({"ref_answer_1"}, {"ref_answer_1", "ref_answer_2"})
 
 QuestionId = int | str
@@ -114,29 +116,39 @@ def read_answers(name: str) -> list[Answer]:
 
 def read_judge_prompts(name: str) -> Mapping[str, JudgePrompt]:
     """The four of `PROMPTS`, by name. Raises ValueError, naming file and prompt, for one that cannot be used."""
-    rows = {row.get("name"): (place, row) for place, row in _rows(name)}
+    rows = {str(row.get("name")): (place, row) for place, row in _rows(name)}
     prompts = {}
     for with_reference, of_turns in PROMPTS.items():
         for turn, wanted in enumerate(of_turns):
             if wanted not in rows:
                 raise ValueError(f"{name}: has no prompt {wanted!r}; give FastChat's ({FASTCHAT}judge_prompts.jsonl)")
             fields = _FIELDS[turn] | (_REFERENCE_FIELDS[turn] if with_reference else set())
-            prompts[wanted] = _judge_prompt(*rows[wanted], fields)
+            prompts[wanted] = _judge_prompt(*rows[wanted], fields, _JUDGED[turn])
     return prompts
 
 
-def _judge_prompt(place: str, row: dict[str, Any], fields: set[str]) -> JudgePrompt:
+def _judge_prompt(place: str, row: dict[str, Any], fields: set[str], judged: str) -> JudgePrompt:
     template, system = _text(row, "prompt_template", place), row.get("system_prompt", "")
     if row.get("output_format") != "[[rating]]" or not isinstance(system, str):
         raise ValueError(f"{place}: prompt {row['name']!r} does not ask for [[rating]]; give one that does")
-    try:
-        used = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    except ValueError as error:
-        raise ValueError(f"{place}: the template cannot be filled in ({error}); write other braces twice") from error
+    used = _fields(template, place)
     if not used <= fields:
         unknown = ", ".join(sorted(f"{{{field}}}" for field in used - fields))
         raise ValueError(f"{place}: the template holds {unknown}; it can hold {', '.join(sorted(fields))}")
+    if judged not in used:
+        raise ValueError(f"{place}: the template does not hold {{{judged}}}, so the judge would not see what it judges")
     return JudgePrompt(row["name"], system, template)
+
+
+def _fields(template: str, place: str) -> set[str]:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{place}: the template cannot be filled in ({error}); write other braces twice") from error
+    odd = next((field for _, field, form, conversion in parts if form or conversion), None)
+    if odd is not None:
+        raise ValueError(f"{place}: the template cannot be filled in; write {{{odd}}} with nothing after the name")
+    return {field for _, field, _, _ in parts if field is not None}
 
 
 def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:

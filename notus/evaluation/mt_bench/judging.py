@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all
 from notus.evaluation.kept import keep, read_kept
-from notus.evaluation.mt_bench.inputs import PROMPTS, UNREAD, Answer, JudgePrompt, Question, QuestionId
+from notus.evaluation.mt_bench.inputs import HIGHEST, PROMPTS, UNREAD, Answer, JudgePrompt, Question, QuestionId
 
 ASKED = 3  # times at most for one verdict, if it cannot be read
-HIGHEST = 10
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
@@ -31,8 +30,8 @@ class Match:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a verdict is about; whoever answered anew is judged anew."""
-        return self.question_id, self.model, self.turn, self.prompt.name, self.user_prompt
+        """What a verdict is about; whoever answered anew, or is judged by other prompts, is judged anew."""
+        return self.question_id, self.model, self.turn, self.prompt.name, self.prompt.system, self.user_prompt
 
 
 @dataclasses.dataclass
@@ -142,6 +141,7 @@ def _line(match: Match, judge_model: str, score: float, judgment: str) -> dict[s
         "question_id": match.question_id,
         "model": match.model,
         "judge": [judge_model, match.prompt.name],
+        "system_prompt": match.prompt.system,  # FastChat has no such key, and leaves it aside
         "user_prompt": match.user_prompt,
         "judgment": judgment,
         "score": score,
@@ -156,7 +156,8 @@ def _read_verdicts(path: Path, judge_model: str) -> dict[tuple[Any, ...], dict[s
     for number, line in enumerate(read_kept(path), start=1):
         try:
             model, prompt = line["judge"]
-            key = (line["question_id"], line["model"], line["turn"], prompt, line["user_prompt"])
+            told = (line.get("system_prompt"), line["user_prompt"])
+            key = (line["question_id"], line["model"], line["turn"], prompt, *told)
             if model == judge_model and line["score"] != UNREAD:
                 verdicts[key] = line
         except (KeyError, TypeError, ValueError) as error:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from notus.data.curate import read_file
-from notus.evaluation.mt_bench.inputs import UNREAD
+from notus.evaluation.mt_bench.inputs import HIGHEST, UNREAD
 from notus.evaluation.results import Figure
 
 NAME = "MT-Bench"
-# Mean scores over both turns, of how many questions, and the judges that count as the one that gave them.
+# Mean scores, of how many turns of how many questions, and the judges that count as the one that gave them.
 PUBLISHED = {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
-PUBLISHED_QUESTIONS = 80
+PUBLISHED_QUESTIONS, PUBLISHED_TURNS = 80, 160
 PUBLISHED_BY = ("gpt-4", "gpt-4-0314", "gpt-4-0613")
 
 
@@ -58,8 +58,8 @@ def read_judgments(path: Path) -> list[dict[str, Any]]:
     for place, line in read_file(path):
         if not _is_judgment(line):
             raise ValueError(
-                f"{place}: not a judgment of a single answer (question_id, model, turn, score, judge); give the file "
-                "that FastChat calls JUDGE_single.jsonl"
+                f"{place}: not a judgment of a single answer (question_id, model, turn, judge, "
+                "and a score of -1 or 0 to 10); give the file that FastChat calls JUDGE_single.jsonl"
             )
         lines.append(line)
     if not lines:
@@ -68,11 +68,16 @@ def read_judgments(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_judgment(line: Any) -> bool:
-    if not isinstance(line, dict) or not isinstance(line.get("score"), int | float):
+    if not isinstance(line, dict) or not _is_score(line.get("score")):
         return False
     known = isinstance(line.get("question_id"), int | str) and line.get("turn") in (1, 2)
     judge = line.get("judge", [""])  # of the first files none is named
     return known and isinstance(line.get("model"), str) and isinstance(judge, list) and bool(judge)
+
+
+def _is_score(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (value == UNREAD or 0 <= value <= HIGHEST)  # NaN is neither
 
 
 def score(lines: Iterable[Mapping[str, Any]], categories: Mapping[int | str, str] | None = None) -> list[Scores]:
@@ -127,16 +132,21 @@ def _mean(values: Sequence[float]) -> Mean:
 def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure]:
     """The overall score of each model, then its turns and categories; none of a model without any score.
 
-    Published scores stand beside those by the same judge of as many questions. Of several models the setup names the
-    one that a figure is of. `dataset`: of the questions, as `Figure` has it.
+    Published scores stand beside those by the same judge of as many questions and turns. Of several models the setup
+    names the one that a figure is of. `dataset`: of the questions, as `Figure` has it.
     """
+    from notus.evaluation.names import public_name  # imports torch, which scores alone do without
+
     found = []
     for each in scores:
         if math.isnan(each.overall.score):
             continue
-        told = f"{each.model}, judged by {each.judge}" if len(scores) > 1 else f"judged by {each.judge}"
+        told = f"judged by {public_name(each.judge)}"  # a server of one's own names a model by its folder
+        told = f"{public_name(each.model)}, {told}" if len(scores) > 1 else told
+        told += f", {each.unread} verdicts not readable" if each.unread else ""
         stderr = None if math.isnan(each.stderr) else each.stderr
-        comparable = each.judge in PUBLISHED_BY and each.questions == PUBLISHED_QUESTIONS
+        whole = (each.questions, each.overall.count) == (PUBLISHED_QUESTIONS, PUBLISHED_TURNS)
+        comparable = each.judge in PUBLISHED_BY and whole
         parts = {"score": each.overall}
         parts |= {f"score, turn {turn}": mean for turn, mean in each.turns.items()}
         parts |= {f"score, {category}": mean for category, mean in each.categories.items()}

@@ -1,6 +1,7 @@
 """A model card from a run: the facts put into words, and into the template `card.md.jinja`."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -56,16 +57,16 @@ def model_card(facts: Facts, variant: Variant, choices: Choices, *, chat: bool) 
     """The card's text; `chat`: the tokenizer has a chat template. Raises ValueError as `base_licence` does."""
     licence = {"license": choices.licence} if choices.licence else base_licence(facts.base)
     base_model = choices.base_model or hub_id(facts.base)
-    name = (choices.repo_id or choices.name).rpartition("/")[2]
+    name = " ".join((choices.repo_id or choices.name).rpartition("/")[2].split())
     data = facts.settings["data"]
     header = card_metadata(
         facts, variant, name=name, base_model=base_model, licence=licence, languages=list(choices.languages)
     )
     text = _template().render(
         metadata=header.to_yaml(),
-        name=name,
-        identifier=choices.repo_id or choices.name,
-        summary=_summary(facts, variant, name, base_model),
+        name=one_line(name),
+        identifier=json.dumps(choices.repo_id or choices.name, ensure_ascii=False),  # as Python writes it, too
+        summary=_summary(facts, variant, one_line(name), base_model),
         step=facts.step,
         adapter=variant == "adapter",
         dpo=facts.task == "dpo",
@@ -101,16 +102,22 @@ def base_has_chat_template(facts: Facts) -> bool:
     return learned_chat(facts.settings, facts.data) or (found is not None and has_chat_template(found.parent))
 
 
+def one_line(value: Any) -> str:
+    """A name, which may hold anything, as text within a line of Markdown: it starts no block, and no HTML tag."""
+    return " ".join(str(value).split()).replace("<", "&lt;")
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    environment.filters["cell"] = lambda value: one_line(value).replace("|", "\\|")
     return environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
 
 
 def _summary(facts: Facts, variant: Variant, name: str, base_model: str | None) -> str:
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{public_name(facts.base)}`"
+    local = f"`{_code(public_name(facts.base))}`"
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else local
     how = {
         "full": f"{name} is {base}, all of its weights trained",
         "adapter": f"{name} is a LoRA adapter for {base}, trained",
@@ -118,7 +125,12 @@ def _summary(facts: Facts, variant: Variant, name: str, base_model: str | None) 
     }[variant]
     sources = dict.fromkeys(public_name(source["path"]) for source in facts.settings["data"]["train"])
     what = "Direct Preference Optimization (DPO)" if facts.task == "dpo" else "supervised fine-tuning (SFT)"
-    return f"{how} by {what} on {', '.join(f'`{source}`' for source in sources)}."
+    return f"{how} by {what} on {', '.join(f'`{_code(source)}`' for source in sources)}."
+
+
+def _code(name: str) -> str:
+    """A name between backticks, which cannot hold one."""
+    return " ".join(name.split()).replace("`", "'")
 
 
 def _datasets(facts: Facts) -> Iterator[dict[str, Any]]:
@@ -144,7 +156,7 @@ def _counts(facts: Facts) -> Iterator[str]:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
+    return ", ".join(f"{one_line(name)} {number:,}" for name, number in counts.items())
 
 
 def _hyperparameters(facts: Facts) -> Iterator[tuple[str, Any]]:
@@ -162,7 +174,7 @@ def _hyperparameters(facts: Facts) -> Iterator[tuple[str, Any]]:
     if training["max_steps"]:
         yield "most steps", training["max_steps"]
     yield "learning rate", f"{training['learning_rate']:g}"
-    yield "schedule", f"{training['lr_schedule']}, warm-up over {training['warmup_ratio']:.0%} of the steps"
+    yield "schedule", f"{training['lr_schedule']}, warm-up over {100 * training['warmup_ratio']:.4g} % of the steps"
     yield "optimizer", f"{training['optimizer']}, states in {training['optimizer_dtype']}"
     if training["weight_decay"]:
         yield "weight decay", f"{training['weight_decay']:g}"
@@ -174,6 +186,10 @@ def _hyperparameters(facts: Facts) -> Iterator[tuple[str, Any]]:
         yield "tokens of a prompt that is too long", f"the last {data['max_prompt_length']}"
     if data["chat_template"]:
         yield "chat template", public_name(data["chat_template"])
+    if data["add_empty_system"]:
+        yield "system turn", "an empty one in conversations without"
+    if not data["shuffle"]:
+        yield "order of the data", "as it is, in every epoch"
     yield "seed", training["seed"]
 
 

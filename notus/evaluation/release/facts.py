@@ -85,8 +85,10 @@ def standing_step(run: Path) -> int | None:
 
 
 def run_digest(run: Path) -> str:
-    """By which a run is known again: that of its config."""
-    return hashlib.sha256((run / CONFIG_FILE).read_bytes()).hexdigest()
+    """By which a run is known again: of its config, and when it first began; who trains anew makes another model."""
+    launches = (_read_noted(run / ENVIRONMENT_FILE) or {}).get("launches") or [{}]
+    began = str(launches[0].get("started", ""))
+    return hashlib.sha256((run / CONFIG_FILE).read_bytes() + began.encode()).hexdigest()
 
 
 def base_file(base: str, name: str) -> Path | None:
@@ -124,8 +126,17 @@ def private_paths(run: Path, settings: Settings) -> list[str]:
     """Places on this machine that a run names, and the user's home: what no published file may hold."""
     sources = [*settings["data"]["train"], *(settings["data"]["eval"] or [])]
     names = [str(run), settings["model"]["name_or_path"], *(source["path"] for source in sources)]
-    found = {str(Path(name).expanduser().resolve()) for name in names if hub_id(name) is None}
+    paths = [Path(name).expanduser() for name in [*names, *_other_files(settings)] if hub_id(name) is None]
+    found = {str(place) for path in paths for place in (path.absolute(), path.resolve())}  # as written, and its target
     return sorted(path for path in {*found, str(Path.home())} if path != "/")
+
+
+def _other_files(settings: Settings) -> list[str]:
+    """Folders and files that a run's settings name besides model and data."""
+    keys = (("data", "cache_dir"), ("training", "output_dir"), ("reference", "cache_dir"))
+    template = settings["data"].get("chat_template")
+    given = [settings.get(section, {}).get(key) for section, key in keys]
+    return [str(name) for name in [*given, template if str(template).endswith(".jinja") else None] if name]
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

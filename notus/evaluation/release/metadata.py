@@ -74,13 +74,13 @@ def evaluation_results(facts: Facts) -> Iterator[EvalResult]:
                 dataset_name=group,
                 metric_type=re.sub(r"\W+", "_", figure.metric.lower()).strip("_"),
                 metric_name=figure.metric if group == label else f"{label}: {figure.metric}",
-                metric_value=figure.value,
+                metric_value=float(f"{figure.value:.6g}"),  # more digits than six say nothing of the model
             )
 
 
 def figure_label(figure: Figure) -> str:
     """A benchmark with its set-up, as "HellaSwag (10-shot)"."""
-    return f"{figure.name} ({figure.setup})" if figure.setup else figure.name
+    return " ".join((f"{figure.name} ({figure.setup})" if figure.setup else figure.name).split())
 
 
 def _dataset_type(figure: Figure) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import ModelInfo
 from notus.entry import first_line
 
 # Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
-_TEXTS = (".json", ".md", ".jinja", ".txt")
+_TEXTS = (".json", ".md", ".jinja", ".txt", ".py", ".yaml", ".yml", ".jsonl")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 _HUBS_OWN = ".gitattributes"  # every repository has it from the start
 _REMEDIES = {
@@ -95,7 +95,7 @@ def listing(folder: Path, destination: Destination) -> str:
 
 def check_no_paths(folder: Path, paths: Iterable[str]) -> None:
     """Raise ValueError, naming file and path, if a text file to be uploaded names one of these places."""
-    patterns = {path: re.compile(rf"(?<![\w/.-]){re.escape(path)}(?![\w-])") for path in paths}
+    patterns = {path: re.compile(rf"(?:(?<![\w/.-])|(?<=file://)){re.escape(path)}(?![\w-])") for path in paths}
     for name in files_of(folder):
         if not name.endswith(_TEXTS) or Path(name).name in _VOCABULARIES:
             continue

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from notus.entry import STOPPED, tell
 from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
 from notus.evaluation.arguments import add_judge_arguments, add_model_arguments
 from notus.evaluation.evaluate import add_suite_argument
@@ -64,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate as `args` say, return 0; under torchrun the ranks share the generation.
+    """Evaluate as `args` say; under torchrun the ranks share the generation, and the first one asks the judge.
 
-    Raises ValueError or OSError with a message for the user.
+    Returns 0, or 75 if a signal left verdicts open. Raises ValueError or OSError with a message for the user.
     """
     _check_sides(args)
     answer_settings(args)
@@ -83,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
         pairs, settings = _pairs(args, sources, folder / GENERATION, device)
         prompts = args.prompts or args.answers or args.against_answers
         settings = {**settings, "prompts": prompts, "judge": judge.name}
-        distributed.on_main(lambda: _compare(folder, name, other, pairs, judge, settings))
-    return 0
+        speaks = distributed.is_main()
+    # Judging can take hours, and the other ranks have no part in it.
+    return _compare(folder, name, other, pairs, judge, settings) if speaks else 0
 
 
 def _check_sides(args: argparse.Namespace) -> None:
@@ -185,13 +187,15 @@ def _read(args: argparse.Namespace) -> tuple[list["Asked"], tuple[list[str] | No
     return asked, (ours, match(asked, others, theirs, args.against_answers))
 
 
-def _compare(
-    folder: Path, name: str, other: str, pairs: list["Pair"], judge: "Judge", settings: dict[str, Any]
-) -> None:
-    """Have the pairs judged, write and print the result; for rank 0."""
+def _compare(folder: Path, name: str, other: str, pairs: list["Pair"], judge: "Judge", settings: dict[str, Any]) -> int:
+    """Have the pairs judged, write and print the result; for rank 0. Returns the exit code."""
     from notus.evaluation.win_rate.verdicts import judge_pairs, score
 
-    judged, failures = judge_pairs(pairs, judge, folder / VERDICTS)
+    try:
+        judged, failures = judge_pairs(pairs, judge, folder / VERDICTS)
+    except KeyboardInterrupt:
+        tell(f"stopped: the verdicts that came are in {folder / VERDICTS}; the same command goes on from there")
+        return STOPPED
     _write_pairs(folder, judged)
     if failures:
         print(f"{len(failures)} verdicts failed, the first: {failures[0]}; the same command asks for them again")
@@ -207,6 +211,7 @@ def _compare(
     )
     print(_table(scores, name, other, judge.name))
     print(f"wrote {path}")
+    return 0
 
 
 def _write_pairs(folder: Path, judged: list["Judged"]) -> None:
@@ -219,7 +224,11 @@ def _write_pairs(folder: Path, judged: list["Judged"]) -> None:
 
 
 def _figures(scores: "Scores", other: str, judge: str, dataset: str) -> list[Figure]:
-    setup = f"against {other}, judged by {judge} in both orders"
+    from notus.evaluation.names import public_name
+
+    model, step, rest = other.partition(" (step ")
+    setup = f"against {public_name(model)}{step}{rest}, judged by {public_name(judge)} in both orders"
+    setup += f", {scores.failed} pairs without both verdicts" if scores.failed else ""
     rate = Figure("win rate", "win_rate", scores.win_rate, "%", scores.standard_error, scores.count, setup, dataset)
     if scores.flip_rate is None:
         return [rate]

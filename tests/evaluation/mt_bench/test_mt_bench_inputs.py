@@ -101,6 +101,9 @@ BAD_PROMPTS = {
     "holds {question.__class__}": {"prompt_template": "{question.__class__}"},
     "holds {0}": {"prompt_template": "{0}"},
     "cannot be filled in": {"prompt_template": "{question"},
+    "cannot be filled in; write {answer} with nothing": {"prompt_template": "{question} {answer:{answer}}"},
+    "cannot be filled in; write {question} with nothing": {"prompt_template": "{question!s} {answer}"},
+    "does not hold {answer}, so the judge": {"prompt_template": "{question}"},
     "key 'prompt_template' holds no text": {"prompt_template": ""},
 }
 

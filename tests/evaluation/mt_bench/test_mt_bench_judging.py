@@ -1,5 +1,6 @@
 """The judge, a real server on loopback: what it is told, what its verdicts become, and what happens when it fails."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -57,6 +58,7 @@ def said(request: dict[str, Any]) -> str:
         ("[[8/10]]", -1),
         ("[[-3]]", -1),
         ("[[85]]", -1),
+        ("[[11]]", -1),
         ("[[eight]]", -1),
         ("", -1),
     ],
@@ -114,6 +116,7 @@ def test_the_judge_is_told_and_its_verdicts_are_kept_in_fastchats_format(tmp_pat
         "question_id": 101,
         "model": "toy",
         "judge": ["gpt-4", "single-math-v1-multi-turn"],
+        "system_prompt": "Judge.",
         "user_prompt": wanted[5].user_prompt,
         "judgment": f"So so. Rating: [[{len(wanted[5].user_prompt) % 10}]]",
         "score": len(wanted[5].user_prompt) % 10,
@@ -166,6 +169,18 @@ def test_new_answers_and_another_judge_are_judged_anew(tmp_path: Path, wanted: l
         assert len(ask(served, find(tmp_path, mark="!"), tmp_path).verdicts) == 8
         assert len(ask(served, wanted, tmp_path, model="other").verdicts) == 8
     assert len(served.requests) == 24
+
+
+def test_another_system_prompt_is_judged_anew(tmp_path: Path, wanted: list[Match]) -> None:
+    stern = [
+        dataclasses.replace(match, prompt=dataclasses.replace(match.prompt, system="Be stern.")) for match in wanted
+    ]
+    with serving(lambda request, number: f"[[{len(request['messages'][0]['content']) % 10}]]") as served:
+        ask(served, wanted, tmp_path)
+        judged = ask(served, stern, tmp_path)
+        assert len(ask(served, wanted, tmp_path).verdicts) == 8
+    assert len(served.requests) == 16
+    assert [verdict["score"] for verdict in judged.verdicts] == [len("Be stern.")] * 8
 
 
 def test_a_line_that_was_cut_off_is_asked_again(tmp_path: Path, wanted: list[Match]) -> None:

@@ -58,12 +58,15 @@ def test_models_and_judges_are_kept_apart_the_best_first() -> None:
 
 
 def test_published_scores_stand_beside_those_of_the_same_judge_and_as_many_questions() -> None:
-    def overall(count: int, judge: str) -> Any:
-        return figures(score([fastchat.judgment(number, 1, 8, judge=judge) for number in range(count)]))[0]
+    def overall(count: int, judge: str, last: int = 1) -> Any:
+        lines = [fastchat.judgment(number, turn, 8, judge=judge) for number in range(count) for turn in (1, 2)]
+        lines[-1]["score"] = last
+        return figures(score(lines))[0]
 
     assert overall(80, "gpt-4").reference == {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
     assert overall(80, "gpt-4o").reference == {}
     assert overall(79, "gpt-4").reference == {}
+    assert overall(80, "gpt-4", -1).reference == {}  # a turn without a verdict
 
 
 def test_figures_of_one_model() -> None:
@@ -86,6 +89,13 @@ def test_figures_of_several_models_name_them() -> None:
     ]
 
 
+def test_figures_tell_of_verdicts_that_could_not_be_read_and_of_no_folder() -> None:
+    (found, *_) = figures(score([*LINES[:5], fastchat.judgment(111, 2, -1)]))
+    assert found.setup == "judged by gpt-4, 1 verdicts not readable"
+    (found, *_) = figures(score([fastchat.judgment(81, 1, 8, judge="/home/ada/models/llama")]))
+    assert found.setup == "judged by llama"
+
+
 def test_the_table_has_a_line_for_every_model() -> None:
     lines = [*LINES, fastchat.judgment(151, 1, -1, "nothing")]
     rows = [" ".join(line.split()) for line in table(score(lines, fastchat.CATEGORIES)).splitlines()]
@@ -105,6 +115,10 @@ BAD: list[Any] = [
     3,
     {**LINES[0], "score": "8"},
     {**LINES[0], "score": None},
+    {**LINES[0], "score": True},
+    {**LINES[0], "score": math.nan},
+    {**LINES[0], "score": 85},
+    {**LINES[0], "score": -2},
     {**LINES[0], "turn": 3},
     {**LINES[0], "model": None},
     {**LINES[0], "question_id": None},

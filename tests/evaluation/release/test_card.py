@@ -1,5 +1,6 @@
 """`notus card`: the hub's client reads it back as it was meant, it tells what the run tells, and no path of ours."""
 
+import ast
 import json
 import math
 import re
@@ -52,7 +53,8 @@ def refused(capsys, *words):
 
 
 def test_header_and_text_of_the_recipe(tmp_path):
-    more = {"data__eval_size": 2000, "data__add_empty_system": True, "dpo__label_smoothing": 0.1}
+    more = {"data__eval_size": 2000, "data__add_empty_system": True, "data__shuffle": False}
+    more |= {"dpo__label_smoothing": 0.1, "dpo__nll_weight": 0.25, "training__warmup_ratio": 0.005}
     run = make_run(tmp_path / "notus", training__max_grad_norm=0, **more)
     _, text, data = card(run, "--license", "apache-2.0", "--language", "en", "de", "--repo-id", "ada/notus-7b")
     assert data.to_dict() == {
@@ -71,6 +73,10 @@ def test_header_and_text_of_the_recipe(tmp_path):
     assert "2,000 rows were held out of the training data for evaluation (seed 42)" in text
     for row in ("loss | sigmoid", "beta | 0.1", "label smoothing | 0.1", "pairs per step | 4", "learning rate | 0.001"):
         assert f"| {row} |\n" in text
+    assert "| weight of the chosen completions' negative log-likelihood | 0.25 |\n" in text
+    assert "| schedule | linear, warm-up over 0.5 % of the steps |\n" in text
+    assert "| system turn | an empty one in conversations without |\n" in text
+    assert "| order of the data | as it is, in every epoch |\n" in text
     assert "gradient norm" not in text
     assert "| training loss | 0.6931 (step 1) | 0.25 (step 3) |" in text
     assert "| loss, held-out | 0.6 (step 2) | 0.4 (step 3) |" in text
@@ -157,6 +163,47 @@ def test_evaluations_are_read_back_by_the_hubs_client(tmp_path):
     assert "| reward \\| accuracy | accuracy | 90.50 % | – | – |\n" in text
     assert "`old`, 2026-11-22, **of the model after step 2, not of this one**:" in text
     assert "/home/ada" not in text
+
+
+def test_figures_of_the_header_are_rounded_to_six_digits(tmp_path):
+    run = make_run(tmp_path / "run")
+    exact = [0.2478398925207633, 91.41791044776119, 1234567.0, 7.3, 0.0]
+    found = figures(*(Figure(f"f{number}", "m", value) for number, value in enumerate(exact)))
+    write_result(run / "evaluations" / "x", Result("x", "run", **found))
+    _, text, data = card(run)
+    assert [result.metric_value for result in data.eval_results] == [0.24784, 91.4179, 1234570.0, 7.3, 0.0]
+    assert "0.2478398925207633" not in text
+
+
+def test_names_that_hold_anything_stay_names(tmp_path):
+    """A folder, a source of rows and a judge may be called anything; a reader's Python and the header still work."""
+    name = "we\"ird: 'run' \\ `é`\n---\n# {{ 7 }} <b>"
+    data = tmp_path / "my`\ndata| #.jsonl"
+    data.touch()
+    run = make_run(tmp_path / name, model=tmp_path / "b`\n# ase", data=data)
+    counts = {"read": 1, "dropped": {}, "prompts_cut": 0, "completions_cut": 0}
+    (run / "data.json").write_text(json.dumps({"train": {"rows": 3, "report": counts, "sources": {"a\n\n# x": 3}}}))
+    (run / "environment.json").write_text(json.dumps({"hardware": "8 x\n# A100", "world_size": 8}))
+    odd = Figure("win rate", "win_rate", 1.0, setup="by: 'y'\n# |z <b>", dataset='we: "ird\n')
+    write_result(run / "evaluations" / "x", Result("x", "run", **figures(odd)))
+    _, text, header = card(run)
+    assert header.model_name == "we\"ird: 'run' \\ `é` --- # {{ 7 }} <b>"
+    assert header.eval_results[0].dataset_name == "win rate (by: 'y' # |z <b>)"
+    body = text[text.index("\n---\n", 4) + 5 :]
+    headings = re.findall(r"^#+ .*", body, re.MULTILINE)
+    assert headings == ["# we\"ird: 'run' \\ `é` --- # {{ 7 }} &lt;b>"] + [
+        f"## {title}"
+        for title in ("Use", "Intended use and limits", "Data", "Training", "Evaluation", "Licence", "Citation")
+    ]
+    assert "| win rate (by: 'y' # \\|z &lt;b>) | win_rate |" in text
+    assert "on `my' data| #.jsonl`." in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    loaded = [node.args[0].value for node in ast.walk(ast.parse(code)) if is_load(node)]
+    assert loaded == [name, name]
+
+
+def is_load(node):
+    return isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "from_pretrained"
 
 
 OLD_CLIENT = int(huggingface_hub.__version__.split(".")[0]) < 2

@@ -12,6 +12,7 @@ import pytest
 from hub import TOKEN
 
 from notus.__main__ import main
+from notus.evaluation.release.facts import private_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")  # the client's own
 
@@ -118,8 +119,8 @@ def test_an_edited_card_is_never_overwritten(full_run, tmp_path, hub, capsys):
     assert export(full_run, out, "--push", "ada/tiny") == 0
     assert card.read_text() == edited
     assert hub.files("ada/tiny")["README.md"] == edited.encode()
-    for place in (full_run, Path.home()):
-        card.write_text(f"{edited}\nTrained in {place}/x.\n")
+    for place, written in ((full_run, full_run), (Path.home(), Path.home()), (full_run, f"file://{full_run}")):
+        card.write_text(f"{edited}\nTrained in {written}/x.\n")
         assert f"README.md: names {place}, a place on this" in refused(capsys, full_run, out, "--push", "ada/tiny")
     assert len(hub.commits) == 1
 
@@ -131,6 +132,35 @@ def test_an_export_of_something_else_is_not_pushed(full_run, lora_run, tmp_path,
     assert "dtype torch.float32, not torch.bfloat16" in error
     assert "another run" in refused(capsys, lora_run, out, "--push", "ada/tiny", "--base-model", "org/base")
     assert hub.requests == []
+
+
+def test_a_run_that_was_trained_anew_is_not_the_one_that_was_exported(full_run, tmp_path, hub, capsys):
+    """The same config in the same folder, so other weights: those of before must not go out under the new card."""
+    run = shutil.copytree(full_run, tmp_path / "run")
+    noted = run / "environment.json"
+    launches = [{"started": "2026-11-22T18:45:19+00:00", "from_step": 0, "seconds": 1.0}]
+    noted.write_text(json.dumps({"launches": launches}))
+    assert export(run, tmp_path / "out") == 0
+    later = [*launches, {"started": "2026-11-23T01:00:00+00:00", "from_step": 2, "seconds": 1.0}]
+    noted.write_text(json.dumps({"launches": later}))
+    assert export(run, tmp_path / "out", "--push", "ada/tiny") == 0  # it went on, and is the same run
+    noted.write_text(json.dumps({"launches": later[1:]}))
+    assert "an export of another run" in refused(capsys, run, tmp_path / "out", "--push", "ada/tiny")
+    assert len(hub.commits) == 1
+
+
+def test_a_path_as_the_config_writes_it_is_found(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    settings = {
+        "model": {"name_or_path": "org/base"},
+        "data": {"train": [{"path": str(tmp_path / "link" / "p.jsonl")}], "eval": None, "chat_template": "zephyr"},
+        "training": {"output_dir": str(tmp_path / "was-here")},
+    }
+    found = private_paths(tmp_path / "run", settings)
+    for place in ("link/p.jsonl", "disk/p.jsonl", "was-here", "run"):
+        assert str(tmp_path / place) in found
+    assert not any("zephyr" in place or "org/base" in place for place in found)
 
 
 def test_visibility_is_never_changed(full_run, tmp_path, hub, capsys):

@@ -1,6 +1,8 @@
 """`--suite win-rate`: worked-out scores, both orders, judges that fail or talk nonsense, and what a kill leaves."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from notus.evaluation.endpoint import Endpoint
 from notus.evaluation.generation import generate
 from notus.evaluation.intervals import wilson
 from notus.evaluation.results import read_result
+from notus.evaluation.win_rate.command import _figures
 from notus.evaluation.win_rate.judges import PROMPT, Judge, endpoint_judge, function_judge, parse_verdict
 from notus.evaluation.win_rate.pairs import Pair, match, read_answers, read_asked
 from notus.evaluation.win_rate.verdicts import Judged, judge_pairs, score
@@ -115,6 +118,50 @@ def test_a_judge_of_positions_gives_nothing_but_ties(tmp_path, judge_file):
     rate, bias = read_result(tmp_path / "o" / "result.json").figures
     assert (rate.value, bias.metric, bias.value, bias.count) == (50, "position_bias", 100, 2)
     assert read_result(tmp_path / "o" / "result.json").details["first_rate"] == 100
+
+
+def test_figures_name_the_other_and_the_judge_without_the_way_to_them(tmp_path, judge_file):
+    assert compare(tmp_path, ["a", "b"], ["c", "d"], "--judge-function", f"{judge_file}:odd") == 0
+    result = read_result(tmp_path / "o" / "result.json")
+    assert {figure.setup for figure in result.figures} == {
+        "against theirs.jsonl, judged by my_judge.py:odd in both orders, 1 pairs without both verdicts",
+        "pairs that flip",
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    verdicts = score([Judged(Pair("q", "a", "b"), "A", "B")])
+    for other, told in ((tmp_path / "run", "run"), (f"{tmp_path}/run (step 20)", "run (step 20)"), ("o/m", "o/m")):
+        rate, _ = _figures(verdicts, str(other), "gpt-4", "prompts.jsonl")
+        assert rate.setup == f"against {told}, judged by gpt-4 in both orders"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_verdicts_and_says_how_to_go_on(tmp_path, capsys, number):
+    def respond(request, at):
+        if at == 3:
+            os.kill(os.getpid(), number)
+            served.closing.wait(20)
+        return "Verdict: A"
+
+    with serving(respond) as served:
+        options = ["--judge-model", "gpt-4", "--judge-url", served.url, "--parallel", "1"]
+        assert compare(tmp_path, ["a", "b", "c"], ["d", "e", "f"], *options) == 75
+        assert "stopped: the verdicts that came are in" in capsys.readouterr().out
+        assert not (tmp_path / "o" / "result.json").exists()
+        assert compare(tmp_path, ["a", "b", "c"], ["d", "e", "f"], *options) == 0
+        assert len(served.requests) == 7
+
+
+def test_nobody_waits_in_the_process_group_while_the_judge_is_asked(tmp_path, judge_file, monkeypatch):
+    grouped = []
+
+    def judging(*_):
+        grouped.append(torch.distributed.is_initialized())
+        return [Judged(Pair("q", "a", "b"), "A", "B")], []
+
+    monkeypatch.setattr("notus.evaluation.win_rate.verdicts.judge_pairs", judging)
+    assert compare(tmp_path, ["a"], ["b"], "--judge-function", f"{judge_file}:first") == 0
+    assert grouped == [False]
 
 
 def test_nonsense_is_counted(tmp_path, judge_file, capsys):
@@ -225,6 +272,10 @@ def test_an_edited_function_is_another_judge(judge_file):
         ("Verdict: A", "A"),
         ("Both are fine.\n**Verdict:** B", "B"),
         ("verdict: a tie", "tie"),
+        ("verdict: b", "B"),
+        ("Verdict: A\nI hope this helps.", "A"),
+        ("Verdict: a close call, but B", None),
+        ("Verdict: A closer look favours B", None),
         ("Verdict: A is better", "A"),
         ('"Verdict: tie"', "tie"),
         ("I prefer A. [[B]]", "B"),
