@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
         if args.output:
             distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs or args.model))
         model = find_together(args.model, trust_remote_code=args.trust_remote_code)
+        base = _find_base(args, model)
+        _check_options(args, base)
         if model.run:
             folder, remedy = model.run / EVALUATIONS / SUITE, f"evaluate {model.folder}, which keeps none"
             distributed.on_main(lambda: check_folder(folder, remedy=remedy))
-        base = _find_base(args, model)
-        _check_options(args, base)
         result = _evaluate(args, device, model, base)
         distributed.say(table(result))
         distributed.on_main(lambda: _write(args, model, result))
