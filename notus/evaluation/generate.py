@@ -89,13 +89,13 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> tuple[list["P
     """The prompts, and num_samples completions of each, one after the other."""
     from notus.data.chat import check_vocabulary
     from notus.evaluation.generation import generate
-    from notus.evaluation.models import find_source
+    from notus.evaluation.models import find_together
     from notus.model.export import load_causal_lm, load_tokenizer
-    from notus.training.distributed import main_first, on_main
+    from notus.training.distributed import on_main
     from notus.training.parallel import COMPUTE_DTYPES
 
     trust = args.trust_remote_code
-    source = main_first(lambda: find_source(args.model))
+    source = find_together(args.model, trust_remote_code=trust)
     chat_template = source.choose(args.chat_template, "data.chat_template", None)
     # Prompts are read before the model: their mistakes show at once.
     tokenizer = load_tokenizer(source.folder, trust)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from notus.training.distributed import on_main
+from notus.training.distributed import gather_objects, on_main
 
 
 def read_kept(path: Path) -> list[dict[str, Any]]:
@@ -81,11 +81,15 @@ class KeptTokens:
     def find(self, batches: list[Batch], settings: dict[str, Any]) -> dict[int, list[list[int]]]:
         """The batches that are complete already, by number. A collective, before the first `add`.
 
-        Raises ValueError, naming the file, if one in the folder is no file of kept completions.
+        Raises ValueError, naming the file, if one in the folder is no file of kept completions; or if the ranks have
+        different prompts or models, whose completions would be mixed up.
         """
-        if dist.is_initialized():
-            self.identity = on_main(lambda: self.identity)  # ranks that disagreed would wait for each other for ever
         self._keys = [self._keys_of(batch, settings) for batch in batches]
+        if dist.is_initialized() and len(set(gather_objects(_digest(self._keys)))) > 1:
+            raise ValueError(
+                "the ranks have different prompts or weights: their data or files differ, or a task draws its examples "
+                "at random without a seed; run in one process"
+            )
         wanted = {key for keys in self._keys for key in keys}
         found = on_main(lambda: self._read(wanted)) if dist.is_initialized() else self._read(wanted)
         return {

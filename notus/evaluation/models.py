@@ -13,6 +13,7 @@ import yaml
 from notus.evaluation.unfinished import snapshot
 from notus.model.adapter import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.weights import find_folder, resolve_model_folder
+from notus.training.distributed import on_main
 from notus.training.folder import CONFIG_FILE, MODEL
 
 
@@ -44,7 +45,7 @@ class ModelSource:
 
 
 def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """Find a model, an adapter or a run. Under torchrun call it through `main_first`.
+    """Find a model, an adapter or a run; for one process, see `find_together`.
 
     Args:
         name: a folder or a hub id.
@@ -62,6 +63,19 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
         return _source(name, run / MODEL, settings, run)
     step, folder = snapshot(run, settings, trust_remote_code=trust_remote_code)
     return _source(f"{name} (step {step})", folder, settings, run)
+
+
+def find_together(name: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """`find_source` within a process group; collective. Every rank gets what rank 0 found, though a run may go on.
+
+    Raises ValueError and OSError as that; also where rank 0 sees a run's checkpoint, and this rank does not.
+    """
+    source = on_main(lambda: find_source(name, trust_remote_code=trust_remote_code))
+    if source.folder.is_dir():
+        return source
+    if source.run:
+        raise ValueError(f"{source.folder}: the first rank sees it, this one does not; use a disk that all share")
+    return find_source(name, trust_remote_code=trust_remote_code)  # of the hub: each machine has it in its own cache
 
 
 def _source(

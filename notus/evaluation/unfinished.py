@@ -6,21 +6,21 @@ written goes into a folder that the run does not know.
 
 import fcntl
 import functools
+import hashlib
 import multiprocessing
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from notus.data.chat import resolve_template
-from notus.model.adapter import ADAPTER_CONFIG, export_adapter
+from notus.data.disk import write_whole
+from notus.model.adapter import export_adapter
 from notus.model.export import export_model, load_causal_lm
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.policy import Policy
 from notus.model.weights import read_json
-from notus.training.checkpoint import DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
+from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
 from notus.training.describe import DATA_FILE
 from notus.training.distributed import process_group
 from notus.training.folder import CHECKPOINTS
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SNAPSHOTS = "snapshots"
 DEFAULT_SHARD = 5 * 10**9
 _LOCK = ".lock"
+_MADE_OF = "checkpoint.sha256"
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 
 Settings = dict[str, dict[str, Any]]
@@ -42,37 +43,39 @@ def snapshot(run: Path, settings: Settings, *, trust_remote_code: bool = False) 
     """The step of the newest whole checkpoint, and a folder with its model, written if it is not there yet.
 
     It is written by a process of its own, on the CPU: the caller may be one of several ranks, or fill a GPU. A second
-    caller waits for the first. Within a process group rank 0 calls this first; the others take what that found, though
-    the run may have gone on meanwhile.
+    caller waits for the first. Of several ranks one alone calls this.
 
     Raises:
         ValueError: the run has no whole checkpoint, or its model cannot be made.
         OSError: the disk refuses.
     """
     folder = run / SNAPSHOTS
-    if dist.is_initialized() and dist.get_rank() > 0:
-        found = [path for path in checkpoints_in(folder) if _is_whole(path)]  # these are named as checkpoints are
-        if not found:
-            raise ValueError(f"{folder}: this rank does not see what the first wrote there; use a disk that all share")
-        return step_of(found[0]), found[0]
     if not checkpoints_in(run / CHECKPOINTS):
         raise _no_checkpoint(run)
     folder.mkdir(exist_ok=True)
     with (folder / _LOCK).open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        newest = folder / checkpoints_in(run / CHECKPOINTS)[0].name
-        if not _is_whole(newest):
-            newest = _write_apart(run, settings, folder, trust_remote_code)
-    return step_of(newest), newest
+        newest = next(iter(checkpoints_in(run / CHECKPOINTS)), run)
+        out = folder / newest.name
+        if not _stands_for(out, newest):
+            out = _write_apart(run, settings, folder, trust_remote_code)
+    return step_of(out), out
 
 
 def _no_checkpoint(run: Path) -> ValueError:
     return ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
 
 
-def _is_whole(folder: Path) -> bool:
-    """Exports appear whole."""
-    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+def _stands_for(out: Path, checkpoint: Path) -> bool:
+    """Whether a snapshot is of this checkpoint, not of one that an earlier run in this folder made at the same step."""
+    made_of = out / _MADE_OF  # written last
+    return made_of.is_file() and made_of.read_text(encoding="utf-8") == _digest(checkpoint)
+
+
+def _digest(checkpoint: Path) -> str:
+    """Of its `state.json`, which has the digests of the other files; "" if it is not there."""
+    file = checkpoint / STATE_FILE
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _write_apart(run: Path, settings: Settings, folder: Path, trust_remote_code: bool) -> Path:
@@ -99,9 +102,11 @@ def _write_snapshot(outcome: Any, run: Path, settings: Settings, folder: Path, t
     try:
         with process_group():
             causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust_remote_code)
-            out = folder / checkpoint.name
-            dtype = COMPUTE_DTYPES[settings["training"]["precision"]]
-            write_model(causal_lm, tokenizer, out, base=settings["model"]["name_or_path"], dtype=dtype)
+            out, digest = folder / checkpoint.name, _digest(checkpoint)
+            if not _stands_for(out, checkpoint):  # others may be reading it, if newer checkpoints are damaged
+                dtype = COMPUTE_DTYPES[settings["training"]["precision"]]
+                write_model(causal_lm, tokenizer, out, base=settings["model"]["name_or_path"], dtype=dtype)
+                write_whole(out / _MADE_OF, digest)
         outcome.send(out)
     except (ValueError, OSError) as error:
         outcome.send(error)

@@ -34,5 +34,5 @@ def test_a_wrong_suite_lists_the_valid_ones(capsys):
 
 def test_without_a_suite_preferences_are_meant(capsys):
     with pytest.raises(SystemExit):
-        main(["evaluate", "model"])
-    assert "--pairs" in capsys.readouterr().err
+        main(["evaluate", "--help"])
+    assert "--pairs" in capsys.readouterr().out

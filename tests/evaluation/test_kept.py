@@ -139,6 +139,19 @@ def test_the_number_of_ranks_may_change(tmp_path, monkeypatch):
     assert computed == []
 
 
+def disagree(folder, reached, identities, prompts):
+    rank = torch.distributed.get_rank()
+    with pytest.raises(ValueError, match="the ranks have different prompts or weights"):
+        generate_kept(toy_model(), toy_tokenizer(), prompts[rank], kept=folder, identity=identities[rank], **GREEDY)
+    (reached / str(rank)).touch()
+
+
+@pytest.mark.parametrize(("identities", "prompts"), [("ab", ["a", "a"]), ("aa", ["a", "b"])])
+def test_ranks_with_different_models_or_prompts_do_not_mix_completions(tmp_path, identities, prompts):
+    run_ranks(disagree, 2, tmp_path, tmp_path / "kept", tmp_path, identities, prompts)
+    assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}
+
+
 def test_the_digest_of_a_model_tells_weights_and_settings_apart():
     digest = model_digest(toy_model())
     assert model_digest(toy_model()) == digest

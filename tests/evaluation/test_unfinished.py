@@ -1,18 +1,23 @@
 """A run in progress stands for its newest whole checkpoint, whatever the run does meanwhile."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from notus.data.chat import ZEPHYR_TEMPLATE
-from notus.evaluation import unfinished
-from notus.evaluation.models import find_source
+from notus.evaluation import models, unfinished
+from notus.evaluation.models import find_source, find_together
 from notus.model.export import load_causal_lm
 from notus.training import distributed
-from notus.training.checkpoint import DamagedCheckpointError
+from notus.training.checkpoint import DamagedCheckpointError, Progress, describe
 
 
 @pytest.fixture
@@ -47,15 +52,58 @@ def test_full_run(full_run, in_progress, monkeypatch):
     assert find_source(str(run)) == source
 
 
-def test_other_ranks_take_what_the_first_found(full_run, in_progress, monkeypatch):
+def find_on_two_ranks(run, reached):
+    source = find_together(str(run))
+    (reached / f"{dist.get_rank()}.txt").write_text(f"{source.name} {source.folder}")
+
+
+def test_other_ranks_take_what_the_first_found(full_run, in_progress, tmp_path):
     run = in_progress(full_run)
-    shutil.copytree(full_run / "model", run / "snapshots" / "step-00000002")
     source = find_source(str(run))
-    assert source.name.endswith("(step 2)")
-    shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000003")  # the run goes on
-    monkeypatch.setattr(unfinished.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(unfinished.dist, "get_rank", lambda: 1)
-    assert find_source(str(run)) == source
+    # of a checkpoint that was moved away to go back, say, or of one that another evaluation saw a moment later
+    shutil.copytree(source.folder, run / "snapshots" / "step-00000003")
+    run_ranks(find_on_two_ranks, 2, tmp_path, run, tmp_path)
+    found = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert found == [f"{run} (step 2) {source.folder}"] * 2
+
+
+def test_a_rank_that_does_not_see_the_snapshot_tells(monkeypatch, tmp_path):
+    elsewhere = models.ModelSource("run (step 2)", tmp_path / "none", run=tmp_path)
+    monkeypatch.setattr(models, "on_main", lambda _: elsewhere)
+    with pytest.raises(ValueError, match="use a disk that all share"):
+        find_together("run")
+    monkeypatch.setattr(models, "on_main", lambda _: models.ModelSource("org/model", tmp_path / "none"))
+    monkeypatch.setattr(models, "find_source", lambda name, **_: models.ModelSource(name, tmp_path))
+    assert find_together("org/model").folder == tmp_path  # from this machine's own cache
+
+
+def test_a_snapshot_of_an_earlier_run_is_not_taken_for_this_ones(full_run, in_progress):
+    run = in_progress(full_run)
+    find_source(str(run))
+    made_of = run / "checkpoints" / "step-00000002"
+    tensors = load_file(made_of / "rank-00000.safetensors")
+    changed = next(name for name in tensors if name.startswith("model."))
+    with safe_open(made_of / "rank-00000.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors[changed] += 1
+    save_file(tensors, made_of / "rank-00000.safetensors", metadata)
+    content = (made_of / "rank-00000.safetensors").read_bytes()
+    state = json.loads((made_of / "state.json").read_text())
+    progress = Progress(**state["progress"])
+    files = {"rank-00000.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    (made_of / "state.json").write_text(describe(progress, state["optimizer"], files))
+    assert not same(find_source(str(run)).folder, full_run / "model")
+
+
+def test_the_snapshot_of_an_older_checkpoint_is_not_written_again(full_run, in_progress):
+    run = in_progress(full_run)
+    newer = shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000003")
+    (newer / "state.json").write_text("{}")
+    first = find_source(str(run))
+    assert first.name.endswith("(step 2)")
+    before = (first.folder / "config.json").stat().st_ino
+    assert find_source(str(run)) == first
+    assert (first.folder / "config.json").stat().st_ino == before  # others may be reading it
 
 
 def test_no_checkpoint_yet(full_run, in_progress):

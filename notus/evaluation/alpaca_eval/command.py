@@ -71,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--reference-outputs has no effect without a judge: set --judge as well")
     answer_settings(args)
     from notus.evaluation.alpaca_eval.prompts import HUB_ID
-    from notus.evaluation.models import find_source
+    from notus.evaluation.models import find_together
     from notus.training import distributed
 
     with distributed.process_group() as device:
-        source = distributed.main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
+        source = find_together(args.model, trust_remote_code=args.trust_remote_code)
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked up before the hours of generation.
         instructions, judge = distributed.on_main(lambda: _prepare(args))

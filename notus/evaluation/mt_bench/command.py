@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
         return _score_file(args)
     if args.answers is not None:
         return _judge_file(args)
-    from notus.evaluation.models import find_source
+    from notus.evaluation.models import find_together
     from notus.evaluation.results import result_folder
     from notus.training import distributed
 
     with distributed.process_group() as device:
-        source = distributed.main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
+        source = find_together(args.model, trust_remote_code=args.trust_remote_code)
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked at before the hours of generation.
         plan = distributed.on_main(lambda: _plan(args))

@@ -107,17 +107,19 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
-    from notus.evaluation.models import find_source
+    from notus.evaluation.files import check_folder
+    from notus.evaluation.models import find_together
     from notus.evaluation.open_llm import tasks
     from notus.evaluation.results import result_folder
-    from notus.training.distributed import main_first, on_main, say
+    from notus.training.distributed import on_main, say
 
     # the names first: a wrong one is told before anything is loaded
     manager, opened = tasks.open_tasks(args.tasks or list(BY_TASK), args.include_path)
     if args.num_fewshot is None:
         tasks.set_shots(opened)
-    source = main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
+    source = find_together(args.model, trust_remote_code=args.trust_remote_code)
     folder = result_folder(args.output, source.run, source.name, SUITE)
+    on_main(lambda: check_folder(folder, remedy="name another with --output"))
     lm = _load(args, source, folder / KEPT, device)
     results = tasks.evaluate(
         lm,

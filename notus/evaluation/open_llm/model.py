@@ -92,6 +92,13 @@ class NotusLM(TemplateLM):
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **options)
 
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations after their contexts, and whether each is what the model would say."""
+        for request in requests:
+            if request.args == ("", ""):  # lm-eval would look for its first token
+                raise _nothing(request.args)
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **kwargs: Any) -> list[tuple[float, bool]]:
         texts = [self._text(*request) for request in requests]
         with packed(self.causal_lm) as policy:
@@ -99,12 +106,13 @@ class NotusLM(TemplateLM):
 
     def _text(self, strings: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Text:
         if not continuation:
-            raise ValueError(f"a task asks for the likelihood of nothing: {strings!r} has no tokens to score; mend it")
+            raise _nothing(strings)
         if len(continuation) > self.max_length:
             raise ValueError(
                 f"a continuation of {len(continuation)} tokens does not fit into --max-length {self.max_length}"
             )
-        ids = np.array([*context, *continuation], dtype=np.int32)
+        # of a context of spaces nothing is left where no BOS stands: lm-eval moves them to the continuation
+        ids = np.array([*(context or [self.prefix_token_id]), *continuation], dtype=np.int32)
         return Text(ids[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -190,6 +198,10 @@ class NotusLM(TemplateLM):
             "model_num_parameters": self.causal_lm.num_parameters(),
             "model_dtype": str(self.causal_lm.dtype),
         }
+
+
+def _nothing(strings: tuple[str, str] | None) -> ValueError:
+    return ValueError(f"a task asks for the likelihood of nothing: {strings!r} has no tokens to score; mend it")
 
 
 @contextmanager

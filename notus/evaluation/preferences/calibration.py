@@ -7,6 +7,7 @@ nothing, so each pair counts once, with A the one that the model prefers: its pr
 orders, bins mirror each other about (1/2, 1/2), and every figure is the same.)
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
         `best_beta`: the β whose margins would give these pairs the highest likelihood, which a model that is too sure
             has below its own (temperature scaling, the same paper, section 4.2: the temperature is β / best_beta). 0 if
             the margins do not tell which is chosen; None, no finite one, if all do.
-        `best_loss`: the mean -log σ(margin) at that β, ln 2 and 0 in the two limits.
+        `best_loss`: the mean -log σ(margin) at that β; a tie gives ln 2 at any, so in the two limits ln 2, and ln 2
+            times the share of ties.
     """
     right = 0.5 * (1 + np.sign(margins))
     confidence = _sigmoid(np.abs(margins))
@@ -41,7 +43,7 @@ def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
         "ece": sum(gaps) / len(margins),
         "brier": float(np.mean((1 - _sigmoid(margins)) ** 2)),
         "best_beta": None if scale is None else beta * scale,
-        "best_loss": 0.0 if scale is None else float(np.mean(np.logaddexp(0, -scale * margins))),
+        "best_loss": _loss_at(scale, margins),
     }
 
 
@@ -54,6 +56,12 @@ def _bin(number: int, right: np.ndarray, confidence: np.ndarray) -> dict[str, An
         "frequency": float(right.mean()),
         "interval": wilson(float(right.sum()), len(right)),
     }
+
+
+def _loss_at(scale: float | None, margins: np.ndarray) -> float:
+    if scale is None:
+        return math.log(2) * float(np.mean(margins == 0))
+    return float(np.mean(np.logaddexp(0, -scale * margins)))
 
 
 def best_scale(margins: np.ndarray) -> float | None:

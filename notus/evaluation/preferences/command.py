@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from notus.evaluation.arguments import add_model_arguments, count, positive
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import check_output, replacing
+from notus.evaluation.files import check_folder, check_output, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -91,16 +91,20 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError or OSError with a message for the user.
     """
-    from notus.evaluation.models import find_source
-    from notus.evaluation.preferences.table import table
+    from notus.evaluation.models import find_together
+    from notus.evaluation.preferences.table import SUITE, table
+    from notus.evaluation.results import EVALUATIONS
     from notus.training import distributed
 
     with distributed.process_group() as device:
         if args.output:
             distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs or args.model))
-        model = distributed.main_first(lambda: find_source(args.model, trust_remote_code=args.trust_remote_code))
+        model = find_together(args.model, trust_remote_code=args.trust_remote_code)
         base = _find_base(args, model)
         _check_options(args, base)
+        if model.run:
+            folder, remedy = model.run / EVALUATIONS / SUITE, f"evaluate {model.folder}, which keeps none"
+            distributed.on_main(lambda: check_folder(folder, remedy=remedy))
         result = _evaluate(args, device, model, base)
         distributed.say(table(result))
         distributed.on_main(lambda: _write(args, model, result))
@@ -108,12 +112,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_base(args: argparse.Namespace, model: "ModelSource") -> "ModelSource | None":
-    from notus.evaluation.models import find_source
-    from notus.training.distributed import main_first
+    from notus.evaluation.models import find_together
 
     start = model.settings["model"]["name_or_path"] if "dpo" in model.settings else None
     name = args.base or model.base or start
-    return main_first(lambda: find_source(name, trust_remote_code=args.trust_remote_code)) if name else None
+    return find_together(name, trust_remote_code=args.trust_remote_code) if name else None
 
 
 def _check_options(args: argparse.Namespace, base: "ModelSource | None") -> None:

@@ -34,10 +34,13 @@ def load(
     tokenizer: "PreTrainedTokenizerBase",
     options: Mapping[str, Any],
 ) -> "Rows":
-    """Read and tokenise the pairs; within a process group, rank 0 first. Raises ValueError as `load_pairs` does."""
+    """Read and tokenise the pairs; within a process group, rank 0 first.
+
+    Raises ValueError as `load_pairs` does, or if what the run held out is not there any more.
+    """
     from notus.data.dataset import load_pairs, split_holdout
     from notus.data.rows import Rows
-    from notus.training.distributed import main_first, say
+    from notus.training.distributed import main_first, on_main, say
 
     name = name_of(given, model)
     if given is not None:
@@ -50,5 +53,23 @@ def load(
         dataset, report = main_first(lambda: load_pairs(source, tokenizer, seed=seed, **options, **cached))
         if not data.get("eval"):
             dataset = split_holdout(dataset, data["eval_size"], seed)[1]
+    rows = Rows(dataset)
+    if given is None:
+        on_main(lambda: _check_held_out(rows, model))
     say(f"{name} {report}")
-    return Rows(dataset)
+    return rows
+
+
+def _check_held_out(rows: "Rows", model: ModelSource) -> None:
+    """From data that changed since, others would be held out, which the model may have learned from."""
+    from notus.training.checkpoint import checkpoints_in, read_identity
+    from notus.training.folder import CHECKPOINTS
+    from notus.training.reference import digest_of_rows
+
+    assert model.run is not None
+    known = [read_identity(path).get("data.eval") for path in checkpoints_in(model.run / CHECKPOINTS)]
+    if any(known) and digest_of_rows(rows.digests()) not in known:
+        raise ValueError(
+            f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
+            "tokens, changed since; restore them, or name held-out pairs with --pairs"
+        )

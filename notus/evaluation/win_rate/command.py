@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from notus.training import distributed
 
     with distributed.process_group() as device:
-        sources = distributed.main_first(lambda: _sources(args))
+        sources = _sources(args)
         files = (args.answers, args.against_answers)
         name, other = (source.name if source else file for source, file in zip(sources, files, strict=True))
         folder = result_folder(
@@ -138,9 +138,9 @@ def _template(path: Path) -> str:
 
 
 def _sources(args: argparse.Namespace) -> tuple["ModelSource | None", "ModelSource | None"]:
-    from notus.evaluation.models import find_source
+    from notus.evaluation.models import find_together
 
-    find = functools.partial(find_source, trust_remote_code=args.trust_remote_code)
+    find = functools.partial(find_together, trust_remote_code=args.trust_remote_code)
     return (
         find(args.model) if args.model is not None else None,
         find(args.against) if args.against is not None else None,

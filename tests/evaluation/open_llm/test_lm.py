@@ -88,6 +88,15 @@ def test_log_likelihoods(tmp_path, bos, max_length):
     assert causal_lm.config._attn_implementation == "sdpa"  # as it was
 
 
+def test_a_context_of_spaces_alone(tmp_path):
+    """lm-eval moves them to the continuation; without a BOS nothing would stand before that."""
+    lm = notus_lm(tmp_path, toy_model(), toy_tokenizer(bos=False))
+    found = lm.loglikelihood(
+        requests("loglikelihood", [("the quick brown fox", " jumps"), (" ", "sea"), ("", " sea")]), disable_tqdm=True
+    )
+    assert found[1] == found[2]
+
+
 def peer(causal_lm, tokenizer, max_length):
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
@@ -157,8 +166,9 @@ def test_what_cannot_be_generated_is_refused(tmp_path, settings, told):
 
 def test_texts_that_cannot_be_scored_are_refused(tmp_path):
     lm = notus_lm(tmp_path, toy_model(), toy_tokenizer(), max_length=5, tokens_per_row=4)
-    with pytest.raises(ValueError, match="no tokens"):
-        lm.loglikelihood(requests("loglikelihood", [("hello", "")]), disable_tqdm=True)
+    for context in ("hello", ""):
+        with pytest.raises(ValueError, match="no tokens"):
+            lm.loglikelihood(requests("loglikelihood", [(context, "")]), disable_tqdm=True)
     with pytest.raises(ValueError, match="--max-length 5"):
         lm.loglikelihood(requests("loglikelihood", [("hello", " the quick brown fox jumps over")]), disable_tqdm=True)
     with pytest.raises(ValueError, match="--tokens-per-row 4 is less"):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("lm_eval")
 
 from notus.__main__ import main
-from notus.evaluation.open_llm import tasks
+from notus.evaluation.open_llm import command, tasks
 from notus.evaluation.open_llm.benchmarks import BY_TASK
 from notus.evaluation.results import read_result
 
@@ -211,6 +211,14 @@ def test_what_would_have_no_effect_is_refused(model_folder, task_folder, tmp_pat
         told(capsys, model_folder, "--tasks", ",")
     with pytest.raises(SystemExit):
         told(capsys, model_folder, "--num-fewshot", "-1")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(model_folder, task_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    local = ["--include-path", task_folder, "--tasks", "toy_choice", "--output", tmp_path / "file" / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_load", lambda *_: pytest.fail("it was loaded first"))
+        assert "no results can be written there (Not a directory); name another" in told(capsys, model_folder, *local)
 
 
 def test_a_missing_extra_is_told(monkeypatch, capsys):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from runs import config, read_metrics
+from runs import config, read_metrics, write_pairs
 from toys import toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,6 +166,27 @@ def test_a_run_is_measured_on_what_it_held_out_against_its_start(tmp_path, model
     assert result["base"] == str(model_folder)
     found = [result[key] for key in ("loss", "rewards/margins", "rewards/accuracies")]
     assert found == pytest.approx([last[f"eval_{key}"] for key in ("loss", "rewards/margins", "rewards/accuracies")])
+
+
+def test_other_pairs_than_the_run_held_out_do_not_pass_for_them(tmp_path, capsys, model_folder):
+    pairs = write_pairs(tmp_path / "train.jsonl", 10)
+    dpo.run(config("dpo", tmp_path / "run", model_folder, pairs, training__max_steps=2, data__eval_size=3))
+    first, *rest = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([*rest, first]))  # others are drawn, some of which were learned
+    assert "no longer what they were" in refuse(capsys, tmp_path / "run")
+    evaluate(tmp_path, tmp_path / "run", "--pairs", pairs)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys, full_run, model_folder, pairs_file):
+    run = shutil.copytree(full_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
+    (run / "evaluations").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "build_policy", lambda *_, **__: pytest.fail("it was computed first"))
+        told = refuse(capsys, run, "--pairs", pairs_file)
+        assert f"no results can be written there (Not a directory); evaluate {run / 'model'}" in told
+        output = ["--output", run / "evaluations" / "out.json"]
+        assert "no results can be written there" in refuse(capsys, model_folder, "--pairs", pairs_file, *output)
+    evaluate(tmp_path, run / "model", "--pairs", pairs_file, *FP32)
 
 
 def test_rows_of_the_runs_own_are_taken_as_they_are(capsys, full_run, model_folder):
