@@ -1,5 +1,6 @@
 """Tables of the evaluations in the runs' folders, beside published figures."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from notus.evaluation.report.elements import Cell, Table
@@ -32,9 +33,10 @@ def _table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
     for figure in figures:
         rows.setdefault(_row(figure), []).append(figure)
     published = dict.fromkeys(name for figure in figures for name in figure.reference)
+    names = Counter(name for name, *_ in rows)
     told = [
         [
-            (figures[0].name, _how(figures[0])),
+            (_name(figures[0], names), _how(figures[0])),
             *(_cell(result, row) for _, result in results),
             *(_reference(figures, name) for name in published),
         ]
@@ -43,6 +45,11 @@ def _table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
     where = "; ".join(f"{short_path(result.model)}, {result.date}" for _, result in results)
     note = f"{where}. ± is one standard error, n the number of examples."
     return Table(TITLES.get(suite, suite), ["", *(label for label, _ in results), *published], told, note)
+
+
+def _name(figure: Figure, names: Counter[str]) -> str:
+    """A suite's only figure of a name goes by it; of several, each says what it measures."""
+    return figure.name if names[figure.name] == 1 else f"{figure.name}: {figure.metric.replace('_', ' ')}"
 
 
 def _how(figure: Figure) -> str:
@@ -57,7 +64,8 @@ def _row(figure: Figure) -> tuple[str, ...]:
 def _cell(result: Result, row: tuple[str, ...]) -> Cell:
     for figure in result.figures:
         if _row(figure) == row:
-            spread = f" ± {_error(figure.stderr, figure.unit)}" if figure.stderr is not None else ""
+            # of answers that are all alike the standard error is 0, which says nothing
+            spread = f" ± {_error(figure.stderr, figure.unit)}" if figure.stderr else ""
             return number(figure.value, figure.unit) + spread, f"n = {figure.count:,}" if figure.count else ""
     return "–"
 

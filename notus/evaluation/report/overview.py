@@ -29,7 +29,7 @@ def facts(run: RunRecord) -> dict[str, str]:
         found["Tokens seen"] = number(run.curves["num_tokens"].values[-1])
     if hardware := run.environment.get("hardware"):
         found["Hardware"] = hardware
-    if seconds := run.environment.get("seconds"):
+    if (seconds := run.environment.get("seconds", 0)) >= 1:  # of a run's first moments there is nothing to tell
         found["Training time"] = duration(seconds)
     if versions := run.environment.get("versions"):
         found["Versions"] = ", ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if name in versions)
