@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{run_folder}: no run's folder, it has no {CONFIG_FILE}; name a training.output_dir")
     settings = read_run_settings(run_folder)
     adapter = bool(settings.get("lora", {}).get("rank"))
-    done = read_mark(out) if args.push else None
+    done = read_mark(out)
     _check(args, adapter, final=run_folder / MODEL, done=done is not None)
     facts, variant = read_facts(run_folder, settings), variant_of(lora=adapter, merge=args.merge)
     destination = _destination(args, facts, variant)

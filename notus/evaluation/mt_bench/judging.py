@@ -87,6 +87,8 @@ def judge(wanted: Sequence[Match], endpoint: Endpoint, *, parallel: int, kept: P
     known = _read_verdicts(kept, endpoint.model)
     left = [match for match in wanted if match.key not in known]
     judged = Judged([known[match.key] for match in wanted if match.key in known])
+    if judged.verdicts:
+        print(f"{len(judged.verdicts)} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
     with tqdm(total=len(wanted), initial=len(judged.verdicts), desc="judging", disable=None) as bar:
 
         def take(match: Match, verdict: tuple[float, str] | Exception) -> None:

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(f"--suite {SUITE} needs the lm-eval package: pip install 'notus[lm-eval]'")
+        raise ValueError(f"--suite {SUITE} needs the lm-eval package: pip install lm-eval")
     if args.include_path and not args.tasks:
         raise ValueError("--include-path has no effect without --tasks: name the tasks")
     if not args.apply_chat_template:

@@ -65,6 +65,7 @@ def _tasks_of(results: dict[str, Any], name: str) -> list[str]:
 
 def markdown(model: str, found: Sequence[Figure], remarks: Sequence[str]) -> str:
     """One table, and what a reader has to know below it."""
+    model = model.replace("|", "\\|")
     lines = [
         f"| benchmark | measure | examples | {model} | {ZEPHYR} | {NOTUS} |",
         "|---|---|---:|---:|---:|---:|",

@@ -192,17 +192,18 @@ def _compare(folder: Path, name: str, other: str, pairs: list["Pair"], judge: "J
     from notus.evaluation.win_rate.verdicts import judge_pairs, score
 
     try:
-        judged, failures = judge_pairs(pairs, judge, folder / VERDICTS)
+        judged, failures, unread = judge_pairs(pairs, judge, folder / VERDICTS)
     except KeyboardInterrupt:
         tell(f"stopped: the verdicts that came are in {folder / VERDICTS}; the same command goes on from there")
         return STOPPED
     _write_pairs(folder, judged)
-    if failures:
-        print(f"{len(failures)} verdicts failed, the first: {failures[0]}; the same command asks for them again")
+    missing = failures + unread
+    if missing:
+        print(f"{len(missing)} verdicts failed, the first: {missing[0]}; the same command asks for them again")
     scores = score(judged)
     if scores is None:
         raise ValueError(
-            f"not one of {len(pairs)} pairs has both verdicts ({failures[0]}); mend the judge and run the same command "
+            f"not one of {len(pairs)} pairs has both verdicts ({missing[0]}); mend the judge and run the same command "
             f"again: answers and verdicts so far are kept in {folder}"
         )
     figures = _figures(scores, other, judge.name, Path(settings["prompts"]).name)
@@ -211,7 +212,7 @@ def _compare(folder: Path, name: str, other: str, pairs: list["Pair"], judge: "J
     )
     print(_table(scores, name, other, judge.name))
     print(f"wrote {path}")
-    return 0
+    return 1 if failures else 0
 
 
 def _write_pairs(folder: Path, judged: list["Judged"]) -> None:
@@ -233,7 +234,7 @@ def _figures(scores: "Scores", other: str, judge: str, dataset: str) -> list[Fig
     if scores.flip_rate is None:
         return [rate]
     asked = scores.count - scores.same
-    flips = Figure("win rate", "position_bias", scores.flip_rate, "%", None, asked, "pairs that flip", dataset)
+    flips = Figure("position bias", "position_bias", scores.flip_rate, "%", None, asked, "pairs that flip", dataset)
     return [rate, flips]
 
 

@@ -77,13 +77,13 @@ class Scores:
     against_length: float
 
 
-def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[Judged], list[str]]:
+def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[Judged], list[str], list[str]]:
     """Ask for the verdicts that are not in the file `kept` yet, and add them to it one by one as they come.
 
     What fails, and a reply without a verdict, is noted there as well, and asked again by the next call.
 
     Returns:
-        The pairs with their verdicts, and what went wrong, a line each.
+        The pairs with their verdicts; why asking failed, and what replies held no verdict, a line each.
 
     Raises:
         ValueError: the endpoint refuses every request, or the file holds something else.
@@ -92,6 +92,7 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
     asked = [(pair.prompt, *order) for pair in pairs if pair.answer != pair.against for order in _orders(pair)]
     left = [item for item in dict.fromkeys(asked) if verdicts.get(_key(judge, item)) is None]
     failures: list[str] = []
+    unread: list[str] = []
 
     def on_done(item: tuple[str, str, str], outcome: str | Exception) -> None:
         key = _key(judge, item)
@@ -101,7 +102,7 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
             return
         verdicts[key] = parse_verdict(outcome)
         if verdicts[key] is None:
-            failures.append(f"a reply without a verdict: {outcome[:200]!r}")
+            unread.append(f"a reply without a verdict: {outcome[:200]!r}")
         keep(kept, [{"key": key, "verdict": verdicts[key], "reply": outcome}])
 
     ask_all(lambda item: judge.ask(*item), left, parallel=judge.parallel, on_done=on_done)
@@ -109,7 +110,7 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
     for pair in pairs:
         first, second = (verdicts.get(_key(judge, (pair.prompt, *order))) for order in _orders(pair))
         judged.append(Judged(pair, first, second))
-    return judged, failures
+    return judged, failures, unread
 
 
 def score(judged: Sequence[Judged]) -> Scores | None:

@@ -224,4 +224,4 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(model_folder, ta
 def test_a_missing_extra_is_told(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "lm_eval" else find(name))
-    assert "pip install 'notus[lm-eval]'" in told(capsys, "model")
+    assert "pip install lm-eval" in told(capsys, "model")

@@ -157,7 +157,7 @@ def test_nobody_waits_in_the_process_group_while_the_judge_is_asked(tmp_path, ju
 
     def judging(*_):
         grouped.append(torch.distributed.is_initialized())
-        return [Judged(Pair("q", "a", "b"), "A", "B")], []
+        return [Judged(Pair("q", "a", "b"), "A", "B")], [], []
 
     monkeypatch.setattr("notus.evaluation.win_rate.verdicts.judge_pairs", judging)
     assert compare(tmp_path, ["a"], ["b"], "--judge-function", f"{judge_file}:first") == 0
@@ -232,10 +232,10 @@ def test_verdicts_are_kept_one_by_one(tmp_path):
     with kept.open("a") as file:
         file.write('{"key": "torn')
     judge, calls = counting(lambda *_: "B")
-    judged, failures = judge_pairs(pairs, judge, kept)
+    judged, failures, unread = judge_pairs(pairs, judge, kept)
     assert {prompt for prompt, *_ in calls} == {"q2", "q3", "q4"}
     assert [one.first for one in judged] == ["A", "A", "B", "B", "B"]
-    assert failures == []
+    assert (failures, unread) == ([], [])
     judge_pairs(pairs, judge, kept)
     assert len(calls) == 6
     other = Judge("test", "another prompt", judge.ask, 1)
@@ -250,11 +250,11 @@ def test_what_failed_is_asked_again(tmp_path):
     judge, calls = counting(lambda *_: next(replies))
     judge = Judge("test", "one", judge.ask, 1)
     pair = Pair("q", "a", "b")
-    judged, failures = judge_pairs([pair], judge, tmp_path / "kept.jsonl")
-    assert (judged[0].first, judged[0].second) == (None, "B")
-    assert failures == ["a reply without a verdict: 'hm'"]
-    judged, failures = judge_pairs([pair], judge, tmp_path / "kept.jsonl")
-    assert (judged[0].first, judged[0].second, failures) == ("A", "B", [])
+    judged, failures, unread = judge_pairs([pair], judge, tmp_path / "kept.jsonl")
+    assert (judged[0].first, judged[0].second, failures) == (None, "B", [])
+    assert unread == ["a reply without a verdict: 'hm'"]
+    judged, _, unread = judge_pairs([pair], judge, tmp_path / "kept.jsonl")
+    assert (judged[0].first, judged[0].second, unread) == ("A", "B", [])
     assert calls == [("q", "a", "b"), ("q", "b", "a"), ("q", "a", "b")]
 
 
@@ -307,13 +307,15 @@ def test_an_endpoint_judges(tmp_path, capsys):
 
     with serving(respond) as served:
         options = ["--judge-model", "gpt-4", "--judge-url", served.url]
-        assert compare(tmp_path, ["long", "{answer_b}", "b", "b"], ["a", "12", "c", "c"], *options) == 0
+        assert (
+            compare(tmp_path, ["long", "{answer_b}", "b", "b"], ["a", "12", "c", "c"], *options) == 1
+        )  # two never came
         told = capsys.readouterr().out
         assert "4 verdicts failed" in told
         details = read_result(tmp_path / "o" / "result.json").details
         assert (details["wins"], details["count"], details["failed"]) == (2, 2, 2)
         assert len(served.requests) == 8
-        assert compare(tmp_path, ["long", "{answer_b}", "b", "b"], ["a", "12", "c", "c"], *options) == 0
+        assert compare(tmp_path, ["long", "{answer_b}", "b", "b"], ["a", "12", "c", "c"], *options) == 1
         assert len(served.requests) == 12  # what failed is asked again
         prompt = tmp_path / "judge.txt"
         prompt.write_text("{prompt} <answer_a>\n{answer_a}\n</answer_a> <answer_b>\n{answer_b}\n</answer_b>")
