@@ -1,5 +1,6 @@
 """LoRA layers to and from adapter folders in PEFT's names and config."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.model.lora import lora_layers
-from notus.model.publish import NewFolder, write_json, write_tensors
+from notus.model.publish import NewFolder, write_json, write_tensors, write_tokenizer
 from notus.model.readback import check_loads, check_tensors
 from notus.model.shards import fill_rows, gather
 from notus.model.weights import check_shape, open_safetensors, read_json
@@ -53,7 +54,7 @@ def export_adapter(
     base = Path(base_model_name_or_path).expanduser()
     settings = _adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
     new.write(lambda partial: write_json(partial / ADAPTER_CONFIG, settings))
-    new.write(tokenizer.save_pretrained)
+    new.write(functools.partial(write_tokenizer, tokenizer))
 
     def check(partial: Path) -> None:
         check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)

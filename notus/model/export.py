@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from notus.entry import first_line
 from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_settings
 from notus.model.lora import inject_lora, lora_layers, merge_lora
-from notus.model.publish import NewFolder, write_json, write_tensors
+from notus.model.publish import NewFolder, write_json, write_tensors, write_tokenizer
 from notus.model.readback import check_loads, check_tensors, not_as_written
 from notus.model.shards import gather
 from notus.model.weights import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
@@ -68,7 +68,7 @@ def export_model(
     if generation is not None:
         # save_pretrained refuses settings that published models have, such as temperature without sampling.
         new.write(lambda partial: generation.to_json_file(partial / "generation_config.json"))
-    new.write(tokenizer.save_pretrained)
+    new.write(functools.partial(write_tokenizer, tokenizer))
 
     def check(partial: Path) -> None:
         if [path.name for path in weight_files(partial)] != sorted(files):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from notus.data.disk import disk_error, sync
 from notus.model.shards import is_rank_zero
@@ -110,6 +111,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object with sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, without what transformers notes of where it was loaded from."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")})
 
 
 def _remove(folder: Path) -> None:

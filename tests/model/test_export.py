@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from notus.model import publish
 from notus.model.adapter import export_adapter, load_adapter
-from notus.model.export import export_model, load_causal_lm, read_generation_config
+from notus.model.export import export_model, load_causal_lm, load_tokenizer, read_generation_config
 from notus.model.lora import LoRALinear, init_lora, inject_lora, lora_layers
 from notus.model.weights import load_weights, materialise, resolve_model_folder, weight_files, weights_digest
 
@@ -94,6 +94,15 @@ def test_large_models_are_written_in_several_files(tmp_path):
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
     assert [path.name for path in weight_files(folder)] == files
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder).eval()), logits(model))
+
+
+def test_nothing_says_that_the_tokenizer_came_from_a_folder(tmp_path):
+    model = toy_model()
+    tokenizer = load_tokenizer(toy_model_folder(tmp_path / "base"), trust_remote_code=False)
+    export_model(model, tmp_path / "out", hf_config=model.config, tokenizer=tokenizer, dtype=torch.float32)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "</s>"
+    assert not {"is_local", "local_files_only"} & set(settings)
 
 
 def test_generation_settings_travel_even_when_transformers_would_not_save_them(tmp_path):
