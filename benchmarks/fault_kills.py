@@ -22,6 +22,7 @@ AGAIN = 0.2  # share of the runs that are disturbed a second time
 AIMED = 0.5  # share of the moments that are drawn within a phase, as the short phases would hardly be met otherwise
 _START = 0.3  # seconds, before Python runs the entry
 _PATIENCE = 120.0
+_GRACE = 5.0  # seconds in which processes that were told to end may do so; a loaded machine takes more than one
 _GOING_ON = re.compile(r"going on from .*\(step (\d+) of")
 _TRAINS, _EVALUATES = 1, 2
 _doing = mmap.mmap(-1, 1)  # shared with the ranks: what no file shows
@@ -133,7 +134,7 @@ class Harness:
         where = "start" if trial.moments[-1] < _START else trial.phases[-1]
         if what != signal.SIGKILL and not self._documented(run, chosen, where, (folder / "model").exists()):
             trial.losses.append(f"{what.name} in {trial.phases[-1]}: exit codes {run.codes()}, not {self.stopped}")
-        trial.orphans += len(end_all(1.0))
+        trial.orphans += len(end_all(_GRACE))
         return True
 
     def _await_moment(self, run: Launch, folder: Path, seconds: float) -> None:
@@ -247,4 +248,4 @@ def _finish(trial: Trial, run: Launch, folder: Path, measure: Undisturbed) -> No
     if metrics(folder) != measure.metrics:
         trial.losses.append("metrics.jsonl differs")
     trial.unwhole += unwhole(folder, measure)
-    trial.orphans += len(end_all(1.0)) if descendants() else 0
+    trial.orphans += len(end_all(_GRACE)) if descendants() else 0
