@@ -21,7 +21,7 @@ def check_output(path: Path, *, not_over: str) -> None:
     check_folder(path.parent, remedy="choose another place")
 
 
-def check_folder(folder: Path, *, remedy: str) -> None:
+def check_folder(folder: Path, *, remedy: str = "name another with --output") -> None:
     """Make a folder for results, before the work that fills it.
 
     Raises OSError, with what to do, if nothing can be written there.

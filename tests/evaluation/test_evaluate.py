@@ -36,3 +36,25 @@ def test_without_a_suite_preferences_are_meant(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert "--pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("suite", "asked"),
+    [
+        ("alpaca-eval", ["--prompts", "prompts.jsonl"]),
+        ("mt-bench", ["--questions", "questions.jsonl"]),
+        ("win-rate", ["--prompts", "prompts.jsonl", "--against", "MODEL", "--judge-function", "judge.py:first"]),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    tmp_path, capsys, monkeypatch, model_folder, suite, asked
+):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"instruction": "One?"}\n')
+    Path("questions.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["One?", "Two?"]}\n')
+    Path("judge.py").write_text("def first(prompt, a, b):\n    return 'A'\n")
+    Path("file").touch()
+    monkeypatch.setattr("notus.model.export.load_causal_lm", None)
+    words = [str(model_folder) if word == "MODEL" else word for word in asked]
+    assert main(["evaluate", str(model_folder), "--suite", suite, *words, "--output", "file/out"]) == 1
+    assert "file/out: no results can be written there" in capsys.readouterr().err

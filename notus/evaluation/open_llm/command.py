@@ -119,7 +119,7 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
         tasks.set_shots(opened)
     source = find_together(args.model, trust_remote_code=args.trust_remote_code)
     folder = result_folder(args.output, source.run, source.name, SUITE)
-    on_main(lambda: check_folder(folder, remedy="name another with --output"))
+    on_main(lambda: check_folder(folder))
     lm = _load(args, source, folder / KEPT, device)
     results = tasks.evaluate(
         lm,
