@@ -47,6 +47,15 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parallel", type=count, default=4, help="requests at a time (default: 4)")
 
 
+def add_output_argument(parser: argparse.ArgumentParser, suite: str) -> None:
+    """Where a suite's results go; see `results.result_folder`."""
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help=f"folder of the results (default: RUN/evaluations/{suite}, or evaluations/MODEL/{suite})",
+    )
+
+
 def count(text: str) -> int:
     """An integer of at least 1, for argparse."""
     value = int(text)

@@ -25,6 +25,7 @@ from transformers import (
 from notus.data.chat import ChatEncoder, Turns
 from notus.evaluation.kept import Batch, KeptTokens
 from notus.model.weights import WITHOUT_EFFECT
+from notus.training.sampling import end_tokens
 
 
 def generate(
@@ -205,19 +206,13 @@ def _generation_config(
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=temperature > 0,
-        eos_token_id=end_tokens(causal_lm, tokenizer),
+        eos_token_id=end_tokens(tokenizer, causal_lm.generation_config),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         use_cache=True,
     )
     if temperature > 0:
         config.update(temperature=temperature, top_p=top_p, top_k=top_k)
     return config
-
-
-def end_tokens(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's EOS and those that the model names."""
-    of_model = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
-    return sorted({tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None})
 
 
 def _settings(causal_lm: PreTrainedModel, config: GenerationConfig) -> dict[str, Any]:

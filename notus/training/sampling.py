@@ -146,7 +146,7 @@ def build_sampler(
         first_prompts(rows, count, longest),
         max_new_tokens=max_new_tokens,
         longest=longest,
-        ends=_end_tokens(tokenizer, generation_config),
+        ends=end_tokens(tokenizer, generation_config),
         device=device,
     )
 
@@ -165,7 +165,7 @@ def first_prompts(rows: Rows, count: int, longest: int) -> list[np.ndarray]:
     return list(found.values())
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> set[int]:
-    """The tokenizer's EOS, and those that the model's own settings name."""
+def end_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS, and those that the model's own settings name."""
     named = None if config is None else config.eos_token_id
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})

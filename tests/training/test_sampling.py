@@ -208,7 +208,7 @@ def _stopped_on_one_rank(tree: dict[str, Any], ports: list[int]) -> None:
         return inner(sampler, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_end_tokens", lambda *_: set())
+        patch.setattr(sampling, "end_tokens", lambda *_: set())
         patch.setattr(Sampler, "_next_tokens", next_tokens)
         for port, (code, total) in zip(ports, ((STOPPED, 7), (0, 7 + 2 * 5)), strict=True):
             with launched(port):
@@ -232,7 +232,7 @@ def test_a_signal_while_sampling_ends_the_run_at_once_and_nothing_is_said_twice(
     call: int, tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = {**SAMPLED, "training__eval_every": 2, "training__save_every": 3, "data__eval_size": 5}
-    monkeypatch.setattr(sampling, "_end_tokens", lambda *_: set())
+    monkeypatch.setattr(sampling, "end_tokens", lambda *_: set())
     assert dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **overrides)) == 0
     cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **overrides)
     with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
-from notus.evaluation.arguments import add_model_arguments
+from notus.evaluation.arguments import add_model_arguments, add_output_argument
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import check_folder, replacing
 from notus.evaluation.results import Figure, Result, model_name, result_folder, write_result
@@ -51,11 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the hub (default: gpt4_1106_preview for a judge called weighted_..., else text_davinci_003)",
     )
     parser.add_argument("--annotations", metavar="FILE", help="score this annotations.json; takes no model")
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help="folder of the results (default: RUN/evaluations/alpaca-eval, or evaluations/MODEL/alpaca-eval)",
-    )
+    add_output_argument(parser, SUITE)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from notus.entry import STOPPED, tell
-from notus.evaluation.arguments import add_judge_arguments, add_model_arguments, count, temperature
+from notus.evaluation.arguments import add_judge_arguments, add_model_arguments, add_output_argument, count, temperature
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import check_folder
 
@@ -52,11 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--answers", metavar="FILE", help="judge these answers; takes no model")
     parser.add_argument("--judgments", metavar="FILE", help="score FastChat's JUDGE_single.jsonl; takes no model")
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help="folder of the results (default: RUN/evaluations/mt-bench, or evaluations/MODEL/mt-bench)",
-    )
+    add_output_argument(parser, SUITE)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from notus.evaluation.arguments import add_model_arguments, count
+from notus.evaluation.arguments import add_model_arguments, add_output_argument, count
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.open_llm.benchmarks import BY_TASK
 
@@ -62,9 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of one forward pass: sets memory and speed, not the result (default: 4096, or the longest text's)",
     )
     parser.add_argument("--batch-size", type=count, default=32, help="completions generated at a time (default: 32)")
-    parser.add_argument(
-        "--output", metavar="DIR", help=f"folder of the results (default: RUN/evaluations/{SUITE}, or evaluations/...)"
-    )
+    add_output_argument(parser, SUITE)
 
 
 def _names(text: str) -> list[str]:

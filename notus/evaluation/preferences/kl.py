@@ -16,11 +16,12 @@ from notus.data.chat import ChatEncoder
 from notus.data.columns import FEATURES
 from notus.data.rows import Rows
 from notus.evaluation import prompts as prompt_files
-from notus.evaluation.generation import end_tokens, generate_ids
+from notus.evaluation.generation import generate_ids
 from notus.evaluation.preferences.breakdowns import stderr
 from notus.evaluation.preferences.scores import free_memory
 from notus.model.export import load_causal_lm
 from notus.training.parallel import COMPUTE_DTYPES
+from notus.training.sampling import end_tokens
 
 SEED = 42
 
@@ -96,7 +97,7 @@ def sample(
     if min(room) < 1:
         raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
     completions = generate_ids(causal_lm, tokenizer, prompts, room, temperature=1.0, seed=SEED, with_end=True)
-    ends = end_tokens(causal_lm, tokenizer)
+    ends = end_tokens(tokenizer, causal_lm.generation_config)
     del causal_lm
     free_memory()
     cut = np.array([ids[-1] not in ends for ids in completions])

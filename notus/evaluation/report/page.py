@@ -15,10 +15,11 @@ from notus.evaluation.report import overview
 from notus.evaluation.report.data import data_panels, data_table, source_bars
 from notus.evaluation.report.evaluations import evaluation_tables
 from notus.evaluation.report.preferences import breakdown_bars, calibration_panels, detail_table
-from notus.evaluation.report.reading import DATA, ENVIRONMENT, RunRecord, told
+from notus.evaluation.report.reading import RunRecord, told
 from notus.evaluation.report.samples import sample_groups
 from notus.evaluation.report.training import training_panels
 from notus.evaluation.results import EVALUATIONS, RESULT
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
 from notus.training.folder import CONFIG_FILE
 from notus.training.tracking import METRICS_FILE
 
@@ -38,7 +39,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text(encoding="utf-8"))]
     made = functools.partial(_made, runs)
     training = made(f"{CONFIG_FILE} or {METRICS_FILE}", training_panels)
-    data = made(DATA, data_panels)
+    data = made(DATA_FILE, data_panels)
     calibration = made(RESULTS, calibration_panels)
     return environment.get_template("page.html.j2").render(
         generator=Markup(GENERATOR),
@@ -47,13 +48,13 @@ def render(runs: Sequence[RunRecord]) -> str:
         scripts=scripts,
         colours=COLOURS,
         runs=runs,
-        facts=made(f"{CONFIG_FILE} or {ENVIRONMENT}", lambda runs: [overview.facts(run) for run in runs]),
+        facts=made(f"{CONFIG_FILE} or {ENVIRONMENT_FILE}", lambda runs: [overview.facts(run) for run in runs]),
         tiles=made(RESULTS, overview.tiles),
         training=training,
         last_values=overview.last_values(runs),
         data=data,
-        data_table=made(DATA, data_table),
-        sources=made(DATA, source_bars),
+        data_table=made(DATA_FILE, data_table),
+        sources=made(DATA_FILE, source_bars),
         evaluations=made(RESULTS, evaluation_tables),
         calibration=calibration,
         breakdowns=made(RESULTS, breakdown_bars),

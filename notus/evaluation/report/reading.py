@@ -14,12 +14,11 @@ import numpy as np
 
 from notus.evaluation.models import is_run, read_run_settings
 from notus.evaluation.results import Result, read_results
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
 from notus.training.folder import CONFIG_FILE, LOCK, MODEL
-from notus.training.tracking import METRICS_FILE
+from notus.training.tracking import METRICS_FILE, SAMPLES_FILE
 
 T = TypeVar("T")
-
-SAMPLES, DATA, ENVIRONMENT = "samples.jsonl", "data.json", "environment.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +114,9 @@ def _read_run(folder: Path, label: str) -> RunRecord:
         settings=settings,
         config_text=(folder / CONFIG_FILE).read_text(encoding="utf-8"),
         curves=_curves(_read_lines(folder / METRICS_FILE)),
-        samples=told(SAMPLES, [folder], lambda: _samples(_read_lines(folder / SAMPLES))),
-        data=_read_object(folder / DATA),
-        environment=_read_object(folder / ENVIRONMENT),
+        samples=told(SAMPLES_FILE, [folder], lambda: _samples(_read_lines(folder / SAMPLES_FILE))),
+        data=_read_object(folder / DATA_FILE),
+        environment=_read_object(folder / ENVIRONMENT_FILE),
         results=read_results(folder),
     )
 

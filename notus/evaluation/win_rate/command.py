@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from notus.entry import STOPPED, tell
 from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
-from notus.evaluation.arguments import add_judge_arguments, add_model_arguments
+from notus.evaluation.arguments import add_judge_arguments, add_model_arguments, add_output_argument
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import check_folder, replacing
 from notus.evaluation.results import Figure, Result, result_folder, write_result
@@ -57,11 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt for --judge-model, with {prompt}, {answer_a} and {answer_b}; asks for a last line "
         '"Verdict: A", "Verdict: B" or "Verdict: tie", or [[A]], [[B]], [[C]] (default: one of our own)',
     )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help="folder of the results (default: RUN/evaluations/win-rate, or evaluations/MODEL/win-rate)",
-    )
+    add_output_argument(parser, SUITE)
 
 
 def run(args: argparse.Namespace) -> int:
