@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,17 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+def _wait_for_rendezvous(port: int) -> None:
+    """Whichever agent binds the port first keeps the rendezvous, so the node that is to stay must have bound it."""
+    deadline = time.monotonic() + 120
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < deadline, "the first node does not open the rendezvous"
+        time.sleep(0.05)
+
+
 def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
     model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 8)
     for name in ("whole", "lost"):
@@ -74,12 +86,12 @@ def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings(tmp_path / name, model, pairs, **more)))
     port = free_port()
     agents = [start(ROOT / "train_dpo.py", tmp_path / "whole.yaml", port) for _ in range(2)]
-    assert [agent.wait(timeout=90) for agent in agents] == [0, 0]
+    assert [agent.wait(timeout=180) for agent in agents] == [0, 0]
 
     (tmp_path / "slow.py").write_text(SLOW)
     launch = (tmp_path / "slow.py", tmp_path / "lost.yaml", free_port())
-    first = start(*launch)  # keeps the rendezvous
-    time.sleep(0.5)
+    first = start(*launch)
+    _wait_for_rendezvous(launch[-1])
     second = start(*launch)
     _wait_for(tmp_path / "lost" / "checkpoints" / "step-00000010")
     workers = [pid for pid, parent in _processes(tmp_path).items() if parent == second.pid]
@@ -88,7 +100,7 @@ def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
         os.kill(pid, signal.SIGKILL)
     assert second.wait() == -signal.SIGKILL
     returned = start(*launch)
-    assert [agent.wait(timeout=90) for agent in (first, returned)] == [0, 0]
+    assert [agent.wait(timeout=180) for agent in (first, returned)] == [0, 0]
 
     assert "going on from" in (tmp_path / "log").read_text()
     assert not _processes(tmp_path), "orphans are left"
