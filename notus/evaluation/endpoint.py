@@ -207,7 +207,7 @@ def ask_all(
         KeyboardInterrupt: SIGINT or SIGTERM came.
     """
     outcomes: queue.SimpleQueue[tuple[Item, Answer | BaseException] | None] = queue.SimpleQueue()
-    stop = threading.Event()
+    stop, answered = threading.Event(), threading.Event()
     waiting = queue.SimpleQueue[Item]()
     for item in items:
         waiting.put(item)
@@ -219,9 +219,14 @@ def ask_all(
             except queue.Empty:
                 return
             try:
-                outcomes.put((item, endpoint_call(item)))
+                answer = endpoint_call(item)
             except BaseException as error:
                 outcomes.put((item, error))
+                if _ends_all(error, answered.is_set()):
+                    return  # rather than ask on until the caller has raised it
+            else:
+                answered.set()  # before the answer is put: a later error is then judged here as by the caller
+                outcomes.put((item, answer))
 
     try:
         with _signals_to(lambda: outcomes.put(None)):
@@ -247,13 +252,18 @@ def _hand_over(
             raise KeyboardInterrupt
         item, answer = outcome
         failed = isinstance(answer, BaseException)
-        if failed and not (isinstance(answer, EndpointError) or (succeeded and isinstance(answer, ValueError))):
+        if failed and _ends_all(answer, succeeded):
             raise answer
         succeeded, failed_in_a_row = succeeded or not failed, failed_in_a_row + 1 if failed else 0
         on_done(item, answer)
         left -= 1
         if failed_in_a_row >= patience:
             left -= _give_up(waiting, on_done, f"not asked, because {failed_in_a_row} in a row failed: {answer}")
+
+
+def _ends_all(error: BaseException, succeeded: bool) -> bool:
+    """Whether an error is of the asking itself, not of the item: see `ask_all`."""
+    return not (isinstance(error, EndpointError) or (succeeded and isinstance(error, ValueError)))
 
 
 def _give_up(waiting: "queue.SimpleQueue[Any]", on_done: Callable[[Any, Any], None], reason: str) -> int:
