@@ -98,7 +98,7 @@ def test_a_mistake_under_another_launcher_is_one_line_too(config_file: Path) -> 
     launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     environment = {**os.environ, **launched}
     command = [sys.executable, "train_dpo.py", str(config_file), "--dpo.betta=1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
 
 

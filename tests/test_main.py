@@ -98,4 +98,4 @@ def test_a_line_that_nobody_reads_is_let_go():
     done.stdout.close()
     done.stderr.close()
     done.stdin.close()
-    assert done.wait(timeout=60) == 7
+    assert done.wait(timeout=240) == 7

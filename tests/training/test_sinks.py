@@ -391,7 +391,7 @@ def _sync(files: list[Path], server: _Server, name: str, expected: list[tuple[in
         command = [sys.executable, "-m", "wandb", "sync", str(file.parent)]
         # it keeps a log where it stands
         done = subprocess.run(
-            command, env={**os.environ, **away}, cwd=file.parent, capture_output=True, text=True, timeout=60
+            command, env={**os.environ, **away}, cwd=file.parent, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, done.stderr
     asked = [request for request in server.requests if request["operationName"] == "UpsertBucket"]

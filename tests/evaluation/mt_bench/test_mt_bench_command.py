@@ -238,14 +238,14 @@ def test_stopped_in_the_middle_and_resumed(number: signal.Signals, code: int, tm
     def three(request: dict[str, Any], count: int) -> str:
         if count >= 4:  # two at a time: by the fifth request three answers have come
             came.set()
-            release.wait(30)
+            release.wait(300)
         return rate(request, count)
 
     with serving(three) as served:
         process = start(judge_answers(tmp_path, served))
-        assert came.wait(60)
+        assert came.wait(240)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=240)
         release.set()
         assert process.returncode == code
         assert ("the same command goes on from there" in out) == (number == signal.SIGTERM)
