@@ -9,7 +9,7 @@ from notus.entry import leave, run_entry
 def main() -> int:
     """Read the settings, then train; torch is imported once they are known to be right. Returns the exit code."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{__doc__}\n\nnotus/config.py describes every key.")
+        print(f"{__doc__}\n\ndocs/config.md describes every key.")
         return 0
     config = load_config(sys.argv[1:], "dpo")
     from notus.training.dpo import run

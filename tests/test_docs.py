@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from runs import write_pairs
 from toys import toy_model_folder
 
+from notus.config import SECTIONS
 from notus.data.records import normalize
 from notus.losses import LOSS_TYPES
 
@@ -27,6 +30,16 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
+
+
+def test_the_config_is_described_as_it_is():
+    made = runpy.run_path(str(ROOT / "docs" / "make_config.py"))["render"]()
+    text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert text == made, "run: python docs/make_config.py"
+    for section, kind in SECTIONS.items():
+        table = text.split(f"## `{section}`\n")[1].split("\n## ")[0]
+        cells = [re.fullmatch(r"\| `(\w+)` \| .+ \| .+ \| .+ \|", line) for line in table.splitlines()]
+        assert [found[1] for found in cells if found] == [item.name for item in fields(kind)]
 
 
 def test_every_loss_is_described():

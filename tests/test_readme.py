@@ -106,17 +106,6 @@ def test_links_lead_somewhere() -> None:
             assert (ROOT / target.split("#")[0]).exists(), target
 
 
-def test_every_config_key_is_described() -> None:
-    from dataclasses import fields
-
-    from notus.config import SECTIONS
-
-    for section, kind in SECTIONS.items():
-        (row,) = re.findall(rf"^\| `{section}` \|(.*)\|$", README, re.MULTILINE)
-        for item in fields(kind):
-            assert f"`{item.name}`" in row, f"{section}.{item.name}"
-
-
 def test_the_estimate_says_what_the_readme_says_of_it(clone: Path) -> None:
     (command,) = _commands(ESTIMATE)
     told = _run(command, clone)
