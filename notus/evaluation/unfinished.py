@@ -9,6 +9,7 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,16 +35,20 @@ SNAPSHOTS = "snapshots"
 DEFAULT_SHARD = 5 * 10**9
 _LOCK = ".lock"
 _MADE_OF = "checkpoint.sha256"
+_READ_BY = ".read-by"  # locked by the processes that read the snapshot
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 
 Settings = dict[str, dict[str, Any]]
+
+_read_here: list[Any] = []  # the files that hold this process's locks, until it ends
 
 
 def snapshot(run: Path, settings: Settings, *, trust_remote_code: bool = False) -> tuple[int, Path]:
     """The step of the newest whole checkpoint, and a folder with its model, written if it is not there yet.
 
     It is written by a process of its own, on the CPU: the caller may be one of several ranks, or fill a GPU. A second
-    caller waits for the first. Of several ranks one alone calls this.
+    caller waits for the first. Of several ranks one alone calls this. The folder stays at least until the caller's
+    process has ended; whoever writes a newer one then removes it.
 
     Raises:
         ValueError: the run has no whole checkpoint, or its model cannot be made.
@@ -59,7 +64,35 @@ def snapshot(run: Path, settings: Settings, *, trust_remote_code: bool = False) 
         out = folder / newest.name
         if not _stands_for(out, newest):
             out = _write_apart(run, settings, folder, trust_remote_code)
+            _remove_unread(folder, out)
+        _read_here.append(_lock(out, fcntl.LOCK_SH))
     return step_of(out), out
+
+
+def _lock(out: Path, kind: int) -> Any:
+    """An open file that holds a lock on a snapshot until it is closed. Raises BlockingIOError as `flock`."""
+    file = (out / _READ_BY).open("a")
+    try:
+        fcntl.flock(file, kind)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _remove_unread(folder: Path, newest: Path) -> None:
+    """Remove older snapshots, each as large as the model, but for those that an evaluation still reads."""
+    for old in checkpoints_in(folder):
+        if step_of(old) >= step_of(newest):
+            continue
+        try:
+            with _lock(old, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                (old / _MADE_OF).unlink(missing_ok=True)  # first: what is half removed stands for nothing
+                shutil.rmtree(old)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            print(f"warning: {old}: cannot be removed ({error.strerror}); it is not needed any more", flush=True)
 
 
 def _no_checkpoint(run: Path) -> ValueError:

@@ -106,6 +106,38 @@ def test_the_snapshot_of_an_older_checkpoint_is_not_written_again(full_run, in_p
     assert (first.folder / "config.json").stat().st_ino == before  # others may be reading it
 
 
+def test_older_snapshots_go_when_nobody_reads_them(full_run, in_progress, monkeypatch, capsys):
+    run, reading = in_progress(full_run), []
+    monkeypatch.setattr(unfinished, "_read_here", reading)
+
+    def snapshots_after(step):
+        newest = run / "checkpoints" / f"step-{step:08d}"
+        if not newest.exists():
+            shutil.copytree(run / "checkpoints" / "step-00000002", newest)
+        assert find_source(str(run)).name.endswith(f"(step {step})")
+        return sorted(path.name for path in (run / "snapshots").glob("step-*"))
+
+    assert snapshots_after(2) == ["step-00000002"]
+    assert snapshots_after(3) == ["step-00000002", "step-00000003"]  # this process still reads the first
+    reading.pop(0).close()
+    assert snapshots_after(3) == ["step-00000002", "step-00000003"]  # nothing written, nothing removed
+    assert snapshots_after(4) == ["step-00000003", "step-00000004"]
+    while reading:
+        reading.pop().close()
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished.shutil, "rmtree", refused)
+        assert snapshots_after(5) == ["step-00000003", "step-00000004", "step-00000005"]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert "step-00000004: cannot be removed (Permission denied)" in warnings[0]
+    half = run / "snapshots" / "step-00000004"
+    assert not unfinished._stands_for(half, run / "checkpoints" / "step-00000004")
+
+
 def test_no_checkpoint_yet(full_run, in_progress):
     run = in_progress(full_run)
     shutil.rmtree(run / "checkpoints")
