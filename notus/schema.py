@@ -4,6 +4,7 @@
 """
 
 import difflib
+import itertools
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,6 +129,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def read_arguments(words: Sequence[str], sections: Mapping[str, Any]) -> tuple[dict[str, Any], str, dict[str, str]]:
     """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
+    _refuse_spaces(words)
     paths = [word for word in words if not word.startswith("-")]
     if len(paths) != 1:
         got = " ".join(words) or "nothing"
@@ -142,6 +144,13 @@ def read_arguments(words: Sequence[str], sections: Mapping[str, Any]) -> tuple[d
             tree[section] = {**(tree.get(section) or {}), key: value}
             origins[f"{section}.{key}"] = "command line"
     return tree, paths[0], origins
+
+
+def _refuse_spaces(words: Sequence[str]) -> None:
+    """Tell a value that stands after a space from a second config."""
+    for key, value in itertools.pairwise(words):
+        if re.fullmatch(r"--\w+\.\w+", key) and not value.startswith("-"):
+            raise ValueError(f"command line: '{key} {value}' needs a = between: {key}={value}")
 
 
 def _parse_override(word: str, sections: Mapping[str, Any]) -> tuple[str, str, Any]:

@@ -183,6 +183,13 @@ def test_mistakes_on_the_command_line_are_named(minimal: str, override: str, mes
     assert str(caught.value).startswith("command line: ")
 
 
+def test_a_value_after_a_space_is_told_from_a_second_file(minimal: str) -> None:
+    with pytest.raises(ValueError, match=r"^command line: '--dpo\.beta 0\.2' needs a = between: --dpo\.beta=0\.2$"):
+        load(minimal, "--training.seed=1", "--dpo.beta", "0.2")
+    with pytest.raises(ValueError, match=r"expected CONFIG\.yaml .* but got "):
+        load(minimal, "--dpo.beta=0.2", "other.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -53,13 +53,16 @@ def test_the_code_beside_the_losses_runs():
 
 
 def test_the_rows_that_the_data_formats_show_are_read():
-    (text,) = blocks("data.md", "json")
-    prompts = [normalize(json.loads(line), "dpo").prompt for line in text.splitlines()]
+    pairs, examples = blocks("data.md", "json")
+    prompts = [normalize(json.loads(line), "dpo").prompt for line in pairs.splitlines()]
     assert prompts == [
         "The capital of France is",
         [{"role": "user", "content": "Hi"}],
         [{"role": "user", "content": "Name a prime."}],
+        [{"role": "user", "content": "2 + 2?"}],
     ]
+    completions = [normalize(json.loads(line), "sft").completions for line in examples.splitlines()]
+    assert completions == [([{"role": "assistant", "content": "Hello!"}],), (" Paris.",)]
 
 
 def test_the_example_scores_pairs(tmp_path):

@@ -199,7 +199,7 @@ class PackingReport:
     def __str__(self) -> str:
         return (
             f"packing: padding {self.padding_share:.2%}, sharing gain {self.sharing_gain:.2f}x, "
-            f"ranks idle {self.idle_share:.2%} by cost (over {self.steps} steps)"
+            f"ranks idle {self.idle_share:.2%} by cost (over {self.steps} steps of an epoch)"
         )
 
 

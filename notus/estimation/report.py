@@ -83,15 +83,21 @@ def step(plan: Plan, unit: str) -> list[str]:
     examples, rate = setting.batch_size, setting.gpu.rate(setting.precision)
     bound = "computation" if plan.compute >= plan.communication else "COMMUNICATION, which computation cannot hide"
     return [
-        f"Step of {examples} {unit}",
+        f"Step of {examples} {unit}" + ("" if plan.spare >= 0 else ", and the run, if the memory sufficed"),
         f"  rows per GPU {plan.steps.rows:.1f} (fullest {plan.steps.fullest} tokens), heaviest GPU "
         f"{plan.steps.imbalance - 1:.1%} above the mean",
         f"  necessary operations {examples * work.necessary:.3g}, with recomputation {examples * work.hardware:.3g}",
-        f"  computation {plan.compute:.2f} s at {setting.utilisation:.0%} of {rate:g} TFLOP/s "
+        f"  computation {_seconds(plan.compute)} s at {setting.utilisation:.0%} of {rate:g} TFLOP/s "
         "(an assumption; measured on a GPU: not run)",
-        f"  communication {plan.communication:.2f} s beside it; the step is bound by {bound}",
-        f"  {plan.seconds:.2f} s, {examples / plan.seconds:.2f} {unit}/s, MFU on necessary operations {plan.mfu:.0%}",
+        f"  communication {_seconds(plan.communication)} s beside it; the step is bound by {bound}",
+        f"  {_seconds(plan.seconds)} s, {examples / plan.seconds:.2f} {unit}/s, "
+        f"MFU on necessary operations {plan.mfu:.0%}",
     ]
+
+
+def _seconds(value: float) -> str:
+    """Two decimals; of short times two digits."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def run_time(
@@ -114,12 +120,15 @@ def run_time(
     return lines
 
 
+def _many(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.3g} million"
+
+
 def head(setting: Setting, model: str, gpu_name: str) -> list[str]:
     """What was assumed of model, GPUs and data."""
     size = setting.size
     return [
-        f"Model: {size.parameters / 1e9:.2f} billion parameters, {size.trained / 1e9:.3g} trained, {size.layers} blocks"
-        f" ({model})",
+        f"Model: {_many(size.parameters)} parameters, {_many(size.trained)} trained, {size.layers} blocks ({model})",
         f"GPUs: {setting.gpus} x {gpu_name}; GB/s: {setting.gpu.link:g} in a node, {setting.gpu.network:g} between",
         f"Lengths: {setting.lengths.source}",
     ]

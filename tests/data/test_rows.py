@@ -283,7 +283,10 @@ def test_packing_report_by_hand():
     assert report.padding_share == pytest.approx(3 / 23)
     assert report.sharing_gain == pytest.approx(27 / 20)
     assert report.idle_share == pytest.approx(6 / 26)
-    assert str(report) == "packing: padding 13.04%, sharing gain 1.35x, ranks idle 23.08% by cost (over 2 steps)"
+    assert (
+        str(report)
+        == "packing: padding 13.04%, sharing gain 1.35x, ranks idle 23.08% by cost (over 2 steps of an epoch)"
+    )
 
 
 def test_packing_report_on_one_rank_has_no_padding_and_stops_at_max_steps():
