@@ -11,18 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NORMAL = 1.959964
-# Student's t for 95%, two-sided, by degrees of freedom from 1
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+from notus.evaluation.intervals import normal, student, wilson
+
 RULES = {"ratings": ("mean ratings", "#0072b2"), "overall_score": ("overall score", "#d55e00")}
-
-
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927)."""
-    share, square = successes / count, NORMAL**2 / count
-    centre = share + square / 2
-    spread = NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return (centre - spread) / (1 + square), (centre + spread) / (1 + square)
 
 
 def paired(first: str, second: str) -> tuple[float, float]:
@@ -31,16 +22,14 @@ def paired(first: str, second: str) -> tuple[float, float]:
     won = sum(pair == ("1", "0") for pair in zip(first, second, strict=True))
     lost = sum(pair == ("0", "1") for pair in zip(first, second, strict=True))
     variance = (won + lost - (won - lost) ** 2 / count) / count**2
-    return (won - lost) / count, NORMAL * math.sqrt(variance)
+    return (won - lost) / count, normal() * math.sqrt(variance)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half of Student's interval; None for a single seed. ValueError for more seeds than the table has."""
-    if len(values) > len(STUDENT) + 1:
-        raise ValueError(f"{len(values)} seeds: the table of Student's t goes to {len(STUDENT) + 1}")
+    """Mean and half of Student's interval; None for a single seed."""
     if len(values) == 1:
         return values[0], None
-    return statistics.mean(values), STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def differences(results: dict[str, Any], number: int) -> list[float]:

@@ -97,17 +97,12 @@ def test_head_to_head_counts_the_prompts_whose_answers_differ() -> None:
 
 
 def test_intervals() -> None:
-    from critique_report import over_seeds, paired, wilson
+    from critique_report import over_seeds, paired
 
-    # (0.8 + 0.1921 -+ 1.96 sqrt(0.016 + 0.0096)) / 1.3841
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(0, 10)[0] == pytest.approx(0)
     # three won, one lost of eight: 2/8, variance (4 - 4/8) / 64
     assert paired("11110000", "00011000") == pytest.approx((0.25, 1.959964 * (3.5 / 64) ** 0.5))
-    assert over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
+    assert over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / 3**0.5))
     assert over_seeds([0.5]) == (0.5, None)
-    with pytest.raises(ValueError, match="11 seeds"):
-        over_seeds([0.0] * 11)
 
 
 @pytest.mark.parametrize("name", ["ratings-vs-critique", "ratings-vs-critique-32-steps"])

@@ -140,7 +140,8 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         new = input_ids[:, self.width :][:, -self.longest :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # with special tokens: tasks name "<|im_end|>" and its like, which ends a turn whether it is the EOS or not
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         done = [any(end in text for end in self.stop) for text in texts]
         return torch.tensor(done, device=input_ids.device)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from notus.evaluation.intervals import bootstrap_mean, wilson
+from notus.evaluation.intervals import bootstrap_mean, normal, student, wilson
 
 
 def test_wilson_by_hand():
@@ -49,5 +49,23 @@ def test_bootstrap_of_more_values_than_a_block_holds():
     assert 0.495 < low < high < 0.505
 
 
-def test_bootstrap_of_one_value_is_it():
-    assert bootstrap_mean([2.5]) == (2.5, 2.5)
+def test_bootstrap_of_one_value_is_unknown():
+    assert bootstrap_mean([2.5]) is None
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_bootstrap_of_few_values_covers_the_true_mean_as_often_as_it_says(count):
+    """Mere percentiles do so in 48%, 75% and 82%."""
+    draw = np.random.default_rng(count)
+    samples = draw.normal(0.3, 1.0, size=(300, count))
+    intervals = [bootstrap_mean(values, draws=400) for values in samples]
+    covered = np.mean([low <= 0.3 <= high for low, high in intervals])
+    assert covered == pytest.approx(0.95, abs=0.04)  # the standard error is 0.013
+
+
+def test_students_quantiles_are_the_tables():
+    found = [student(freedom) for freedom in (1, 2, 3, 9, 30, 100)]
+    assert found == pytest.approx([12.7062, 4.30265, 3.18245, 2.26216, 2.04227, 1.98397], abs=1e-4)
+    assert student(4, level=0.99) == pytest.approx(4.60409, abs=1e-4)
+    assert normal() == pytest.approx(1.959964, abs=1e-6)
+    assert student(10_000) == pytest.approx(student(10_001), abs=3e-4)

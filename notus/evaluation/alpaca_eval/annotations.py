@@ -29,11 +29,11 @@ class Scores:
     """What a file of annotations says.
 
     Attributes:
-        win_rate: wins and half of the ties in percent of `count`; the package's `discrete_win_rate`.
+        win_rate: mean of preference - 1 in percent, as the package has it.
         standard_error: of `win_rate`, in percent: the sample's standard deviation over √count, as the package has it.
-        weighted_win_rate: mean of preference - 1 in percent; the package's `win_rate`. The same where every
-            preference is 1, 1.5 or 2, as the judges of AlpacaEval 1 give them.
-        weighted_standard_error: of `weighted_win_rate`, in percent.
+        discrete_win_rate: wins and half of the ties in percent of `count`, the package's too. The same where every
+            preference is 1, 1.5 or 2, as the judges of AlpacaEval 1 give them; those of AlpacaEval 2 weigh.
+        discrete_standard_error: of `discrete_win_rate`, in percent.
         wins, losses, ties: preferences above, below and at 1.5.
         count: annotated entries, the sum of these three.
         left_out: entries without a preference.
@@ -43,8 +43,8 @@ class Scores:
 
     win_rate: float
     standard_error: float | None
-    weighted_win_rate: float
-    weighted_standard_error: float | None
+    discrete_win_rate: float
+    discrete_standard_error: float | None
     wins: int
     losses: int
     ties: int
@@ -85,10 +85,10 @@ def score(annotations: Sequence[Annotation]) -> Scores:
     preferences = [entry.preference for entry in annotations if entry.preference is not None]
     wins = [1.0 if preference > 1.5 else 0.5 if preference == 1.5 else 0.0 for preference in preferences]
     return Scores(
-        win_rate=100 * fmean(wins),
-        standard_error=_standard_error(wins),
-        weighted_win_rate=100 * fmean(preference - 1 for preference in preferences),
-        weighted_standard_error=_standard_error(preferences),
+        win_rate=100 * fmean(preference - 1 for preference in preferences),
+        standard_error=_standard_error(preferences),
+        discrete_win_rate=100 * fmean(wins),
+        discrete_standard_error=_standard_error(wins),
         wins=wins.count(1.0),
         losses=wins.count(0.0),
         ties=wins.count(0.5),

@@ -212,8 +212,8 @@ def _figures(
     figures = [rate("win_rate", scores.win_rate, scores.standard_error, PUBLISHED if comparable else {})]
     if controlled is not None:
         figures.append(rate("length_controlled_win_rate", controlled["win_rate"], controlled["stderr"], {}))
-    if scores.weighted_win_rate != scores.win_rate:
-        figures.append(rate("weighted_win_rate", scores.weighted_win_rate, scores.weighted_standard_error, {}))
+    if scores.discrete_win_rate != scores.win_rate:
+        figures.append(rate("discrete_win_rate", scores.discrete_win_rate, scores.discrete_standard_error, {}))
     count = scores.count + scores.left_out
     return [*figures, Figure(NAME, "avg_length", scores.average_length, "", None, count, "characters", dataset)]
 

@@ -112,17 +112,25 @@ def _of_model(
         by_turn[turn].append(value)
         if question in categories:
             by_category.setdefault(categories[question], []).append(value)
-    means = [statistics.fmean(values) for values in by_question.values()]
+    overall = _mean(list(read.values()))
     return Scores(
         model,
         judge,
-        _mean(list(read.values())),
-        statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan,
-        len(means),
+        overall,
+        _stderr(overall, list(by_question.values())),
+        len(by_question),
         {turn: _mean(values) for turn, values in by_turn.items() if values},
         {name: _mean(by_category[name]) for name in dict.fromkeys(categories.values()) if name in by_category},
         len(of_turn) - len(read),
     )
+
+
+def _stderr(overall: Mean, questions: Sequence[Sequence[float]]) -> float:
+    """Of a mean over turns, which come in `questions`, some with a turn less: a ratio of two means, to first order."""
+    if len(questions) < 2:
+        return math.nan
+    excess = [sum(values) - overall.score * len(values) for values in questions]
+    return statistics.stdev(excess) * math.sqrt(len(questions)) / overall.count
 
 
 def _mean(values: Sequence[float]) -> Mean:

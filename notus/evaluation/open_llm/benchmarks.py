@@ -39,5 +39,6 @@ BENCHMARKS = (
 BY_TASK = {benchmark.task: benchmark for benchmark in BENCHMARKS}
 # What a reader of the figures has to know.
 NOTES = {
-    "TruthfulQA": "TruthfulQA is contaminated: UltraFeedback, from which Zephyr and Notus learned, holds its prompts"
+    "MMLU": "MMLU is lm-eval's mean over examples; the published figures are means over its 57 subjects",
+    "TruthfulQA": "TruthfulQA is contaminated: UltraFeedback, from which Zephyr and Notus learned, holds its prompts",
 }

@@ -9,6 +9,7 @@ from notus.evaluation.results import Figure
 PEERS = ZEPHYR, NOTUS = "Zephyr-7B-beta", "Notus 7B v1"
 # Shares of 1, which people read in %.
 _SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "brier_acc", "contains", "em", "exact_match", "f1"})
+_IN_PERCENT = ("squadv2", "scrolls_")  # how tasks begin whose `em` and `f1` lm-eval gives in % already
 
 
 def figures(results: dict[str, Any], names: Sequence[str]) -> list[Figure]:
@@ -39,7 +40,7 @@ def _own_figures(results: dict[str, Any], name: str) -> list[Figure]:
 
 
 def _figure(results: dict[str, Any], name: str, metric: str, reading: str, values: dict[str, Any]) -> Figure:
-    scale = 100.0 if metric in _SHARES else 1.0
+    scale, unit = _scale(name, metric, values[f"{metric},{reading}"])
     stderr = values.get(f"{metric}_stderr,{reading}")
     first = _tasks_of(results, name)[0]
     benchmark = BY_TASK.get(name)
@@ -48,13 +49,23 @@ def _figure(results: dict[str, Any], name: str, metric: str, reading: str, value
         name=benchmark.title if benchmark else name,
         metric=shown,
         value=scale * values[f"{metric},{reading}"],
-        unit="%" if scale == 100 else "",
+        unit=unit,
         stderr=scale * stderr if isinstance(stderr, int | float) else None,
         count=sum(results["n-samples"][task]["effective"] for task in _tasks_of(results, name)),
         setup=f"{results['n-shot'][first]}-shot",
         dataset=benchmark.dataset if benchmark else results["configs"][first].get("dataset_path"),
         reference={ZEPHYR: benchmark.zephyr, NOTUS: benchmark.notus} if benchmark else {},
     )
+
+
+def _scale(name: str, metric: str, value: float) -> tuple[float, str]:
+    """What to multiply a measure by, and the unit that it has then."""
+    if metric not in _SHARES:
+        return 1.0, ""
+    if name.startswith(_IN_PERCENT) and metric in ("em", "f1"):
+        return 1.0, "%"
+    # more than 1 is no share, whatever a task of the user's calls it
+    return (1.0, "") if value > 1 else (100.0, "%")
 
 
 def _tasks_of(results: dict[str, Any], name: str) -> list[str]:

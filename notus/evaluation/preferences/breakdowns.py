@@ -17,7 +17,7 @@ def compare(margins: np.ndarray) -> dict[str, Any]:
     """Of some pairs: `count`, `accuracy` (a tie counts half) and the mean `margin`, how sure both are.
 
     That is `accuracy_interval` (Wilson's) and `margin_interval` (the bootstrap's), of 95%, and the standard errors
-    `accuracy_stderr` and `margin_stderr`, None for one pair.
+    `accuracy_stderr` and `margin_stderr`. One pair has the first of these alone; the others are None.
     """
     right = 0.5 * (1 + np.sign(margins))
     return {

@@ -70,8 +70,10 @@ def _breakdowns(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _line(title: str, row: dict[str, Any]) -> str:
-    low, high = row["margin_interval"]
-    margin = f"{row['margin']:.4f} [{low:.4f}, {high:.4f}]"
+    margin = f"{row['margin']:.4f}"
+    if row["margin_interval"]:  # of one pair there is none
+        low, high = row["margin_interval"]
+        margin += f" [{low:.4f}, {high:.4f}]"
     low, high = row["accuracy_interval"]
     accuracy = f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
     return f"  {title[:31]:32}{row['count']:7}  {margin:>30}  {accuracy:>24}"

@@ -72,8 +72,8 @@ def _loss(run: RunRecord) -> tuple[str, str] | None:
     latest = _latest(run, "loss")
     if latest is None or "loss" not in run.curves:
         return latest
-    first = run.curves["loss"].known
-    return latest[0], f"{latest[1]}; {number(first.values[0])} at step {first.steps[0]:,}"
+    first, where = run.curves["loss"].known, "train " if "eval_loss" in run.curves else ""  # beside a held-out one
+    return latest[0], f"{latest[1]}; {where}{number(first.values[0])} at step {first.steps[0]:,}"
 
 
 def _kl(run: RunRecord) -> tuple[str, str] | None:

@@ -36,8 +36,10 @@ Give your reasons in two sentences at most. Then end with one line: "Verdict: A"
 neither is better.
 """
 _IN_BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
-# A letter with a word after it may be an article: "Verdict: a close call".
-_AFTER_VERDICT = re.compile(r"\bverdict\W*:\W*(?:a\s+)?(tie|[AB](?![ \t]+(?!is\b|wins\b)\w))\b", re.IGNORECASE)
+# A letter with a word after it may be an article ("Verdict: a close call"), one with a slash is one of two ("A/B").
+_AFTER_VERDICT = re.compile(
+    r"\bverdict\W*:\W*(?:a[ \t]+(?=tie))?(tie|[AB](?![ \t]*/|[ \t]+(?!is\b|wins\b)\w))\b", re.IGNORECASE
+)
 _ALONE = re.compile(r"\W*(tie|A|B)\W*", re.IGNORECASE)
 
 

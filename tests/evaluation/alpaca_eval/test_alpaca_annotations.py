@@ -56,12 +56,21 @@ def test_published_figures_stand_beside_their_own_judge_and_baseline_alone(tmp_p
     assert "published:" not in capsys.readouterr().out
 
 
+def test_figures_of_a_judge_that_weighs_bear_the_packages_names(tmp_path):
+    path = write(tmp_path, [entry(1, 1.9), entry(2, 1.6), entry(3, 1.0)])
+    assert main(["evaluate", "--suite=alpaca-eval", "--annotations", str(path), "--output", str(tmp_path / "o")]) == 0
+    first, second, _ = read_result(tmp_path / "o" / "result.json").figures
+    assert (first.metric, first.value) == ("win_rate", pytest.approx(50))
+    assert first.stderr == pytest.approx(100 * (0.42 / 2 / 3) ** 0.5)  # 0.4² + 0.1² + 0.5² about the mean
+    assert (second.metric, second.value) == ("discrete_win_rate", pytest.approx(200 / 3))
+
+
 def test_what_counts(tmp_path):
     preferences = [1.5, 1.51, 1.49, 2, 1, 0, None, float("nan")]
     scores = score(read_annotations(write(tmp_path, [entry(*pair) for pair in enumerate(preferences)])))
     assert (scores.wins, scores.losses, scores.ties, scores.count, scores.left_out) == (2, 2, 2, 6, 2)
-    assert scores.win_rate == 50  # 2 wins and 2 halves of 6
-    assert scores.weighted_win_rate == pytest.approx(100 * (0.5 + 0.51 + 0.49 + 1 + 0 + 0.5) / 6)
+    assert scores.discrete_win_rate == 50  # 2 wins and 2 halves of 6
+    assert scores.win_rate == pytest.approx(100 * (0.5 + 0.51 + 0.49 + 1 + 0 + 0.5) / 6)
     alone = score(read_annotations(write(tmp_path, [entry(1, 2)])))
     assert (alone.win_rate, alone.standard_error) == (100, None)
 
@@ -76,10 +85,10 @@ def test_scores_are_the_packages(tmp_path):
         preferences = [entry["preference"] for entry in entries]
         weighted = helpers.AbsoluteScoringRule().describe_head2head(preferences)
         counted = helpers.ZeroOneScoringRule().describe_head2head(preferences)
-        assert scores.weighted_win_rate == pytest.approx(weighted["win_rate"])
-        assert scores.weighted_standard_error == pytest.approx(weighted["standard_error"])
-        assert scores.win_rate == pytest.approx(counted["win_rate"])
-        assert scores.standard_error == pytest.approx(counted["standard_error"])
+        assert scores.win_rate == pytest.approx(weighted["win_rate"])
+        assert scores.standard_error == pytest.approx(weighted["standard_error"])
+        assert scores.discrete_win_rate == pytest.approx(counted["win_rate"])
+        assert scores.discrete_standard_error == pytest.approx(counted["standard_error"])
         assert (scores.wins, scores.losses, scores.ties, scores.count) == tuple(
             counted[name] for name in ("n_wins", "n_wins_base", "n_draws", "n_total")
         )

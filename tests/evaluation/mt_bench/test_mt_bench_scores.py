@@ -25,9 +25,14 @@ def test_scores_per_turn_per_category_and_in_all() -> None:
     assert scores.turns == {1: Mean(pytest.approx(7.0), 3), 2: Mean(pytest.approx(5.25), 2)}
     assert scores.categories == {"writing": Mean(7.0, 2), "reasoning": Mean(3.75, 2), "math": Mean(10.0, 1)}
     assert scores.unread == 1
-    # questions' means are 7, 3.75 and 10: their mean 6.9167, squared deviations 0.00694, 10.0278, 9.5069
+    # of a mean of 6.3 a turn, questions have 14 - 12.6, 7.5 - 12.6 and 10 - 6.3; squares 1.96, 26.01, 13.69; 5/3 turns
     assert scores.questions == 3
-    assert scores.stderr == pytest.approx(math.sqrt((0.00694 + 10.0278 + 9.5069) / 2 / 3), abs=1e-4)
+    assert scores.stderr == pytest.approx(math.sqrt((1.96 + 26.01 + 13.69) / 2 / 3) / (5 / 3))
+
+
+def test_where_no_turn_lacks_the_standard_error_is_that_of_the_questions_means() -> None:
+    lines = [*LINES[:5], fastchat.judgment(111, 2, 4)]  # means 7, 3.75 and 7
+    assert score(lines)[0].stderr == pytest.approx(3.25 / 3)  # deviations 13/12, -26/12 and 13/12
 
 
 def test_without_the_questions_there_are_no_categories() -> None:
@@ -100,7 +105,7 @@ def test_the_table_has_a_line_for_every_model() -> None:
     lines = [*LINES, fastchat.judgment(151, 1, -1, "nothing")]
     rows = [" ".join(line.split()) for line in table(score(lines, fastchat.CATEGORIES)).splitlines()]
     assert rows[0] == "model judge all s.e. turn 1 turn 2 writing reasoning math scored unread"
-    assert rows[1] == "toy gpt-4 6.30 1.80 7.00 5.25 7.00 3.75 10.00 5 1"
+    assert rows[1] == "toy gpt-4 6.30 1.58 7.00 5.25 7.00 3.75 10.00 5 1"
     assert rows[2] == "nothing gpt-4 - - - - - - - 0 1"
     assert "Zephyr-7B-β 7.34, Notus 7B v1 7.30" in rows[3]
 

@@ -97,11 +97,11 @@ def test_a_context_of_spaces_alone(tmp_path):
     assert found[1] == found[2]
 
 
-def peer(causal_lm, tokenizer, max_length):
+def peer(causal_lm, tokenizer, max_length, batch_size=3):
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=causal_lm, tokenizer=tokenizer, batch_size=3, max_length=max_length)
+    return HFLM(pretrained=causal_lm, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -143,6 +143,21 @@ def test_stop_strings_end_the_generation(tmp_path, monkeypatch):
     (cut,) = lm.generate_until(requests("generate_until", [("hello world", {"until": [end], "max_gen_toks": 40})]))
     assert cut == whole[: whole.index(end)]
     assert len(steps) < 10
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_special_token_may_end_the_generation(tmp_path, batch_size):
+    """As "<|im_end|>" does in GSM8K's `until`, where it is not the EOS; the text itself leaves such tokens out."""
+    causal_lm, tokenizer = toy_model(), toy_tokenizer()
+    with torch.no_grad():
+        causal_lm.lm_head.weight[tokenizer.unk_token_id] *= 3
+    ours = notus_lm(tmp_path, causal_lm, tokenizer, batch_size=batch_size)
+    settings = {"until": ["<unk>", "zzz"], "max_gen_toks": 12, "do_sample": False}
+    asked = requests("generate_until", [(f"hello {word} world", settings) for word in ("a", "quick", "fox", "Yes")])
+    unstopped = requests("generate_until", [(one.args[0], {**settings, "until": []}) for one in asked])
+    written = ours.generate_until(asked)
+    assert written == peer(causal_lm, tokenizer, 256, batch_size=1).generate_until(asked, disable_tqdm=True)
+    assert written != ours.generate_until(unstopped)
 
 
 def test_drawn_completions_follow_temperature_and_repeat(tmp_path):

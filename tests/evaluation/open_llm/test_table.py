@@ -40,6 +40,23 @@ def test_the_leaderboards_tasks_have_one_figure_each():
     assert found[1].reference == {"Zephyr-7B-beta": 61.07, "Notus 7B v1": 63.03}
 
 
+def test_what_is_no_share_of_one_is_not_made_percent_of():
+    """lm-eval gives the f1 of squadv2 and the em of scrolls in %, even where that is less than 1."""
+    measured = {"squadv2": {"f1,none": 0.8, "exact,none": 61.0}, "scrolls_quality": {"em,none": 52.5, "acc,none": 0.5}}
+    measured["own"] = {"em,none": 1.0, "f1,none": 42.0, "f1_stderr,none": 2.0}
+    rest = {key: {name: {"effective": 3} for name in measured} for key in ("n-samples", "n-shot")}
+    found = figures({"results": measured, "configs": {name: {} for name in measured}, **rest}, list(measured))
+    assert [(figure.name, figure.metric, figure.value, figure.unit) for figure in found] == [
+        ("squadv2", "f1", 0.8, "%"),
+        ("squadv2", "exact", 61.0, ""),
+        ("scrolls_quality", "em", 52.5, "%"),
+        ("scrolls_quality", "acc", 50.0, "%"),
+        ("own", "em", 100.0, "%"),
+        ("own", "f1", 42.0, ""),
+    ]
+    assert found[-1].stderr == 2.0
+
+
 def test_table():
     table = markdown("mine", figures(RESULTS, ["arc_challenge", "truthfulqa_mc2"]), ["A remark."])
     assert table.splitlines()[:4] == [

@@ -105,7 +105,7 @@ def test_headline_figures(make_run):
     text = text_of(page_of(make_run(metrics=dpo_metrics(20, eval_every=10), finished=False, training__epochs=3)))
     assert "Reward accuracy 75.0% held-out, step 20" in text
     assert "Reward margin 0.25 held-out, step 20" in text
-    assert "Loss 0.58 held-out, step 20; 0.6931 at step 1" in text
+    assert "Loss 0.58 held-out, step 20; train 0.6931 at step 1" in text
     assert "Throughput 50.5 pairs/s, median" in text  # of 41 to 60
     assert "Steps 20 of 30" in text
     assert "unfinished" in text
