@@ -114,7 +114,7 @@ class KeptTokens:
         found = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for number, record in enumerate(read_kept(path), start=1):
-                if record.keys() != {"key", "ids"}:
+                if not _is_completion(record):
                     raise ValueError(f"{path}, line {number}: not a kept completion; remove the file")
                 if record["key"] in wanted:
                     found[record["key"]] = record["ids"]
@@ -126,6 +126,11 @@ class KeptTokens:
         of_batch = _digest([self.identity, settings, drawn])
         rows = enumerate(zip(batch.prompts, batch.room, strict=True))
         return [_digest([of_batch, prompt, room, row if drawn else None]) for row, (prompt, room) in rows]
+
+
+def _is_completion(record: dict[str, Any]) -> bool:
+    key, ids = record.get("key"), record.get("ids")
+    return isinstance(key, str) and isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
 
 
 def _digest(value: Any) -> str:

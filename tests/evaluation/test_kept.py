@@ -131,8 +131,9 @@ def test_only_the_same_work_is_found_again(tmp_path, monkeypatch):
     assert batches(temperature=0, max_new_tokens=5) == 1
 
 
-def test_a_file_of_something_else_is_named(tmp_path):
-    (tmp_path / "rank-3.jsonl").write_text('{"completion": "a"}\n')
+@pytest.mark.parametrize("line", [{"completion": "a"}, {"key": [], "ids": [1]}, {"key": "a", "ids": ["1"]}])
+def test_a_file_of_something_else_is_named(tmp_path, line):
+    (tmp_path / "rank-3.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=r"rank-3.jsonl, line 1: not a kept completion"):
         generate_kept(toy_model(), toy_tokenizer(), ["a"], kept=tmp_path, identity="", **GREEDY)
 
