@@ -3,23 +3,29 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from huggingface_hub import ModelCard
 
+from notus.evaluation.files import told
 from notus.evaluation.names import hub_id, public_name
 from notus.evaluation.release.citations import citations
 from notus.evaluation.release.facts import Facts, Variant, base_file, base_licence
 from notus.evaluation.release.metadata import card_metadata, figure_label, of_this_model
-from notus.evaluation.results import Figure, Result
+from notus.evaluation.results import EVALUATIONS, RESULT, Figure, Result
 from notus.evaluation.unfinished import learned_chat
 from notus.model.weights import read_json
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
+from notus.training.tracking import METRICS_FILE
+
+T = TypeVar("T")
 
 _TEMPLATE = "card.md.jinja"
+_RESULTS = f"{EVALUATIONS}/*/{RESULT}"
 _NOT_KNOWN = "–"
 # What of `metrics.jsonl` a reader wants to see: the key, and its name.
 _COURSE = {
@@ -54,13 +60,23 @@ class Choices:
 
 
 def model_card(facts: Facts, variant: Variant, choices: Choices, *, chat: bool) -> str:
-    """The card's text; `chat`: the tokenizer has a chat template. Raises ValueError as `base_licence` does."""
+    """The card's text; `chat`: the tokenizer has a chat template.
+
+    Raises ValueError as `base_licence` does, and, naming the file, where one of the run's holds something else.
+    """
     licence = {"license": choices.licence} if choices.licence else base_licence(facts.base)
     base_model = choices.base_model or hub_id(facts.base)
     name = " ".join((choices.repo_id or choices.name).rpartition("/")[2].split())
     data = facts.settings["data"]
-    header = card_metadata(
-        facts, variant, name=name, base_model=base_model, licence=licence, languages=list(choices.languages)
+
+    def of(files: str, make: Callable[[], T]) -> T:
+        return told(files, [facts.folder], make)
+
+    header = of(
+        _RESULTS,
+        lambda: card_metadata(
+            facts, variant, name=name, base_model=base_model, licence=licence, languages=list(choices.languages)
+        ),
     )
     text = _template().render(
         metadata=header.to_yaml(),
@@ -75,15 +91,16 @@ def model_card(facts: Facts, variant: Variant, choices: Choices, *, chat: bool) 
         datasets=list(_datasets(facts)),
         eval_size=data["eval_size"],
         seed=facts.settings["training"]["seed"],
-        counts=list(_counts(facts)),
+        counts=of(DATA_FILE, lambda: list(_counts(facts))),
         hyperparameters=list(_hyperparameters(facts)),
-        machine=list(_machine(facts)),
-        course=list(_course(facts)),
-        results=[_table(result, facts) for result in facts.results],
+        machine=of(ENVIRONMENT_FILE, lambda: list(_machine(facts))),
+        course=of(METRICS_FILE, lambda: list(_course(facts))),
+        results=of(_RESULTS, lambda: [_table(result, facts) for result in facts.results]),
         licence=licence,
         licence_inherited=not choices.licence,
         citations=citations(facts),
     )
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half a character alone in the data is no text for a file
     ModelCard(text)  # raises ValueError for a header that the hub's client could not read
     return text
 
@@ -99,7 +116,8 @@ def has_chat_template(folder: Path) -> bool:
 def base_has_chat_template(facts: Facts) -> bool:
     """The same, before there is a folder: by what the run learned, and the base model's files on this machine."""
     found = base_file(facts.base, "tokenizer_config.json")
-    return learned_chat(facts.settings, facts.data) or (found is not None and has_chat_template(found.parent))
+    learned = told(DATA_FILE, [facts.folder], lambda: learned_chat(facts.settings, facts.data))
+    return learned or (found is not None and has_chat_template(found.parent))
 
 
 def one_line(value: Any) -> str:
