@@ -20,11 +20,15 @@ _held: dict[Path, IO[str]] = {}  # the locks of this process, until it ends
 def check_output(path: Path, *, not_over: str, remedy: str = "choose another place") -> None:
     """Make the result's parent folder, before the work that fills it.
 
-    Raises ValueError if the result would stand in the place of a folder, or of the input `not_over`; OSError if nothing
-    can be written there.
+    Raises ValueError if the result would stand in the place of a folder, of a device (for root, /dev/null itself would
+    become a file), or of the input `not_over`; OSError if nothing can be written there.
     """
     if path.is_dir():
         raise ValueError(f"{path}: there is a folder of that name; choose another")
+    if (path.exists() and not path.is_file()) or path.absolute().parent == Path(
+        "/dev"
+    ):  # which has links to files, too
+        raise ValueError(f"{path}: no ordinary file, which a result could replace; choose another name")
     if path.exists() and Path(not_over).exists() and path.samefile(not_over):
         raise ValueError(f"{path}: the result would replace the input; choose another name")
     check_folder(path.parent, remedy=remedy)

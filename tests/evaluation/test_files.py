@@ -10,7 +10,7 @@ import pytest
 from disks import largest_file
 
 from notus.evaluation import files
-from notus.evaluation.files import hold_folder, replacing
+from notus.evaluation.files import check_output, hold_folder, replacing
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +46,11 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_held", {})
     monkeypatch.setattr(files.fcntl, "lockf", refused)
     hold_folder(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "fifo"])
+def test_devices_are_not_replaced(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    with pytest.raises(ValueError, match=f"{path}: no ordinary file"):
+        check_output(Path(path), not_over="input")
