@@ -88,10 +88,9 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a killed writer left of a checkpoint that may not be the newest any more, as large as the model."""
-    for name in (".step-*.partial", ".step-*.old"):
-        for path in folder.glob(name):
-            shutil.rmtree(path, ignore_errors=True)
+    """What was killed while it wrote or removed a snapshot left this, as large as the model."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _lock(out: Path, kind: int) -> Any:
@@ -112,8 +111,8 @@ def _remove_unread(folder: Path, newest: Path) -> None:
             continue
         try:
             with _lock(old, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                (old / _MADE_OF).unlink(missing_ok=True)  # first: what is half removed stands for nothing
-                shutil.rmtree(old)
+                gone = old.rename(old.with_name(f".{old.name}.removed"))  # what is half removed stands for nothing
+                shutil.rmtree(gone)
         except BlockingIOError:
             continue
         except OSError as error:
