@@ -297,6 +297,17 @@ def test_files_that_hold_something_else_are_named(tmp_path, capsys, file, text):
     assert file.replace("/own/", "/*/") in refused(capsys, run, "--output", "-")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("beta: 0.1", "beta: {}"), ("  epochs: 1\n", ""), ("eval_size: 0", "eval_size: {a: 1}")]
+)
+def test_damaged_settings_are_named(tmp_path, capsys, before, after):
+    run = make_run(tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    assert before in text
+    (run / "config.yaml").write_text(text.replace(before, after))
+    assert "config.yaml: not as this version writes it" in refused(capsys, run, "--output", "-")
+
+
 def test_half_a_character_in_the_data_is_no_obstacle(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "data.json").write_text('{"train": {"rows": 1, "sources": {"half \\ud83d": 1}}}')
