@@ -52,6 +52,8 @@ def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int
 
     Under torchrun every rank may meet the same mistake, or one rank alone; the first to meet it tells, and torchrun
     ends the rest. A rank that loses its peers because one of them has told of a mistake is silent.
+
+    Ctrl-C, where nothing else takes it, ends in a line and exit code 130.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         follow_parent(signal.SIGTERM)  # when torchrun is killed, its ranks would else train on, or wait for ever
@@ -68,6 +70,10 @@ def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int
         if _failures(1, speaker=lost.speaker) == 1:
             tell(f"error: {lost}", sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            tell("stopped by Ctrl-C", sys.stderr)
+        return 128 + signal.SIGINT
     except RuntimeError:
         if "RANK" in os.environ and _failures(0) > 0:
             return 1

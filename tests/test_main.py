@@ -99,3 +99,15 @@ def test_a_line_that_nobody_reads_is_let_go():
     done.stderr.close()
     done.stdin.close()
     assert done.wait(timeout=240) == 7
+
+
+def test_ctrl_c_ends_in_a_line(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("notus.evaluation.report.command.run", interrupted)
+    assert entry.main(["report", "run"]) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+    monkeypatch.setenv("RANK", "1")
+    assert entry.main(["report", "run"]) == 130
+    assert capsys.readouterr().err == ""

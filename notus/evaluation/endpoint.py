@@ -26,12 +26,15 @@ try:
 except ModuleNotFoundError:
     import httpx  # type: ignore[no-redef]  # huggingface_hub 1 brings this one
 
+from notus.entry import tell
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 MAX_BYTES = 16 << 20
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 _LONGEST_RETRY_AFTER = 600.0
+_UNTOLD = 100.0  # seconds of waiting of which nothing is said
 _TOLD = 300  # characters of a server's message
 
 
@@ -100,7 +103,10 @@ class Endpoint:
             except _Passing as failure:
                 if attempt == self.retries:
                     raise EndpointError(f"{self.base_url}: {failure} ({attempt + 1} requests)") from failure
-                self.sleep(_pause(attempt, failure.retry_after))
+                pause = _pause(attempt, failure.retry_after)
+                if pause > _UNTOLD:  # hours of it would else look like a hang
+                    tell(f"note: {self.base_url}: {failure}; asked again in {pause:.0f} s")
+                self.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
     async def _request(self, messages: Sequence[dict[str, str]]) -> str:

@@ -18,7 +18,7 @@ SUITES = {
 
 def find_suite(argv: Sequence[str]) -> ModuleType:
     """The module of the suite that a command line names with --suite; exits as argparse does if there is none such."""
-    parser = argparse.ArgumentParser(prog="python -m notus evaluate", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m notus evaluate", add_help=False)  # --suit, too, as the suite does
     add_suite_argument(parser)
     known, _ = parser.parse_known_args(argv)
     return importlib.import_module(SUITES[known.suite])

@@ -1,6 +1,8 @@
 """Work kept as it is done: files of JSON lines that grow, and outlive a process killed at any moment."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from notus.data.disk import disk_error
 from notus.training.distributed import gather_objects, on_main
 
 
@@ -25,7 +28,7 @@ def read_kept(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: not a record of kept work; remove the line, or the file")
@@ -34,14 +37,19 @@ def read_kept(path: Path) -> list[dict[str, Any]]:
 
 
 def keep(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append `records` to a file, and see them on disk. One process writes a file at a time. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Append `records` to a file, and see them on disk. Raises OSError, see `disk_error`."""
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    with path.open("a+b") as file:
-        _drop_torn_line(file.fileno())
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            with contextlib.suppress(OSError):  # on a file system without locks, one process writes at a time
+                fcntl.flock(file, fcntl.LOCK_EX)  # what another is appending at this moment is no torn line
+            _drop_torn_line(file.fileno())
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def _drop_torn_line(descriptor: int) -> None:
@@ -106,7 +114,7 @@ class KeptTokens:
         found = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for number, record in enumerate(read_kept(path), start=1):
-                if record.keys() != {"key", "ids"}:
+                if not _is_completion(record):
                     raise ValueError(f"{path}, line {number}: not a kept completion; remove the file")
                 if record["key"] in wanted:
                     found[record["key"]] = record["ids"]
@@ -118,6 +126,11 @@ class KeptTokens:
         of_batch = _digest([self.identity, settings, drawn])
         rows = enumerate(zip(batch.prompts, batch.room, strict=True))
         return [_digest([of_batch, prompt, room, row if drawn else None]) for row, (prompt, room) in rows]
+
+
+def _is_completion(record: dict[str, Any]) -> bool:
+    key, ids = record.get("key"), record.get("ids")
+    return isinstance(key, str) and isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
 
 
 def _digest(value: Any) -> str:

@@ -99,6 +99,16 @@ def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML ({error}); restore the file") from error
-    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+    if not _are_settings(settings):
         raise ValueError(f"{path}: not the settings of a run; restore the file, or name the model's own folder")
     return settings
+
+
+def _are_settings(tree: Any) -> bool:
+    """Whether it has what every run's settings have; other programs write a config.yaml, too."""
+    if not isinstance(tree, dict) or not all(isinstance(section, dict) for section in tree.values()):
+        return False
+    model, data, training, lora = (tree.get(name, {}) for name in ("model", "data", "training", "lora"))
+    sources = data.get("train")
+    named = isinstance(model.get("name_or_path"), str) and isinstance(sources, list)
+    return named and {"precision", "seed"} <= training.keys() and {"chat_template"} <= data.keys() and "rank" in lora

@@ -4,18 +4,21 @@ The run may be writing at that moment. It is not disturbed: checkpoints appear w
 written goes into a folder that the run does not know.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
 import multiprocessing
 import os
 import shutil
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from notus.data.chat import resolve_template
 from notus.data.disk import write_whole
+from notus.entry import follow_parent
 from notus.model.adapter import export_adapter
 from notus.model.export import export_model, load_causal_lm
 from notus.model.lora import inject_lora, lora_layers, merge_lora
@@ -57,16 +60,37 @@ def snapshot(run: Path, settings: Settings, *, trust_remote_code: bool = False) 
     folder = run / SNAPSHOTS
     if not checkpoints_in(run / CHECKPOINTS):
         raise _no_checkpoint(run)
-    folder.mkdir(exist_ok=True)
-    with (folder / _LOCK).open("a") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with _writing(folder):
         newest = next(iter(checkpoints_in(run / CHECKPOINTS)), run)
         out = folder / newest.name
         if not _stands_for(out, newest):
+            _remove_leftovers(folder)
             out = _write_apart(run, settings, folder, trust_remote_code)
             _remove_unread(folder, out)
-        _read_here.append(_lock(out, fcntl.LOCK_SH))
+        with contextlib.suppress(OSError):  # without locks nothing is removed either
+            _read_here.append(_lock(out, fcntl.LOCK_SH))
     return step_of(out), out
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Alone among all evaluations; but on a file system without locks. Raises OSError, saying what to do."""
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = (folder / _LOCK).open("a")
+    except OSError as error:
+        told = f"{folder}: the newest checkpoint's model cannot be written there ({error.strerror})"
+        raise OSError(f"{told}; make it writable, or write the model elsewhere with `notus export`") from error
+    with lock:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What was killed while it wrote or removed a snapshot left this, as large as the model."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _lock(out: Path, kind: int) -> Any:
@@ -87,8 +111,8 @@ def _remove_unread(folder: Path, newest: Path) -> None:
             continue
         try:
             with _lock(old, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                (old / _MADE_OF).unlink(missing_ok=True)  # first: what is half removed stands for nothing
-                shutil.rmtree(old)
+                gone = old.rename(old.with_name(f".{old.name}.removed"))  # what is half removed stands for nothing
+                shutil.rmtree(gone)
         except BlockingIOError:
             continue
         except OSError as error:
@@ -122,6 +146,9 @@ def _write_apart(run: Path, settings: Settings, folder: Path, trust_remote_code:
     except EOFError:
         process.join()
         raise OSError(f"{run}: the process that wrote its newest checkpoint out ended ({process.exitcode})") from None
+    except BaseException:  # Ctrl-C, say: Python would wait for the process at its own end
+        process.kill()
+        raise
     process.join()
     if isinstance(outcome, Exception):
         raise outcome
@@ -129,6 +156,11 @@ def _write_apart(run: Path, settings: Settings, folder: Path, trust_remote_code:
 
 
 def _write_snapshot(outcome: Any, run: Path, settings: Settings, folder: Path, trust_remote_code: bool) -> None:
+    follow_parent(signal.SIGKILL)  # with the caller goes its lock: another would write at the same place
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the caller's end tells
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        return  # it was gone already
     for name in _LAUNCH:
         os.environ.pop(name, None)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -3,6 +3,7 @@
 import argparse
 import email.utils
 import os
+import re
 import signal
 import threading
 import time
@@ -135,7 +136,9 @@ def test_a_retry_after_that_means_nothing_is_left_aside(value: str, waits: list[
     assert 0.5 <= waits[0] <= 1.5
 
 
-def test_a_retry_after_of_a_day_is_cut_short_and_one_in_the_past_is_now(waits: list[float]) -> None:
+def test_a_retry_after_of_a_day_is_cut_short_and_told_and_one_in_the_past_is_now(
+    waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     past = email.utils.formatdate(time.time() - 3600, usegmt=True)
     values = ["86400", past]
     with serving(
@@ -144,6 +147,8 @@ def test_a_retry_after_of_a_day_is_cut_short_and_one_in_the_past_is_now(waits: l
         endpoint(served, waits).ask(QUESTION)
     assert 600 <= waits[0] <= 601
     assert 0 <= waits[1] <= 1
+    (told,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"note: http.*/v1: the server answers 429; asked again in 60[01] s", told)
 
 
 def test_errors_of_the_server_are_retried_with_growing_waits_and_then_told(waits: list[float]) -> None:

@@ -32,6 +32,12 @@ def test_a_wrong_suite_lists_the_valid_ones(capsys):
     assert all(suite in told for suite in SUITES)
 
 
+@pytest.mark.parametrize("option", ["--suit=win-rate", "--su=win-rate"])
+def test_a_shortened_option_names_the_suite_too(capsys, option):
+    assert main(["evaluate", "model", option]) == 1  # else the default suite would run, and say nothing of it
+    assert "name what to compare with: --against" in capsys.readouterr().err
+
+
 def test_without_a_suite_preferences_are_meant(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])

@@ -1,9 +1,13 @@
 """Kept work: what a killed process left is found again, whole records alone; a resumed generation is `generate`'s."""
 
+import fcntl
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from disks import largest_file
 from ranks import run_ranks
 from toys import toy_model, toy_tokenizer
 
@@ -29,12 +33,33 @@ def test_records_come_back_and_a_torn_line_does_not(tmp_path):
     assert path.read_bytes() == b'{"d": 4}\n'
 
 
-@pytest.mark.parametrize("line", [b"notes", b"[1]", b"\xff", b""])
+@pytest.mark.parametrize("line", [b"notes", b"[1]", b"\xff", b"", b"[" * 100_000])
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     path = tmp_path / "kept.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r"kept.jsonl, line 2: not a record of kept work"):
         read_kept(path)
+
+
+def test_what_another_process_is_appending_is_no_torn_line(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    with path.open("ab", buffering=0) as other, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"a"')
+        kept = pool.submit(keep, path, [{"b": 2}])
+        time.sleep(0.3)
+        other.write(b": 1}\n")
+        fcntl.flock(other, fcntl.LOCK_UN)
+        kept.result(timeout=60)
+    assert read_kept(path) == [{"a": 1}, {"b": 2}]
+
+
+def test_a_full_disk_is_told_with_the_file_and_what_was_kept_stays(tmp_path):
+    path = tmp_path / "kept.jsonl"
+    keep(path, [{"a": 1}])
+    with largest_file(100), pytest.raises(OSError, match=r"kept.jsonl: cannot be written \(.*GB free"):
+        keep(path, [{"b": "x" * 1000}])
+    assert read_kept(path) == [{"a": 1}]
 
 
 class Killed(BaseException):
@@ -106,8 +131,9 @@ def test_only_the_same_work_is_found_again(tmp_path, monkeypatch):
     assert batches(temperature=0, max_new_tokens=5) == 1
 
 
-def test_a_file_of_something_else_is_named(tmp_path):
-    (tmp_path / "rank-3.jsonl").write_text('{"completion": "a"}\n')
+@pytest.mark.parametrize("line", [{"completion": "a"}, {"key": [], "ids": [1]}, {"key": "a", "ids": ["1"]}])
+def test_a_file_of_something_else_is_named(tmp_path, line):
+    (tmp_path / "rank-3.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=r"rank-3.jsonl, line 1: not a kept completion"):
         generate_kept(toy_model(), toy_tokenizer(), ["a"], kept=tmp_path, identity="", **GREEDY)
 

@@ -27,8 +27,8 @@ def test_the_user_goes_before_the_run_before_the_default():
     assert source.choose(None, "dpo.beta", 0.1) == 0.1
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "model: 3", "\udcff"])
-def test_refuses_a_damaged_config(tmp_path, text):
+@pytest.mark.parametrize("text", ["a: [", "- 1", "model: 3", "\udcff", "model: {name: resnet}\ndata: {}", "{}"])
+def test_refuses_a_damaged_or_foreign_config(tmp_path, text):
     (tmp_path / "config.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"config\.yaml: not"):
         find_source(str(tmp_path))

@@ -1,8 +1,14 @@
 """A run in progress stands for its newest whole checkpoint, whatever the run does meanwhile."""
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +24,8 @@ from notus.evaluation.models import find_source, find_together
 from notus.model.export import load_causal_lm
 from notus.training import distributed
 from notus.training.checkpoint import DamagedCheckpointError, Progress, describe
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -125,17 +133,77 @@ def test_older_snapshots_go_when_nobody_reads_them(full_run, in_progress, monkey
     while reading:
         reading.pop().close()
 
-    def refused(path):
+    def refused(path, ignore_errors=False):
+        (path / "config.json").unlink()  # some of it is gone
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
         patch.setattr(unfinished.shutil, "rmtree", refused)
-        assert snapshots_after(5) == ["step-00000003", "step-00000004", "step-00000005"]
+        assert snapshots_after(5) == ["step-00000005"]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2
     assert "step-00000004: cannot be removed (Permission denied)" in warnings[0]
-    half = run / "snapshots" / "step-00000004"
-    assert not unfinished._stands_for(half, run / "checkpoints" / "step-00000004")
+    shutil.rmtree(run / "checkpoints" / "step-00000005")  # moved away, to go back to what was half removed
+    while reading:
+        reading.pop().close()
+    assert snapshots_after(4) == ["step-00000004", "step-00000005"]
+    assert not list((run / "snapshots").glob(".step-*"))
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def is_writer(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_who_writes_a_snapshot_goes_with_the_evaluation(full_run, in_progress):
+    """Else it would write on without the lock, beside the next evaluation's writer."""
+    run = in_progress(full_run)
+    code = f"from notus.evaluation.models import find_source; find_source({str(run)!r})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as evaluation:
+        (writer,) = wait_for(lambda: [pid for pid in children_of(evaluation.pid) if is_writer(pid)])
+        evaluation.kill()
+    wait_for(lambda: not is_writer(writer))
+    assert not list((run / "snapshots").glob("step-*"))
+
+
+def test_what_a_killed_writer_left_goes(full_run, in_progress):
+    run = in_progress(full_run)
+    for name in (".step-00000001.partial", ".step-00000001.removed"):
+        (run / "snapshots" / name).mkdir(parents=True)
+        (run / "snapshots" / name / "model.safetensors").touch()
+    find_source(str(run))
+    assert {path.name for path in (run / "snapshots").iterdir()} == {".lock", "step-00000002"}
+
+
+def test_a_file_system_without_locks_is_used_without(full_run, in_progress, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(unfinished.fcntl, "lockf", refused)
+    monkeypatch.setattr(unfinished.fcntl, "flock", refused)
+    run = in_progress(full_run)
+    assert find_source(str(run)).name.endswith("(step 2)")
+
+
+def test_where_no_snapshot_can_be_written(full_run, in_progress):
+    run = in_progress(full_run)
+    (run / "snapshots").write_text("")
+    with pytest.raises(OSError, match=r"snapshots: the newest checkpoint's model cannot be written there \(.*`notus"):
+        find_source(str(run))
 
 
 def test_no_checkpoint_yet(full_run, in_progress):

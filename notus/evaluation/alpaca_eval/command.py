@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
 from notus.evaluation.arguments import add_model_arguments, add_output_argument
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import check_folder, replacing
+from notus.evaluation.files import hold_folder, replacing
 from notus.evaluation.results import Figure, Result, model_name, result_folder, write_result
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked up before the hours of generation.
         instructions, judge = distributed.on_main(lambda: _prepare(args))
-        distributed.on_main(lambda: check_folder(folder))
+        distributed.on_main(lambda: hold_folder(folder))
         answers = answer(
             source,
             [instruction.text for instruction in instructions],

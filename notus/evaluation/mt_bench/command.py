@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from notus.entry import STOPPED, tell
 from notus.evaluation.arguments import add_judge_arguments, add_model_arguments, add_output_argument, count, temperature
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import check_folder
+from notus.evaluation.files import hold_folder
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked at before the hours of generation.
         plan = distributed.on_main(lambda: _plan(args))
-        distributed.on_main(lambda: check_folder(folder))
+        distributed.on_main(lambda: hold_folder(folder))
         answers, settings = _generate(args, source, plan.questions, folder, device)
         speaks = distributed.is_main()
     # Judging can take hours, and the other ranks have no part in it.
@@ -190,7 +190,7 @@ def _judge_file(args: argparse.Namespace) -> int:
     answers, plan = read_answers(args.answers), _plan(args)
     models = sorted({answer.model for answer in answers})
     folder = result_folder(args.output, None, _folder_name(models, args.answers), SUITE)
-    check_folder(folder)
+    hold_folder(folder)
     return _judge(args, plan, answers, ", ".join(models), folder, {"answers": args.answers})
 
 

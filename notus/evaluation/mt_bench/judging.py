@@ -160,6 +160,8 @@ def _read_verdicts(path: Path, judge_model: str) -> dict[tuple[Any, ...], dict[s
             model, prompt = line["judge"]
             told = (line.get("system_prompt"), line["user_prompt"])
             key = (line["question_id"], line["model"], line["turn"], prompt, *told)
+            if not (line["score"] == UNREAD or 0 <= line["score"] <= HIGHEST):
+                raise ValueError("no rating")
             if model == judge_model and line["score"] != UNREAD:
                 verdicts[key] = line
         except (KeyError, TypeError, ValueError) as error:

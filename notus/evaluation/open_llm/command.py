@@ -5,11 +5,12 @@ ranks share the work. What is done is kept in the output folder, so the same com
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from notus.entry import first_line
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, count
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.open_llm.benchmarks import BY_TASK
@@ -93,8 +94,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(f"--suite {SUITE} needs the lm-eval package: pip install lm-eval")
+    try:
+        importlib.import_module("lm_eval.api.group")  # which earlier versions do not have
+    except ImportError as error:
+        told = f"--suite {SUITE} needs the lm-eval package, 0.4.13 or later ({first_line(error)})"
+        raise ValueError(f"{told}: pip install -U lm-eval") from error
     if args.include_path and not args.tasks:
         raise ValueError("--include-path has no effect without --tasks: name the tasks")
     if not args.apply_chat_template:
@@ -105,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
-    from notus.evaluation.files import check_folder
+    from notus.evaluation.files import hold_folder
     from notus.evaluation.models import find_together
     from notus.evaluation.open_llm import tasks
     from notus.evaluation.results import result_folder
@@ -117,7 +121,7 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
         tasks.set_shots(opened)
     source = find_together(args.model, trust_remote_code=args.trust_remote_code)
     folder = result_folder(args.output, source.run, source.name, SUITE)
-    on_main(lambda: check_folder(folder))
+    on_main(lambda: hold_folder(folder))
     lm = _load(args, source, folder / KEPT, device)
     results = tasks.evaluate(
         lm,

@@ -36,7 +36,7 @@ class KeptScores:
         found = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for number, record in enumerate(read_kept(path), start=1):
-                if record.keys() != {"key", "logp", "greedy"}:
+                if [type(record.get(name)) for name in ("key", "logp", "greedy")] != [str, float, bool]:
                     raise ValueError(f"{path}, line {number}: not a kept log-likelihood; remove the file")
                 found[record["key"]] = (record["logp"], record["greedy"])
         return found

@@ -3,23 +3,30 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from huggingface_hub import ModelCard
 
+from notus.evaluation.files import told
 from notus.evaluation.names import hub_id, public_name
 from notus.evaluation.release.citations import citations
 from notus.evaluation.release.facts import Facts, Variant, base_file, base_licence
-from notus.evaluation.release.metadata import card_metadata, figure_label, of_this_model
-from notus.evaluation.results import Figure, Result
+from notus.evaluation.release.metadata import card_metadata, evaluation_results, figure_label, of_this_model
+from notus.evaluation.results import EVALUATIONS, RESULT, Figure, Result
 from notus.evaluation.unfinished import learned_chat
 from notus.model.weights import read_json
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
+from notus.training.folder import CONFIG_FILE
+from notus.training.tracking import METRICS_FILE
+
+T = TypeVar("T")
 
 _TEMPLATE = "card.md.jinja"
+_RESULTS = f"{EVALUATIONS}/*/{RESULT}"
 _NOT_KNOWN = "–"
 # What of `metrics.jsonl` a reader wants to see: the key, and its name.
 _COURSE = {
@@ -54,38 +61,66 @@ class Choices:
 
 
 def model_card(facts: Facts, variant: Variant, choices: Choices, *, chat: bool) -> str:
-    """The card's text; `chat`: the tokenizer has a chat template. Raises ValueError as `base_licence` does."""
+    """The card's text; `chat`: the tokenizer has a chat template.
+
+    Raises ValueError as `base_licence` does, and, naming the file, where one of the run's holds something else.
+    """
     licence = {"license": choices.licence} if choices.licence else base_licence(facts.base)
     base_model = choices.base_model or hub_id(facts.base)
     name = " ".join((choices.repo_id or choices.name).rpartition("/")[2].split())
-    data = facts.settings["data"]
-    header = card_metadata(
-        facts, variant, name=name, base_model=base_model, licence=licence, languages=list(choices.languages)
-    )
-    text = _template().render(
-        metadata=header.to_yaml(),
-        name=one_line(name),
-        identifier=json.dumps(choices.repo_id or choices.name, ensure_ascii=False),  # as Python writes it, too
-        summary=_summary(facts, variant, one_line(name), base_model),
-        step=facts.step,
-        adapter=variant == "adapter",
-        dpo=facts.task == "dpo",
-        chat=chat,
-        empty_system=data["add_empty_system"],
-        datasets=list(_datasets(facts)),
-        eval_size=data["eval_size"],
-        seed=facts.settings["training"]["seed"],
-        counts=list(_counts(facts)),
-        hyperparameters=list(_hyperparameters(facts)),
-        machine=list(_machine(facts)),
-        course=list(_course(facts)),
-        results=[_table(result, facts) for result in facts.results],
-        licence=licence,
-        licence_inherited=not choices.licence,
-        citations=citations(facts),
-    )
+    noted = _noted(facts)  # what is wrong after this is the settings'
+
+    def render() -> str:
+        header = card_metadata(
+            facts, variant, name=name, base_model=base_model, licence=licence, languages=list(choices.languages)
+        )
+        return _template().render(
+            metadata=header.to_yaml(),
+            identifier=json.dumps(choices.repo_id or choices.name, ensure_ascii=False),  # as Python writes it, too
+            step=facts.step,
+            adapter=variant == "adapter",
+            name=one_line(name),
+            summary=_summary(facts, variant, one_line(name), base_model),
+            licence=licence,
+            licence_inherited=not choices.licence,
+            chat=chat,
+            **noted,
+            **_settings(facts),
+        )
+
+    text = told(CONFIG_FILE, [facts.folder], render)
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half a character alone in the data is no text for a file
     ModelCard(text)  # raises ValueError for a header that the hub's client could not read
     return text
+
+
+def _noted(facts: Facts) -> dict[str, Any]:
+    """What the template needs of the files that the run, and its evaluations, wrote. Raises ValueError, see `told`."""
+
+    def of(files: str, make: Callable[[], T]) -> T:
+        return told(files, [facts.folder], make)
+
+    of(_RESULTS, lambda: list(evaluation_results(facts)))  # which the header will have
+    return {
+        "counts": of(DATA_FILE, lambda: list(_counts(facts))),
+        "machine": of(ENVIRONMENT_FILE, lambda: list(_machine(facts))),
+        "course": of(METRICS_FILE, lambda: list(_course(facts))),
+        "results": of(_RESULTS, lambda: [_table(result, facts) for result in facts.results]),
+    }
+
+
+def _settings(facts: Facts) -> dict[str, Any]:
+    """What the template needs of the run's settings."""
+    data = facts.settings["data"]
+    return {
+        "dpo": facts.task == "dpo",
+        "empty_system": data["add_empty_system"],
+        "datasets": list(_datasets(facts)),
+        "eval_size": data["eval_size"],
+        "seed": facts.settings["training"]["seed"],
+        "hyperparameters": list(_hyperparameters(facts)),
+        "citations": citations(facts),
+    }
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -99,7 +134,8 @@ def has_chat_template(folder: Path) -> bool:
 def base_has_chat_template(facts: Facts) -> bool:
     """The same, before there is a folder: by what the run learned, and the base model's files on this machine."""
     found = base_file(facts.base, "tokenizer_config.json")
-    return learned_chat(facts.settings, facts.data) or (found is not None and has_chat_template(found.parent))
+    learned = told(DATA_FILE, [facts.folder], lambda: learned_chat(facts.settings, facts.data))
+    return learned or (found is not None and has_chat_template(found.parent))
 
 
 def one_line(value: Any) -> str:

@@ -27,6 +27,7 @@ class Facts:
     """A run, as far as its folder tells.
 
     Attributes:
+        folder: the run's.
         settings: its resolved config, by section.
         step: of an unfinished run, the step of the checkpoint that stands for it; None: it is finished.
         metrics: the lines of `metrics.jsonl`, up to that step.
@@ -34,6 +35,7 @@ class Facts:
         results: its evaluations, by suite.
     """
 
+    folder: Path
     settings: Settings
     step: int | None
     metrics: Sequence[Mapping[str, Any]]
@@ -60,6 +62,7 @@ class Facts:
 def read_facts(run: Path, settings: Settings) -> Facts:
     """Read a run's folder, as if it were finished. Raises ValueError, naming the file, for one that is damaged."""
     return Facts(
+        folder=run,
         settings=settings,
         step=None,
         metrics=_read_metrics(run / METRICS_FILE),

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report. Raises ValueError for what is no run, without plotly, and where it cannot be written."""
+    """Write the report. Raises ValueError for what is no run and without plotly, OSError where it cannot be written."""
     try:
         import plotly  # noqa: F401
     except ModuleNotFoundError as error:
@@ -33,13 +33,10 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else default
     # half a character that stood alone in the data is no text that a file can hold
     page = render(read_runs(args.runs)).encode("utf-8", "replace").decode("utf-8")
-    try:
-        check_output(output, not_over=args.runs[0])
-        if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:1000]:
-            raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
-        with replacing(output) as file:
-            file.write(page)
-    except OSError as error:
-        raise ValueError(f"{output} cannot be written ({error}); choose another place with --output") from error
+    check_output(output, not_over=args.runs[0], remedy="choose another place with --output")
+    if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
+    with replacing(output) as file:
+        file.write(page)
     tell(f"report: {output} ({len(page.encode()) / 2**20:.1f} MiB)")
     return 0

@@ -11,11 +11,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from notus.evaluation.files import told
 from notus.evaluation.report import overview
 from notus.evaluation.report.data import data_panels, data_table, source_bars
 from notus.evaluation.report.evaluations import evaluation_tables
 from notus.evaluation.report.preferences import breakdown_bars, calibration_panels, detail_table
-from notus.evaluation.report.reading import RunRecord, told
+from notus.evaluation.report.reading import RunRecord
 from notus.evaluation.report.samples import sample_groups
 from notus.evaluation.report.training import training_panels
 from notus.evaluation.results import EVALUATIONS, RESULT

@@ -6,19 +6,18 @@ import fcntl
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from notus.evaluation.files import told
 from notus.evaluation.models import is_run, read_run_settings
 from notus.evaluation.results import Result, read_results
 from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
 from notus.training.folder import CONFIG_FILE, LOCK, MODEL
 from notus.training.tracking import METRICS_FILE, SAMPLES_FILE
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,21 +118,6 @@ def _read_run(folder: Path, label: str) -> RunRecord:
         environment=_read_object(folder / ENVIRONMENT_FILE),
         results=read_results(folder),
     )
-
-
-def told(files: str, folders: Sequence[Path], make: Callable[[], T]) -> T:
-    """What `make` makes of `files`, which lie in each of `folders`.
-
-    Raises:
-        ValueError: naming them, if what they hold is not as this version writes it: damaged, or of another version.
-    """
-    try:
-        return make()
-    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-        where = ", ".join(str(folder / files) for folder in folders)
-        raise ValueError(
-            f"{where}: not as this version writes it ({type(error).__name__}: {error}); restore it, or move it away"
-        ) from error
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from notus.entry import STOPPED, tell
 from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
 from notus.evaluation.arguments import add_judge_arguments, add_model_arguments, add_output_argument
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import check_folder, replacing
+from notus.evaluation.files import hold_folder, replacing
 from notus.evaluation.results import Figure, Result, result_folder, write_result
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         folder = result_folder(
             args.output, sources[0].run if sources[0] else None, args.model or Path(args.answers).stem, SUITE
         )
-        distributed.on_main(lambda: check_folder(folder))
+        distributed.on_main(lambda: hold_folder(folder))
         pairs, settings = _pairs(args, sources, folder / GENERATION, device)
         prompts = args.prompts or args.answers or args.against_answers
         settings = {**settings, "prompts": prompts, "judge": judge.name}

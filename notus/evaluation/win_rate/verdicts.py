@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from notus.evaluation.endpoint import ask_all
 from notus.evaluation.intervals import wilson
 from notus.evaluation.kept import keep, read_kept
-from notus.evaluation.win_rate.judges import Judge, parse_verdict
+from notus.evaluation.win_rate.judges import VERDICTS, Judge, parse_verdict
 from notus.evaluation.win_rate.pairs import Pair
 
 
@@ -88,7 +88,7 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
     Raises:
         ValueError: the endpoint refuses every request, or the file holds something else.
     """
-    verdicts = {record.get("key"): record.get("verdict") for record in read_kept(kept)}
+    verdicts = _read_verdicts(kept)
     asked = [(pair.prompt, *order) for pair in pairs if pair.answer != pair.against for order in _orders(pair)]
     left = [item for item in dict.fromkeys(asked) if verdicts.get(_key(judge, item)) is None]
     failures: list[str] = []
@@ -111,6 +111,16 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
         first, second = (verdicts.get(_key(judge, (pair.prompt, *order))) for order in _orders(pair))
         judged.append(Judged(pair, first, second))
     return judged, failures, unread
+
+
+def _read_verdicts(path: Path) -> dict[str, str | None]:
+    verdicts: dict[str, str | None] = {}
+    for number, record in enumerate(read_kept(path), start=1):
+        key, verdict = record.get("key"), record.get("verdict")
+        if not isinstance(key, str) or (verdict is not None and verdict not in VERDICTS):
+            raise ValueError(f"{path}, line {number}: not a kept verdict; remove the line, or the file")
+        verdicts[key] = verdict
+    return verdicts
 
 
 def score(judged: Sequence[Judged]) -> Scores | None:

@@ -194,7 +194,10 @@ def test_a_line_that_was_cut_off_is_asked_again(tmp_path: Path, wanted: list[Mat
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 8
 
 
-@pytest.mark.parametrize("line", ["{}", '{"judge": 3}', '{"judge": ["a", "b", "c"]}'])
+UNRATED = {"judge": ["a", "b"], "user_prompt": "", "question_id": 1, "model": "m", "turn": 1, "score": "7"}
+
+
+@pytest.mark.parametrize("line", ["{}", '{"judge": 3}', '{"judge": ["a", "b", "c"]}', json.dumps(UNRATED)])
 def test_a_file_of_something_else_is_told(line: str, tmp_path: Path, wanted: list[Match]) -> None:
     (tmp_path / "gpt-4_single.jsonl").write_text(line + "\n")
     with serving(lambda request, number: "[[5]]") as served, pytest.raises(ValueError, match="line 1: not a judgment"):

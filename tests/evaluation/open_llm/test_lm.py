@@ -1,5 +1,6 @@
 """NotusLM answers lm-eval's requests as lm-eval's own class for transformers models does."""
 
+import json
 import random
 
 import pytest
@@ -238,3 +239,14 @@ def test_chat_format(tmp_path):
     assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("<|assistant|>\nso")
     assert lm.chat_template(True) == ZEPHYR_TEMPLATE
     assert lm.chat_template(False) is None
+
+
+@pytest.mark.parametrize(
+    "record", [{"key": "a"}, {"key": [], "logp": -1.0, "greedy": True}, {"key": "a", "logp": "-1"}]
+)
+def test_a_file_of_something_else_is_named(tmp_path, record):
+    lm = notus_lm(tmp_path, toy_model(), toy_tokenizer())
+    (tmp_path / "log-likelihoods").mkdir()
+    (tmp_path / "log-likelihoods" / "rank-0.jsonl").write_text(json.dumps({"greedy": True, **record}) + "\n")
+    with pytest.raises(ValueError, match=r"rank-0.jsonl, line 1: not a kept log-likelihood"):
+        lm.loglikelihood(requests("loglikelihood", [("the", " quick")]), disable_tqdm=True)

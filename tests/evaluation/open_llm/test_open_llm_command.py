@@ -1,6 +1,5 @@
 """`notus evaluate --suite open-llm`: the real lm-eval on local tasks gives what a plain forward pass gives."""
 
-import importlib.util
 import json
 import math
 import os
@@ -221,7 +220,9 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(model_folder, ta
         assert "no results can be written there (Not a directory); name another" in told(capsys, model_folder, *local)
 
 
-def test_a_missing_extra_is_told(monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "lm_eval" else find(name))
-    assert "pip install lm-eval" in told(capsys, "model")
+@pytest.mark.parametrize("absent", ["lm_eval", "lm_eval.api.group"])  # the second: by an old version
+def test_a_missing_extra_is_told(monkeypatch, capsys, absent):
+    for name in (absent, "lm_eval.api.group"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "0.4.13 or later (" in (error := told(capsys, "model"))
+    assert error.endswith("pip install -U lm-eval\n")

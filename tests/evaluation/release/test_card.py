@@ -280,6 +280,40 @@ def test_an_unfinished_run_says_its_step(tmp_path, capsys):
     assert "metrics.jsonl, line 4: not a line of metrics" in refused(capsys, run, "--output", "-")
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("environment.json", '{"hardware": "one GPU"}'),
+        ("data.json", '{"train": {"rows": 1, "sources": {"a": {}}}}'),
+        ("data.json", '{"train": {"rows": "many"}}'),
+        ("metrics.jsonl", '{"step": 1, "loss": "low"}\n'),
+        ("evaluations/own/result.json", '{"suite": "own", "model": 1, "figures": [], "settings": {}}'),
+    ],
+)
+def test_files_that_hold_something_else_are_named(tmp_path, capsys, file, text):
+    run = make_run(tmp_path / "run")
+    (run / file).parent.mkdir(parents=True, exist_ok=True)
+    (run / file).write_text(text)
+    assert file.replace("/own/", "/*/") in refused(capsys, run, "--output", "-")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("beta: 0.1", "beta: {}"), ("  epochs: 1\n", ""), ("eval_size: 0", "eval_size: {a: 1}")]
+)
+def test_damaged_settings_are_named(tmp_path, capsys, before, after):
+    run = make_run(tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    assert before in text
+    (run / "config.yaml").write_text(text.replace(before, after))
+    assert "config.yaml: not as this version writes it" in refused(capsys, run, "--output", "-")
+
+
+def test_half_a_character_in_the_data_is_no_obstacle(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "data.json").write_text('{"train": {"rows": 1, "sources": {"half \\ud83d": 1}}}')
+    assert "half ? 1" in card(run)[1]
+
+
 def test_nothing_is_overwritten(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert main(["card", str(run)]) == 0

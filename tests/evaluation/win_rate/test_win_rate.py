@@ -245,6 +245,13 @@ def test_verdicts_are_kept_one_by_one(tmp_path):
     assert len(calls) == 18
 
 
+@pytest.mark.parametrize("record", [{}, {"key": ["a"], "verdict": "A"}, {"key": "a", "verdict": "C"}])
+def test_a_file_of_something_else_is_named(tmp_path, record):
+    (tmp_path / "verdicts.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"verdicts.jsonl, line 1: not a kept verdict"):
+        judge_pairs([Pair("q", "a", "b")], counting(lambda *_: "A")[0], tmp_path / "verdicts.jsonl")
+
+
 def test_what_failed_is_asked_again(tmp_path):
     replies = iter(["hm", "B", "A"])
     judge, calls = counting(lambda *_: next(replies))
