@@ -97,7 +97,7 @@ def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
     path = run / CONFIG_FILE
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as YAML ({error}); restore the file") from error
     if not _are_settings(settings):
         raise ValueError(f"{path}: not the settings of a run; restore the file, or name the model's own folder")

@@ -79,7 +79,7 @@ def read_result(path: Path) -> Result:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return Result(**{**tree, "figures": [Figure(**figure) for figure in tree["figures"]]})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: not the result of an evaluation ({error}); evaluate again, or remove it") from error
 
 

@@ -22,7 +22,7 @@ def test_results_are_read_back(tmp_path):
     assert read_results(tmp_path / "elsewhere") == []
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"suite": "x"}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"suite": "x"}', "[" * 100_000])
 def test_a_damaged_result_is_named(tmp_path, content):
     path = write_result(tmp_path / "evaluations" / "open-llm", RESULT)
     path.write_text(content)

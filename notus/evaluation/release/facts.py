@@ -146,13 +146,13 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines; a run that goes on may be writing the last one."""
     if not path.is_file():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    *whole, _ = path.read_bytes().split(b"\n")
     lines = []
     for number, line in enumerate(whole, start=1):
         try:
             record = dict(json.loads(line))
             lines.append({**record, "step": int(record["step"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a line of metrics; restore the file") from error
     return lines
 
@@ -162,5 +162,5 @@ def _read_noted(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not what a run notes there ({error}); restore the file, or remove it") from error

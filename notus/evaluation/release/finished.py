@@ -50,7 +50,7 @@ def read_mark(folder: Path) -> Mark | None:
         return None
     try:
         return Mark(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not what an export notes ({error}); remove {folder}, and export again") from error
 
 

@@ -152,7 +152,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}, line {number}: not an object with a step; restore the file, or move it away")
@@ -166,7 +166,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore the file, or remove it") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: not a JSON object; restore the file, or remove it")

@@ -284,6 +284,10 @@ def test_an_unfinished_run_says_its_step(tmp_path, capsys):
     ("file", "text"),
     [
         ("environment.json", '{"hardware": "one GPU"}'),
+        ("environment.json", "[" * 100_000),
+        ("metrics.jsonl", "\udcff\n"),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+        ("config.yaml", "[" * 100_000),
         ("data.json", '{"train": {"rows": 1, "sources": {"a": {}}}}'),
         ("data.json", '{"train": {"rows": "many"}}'),
         ("metrics.jsonl", '{"step": 1, "loss": "low"}\n'),
@@ -293,7 +297,7 @@ def test_an_unfinished_run_says_its_step(tmp_path, capsys):
 def test_files_that_hold_something_else_are_named(tmp_path, capsys, file, text):
     run = make_run(tmp_path / "run")
     (run / file).parent.mkdir(parents=True, exist_ok=True)
-    (run / file).write_text(text)
+    (run / file).write_text(text, errors="surrogateescape")
     assert file.replace("/own/", "/*/") in refused(capsys, run, "--output", "-")
 
 

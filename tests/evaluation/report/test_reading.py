@@ -95,6 +95,16 @@ def test_what_is_no_run_is_named(tmp_path, make_run):
         read(make_run(data=[1]))
 
 
+def test_files_of_nothing_but_brackets_are_named(make_run):
+    run = make_run()
+    (run / "data.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"data\.json: not JSON"):
+        read(run)
+    (run / "metrics.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: not an object"):
+        read(run)
+
+
 def test_epochs_that_are_no_numbers_plan_nothing(make_run):
     lines = dpo_metrics(4)
     for line in lines[2:]:
