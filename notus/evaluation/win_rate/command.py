@@ -199,8 +199,9 @@ def _compare(folder: Path, name: str, other: str, pairs: list["Pair"], judge: "J
         print(f"{len(missing)} verdicts failed, the first: {missing[0]}; the same command asks for them again")
     scores = score(judged)
     if scores is None:
+        asked = sum(not one.same for one in judged)
         raise ValueError(
-            f"not one of {len(pairs)} pairs has both verdicts ({missing[0]}); mend the judge and run the same command "
+            f"not one of {asked} pairs has both verdicts ({missing[0]}); mend the judge and run the same command "
             f"again: answers and verdicts so far are kept in {folder}"
         )
     figures = _figures(scores, other, judge.name, Path(settings["prompts"]).name)
@@ -242,9 +243,10 @@ def _table(scores: "Scores", name: str, other: str, judge: str) -> str:
         f"{name} against {other}, judged by {judge} in both orders",
         f"  win rate        {scores.win_rate:6.2f} %, 95% interval {low:.2f} to {high:.2f}",
         f"  {scores.count} pairs: {scores.wins} wins, {scores.losses} losses, {scores.ties} ties; "
-        f"{scores.failed} without both verdicts",
+        f"{scores.failed} without both verdicts; {scores.same} ties are equal answers, not asked about",
         f"  average length  {scores.length:.1f} characters, of the other {scores.against_length:.1f}",
     ]
     if scores.flip_rate is not None:
-        lines.append(f"  position bias   {scores.flip_rate:6.2f} % of the pairs flip with the order")
+        asked = scores.count - scores.same
+        lines.append(f"  position bias   {scores.flip_rate:6.2f} % of the {asked} pairs judged flip with the order")
     return "\n".join(lines)

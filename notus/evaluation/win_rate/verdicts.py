@@ -124,12 +124,12 @@ def _read_verdicts(path: Path) -> dict[str, str | None]:
 
 
 def score(judged: Sequence[Judged]) -> Scores | None:
-    """Add verdicts up; None if not one pair counts."""
+    """Add verdicts up; None if no pair with different answers counts, though there are such pairs."""
     points = [one.points for one in judged if one.points is not None]
-    if not points:
+    asked = [one for one in judged if not one.same and one.points is not None]
+    if not asked and len(points) < len(judged):
         return None
     count = len(points)
-    asked = [one for one in judged if not one.same and one.points is not None]
     low, high = wilson(sum(points), count)
     flips = sum(one.flipped for one in asked)
     winners = [verdict for one in asked for verdict in (one.first, one.second) if verdict != "tie"]

@@ -85,6 +85,7 @@ def test_scores_worked_out_by_hand():
     assert found.length == pytest.approx((8 * 3 + 1) / 9)
     assert found.against_length == 1
     assert score([judged("A", None)]) is None
+    assert score([judged("A", None), judged(None, None, answer="a")]) is None  # equal answers tell nothing of the judge
     alone = score([judged(None, None, answer="a")])
     assert (alone.win_rate, alone.standard_error, alone.flip_rate, alone.first_rate) == (50, None, None, None)
 
@@ -104,6 +105,8 @@ def test_two_files_and_a_function(tmp_path, judge_file, capsys):
     low, high = (100 * end for end in wilson(2, 4))
     told = capsys.readouterr().out
     assert f"win rate         50.00 %, 95% interval {low:.2f} to {high:.2f}" in told
+    assert "0 without both verdicts; 1 ties are equal answers, not asked about\n" in told
+    assert "position bias     0.00 % of the 3 pairs judged flip with the order\n" in told
     rows = [json.loads(line) for line in (tmp_path / "o" / "pairs.jsonl").read_text().splitlines()]
     assert rows[0] == {
         "pair": {"prompt": "q0", "answer": "aaa", "against": "a"},
@@ -173,7 +176,8 @@ def test_nonsense_is_counted(tmp_path, judge_file, capsys):
 
 
 def test_a_judge_that_only_fails_ends_in_one_line(tmp_path, judge_file, capsys):
-    assert compare(tmp_path, ["a"] * 9, ["c"] * 9, "--judge-function", f"{judge_file}:broken") == 1
+    sides = ["a"] * 9 + ["same"], ["c"] * 9 + ["same"]
+    assert compare(tmp_path, *sides, "--judge-function", f"{judge_file}:broken") == 1
     told = capsys.readouterr().err
     assert "not one of 9 pairs has both verdicts" in told
     assert "RuntimeError: no idea" in told
