@@ -23,6 +23,7 @@ SUITE = "alpaca-eval"
 OUTPUTS = "model_outputs.json"
 GENERATION = "generation"
 NAME = "AlpacaEval"
+PROMPTS = 805  # of its own
 # Published win rates, in percent, and whose they are: of this judge against this baseline.
 PUBLISHED = {"Zephyr-7B-β": 90.60, "Notus 7B v1": 91.42}
 PUBLISHED_BY = ("alpaca_eval_gpt4", "text_davinci_003")
@@ -204,6 +205,8 @@ def _figures(
 ) -> list[Figure]:
     """Win rates in percent, and the average length; published ones only beside the same judge and baseline."""
     setup = f"judged by {', '.join(judges)} against {', '.join(baselines)}"
+    count = scores.count + scores.left_out
+    setup += "" if count == PROMPTS else f", {count} prompts"
     comparable = (judges, baselines) == ([PUBLISHED_BY[0]], [PUBLISHED_BY[1]])
 
     def rate(metric: str, value: float, stderr: float | None, reference: dict[str, float]) -> Figure:
@@ -214,7 +217,6 @@ def _figures(
         figures.append(rate("length_controlled_win_rate", controlled["win_rate"], controlled["stderr"], {}))
     if scores.discrete_win_rate != scores.win_rate:
         figures.append(rate("discrete_win_rate", scores.discrete_win_rate, scores.discrete_standard_error, {}))
-    count = scores.count + scores.left_out
     return [*figures, Figure(NAME, "avg_length", scores.average_length, "", None, count, "characters", dataset)]
 
 

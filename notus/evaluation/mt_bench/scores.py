@@ -153,17 +153,22 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
         told = f"{public_name(each.model)}, {told}" if len(scores) > 1 else told
         told += f", {each.unread} verdicts not readable" if each.unread else ""
         stderr = None if math.isnan(each.stderr) else each.stderr
-        whole = (each.questions, each.overall.count) == (PUBLISHED_QUESTIONS, PUBLISHED_TURNS)
-        comparable = each.judge in PUBLISHED_BY and whole
+        told += "" if each.questions == PUBLISHED_QUESTIONS else f", {each.questions} questions"
         parts = {"score": each.overall}
         parts |= {f"score, turn {turn}": mean for turn, mean in each.turns.items()}
         parts |= {f"score, {category}": mean for category, mean in each.categories.items()}
         for metric, mean in parts.items():
             overall = mean is each.overall
-            reference = PUBLISHED if overall and comparable else {}
+            reference = PUBLISHED if overall and _comparable(each) else {}
             error = stderr if overall else None
             found.append(Figure(NAME, metric, mean.score, "", error, mean.count, told, dataset, reference))
     return found
+
+
+def _comparable(scores: Scores) -> bool:
+    """Whether published scores may stand beside these."""
+    whole = (scores.questions, scores.overall.count) == (PUBLISHED_QUESTIONS, PUBLISHED_TURNS)
+    return scores.judge in PUBLISHED_BY and whole
 
 
 def plain(scores: Scores) -> dict[str, Any]:
@@ -193,8 +198,10 @@ def table(scores: Sequence[Scores]) -> str:
         cells += [str(each.overall.count), str(each.unread)]
         row = "".join(_cell(head, cell) for head, cell in zip(heads, cells, strict=True))
         lines.append(f"{each.model:{width}}  {each.judge:{judges}}{row}")
-    published = ", ".join(f"{name} {value:.2f}" for name, value in PUBLISHED.items())
-    return "\n".join([*lines, f"published, judged by GPT-4: {published}"])
+    if any(_comparable(each) for each in scores):
+        published = ", ".join(f"{name} {value:.2f}" for name, value in PUBLISHED.items())
+        lines.append(f"published, judged by GPT-4: {published}")
+    return "\n".join(lines)
 
 
 def _cell(head: str, text: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from notus.evaluation.models import ModelSource
     from notus.evaluation.open_llm.model import NotusLM
 
-SUITE = "open-llm"
+SUITE, TRIAL = "open-llm", "open-llm-trial"
 RESULTS, TABLE, KEPT = "lm-eval.json", "table.md", "kept"
 
 
@@ -120,7 +120,7 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
     if args.num_fewshot is None:
         tasks.set_shots(opened)
     source = find_together(args.model, trust_remote_code=args.trust_remote_code)
-    folder = result_folder(args.output, source.run, source.name, SUITE)
+    folder = result_folder(args.output, source.run, source.name, _suite(args))
     on_main(lambda: hold_folder(folder))
     lm = _load(args, source, folder / KEPT, device)
     results = tasks.evaluate(
@@ -136,6 +136,11 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
     names = [item.name if isinstance(item, tasks.Group) else item.task_name for item in opened]
     say(on_main(lambda: _write(args, source, lm, results, names, folder)))
     say(f"results are in {folder}")
+
+
+def _suite(args: argparse.Namespace) -> str:
+    """What the result is filed under: a trial does not take the place of the whole."""
+    return TRIAL if args.limit else SUITE
 
 
 def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "torch.device") -> "NotusLM":
@@ -197,7 +202,7 @@ def _write(
     with replacing(folder / RESULTS) as file:
         json.dump(results, file, indent=2, default=handle_non_serializable, ensure_ascii=False)
         file.write("\n")
-    found = figures(results, names)
+    found = figures(results, names, limit=args.limit)
     remarks = [f"A trial: the first {args.limit} examples of each task alone."] if args.limit else []
     table = markdown(source.name, found, remarks)
     with replacing(folder / TABLE) as file:
@@ -211,5 +216,5 @@ def _write(
         "fewshot_as_multiturn": args.apply_chat_template and args.fewshot_as_multiturn is not False,
         "system_instruction": args.system_instruction,
     }
-    write_result(folder, Result(SUITE, source.name, found, settings, details={"versions": results["versions"]}))
+    write_result(folder, Result(_suite(args), source.name, found, settings, details={"versions": results["versions"]}))
     return table

@@ -1,5 +1,6 @@
 """lm-eval's results as figures, and as one Markdown table beside the published ones."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +13,21 @@ _SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "brier_acc", "contains", "e
 _IN_PERCENT = ("squadv2", "scrolls_")  # how tasks begin whose `em` and `f1` lm-eval gives in % already
 
 
-def figures(results: dict[str, Any], names: Sequence[str]) -> list[Figure]:
+def figures(results: dict[str, Any], names: Sequence[str], *, limit: int | None = None) -> list[Figure]:
     """The figures of tasks and groups: of the leaderboard's seven its own measure, of others all that they have.
 
     Args:
         results: as lm-eval's `simple_evaluate` returns them.
         names: which, in order.
+        limit: of a trial, how many examples of each task were taken; None: all.
     """
     found = []
     for name in names:
         own = _own_figures(results, name)
+        if limit is not None:
+            own = [dataclasses.replace(figure, setup=f"{figure.setup}, the first {limit} examples") for figure in own]
         # a group without a measure of its own stands for its members
-        found += own or figures(results, [task for task in _tasks_of(results, name) if task != name])
+        found += own or figures(results, [task for task in _tasks_of(results, name) if task != name], limit=limit)
     return found
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import jinja2
@@ -15,7 +16,7 @@ from notus.evaluation.files import told
 from notus.evaluation.names import hub_id, public_name
 from notus.evaluation.release.citations import citations
 from notus.evaluation.release.facts import Facts, Variant, base_file, base_licence
-from notus.evaluation.release.metadata import card_metadata, evaluation_results, figure_label, of_this_model
+from notus.evaluation.release.metadata import card_metadata, evaluation_results, figure_label, other_model
 from notus.evaluation.results import EVALUATIONS, RESULT, Figure, Result
 from notus.evaluation.unfinished import learned_chat
 from notus.model.weights import read_json
@@ -28,6 +29,7 @@ T = TypeVar("T")
 _TEMPLATE = "card.md.jinja"
 _RESULTS = f"{EVALUATIONS}/*/{RESULT}"
 _NOT_KNOWN = "–"
+_LAST = 10  # logged steps
 # What of `metrics.jsonl` a reader wants to see: the key, and its name.
 _COURSE = {
     "loss": "training loss",
@@ -257,18 +259,21 @@ def _duration(seconds: float) -> str:
 def _course(facts: Facts) -> Iterator[dict[str, str]]:
     for key, name in _COURSE.items():
         lines = [line for line in facts.metrics if key in line]
-        if lines:
-            first, last = (f"{line[key]:.4g} (step {line['step']})" for line in (lines[0], lines[-1]))
-            yield {"name": name, "first": first, "last": last}
+        if not lines:
+            continue
+        first, last = (f"{line[key]:.4g} (step {line['step']})" for line in (lines[0], lines[-1]))
+        if not key.startswith("eval_") and len(lines) > 2 * _LAST:  # of single steps, the last of them often small
+            mean = fmean(line[key] for line in lines[-_LAST:])
+            last = f"{mean:.4g} (mean of the last {_LAST}, to step {lines[-1]['step']})"
+        yield {"name": name, "first": first, "last": last}
 
 
 def _table(result: Result, facts: Facts) -> dict[str, Any]:
     peers = list(dict.fromkeys(peer for figure in result.figures for peer in figure.reference))
-    stale = not of_this_model(result, facts)
     return {
         "suite": result.suite,
         "date": result.date,
-        "step": result.model.rpartition("(step ")[2].rstrip(")") if stale else None,
+        "other": other_model(result, facts),
         "peers": peers,
         "rows": [_row(figure, peers) for figure in result.figures],
     }

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from notus.evaluation.models import is_run, read_run_settings
     from notus.evaluation.release.card import base_has_chat_template, has_chat_template, model_card
     from notus.evaluation.release.facts import read_facts, standing_step, variant_of
+    from notus.evaluation.release.finished import is_untouched, signed
     from notus.training.folder import CONFIG_FILE, MODEL
 
     run_folder = Path(args.run_folder)
@@ -66,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     output = Path(args.output) if args.output else run_folder / README
     check_output(output, not_over=str(run_folder))
-    if output.exists():
-        raise ValueError(f"{output}: exists, and may have been edited; remove it, or name another --output")
+    if output.exists() and not is_untouched(output):
+        raise ValueError(
+            f"{output}: exists, and was edited, or is no card of ours; remove it, or name another --output"
+        )
     with replacing(output) as file:
-        file.write(text)
+        file.write(signed(text))
     print(f"wrote {output}")
     return 0
 

@@ -10,6 +10,7 @@ from notus.evaluation.files import replacing
 
 MARK = ".notus-export.json"  # hidden, so that it is not uploaded
 CARD = "README.md"
+_SIGNED = "written by notus card; sha256 of what stands above: "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,17 @@ def card_was_edited(folder: Path, mark: Mark) -> bool:
     """Whether the card there is another than the one that was written."""
     card = folder / CARD
     return card.is_file() and _digest(card.read_text(encoding="utf-8")) != mark.card
+
+
+def signed(text: str) -> str:
+    """A card with a last line, which no page shows, by which `is_untouched` knows it."""
+    return f"{text}\n<!-- {_SIGNED}{_digest(text)} -->\n"
+
+
+def is_untouched(path: Path) -> bool:
+    """Whether a file is a card as `signed` made it."""
+    text, found, digest = path.read_text(encoding="utf-8", errors="replace").rpartition(f"\n<!-- {_SIGNED}")
+    return bool(found) and digest == f"{_digest(text)} -->\n"
 
 
 def read_mark(folder: Path) -> Mark | None:

@@ -3,14 +3,17 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from notus.evaluation.names import hub_id
+from notus.evaluation.names import hub_id, public_name
 from notus.evaluation.release.facts import Facts, Variant
 from notus.evaluation.results import Figure, Result
 
+# Settings of the suites that score a file, whose model is what the file says.
+JUDGED_FILES = ("annotations", "judgments", "answers")
 _STEP = re.compile(r"\(step (\d+)\)$")
 
 
@@ -47,11 +50,16 @@ def hub_datasets(facts: Facts) -> list[str]:
     return list(dict.fromkeys(name for name in found if name))
 
 
-def of_this_model(result: Result, facts: Facts) -> bool:
-    """Whether a result is of the model that the card is about, not of an earlier step of its run."""
+def other_model(result: Result, facts: Facts) -> str | None:
+    """What a result is of, if not of the card's model: an earlier step of the run, or what a judged file names."""
     match = _STEP.search(result.model)
     last = facts.step if facts.step is not None else max((line["step"] for line in facts.metrics), default=None)
-    return match is None or int(match[1]) == last
+    if match is not None and int(match[1]) != last:
+        return f"the model after step {match[1]}"
+    named, run = (_STEP.sub("", name).rstrip().rstrip("/") for name in (result.model, str(facts.folder.resolve())))
+    if any(result.settings.get(name) for name in JUDGED_FILES) and Path(named).name != Path(run).name:
+        return f"`{public_name(named)}`, as its file has it"
+    return None
 
 
 def evaluation_results(facts: Facts) -> Iterator[EvalResult]:
@@ -62,7 +70,7 @@ def evaluation_results(facts: Facts) -> Iterator[EvalResult]:
     """
     names: dict[str, str] = {}
     for result in facts.results:
-        for figure in result.figures if of_this_model(result, facts) else ():
+        for figure in () if other_model(result, facts) else result.figures:
             if not math.isfinite(figure.value):
                 continue
             kind, label = _dataset_type(figure), figure_label(figure)

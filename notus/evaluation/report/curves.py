@@ -7,7 +7,7 @@ import numpy as np
 from notus.evaluation.report.reading import Curve
 
 MAX_POINTS = 1_500
-SMOOTHED_FROM = 40  # points; fewer show their course by themselves
+SMOOTHED_FROM = 12  # points; fewer show their course by themselves
 SMOOTHED_SHARE = 0.05  # of the points, on either side together
 
 

@@ -12,6 +12,7 @@ TITLES = {
     "preferences": "Preferences",
     "win-rate": "Win rate",
     "open-llm": "Open LLM Leaderboard tasks",
+    "open-llm-trial": "Open LLM Leaderboard tasks, a trial",
     "alpaca-eval": "AlpacaEval",
     "mt-bench": "MT-Bench",
 }
@@ -44,7 +45,15 @@ def _table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
     ]
     where = "; ".join(f"{short_path(result.model)}, {result.date}" for _, result in results)
     note = f"{where}. ± is one standard error, n the number of examples."
-    return Table(TITLES.get(suite, suite), ["", *(label for label, _ in results), *published], told, note)
+    return Table(
+        TITLES.get(suite, suite), ["", *(_column(label, result) for label, result in results), *published], told, note
+    )
+
+
+def _column(label: str, result: Result) -> str:
+    """A run's name; of a result from before its end with the step."""
+    _, step, number = result.model.rpartition(" (step ")
+    return f"{label}{step}{number}" if step else label
 
 
 def _name(figure: Figure, names: Counter[str]) -> str:

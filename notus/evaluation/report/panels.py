@@ -87,7 +87,8 @@ class Panel:
                 decimate(calm), name, colour=colour, hoverinfo="skip", mode=modes[shows], line={"width": 2.5},
                 marker=marker,
             )  # fmt: skip
-        traces, value = range(first, len(self.figure.data)), number(curve.known.values[-1], self.unit)
+        last = (curve if calm is None else calm).known.values[-1]  # as the bold line ends
+        traces, value = range(first, len(self.figure.data)), number(last, self.unit)
         self.keys.append(Key(name, colour, dash, symbol if shows else "", traces, value))
         self.spoken.append(_course(name, curve, self.unit))
 

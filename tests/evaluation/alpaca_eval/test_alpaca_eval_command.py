@@ -140,7 +140,7 @@ def test_the_package_judges(model_folder, asked, tmp_path, server, config, capsy
     result = read_result(out / "result.json")
     rate, length = result.figures
     assert (rate.metric, rate.value, rate.count) == ("win_rate", 50, 2)
-    assert (rate.setup, rate.dataset) == ("judged by longer against base", "asked.json")
+    assert (rate.setup, rate.dataset) == ("judged by longer against base, 3 prompts", "asked.json")
     assert length.count == 3
     assert result.details["left_out"] == 1
     asked_so_far = len(server.requests)

@@ -69,6 +69,7 @@ def test_published_scores_stand_beside_those_of_the_same_judge_and_as_many_quest
         return figures(score(lines))[0]
 
     assert overall(80, "gpt-4").reference == {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
+    assert overall(80, "gpt-4").setup == "judged by gpt-4"
     assert overall(80, "gpt-4o").reference == {}
     assert overall(79, "gpt-4").reference == {}
     assert overall(80, "gpt-4", -1).reference == {}  # a turn without a verdict
@@ -82,23 +83,23 @@ def test_figures_of_one_model() -> None:
         ("score, writing", 8.0, 1),
     ]
     assert {(figure.name, figure.setup, figure.dataset, figure.stderr) for figure in found} == {
-        ("MT-Bench", "judged by gpt-4", "question.jsonl", None)
+        ("MT-Bench", "judged by gpt-4, 1 questions", "question.jsonl", None)
     }
 
 
 def test_figures_of_several_models_name_them() -> None:
     found = figures(score([fastchat.judgment(81, 1, 8, "a"), fastchat.judgment(81, 1, 7, "b")]))
     assert [figure.setup for figure in found if figure.metric == "score"] == [
-        "a, judged by gpt-4",
-        "b, judged by gpt-4",
+        "a, judged by gpt-4, 1 questions",
+        "b, judged by gpt-4, 1 questions",
     ]
 
 
 def test_figures_tell_of_verdicts_that_could_not_be_read_and_of_no_folder() -> None:
     (found, *_) = figures(score([*LINES[:5], fastchat.judgment(111, 2, -1)]))
-    assert found.setup == "judged by gpt-4, 1 verdicts not readable"
+    assert found.setup == "judged by gpt-4, 1 verdicts not readable, 3 questions"
     (found, *_) = figures(score([fastchat.judgment(81, 1, 8, judge="/home/ada/models/llama")]))
-    assert found.setup == "judged by llama"
+    assert found.setup == "judged by llama, 1 questions"
 
 
 def test_the_table_has_a_line_for_every_model() -> None:
@@ -107,7 +108,9 @@ def test_the_table_has_a_line_for_every_model() -> None:
     assert rows[0] == "model judge all s.e. turn 1 turn 2 writing reasoning math scored unread"
     assert rows[1] == "toy gpt-4 6.30 1.58 7.00 5.25 7.00 3.75 10.00 5 1"
     assert rows[2] == "nothing gpt-4 - - - - - - - 0 1"
-    assert "Zephyr-7B-β 7.34, Notus 7B v1 7.30" in rows[3]
+    assert len(rows) == 3  # of so few questions no published scores
+    whole = [fastchat.judgment(number, turn, 8) for number in range(80) for turn in (1, 2)]
+    assert table(score(whole)).endswith("\npublished, judged by GPT-4: Zephyr-7B-β 7.34, Notus 7B v1 7.30")
 
 
 def test_a_file_of_fastchat_whose_last_line_has_no_end(tmp_path: Path) -> None:

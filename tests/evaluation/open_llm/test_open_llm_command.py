@@ -113,7 +113,7 @@ def test_limit_shots_and_chat_format(model_folder, task_folder, tmp_path, monkey
     )
     assert len(seen) == sum(len(doc["choices"]) for doc in (first, second))
     result = read_result(tmp_path / "result.json")
-    assert (result.figures[0].count, result.figures[0].setup) == (2, "1-shot")
+    assert (result.figures[0].count, result.figures[0].setup) == (2, "1-shot, the first 2 examples")
     assert (result.settings["limit"], result.settings["chat_template"]) == (2, True)
     assert "first 2 examples" in (tmp_path / "table.md").read_text()
     seen.clear()

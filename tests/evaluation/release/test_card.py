@@ -161,8 +161,33 @@ def test_evaluations_are_read_back_by_the_hubs_client(tmp_path):
     )
     assert "| broken | acc | – | – | – | – |\n" in text
     assert "| reward \\| accuracy | accuracy | 90.50 % | – | – |\n" in text
-    assert "`old`, 2026-11-22, **of the model after step 2, not of this one**:" in text
+    assert "`old`, 2026-11-22, **of the model after step 2, not of this model**:" in text
+    assert "| benchmark | measure | that model | standard error | examples | Zephyr |\n" in text
     assert "/home/ada" not in text
+
+
+def test_what_a_judged_file_says_of_another_model_is_not_this_ones(tmp_path):
+    run = make_run(tmp_path / "run")
+    rate = Figure("AlpacaEval", "win_rate", 70.0, "%")
+    for number, model in enumerate(("mine", "run", "ada/runs/run", "run (step 3)")):
+        result = Result("alpaca-eval", model, [rate], {"annotations": "/home/ada/annotations.json"})
+        write_result(run / "evaluations" / str(number), result)
+    write_result(run / "evaluations" / "4", Result("preferences", "other name of it", [rate], {"pairs": "x"}))
+    _, text, data = card(run)
+    assert text.count("**of `mine`, as its file has it, not of this model**") == 1
+    assert text.count("not of this model") == 1
+    assert len(data.eval_results) == 4
+
+
+def test_the_last_training_figure_is_a_mean_where_steps_are_many(tmp_path):
+    run = make_run(tmp_path / "run")
+    losses = [0.75, *[0.5] * 18, 0.25]  # ten steps are 0.5 but for the last
+    for more, told in (([], "0.25 (step 20)"), ([0.25], "0.45 (mean of the last 10, to step 21)")):
+        lines = [{"step": step, "loss": loss, "eval_loss": loss} for step, loss in enumerate([*losses, *more], start=1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        _, text, _ = card(run)
+        assert f"| training loss | 0.75 (step 1) | {told} |" in text
+        assert f"| loss, held-out | 0.75 (step 1) | 0.25 (step {len(lines)}) |" in text
 
 
 def test_figures_of_the_header_are_rounded_to_six_digits(tmp_path):
@@ -322,9 +347,16 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert main(["card", str(run)]) == 0
     written = (run / "README.md").read_text()
-    assert "may have been edited" in refused(capsys, run)
+    assert main(["card", str(run), "--license", "mit"]) == 0  # its own, untouched, is written anew
+    assert "license: mit" in (run / "README.md").read_text()
+    assert main(["card", str(run)]) == 0
+    assert (run / "README.md").read_text() == written
+    for edited in (written.replace("# run", "# Run"), written + "More.\n", "Mine.\n"):
+        (run / "README.md").write_text(edited)
+        assert "was edited, or is no card of ours" in refused(capsys, run)
+        assert (run / "README.md").read_text() == edited
     assert main(["card", str(run), "--output", "-"]) == 0
-    assert capsys.readouterr().out == written
+    assert capsys.readouterr().out == written.rpartition("\n<!--")[0]
     assert "nothing to merge" in refused(capsys, run, "--merge")
     assert "no run's folder" in refused(capsys, tmp_path)
     for wrong in (["--license", "MIT license"], ["--language", "english"], ["--base-model", "/home/x"]):

@@ -52,4 +52,4 @@ def test_smoothing_passes_over_gaps_and_leaves_short_curves_alone():
     calm = smooth(curve(values)).values
     assert np.isnan(calm[0])
     np.testing.assert_allclose(calm[2:], 1.0)
-    assert smooth(curve(np.ones(39))) is None
+    assert smooth(curve(np.ones(11))) is None

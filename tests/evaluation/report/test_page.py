@@ -68,13 +68,13 @@ def lines(figures, name):
 def test_curves_have_the_runs_values(make_run):
     metrics = dpo_metrics(20, eval_every=10)
     figures = figures_of(page_of(make_run(metrics=metrics, dpo__beta=0.5)))
-    (steps, loss), (eval_steps, eval_loss) = lines(figures, "loss-dpo")
+    (steps, loss), _, (eval_steps, eval_loss) = lines(figures, "loss-dpo")  # the second is the first one's mean
     assert steps.tolist() == list(range(1, 21))
     np.testing.assert_allclose(loss, [line["loss"] for line in metrics], rtol=1e-6)
     assert eval_steps.tolist() == [10, 20]
     np.testing.assert_allclose(eval_loss, [0.59, 0.58], rtol=1e-6)
     # drift is reward / β: at step 20 0.02 * 19 / 0.5 and -0.03 * 19 / 0.5
-    chosen, rejected = lines(figures, "drift")
+    chosen, _, rejected, _ = lines(figures, "drift")
     np.testing.assert_allclose([chosen[1][-1], rejected[1][-1]], [0.76, -1.14], rtol=1e-6)
 
 
@@ -84,6 +84,17 @@ def test_a_long_curve_is_shown_with_its_moving_mean(make_run):
     assert raw["opacity"] < 1
     assert calm["hoverinfo"] == "skip"
     np.testing.assert_allclose(values(raw["y"]), [0.05 * step for step in range(60)], rtol=1e-6, atol=1e-9)
+
+
+def test_the_key_has_the_moving_means_end(make_run):
+    metrics = dpo_metrics(60, eval_every=30)
+    metrics[-1]["rewards/accuracies"] = 0.9  # of a last step of two pairs, say
+    before = [line["rewards/accuracies"] for line in metrics[-3:-1]]
+    page = page_of(make_run(metrics=metrics))
+    calm = values(figures_of(page)["accuracy"]["data"][1]["y"])
+    # 5% of 60 points on either side together: at the end the last of them and two before
+    assert calm[-1] == pytest.approx((sum(before) + 0.9) / 3)
+    assert number(float(calm[-1]), "share") in text_of(page)
 
 
 def test_runs_of_two_tasks_share_the_charts_that_both_have(make_run):
