@@ -181,6 +181,8 @@ def _elements(path: Path) -> Iterator[tuple[int, int, int]]:
             raise json.JSONDecodeError("expected the end of the file", text, end)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); correct the file") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}, line {line}: not JSON (it nests too deeply); correct the file") from error
 
 
 def _past_space(text: str, position: int) -> int:

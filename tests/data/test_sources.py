@@ -65,7 +65,13 @@ class TestJson:
 
     @pytest.mark.parametrize(
         ("text", "line"),
-        [('[\n{"a": 1},\n{"a": }\n]', 3), ('[{"a": 1}\n{"a": 2}]', 2), ('[{"a": 1},\n', 2), ("[1]\n\n2", 3)],
+        [
+            ('[\n{"a": 1},\n{"a": }\n]', 3),
+            ('[{"a": 1}\n{"a": 2}]', 2),
+            ('[{"a": 1},\n', 2),
+            ("[1]\n\n2", 3),
+            ("[" * 100_000, 1),
+        ],
     )
     def test_malformed_array_names_the_line(self, tmp_path: Path, text: str, line: int) -> None:
         with pytest.raises(ValueError, match=rf"rows.json, line {line}: not JSON"):

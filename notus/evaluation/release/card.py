@@ -258,7 +258,7 @@ def _duration(seconds: float) -> str:
 
 def _course(facts: Facts) -> Iterator[dict[str, str]]:
     for key, name in _COURSE.items():
-        lines = [line for line in facts.metrics if key in line]
+        lines = [line for line in facts.metrics if key in line and math.isfinite(line[key])]
         if not lines:
             continue
         first, last = (f"{line[key]:.4g} (step {line['step']})" for line in (lines[0], lines[-1]))

@@ -47,7 +47,7 @@ def tiles(runs: Sequence[RunRecord]) -> list[Tile]:
         "Reward accuracy": lambda run: _latest(run, "rewards/accuracies", "share"),
         "Reward margin": lambda run: _latest(run, "rewards/margins"),
         "Loss": _loss,
-        "KL to reference": _kl,
+        "KL": _kl,
         "Throughput": _throughput,
         "Peak memory": _memory,
         "MFU": lambda run: _median(run, "system/mfu", "share", "median"),
@@ -78,7 +78,13 @@ def _loss(run: RunRecord) -> tuple[str, str] | None:
 
 def _kl(run: RunRecord) -> tuple[str, str] | None:
     found = run.preference_details("kl")
-    return (number(found["per_sequence"]), "nats per answer, sampled") if found else None
+    return (number(found["per_sequence"]), f"nats per answer, sampled, from {_base(run)}") if found else None
+
+
+def _base(run: RunRecord) -> str:
+    """What the preferences suite held the model against, which need not be what it was trained from."""
+    settings = next(result.settings for result in run.results if result.suite == "preferences")
+    return short_path(str(settings.get("base") or "its base"))
 
 
 def _throughput(run: RunRecord) -> tuple[str, str] | None:

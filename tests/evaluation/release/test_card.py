@@ -184,10 +184,11 @@ def test_the_last_training_figure_is_a_mean_where_steps_are_many(tmp_path):
     losses = [0.75, *[0.5] * 18, 0.25]  # ten steps are 0.5 but for the last
     for more, told in (([], "0.25 (step 20)"), ([0.25], "0.45 (mean of the last 10, to step 21)")):
         lines = [{"step": step, "loss": loss, "eval_loss": loss} for step, loss in enumerate([*losses, *more], start=1)]
+        lines += [{"step": len(lines) + 1, "loss": math.nan, "eval_loss": math.inf}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         _, text, _ = card(run)
         assert f"| training loss | 0.75 (step 1) | {told} |" in text
-        assert f"| loss, held-out | 0.75 (step 1) | 0.25 (step {len(lines)}) |" in text
+        assert f"| loss, held-out | 0.75 (step 1) | 0.25 (step {len(lines) - 1}) |" in text
 
 
 def test_figures_of_the_header_are_rounded_to_six_digits(tmp_path):

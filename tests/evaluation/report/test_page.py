@@ -141,12 +141,15 @@ def test_evaluations_beside_published_figures(make_run):
         arc = Figure("ARC", "acc_norm", value, "%", 1.25, 1172, "25-shot", reference={"Zephyr": 62.03})
         write_result(folder / "evaluations" / "open-llm", Result("open-llm", str(folder), [arc], {}))
     margin = Figure("margin", "margin", -0.5, stderr=0.0123, setup="against /home/me/runs/sft/model")
-    write_result(second / "evaluations" / "preferences", Result("preferences", "two", [margin], {}, DETAILS))
+    write_result(
+        second / "evaluations" / "preferences",
+        Result("preferences", "two", [margin], {"base": "runs/sft/model"}, DETAILS),
+    )
     page = page_of(first, second)
     text = text_of(page)
     assert "one two Zephyr ARC acc_norm, 25-shot 62.50% ± 1.25% n = 1,172 64.00% ± 1.25% n = 1,172 62.03%" in text
     assert "margin margin, against …/sft/model −0.5 ± 0.012" in text
-    assert "KL to reference 3.5 two: nats per answer, sampled" in text
+    assert "KL 3.5 two: nats per answer, sampled, from runs/sft/model" in text
     assert "sharegpt two 80.0% 49–94%, n = 10" in text
     assert "KL to the base per token, nats, sampled 0.25" in text
     assert "β at which" not in text  # there is none
