@@ -25,9 +25,8 @@ def check_output(path: Path, *, not_over: str, remedy: str = "choose another pla
     """
     if path.is_dir():
         raise ValueError(f"{path}: there is a folder of that name; choose another")
-    if (path.exists() and not path.is_file()) or path.absolute().parent == Path(
-        "/dev"
-    ):  # which has links to files, too
+    device = path.absolute().parent == Path("/dev")  # which has links to files, too
+    if device or (path.exists() and not path.is_file()):
         raise ValueError(f"{path}: no ordinary file, which a result could replace; choose another name")
     if path.exists() and Path(not_over).exists() and path.samefile(not_over):
         raise ValueError(f"{path}: the result would replace the input; choose another name")

@@ -3,12 +3,13 @@
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from notus.evaluation.files import told
@@ -37,6 +38,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breaks"] = _breaks
     scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text(encoding="utf-8"))]
     made = functools.partial(_made, runs)
     training = made(f"{CONFIG_FILE} or {METRICS_FILE}", training_panels)
@@ -69,6 +71,11 @@ def render(runs: Sequence[RunRecord]) -> str:
 def _made(runs: Sequence[RunRecord], files: str, make: Callable[[Sequence[RunRecord]], T]) -> T:
     """A part of the page, which shows what these files of the runs hold; see `told`."""
     return told(files, [run.folder for run in runs], lambda: make(runs))
+
+
+def _breaks(text: str) -> Markup:
+    """A name as HTML that may go on in the next line after its / and _, rather than anywhere in a word."""
+    return Markup(re.sub(r"([/_])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def _script(text: str) -> Markup:

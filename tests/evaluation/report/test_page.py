@@ -52,7 +52,7 @@ def figures_of(page):
 def text_of(page):
     """The page's own text, without its scripts and styles, in one line."""
     own = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", page, flags=re.S)
-    return " ".join(re.sub(r"<[^>]*>", " ", own).split())
+    return " ".join(re.sub(r"<[^>]*>", " ", own.replace("<wbr>", "")).split())
 
 
 def values(array):
@@ -110,6 +110,11 @@ def test_runs_of_two_tasks_share_the_charts_that_both_have(make_run):
     for chart in figures.values():  # colour is never the only sign
         looks = [(t["marker"]["symbol"], t["line"]["dash"]) for t in chart["data"] if t.get("hoverinfo") != "skip"]
         assert len(set(looks)) == len(looks)
+
+
+def test_names_break_at_their_joints(make_run):
+    run = make_run(model__name_or_path="runs/<b>/sft_model")
+    assert "<dd>runs/&lt;b&gt;/<wbr>sft_<wbr>model</dd>" in page_of(run)
 
 
 def test_headline_figures(make_run):
