@@ -119,7 +119,8 @@ def _read_verdicts(path: Path) -> dict[str, str | None]:
         key, verdict = record.get("key"), record.get("verdict")
         if not isinstance(key, str) or (verdict is not None and verdict not in VERDICTS):
             raise ValueError(f"{path}, line {number}: not a kept verdict; remove the line, or the file")
-        verdicts[key] = verdict
+        reply = record.get("reply")  # read again: it may have been kept by a version that read replies otherwise
+        verdicts[key] = parse_verdict(reply) if isinstance(reply, str) else verdict
     return verdicts
 
 

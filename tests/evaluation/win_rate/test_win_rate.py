@@ -220,6 +220,15 @@ def counting(verdict):
     return Judge("test", "one", ask, parallel=2), calls
 
 
+def test_what_a_kept_reply_means_is_read_again(tmp_path):
+    pair, kept = Pair("q", "a", "b"), tmp_path / "verdicts.jsonl"
+    judge, calls = counting(lambda *_: "Verdict: A\nB is too long.")
+    judge_pairs([pair], judge, kept)
+    kept.write_text(kept.read_text().replace('"verdict": "A"', '"verdict": "B"'))  # as an earlier version took it
+    (judged,), *_ = judge_pairs([pair], judge, kept)
+    assert (judged.first, judged.second, len(calls)) == ("A", "A", 2)
+
+
 def test_verdicts_are_kept_one_by_one(tmp_path):
     pairs = [Pair(f"q{number}", "a", "b") for number in range(5)]
     kept = tmp_path / "verdicts.jsonl"
