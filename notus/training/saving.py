@@ -183,12 +183,15 @@ class _Writer(HuggingFaceStorageWriter):
         super().__init__(path=str(commit.partial), save_distributed=True)
         self._commit, self._local = commit, local
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Clear away what a killed run left; before any rank writes."""
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-        if is_coordinator:
-            for leftover in self._commit.path.parent.glob(".step-*"):
-                shutil.rmtree(leftover, ignore_errors=not leftover.name.endswith(".partial"))
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Clear away what a killed run left; on one rank.
+
+        All ranks have made their plans, for which torch makes the folder, and none has written: any earlier, a rank
+        would make the folder while it is being removed, and fail.
+        """
+        for leftover in self._commit.path.parent.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=not leftover.name.endswith(".partial"))
+        return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors; the result tells the file's size and digest."""

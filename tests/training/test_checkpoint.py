@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -95,6 +97,46 @@ def test_what_a_killed_run_left_is_not_seen_and_goes(tmp_path: Path, device: tor
     parameters, optimizer = _stepped("rmsprop", seed=1)
     save_checkpoint(tmp_path, Progress(7), parameters, optimizer)
     assert _names(tmp_path) == ["latest", "step-00000007"]
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def _save_beside_a_late_rank(folder: Path) -> None:
+    """Rank 1 makes the folder before rank 0 begins, and looks again when rank 0 has made its plan."""
+    plan, set_up = saving._Writer.prepare_local_plan, saving._Writer.set_up_storage_writer
+    mark, late = folder / ".step-00000001.partial" / "mark", dist.get_rank() == 0
+
+    def set_up_late(self, *args, **kwargs):
+        if late:
+            _wait_for(mark)
+        set_up(self, *args, **kwargs)
+
+    def plan_and_look(self, *args):
+        planned = plan(self, *args)
+        if late:
+            (folder / "planned").touch()
+            return planned
+        mark.touch()
+        _wait_for(folder / "planned")
+        assert mark.exists(), "the folder was removed while the ranks make it"
+        return planned
+
+    saving._Writer.set_up_storage_writer = set_up_late
+    saving._Writer.prepare_local_plan = plan_and_look
+    save_checkpoint(folder, Progress(step=1), *_stepped("rmsprop", seed=0))
+
+
+def test_no_rank_finds_the_folder_removed_that_it_makes(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    run_ranks(_save_beside_a_late_rank, 2, tmp_path, tmp_path / "checkpoints")
+    written = _names(tmp_path / "checkpoints" / "step-00000001")
+    assert "state.json" in written
+    assert "mark" not in written
 
 
 def test_what_is_saved_is_the_moment_of_the_call(tmp_path: Path, device: torch.device) -> None:
