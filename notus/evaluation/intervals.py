@@ -32,9 +32,9 @@ def bootstrap_mean(
     """The bootstrap's interval of a mean, widened for small samples; None of one value, which tells no spread.
 
     The percentiles of the resampled means (Efron 1979, doi 10.1214/aos/1176344552) are too near each other for few
-    values: of three they cover the true mean in 75% of cases where 95% are meant. So their distances from the mean are
-    stretched by √(n / (n - 1)) · t / z, Student's quantile over the normal's (the cause and the factor: Hesterberg
-    2015, doi 10.1080/00031305.2015.1089789, section 4.3, who moves the level instead).
+    values, and cover the true mean less often than is meant. So their distances from the mean are stretched by
+    √(n / (n - 1)) · t / z, Student's quantile over the normal's (the cause and the factor: Hesterberg 2015,
+    doi 10.1080/00031305.2015.1089789, who moves the level instead).
 
     Args:
         values: [n], at least one.

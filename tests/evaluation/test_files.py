@@ -46,6 +46,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_held", {})
     monkeypatch.setattr(files.fcntl, "lockf", refused)
     hold_folder(tmp_path)
+    assert files._held.keys() == {tmp_path.resolve()}
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "fifo"])

@@ -56,8 +56,8 @@ def other_model(result: Result, facts: Facts) -> str | None:
     last = facts.step if facts.step is not None else max((line["step"] for line in facts.metrics), default=None)
     if match is not None and int(match[1]) != last:
         return f"the model after step {match[1]}"
-    named, run = (_STEP.sub("", name).rstrip().rstrip("/") for name in (result.model, str(facts.folder.resolve())))
-    if any(result.settings.get(name) for name in JUDGED_FILES) and Path(named).name != Path(run).name:
+    named = _STEP.sub("", result.model).rstrip()
+    if any(result.settings.get(name) for name in JUDGED_FILES) and Path(named).name != facts.folder.resolve().name:
         return f"`{public_name(named)}`, as its file has it"
     return None
 
