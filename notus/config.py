@@ -113,9 +113,10 @@ class TrainingConfig:
     What it costs on a GPU: not run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "full"
-    """What the backward pass computes again instead of keeping it: nothing, every second matrix product and what is
-    cheap, or whole blocks; "auto": the first of these, in this order, whose memory is estimated to fit."""
+    activation_checkpointing: Literal["none", "products", "selective", "full", "auto"] = "full"
+    """What the backward pass computes again instead of keeping it. "none": nothing. "products": elementwise work, but
+    no matrix product and no attention. "selective": every second matrix product as well. "full": whole blocks. "auto":
+    the first of these, in this order, whose memory is estimated to fit."""
     compile: bool = False
     """Compile each block with torch.compile."""
     cpu_offload: bool = False

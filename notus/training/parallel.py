@@ -47,13 +47,13 @@ def parallelize(
         policy: trainable parameters in fp32 (the masters).
         mesh: all ranks, in one dimension, or (replicate, shard): see `distributed.mesh`.
         precision: "bf16" or "fp32", the dtype of gathered parameters and of the computation.
-        activation_checkpointing: "none", "selective" or "full": see `notus.training.checkpointing`.
+        activation_checkpointing: "none", "products", "selective" or "full": see `notus.training.checkpointing`.
         compile: torch.compile each block.
         cpu_offload: keep parameters, gradients and what the optimizer makes of them in (pinned) host memory.
     """
     run = torch.compile(_run, dynamic=True) if compile else None
     for block in policy.blocks:
-        forward = checkpointed(block, activation_checkpointing)
+        forward = checkpointed(block, activation_checkpointing, compiled=compile)
         block.forward = forward if run is None else functools.partial(run, forward)
     if compile:
         policy.causal_lm.set_attn_implementation(OPAQUE)
