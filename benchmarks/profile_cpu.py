@@ -20,7 +20,7 @@ from notus.entry import leave
 from notus.training.dpo import DPOTask, Preferences
 from notus.training.feed import Feed, row_costs
 from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
-from notus.training.parallel import expect_last_row
+from notus.training.parallel import expect_last_row, hand_over_gradients
 from notus.training.run import Run, start
 from profile_step import profiled, table
 from synthetic_pairs import make_pairs
@@ -51,6 +51,7 @@ class Step:
         for batch, last in self._feed.step():
             expect_last_row(policy, last)
             self._task.row_loss(policy(batch), batch, indices).loss.backward()
+        hand_over_gradients(policy)
         gradients = local_gradients(policy.parameters())
         with torch.profiler.record_function("clip"):
             clip_gradients(gradients, gradient_norm(gradients, torch.zeros(1))[0], 1.0)

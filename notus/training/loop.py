@@ -28,7 +28,7 @@ from notus.training.optim import (
     set_learning_rate,
 )
 from notus.training.optimizers import InPieces
-from notus.training.parallel import expect_last_row
+from notus.training.parallel import expect_last_row, hand_over_gradients
 from notus.training.sampling import Sample
 from notus.training.saving import Checkpoints
 from notus.training.stopping import Interrupted, Stop
@@ -244,6 +244,8 @@ class Trainer:
             self._sums += result.sums
             bad += ~torch.isfinite(result.loss.detach())
             examples.append((batch.indices, result.per_example))
+        if self._whole:
+            hand_over_gradients(self.policy)
         gradients = local_gradients(self.trainable)
         mine = torch.tensor([self.checkpoints.failed(), self.stop.signalled, self.stop.overdue])
         flags = torch.cat([bad[None], mine.to(self.device)])

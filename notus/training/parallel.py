@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.fx.experimental import _config as symbols
 
+from notus import switches
 from notus.model.opaque import OPAQUE
 from notus.model.policy import Policy
 from notus.training.checkpointing import checkpointed
@@ -94,14 +95,44 @@ def fsdp_modules(policy: nn.Module) -> list[FSDPModule]:
 
 
 def expect_last_row(policy: nn.Module, last: bool) -> None:
-    """Say before a row's forward pass whether it is the last of its step.
+    """Prepare a lone rank for a row's forward pass, `last` for the last row of a step.
 
-    For a rank alone: its gradients may add up in place over the step's rows, and its weights stay gathered, since
-    "gathering" and "reducing" are copies there. With shards, that would keep whole gradients on every rank.
+    A rank that holds the whole model has nobody to send gradients to: they add up in place over the step's rows, and
+    its weights stay gathered. With shards, that would keep whole gradients on every rank. `hand_over_gradients` ends
+    the step; with the optimisation "gradient_handover" off, FSDP reduces on the last row, by copying.
     """
+    reduces = last and not switches.enabled("gradient_handover")
     for module in fsdp_modules(policy):
-        module.set_requires_gradient_sync(last, recurse=False)
-        module.set_reshard_after_backward(last, recurse=False)
+        module.set_requires_gradient_sync(reduces, recurse=False)
+        module.set_reshard_after_backward(reduces, recurse=False)
+
+
+def hand_over_gradients(policy: nn.Module) -> None:
+    """Give a lone rank's accumulated gradients to the sharded parameters, after the last row's backward pass.
+
+    FSDP would copy them twice, into and out of the buffers of a reduction over one rank, which come from a memory pool
+    of their own: 4 bytes per parameter that no other allocation can use. Here the tensor in which they were added up
+    becomes the sharded parameter's gradient. The values are the same, bit for bit.
+    """
+    if not switches.enabled("gradient_handover"):
+        return
+    for module in fsdp_modules(policy):
+        group = module._get_fsdp_state()._fsdp_param_group
+        for parameter in group.fsdp_params if group else []:
+            gradient = _take_gradient(parameter)
+            if gradient is not None:
+                parameter.sharded_param.grad = parameter.to_sharded_dtensor(gradient)
+        module.reshard()
+
+
+def _take_gradient(parameter: Any) -> torch.Tensor | None:
+    """The fp32 gradient that FSDP has accumulated for a parameter of one rank; FSDP forgets it."""
+    whole, found = parameter._unsharded_param, parameter.unsharded_accumulated_grad
+    if found is None:
+        found = whole.grad  # already in fp32: there is nothing to cast
+    whole.grad = parameter.unsharded_accumulated_grad = None
+    assert found is None or found.dtype == torch.float32
+    return found
 
 
 def reshard(policy: nn.Module) -> None:
