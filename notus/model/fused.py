@@ -1,38 +1,76 @@
 """The small work of a decoder's block in fewer passes over memory, with less kept for the backward pass.
 
-Transformers writes root-mean-square norms and rotary embeddings as chains of elementwise operations: each reads and
-writes the whole row, and autograd keeps many of them. Here each is one function with a backward pass of its own.
-The blocks' own code stays the reference: `tests/model/test_fused.py` and `test_policy.py` hold the two
-equal, gradients included.
+Transformers writes root-mean-square norms, rotary embeddings, gated MLPs and residual sums as chains of elementwise
+operations: each reads and writes the whole row, and autograd keeps many of them. Here each is one function with a
+backward pass of its own; on CUDA each pass is one kernel (`notus.model.kernels`). The blocks' own code stays the
+reference: `tests/model/test_fused.py` and `test_policy.py` hold the two equal, gradients included.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
+from notus import switches
+from notus.model import kernels
 from notus.model.attention import packed_attention
+from notus.model.kernels import Kernel
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 NORMS = frozenset(f"{family}RMSNorm" for family in _FAMILIES)
 ATTENTIONS = frozenset(f"{family}Attention" for family in _FAMILIES)
+MLPS = frozenset(f"{family}MLP" for family in _FAMILIES)
+BLOCKS = frozenset(f"{family}DecoderLayer" for family in _FAMILIES)
 
 
 def fuse(causal_lm: PreTrainedModel) -> None:
-    """Replace, in place, the forward of every norm and attention layer that is known here; others keep their own."""
+    """Replace, in place, the forward of every module that is known here; others keep their own."""
+    whole = switches.enabled("fused_elementwise")
     for module in causal_lm.modules():
         if is_known(module, NORMS):
             module.forward = functools.partial(_norm_forward, module)
         elif is_known(module, ATTENTIONS):
             module.forward = functools.partial(_attention_forward, module)
+        elif whole and is_known(module, MLPS) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+            module.forward = functools.partial(_mlp_forward, module)
+        elif whole and is_known(module, BLOCKS):
+            module.forward = functools.partial(_block_forward, module)
 
 
 def is_known(module: nn.Module, names: frozenset[str]) -> bool:
-    """Whether a module is transformers' own of one of these names, `NORMS` or `ATTENTIONS`."""
+    """Return whether a module is transformers' own of one of these names, such as `NORMS`."""
     kind = type(module)
     return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+
+
+# ---- norms ----
+
+
+def _inverse_rms(exact: Tensor, epsilon: float) -> Tensor:
+    """1 / sqrt(mean(x²) + ε) over the last dimension, which stays with size 1."""
+    norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    return norm.square_().div_(exact.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight * x * scale, where scale is `_inverse_rms` of x: of x in fp32, and of the weight."""
+    normed = x.float() * scale
+    product = grad.float() * normed
+    grad_x = grad_weight = None
+    if of_weight:
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+    if of_x:
+        # d/dx = scale * (g w - normed * mean(g w normed))
+        mean = (product @ weight.float()).unsqueeze_(-1).div_(x.shape[-1])
+        grad_x = (grad * weight).float().addcmul_(normed, mean, value=-1).mul_(scale)
+    return grad_x, grad_weight
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -41,23 +79,68 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         exact = x.float()
-        scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        scale = _inverse_rms(exact, epsilon)
         ctx.save_for_backward(x, weight, scale)
         return (exact * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        product = grad.float() * normed
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            # d/dx = scale * (g w - normed * mean(g w normed))
-            mean = (product @ weight.float()).unsqueeze_(-1).div_(x.shape[-1])
-            grad_x = (grad * weight).float().addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None
+        of_x, of_weight, _ = ctx.needs_input_grad
+        grad_x, grad_weight = _norm_gradients(grad, x, weight, scale, of_x=of_x, of_weight=of_weight)
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """(h, norm(h)) of h = residual + x, with the norm of `_RMSNorm`."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        if ADD_NORM.usable(x):
+            total, normed, scale = ADD_NORM(residual, x, weight, epsilon)
+        else:
+            total = residual + x
+            exact = total.float()
+            scale = _inverse_rms(exact, epsilon)
+            normed = (exact * scale).to(x.dtype).mul_(weight)
+        ctx.save_for_backward(total, weight, scale)
+        return total, normed
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_total: Tensor, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        total, weight, scale = ctx.saved_tensors
+        of_residual, of_x, of_weight, _ = ctx.needs_input_grad
+        if ADD_NORM_BACKWARD.usable(grad):
+            grad_sum, grad_weight = ADD_NORM_BACKWARD(grad_total, grad, total, weight, scale, of_weight)
+        else:
+            exact, grad_weight = _norm_gradients(grad, total, weight, scale, of_x=True, of_weight=of_weight)
+            assert exact is not None
+            grad_sum = exact.add_(grad_total).to(total.dtype)
+        return grad_sum if of_residual else None, grad_sum if of_x else None, grad_weight, None
+
+
+def _add_norm(residual: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass of `_AddNorm` as one kernel: (h, norm(h), the norm's scale)."""
+    exact = residual.float() + x.float()
+    scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+    return exact.to(x.dtype), (exact * scale * weight.float()).to(x.dtype), scale
+
+
+def _add_norm_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, scale: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The backward pass of `_AddNorm` as one kernel, and one more for the weight's gradient."""
+    normed = total.float() * scale
+    exact = grad.float()
+    scaled = exact * weight.float()
+    grad_x = scale * (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) + grad_total.float()
+    grad_weight = (exact * normed).flatten(0, -2).sum(0).to(weight.dtype) if of_weight else None
+    return grad_x.to(total.dtype), grad_weight
+
+
+# ---- rotary embeddings ----
 
 
 class _Rotary(torch.autograd.Function):
@@ -79,10 +162,91 @@ class _Rotary(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """Both halves of `cos` and of `sin` [..., N, 1, D] are equal, so turning back is turning by the negative angle."""
+    if TURN.usable(x):
+        turned: Tensor = TURN(x, cos, sin, sign)
+        return turned
     half = x.shape[-1] // 2
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """`_turned` as one kernel."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos.float() + turned * (sign * sin.float())).to(x.dtype)
+
+
+# ---- the gated MLP ----
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, Shazeer (2002.05202), eq. 6 without its products; only the two factors are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        if SWIGLU.usable(gate):
+            out: Tensor = SWIGLU(gate, up)
+            return out
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        if SWIGLU_BACKWARD.usable(grad):
+            grads: tuple[Tensor, Tensor] = SWIGLU_BACKWARD(grad, gate, up)
+            return grads
+        grad_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, silu(gate).mul_(grad)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`_SwiGLU`'s forward pass as one kernel."""
+    exact = gate.float()
+    return (exact * torch.sigmoid(exact) * up.float()).to(gate.dtype)
+
+
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`_SwiGLU`'s backward pass as one kernel."""
+    exact, upstream = gate.float(), grad.float()
+    share = torch.sigmoid(exact)
+    grad_gate = upstream * up.float() * share * (1 + exact * (1 - share))
+    return grad_gate.to(gate.dtype), (upstream * exact * share).to(up.dtype)
+
+
+# ---- the modules' forward ----
+
+
+def _block_forward(
+    block: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: object = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """What the decoder layer's own forward computes, with the first residual sum and the second norm as one."""
+    attended, _ = block.self_attn(
+        hidden_states=block.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_embeddings=position_embeddings,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+    norm = block.post_attention_layernorm
+    total, normed = _AddNorm.apply(hidden_states, attended, norm.weight, norm.variance_epsilon)
+    out: Tensor = total + block.mlp(normed)
+    return out
+
+
+def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+    out: Tensor = mlp.down_proj(_SwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x)))
     return out
 
 
@@ -128,3 +292,69 @@ def _window(attention: Any) -> int | None:
     """Mistral's layers take the configuration's window, Qwen's have one each, Llama's none, whatever is configured."""
     holder = attention.config if type(attention).__name__ == "MistralAttention" else attention
     return getattr(holder, "sliding_window", None)
+
+
+# ---- the kernels, and their check ----
+
+_kernel = functools.partial(Kernel, switch="fused_elementwise", varying=1)  # of [1, N, ...]
+ADD_NORM, ADD_NORM_BACKWARD = _kernel(_add_norm), _kernel(_add_norm_backward)
+SWIGLU, SWIGLU_BACKWARD = _kernel(_swiglu), _kernel(_swiglu_backward)
+TURN = _kernel(_turn)
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def check_fused(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Compile the kernels for a model's sizes and compare each with its plain twin; on CUDA alone.
+
+    Returns:
+        What is wrong, a line for each kernel that is therefore not used.
+    """
+    config = causal_lm.config
+    known = any(is_known(module, BLOCKS) for module in causal_lm.modules())
+    if device.type != "cuda" or not known or not switches.enabled("fused_elementwise"):
+        return []
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    inputs = _Inputs(config.hidden_size, config.intermediate_size, heads, head_dim, device, dtype)
+    return kernels.check(list(inputs.cases), lambda kernel: (inputs.error(kernel), _TOLERANCE[dtype]))
+
+
+def fused_checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
+    """Compare each kernel with its plain twin: (name, relative error, the most that is let pass)."""
+    inputs = _Inputs(64, 176, 4, 16, device, dtype)
+    for kernel in inputs.cases:
+        yield kernel.name, inputs.error(kernel), _TOLERANCE[dtype]
+
+
+class _Inputs:
+    """Random arguments of every kernel, and what its plain twin makes of them."""
+
+    def __init__(
+        self, hidden: int, inner: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def new(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        rows = 24
+        gate, up, grad = (new(1, rows, inner) for _ in range(3))
+        residual, x, other = (new(1, rows, hidden) for _ in range(3))
+        weight = new(hidden)
+        _, _, scale = _add_norm(residual, x, weight, 1e-5)
+        angles = new(1, rows, 1, head_dim // 2).repeat(1, 1, 1, 2)
+        self.cases: dict[Kernel, tuple[Any, ...]] = {
+            SWIGLU: (_swiglu, gate, up),
+            SWIGLU_BACKWARD: (_swiglu_backward, grad, gate, up),
+            ADD_NORM: (_add_norm, residual, x, weight, 1e-5),
+            ADD_NORM_BACKWARD: (_add_norm_backward, other, x, residual, weight, scale, True),
+            TURN: (_turn, new(1, rows, heads, head_dim), angles.cos(), angles.sin(), -1.0),
+        }
+
+    def error(self, kernel: Kernel) -> float:
+        """The largest relative error among a kernel's outputs; NaN if one is NaN."""
+        function, *args = self.cases[kernel]
+        found, wanted = kernel(*args), function(*args)
+        pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
+        errors = [(got.float() - one.float()).norm() / one.float().norm() for got, one in pairs]
+        return torch.stack(errors).max().item()

@@ -9,12 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from notus.entry import first_line
 from notus.model.attention import IMPLEMENTATION, check_kernel
-from notus.model.fused import fuse
+from notus.model.fused import check_fused, fuse
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.support import check_supported, disable_dropout
 from notus.model.weights import load_weights, materialise
-from notus.training.distributed import mesh
+from notus.training.distributed import mesh, say
 from notus.training.parallel import COMPUTE_DTYPES, parallelize
 
 
@@ -76,6 +76,8 @@ def build_policy(
     causal_lm = _meta_model(config, trust_remote_code)
     if not compile:  # the compiler fuses by itself
         fuse(causal_lm)
+        for problem in check_fused(causal_lm, device, COMPUTE_DTYPES[precision]):
+            say(f"warning: {problem}")
     if not trainable:
         causal_lm.requires_grad_(False)
     if adapter is not None:

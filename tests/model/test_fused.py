@@ -8,7 +8,9 @@ from torch import nn
 from toys import toy_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from notus.model.fused import ATTENTIONS, NORMS, _RMSNorm, _Rotary, fuse
+from notus import switches
+from notus.model import fused
+from notus.model.fused import ATTENTIONS, BLOCKS, MLPS, NORMS, _AddNorm, _RMSNorm, _Rotary, _SwiGLU, fuse
 
 
 def test_norm_by_hand() -> None:
@@ -52,12 +54,13 @@ def test_rotary_is_transformers_own_with_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mistral", "llama", "qwen2", "qwen3"])
-def test_every_norm_and_attention_of_the_known_families_is_fused(kind: str) -> None:
+def test_every_module_of_the_known_families_is_fused(kind: str) -> None:
     model = toy_model(kind)
     names = [name for name, _ in model.named_parameters()]
     fuse(model)
-    known = [module for module in model.modules() if type(module).__name__ in NORMS | ATTENTIONS]
-    assert len(known) == 7 + 4 * (kind == "qwen3")  # two layers of an attention and two norms, and the last norm
+    known = [module for module in model.modules() if type(module).__name__ in NORMS | ATTENTIONS | MLPS | BLOCKS]
+    # two layers, each with an attention, an MLP and two norms; the last norm
+    assert len(known) == 11 + 4 * (kind == "qwen3")
     assert all("forward" in vars(module) for module in known)
     assert [name for name, _ in model.named_parameters()] == names
 
@@ -69,9 +72,19 @@ def test_other_modules_keep_their_forward() -> None:
 
     model = toy_model()
     model.model.norm = LlamaRMSNorm()
+    model.model.layers[0].mlp.act_fn = nn.GELU()
     fuse(model)
     assert "forward" not in vars(model.model.norm)
     assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+def test_switched_off_blocks_and_mlps_keep_their_forward() -> None:
+    model = toy_model()
+    with switches.disabled("fused_elementwise"):
+        fuse(model)
+    left = [module for module in model.modules() if type(module).__name__ in MLPS | BLOCKS]
+    assert len(left) == 4
+    assert all("forward" not in vars(module) for module in left)
 
 
 def test_a_frozen_input_and_a_frozen_weight_get_no_gradient() -> None:
@@ -84,3 +97,72 @@ def test_a_frozen_input_and_a_frozen_weight_get_no_gradient() -> None:
     torch.testing.assert_close(weight.grad, expected)
     _RMSNorm.apply(x, weight.detach(), 1e-6).sum().backward()
     assert x.grad is not None
+
+
+def test_swiglu_by_hand() -> None:
+    gate, up = torch.tensor([[[0.0, 2.0]]], requires_grad=True), torch.tensor([[[5.0, 3.0]]], requires_grad=True)
+    out = _SwiGLU.apply(gate, up)
+    # silu(2) = 2 / (1 + e^-2) = 1.7615942; silu'(0) = 1/2; silu'(2) = s (1 + 2 (1 - s)) = 1.0907843, s = 0.8807971
+    torch.testing.assert_close(out, torch.tensor([[[0.0, 5.2847826]]]))
+    out.sum().backward()
+    torch.testing.assert_close(gate.grad, torch.tensor([[[2.5, 3.2723529]]]))
+    torch.testing.assert_close(up.grad, torch.tensor([[[0.0, 1.7615942]]]))
+
+
+TOLERANCES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+
+
+def _close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float) -> None:
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        assert (got.float() - wanted.float()).norm() <= tolerance * wanted.float().norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_swiglu_is_transformers_own_with_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    gate, up, upstream = (torch.randn(1, 7, 24, dtype=dtype).requires_grad_() for _ in range(3))
+    expected, found = nn.SiLU()(gate) * up, _SwiGLU.apply(gate, up)
+    wanted = torch.autograd.grad(expected, (gate, up), upstream.detach())
+    got = torch.autograd.grad(found, (gate, up), upstream.detach())
+    assert torch.equal(found, expected)
+    _close(got, wanted, tolerance)
+    with torch.no_grad():  # the kernels' own code
+        _close((fused._swiglu(gate, up), *fused._swiglu_backward(upstream, gate, up)), (expected, *wanted), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_residual_and_norm_are_transformers_own_with_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(24, eps=1e-5).to(dtype)
+    nn.init.normal_(norm.weight)
+    residual, x, *upstream = (torch.randn(1, 7, 24, dtype=dtype).requires_grad_() for _ in range(4))
+    leaves = (residual, x, norm.weight)
+    total = residual + x
+    expected, found = (total, norm(total)), _AddNorm.apply(residual, x, norm.weight, 1e-5)
+    upstream = [each.detach() for each in upstream]
+    wanted, got = (torch.autograd.grad(outputs, leaves, upstream) for outputs in (expected, found))
+    _close((*found, *got), (*expected, *wanted), tolerance)
+    with torch.no_grad():
+        total, normed, scale = fused._add_norm(residual, x, norm.weight, 1e-5)
+        grad, grad_weight = fused._add_norm_backward(*upstream, total, norm.weight, scale, True)
+    _close((total, normed, grad, grad, grad_weight), (*expected, *wanted), tolerance)
+
+
+def test_a_frozen_norm_and_a_frozen_residual_get_no_gradient() -> None:
+    residual, x, weight = torch.randn(1, 3, 4), torch.randn(1, 3, 4, requires_grad=True), torch.ones(4)
+    total, normed = _AddNorm.apply(residual, x, weight, 1e-6)
+    (total.sum() + normed.square().sum()).backward()
+    assert x.grad is not None
+    assert residual.grad is None
+    assert weight.grad is None
+
+
+def test_the_kernels_turn_is_rotary() -> None:
+    torch.manual_seed(0)
+    angles = torch.rand(1, 5, 1, 4).repeat(1, 1, 1, 2) * 6
+    x = torch.randn(1, 5, 3, 8)
+    for sign in (1.0, -1.0):
+        torch.testing.assert_close(
+            fused._turn(x, angles.cos(), angles.sin(), sign), fused._turned(x, angles.cos(), angles.sin(), sign)
+        )

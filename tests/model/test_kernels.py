@@ -1,0 +1,105 @@
+"""Kernels compiled from pure functions, on a CPU: by the eager backend, and (slow) by the CPU's own compiler."""
+
+import functools
+
+import pytest
+import torch
+from toys import toy_model
+
+from notus import switches
+from notus.model import fused, kernels
+from notus.model.kernels import Kernel
+from notus.training.checkpointing import checkpointed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Has every kernel called on the CPU too, compiled by a backend that runs the graph as it is."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(Kernel, "usable", lambda self, tensor: self.failure is None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for kernel in vars(fused).values():
+        if isinstance(kernel, Kernel):
+            vars(kernel).pop("_compiled", None)
+    yield
+    for kernel in vars(fused).values():
+        if isinstance(kernel, Kernel):
+            vars(kernel).pop("_compiled", None)
+            kernel.failure = None
+
+
+def _block_gradients(mode, rows):
+    model = toy_model()
+    fused.fuse(model)
+    block = model.model.layers[0]
+    block.self_attn.forward = lambda hidden_states, **_: (hidden_states.tanh(), None)
+    run = checkpointed(block, mode)
+    for count in rows:
+        generator = torch.Generator().manual_seed(count)
+        hidden = torch.randn(1, count, 32, generator=generator, requires_grad=True)
+        (run(hidden) * torch.linspace(-1, 1, 32)).sum().backward()
+    return [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("mode", ["none", "products", "full"])
+def test_a_block_with_kernels_is_the_block_without_also_when_checkpointed(used, mode):
+    found = _block_gradients(mode, [5, 9])
+    with switches.disabled("fused_elementwise"):
+        expected = _block_gradients("none", [5, 9])
+    assert len(found) == len(expected) > 0
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_any_length_are_one_graph_each_kernel(used):
+    torch._dynamo.utils.counters.clear()
+    _block_gradients("none", [5, 9, 16, 33])
+    # forward and backward of residual + norm, and of SwiGLU
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+
+
+def test_a_kernel_that_raises_or_is_wrong_is_not_used_and_told():
+    def fine(x):
+        return x + 1
+
+    def wrong(x):
+        return x + 2
+
+    def raises(x):
+        raise RuntimeError("no compiler\nmore")
+
+    made = [Kernel(function, switch="fused_elementwise", varying=1) for function in (fine, wrong, raises)]
+
+    def errors(kernel):
+        x = torch.zeros(1, 3)
+        return (kernel._function(x) - 1).norm().item(), 1e-6
+
+    told = kernels.check(made, errors)
+    assert told == [
+        "kernel wrong is not used: its relative error is 1.7e+00, more than 1e-06",
+        "kernel raises is not used: it cannot be compiled here (no compiler)",
+    ]
+    assert [kernel.failure is None for kernel in made] == [True, False, False]
+
+
+def test_a_nan_is_an_error():
+    kernel = Kernel(torch.neg, switch="fused_elementwise", varying=1)
+    assert kernels.check([kernel], lambda _: (float("nan"), 1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_are_their_plain_twins(monkeypatch, dtype):
+    torch._dynamo.reset()
+    monkeypatch.setattr(Kernel, "usable", lambda self, tensor: True)
+    checks = list(fused.fused_checks(CPU, dtype))
+    assert len(checks) == 5
+    assert all(error <= most for _, error, most in checks), checks
+    assert any(error > 0 for _, error, _ in checks)  # they were compiled, and round otherwise
+
+
+def test_on_a_cpu_nothing_is_compiled():
+    assert not fused.SWIGLU.usable(torch.zeros(1))
+    assert fused.check_fused(toy_model(), CPU, torch.float32) == []
