@@ -19,7 +19,7 @@ from notus.config import config_from_dict
 from notus.entry import leave
 from notus.training.dpo import DPOTask, Preferences
 from notus.training.feed import Feed, row_costs
-from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
+from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
 from notus.training.parallel import expect_last_row, hand_over_gradients
 from notus.training.run import Run, start
 from profile_step import profiled, table
@@ -54,8 +54,8 @@ class Step:
         hand_over_gradients(policy)
         gradients = local_gradients(policy.parameters())
         with torch.profiler.record_function("clip"):
-            clip_gradients(gradients, gradient_norm(gradients, torch.zeros(1))[0], 1.0)
-        self._optimizer.step()
+            norm = gradient_norm(gradients, torch.zeros(1))[0]
+        clipped_update(self._optimizer, gradients, norm, 1.0)
         self._optimizer.zero_grad(set_to_none=True)
 
 

@@ -20,7 +20,7 @@ from notus.training.feed import Feed, row_costs
 from notus.training.guards import Guard, Guards
 from notus.training.metering import Meter
 from notus.training.optim import (
-    clip_gradients,
+    clipped_update,
     gradient_norm,
     is_first_replica,
     learning_rate_factor,
@@ -255,8 +255,6 @@ class Trainer:
             self.checkpoints.wait()
         if losses_bad or not math.isfinite(norm):
             self._refuse(examples)
-        if settings.max_grad_norm is not None:
-            clip_gradients(gradients, told[0], settings.max_grad_norm)
         rate = settings.learning_rate * learning_rate_factor(
             step,
             total_steps=settings.total_steps,
@@ -264,7 +262,7 @@ class Trainer:
             schedule=settings.lr_schedule,
         )
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        clipped_update(self.optimizer, gradients, told[0], settings.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         progress = self.progress
         progress.step, progress.recorded, progress.grad_norm, progress.learning_rate = step + 1, False, norm, rate

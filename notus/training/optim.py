@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from notus import switches
+from notus.entry import tell
 from notus.training.distributed import sum_across_ranks
-from notus.training.optimizers import AdamW, InPieces, RMSprop
+from notus.training.optimizers import AdamW, InPieces, RMSprop, check_update
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
@@ -44,7 +46,10 @@ def build_optimizer(
     """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters; see `optimizers`."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     kind = RMSprop if name == "rmsprop" else AdamW
-    return kind(trainable, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = kind(trainable, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
+    for problem in check_update(optimizer):
+        tell(f"warning: {problem}")
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -92,7 +97,29 @@ def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool
     return torch.cat([sums[:1].sqrt(), sums[1:]])
 
 
+def clipped_update(optimizer: InPieces, gradients: list[Tensor], norm: Tensor, max_norm: float | None) -> None:
+    """Take an optimizer step with the gradients scaled so that their norm is at most `max_norm`; without a host sync.
+
+    Args:
+        optimizer: of the parameters whose gradients these are.
+        gradients: this rank's shards; what they hold afterwards is not defined.
+        norm: fp32 scalar on the device, of the whole gradient.
+        max_norm: None: they are not scaled.
+    """
+    if max_norm is None:
+        optimizer.step()
+    elif switches.enabled("fused_optimizer"):
+        optimizer.step(scale=clipping_factor(norm, max_norm))
+    else:
+        clip_gradients(gradients, norm, max_norm)
+        optimizer.step()
+
+
+def clipping_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are to be multiplied with so that it is at most `max_norm`; at most 1."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale the gradients in place so that their norm is at most `max_norm`; without a host sync."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+    torch._foreach_mul_(gradients, clipping_factor(norm, max_norm).to(gradients[0].device))

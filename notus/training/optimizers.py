@@ -9,7 +9,10 @@ piece (`CHUNK` numbers of 4 bytes: 64 MiB on a GPU, 1 MiB on a CPU, where a piec
 | RMSprop | C (the denominators) | 2.5 C (the average in fp32, random bits, and what they round) |
 | AdamW, fused | 0 | 3 C (both averages in fp32, random bits of one; half a C more if one tensor fills a piece) |
 
-and C more for RMSprop with weight decay.
+and C more each for RMSprop with weight decay and for gradients that are clipped.
+
+With fp32 states on a GPU, one kernel updates a parameter in one pass, clipping included, and needs no temporaries; what
+the table says is then the plain twin.
 
 In bf16, with its 8 bits, an average that is to change by less than 1/512 stays where it is if it is rounded to the
 nearest number: at α 0.99 or β₂ 0.999 it would stall. It is rounded up or down at random instead, up with the
@@ -17,15 +20,21 @@ probability that keeps the expectation. The random numbers depend on the step an
 goes on to the bit, and replicas of a shard stay equal.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from notus import switches
+from notus.model import kernels
+from notus.model.kernels import Kernel
+
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
+_LINE = 1024
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Piece = tuple[Tensor, Tensor, list[Tensor]]  # parameter, gradient, its averages: flat views
@@ -36,6 +45,7 @@ class InPieces(torch.optim.Optimizer):
 
     moments: tuple[str, ...]
     state_dtype: torch.dtype
+    kernel: ClassVar[Kernel]
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What a parameter's state is before the first step."""
@@ -43,8 +53,13 @@ class InPieces(torch.optim.Optimizer):
         return {"step": torch.tensor(0.0), **zeros}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: Any = None, *, scale: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: None, as torch's signature has it.
+            scale: fp32 scalar that the gradients are multiplied with first; None: 1. They are left as they are.
+        """
         assert closure is None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -54,9 +69,14 @@ class InPieces(torch.optim.Optimizer):
                 self.state[parameter]["step"] += 1
             if not parameters:
                 continue
+            if self.state_dtype == torch.float32 and self.kernel.usable(_local(parameters[0])):
+                self._in_one_pass(parameters, group, scale)
+                continue
             noise = self._noise(parameters[0])
             for chunk in self._chunks(parameters):
                 values, gradients, averages = (list(column) for column in zip(*chunk, strict=True))
+                if scale is not None:
+                    gradients = list(torch._foreach_mul(gradients, scale.to(gradients[0].device)))
                 columns = [list(column) for column in zip(*averages, strict=True)]
                 exact = columns
                 if self.state_dtype != torch.float32:
@@ -74,14 +94,36 @@ class InPieces(torch.optim.Optimizer):
         """Update fp32 values and averages in place; `step`: counted from 1."""
         raise NotImplementedError
 
+    def _in_one_pass(self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None) -> None:
+        """Update by the kernel. Numbers that change from step to step are tensors, so that it is compiled once."""
+        device = _local(parameters[0]).device
+        numbers = [torch.full((), value, device=device) for value in self.numbers(group, self.state[parameters[0]])]
+        factor = torch.ones((), device=device) if scale is None else scale
+        for parameter in parameters:
+            if _local(parameter).numel() == 0:
+                continue
+            self.kernel(*map(_lines, self._flat(parameter)), factor, *numbers, *self.constants(group))
+
+    def numbers(self, group: Any, state: dict[str, Tensor]) -> list[float]:
+        """What changes from step to step, for the kernel."""
+        return [group["lr"]]
+
+    def constants(self, group: Any) -> list[float]:
+        """What stays, for the kernel."""
+        raise NotImplementedError
+
+    def _flat(self, parameter: nn.Parameter) -> list[Tensor]:
+        """This rank's part of a parameter, of its gradient and of its averages, in one dimension each."""
+        state = self.state[parameter]
+        assert parameter.grad is not None
+        return [_local(each).view(-1) for each in (parameter, parameter.grad, *(state[name] for name in self.moments))]
+
     def _chunks(self, parameters: list[nn.Parameter]) -> Iterator[list[Piece]]:
         """Pieces of at most CHUNK numbers together."""
         chunk: list[Piece] = []
         room = limit = CHUNK[_local(parameters[0]).device.type]
         for parameter in parameters:
-            assert parameter.grad is not None
-            state = self.state[parameter]
-            flat = [_local(each).view(-1) for each in (parameter, parameter.grad, *(state[n] for n in self.moments))]
+            flat = self._flat(parameter)
             start, size = 0, flat[0].numel()
             while start < size:
                 value, gradient, *averages = (each[start : start + room] for each in flat)
@@ -102,10 +144,28 @@ class InPieces(torch.optim.Optimizer):
         return torch.Generator(_local(parameter).device).manual_seed((step << 20) + shard)
 
 
+def _rmsprop(
+    value: Tensor,
+    gradient: Tensor,
+    square: Tensor,
+    scale: Tensor,
+    rate: Tensor,
+    alpha: float,
+    epsilon: float,
+    decay: float,
+) -> None:
+    """`RMSprop.update` in one pass."""
+    scaled = gradient * scale + decay * value
+    average = alpha * square + (1 - alpha) * scaled * scaled
+    square.copy_(average)
+    value.copy_(value - rate * scaled / (average.sqrt() + epsilon))
+
+
 class RMSprop(InPieces, torch.optim.RMSprop):
     """torch.optim.RMSprop without momentum, to the bit, if its state is in fp32."""
 
     moments = ("square_avg",)
+    kernel = Kernel(_rmsprop, switch="fused_optimizer", varying=0)
 
     def __init__(self, parameters: list[nn.Parameter], *, state_dtype: str = "fp32", **options: Any) -> None:
         super().__init__(parameters, **options)
@@ -124,11 +184,40 @@ class RMSprop(InPieces, torch.optim.RMSprop):
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(values, gradients, denominators, value=-group["lr"])
 
+    def constants(self, group: Any) -> list[float]:
+        """α, ε and the weight decay."""
+        return [group["alpha"], group["eps"], group["weight_decay"]]
+
+
+def _adamw(
+    value: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    scale: Tensor,
+    rate: Tensor,
+    correction1: Tensor,
+    correction2: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    decay: float,
+) -> None:
+    """`AdamW.update` in one pass; the corrections are 1 - β₁ᵗ and √(1 - β₂ᵗ)."""
+    scaled = gradient * scale
+    first = beta1 * mean + (1 - beta1) * scaled
+    second = beta2 * square + (1 - beta2) * scaled * scaled
+    mean.copy_(first)
+    square.copy_(second)
+    decayed = value * (1 - rate * decay)
+    value.copy_(decayed - rate / correction1 * first / (second.sqrt() / correction2 + epsilon))
+
 
 class AdamW(InPieces, torch.optim.AdamW):
     """torch.optim.AdamW by its fused kernel."""
 
     moments = ("exp_avg", "exp_avg_sq")
+    kernel = Kernel(_adamw, switch="fused_optimizer", varying=0)
 
     def __init__(self, parameters: list[nn.Parameter], *, state_dtype: str = "fp32", **options: Any) -> None:
         super().__init__(parameters, **options)
@@ -158,6 +247,48 @@ class AdamW(InPieces, torch.optim.AdamW):
             maximize=False,
         )
 
+    def numbers(self, group: Any, state: dict[str, Tensor]) -> list[float]:
+        """The learning rate and the bias corrections."""
+        step, (beta1, beta2) = int(state["step"].item()), group["betas"]
+        return [group["lr"], 1 - beta1**step, math.sqrt(1 - beta2**step)]
+
+    def constants(self, group: Any) -> list[float]:
+        """β₁, β₂, ε and the weight decay."""
+        return [*group["betas"], group["eps"], group["weight_decay"]]
+
+
+def check_update(optimizer: InPieces) -> list[str]:
+    """Compile the optimizer's kernel and compare it with its plain twin, on the device of the parameters.
+
+    Returns:
+        What is wrong, one line or none; the plain twin is then used.
+    """
+    group = optimizer.param_groups[0]
+    device = _local(group["params"][0]).device if group["params"] else torch.device("cpu")
+    if optimizer.state_dtype != torch.float32 or not optimizer.kernel.usable(torch.empty(0, device=device)):
+        return []
+    settings = {name: value for name, value in group.items() if name in ("lr", "alpha", "betas", "eps", "weight_decay")}
+    return kernels.check([optimizer.kernel], lambda _: (_update_error(type(optimizer), settings, device), 1e-5))
+
+
+def _update_error(kind: type[InPieces], settings: dict[str, Any], device: torch.device) -> float:
+    """The relative error of a parameter's change after two clipped steps by the kernel."""
+    changes = []
+    for disabled in ((), ("fused_optimizer",)):
+        generator = torch.Generator().manual_seed(0)
+        sizes = (4 * _LINE, 37)  # one in lines, one that is not
+        parameters = [nn.Parameter(torch.randn(size, generator=generator).to(device)) for size in sizes]
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer = kind(parameters, **{**settings, "lr": 1e-2})
+        with switches.disabled(*disabled):
+            for _ in range(2):
+                for parameter in parameters:
+                    parameter.grad = torch.randn(len(parameter), generator=generator).to(device)
+                optimizer.step(scale=torch.full((), 0.5, device=device))
+        changes.append(torch.cat([now.detach() - was for now, was in zip(parameters, before, strict=True)]))
+    found, wanted = changes
+    return ((found - wanted).norm() / wanted.norm()).item()
+
 
 def round_at_random(values: Tensor, noise: torch.Generator) -> Tensor:
     """fp32 -> bf16, up or down so that the expectation is the value; finite values.
@@ -173,3 +304,8 @@ def round_at_random(values: Tensor, noise: torch.Generator) -> Tensor:
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _lines(flat: Tensor) -> Tensor:
+    """Rows of a fixed length, where they divide the tensor: the compiler then knows that its loads are aligned."""
+    return flat.view(-1, _LINE) if flat.numel() % _LINE == 0 else flat

@@ -91,8 +91,8 @@ def run(tmp_path: Path, **overrides: object) -> None:
 def test_the_thread_makes_rows_during_the_run_and_ends_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen, clip = [], loop.clip_gradients
-    monkeypatch.setattr(loop, "clip_gradients", lambda *args: (seen.append(len(prefetching())), clip(*args))[1])
+    seen, update = [], loop.clipped_update
+    monkeypatch.setattr(loop, "clipped_update", lambda *args: (seen.append(len(prefetching())), update(*args))[1])
     run(tmp_path)
     assert seen == [1, 1, 1]
     assert prefetching() == []

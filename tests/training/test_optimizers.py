@@ -1,11 +1,14 @@
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
+from notus import switches
+from notus.model.kernels import Kernel
 from notus.training import optimizers
-from notus.training.optim import build_optimizer
+from notus.training.optim import build_optimizer, clipped_update
 from notus.training.optimizers import round_at_random
 
 
@@ -14,14 +17,20 @@ def _parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((7, 5), (0, 3), (11,), (4, 4))]
 
 
-def _train(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: int, first: int = 0) -> None:
+def _train(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    steps: int,
+    first: int = 0,
+    update: Callable[[], object] | None = None,
+) -> None:
     """Noisy gradients towards zero, the same for every optimizer."""
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         for parameter in parameters:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.grad = 0.1 * parameter.detach() + 0.1 * noise
-        optimizer.step()
+        (update or optimizer.step)()
 
 
 def _flat(parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -87,3 +96,75 @@ def test_random_rounding_keeps_the_expectation_and_what_is_exact() -> None:
         assert len(rounded.unique()) == 2
     exact = torch.tensor([0.0, 1.0, -0.5, 2**-100])
     assert torch.equal(round_at_random(exact, noise).float(), exact)
+
+
+def _clipped(name: str, dtype: str, max_norm: float | None = 0.1, weight_decay: float = 0.1) -> torch.Tensor:
+    """The weights after five steps whose gradients are clipped."""
+    parameters = _parameters()
+    optimizer = build_optimizer(parameters, name=name, learning_rate=0.01, weight_decay=weight_decay, state_dtype=dtype)
+
+    def update() -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        clipped_update(optimizer, gradients, norm, max_norm)
+
+    _train(optimizer, parameters, 5, update=update)
+    return _flat(parameters)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["rmsprop", "adamw"])
+def test_the_factor_folded_in_is_clipping_beforehand(name: str, dtype: str) -> None:
+    found = _clipped(name, dtype)
+    with switches.disabled("fused_optimizer"):
+        expected = _clipped(name, dtype)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, _clipped(name, dtype, max_norm=None))
+
+
+@pytest.fixture
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has the kernels used on the CPU too, compiled by a backend that runs the graph as it is."""
+    torch._dynamo.reset()
+    kinds = (optimizers.RMSprop.kernel, optimizers.AdamW.kernel)
+    on = switches.enabled
+    monkeypatch.setattr(Kernel, "usable", lambda self, _: self.failure is None and on("fused_optimizer"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for kernel in kinds:
+        vars(kernel).pop("_compiled", None)
+    yield
+    for kernel in kinds:
+        vars(kernel).pop("_compiled", None)
+        kernel.failure = None
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["rmsprop", "adamw"])
+def test_the_kernel_is_the_plain_update(name: str, weight_decay: float, one_pass: None) -> None:
+    found = _clipped(name, "fp32", weight_decay=weight_decay)
+    with switches.disabled("fused_optimizer"):
+        expected = _clipped(name, "fp32", weight_decay=weight_decay)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found, expected)
+
+
+def test_a_kernel_that_is_wrong_is_told_and_not_used(
+    one_pass: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = optimizers.RMSprop.kernel
+    monkeypatch.setattr(kernel, "_function", lambda value, *_: value.add_(1.0))
+    build_optimizer(_parameters(), name="rmsprop", learning_rate=0.01, weight_decay=0.0)
+    assert "warning: kernel rmsprop is not used: its relative error is" in capsys.readouterr().out
+    assert kernel.failure is not None
+
+
+def test_parameters_of_any_size_are_two_graphs(one_pass: None) -> None:
+    """One for sizes that are whole lines, one for others, whatever the learning rate and the step."""
+    parameters = [nn.Parameter(torch.ones(size)) for size in (2048, 4096, 10240, 5, 77, 300)]
+    optimizer = build_optimizer(parameters, name="adamw", learning_rate=0.01, weight_decay=0.0)
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    for rate in (0.01, 0.02, 0.03):
+        optimizer.param_groups[0]["lr"] = rate
+        _train(optimizer, parameters, 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
