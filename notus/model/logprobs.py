@@ -1,10 +1,14 @@
 """Log-probabilities of target tokens, without ever holding the logits of more than one chunk of tokens."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+from notus import switches
 
 CHUNK_TOKENS = 1024
 
@@ -78,9 +82,28 @@ def _softmax(logits: Tensor) -> Tensor:
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, accumulated in fp32 and in place."""
-    if total is None:
-        return (left @ right).float()
-    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(left @ right)
+    if left.dtype == torch.float32:
+        return left @ right if total is None else total.addmm_(left, right)
+    real = not isinstance(left, FakeTensor)
+    if real and switches.enabled("fp32_addmm") and _adds_to_fp32(left.device, left.dtype):
+        if total is None:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    return (left @ right).float() if total is None else total.add_(left @ right)
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a product of this dtype can be added to an fp32 tensor as it is computed; tried once a process."""
+    if device.type != "cuda":
+        return False
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        total = torch.mm(ones, ones, out_dtype=torch.float32)
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # a build without it
+        return False
+    return bool((total == 32).all())
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:

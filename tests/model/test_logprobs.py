@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from notus import switches
+from notus.model import logprobs
 from notus.model.logprobs import full_logprobs, linear_logprobs, linear_scores
 
 NUM_TOKENS, WIDTH, VOCABULARY = 23, 8, 50
@@ -176,3 +178,35 @@ def test_scores_are_the_log_probs_and_the_likeliest(chunk):
     logps, greedy = linear_scores(hidden, weight, targets, chunk_tokens=chunk)
     torch.testing.assert_close(logps, full_logprobs(hidden, weight, targets))
     assert greedy.tolist() == [False, True, False, True, False, True, False]
+
+
+def test_products_that_add_to_fp32_are_used_where_they_work(monkeypatch):
+    """The operators exist for CUDA alone: here they are stood in for by what they compute."""
+    used = []
+
+    def mm(left, right, *, out_dtype):
+        used.append("mm")
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    def addmm(total, left, right, *, out_dtype, out):
+        used.append("addmm")
+        return torch.add(total, left.to(out_dtype) @ right.to(out_dtype), out=out)
+
+    chunked = partial(linear_logprobs, chunk_tokens=8)
+    exact = with_gradients(full_logprobs, *[x.double() if x.is_floating_point() else x for x in inputs(torch.bfloat16)])
+    plain = with_gradients(chunked, *inputs(torch.bfloat16))
+    monkeypatch.setattr(logprobs, "_adds_to_fp32", lambda device, dtype: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    found = with_gradients(chunked, *inputs(torch.bfloat16))
+    assert used == ["mm", "addmm", "addmm"]
+    assert relative(found[2], exact[2]) <= relative(plain[2], exact[2]) < 1e-2
+    used.clear()
+    with switches.disabled("fp32_addmm"):
+        again = with_gradients(chunked, *inputs(torch.bfloat16))
+    assert used == []
+    assert torch.equal(again[2], plain[2])
+
+
+def test_on_a_cpu_they_are_not_tried():
+    assert not logprobs._adds_to_fp32(torch.device("cpu"), torch.bfloat16)
