@@ -88,6 +88,7 @@ class Layout:
         query_starts, key_starts: [S + 1] int32, cumulative segment lengths (cu_seqlens).
         query_lengths, key_lengths: the same lengths as Python integers, S each.
         lengths: [2 S] both, as a tensor that stays on the host.
+        longest_query, longest_key: the largest of them.
     """
 
     key_index: Tensor
@@ -98,6 +99,8 @@ class Layout:
     query_lengths: list[int]
     key_lengths: list[int]
     lengths: Tensor
+    longest_query: int
+    longest_key: int
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on `device`."""
@@ -246,6 +249,8 @@ def build_layout(trunks: Sequence[int], branches: Sequence[Sequence[int]]) -> La
         query_lengths=query_lengths,
         key_lengths=key_lengths,
         lengths=torch.tensor([*query_lengths, *key_lengths]),
+        longest_query=max(query_lengths),
+        longest_key=max(key_lengths),
     )
 
 

@@ -7,13 +7,13 @@ window if the model has one. The model reaches them through transformers' `Atten
 `layout` keyword down to each layer.
 """
 
-import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -40,31 +40,31 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         layout: Layout = ctx.layout
-        total = grad.index_select(0, layout.first_copy)
-        for gathered, own in layout.extra_copies:
-            total.index_add_(0, own, grad.index_select(0, gathered))
-        return total, None
+        return add_copies(grad, layout.first_copy, layout.extra_copies), None
+
+
+def add_copies(grad: Tensor, first_copy: Tensor, extra_copies: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The gradient [N, ...] of a row from that of its gathered copies; see `notus.data.packing.Layout`."""
+    total = grad.index_select(0, first_copy)
+    for gathered, own in extra_copies:
+        total.index_add_(0, own, grad.index_select(0, gathered))
+    return total
 
 
 def varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
 ) -> Tensor:
     """FlashAttention-2 on CUDA, through `torch.nn.attention.varlen` (torch 2.11 and later)."""
-    from torch.nn.attention.varlen import varlen_attn
-
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if key.shape[1] != query.shape[1] and "enable_gqa" in _parameters(varlen_attn):
-        options["enable_gqa"] = True  # torch 2.12 wants to be told; 2.11 has no such argument and needs none
-    longest_query, longest_key = max(layout.query_lengths), max(layout.key_lengths)
-    out: Any = varlen_attn(
-        query, key, value, layout.query_starts, layout.key_starts, longest_query, longest_key, **options
-    )
+    if key.shape[1] != query.shape[1] and _TOLD_OF_GROUPS:
+        options["enable_gqa"] = True
+    starts = (layout.query_starts, layout.key_starts)
+    out: Any = varlen_attn(query, key, value, *starts, layout.longest_query, layout.longest_key, **options)
     return out
 
 
-@functools.cache
-def _parameters(function: Callable[..., object]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+# torch 2.12 wants to be told of grouped queries; 2.11 has no such argument and needs none
+_TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:

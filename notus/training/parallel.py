@@ -4,8 +4,8 @@
    stay outside the recomputation, so a block is gathered once for its backward.
 2. `torch.compile` on each block's checkpointed forward: the compiler sees what is to be recomputed, and one graph
    serves all blocks (two with LoRA, where the first block's input needs no gradient; one more without gradients). Row
-   lengths are symbols, the attention is one operator (`notus.model.opaque`): other rows do not recompile, but for
-   fillers, since 1 is no symbol. FSDP's hooks stay outside.
+   lengths are symbols, and attention shows no list of segments (`notus.model.compiled_attention`): other rows do not
+   recompile, but for fillers, since 1 is no symbol. FSDP's hooks stay outside.
 3. `fully_shard` on each block, then on the root, which holds what is left: embedding, final norm, head. The head's
    log-probs are computed inside the root's forward. FSDP2 gathers the next block while one computes: in the forward
    pass as each block's hook runs ahead of the device, in the backward pass in the reverse order of the forward.
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.fx.experimental import _config as symbols
 
 from notus import switches
-from notus.model.opaque import OPAQUE
+from notus.model.compiled_attention import COMPILED
 from notus.model.policy import Policy
 from notus.training.checkpointing import checkpointed
 
@@ -57,7 +57,7 @@ def parallelize(
         forward = checkpointed(block, activation_checkpointing, compiled=compile)
         block.forward = forward if run is None else functools.partial(run, forward)
     if compile:
-        policy.causal_lm.set_attn_implementation(OPAQUE)
+        policy.causal_lm.set_attn_implementation(COMPILED)
         # Sizes that happen to be equal in the first row are not the same; a row in which they differ would recompile.
         symbols.use_duck_shape = False
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.

@@ -201,7 +201,8 @@ def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
 @pytest.mark.parametrize("stand_in", [varlen_by_the_book, varlen_of_torch_2_11])
 @pytest.mark.parametrize(("heads", "kv_heads", "window"), [(2, 2, None), (4, 2, None), (4, 2, 1), (2, 2, 3)])
 def test_flash_attention_is_asked_for_the_same(monkeypatch, stand_in, heads, kv_heads, window):
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", stand_in is varlen_by_the_book)
     trunks, branches = ROWS["pairs"]
     leaves, _ = inputs(27, heads, kv_heads)
     layout = build_layout(trunks, branches)

@@ -10,13 +10,16 @@ import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
 from runs import config, read_metrics
+from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.tensor import DTensor
 from toys import toy_model_folder
 
+from notus import switches
 from notus.data.packing import Batch, Example, collate
+from notus.model import attention
 from notus.model.policy import Policy
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.dpo import run
@@ -88,12 +91,46 @@ def _step(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor
     return logps.detach(), [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
 
 
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, longest: int, longest_key: int,
+    *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch's varlen attention computes, by operations that the compiler sees."""
+    place, key_place = torch.arange(len(query)), torch.arange(len(key))
+    segment, key_segment = (
+        torch.searchsorted(ends[1:], where.int(), right=True)
+        for ends, where in ((starts, place), (key_starts, key_place))
+    )
+    before_end, key_before_end = starts[segment + 1] - place, key_starts[key_segment + 1] - key_place
+    seen = (segment[:, None] == key_segment) & (key_before_end >= before_end[:, None])
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
+
+
+@pytest.fixture(params=["operator", "graph"])
+def attention_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways in which compiled blocks compute attention; "graph" is CUDA's, with a stand-in for its kernel."""
+    if request.param == "graph":
+        monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
+        monkeypatch.setattr(attention, "varlen_attn", _varlen)
+        monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("mode", "adapter", "again"),
-    [("selective", None, 3), ("full", None, 6), ("selective", ADAPTER, 3)],
+    [("products", None, 0), ("selective", None, 3), ("full", None, 6), ("selective", ADAPTER, 3)],
 )
 def test_compiled_is_eager_and_other_rows_do_not_compile_again(
-    mode: str, adapter: Adapter | None, again: int, compiler: _Compiler, tmp_path: Path, device: torch.device
+    mode: str,
+    adapter: Adapter | None,
+    again: int,
+    attention_kind: str,
+    compiler: _Compiler,
+    tmp_path: Path,
+    device: torch.device,
 ) -> None:
     folder = toy_model_folder(tmp_path / "model", num_hidden_layers=3, head_dim=16)
     options = {"activation_checkpointing": mode, "adapter": adapter}
@@ -132,3 +169,31 @@ def test_a_compiled_run_on_two_ranks(tmp_path: Path, model_folder: Path, pairs_f
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
     references = {path.name for name in ("plain", "compiled") for path in (tmp_path / name / "reference").iterdir()}
     assert len(references) == 2  # compiled kernels may round otherwise: a cache of its own
+
+
+def test_the_operator_is_not_in_the_graph_of_cuda(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: torch.device
+) -> None:
+    def operators(*disabled: str) -> set[str]:
+        found: set[str] = set()
+
+        def look(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            found.update(str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=aot_autograd(fw_compiler=look)))
+        with switches.disabled(*disabled):
+            policy = _policy(folder, device, compile=True)
+            _step(policy, _rows(1)[0])
+        return {name for name in found if name.startswith("notus")}
+
+    compile_, folder = torch.compile, toy_model_folder(tmp_path / "model", head_dim=16)
+    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
+    monkeypatch.setattr(attention, "varlen_attn", _varlen)
+    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    assert operators() == {"notus.gather_keys.default", "notus.gather_keys_backward.default"}
+    assert operators("graph_attention") == {
+        "notus.packed_attention.default",
+        "notus.packed_attention_backward.default",
+    }

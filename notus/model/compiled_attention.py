@@ -1,8 +1,11 @@
-"""Packed attention as one operator, for compiled blocks: torch.compile sees neither segments nor their lengths.
+"""Packed attention for compiled blocks, which must not compile again for a row of other segments.
 
-A row's segments are Python lists, over which the compiler would unroll and on which it would guard: a new row, a new
-compilation. Behind an operator it sees tensors of any length alone. An operator cannot hand its autograd graph on, so
-its backward pass computes the attention's forward once more, in every mode of checkpointing.
+A row's segments are Python lists: the compiler would unroll over them and guard on them. So it gets one of two things:
+
+- On CUDA in bf16, the operators themselves: the gather of the keys (`notus::gather_keys`) and torch's varlen attention,
+  which take the segments as tensors and have registered backward passes. The longest segment is a symbol.
+- Elsewhere, one operator around everything, `notus::packed_attention`. An operator cannot hand its autograd graph on,
+  so its backward pass computes the attention's forward once more, in every mode of checkpointing.
 """
 
 import functools
@@ -12,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from notus import switches
 from notus.data.packing import Layout
-from notus.model.attention import packed_attention
+from notus.model import attention
+from notus.model.attention import add_copies, packed_attention
 
-OPAQUE = "notus_packed_opaque"
+COMPILED = "notus_packed_compiled"
 # What dispatch looks for outside any operator; within one it leaves autograd out.
 _NOBODY = torch.nn.Module()  # an operator knows no calling module
 _ABOVE_AUTOGRAD = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
@@ -70,7 +75,10 @@ def _packed(
     key_index, first_copy, query_starts, key_starts, *copies = index
     query_lengths, key_lengths = lengths.view(2, -1).tolist()
     pairs = list(zip(copies[::2], copies[1::2], strict=True))
-    layout = Layout(key_index, first_copy, pairs, query_starts, key_starts, query_lengths, key_lengths, lengths)
+    layout = Layout(
+        key_index, first_copy, pairs, query_starts, key_starts, query_lengths, key_lengths, lengths,
+        max(query_lengths), max(key_lengths),
+    )  # fmt: skip
     out, _ = packed_attention(_NOBODY, query, key, value, None, scaling=scale, layout=layout, sliding_window=window)
     return out.contiguous()
 
@@ -89,7 +97,46 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _attention.register_autograd(_differentiate, setup_context=_keep)
 
 
-def opaque_attention(
+# ---- the gather of the keys, as an operator ----
+
+
+@torch.library.custom_op("notus::gather_keys", mutates_args=())
+def _gather(x: Tensor, key_index: Tensor, first_copy: Tensor, copies: list[Tensor]) -> Tensor:
+    return x.index_select(0, key_index)
+
+
+@_gather.register_fake
+def _(x: Tensor, key_index: Tensor, *_: object) -> Tensor:
+    return x.new_empty(key_index.shape[0], *x.shape[1:])
+
+
+@torch.library.custom_op("notus::gather_keys_backward", mutates_args=())
+def _gather_backward(grad: Tensor, first_copy: Tensor, copies: list[Tensor]) -> Tensor:
+    return add_copies(grad, first_copy, zip(copies[::2], copies[1::2], strict=True))
+
+
+@_gather_backward.register_fake
+def _(grad: Tensor, first_copy: Tensor, copies: list[Tensor]) -> Tensor:
+    return grad.new_empty(first_copy.shape[0], *grad.shape[1:])
+
+
+def _keep_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, first_copy, copies = inputs
+    ctx.save_for_backward(first_copy, *copies)
+
+
+def _scatter(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    first_copy, *copies = ctx.saved_tensors
+    return _gather_backward(grad, first_copy, copies), None, None, [None] * len(copies)
+
+
+_gather.register_autograd(_scatter, setup_context=_keep_places)
+
+
+# ---- what the blocks call ----
+
+
+def compiled_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -101,10 +148,18 @@ def opaque_attention(
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' `AttentionInterface`: `packed_attention` behind an operator."""
+    """Attention function for transformers' `AttentionInterface`: what `packed_attention` computes, for a compiler."""
     copies = [tensor for pair in layout.extra_copies for tensor in pair]
+    if _sees_kernel(query):
+        rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+        keys, values = (_gather(row, layout.key_index, layout.first_copy, copies) for row in rows[1:])
+        return attention.varlen_kernel(rows[0], keys, values, layout, scaling, sliding_window).unsqueeze(0), None
     index = [layout.key_index, layout.first_copy, layout.query_starts, layout.key_starts, *copies]
     return _attention(query, key, value, index, layout.lengths, scaling, sliding_window), None
 
 
-AttentionInterface.register(OPAQUE, opaque_attention)
+def _sees_kernel(query: Tensor) -> bool:
+    return switches.enabled("graph_attention") and attention.kernel_for(query.device, query.dtype)[0] == "varlen"
+
+
+AttentionInterface.register(COMPILED, compiled_attention)
