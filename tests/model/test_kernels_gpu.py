@@ -48,6 +48,19 @@ def test_the_devices_kernel_is_the_dense_reference(heads, kv_heads, window, dtyp
     assert all(relative(got, wanted) < tolerance for got, wanted in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
+def test_fp32_masks_are_aligned_where_the_widest_is_a_multiple_of_16(heads, kv_heads, window):
+    layout = build_layout([296, 96, 31], [[24, 40], [6, 7], [1, 2]]).to(CUDA)  # the widest mask: 40 x 336 numbers
+    shapes = [(1, count, sum(layout.query_lengths), 64) for count in (heads, kv_heads, kv_heads)]
+    generator = torch.Generator(CUDA).manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator, device=CUDA) for shape in shapes]
+    upstream = torch.randn(1, shapes[0][2], heads, 64, generator=generator, device=CUDA)
+    found = run(kernel_for(CUDA, torch.float32)[1], leaves, upstream, layout, window)
+    expected = run(dense_kernel, leaves, upstream, layout, window)
+    assert all(relative(got, wanted) < 1e-5 for got, wanted in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [None, 4096])
 def test_check_accepts_the_devices_kernel(dtype, window):
