@@ -3,7 +3,7 @@
 import sys
 
 from notus.config import load_config
-from notus.entry import leave, run_entry
+from notus.entry import configure_allocator, leave, run_entry
 
 
 def main() -> int:
@@ -12,6 +12,7 @@ def main() -> int:
         print(f"{__doc__}\n\ndocs/config.md describes every key.")
         return 0
     config = load_config(sys.argv[1:], "dpo")
+    configure_allocator()
     from notus.training.dpo import run
 
     return run(config)

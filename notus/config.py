@@ -110,7 +110,8 @@ class TrainingConfig:
     """Seed of the order of the data, dropout, LoRA's start and the held-out rows."""
     deterministic: bool = False
     """Use algorithms that repeat bit for bit on the same machine with as many ranks; an error where there is none.
-    What it costs on a GPU: not run."""
+    On a GPU, a resumed run ends bitwise as an undisturbed one only with this: the attention's backward pass otherwise
+    adds gradients in any order. On a CPU it is not needed. What it costs on a GPU: not run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
     activation_checkpointing: Literal["none", "products", "selective", "full", "auto"] = "full"

@@ -1,4 +1,7 @@
-"""How every entry ends: a user's mistake is one line from one rank, and exit code 1. Needs no torch until then."""
+"""How every entry begins and ends: what PyTorch reads when it is imported; one line and exit code 1 for a mistake.
+
+Imports no torch.
+"""
 
 import contextlib
 import ctypes
@@ -13,6 +16,8 @@ from typing import NoReturn, TextIO
 STOPPED = 75
 _FAILURES = "notus/failures"
 _PR_SET_PDEATHSIG = 1
+# PyTorch 2.11 to 2.13 read them all; for CUDA, the older names come first.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class LostPeers(RuntimeError):
@@ -21,6 +26,16 @@ class LostPeers(RuntimeError):
     def __init__(self, message: str, speaker: int) -> None:
         super().__init__(message)
         self.speaker = speaker
+
+
+def configure_allocator() -> None:
+    """Let the GPU memory of PyTorch grow in place, unless the user has configured it; call before torch is imported.
+
+    Packed rows differ in length, and so do their tensors. In segments of fixed size, they would leave holes that
+    nothing else fits into.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def tell(text: object, stream: TextIO | None = None) -> None:

@@ -102,6 +102,48 @@ def test_a_mistake_under_another_launcher_is_one_line_too(config_file: Path) -> 
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
 
 
+# Stops an entry at its first import of torch, and tells what torch would read.
+FIRST_IMPORT = """
+import os, runpy, sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+            os._exit(0)
+
+sys.meta_path.insert(0, Stop())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "")
+run = runpy.run_module if sys.argv[0] == "notus" else runpy.run_path
+run(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, "expandable_segments:True None"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64 None"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None max_split_size_mb:64"),
+    ],
+)
+@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py", "notus"])
+def test_gpu_memory_may_grow_unless_the_user_has_configured_it(
+    entry: str, given: dict[str, str], seen: str, config_file: Path
+) -> None:
+    path = config_file
+    if entry == "train_sft.py":
+        path = config_file.with_name("sft.yaml")
+        tree = yaml.safe_load(config_file.read_text())
+        path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if key not in ("dpo", "reference")}))
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    words = [entry, *(["reference"] if entry == "notus" else []), str(path)]
+    command = [sys.executable, "-c", FIRST_IMPORT, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[0] == seen, done.stderr
+
+
 @pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py"])
 def test_help_tells_the_usage(entry: str) -> None:
     done = _start(entry, "--help")

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,6 +132,8 @@ class Batch:
         lengths: [E, K] completion tokens per branch; they sum to M.
         weights: [E] fp32, 1 for an example and 0 for a filler.
         indices: [E] dataset rows, -1 for a filler.
+        reference: [E, K] fp32, the reference's log-probs in nats, where the loss compares with them.
+        places: where the row's results belong among those of a whole pass, where there is one; None for a filler.
     """
 
     input_ids: Tensor
@@ -141,6 +144,8 @@ class Batch:
     lengths: Tensor
     weights: Tensor
     indices: Tensor
+    reference: Tensor | None = None
+    places: Tensor | None = None
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU waits for nothing."""
@@ -153,7 +158,7 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         indices, layout = fields.pop("indices"), fields.pop("layout")
-        changed = {name: change(tensor) for name, tensor in fields.items()}
+        changed: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in fields.items()}
         return Batch(**changed, indices=indices, layout=layout.map(change))
 
 

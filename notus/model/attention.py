@@ -77,8 +77,8 @@ def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
     window = None if window is not None and window >= max(layout.key_lengths) else window
     lengths = list(zip(layout.query_lengths, layout.key_lengths, strict=True))
     masked = [(rows, columns) for rows, columns in lengths if rows != columns or window is not None]
-    height, width = (max(sizes) for sizes in zip(*masked, strict=True)) if masked else (0, 0)
-    mask = causal_mask(height, width, window, query.device, query.dtype)
+    alignment = mask_alignment(query.device)
+    masks = _corner_masks(masked, window, query.device, query.dtype, alignment)
     parts = []
     # split, not slices: a slice's backward writes a row-sized gradient of zeros for every segment
     queries = query.transpose(0, 1).unsqueeze(0).split(layout.query_lengths, dim=2)
@@ -86,14 +86,48 @@ def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
     values = value.transpose(0, 1).unsqueeze(0).split(layout.key_lengths, dim=2)
     for q, k, v, (rows, columns) in zip(queries, keys, values, lengths, strict=True):
         square = rows == columns and window is None
-        # aligned at the bottom right, the mask of a segment is the corner of a larger one's
-        corner = None if square else mask[height - rows :, width - columns :]
+        corner = None if square else _corner(masks[columns % alignment], rows, columns)
         parts.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=corner, is_causal=square, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
             )
         )
     return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1).to(dtype)
+
+
+def mask_alignment(device: torch.device) -> int:
+    """Return of how many numbers a mask's strides, and the place where it begins, have to be multiples.
+
+    CUDA's memory-efficient kernel loads 16 bytes of the mask at a time. `scaled_dot_product_attention` copies a mask
+    whose strides are no multiples of 8 into one that has such strides (torch 2.11 to 2.13, `preprocess_mask` in
+    aten/src/ATen/native/transformers/attention.cpp). It does not look at the address: a slice that begins between two
+    multiples would be read as it stands, which ends in "CUDA error: misaligned address".
+    """
+    return 8 if device.type == "cuda" else 1
+
+
+def _corner_masks(
+    lengths: list[tuple[int, int]], window: int | None, device: torch.device, dtype: torch.dtype, alignment: int
+) -> dict[int, Tensor]:
+    """Masks of which every segment's own is a corner, by the segment's number of keys modulo `alignment`.
+
+    A corner begins `width - columns` numbers after the beginning of a row. Of the segments in one of these groups, that
+    is always a multiple of `alignment`.
+    """
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for rows, columns in lengths:
+        groups.setdefault(columns % alignment, []).append((rows, columns))
+    masks = {}
+    for rest, group in groups.items():
+        height, width = (max(sizes) for sizes in zip(*group, strict=True))
+        masks[rest] = causal_mask(height, width, window, device, dtype, alignment)
+    return masks
+
+
+def _corner(mask: Tensor, rows: int, columns: int) -> Tensor:
+    """The mask of a segment: aligned at the bottom right, it is the corner of a larger one's."""
+    height, width = mask.shape
+    return mask[height - rows :, width - columns :]
 
 
 def dense_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
@@ -111,16 +145,26 @@ def dense_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scal
 
 
 def causal_mask(
-    num_queries: int, num_keys: int, window: int | None, device: torch.device, dtype: torch.dtype
+    num_queries: int,
+    num_keys: int,
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    alignment: int = 1,
 ) -> Tensor:
-    """Additive mask [num_queries, num_keys]: 0 where a query may look, else -inf; aligned bottom right."""
+    """Additive mask [num_queries, num_keys]: 0 where a query may look, else -inf; aligned bottom right.
+
+    Its rows begin at multiples of `alignment` numbers.
+    """
     ahead = torch.arange(num_keys, device=device) - (
         torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries
     )
     hidden = ahead > 0
     if window is not None:
         hidden |= ahead <= -window
-    return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    padded = num_keys + -num_keys % alignment
+    mask = torch.zeros(num_queries, padded, dtype=dtype, device=device)
+    return mask[:, :num_keys].masked_fill_(hidden, float("-inf"))
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> tuple[str, Kernel]:

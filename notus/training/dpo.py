@@ -59,10 +59,14 @@ class DPOTask:
         per_token = settings.loss_type in ("ipo", "sigmoid_norm")
         self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Add the reference's log-probs of the row; of a filler those of any row, since it weighs nothing."""
+        return dataclasses.replace(batch, reference=self._train.reference[batch.indices])
+
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of: mean loss over the step's pairs + nll_weight * mean NLL over its chosen tokens."""
-        reference = self._train.reference[batch.indices].to(logps.device, non_blocking=True)
-        weights, lengths = batch.weights, batch.lengths
+        reference, weights, lengths = batch.reference, batch.weights, batch.lengths
+        assert reference is not None  # see prepare
         pairs, chosen_tokens = len(step_indices), int(self.rows.loss_tokens[step_indices, 0].sum())
         preference, rewards = self._losses(logps, reference, lengths)
         losses = self._with_nll(preference, logps, pairs, chosen_tokens)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,6 +73,7 @@ class Feed:
         *,
         tokens_per_row: int,
         device: torch.device,
+        prepare: Callable[[Batch], Batch] | None = None,
     ) -> None:
         """Begin.
 
@@ -83,7 +84,9 @@ class Feed:
             steps: the steps to come, one after the other.
             tokens_per_row: the most tokens of a packed row.
             device: where the batches will be used; they stay on the host.
+            prepare: called for each row on the feed's thread; adds what the loss needs, before the row is pinned.
         """
+        self._prepare = prepare
         self._rows, self._costs, self._plan, self._steps = rows, costs, plan, steps
         self._tokens_per_row = tokens_per_row
         self._cost = self._paid = 0.0
@@ -124,5 +127,6 @@ class Feed:
             indices = self._plan.indices(step)
             costs = self._costs[indices].tolist()
             dealt = deal(self._rows.lengths[indices].tolist(), costs, ranks, self._tokens_per_row)
-            yield from packed(self._rows, indices, dealt[rank()])
+            for batch in packed(self._rows, indices, dealt[rank()]):
+                yield batch if self._prepare is None else self._prepare(batch)
             yield _StepEnd(sum(costs), ranks * time_of(dealt, costs))

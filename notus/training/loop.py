@@ -70,6 +70,10 @@ class Task(Protocol):
     num_sums: int
     guards: tuple[Guard, ...]
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Add what `row_loss` needs beside the row; called on the feed's thread, so that the loop need not wait."""
+        ...
+
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The loss of one row from its log-probs [E, K]; `step_indices`: all ranks' dataset rows of the step."""
         ...
@@ -169,6 +173,7 @@ class Trainer:
             range(self.progress.step, settings.total_steps),
             tokens_per_row=settings.tokens_per_row,
             device=self.device,
+            prepare=task.prepare,
         )
 
     def _run(self, feed: Feed) -> Ending:
@@ -234,7 +239,8 @@ class Trainer:
         torch.manual_seed(np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item())
         indices = self.task.plan.indices(step)
         examples: list[tuple[Tensor, Tensor]] = []
-        bad = torch.zeros((), device=self.device)
+        flags = torch.zeros(4, device=self.device)
+        bad, *mine = flags.unbind()
         for batch, last in feed.step():
             if self._whole:
                 expect_last_row(self.policy, last)
@@ -247,8 +253,9 @@ class Trainer:
         if self._whole:
             hand_over_gradients(self.policy)
         gradients = local_gradients(self.trainable)
-        mine = torch.tensor([self.checkpoints.failed(), self.stop.signalled, self.stop.overdue])
-        flags = torch.cat([bad[None], mine.to(self.device)])
+        for flag, raised in zip(mine, (self.checkpoints.failed(), self.stop.signalled, self.stop.overdue), strict=True):
+            if raised:
+                flag.fill_(1.0)  # a copy from the host would wait for the backward pass
         told = gradient_norm(gradients, flags, first_replica=is_first_replica(self.trainable))
         norm, losses_bad, save_failed, signalled, overdue = told.tolist()  # the step's one host sync
         if save_failed:

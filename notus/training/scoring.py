@@ -3,6 +3,7 @@
 The same forward, kernels and precision as training, so that at step 0 policy and reference agree.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -45,11 +46,13 @@ def score(
 
     def keep(batch: Batch) -> None:
         logps = policy(batch)
-        if int(batch.indices[0]) >= 0:  # not a filler
-            where = torch.tensor([place[index] for index in batch.indices.tolist()])
-            found[where.to(device)] = logps
+        if batch.places is not None:
+            found.index_copy_(0, batch.places, logps)
 
-    _pass(policy, rows, indices, keep, tokens_per_row=tokens_per_row, device=device, on_row=on_row)
+    def places(row: list[int]) -> np.ndarray:
+        return np.array([place[index] for index in row])
+
+    _pass(policy, rows, indices, keep, places, tokens_per_row=tokens_per_row, device=device, on_row=on_row)
     return sum_across_ranks(found).cpu()
 
 
@@ -65,11 +68,13 @@ def score_tokens(policy: Policy, rows: Rows, *, tokens_per_row: int, device: tor
 
     def keep(batch: Batch) -> None:
         logps = policy(batch, per_token=True)
-        if int(batch.indices[0]) >= 0:  # not a filler
-            where = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in batch.indices.tolist()])
-            found[torch.from_numpy(where).to(device)] = logps
+        if batch.places is not None:
+            found.index_copy_(0, batch.places, logps)
 
-    _pass(policy, rows, np.arange(len(rows)), keep, tokens_per_row=tokens_per_row, device=device)
+    def places(row: list[int]) -> np.ndarray:
+        return np.concatenate([np.arange(starts[index], starts[index + 1]) for index in row])
+
+    _pass(policy, rows, np.arange(len(rows)), keep, places, tokens_per_row=tokens_per_row, device=device)
     return sum_across_ranks(found).cpu()
 
 
@@ -78,12 +83,16 @@ def _pass(
     rows: Rows,
     indices: np.ndarray,
     keep: Callable[[Batch], None],
+    places: Callable[[list[int]], np.ndarray],
     *,
     tokens_per_row: int,
     device: torch.device,
     on_row: Callable[[], None] | None = None,
 ) -> None:
-    """Hand each of this rank's packed rows, on the device, to `keep`, which computes with the policy."""
+    """Hand each of this rank's packed rows, on the device, to `keep`, which computes with the policy.
+
+    `places` says where the results of a row belong, given its dataset rows. It runs on the thread that makes the rows.
+    """
     was_training = policy.training
     policy.eval()
     share = step_rows(
@@ -95,7 +104,7 @@ def _pass(
         costs=row_costs(policy, rows, indices),
     )
     try:
-        with prefetched(share, device) as batches:
+        with prefetched((_placed(batch, places) for batch in share), device) as batches:
             for batch in batches:
                 if on_row is not None:
                     on_row()
@@ -103,6 +112,11 @@ def _pass(
     finally:
         reshard(policy)
         policy.train(was_training)
+
+
+def _placed(batch: Batch, places: Callable[[list[int]], np.ndarray]) -> Batch:
+    row = batch.indices.tolist()
+    return batch if row[0] < 0 else dataclasses.replace(batch, places=torch.from_numpy(places(row)))
 
 
 def score_all(

@@ -29,6 +29,10 @@ class SFTTask:
         self.rows, self.plan = train, plan
         self._held_out, self._tokens_per_row, self._device = held_out, tokens_per_row, device
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Add nothing: the loss needs the row alone."""
+        return batch
+
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of the mean negative log-likelihood over the step's loss tokens, in nats."""
         weights, lengths = batch.weights, batch.lengths

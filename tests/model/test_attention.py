@@ -13,6 +13,7 @@ from notus.model.attention import (
     check_kernel,
     dense_kernel,
     kernel_for,
+    mask_alignment,
     packed_attention,
     sdpa_kernel,
     varlen_kernel,
@@ -153,7 +154,42 @@ def test_rows_without_sharing_or_window_build_no_mask(monkeypatch):
     leaves, _ = inputs(21, 2, 2)
     attend(*leaves, build_layout([8, 3], [[7], [3]]), kernel=sdpa_kernel)
     attend(*leaves, build_layout([8], [[9, 4]]), kernel=sdpa_kernel)  # only branch 2 needs one: 4 x 12
-    assert sizes == [(0, 0), (4, 12)]
+    assert sizes == [(4, 12)]
+
+
+# Rows whose largest mask is 32 numbers wide, so that its own strides are in order: CUDA's kernel would be handed it.
+ALIGNED_WIDTH = ([24, 9, 3], [[5, 8], [6, 7], [1, 2]])
+
+
+@pytest.mark.parametrize("window", [None, 3, 20])
+def test_on_cuda_every_mask_begins_where_its_kernel_may_load(window, monkeypatch):
+    trunks, branches = ALIGNED_WIDTH
+    leaves, upstream = inputs(sum(trunks) + sum(map(sum, branches)), 2, 2)
+    expected = attend(*leaves, build_layout(trunks, branches), kernel=dense_kernel, window=window)
+    masks, call = [], attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "mask_alignment", lambda device: mask_alignment(torch.device("cuda")))
+    monkeypatch.setattr(
+        attention,
+        "scaled_dot_product_attention",
+        lambda *args, **options: (masks.append(options["attn_mask"]), call(*args, **options))[1],
+    )
+    found = attend(*leaves, build_layout(trunks, branches), kernel=sdpa_kernel, window=window)
+    masks = [mask for mask in masks if mask is not None]
+    assert len(masks) == (3 if window is None else 6)
+    for mask in masks:
+        begins = mask.storage_offset() * mask.element_size()  # the storage itself is aligned by the allocator
+        assert (begins % 16, mask.stride(0) % 8, mask.stride(1)) == (0, 0, 1)
+    assert relative(found, expected) < 1e-6
+    gradients = torch.autograd.grad(found, leaves, upstream)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        assert relative(got, wanted) < 1e-5
+
+
+def test_only_cuda_asks_for_alignment():
+    assert [mask_alignment(torch.device(name)) for name in ("cpu", "cuda")] == [1, 8]
+    mask = causal_mask(3, 13, None, CPU, torch.float32, 8)
+    assert (mask.shape, mask.stride()) == ((3, 13), (16, 1))
+    assert mask.tolist() == causal_mask(3, 13, None, CPU, torch.float32).tolist()
 
 
 def test_a_layer_that_drops_the_layout_is_an_error_of_one_line():

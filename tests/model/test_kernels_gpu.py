@@ -12,6 +12,7 @@ from notus.model import attention
 from notus.model.attention import IMPLEMENTATION, check_kernel, dense_kernel, kernel_for, packed_attention
 from notus.model.fused import fuse
 from notus.model.policy import Policy
+from notus.training.determinism import deterministic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,6 +49,19 @@ def test_the_devices_kernel_is_the_dense_reference(heads, kv_heads, window, dtyp
     assert all(relative(got, wanted) < tolerance for got, wanted in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
+def test_fp32_masks_are_aligned_where_the_widest_is_a_multiple_of_16(heads, kv_heads, window):
+    layout = build_layout([296, 96, 31], [[24, 40], [6, 7], [1, 2]]).to(CUDA)  # the widest mask: 40 x 336 numbers
+    shapes = [(1, count, sum(layout.query_lengths), 64) for count in (heads, kv_heads, kv_heads)]
+    generator = torch.Generator(CUDA).manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator, device=CUDA) for shape in shapes]
+    upstream = torch.randn(1, shapes[0][2], heads, 64, generator=generator, device=CUDA)
+    found = run(kernel_for(CUDA, torch.float32)[1], leaves, upstream, layout, window)
+    expected = run(dense_kernel, leaves, upstream, layout, window)
+    assert all(relative(got, wanted) < 1e-5 for got, wanted in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("window", [None, 4096])
 def test_check_accepts_the_devices_kernel(dtype, window):
@@ -63,6 +77,19 @@ def test_the_gathers_backward_is_the_same_in_every_run():
         return torch.autograd.grad(attention._GatherKeys.apply(x, layout), x, upstream)[0]
 
     assert all(torch.equal(gradient(), gradient()) for _ in range(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
+def test_attention_repeats_bit_for_bit_in_deterministic_mode(heads, kv_heads, dtype):
+    layout = build_layout([2000, 700], [[900, 800], [300, 280]]).to(CUDA)  # many blocks add to one gradient
+    shapes = [(1, count, sum(layout.query_lengths), 128) for count in (heads, kv_heads, kv_heads)]
+    generator = torch.Generator(CUDA).manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator, device=CUDA).to(dtype) for shape in shapes]
+    upstream = torch.randn(1, shapes[0][2], heads, 128, generator=generator, device=CUDA)
+    with deterministic(True):
+        first, *others = [run(kernel_for(CUDA, dtype)[1], leaves, upstream, layout, None) for _ in range(4)]
+    assert all(torch.equal(got, wanted) for other in others for got, wanted in zip(other, first, strict=True))
 
 
 def examples():

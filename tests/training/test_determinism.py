@@ -16,11 +16,12 @@ from notus.training import dpo
 from notus.training.determinism import deterministic
 
 
-def _state() -> tuple[bool, bool, bool, bool, str | None]:
+def _state() -> tuple[bool, bool, bool, bool, bool, str | None]:
     cudnn = torch.backends.cudnn
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
         cudnn.deterministic,
         cudnn.benchmark,
         os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
@@ -35,7 +36,7 @@ def test_an_operation_that_cannot_repeat_raises_and_all_is_as_before(monkeypatch
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = _state()
     with deterministic(True):
-        assert _state() == (True, False, True, False, ":4096:8")
+        assert _state() == (True, False, False, True, False, ":4096:8")
         with pytest.raises(RuntimeError, match=r"put_ .*does not have a deterministic implementation"):
             _nondeterministic()
     assert _state() == before
@@ -46,6 +47,20 @@ def test_an_operation_that_cannot_repeat_raises_and_all_is_as_before(monkeypatch
     with deterministic(True):
         assert _state()[-1] == ":16:8"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_new_memory_is_not_filled_and_the_users_choice_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (True, False):
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", before)
+        with deterministic(True):
+            sevens = torch.full((1000,), 7.0)
+            address = sevens.data_ptr()
+            del sevens
+            again = torch.empty(1000)
+            if again.data_ptr() == address:  # as the allocator has it for equal sizes
+                assert not again.isnan().any()
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.utils.deterministic.fill_uninitialized_memory is before
 
 
 def test_it_is_on_before_a_device_is_chosen_and_off_after_the_run(

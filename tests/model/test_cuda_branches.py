@@ -1,0 +1,189 @@
+"""What the packed path does on CUDA alone, without a GPU.
+
+Its forward passes run on fake CUDA tensors, which an index left on the host or a wrong dtype would stop. Its backward
+passes run on the CPU with the branches of CUDA taken: with values where the CPU has the same operators, on fake tensors
+where it has not.
+"""
+
+import contextlib
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import CUDA, fake_cuda, move
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import toy_model
+
+from notus.data.packing import Example, build_layout, collate
+from notus.model import attention
+from notus.model.attention import IMPLEMENTATION, packed_attention
+from notus.model.fused import fuse
+from notus.model.logprobs import _LinearLogprobs, full_logprobs, linear_logprobs
+from notus.model.policy import Policy
+
+
+class Calls(TorchDispatchMode):
+    """The arguments of every call of one operator."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.found = operator, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is self.operator._opoverload:
+            self.found.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+class TakenForCuda(TorchFunctionMode):
+    """CPU tensors say that they are on CUDA."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func is Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+
+
+class Context(SimpleNamespace):
+    """What autograd hands to a function's forward and backward."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+def row(kv_heads=2, **overrides):
+    """A policy on toy Mistral, and a packed row of three pairs."""
+    model = toy_model(num_key_value_heads=kv_heads, **overrides)
+    model.set_attn_implementation(IMPLEMENTATION)
+    fuse(model)
+    examples = [
+        Example(index, np.arange(3, 3 + trunk), tuple(np.arange(3, 3 + n) for n in branches), masks(branches))
+        for index, (trunk, branches) in enumerate([(20, (4, 9)), (1, (1, 5)), (33, (7, 3))])
+    ]
+    return Policy(model), collate(examples, 2)
+
+
+def masks(branches):
+    return tuple(np.ones(length, dtype=bool) for length in branches)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_bf16_attention_is_one_call_of_flash_attention(kv_heads, window):
+    layout = build_layout([5, 3], [[4, 6], [2, 7]])
+    with fake_cuda() as waits, Calls(varlen._varlen_attn) as calls:
+        query = torch.empty(1, 4, 27, 16, dtype=torch.bfloat16, device=CUDA)
+        key = torch.empty(1, kv_heads, 27, 16, dtype=torch.bfloat16, device=CUDA)
+        on_device = layout.map(waits.pin).to(CUDA)
+        out, _ = packed_attention(
+            torch.nn.Identity(), query, key, key, None, scaling=0.25, layout=on_device, sliding_window=window
+        )
+        assert (out.shape, out.dtype, out.device) == ((1, 27, 4, 16), torch.bfloat16, CUDA)
+        assert waits.found == []
+    ((_, keys, _, _, _, longest_query, longest_key, causal, scale, left_right, *rest),) = calls.found
+    assert keys.shape == (35, kv_heads, 16)  # with a copy of each trunk
+    assert (longest_query, longest_key, scale) == (11 - 2, 11, 0.25)
+    assert (causal, left_right) == ((True, [-1, 0]) if window is None else (False, [3, 0]))
+    assert rest[:1] in ([], [kv_heads != 4])  # torch 2.12 and later want to be told
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_fp32_attention_hands_aligned_masks_to_the_kernel(window, monkeypatch):
+    layout = build_layout([24, 9, 3], [[5, 8], [6, 7], [1, 2]])
+    found, call = [], attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention,
+        "scaled_dot_product_attention",
+        lambda *args, **options: (found.append(options["attn_mask"]), call(*args, **options))[1],
+    )
+    with fake_cuda() as waits:
+        query = torch.empty(1, 4, 65, 16, device=CUDA)
+        on_device = layout.map(waits.pin).to(CUDA)
+        out, _ = packed_attention(
+            torch.nn.Identity(), query, query, query, None, scaling=0.25, layout=on_device, sliding_window=window
+        )
+        assert (out.shape, out.device, waits.found) == ((1, 65, 4, 16), CUDA, [])
+    found = [mask for mask in found if mask is not None]
+    assert len(found) == (3 if window is None else 6)
+    assert all(mask.device == CUDA and mask.storage_offset() % 8 == 0 for mask in found)
+    assert all((mask.stride(0) % 8, mask.stride(1)) == (0, 1) for mask in found)
+
+
+def test_the_gathers_backward_stays_on_the_device():
+    layout = build_layout([5], [[2, 3, 4]])
+    with fake_cuda() as waits:
+        on_device = layout.map(waits.pin).to(CUDA)
+        grad = torch.empty(len(layout.key_index), 2, 8, dtype=torch.bfloat16, device=CUDA)
+        total, _ = attention._GatherKeys.backward(SimpleNamespace(layout=on_device), grad)
+        assert (total.shape, total.device, waits.found) == ((14, 2, 8), CUDA, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_logprobs_forward_and_backward_stay_on_the_device(trains_head, dtype):
+    context = Context(needs_input_grad=(True, trains_head, False, False))
+    with fake_cuda() as waits:
+        hidden, weight = (torch.empty(size, 16, dtype=dtype, device=CUDA) for size in (21, 50))
+        targets = torch.empty(21, dtype=torch.int64, device=CUDA)
+        logps = _LinearLogprobs.forward(context, hidden, weight, targets, 8)
+        assert (logps.shape, logps.dtype, logps.device) == ((21,), torch.float32, CUDA)
+        grads = _LinearLogprobs.backward(context, torch.empty_like(logps))
+        assert waits.found == []
+    assert (grads[0].shape, grads[0].dtype, grads[0].device) == ((21, 16), dtype, CUDA)
+    assert (grads[1].shape, grads[1].dtype) == ((50, 16), dtype) if trains_head else grads[1] is None
+
+
+def test_logprobs_as_on_cuda_are_the_plain_ones():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 16, generator=generator).requires_grad_() for size in (21, 50))
+    targets = torch.randint(50, (21,), generator=generator)
+    upstream = torch.randn(21, generator=generator)
+    plain = full_logprobs(hidden, weight, targets)
+    expected = torch.autograd.grad(plain, (hidden, weight), upstream)
+    with TakenForCuda():
+        found = linear_logprobs(hidden, weight, targets, chunk_tokens=8)
+        gradients = torch.autograd.grad(found, (hidden, weight), upstream)
+    torch.testing.assert_close(found, plain)
+    for got, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_of_the_whole_policy_stays_on_the_device(dtype, kv_heads):
+    policy, batch = row(kv_heads)
+    policy = policy.to(dtype)
+    with fake_cuda() as waits:
+        logps = move(policy)(batch.pin().to(CUDA))
+        assert (logps.shape, logps.dtype, logps.device, waits.found) == ((3, 2), torch.float32, CUDA, [])
+
+
+def test_the_policys_norms_as_on_cuda_are_the_plain_ones():
+    gradients = []
+    for mode in (contextlib.nullcontext(), TakenForCuda()):
+        policy, batch = row()
+        with mode:
+            policy(batch).sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_policy_differentiates_through_flash_attention(window, kv_heads):
+    policy, batch = row(kv_heads, sliding_window=window)
+    policy = policy.bfloat16()
+    flash = mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel))
+    with flash, FakeTensorMode(allow_non_fake_inputs=True) as mode, TakenForCuda():
+        for part in policy.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.detach()))
+        with Calls(varlen._varlen_attn_backward) as calls:
+            policy(batch).sum().backward()
+        assert len(calls.found) == 2  # one for each layer
+        assert all(parameter.grad.shape == parameter.shape for parameter in policy.parameters())

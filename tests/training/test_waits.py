@@ -1,0 +1,144 @@
+"""How often the host waits for the device: once in a step, never in a row of the reference pass.
+
+On fake CUDA tensors, so that no GPU is needed; `test_the_host_waits_once` holds a real one to it.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import CUDA, fake_cuda, move
+from runs import config, write_pairs
+from toys import toy_model, toy_model_folder
+
+from notus.data.packing import StepPlan
+from notus.model.attention import IMPLEMENTATION
+from notus.model.fused import fuse
+from notus.model.policy import Policy
+from notus.training import scoring
+from notus.training.checkpoint import Progress
+from notus.training.dpo import DPOTask, Preferences
+from notus.training.loop import Settings, Trainer
+from notus.training.optim import build_optimizer
+from notus.training.run import start
+from notus.training.sft import SFTTask
+
+
+@pytest.fixture(params=["dpo", "sft"])
+def job(request: pytest.FixtureRequest, tmp_path: Path):
+    model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 11)
+    with start(config(request.param, tmp_path / "run", model, pairs), request.param) as found:
+        found.kind = request.param
+        yield found
+
+
+@pytest.fixture
+def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo takes no fake tensors, and CUDA no device of a machine without one."""
+    monkeypatch.setattr("notus.training.optim.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.scoring.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("notus.training.optimizers.InPieces._noise", lambda *_: None)  # a generator on the device
+
+
+def fast_policy(dtype: torch.dtype) -> Policy:
+    model = toy_model().to(dtype)
+    model.set_attn_implementation(IMPLEMENTATION)
+    fuse(model)
+    return Policy(model)
+
+
+def task_of(job: Any, device: torch.device) -> DPOTask | SFTTask:
+    rows, plan = job.train_rows, StepPlan(11, 8)
+    options: dict[str, Any] = {"plan": plan, "tokens_per_row": int(rows.lengths.max()), "device": device}
+    if job.kind == "sft":
+        return SFTTask(rows, None, **options)
+    reference = torch.zeros(len(rows), 2)
+    return DPOTask(Preferences(rows, reference), None, settings=job.config.dpo, precision="bf16", **options)
+
+
+def trainer_of(task: DPOTask | SFTTask, policy: Policy, optimizer: str, device: torch.device) -> Trainer:
+    nothing: Any = None
+    return Trainer(
+        policy,
+        build_optimizer(policy.parameters(), name=optimizer, learning_rate=1e-3, weight_decay=0.0),
+        task,
+        Settings(2, 0, 1e-3, "linear", 1.0, int(task.rows.lengths.max()), 0, 1, None, None),
+        progress=Progress(),
+        tracker=nothing,
+        checkpoints=SimpleNamespace(failed=lambda: False, wait=lambda: None),  # type: ignore[arg-type]
+        stop=SimpleNamespace(signalled=True, overdue=False),  # type: ignore[arg-type]
+        meter=nothing,
+        sample=None,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_a_step_makes_the_host_wait_once(
+    optimizer: str, job: Any, without_a_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = fast_policy(torch.float32)  # as FSDP's masters; the kernels of bf16 are called elsewhere
+
+    def backward(loss: torch.Tensor) -> None:
+        assert loss.device == CUDA
+        for parameter in policy.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    task = task_of(job, CUDA)  # its reference is real: the feed's thread reads it
+    with fake_cuda() as waits:
+        trainer = trainer_of(task, move(policy), optimizer, CUDA)
+        with trainer._feed() as feed:
+            waits.found.clear()
+            assert trainer._step(feed) is None  # a fake tensor's values are read as zeros
+            assert waits.copies > 20  # there were rows, and they came over
+            assert waits.found == ["tolist"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_row_of_the_reference_pass_makes_the_host_wait_for_nothing(
+    per_token: bool, dtype: torch.dtype, job: Any, without_a_group: None
+) -> None:
+    rows, policy = job.train_rows, fast_policy(dtype)
+    options: dict[str, Any] = {"tokens_per_row": int(rows.lengths.max()), "device": CUDA}
+    with fake_cuda() as waits:
+        move(policy)
+        if per_token:
+            size = scoring.score_tokens(policy, rows, **options).shape
+        else:
+            size = scoring.score(policy, rows, np.arange(len(rows)), **options).shape
+        assert waits.copies > 20
+        assert waits.found == [f"aten._to_copy.default to the host, {tuple(size)}"]  # the scores, once, at the end
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_host_waits_once(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("notus.training.optim.sum_across_ranks", lambda tensor: tensor)
+    reads: list[int] = []
+
+    def tolist(tensor: torch.Tensor) -> list[float]:
+        if not tensor.is_cuda:
+            return inner(tensor)
+        reads.append(tensor.numel())
+        torch.cuda.set_sync_debug_mode("default")
+        found = inner(tensor)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    inner = torch.Tensor.tolist
+    trainer = trainer_of(task_of(job, job.device), fast_policy(torch.float32).to(job.device), "rmsprop", job.device)
+    with trainer._feed() as feed:
+        trainer._step(feed)  # the first sets libraries up
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer._step(feed)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert reads == [5]
