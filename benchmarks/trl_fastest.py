@@ -138,8 +138,9 @@ class Search:
             for probe in self.probes.values()
             if probe.outcome and probe.options["precompute_ref_log_probs"] and REFERENCE_PAIRS not in probe.options
         }
-        size = min(passes, key=lambda size: passes[size])
-        return [] if size == best.options[PAIRS] else [{REFERENCE_PAIRS: size}]
+        own = best.options[PAIRS]
+        size = min(passes, key=lambda size: (passes[size], size != own))
+        return [] if size == own else [{REFERENCE_PAIRS: size}]
 
     def _best(self, epochs: int) -> Probe | None:
         found = [probe for probe in self.probes.values() if probe.outcome]
