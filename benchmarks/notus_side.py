@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ class TimedTrainer(Trainer):
     marks: tuple[float, ...] = ()  # when it began, when each step was logged, and when it was done
 
     def run(self) -> Ending:
+        """Train as ever, through a tracker that notes the time and a checkpoint writer that does not write."""
         log, checkpoints = self.tracker.log, self.checkpoints
 
-        def timed_log(*arguments: Any) -> None:
-            log(*arguments)
+        def timed_log(step: int, metrics: Mapping[str, float]) -> None:
+            log(step, metrics)
             TimedTrainer.marks += (time.perf_counter(),)
 
         self.tracker.log = timed_log  # type: ignore[method-assign]

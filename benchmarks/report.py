@@ -119,7 +119,7 @@ def table(comparison: Comparison, precision: str) -> str:
     ]
     if "trl-fastest" in comparison.sides:
         lines += [
-            f"trl-fastest, {epochs} epochs: {describe(comparison.options('trl-fastest', epochs))}"
+            f"trl-fastest, {epochs} ep.: {describe(comparison.options('trl-fastest', epochs))}"
             for epochs in comparison.epochs
         ]
     return "\n".join(lines).rstrip()

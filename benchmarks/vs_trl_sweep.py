@@ -10,6 +10,7 @@ Prints a table in Markdown. Ends with exit code 1 if the sides saw other tokens 
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -132,6 +133,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run at hand ends too
     results, faults = (json.loads(args.stored.read_text()), []) if args.stored else measure(args)
     print(table(results))
     if args.results:

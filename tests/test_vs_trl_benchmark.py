@@ -166,7 +166,7 @@ def test_each_round_is_compared_with_itself() -> None:
     assert "0.10 (0.08 to 0.50)" in other
     assert ratio.startswith("notus / trl-fastest")
     assert "3.00x (2.00 to 5.00)  2.00x (2.00 to 2.00)  2.78x (1.67 to 4.20)" in ratio
-    assert shown.endswith("trl-fastest, 1 epochs: 2 pairs per device, reference live, no checkpointing")
+    assert shown.endswith("trl-fastest, 1 ep.: 2 pairs per device, reference live, no checkpointing")
 
 
 def test_one_round_has_no_range_and_one_step_no_steady_rate() -> None:
