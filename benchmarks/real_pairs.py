@@ -5,8 +5,8 @@ Conversations are rendered with the tokenizer's chat template (Zephyr's where it
 begins and behind its end-of-sequence token: what a template writes after that, TRL would learn, and Notus does not. BOS
 is left to the tokenizer where it puts one itself.
 
-Left out are pairs that are longer than MAX_LENGTH, that have several answers, or whose prompt ends in the middle of a
-token: there the libraries differ in what they learn.
+Left out are pairs that are longer than MAX_LENGTH, that have several answers, an empty one or twice the same, or whose
+prompt ends in the middle of a token: there the libraries differ in what they learn.
 """
 
 import json
@@ -70,7 +70,7 @@ def _fault(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> s
         return f"longer than {max_length} tokens"
     if any(whole[: len(prompt)] != prompt for whole in wholes):
         return "prompt ends in the middle of a token"
-    return None
+    return "chosen and rejected identical" if wholes[0] == wholes[1] else None
 
 
 def main(source: str, count: int, model: str, max_length: int, output: Path) -> None:

@@ -360,12 +360,13 @@ def test_real_pairs_give_both_sides_the_same_tokens(template: str | None, tmp_pa
         {"prompt": turns("user", "w5"), "chosen": turns("assistant", "w7"), "rejected": turns("assistant", " ")},
         {"prompt": "w5", "chosen": "w7 " * 40, "rejected": " w8"},
         {"prompt": "w5", "chosen": "w7", "rejected": " w8"},  # "w5w7" is another word
+        {"prompt": "w5", "chosen": " w7", "rejected": "  w7"},
         {"prompt": "w5", "chosen": " w7", "rejected": " w8 w9"},
     ]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    chat, empty, long, merged, plain = usable_pairs(str(tmp_path / "pairs.json"), tokenizer, 30)
+    chat, empty, long, merged, same, plain = usable_pairs(str(tmp_path / "pairs.json"), tokenizer, 30)
     assert (empty, long) == ("empty answer", "longer than 30 tokens")
-    assert merged == "prompt ends in the middle of a token"
+    assert (merged, same) == ("prompt ends in the middle of a token", "chosen and rejected identical")
     assert isinstance(chat, dict)
     assert isinstance(plain, dict)
     assert (chat["chosen"], chat["rejected"]) == ("w7 w8</s>", "w9</s>")  # without the template's line break
