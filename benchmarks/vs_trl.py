@@ -6,8 +6,9 @@
     python benchmarks/vs_trl.py --sides notus --against REVISION      # old Notus and new
 
 Prints pairs per second, memory, and how many times faster Notus is than each other side, with the range over the
-rounds; first than the fastest TRL, whose options a short search finds. Ends with exit code 1 if the sides saw other
-tokens, or if their losses differ by more than the tolerance. benchmarks/README.md says what is counted and how.
+rounds. The first ratio is that to the fastest TRL, whose options a short search finds. Ends with exit code 1 if the
+sides saw other tokens, or if their losses differ by more than the tolerance. benchmarks/README.md says what is counted
+and how.
 """
 
 import argparse
@@ -243,6 +244,8 @@ def compare(bench: Bench, with_rate: bool = True) -> Comparison:
     found = trl_fastest.tried(bench.search, args.epochs) if "trl-fastest" in sides else []
     if None in options.values():
         sides, not_run["trl-fastest"] = [side for side in sides if side != "trl-fastest"], "no configuration works"
+    if not sides:
+        sys.exit(f"nothing can run here: {not_run}")
     runs: list[Measured] = []
     machines: list[Machine] = []
     for turn in range(args.repeats):
