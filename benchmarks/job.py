@@ -59,7 +59,7 @@ class Outcome(Stored):
     Attributes:
         seconds: reference pass and training; without imports, loading and tokenisation.
         reference_seconds: of these, a reference pass ahead of training (0 where it runs inside the steps).
-        total_seconds: everything after the imports.
+        total_seconds: from after the imports to the last step's end: loading and tokenisation too; no export.
         losses: one per optimizer step.
         step_seconds: one per optimizer step; where the reference pass runs inside the steps, it is in them.
         baseline_mib: memory in use after the imports (on CUDA: 0).

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,22 @@ from notus.training.run import start
 class TimedTrainer(Trainer):
     """The trainer as it is, with a stopwatch, as TRL's has one. It saves no checkpoints, as TRL's saves none."""
 
-    seconds = 0.0
-    marks: tuple[float, ...] = ()
+    marks: tuple[float, ...] = ()  # when it began, when each step was logged, and when it was done
 
     def run(self) -> Ending:
-        began = time.perf_counter()
-        TimedTrainer.marks = (began,)
+        """Train as ever, through a tracker that notes the time and a checkpoint writer that does not write."""
+        log, checkpoints = self.tracker.log, self.checkpoints
+
+        def timed_log(step: int, metrics: Mapping[str, float]) -> None:
+            log(step, metrics)
+            TimedTrainer.marks += (time.perf_counter(),)
+
+        self.tracker.log = timed_log  # type: ignore[method-assign]
+        checkpoints.save = lambda *_: None  # type: ignore[method-assign]
+        TimedTrainer.marks = (time.perf_counter(),)
         ending = super().run()
-        TimedTrainer.seconds = time.perf_counter() - began
-        return ending
-
-    def _record(self, ending: Ending | None) -> Ending | None:
-        found = super()._record(ending)
         TimedTrainer.marks += (time.perf_counter(),)
-        return found
-
-    def _save(self) -> None:
-        pass
+        return ending
 
 
 def run_notus(job: Job) -> Outcome:
@@ -52,13 +52,14 @@ def run_notus(job: Job) -> Outcome:
         reference_seconds = time.perf_counter() - before
         run.train(task)
         tokens = _tokens(run.train_rows)
+    marks = TimedTrainer.marks
     lines = [json.loads(line) for line in (Path(job.scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
     return Outcome(
-        seconds=reference_seconds + TimedTrainer.seconds,
+        seconds=reference_seconds + marks[-1] - marks[0],
         reference_seconds=reference_seconds,
-        total_seconds=time.perf_counter() - began,
+        total_seconds=marks[-1] - began,
         losses=[line["loss"] for line in lines],
-        step_seconds=np.diff(TimedTrainer.marks).tolist(),
+        step_seconds=np.diff(marks[:-1]).tolist(),
         baseline_mib=memory.baseline_mib,
         peak_mib=memory.peak_mib(),
         machine=describe_machine(),

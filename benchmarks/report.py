@@ -4,36 +4,42 @@ import itertools
 import math
 import statistics
 from dataclasses import dataclass, field
+from typing import Any
 
 from arithmetic import Lengths, padded_tokens, run_flops, separate_tokens, shared_tokens
 from job import Machine, Outcome
+from trl_fastest import describe
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of one side."""
+    """One run of one side; `options` are what is particular to it."""
 
     side: str
     epochs: int
     outcome: Outcome
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs, the machine's rate as measured between them, and why a side did not run."""
+    """All runs, the machine's rate as measured between them, why a side did not run, and what the search tried."""
 
     runs: list[Measured]
     machines: list[Machine]
     num_pairs: int
     batch_size: int
     not_run: dict[str, str] = field(default_factory=dict)
+    tried: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def sides(self) -> list[str]:
+        """The sides that ran, in the order of the first round."""
         return list(dict.fromkeys(run.side for run in self.runs))
 
     @property
     def epochs(self) -> list[int]:
+        """The numbers of epochs that were run."""
         return sorted({run.epochs for run in self.runs})
 
     @property
@@ -43,35 +49,62 @@ class Comparison:
 
     @property
     def lengths(self) -> list[Lengths]:
+        """Tokens of each pair: prompt, chosen, rejected."""
         return [(prompt, chosen, rejected) for prompt, chosen, rejected, _ in self.runs[0].outcome.tokens]
 
     def outcomes(self, side: str, epochs: int | None = None) -> list[Outcome]:
+        """Return a side's outcomes, round by round."""
         return [run.outcome for run in self.runs if run.side == side and epochs in (None, run.epochs)]
 
-    def speed(self, side: str, epochs: int) -> float:
-        """Pairs per second, the median of the repeats."""
-        seconds = statistics.median(outcome.seconds for outcome in self.outcomes(side, epochs))
-        return self.num_pairs * epochs / seconds
+    def options(self, side: str, epochs: int) -> dict[str, Any]:
+        """Return the options that a side ran with."""
+        return next(run.options for run in self.runs if (run.side, run.epochs) == (side, epochs))
 
-    def steady(self, side: str, epochs: int) -> float | None:
-        """Pairs per second of the steps after the first, the median of the repeats; None if there was one step."""
-        later = [outcome.step_seconds[1:] for outcome in self.outcomes(side, epochs)]
-        return statistics.median(self.batch_size * len(steps) / sum(steps) for steps in later) if later[0] else None
+    def rates(self, side: str, epochs: int) -> list[list[float]]:
+        """Return pairs per second, round by round, of each of `RATES`; NaN for what cannot be told."""
+        pairs, outcomes = self.num_pairs * epochs, self.outcomes(side, epochs)
+        return [
+            [pairs / outcome.seconds for outcome in outcomes],
+            [self._steady(outcome) for outcome in outcomes],
+            [pairs / outcome.total_seconds for outcome in outcomes],
+        ]
+
+    def _steady(self, outcome: Outcome) -> float:
+        """Return pairs per second of the steps after the first; NaN if there was one step."""
+        later = outcome.step_seconds[1:]
+        return self.batch_size * len(later) / sum(later) if later else math.nan
+
+    def speed(self, side: str, epochs: int) -> float:
+        """Return pairs per second, the median of the rounds."""
+        return statistics.median(self.rates(side, epochs)[0])
+
+    def steady(self, side: str, epochs: int) -> float:
+        """Return pairs per second of the steps after the first, the median of the rounds; NaN if there was one step."""
+        return statistics.median(self.rates(side, epochs)[1])
+
+    def ratios(self, first: str, other: str, epochs: int) -> list[list[float]]:
+        """Return how many times faster `first` is in each round than `other` is in the same, for each of `RATES`."""
+        both = zip(self.rates(first, epochs), self.rates(other, epochs), strict=True)
+        return [[a / b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in both]
 
     def share(self, side: str, epochs: int) -> float:
-        """Necessary arithmetic per second, as a share of the machine's matmul rate."""
+        """Return necessary arithmetic per second, as a share of the machine's matmul rate."""
         flops = run_flops(self.machine.size, self.lengths, epochs)
         seconds = self.num_pairs * epochs / self.speed(side, epochs)
         return flops / seconds / self.machine.flops_per_second
 
-    def peak(self, side: str) -> tuple[float, float]:
-        """MiB: the process's peak, and what of it came after the imports."""
-        outcomes = self.outcomes(side)
+    def peak(self, side: str, epochs: int | None = None) -> tuple[float, float]:
+        """Return MiB: the process's peak, and what of it came after the imports; the largest of the rounds."""
+        outcomes = self.outcomes(side, epochs)
         return max(o.peak_mib for o in outcomes), max(o.peak_mib - o.baseline_mib for o in outcomes)
 
 
+RATES = ("pairs/s", "steady", "with loading")
+HEADS = ["", "epochs", *RATES, "peak MiB", "above imports", "share of matmul rate"]
+
+
 def table(comparison: Comparison, precision: str) -> str:
-    """What was run, a row per side, and each other side against the first."""
+    """Return what was run, a row per side, the first side against each other one, and the options of the found."""
     machine, pairs = comparison.machine, comparison.lengths
     rates = ", ".join(f"{m.flops_per_second / 1e9:.1f}" for m in comparison.machines)
     lines = [
@@ -81,49 +114,62 @@ def table(comparison: Comparison, precision: str) -> str:
         f"{padded_tokens(pairs, comparison.batch_size)} apart and padded",
         f"matmul rate at these shapes: {rates} GFLOP/s",
         "",
-        _heading(comparison.epochs),
-        *(_side_row(comparison, side) for side in comparison.sides),
-        *(f"{side:<28}   not run: {why}" for side, why in comparison.not_run.items()),
-        "",
-        *(_ratio_row(comparison, side) for side in comparison.sides[1:]),
+        *_rows(comparison),
+        *(f"{side}: not run: {why}" for side, why in comparison.not_run.items()),
     ]
+    if "trl-fastest" in comparison.sides:
+        lines += [
+            f"trl-fastest, {epochs} ep.: {describe(comparison.options('trl-fastest', epochs))}"
+            for epochs in comparison.epochs
+        ]
     return "\n".join(lines).rstrip()
 
 
-def _row(name: str, speeds: list[str], peaks: list[str], last: str) -> str:
-    return f"{name:<28}" + "".join(f"{cell:>15}" for cell in [*speeds, *peaks]) + f"   {last}"
+def _rows(comparison: Comparison) -> list[str]:
+    """Return the rows of the sides, and those of the ratios, in columns that are aligned."""
+    first, *others = comparison.sides
+    sides = [_side_row(comparison, side, n) for side in comparison.sides for n in comparison.epochs]
+    ratios = [_ratio_row(comparison, first, other, n) for other in others for n in comparison.epochs]
+    lines = aligned([HEADS, *sides, *ratios])
+    lines.insert(1 + len(sides), "")
+    return lines if ratios else lines[:-1]
 
 
-def _heading(epochs: list[int]) -> str:
-    speeds = [f"pairs/s, {number} ep." for number in epochs]
-    return _row("", [*speeds, f"steady, {epochs[-1]} ep."], ["peak MiB", "above imports"], "share of matmul rate")
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return a line per row; the first and the last column begin at the left, those between end at the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *middle, last in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(middle, widths[1:-1], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells, last]).rstrip())
+    return lines
 
 
-def _side_row(comparison: Comparison, side: str) -> str:
-    speeds = [f"{comparison.speed(side, epochs):.2f}" for epochs in comparison.epochs]
-    shares = ", ".join(f"{comparison.share(side, epochs):.0%}" for epochs in comparison.epochs)
-    steady = comparison.steady(side, comparison.epochs[-1])
-    speeds.append("-" if steady is None else f"{steady:.2f}")
-    return _row(side, speeds, [f"{mib:.0f}" for mib in comparison.peak(side)], shares)
+def spread(values: list[float], unit: str = "") -> str:
+    """Return the median, and the range if there are several: `2.00x (1.50 to 3.00)`."""
+    if any(map(math.isnan, values)):
+        return "-"
+    median = f"{statistics.median(values):.2f}{unit}"
+    return median if len(values) == 1 else f"{median} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _ratio_row(comparison: Comparison, other: str) -> str:
-    first = comparison.sides[0]
-    speeds = [f"{comparison.speed(first, n) / comparison.speed(other, n):.2f}x" for n in comparison.epochs]
-    peaks = [f"{a / b:.2f}x" for a, b in zip(comparison.peak(first), comparison.peak(other), strict=True)]
-    steady = [comparison.steady(side, comparison.epochs[-1]) for side in (first, other)]
-    speeds.append("-" if None in steady else f"{steady[0] / steady[1]:.2f}x")
-    return _row(f"{first} / {other}", speeds, peaks, _loss_difference(comparison, first, other))
+def _side_row(comparison: Comparison, side: str, epochs: int) -> list[str]:
+    rates = [spread(rates) for rates in comparison.rates(side, epochs)]
+    peaks = [f"{mib:.0f}" for mib in comparison.peak(side, epochs)]
+    return [side, str(epochs), *rates, *peaks, f"{comparison.share(side, epochs):.0%}"]
 
 
-def _loss_difference(comparison: Comparison, first: str, other: str) -> str:
-    steps = max(len(outcome.losses) for outcome in comparison.outcomes(first))
-    largest = _largest([loss_distance(comparison, first, other, epochs) for epochs in comparison.epochs])
-    return f"losses within {largest:.1e} over {steps} steps"
+def _ratio_row(comparison: Comparison, first: str, other: str, epochs: int) -> list[str]:
+    ratios = [spread(ratios, "x") for ratios in comparison.ratios(first, other, epochs)]
+    both = zip(comparison.peak(first, epochs), comparison.peak(other, epochs), strict=True)
+    peaks = [f"{mine / theirs:.2f}x" for mine, theirs in both]
+    steps = len(comparison.outcomes(first, epochs)[0].losses)
+    distance = loss_distance(comparison, first, other, epochs)
+    return [f"{first} / {other}", str(epochs), *ratios, *peaks, f"losses within {distance:.1e} over {steps} steps"]
 
 
 def loss_distance(comparison: Comparison, first: str, other: str, epochs: int) -> float:
-    """The largest difference of two sides' losses at the same step."""
+    """Return the largest difference of two sides' losses at the same step."""
     pairs = zip(comparison.outcomes(first, epochs), comparison.outcomes(other, epochs), strict=True)
     return _largest([_distance(a, b) for a, b in pairs])
 
@@ -133,12 +179,12 @@ def _distance(a: Outcome, b: Outcome) -> float:
 
 
 def _largest(distances: list[float]) -> float:
-    """The largest, or NaN if there is one: `max` would pass over it."""
+    """Return the largest, or NaN if there is one: `max` would pass over it."""
     return max(distances, key=lambda distance: math.inf if math.isnan(distance) else distance)
 
 
 def check_tokens(comparison: Comparison, max_length: int) -> list[str]:
-    """What is wrong with the tokens: a pair that the sides see differently, or that they would cut."""
+    """Return what is wrong with the tokens: a pair that the sides see differently, or that they would cut."""
     expected = comparison.runs[0].outcome.tokens
     for number, (prompt, chosen, rejected, _) in enumerate(expected, start=1):
         if prompt + max(chosen, rejected) > max_length:
@@ -152,7 +198,7 @@ def check_tokens(comparison: Comparison, max_length: int) -> list[str]:
 
 
 def check_losses(comparison: Comparison, tolerance: float) -> list[str]:
-    """Sides whose losses are further than `tolerance` from those of the first side."""
+    """Return the sides whose losses are further than `tolerance` from those of the first side."""
     first, *others = comparison.sides
     return [
         f"{other}, {epochs} epochs: losses differ by more than {tolerance} from those of {first}"

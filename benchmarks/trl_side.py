@@ -70,7 +70,7 @@ def train_with_trl(job: Job) -> Outcome:
     """Build the trainer, run it and collect what it measured."""
     memory, start = PeakMemory(), time.perf_counter()
     args = settings(job)
-    args.model_init_kwargs = {"dtype": torch.float32}
+    args.model_init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
     dataset = load_dataset("json", data_files=job.pairs, split="train", cache_dir=job.scratch)
     clock = StepClock()
     trainer = TimedTrainer(

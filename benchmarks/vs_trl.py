@@ -1,20 +1,24 @@
 """Notus beside TRL: the same model, pairs, batches and order, each run in a process of its own.
 
     pip install -r requirements.txt -r requirements-bench.txt
-    python benchmarks/vs_trl.py [--model FOLDER --pairs FILE.jsonl] [--results FILE.json]
+    python benchmarks/vs_trl.py [--model FOLDER --pairs FILE] [--repeats 3] [--results FILE.json]
     python benchmarks/vs_trl.py --sides notus --size 100m --num-pairs 32 --epochs 1
+    python benchmarks/vs_trl.py --sides notus --against REVISION      # old Notus and new
 
-Prints pairs per second (the reference pass counted), those of the steps after the first alone ("steady"), peak
-memory, the ratios, and how much of the machine's own matmul rate the necessary arithmetic came to. Ends with
-exit code 1 if the sides saw other tokens, or if their losses differ by more than the tolerance.
-benchmarks/README.md says what is counted and how.
+Prints pairs per second, memory, and how many times faster Notus is than each other side, with the range over the
+rounds. The first ratio is that to the fastest TRL, whose options a short search finds. Ends with exit code 1 if the
+sides saw other tokens, or if their losses differ by more than the tolerance. benchmarks/README.md says what is counted
+and how.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,21 +27,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
+import trl_fastest
 from job import Job, Machine, Outcome
 from report import Comparison, Measured, check_losses, check_tokens, table
 from synthetic_pairs import make_pairs
+from trl_fastest import Options, RunFailed, Search, TimedOut, Work
 
 HERE = Path(__file__).resolve().parent
-# `trl` is TRL as it comes; its loss is always fused with the head (log-probs in tiles, no logits). `trl-best` has each
-# option that makes it faster on such pairs without changing what is learned or in which order: one pair at a time
-# leaves the least padding. `trl-liger` has Liger's fused layers as well. Short rows save Notus memory and cost nothing.
-PRECOMPUTED: dict[str, object] = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
-OPTIONS: dict[str, dict[str, object]] = {
+# In the order in which the table has them. `trl` is TRL as it comes; its loss is always fused with the head (log-probs
+# in tiles, no logits). `trl-fastest` has the options that a search finds (trl_fastest.py). `trl-best` has one pair at a
+# time, which leaves the least padding; `trl-liger` has Liger's fused layers.
+PRECOMPUTED = trl_fastest.BASE
+OPTIONS: dict[str, Options] = {
     "notus": {},
+    "trl-fastest": {},
+    "notus-old": {},
     "trl": {},
     "trl-precomputed": PRECOMPUTED,
     "trl-best": {**PRECOMPUTED, "per_device_train_batch_size": 1, "precompute_ref_batch_size": 1},
-    "trl-liger": {**PRECOMPUTED, "use_liger_kernel": True},
+    "trl-liger": {**PRECOMPUTED, **trl_fastest.LIGER},
 }
 # The largest difference of two losses at the same step. In bf16 each side rounds its log-probs in its own way, and
 # beta times that is in the loss; 1.2e-3 was seen over six steps of the made pairs.
@@ -45,7 +53,9 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 
 
 def missing(side: str) -> str | None:
-    """Why a side cannot run here; torch stays out of this process, so CUDA is known by its device file."""
+    """Return why a side cannot run here; torch stays out of this process, so CUDA is known by its device file."""
+    if side.startswith("trl") and importlib.util.find_spec("trl") is None:
+        return "trl is not installed"
     if side == "trl-liger":
         if not Path("/dev/nvidiactl").exists():
             return "Liger's kernels need CUDA"
@@ -55,13 +65,16 @@ def missing(side: str) -> str | None:
 
 
 def parser_of_both(description: str) -> argparse.ArgumentParser:
-    """What `vs_trl.py` and `vs_trl_sweep.py` both take."""
+    """Return a parser of what `vs_trl.py` and `vs_trl_sweep.py` both take."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32")
     parser.add_argument("--size", choices=["15m", "100m", "1b"], default="15m", help="of the made model")
     parser.add_argument("--tolerance", type=float, help="largest difference of two losses (fp32: 1e-3, bf16: 1e-2)")
-    parser.add_argument("--repeats", type=int, default=1, help="how often everything runs, in turns")
-    parser.add_argument("--sides", nargs="+", choices=list(OPTIONS), default=list(OPTIONS))
+    parser.add_argument("--repeats", type=int, default=1, help="rounds; in each, another side begins")
+    sides = [side for side in OPTIONS if side != "notus-old"]
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
+    parser.add_argument("--against", help="also run the Notus of this checkout or git revision, as `notus-old`")
+    parser.add_argument("--probe-steps", type=int, default=1, help="steps that a probe of trl-fastest measures")
     parser.add_argument("--seed", type=int, default=0, help="of the made model and pairs")
     parser.add_argument("--results", type=Path, help="write everything measured to this JSON file")
     return parser
@@ -70,125 +83,200 @@ def parser_of_both(description: str) -> argparse.ArgumentParser:
 def parse_arguments() -> argparse.Namespace:
     parser = parser_of_both("Notus beside TRL: see the head of this file.")
     parser.add_argument("--model", type=Path, help="model folder (default: made here, 15.6M parameters)")
-    parser.add_argument("--pairs", type=Path, help="JSONL of prompt, chosen, rejected as strings (default: made here)")
+    parser.add_argument("--pairs", type=Path, help="real pairs, in any form that data.train takes (default: made here)")
     parser.add_argument("--num-pairs", type=int, default=128, help="to make, or to take from --pairs")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3], help="one run per side and number")
     parser.add_argument("--learning-rate", type=float, default=5e-7)
     parser.add_argument("--max-length", type=int, default=1024, help="a pair longer than this is an error")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.num_pairs % args.batch_size:
         parser.error(f"--num-pairs {args.num_pairs} is no multiple of --batch-size {args.batch_size}")
+    if args.pairs and not args.model:
+        parser.error("--pairs needs --model: the made model knows made words alone")
+    return args
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse what both scripts take; the sides come in the order of `OPTIONS`."""
+    args = parser.parse_args()
+    if min(args.repeats, args.probe_steps, args.batch_size) < 1:
+        parser.error("--repeats, --probe-steps and --batch-size are 1 or more")
+    wanted = {*args.sides, *(["notus-old"] if args.against else [])}
+    args.sides = [side for side in OPTIONS if side in wanted]
     args.tolerance = args.tolerance or TOLERANCE[args.precision]
     return args
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the processes run, and with what."""
+    """Where the processes run, and with what; `old` is the checkout of `--against`."""
 
     args: argparse.Namespace
     scratch: Path
     model: Path
     pairs: Path
-    tokens_per_row: int = 1280
+    tokens_per_row: int = 1280  # short rows save Notus memory and cost nothing
+    old: Path | None = None
 
-    def run(self, side: str, epochs: int) -> Outcome:
-        """One run of one side."""
+    def options(self, side: str, epochs: int) -> Options | None:
+        """Return what is particular to a side; None if the search for the fastest TRL found nothing that works."""
+        if side == "trl-fastest":
+            return self.search.fastest(epochs)
+        return {"tokens_per_row": self.tokens_per_row} if side.startswith("notus") else OPTIONS[side]
+
+    def run(self, side: str, epochs: int, options: Options) -> Measured:
+        """Run one side once."""
+        source = self.old if side == "notus-old" else HERE.parent
+        script = "notus_side.py" if side.startswith("notus") else "trl_side.py"
+        assert source is not None
+        outcome = self._run(source / "benchmarks" / script, self.pairs, epochs, options)
+        print(f"{side}, epochs: {epochs}, seconds: {outcome.seconds:.1f}", file=sys.stderr)
+        return Measured(side, epochs, outcome, options)
+
+    @functools.cached_property
+    def search(self) -> Search:
+        """The search for the fastest TRL, on the first of the pairs."""
+        work = Work(self.args.num_pairs, self.args.batch_size, self.args.probe_steps)
+        pairs = self.scratch / "probe.jsonl"
+        pairs.write_text("".join(self.pairs.read_text().splitlines(keepends=True)[: work.probe_pairs]))
+
+        def run(options: Options, limit: float | None) -> Outcome:
+            return self._run(HERE / "trl_side.py", pairs, work.probe_epochs, options, limit)
+
+        return Search(run, work, trl_fastest.extras_here(liger=missing("trl-liger") is None))
+
+    def _run(self, script: Path, pairs: Path, epochs: int, options: Options, limit: float | None = None) -> Outcome:
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         args = self.args
         job = Job(
             model=str(self.model),
-            pairs=str(self.pairs),
+            pairs=str(pairs),
             scratch=str(folder / "run"),
             batch_size=args.batch_size,
             epochs=epochs,
             precision=args.precision,
             learning_rate=args.learning_rate,
             max_length=args.max_length,
-            options={"tokens_per_row": self.tokens_per_row} if side == "notus" else OPTIONS[side],
+            options=options,
         )
         job.write(folder / "job.json")
-        script = "notus_side.py" if side == "notus" else "trl_side.py"
-        call(folder, script, folder / "job.json", folder / "outcome.json")
+        call(folder, script, folder / "job.json", folder / "outcome.json", limit=limit)
         return Outcome.read(folder / "outcome.json")
 
     def machine(self, tokens: list[list[int]]) -> Machine:
-        """The matmul rate now, with as many tokens as a step has."""
+        """Measure the matmul rate now, with as many tokens as a step has."""
         steps = self.args.num_pairs / self.args.batch_size
         shared, scored = (round(sum(sum(row[start:3]) for row in tokens) / steps) for start in (0, 1))
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         output = folder / "machine.json"
-        call(folder, "matmul_rate.py", self.model, shared, scored, self.args.precision, output)
+        call(folder, HERE / "matmul_rate.py", self.model, shared, scored, self.args.precision, output)
         return Machine.read(output)
 
 
-def call(folder: Path, script: str, *arguments: object) -> None:
-    """Run a script to its end; output and caches go to `folder`, so it finds nothing of earlier runs."""
+def call(folder: Path, script: Path, *arguments: object, limit: float | None = None) -> None:
+    """Run a script to its end; output and caches go to `folder`, so it finds nothing of earlier runs.
+
+    Raises:
+        RunFailed: the script failed.
+        TimedOut: it took longer than `limit` seconds, and was killed with all that it had started.
+    """
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     log = folder / "log.txt"
+    command = [sys.executable, str(script), *map(str, arguments)]
     with log.open("w") as file:
-        command = [sys.executable, str(HERE / script), *map(str, arguments)]
-        process = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if code := process.returncode:
-        sys.exit(f"{script} ended with exit code {code}:\n{log.read_text()[-4000:]}")
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        reason = f"stopped after {limit:.0f} s"
+        raise TimedOut(f"{script.name}: {reason}", reason) from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code:
+        text = log.read_text(errors="replace").strip()
+        reason = text.splitlines()[-1][:150] if code > 0 and text else f"killed by signal {-code}"
+        raise RunFailed(f"{script.name} ended with exit code {code}:\n{text[-4000:]}", reason)
 
 
 def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
-    """The model and the first `num_pairs` pairs."""
-    model, pairs = scratch / "model", scratch / "made.jsonl"
-    if args.model is None or args.pairs is None:
-        call(scratch, "synthetic_setup.py", model, args.seed, args.size)
+    """Make or read the model and the pairs."""
+    model, pairs = args.model or scratch / "model", scratch / "pairs.jsonl"
+    if args.model is None:
+        call(scratch, HERE / "synthetic_setup.py", model, args.seed, args.size)
+    if args.pairs is None:
         make_pairs(pairs, args.num_pairs, args.seed)
-    lines = (args.pairs or pairs).read_text().splitlines()[: args.num_pairs]
-    if len(lines) < args.num_pairs:
-        sys.exit(f"{args.pairs} has {len(lines)} pairs: lower --num-pairs {args.num_pairs}")
-    (scratch / "pairs.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    return Bench(args, scratch, args.model or model, scratch / "pairs.jsonl")
+    else:
+        call(scratch, HERE / "real_pairs.py", args.pairs, args.num_pairs, model, args.max_length, pairs)
+        print((scratch / "log.txt").read_text().splitlines()[-1], file=sys.stderr)
+    return Bench(args, scratch, model, pairs, old=old_checkout(args.against, scratch))
+
+
+def old_checkout(against: str | None, scratch: Path) -> Path | None:
+    """Return the checkout that `--against` names: a folder, or a git revision, which is unpacked into `scratch`."""
+    if against is None:
+        return None
+    folder = Path(against).resolve()
+    if not folder.is_dir():
+        folder = scratch / "old"
+        folder.mkdir()
+        archive = subprocess.run(["git", "archive", against], cwd=HERE.parent, capture_output=True, check=False)
+        if archive.returncode:
+            sys.exit(f"--against {against}: neither a folder nor a git revision ({archive.stderr.decode().strip()})")
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    if not (folder / "benchmarks" / "notus_side.py").is_file():
+        sys.exit(f"--against {against}: has no benchmarks/notus_side.py")
+    return folder
+
+
+def compare(bench: Bench, with_rate: bool = True) -> Comparison:
+    """Run every side for every number of epochs, round by round; in each round another side begins."""
+    args = bench.args
+    sides, not_run = able(args.sides)
+    options = {(side, epochs): bench.options(side, epochs) for side in sides for epochs in args.epochs}
+    found = trl_fastest.tried(bench.search, args.epochs) if "trl-fastest" in sides else []
+    if None in options.values():
+        sides, not_run["trl-fastest"] = [side for side in sides if side != "trl-fastest"], "no configuration works"
+    if not sides:
+        sys.exit(f"nothing can run here: {not_run}")
+    runs: list[Measured] = []
+    machines: list[Machine] = []
+    for turn in range(args.repeats):
+        for epochs in args.epochs:
+            runs += [bench.run(side, epochs, options[side, epochs] or {}) for side in rotated(sides, turn)]
+            if with_rate:
+                machines.append(bench.machine(runs[0].outcome.tokens))
+    return Comparison(runs, machines, args.num_pairs, args.batch_size, not_run, found)
 
 
 def able(sides: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The sides that can run here, and why the others cannot."""
+    """Return the sides that can run here, and why the others cannot."""
     not_run = {side: why for side in sides if (why := missing(side))}
     if len(not_run) == len(sides):
         sys.exit(f"nothing can run here: {not_run}")
     return [side for side in sides if side not in not_run], not_run
 
 
-def run_sides(bench: Bench, sides: list[str], epochs: int) -> list[Measured]:
-    """Each side once."""
-    runs = []
-    for side in sides:
-        outcome = bench.run(side, epochs)
-        print(f"{side}, epochs: {epochs}, seconds: {outcome.seconds:.1f}", file=sys.stderr)
-        runs.append(Measured(side, epochs, outcome))
-    return runs
-
-
-def compare(bench: Bench) -> Comparison:
-    """Run every side for every number of epochs, the sides taking turns."""
-    sides, not_run = able(bench.args.sides)
-    runs: list[Measured] = []
-    machines: list[Machine] = []
-    for _ in range(bench.args.repeats):
-        for epochs in bench.args.epochs:
-            runs += run_sides(bench, sides, epochs)
-            machines.append(bench.machine(runs[0].outcome.tokens))
-    return Comparison(runs, machines, bench.args.num_pairs, bench.args.batch_size, not_run)
+def rotated(sides: list[str], turn: int) -> list[str]:
+    """Return the order of a round, so that no side always goes first: `rotated(["a", "b"], 1) == ["b", "a"]`."""
+    start = turn % len(sides)
+    return sides[start:] + sides[:start]
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """What a result follows from: not where it is written."""
-    return {name: value for name, value in vars(args).items() if name not in ("results", "plot", "stored")}
+    """Return what a result follows from: not where it is written."""
+    return {name: value for name, value in vars(args).items() if name not in ("results", "plot", "stored", "old")}
 
 
 def write_results(path: Path, args: argparse.Namespace, comparison: Comparison, shown: str) -> None:
-    """The table, the settings and every outcome; token digests, which only the check needs, are left out."""
+    """Write the table, the settings and every outcome; token digests, which only the check needs, are left out."""
     results = {"table": shown.splitlines(), "settings": settings_of(args), **dataclasses.asdict(comparison)}
     for run in results["runs"]:
         del run["outcome"]["tokens"]
@@ -197,9 +285,12 @@ def write_results(path: Path, args: argparse.Namespace, comparison: Comparison, 
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run at hand ends too
     with tempfile.TemporaryDirectory() as scratch:
         comparison = compare(prepare(args, Path(scratch)))
     shown = table(comparison, args.precision)
+    if comparison.tried:
+        shown = f"{trl_fastest.table(comparison.tried, args.epochs)}\n\n{shown}"
     print(shown)
     if args.results:
         write_results(args.results, args, comparison, shown)

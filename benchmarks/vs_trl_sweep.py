@@ -10,6 +10,7 @@ Prints a table in Markdown. Ends with exit code 1 if the sides saw other tokens 
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, ins
 from report import Comparison, check_losses, check_tokens, loss_distance
 from sweep_report import draw, table
 from synthetic_pairs import make_pairs
-from vs_trl import TOLERANCE, Bench, able, call, parser_of_both, run_sides, settings_of
+from vs_trl import HERE, Bench, call, compare, old_checkout, parse, parser_of_both, settings_of
 
 LONGEST = 2048  # where the made models' positions end
 
@@ -38,9 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-6)
     parser.add_argument("--plot", type=Path, help="draw the speed-ups to this SVG file (needs matplotlib)")
     parser.add_argument("--stored", type=Path, help="take the results from this file and run nothing")
-    args = parser.parse_args()
-    args.tolerance = args.tolerance or TOLERANCE[args.precision]
-    return args
+    return parse(parser)
 
 
 def split(ratio: str, length: int) -> tuple[int, int]:
@@ -56,16 +55,15 @@ def point_pairs(tokens: int, length: int, batch_size: int) -> int:
 
 
 def run_point(args: argparse.Namespace, folder: Path, model: Path, ratio: str, length: int) -> Comparison:
-    """Every side that can run here, on pairs of one shape."""
+    """Run every side that can run here, on pairs of one shape."""
     prompt, completion = split(ratio, length)
     num_pairs = point_pairs(args.tokens, length, args.batch_size)
     pairs = folder / "pairs.jsonl"
     make_pairs(pairs, num_pairs, args.seed, prompt=prompt, completion=completion, spread=args.spread)
-    settings = argparse.Namespace(**{**vars(args), "max_length": LONGEST})
-    bench = Bench(settings, folder, model, pairs, tokens_per_row=max(Bench.tokens_per_row, longest_pair(pairs)))
-    sides, not_run = able(args.sides)
-    runs = [run for _ in range(args.repeats) for run in run_sides(bench, sides, args.epochs)]
-    return Comparison(runs, [], num_pairs, args.batch_size, not_run)
+    point = {"max_length": LONGEST, "num_pairs": num_pairs, "epochs": [args.epochs]}
+    tokens_per_row = max(Bench.tokens_per_row, longest_pair(pairs))
+    settings = argparse.Namespace(**{**vars(args), **point})
+    return compare(Bench(settings, folder, model, pairs, tokens_per_row, args.old), with_rate=False)
 
 
 def longest_pair(pairs: Path) -> int:
@@ -98,6 +96,7 @@ def side_summary(comparison: Comparison, side: str) -> dict[str, Any]:
     epochs, outcomes = comparison.epochs[0], comparison.outcomes(side)
     peak, above_imports = comparison.peak(side)
     return {
+        "options": comparison.options(side, epochs),
         "pairs_per_second": comparison.speed(side, epochs),
         "steady_pairs_per_second": comparison.steady(side, epochs),
         "peak_mib": peak,
@@ -114,7 +113,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     points, faults = [], []
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
-        call(Path(scratch), "synthetic_setup.py", model, args.seed, args.size)
+        call(Path(scratch), HERE / "synthetic_setup.py", model, args.seed, args.size)
+        args.old = old_checkout(args.against, Path(scratch))
         for length in args.lengths:
             for ratio in args.ratios:
                 print(f"prompt:completion {ratio}, length {length}", file=sys.stderr)
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 faults += [f"{ratio}, length {length}: {fault}" for fault in wrong]
     results = {
         "machine": comparison.runs[0].outcome.machine,
-        "not_run": able(args.sides)[1],
+        "not_run": comparison.not_run,
         "settings": settings_of(args),
         "points": points,
     }
@@ -133,6 +133,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run at hand ends too
     results, faults = (json.loads(args.stored.read_text()), []) if args.stored else measure(args)
     print(table(results))
     if args.results:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,22 +120,25 @@ def test_a_made_model_is_as_large_as_it_says(size: str, millions: float) -> None
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
-def outcome(losses: list[float], step_seconds: list[float], ids: str = "x") -> Any:
+def outcome(losses: list[float], step_seconds: list[float], ids: str = "x", reference: float = 1.0) -> Any:
     from job import Outcome
 
-    seconds = sum(step_seconds) + 1
+    seconds = sum(step_seconds) + reference
     return Outcome(
-        seconds, 1.0, seconds + 1, losses, step_seconds, 100.0, 400.0, "CPU", [[3, 2, 1, ids], [3, 2, 1, ids]]
+        seconds, reference, seconds + 1, losses, step_seconds, 100.0, 400.0, "CPU", [[3, 2, 1, ids], [3, 2, 1, ids]]
     )
 
 
-def comparison(other: Any) -> Any:
-    """Two sides, two steps of one pair each; a reference pass of a second ahead."""
+def comparison(*others: Any, side: str = "trl", mine: tuple[list[float], ...] = ([3.0, 0.5],)) -> Any:
+    """Two sides, two steps of one pair each; a reference pass of a second ahead. One round per outcome."""
     from job import Machine
     from notus.model.arithmetic import Dimensions
     from report import Comparison, Measured
 
-    runs = [Measured("notus", 1, outcome([0.69, 0.6], [3.0, 0.5])), Measured("trl", 1, other)]
+    runs = []
+    for seconds, other in zip(mine, others, strict=True):
+        runs.append(Measured("notus", 1, outcome([0.69, 0.6], seconds)))
+        runs.append(Measured(side, 1, other, {"per_device_train_batch_size": 2, "gradient_checkpointing": False}))
     machine = Machine(1e3, Dimensions(layers=1, attention_width=2, body_weights=10, head_weights=5), 20, "CPU")
     return Comparison(runs, [machine], num_pairs=2, batch_size=1)
 
@@ -143,9 +147,265 @@ def test_what_is_counted() -> None:
     both = comparison(outcome([0.69, 0.6], [4.0, 1.0]))
     assert both.speed("notus", 1) == pytest.approx(2 / 4.5)  # the reference pass and the first step are in it
     assert both.steady("notus", 1) == pytest.approx(1 / 0.5)
+    assert both.rates("notus", 1)[2] == [pytest.approx(2 / 5.5)]  # loading takes another second
     # A = 3*4/2 + (2*3 + 2*3/2) + (1*3 + 1*2/2) = 19; forward = 2*10*6 + 2*5*3 + 4*1*2*19 = 302;
     # two pairs, forward + backward + reference = 4 forwards: 2416 operations in 4.5 seconds at 1000 a second
     assert both.share("notus", 1) == pytest.approx(2.416 / 4.5)
+
+
+def test_each_round_is_compared_with_itself() -> None:
+    from report import table
+
+    # Notus takes 2, 4 and 8 seconds, the other 4, 20 and 24: ratios of 2, 5 and 3. The medians alone would give 20 / 4.
+    others = [outcome([0.69, 0.6], [seconds - 2, 1.0]) for seconds in (4.0, 20.0, 24.0)]
+    rounds = comparison(*others, side="trl-fastest", mine=([0.5, 0.5], [2.5, 0.5], [6.5, 0.5]))
+    assert rounds.ratios("notus", "trl-fastest", 1)[0] == pytest.approx([2, 5, 3])
+    shown = table(rounds, "fp32")
+    mine, other, ratio = (line for line in shown.splitlines() if line.startswith(("notus", "trl-fastest  ")))
+    assert "0.50 (0.25 to 1.00)" in mine
+    assert "0.10 (0.08 to 0.50)" in other
+    assert ratio.startswith("notus / trl-fastest")
+    assert "3.00x (2.00 to 5.00)  2.00x (2.00 to 2.00)  2.78x (1.67 to 4.20)" in ratio
+    assert shown.endswith("trl-fastest, 1 ep.: 2 pairs per device, reference live, no checkpointing")
+
+
+def test_one_round_has_no_range_and_one_step_no_steady_rate() -> None:
+    from report import spread
+
+    assert spread([2.0], "x") == "2.00x"
+    assert spread([float("nan")]) == "-"
+    assert spread([3.0, 1.0]) == "2.00 (1.00 to 3.00)"
+
+
+def test_another_side_begins_in_each_round() -> None:
+    from vs_trl import rotated
+
+    sides = ["a", "b", "c"]
+    assert [rotated(sides, turn)[0] for turn in range(4)] == ["a", "b", "c", "a"]
+    assert all(sorted(rotated(sides, turn)) == sides for turn in range(4))
+
+
+PRECOMPUTED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+
+
+def made_search(steady: Any, batch_size: int = 8, extras: tuple[dict[str, Any], ...] = ()) -> Any:
+    """A search over 4 steps of 8 pairs, where `steady(options)` has the seconds of a step or an error to raise.
+
+    The reference pass of a probe's 16 pairs takes 2 seconds, where there is one, and the first step a second more.
+    """
+    from trl_fastest import Search, Work
+
+    def train(options: dict[str, Any], limit: float | None) -> Any:
+        found = steady(options)
+        if isinstance(found, BaseException):
+            raise found
+        return outcome([0.69, 0.69], [found + 1, found], reference=2.0 if options["precompute_ref_log_probs"] else 0.0)
+
+    return Search(train, Work(num_pairs=4 * batch_size, batch_size=batch_size), extras)
+
+
+def test_a_probe_says_what_a_whole_run_would_cost() -> None:
+    from trl_fastest import Work
+
+    work = Work(num_pairs=32, batch_size=8, probe_steps=2)
+    assert (work.probe_pairs, work.probe_epochs) == (24, 1)
+    assert (Work(8, 8).probe_pairs, Work(8, 8).probe_epochs) == (8, 2)  # too few pairs: twice over
+    # the pass over 24 pairs took 3 seconds, that over 32 takes 4; then 5 + 11 steps of 2.5 in three epochs
+    assert work.whole_run(outcome([], [5.0, 2.0, 3.0], reference=3.0), epochs=3) == pytest.approx(4 + 5 + 11 * 2.5)
+
+
+def made_seconds(options: dict[str, Any]) -> float:
+    """Seconds of a step: two pairs at a time are the fastest, with checkpointing; a live reference takes half a second.
+
+    Eager attention doubles the speed.
+    """
+    seconds = {1: 4.0, 2: 3.0, 4: 3.5, 8: 9.0}[options["per_device_train_batch_size"]]
+    seconds *= (0.8 if options["gradient_checkpointing"] else 1) * (0.5 if "model_init_kwargs" in options else 1)
+    return seconds if options["precompute_ref_log_probs"] else seconds + 0.5
+
+
+def test_the_fastest_options_are_found_and_far_ones_are_not_refined() -> None:
+    from trl_fastest import PAIRS
+
+    eager = {"model_init_kwargs": {"attn_implementation": "eager"}}
+    search = made_search(made_seconds, extras=(eager, {"torch_compile": True}))
+    best = search.fastest(epochs=3)
+    assert best == {"precompute_ref_log_probs": True, "gradient_checkpointing": True, PAIRS: 2, **eager}
+    tried = [probe.options for probe in search.probes.values()]
+    assert [options for options in tried if options[PAIRS] == 8] == [{**PRECOMPUTED, PAIRS: 8}]  # three times as slow
+    assert {options[PAIRS] for options in tried if options["gradient_checkpointing"]} == {2, 4}
+    assert {**best, "torch_compile": True} in tried
+
+
+def test_a_precomputed_reference_pays_with_the_epochs() -> None:
+    # two seconds for 16 pairs are four for 32; live, the reference takes half a second in each of 4 steps an epoch
+    runs = []
+    search = made_search(lambda options: runs.append(options) or made_seconds(options))
+    assert search.fastest(epochs=3)["precompute_ref_log_probs"] is True
+    assert search.fastest(epochs=1)["precompute_ref_log_probs"] is False
+    assert len(runs) == len(search.probes)  # none was run again for the other number of epochs
+
+
+def test_what_fails_is_recorded_and_memory_is_saved_by_checkpointing() -> None:
+    from trl_fastest import PAIRS, RunFailed, TimedOut, table, tried
+
+    def steady(options: dict[str, Any]) -> float | BaseException:
+        if options[PAIRS] == 4:
+            return TimedOut("too slow", "stopped after 9 s")
+        if options[PAIRS] == 8 and not options["gradient_checkpointing"]:
+            return RunFailed("a long log", "killed by signal 9")
+        return 1.0 if options[PAIRS] == 8 and options["precompute_ref_log_probs"] else 2.0
+
+    search = made_search(steady)
+    assert search.fastest(epochs=3) == {**PRECOMPUTED, "gradient_checkpointing": True, PAIRS: 8}
+    assert sum(probe.options[PAIRS] == 4 for probe in search.probes.values()) == 1  # far behind: no second chance
+    shown = table(tried(search, [1, 3]), [1, 3]).splitlines()
+    # 2 seconds per 16 pairs: 4 for all; a first step of 2, then 3 of 1 in an epoch and 11 in three
+    assert shown[1] == "  8 pairs per device, reference precomputed, checkpointing: 9.0, 17.0"
+    assert "  4 pairs per device, reference precomputed, no checkpointing: stopped after 9 s" in shown
+    assert "  8 pairs per device, reference precomputed, no checkpointing: killed by signal 9" in shown
+
+
+def test_nothing_works() -> None:
+    from trl_fastest import RunFailed
+
+    assert made_search(lambda _: RunFailed("", "no")).fastest(epochs=1) is None
+
+
+def test_a_probe_is_stopped_when_it_is_far_behind() -> None:
+    from trl_fastest import Search, Work
+
+    limits = []
+
+    def train(options: dict[str, Any], limit: float | None) -> Any:
+        limits.append(limit)
+        return outcome([], [2.0, 1.0], reference=2.0)
+
+    Search(train, Work(32, 8), ()).fastest(epochs=3)
+    assert limits[:2] == [None, 4 + 2 + 11 * 1.0]  # what the fastest would need for the whole run
+
+
+def test_a_run_that_takes_too_long_ends_with_its_children(tmp_path: Path) -> None:
+    from trl_fastest import RunFailed, TimedOut
+    from vs_trl import call
+
+    script = tmp_path / "scripts" / "script.py"
+    script.parent.mkdir()
+    child = f"import time; time.sleep(2); open({str(tmp_path / 'child')!r}, 'w')"
+    script.write_text(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
+    with pytest.raises(TimedOut, match="stopped after 1 s"):
+        call(tmp_path, script, limit=1.0)
+    script.write_text("raise ValueError('no such option')")
+    with pytest.raises(RunFailed, match="exit code 1") as failure:
+        call(tmp_path, script)
+    assert failure.value.reason == "ValueError: no such option"
+    time.sleep(1.5)
+    assert not (tmp_path / "child").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-pairs", "10", "--batch-size", "4"], "no multiple of --batch-size 4"),
+        (["--pairs", "pairs.jsonl"], "--pairs needs --model"),
+        (["--repeats", "0"], "are 1 or more"),
+        (["--sides", "trl-slowest"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vs_trl import parse_arguments
+
+    monkeypatch.setattr(sys, "argv", ["vs_trl.py", *options])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_sides_stand_in_the_table_s_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vs_trl import parse_arguments
+
+    monkeypatch.setattr(sys, "argv", ["vs_trl.py", "--sides", "trl", "trl-fastest", "notus", "--against", "old"])
+    assert parse_arguments().sides == ["notus", "trl-fastest", "notus-old", "trl"]
+
+
+def test_old_notus_is_a_folder_or_a_revision(tmp_path: Path) -> None:
+    from vs_trl import old_checkout
+
+    assert old_checkout(None, tmp_path) is None
+    assert old_checkout(str(ROOT), tmp_path) == ROOT
+    with pytest.raises(SystemExit, match=r"has no benchmarks/notus_side\.py"):
+        old_checkout(str(tmp_path), tmp_path)
+    with pytest.raises(SystemExit, match="neither a folder nor a git revision"):
+        old_checkout("no-such-revision", tmp_path)
+
+
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_real_pairs_give_both_sides_the_same_tokens(template: str | None, tmp_path: Path) -> None:
+    from notus.data.chat import ChatEncoder
+    from real_pairs import usable_pairs
+    from synthetic_setup import _tokenizer
+
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = template
+    rows = [
+        {"conversations": turns("human", "w5 w6"), "chosen": turn("gpt", "w7 w8"), "rejected": turn("gpt", "w9")},
+        {"prompt": turns("user", "w5"), "chosen": turns("assistant", "w7"), "rejected": turns("assistant", " ")},
+        {"prompt": "w5", "chosen": "w7 " * 40, "rejected": " w8"},
+        {"prompt": "w5", "chosen": "w7", "rejected": " w8"},  # "w5w7" is another word
+        {"prompt": "w5", "chosen": " w7", "rejected": "  w7"},
+        {"prompt": "w5", "chosen": " w7", "rejected": " w8 w9"},
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    chat, empty, long, merged, same, plain = usable_pairs(str(tmp_path / "pairs.json"), tokenizer, 30)
+    assert (empty, long) == ("empty answer", "longer than 30 tokens")
+    assert (merged, same) == ("prompt ends in the middle of a token", "chosen and rejected identical")
+    assert isinstance(chat, dict)
+    assert isinstance(plain, dict)
+    assert (chat["chosen"], chat["rejected"]) == ("w7 w8</s>", "w9</s>")  # without the template's line break
+    for pair in (chat, plain):
+        whole = tokenizer(pair["prompt"] + pair["chosen"])["input_ids"]  # as TRL reads them
+        [encoded] = ChatEncoder(tokenizer).encode([(pair["prompt"], pair["chosen"])])
+        assert encoded.ids.tolist() == whole
+        assert whole[0] == tokenizer.bos_token_id not in whole[1:]
+        assert whole[-1] == tokenizer.eos_token_id
+
+
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"from": role, "value": text} if role in ("human", "gpt") else {"role": role, "content": text}
+
+
+def turns(role: str, text: str) -> list[dict[str, str]]:
+    return [turn(role, text)]
+
+
+def test_new_notus_beside_old_on_real_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import synthetic_setup
+
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setitem(synthetic_setup.SIZES, "15m", {**synthetic_setup.SIZES["15m"], **small})
+    synthetic_setup.make_model(tmp_path / "model", seed=0)
+    rows = [{"prompt": turns("user", f"w{n}"), "chosen": turns("assistant", "w7"), "rejected": "w8"} for n in (1, 2, 3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = run(
+        "vs_trl.py", "--sides", "notus", "--against", ROOT, "--model", tmp_path / "model", "--epochs", 1,
+        "--pairs", tmp_path / "pairs.jsonl", "--num-pairs", 2, "--batch-size", 1, "--results", tmp_path / "found.json",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert [measured["side"] for measured in results["runs"]] == ["notus", "notus-old"]
+    assert results["runs"][0]["options"] == {"tokens_per_row": 1280}
+    [mine] = (measured["outcome"] for measured in results["runs"][:1])
+    assert len(mine["losses"]) == len(mine["step_seconds"]) == 2
+    assert mine["total_seconds"] > mine["seconds"] > sum(mine["step_seconds"])
+    assert "notus / notus-old" in shown
+    assert "losses within 0.0e+00 over 2 steps" in shown
 
 
 def test_sides_that_did_other_work_are_found() -> None:
