@@ -50,6 +50,7 @@ class Step:
         policy, indices = self._run.policy, self._run.plan.indices(next(self._number))
         for batch, last in self._feed.step():
             expect_last_row(policy, last)
+            batch = self._task.prepare(batch)
             self._task.row_loss(policy(batch), batch, indices).loss.backward()
         hand_over_gradients(policy)
         gradients = local_gradients(policy.parameters())

@@ -16,7 +16,6 @@ OPTIMISATIONS = {
     "fp32_addmm": "the head's weight gradient is accumulated in fp32 by the matrix product itself (CUDA)",
     "gradient_handover": "a lone rank takes its gradients from FSDP without copies",
     "graph_attention": "compiled blocks see the attention kernel itself, in place of an operator that hides it (CUDA)",
-    "batched_attention": "segments of like length share one call of batched matrix products (CPU)",
 }
 VARIABLE = "NOTUS_DISABLE"
 

@@ -41,7 +41,6 @@ ATTENTION = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "notus::packed_attention",
-        "notus::segment_attention",
     }
 )
 # Operations whose backward pass reads none of their inputs: after its last product, a block may have these alone.
