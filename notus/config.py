@@ -196,11 +196,11 @@ class TrackingConfig:
     """Weights & Biases project."""
     run_name: str | None = None
     """Weights & Biases run name; null: the name of the run's folder."""
-    samples: Index = 8
+    samples: Index = 4
     """Prompts that the model continues (greedily) at step 0, at each evaluation and at the end: the first ones of the
     evaluation data, else of the training data; 0: none."""
-    sample_tokens: Count = 64
-    """Most tokens of such a continuation; each costs a forward pass."""
+    sample_tokens: Count = 48
+    """Most tokens of such a continuation. For each, sharded ranks gather the whole model once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,12 +46,15 @@ def toy_tokenizer(
 
 
 def toy_config(kind: str = "mistral", **overrides: object) -> transformers.PreTrainedConfig:
-    """A two-layer config of `kind` (mistral, llama, qwen2, qwen3) with grouped-query attention."""
+    """A two-layer config of one of the kinds below, with grouped-query attention."""
     classes = {
         "mistral": transformers.MistralConfig,
         "llama": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
+        "gemma": transformers.GemmaConfig,
+        "phi3": transformers.Phi3Config,
+        "opt": transformers.OPTConfig,
     }
     settings: dict[str, object] = {
         "vocab_size": 400,

@@ -1,8 +1,11 @@
 """The policy: a packed batch in, one log-prob per completion out."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from notus.data.packing import Batch
 from notus.model.logprobs import linear_logprobs, linear_scores
@@ -58,25 +61,57 @@ class Policy(nn.Module):
         ).last_hidden_state.squeeze(0)
         return hidden.index_select(0, positions)
 
-    def _likeliest(self, batch: Batch) -> Tensor:
-        """int64 [E, K]: the likeliest token after each branch."""
-        ends = batch.layout.query_starts[1:] - 1  # a segment's queries end with its branch
-        logits = self._hidden(batch, ends) @ self._head.weight.t()
-        return logits.argmax(-1).view(batch.lengths.shape).clone()
+    @contextlib.contextmanager
+    def own_forward(self) -> Iterator[None]:
+        """Let the model compute as transformers wrote it: no fused, checkpointed or compiled forwards within.
 
-    def forward(self, batch: Batch, *, per_token: bool = False, next_tokens: bool = False) -> Tensor:
+        Packed attention cannot continue from cached keys and values; the model's own code can. All that this project
+        replaces are `forward` attributes of modules, so FSDP's hooks, which belong to the call, stay.
+        """
+        causal_lm = self.causal_lm
+        replaced = {module: vars(module).pop("forward") for module in causal_lm.modules() if "forward" in vars(module)}
+        attention = causal_lm.config._attn_implementation
+        try:
+            causal_lm.set_attn_implementation("sdpa" if causal_lm._supports_sdpa else "eager")
+            yield
+        finally:
+            causal_lm.set_attn_implementation(attention)
+            for module, forward in replaced.items():
+                module.forward = forward
+
+    def next_token(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
+        """Return the likeliest token after each sequence of a left-padded batch. Within `own_forward`, no gradients.
+
+        Of a sharded policy, this is a forward pass of its own beside `forward`, see `parallelize`.
+
+        Args:
+            input_ids: int64 [B, T], the tokens that follow those in `cache`.
+            attention_mask: int64 [B, tokens in the cache + T], 0 for padding.
+            position_ids: int64 [B, T].
+            cache: keys and values of the tokens before; those of `input_ids` are added.
+
+        Returns:
+            int64 [B].
+        """
+        hidden = self.causal_lm.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return (hidden[:, -1] @ self._head.weight.t()).argmax(-1)
+
+    def forward(self, batch: Batch, *, per_token: bool = False) -> Tensor:
         """Sum of completion log-probs per branch.
 
         Args:
             batch: a packed row of E examples with K branches each.
             per_token: give `token_logprobs` in place of the sums.
-            next_tokens: give the likeliest token after each branch, of which none may be empty, in their place.
 
         Returns:
-            fp32 [E, K], nats; per token fp32 [M]; tokens int64 [E, K].
+            fp32 [E, K], nats; per token fp32 [M].
         """
-        if next_tokens:
-            return self._likeliest(batch)
         tokens = self.token_logprobs(batch)
         if per_token:
             return tokens.clone()

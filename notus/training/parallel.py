@@ -22,7 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.fx.experimental import _config as symbols
 
 from notus import switches
@@ -76,6 +83,7 @@ def parallelize(
         shard(block)
     # The backward pass begins with the root's head: freed after the forward pass, it would be gathered at once again.
     shard(policy, reshard_after_forward=False)
+    register_fsdp_forward_method(policy, "next_token")
     for module in fsdp_modules(policy) if mesh.size() > 1 else []:
         # The loss is divided by the step's global count, so gradients are summed, not averaged; as a plain sum,
         # because gloo knows no sum with a factor.

@@ -158,7 +158,7 @@ def _train(folder: Path, model: Path, pairs: Path, ports: list[int]) -> None:
     torch.compile = functools.partial(torch.compile, backend="eager")  # in this process alone
     for name, port in zip(("plain", "compiled"), ports, strict=True):
         job = config("dpo", folder / name, model, pairs, training__compile=name == "compiled", training__batch_size=6,
-                     training__activation_checkpointing="selective")  # fmt: skip
+                     training__activation_checkpointing="selective", tracking__samples=3)  # fmt: skip
         with launched(port):
             assert run(job) == 0
 
@@ -167,6 +167,7 @@ def test_a_compiled_run_on_two_ranks(tmp_path: Path, model_folder: Path, pairs_f
     run_ranks(_train, 2, tmp_path, tmp_path, model_folder, pairs_file, free_ports(2))
     plain, compiled = (read_metrics(tmp_path / name) for name in ("plain", "compiled"))
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
+    assert (tmp_path / "compiled" / "samples.jsonl").read_text() == (tmp_path / "plain" / "samples.jsonl").read_text()
     references = {path.name for name in ("plain", "compiled") for path in (tmp_path / name / "reference").iterdir()}
     assert len(references) == 2  # compiled kernels may round otherwise: a cache of its own
 

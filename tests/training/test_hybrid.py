@@ -1,5 +1,6 @@
 """Hybrid sharding: two nodes of two ranks do what one rank does, and what full sharding does."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from notus.training.distributed import ranks_per_node
 from notus.training.optim import is_first_replica
 
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora__rank": 3}}
-COMMON = {"training__max_steps": 4, "training__save_every": 2, "training__keep_checkpoints": None}
+COMMON = {
+    "training__max_steps": 4, "training__save_every": 2, "training__keep_checkpoints": None,
+    "tracking__samples": 3, "tracking__sample_tokens": 5,
+}  # fmt: skip
 STEP_2 = Path("checkpoints") / "step-00000002"
 
 
@@ -56,6 +60,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, pairs_fil
     return top
 
 
+def _samples(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
 def _weights(run: Path) -> dict[str, torch.Tensor]:
     (path,) = (run / "model").glob("*model.safetensors")
     return load_file(path)
@@ -69,6 +77,9 @@ def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_
     assert [line["step"] for line in lines] == ([3, 4] if "from" in layout else [1, 2, 3, 4])
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+    samples = [[line for line in _samples(run) if line["step"] == 4] for run in (one, other)]
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 3
     start, wanted = load_file(model_folder / "model.safetensors"), _weights(one)
     for name, found in _weights(other).items():
         moved = (wanted[name] - start.get(name, torch.zeros(()))).norm()

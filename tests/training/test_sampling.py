@@ -1,5 +1,7 @@
 """Sampling while training: what plain greedy decoding says, and no trace of it in the training."""
 
+import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -12,15 +14,20 @@ import torch
 from ranks import free_ports, launched, run_ranks
 from runs import at_call, config, read_metrics, settings, terminate, without_timings, write_messages
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
 from toys import toy_model_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from notus.config import config_from_dict
 from notus.data.dataset import load_pairs, load_sft
+from notus.data.packing import Example, collate
 from notus.data.rows import Rows
 from notus.entry import STOPPED
-from notus.training import dpo, sampling, sft
-from notus.training.build import build_policy, read_model_config
+from notus.model.lora import inject_lora, merge_lora
+from notus.model.policy import Policy
+from notus.training import dpo, parallel, sampling, sft
+from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.metering import Meter
 from notus.training.sampling import Sample, Sampler, build_sampler, first_prompts
 
@@ -32,71 +39,229 @@ def samples_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def greedy(folder: Path, prompt: list[int], count: int, ends: set[int]) -> list[int]:
-    """One whole forward pass of transformers' model per token."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = list(prompt)
-    for _ in range(count):
-        with torch.no_grad():
-            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        if token in ends:
-            break
-        ids.append(token)
-    return ids[len(prompt) :]
+def greedy(source: Path | PreTrainedModel, prompt: list[int], count: int, ends: set[int]) -> list[int]:
+    """What transformers' own greedy generation says after one prompt, without the end."""
+    model = AutoModelForCausalLM.from_pretrained(source) if isinstance(source, Path) else source
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0, do_sample=False)
+    ids = torch.tensor([prompt])
+    out = model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
+    return [token for token in out[0, len(prompt) :].tolist() if token not in ends]
 
 
 def _sampler(folder: Path, device: torch.device, prompts: list[list[int]], **options: Any) -> Sampler:
     policy = build_policy(folder, read_model_config(folder), device=device, precision="fp32")
+    return _sampler_of(policy, folder, device, prompts, **options)
+
+
+def _sampler_of(
+    policy: Policy, folder: Path, device: torch.device, prompts: list[list[int]], **options: Any
+) -> Sampler:
     given = {"max_new_tokens": 6, "longest": 100, "ends": {2}, **options}
     arrays = [np.array(prompt, dtype=np.int32) for prompt in prompts]
     return Sampler(policy, AutoTokenizer.from_pretrained(folder), arrays, device=device, **given)
 
 
+def _completions(folder: Path, expected: list[list[int]], prompts: list[list[int]]) -> list[Sample]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in each] for each in (prompts, expected)]
+    return [Sample(index, *both) for index, both in enumerate(zip(*texts, strict=True))]
+
+
 PROMPTS = [[1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71]]
 
 
-@pytest.mark.parametrize("longest", [100, 10])  # all in one row; the longest prompt may grow by 3 tokens, in its own
-def test_samples_are_those_of_plain_greedy_decoding(longest: int, model_folder: Path, device: torch.device) -> None:
+@pytest.mark.parametrize("longest", [100, 10])  # all in one batch; the longest prompt may grow by 3 tokens, in its own
+def test_samples_are_those_of_greedy_generation(longest: int, model_folder: Path, device: torch.device) -> None:
     passes: list[int] = []
     plain = [greedy(model_folder, prompt, min(6, longest - len(prompt)), set()) for prompt in PROMPTS]
     end = plain[0][2]  # ends the first after two tokens, if not before
     sampler = _sampler(model_folder, device, PROMPTS, longest=longest, ends={end})
     found = sampler(lambda: passes.append(1))
     expected = [greedy(model_folder, prompt, min(6, longest - len(prompt)), {end}) for prompt in PROMPTS]
-    assert len(expected[0]) <= 2
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in each] for each in (PROMPTS, expected)]
-    assert found == [Sample(index, *both) for index, both in enumerate(zip(*texts, strict=True))]
-    # one pass per token, and one for the token that ends a completion
-    tokens = max(len(new) + (len(new) < 6) for new in expected) if longest == 100 else 0
-    assert longest == 10 or len(passes) == tokens
+    assert len(expected[0]) <= 2 < max(map(len, expected))
+    assert found == _completions(model_folder, expected, PROMPTS)
+    # a pass per token of a batch: 3 for the longest prompt, whose room that is, and 6 for each of the others alone
+    assert len(passes) == (6 if longest == 100 else 3 + 6 + 6)
 
 
-def test_no_pass_follows_the_last_token(model_folder: Path, device: torch.device) -> None:
-    everything = set(range(400))
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 6},  # shorter than a prompt, and than every text
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},  # in the second layer alone
+    "qwen3": {},
+    "gemma": {},
+    "phi3": {"sliding_window": 6},
+    # learned positions, of which there are as many as the context has
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 30},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_says_what_it_generates(kind: str, tmp_path: Path, device: torch.device) -> None:
+    folder = toy_model_folder(tmp_path / "model", kind, **FAMILIES[kind])
+    prompts = [*PROMPTS, list(range(40, 56))]
+    longest = 30 if kind == "opt" else 200  # then 14 tokens follow the longest prompt
+    end = greedy(folder, PROMPTS[0], 20, set())[10]
+    for ends in (set(), {end}):
+        expected = [greedy(folder, prompt, min(20, longest - len(prompt)), ends) for prompt in prompts]
+        sampler = _sampler(folder, device, prompts, max_new_tokens=20, longest=longest, ends=ends)
+        assert sampler(lambda: None) == _completions(folder, expected, prompts)
+        # not one token over and over, and a completion that ends early
+        assert len(expected[0]) <= 10 if ends else max(len(set(new)) for new in expected) > 3
+
+
+def test_learned_positions_end_with_the_context(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose prompt fills the context goes on beside one whose prompt does not, but not in its positions."""
+    folder = toy_model_folder(tmp_path / "model", "opt", **{**FAMILIES["opt"], "max_position_embeddings": 10})
+    prompts = [list(range(40, 48)), [1]]
+    sampler = _sampler(folder, device, prompts, max_new_tokens=20, longest=10)
+    monkeypatch.setattr(sampling, "world_size", lambda: 2)
     passes: list[int] = []
-    found = _sampler(model_folder, device, PROMPTS, ends=everything)(lambda: passes.append(1))
-    assert ([sample.completion for sample in found], len(passes)) == (["", "", ""], 1)
+    assert sampler._complete(lambda: passes.append(1)) == {0: greedy(folder, prompts[0], 2, {2})}
+    assert len(passes) == 8  # of the 9 for which the other rank has room: then both were asked
+
+
+def test_bf16_says_what_the_model_says_in_bf16(model_folder: Path, device: torch.device) -> None:
+    policy = build_policy(model_folder, read_model_config(model_folder), device=device, precision="bf16")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    found = _sampler_of(policy, model_folder, device, PROMPTS)(lambda: None)
+    assert found == _completions(model_folder, [greedy(model, prompt, 6, {2}) for prompt in PROMPTS], PROMPTS)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_adapters_speak_without_dropout(
+    offload: bool, model_folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if offload:  # as on a GPU, but for the pinned memory, which needs one
+        monkeypatch.setattr(parallel, "CPUOffloadPolicy", lambda: CPUOffloadPolicy(pin_memory=False))
+    adapter = Adapter(rank=2, alpha=4, dropout=0.5, target_modules="all-linear", rslora=False)
+    config = read_model_config(model_folder)
+    policy = build_policy(model_folder, config, device=device, precision="fp32", adapter=adapter, cpu_offload=offload)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    inject_lora(plain, **dataclasses.asdict(adapter))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for sharded, whole in zip(policy.parameters(), plain.parameters(), strict=True):
+            if sharded.requires_grad:
+                values = torch.randn(whole.shape, generator=generator) / 4
+                whole.copy_(values)
+                sharded.to_local().copy_(values)
+    before = greedy(model_folder, PROMPTS[1], 6, {2})
+    merge_lora(plain)
+    expected = [greedy(plain, prompt, 6, {2}) for prompt in PROMPTS]
+    assert expected[1] != before
+    found = _sampler_of(policy.train(), model_folder, device, PROMPTS)(lambda: None)
+    assert found == _completions(model_folder, expected, PROMPTS)
+
+
+def test_ranks_ask_each_other_every_few_passes_whether_all_is_said(
+    model_folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = set(range(400))
+    for every, expected in ((8, 8), (3, 3), (1, 1), (50, 20)):
+        passes: list[int] = []
+        monkeypatch.setattr(sampling, "AGREE_EVERY", every)
+        sampler = _sampler(model_folder, device, PROMPTS, max_new_tokens=20, ends=everything)
+        found = sampler(lambda passes=passes: passes.append(1))
+        assert ([sample.completion for sample in found], len(passes)) == (["", "", ""], expected)
     assert _sampler(model_folder, device, [])(lambda: passes.append(1)) == []
-    assert len(passes) == 1
+    assert len(passes) == 20
 
 
-def test_the_policy_is_left_as_it_was_whatever_ends_the_sampling(model_folder: Path, device: torch.device) -> None:
-    sampler = _sampler(model_folder, device, PROMPTS)
-    policy = sampler._policy.train()
-    state = torch.get_rng_state()
-    modes: list[bool] = []
+@pytest.mark.parametrize(
+    ("lengths", "longest", "ranks", "expected"),
+    [
+        # with 5 tokens after each: 3 x (30 + 5) > 100, but 4 x (20 + 5) <= 100; it takes three, and so three each do
+        ([10, 30, 20, 10, 30, 10, 20], 100, 1, [[[1, 4]], [[2, 6, 0]], [[3, 5]]]),
+        # four ranks have room for all at once; two each do
+        ([10, 30, 20, 10, 30, 10, 20], 100, 4, [[[1, 4], [2, 6], [0, 3], [5]]]),
+        # prompts of 95 tokens alone; two ranks need two groups
+        ([95, 95, 95, 1], 100, 2, [[[0], [1]], [[2], [3]]]),
+        ([10, 20], 100, 4, [[[1], [0], [], []]]),
+    ],
+)
+def test_prompts_are_dealt_in_few_groups(
+    lengths: list[int],
+    longest: int,
+    ranks: int,
+    expected: list[list[list[int]]],
+    model_folder: Path,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler = _sampler(model_folder, device, [[1] * length for length in lengths], longest=longest, max_new_tokens=5)
+    monkeypatch.setattr(sampling, "world_size", lambda: ranks)
+    assert sampler._groups() == expected
+
+
+STOPPED_AT = (None, 3)
+MODES = [("none", False), ("selective", False), ("full", False), ("selective", True)]
+
+
+@pytest.mark.parametrize(("mode", "compiled"), MODES)
+@pytest.mark.parametrize("stopped_at", STOPPED_AT)
+def test_the_policy_is_left_as_it_was_whatever_ends_the_sampling(
+    mode: str,
+    compiled: bool,
+    stopped_at: int | None,
+    model_folder: Path,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    policy, untouched = (
+        build_policy(
+            model_folder, read_model_config(model_folder), device=device, precision="fp32",
+            activation_checkpointing=mode, compile=compiled,
+        ).train()
+        for _ in range(2)
+    )  # fmt: skip
+    sampler = _sampler_of(policy, model_folder, device, PROMPTS)
+    before, state, modes = _describe(policy), torch.get_rng_state(), []
 
     def stop() -> None:
         modes.append(policy.training)
-        if len(modes) == 3:
+        if len(modes) == stopped_at:
             raise InterruptedError
 
-    with pytest.raises(InterruptedError):
-        sampler(stop)
-    assert (modes, policy.training) == ([False] * 3, True)
+    if stopped_at is None:
+        expected = [greedy(model_folder, prompt, 6, {2}) for prompt in PROMPTS]
+        assert sampler(stop) == _completions(model_folder, expected, PROMPTS)
+    else:
+        with pytest.raises(InterruptedError):
+            sampler(stop)
+    assert (set(modes), len(modes), policy.training) == ({False}, stopped_at or 6, True)
     assert torch.equal(torch.get_rng_state(), state)
-    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert {(type(parameter.data), parameter.dtype) for parameter in policy.parameters()} == {(DTensor, torch.float32)}
+    assert _describe(policy) == before
+    assert all(torch.equal(*both) for both in zip(_gradients(policy), _gradients(untouched), strict=True))
+
+
+def _describe(policy: Policy) -> dict[str, Any]:
+    """What sampling takes away for a while."""
+    forwards = {name: vars(module)["forward"] for name, module in policy.named_modules() if "forward" in vars(module)}
+    assert len(forwards) >= 2
+    return {**forwards, "attention": policy.causal_lm.config._attn_implementation}
+
+
+def _gradients(policy: Policy) -> list[torch.Tensor]:
+    trunk, branch = np.arange(5, 20), np.arange(30, 40)
+    example = Example(0, trunk, (branch, branch[::-1].copy()), (np.ones(10, dtype=bool),) * 2)
+    policy(collate([example], 2)).sum().backward()
+    return [parameter.grad.to_local() for parameter in policy.parameters() if parameter.grad is not None]
+
+
+def test_a_model_without_sdpa_takes_its_eager_attention(model_folder: Path, device: torch.device) -> None:
+    sampler = _sampler(model_folder, device, PROMPTS)
+    model = sampler._policy.causal_lm
+    model._supports_sdpa = False
+    taken: list[str] = []
+    found = sampler(lambda: taken.append(model.config._attn_implementation))
+    assert set(taken) == {"eager"}
+    expected = [greedy(model_folder, prompt, 6, {2}) for prompt in PROMPTS]
+    assert found == _completions(model_folder, expected, PROMPTS)
 
 
 def _rows(folder: Path, records: list[dict[str, str]], load: Callable[..., Any], path: Path, **options: Any) -> Rows:
@@ -125,8 +290,6 @@ def test_prompts_are_the_first_different_ones_up_to_the_completion(
 
 
 def test_the_end_is_where_tokenizer_or_model_says(tmp_path: Path, model_folder: Path, device: torch.device) -> None:
-    from transformers import GenerationConfig
-
     rows = _rows(model_folder, [{"prompt": "one", "completion": " two"}], load_sft, tmp_path / "chats.jsonl")
     policy = build_policy(model_folder, read_model_config(model_folder), device=device, precision="fp32")
     options: dict[str, Any] = {"count": 1, "max_new_tokens": 4, "tokens_per_row": 300, "device": device}
@@ -184,11 +347,15 @@ def _on_two_ranks(trees: list[dict[str, Any]], ports: list[int]) -> None:
 def test_two_ranks_say_what_one_says(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     overrides = {**SAMPLED, "training__tokens_per_row": 70, "training__max_steps": 2, "data__eval_size": 5}
     # an odd number of prompts, and fewer than ranks: one of them has nothing to say, and goes along
-    kinds = {"full": overrides, "lora": {**overrides, "lora__rank": 2, "tracking__samples": 1}}
+    kinds = {
+        "full": overrides,
+        "lora": {**overrides, "lora__rank": 2, "tracking__samples": 1, "training__activation_checkpointing": "full"},
+        "selective": {**overrides, "training__activation_checkpointing": "selective", "tracking__sample_tokens": 20},
+    }
     for kind, options in kinds.items():
         dpo.run(config("dpo", tmp_path / kind / "one", model_folder, pairs_file, **options))
     trees = [settings(tmp_path / kind / "two", model_folder, pairs_file, **options) for kind, options in kinds.items()]
-    run_ranks(_on_two_ranks, 2, tmp_path, trees, free_ports(2))
+    run_ranks(_on_two_ranks, 2, tmp_path, trees, free_ports(3))
     for kind, options in kinds.items():
         one, two = tmp_path / kind / "one", tmp_path / kind / "two"
         assert samples_of(two) == samples_of(one)
@@ -199,17 +366,17 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, model_folder: Path, pairs_f
 
 def _stopped_on_one_rank(tree: dict[str, Any], ports: list[int]) -> None:
     passes: list[int] = []
-    inner = Sampler._next_tokens
+    inner = Policy.next_token
 
-    def next_tokens(sampler: Sampler, *given: Any) -> list[int]:
+    def next_token(policy: Policy, *given: Any) -> torch.Tensor:
         passes.append(1)
         if len(passes) == 7 and os.environ["RANK"] == "1":  # at step 2's evaluation
             terminate()
-        return inner(sampler, *given)
+        return inner(policy, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "end_tokens", lambda *_: set())
-        patch.setattr(Sampler, "_next_tokens", next_tokens)
+        patch.setattr(Policy, "next_token", next_token)
         for port, (code, total) in zip(ports, ((STOPPED, 7), (0, 7 + 2 * 5)), strict=True):
             with launched(port):
                 assert (dpo.run(config_from_dict(tree, "dpo")), len(passes)) == (code, total)
@@ -237,9 +404,9 @@ def test_a_signal_while_sampling_ends_the_run_at_once_and_nothing_is_said_twice(
     cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **overrides)
     with monkeypatch.context() as patch:
         passes: list[int] = []
-        inner = Sampler._next_tokens
-        patch.setattr(Sampler, "_next_tokens", lambda *given: passes.append(1) or inner(*given))
-        at_call(patch, Sampler, "_next_tokens", call, terminate)
+        inner = Policy.next_token
+        patch.setattr(Policy, "next_token", lambda *given: passes.append(1) or inner(*given))
+        at_call(patch, Policy, "next_token", call, terminate)
         assert dpo.run(cut) == STOPPED
     assert len(passes) == call
     assert {line["step"] for line in samples_of(tmp_path / "cut")} == (set() if call == 2 else {0})
