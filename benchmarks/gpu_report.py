@@ -11,6 +11,8 @@ Report = dict[str, Any]
 USAGE = 2  # exit code of a worker that does not understand its arguments
 OUT_OF_TIME, OUT_OF_MEMORY = "not run: out of time", "out of memory"
 EMPTY: Report = {
+    "command": [],
+    "without": [],  # optimisations that are off in every row
     "hardware": None,  # what the first worker says of it
     "planned": {},  # by stage, the names of all tasks
     "begun": [],  # names of tasks; no worker begins one again

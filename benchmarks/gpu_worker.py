@@ -122,8 +122,8 @@ class Worker:
         except torch.OutOfMemoryError:
             self._add(task, {"status": gpu_report.OUT_OF_MEMORY})
         except Exception as error:
-            traceback.print_exc()
-            self._add(task, {"status": f"failed: {gpu_report.in_words(error)}"})
+            trace = traceback.format_exc()[-4000:]
+            self._add(task, {"status": f"failed: {gpu_report.in_words(error)}", "traceback": trace})
             return True
         return False
 
