@@ -63,10 +63,15 @@ def work(options: argparse.Namespace) -> int:
         report["planned"][options.only] = [task.name for task in tasks]
         with disabled(*disabled_names(), *options.without):
             healthy = Worker(report, options, device).run(tasks)
-    if not healthy:
-        sys.stderr.flush()
-        os._exit(START_ANEW)  # an orderly end would wait for, or abort in, a broken context
+        _leave(0 if healthy else START_ANEW)
     return 0
+
+
+def _leave(code: int) -> None:
+    """End the process at once: an orderly end may wait for a device that is stuck, or abort in a broken context."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _end_with_the_supervisor() -> None:

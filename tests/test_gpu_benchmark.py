@@ -254,7 +254,7 @@ def test_a_worker_leaves_with_a_code_of_its_own_when_nothing_computes_any_more(m
     gpu_report.write(gpu_report.EMPTY, tmp_path / "found.json")
     codes = []
     monkeypatch.setattr(gpu_worker, "_end_with_the_supervisor", lambda: None)
-    monkeypatch.setattr(gpu_worker.os, "_exit", codes.append)
+    monkeypatch.setattr(gpu_worker, "_leave", codes.append)
     monkeypatch.setattr(gpu_worker, "usable", lambda _: False)
     monkeypatch.setattr(gpu_worker, "comparisons", lambda _: [("a", _raises(RuntimeError("x")))])
     gpu_worker.work(_options(tmp_path / "found.json", only="parity", without=()))
@@ -410,10 +410,11 @@ def test_the_worker_switches_off_what_the_call_says(module, monkeypatch, tmp_pat
     seen = []
     find = lambda: iter([{"graphs": len(seen), "off": seen.append(sorted(switches.disabled_names()))}])  # noqa: E731
     monkeypatch.setattr(gpu_worker, "_end_with_the_supervisor", lambda: None)
+    monkeypatch.setattr(gpu_worker, "_leave", lambda code: seen.append(code))
     monkeypatch.setattr(gpu_worker, "rate_tasks", lambda _: [])
     monkeypatch.setattr(gpu_worker, "row_tasks", lambda *_: [gpu_worker.Task("rows", "a", find)])
     gpu_worker.work(_options(tmp_path / "found.json", only="rows", without=("fused_optimizer",)))
-    assert seen == [["fused_optimizer"]]
+    assert seen == [["fused_optimizer"], 0]
 
 
 def test_what_a_change_saves_by_hand(module):
