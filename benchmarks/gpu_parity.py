@@ -7,7 +7,9 @@ The tolerances are those of tests/model.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +17,10 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from notus.data.packing import Example, Layout, build_layout, collate
-from notus.model import attention
-from notus.model.fused import fuse
+from notus.model import attention, fused
 from notus.model.logprobs import full_logprobs, linear_logprobs
 from notus.model.policy import Policy
+from notus.training.determinism import deterministic
 
 # name: (trunk lengths, branch lengths)
 ROWS = {
@@ -29,11 +31,16 @@ ROWS = {
     "an empty branch": ([40, 9], [[12, 0], [17, 30]]),
     "fillers": ([1, 1], [[1, 1], [1, 1]]),
     "a tail": ([60, 0], [[20, 31], [145, 0]]),
+    # The fp32 kernel cuts a segment's mask from the corner of the widest segment's, which is 96 keys wide here. CUDA's
+    # memory-efficient kernel wants masks aligned to 16; these corners begin at columns 15 and 21.
+    "a corner at column 15": ([60], [[10, 36, 21]]),
+    "a corner at column 21": ([60, 50], [[10, 36], [12, 25]]),
 }
 HEADS = {"multi-head": (8, 8), "grouped-query": (8, 2), "one key head": (4, 1)}
 WINDOWS = (None, 16)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ATTENTION_TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
+REPEATS = "attention repeats bit for bit when deterministic"
 POLICIES = {
     "grouped-query": {},
     "multi-head": {"num_key_value_heads": 4},
@@ -54,9 +61,23 @@ class Check:
         return self.error <= self.tolerance  # False for NaN
 
 
-def parity(device: torch.device) -> list[Check]:
-    """Every comparison on `device`."""
-    return [*_attention_checks(device), *_logprob_checks(device), *_policy_checks(device)]
+# What is compared as a whole: its name, and the comparisons as they come.
+Comparison = tuple[str, Callable[[], Iterable[Check]]]
+
+
+def comparisons(device: torch.device) -> list[Comparison]:
+    """Everything that is compared on `device`."""
+    found = [
+        *_attention_comparisons(device),
+        ("log-probs", lambda: _logprob_checks(device)),
+        *((f"policy, {kind}", partial(_policy_checks, kind, device)) for kind in POLICIES),
+        ("policy, all cases", lambda: _bf16_checks(device)),
+    ]
+    for precision, dtype in DTYPES.items():
+        found.append((f"{REPEATS}, {precision}", partial(_repeats, device, precision)))
+        if hasattr(fused, "fused_checks"):
+            found.append((f"fused, {precision}", partial(_fused_checks, device, precision, dtype)))
+    return found
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -67,29 +88,55 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # ---- attention ----
 
 
-def _attention_checks(device: torch.device) -> Iterator[Check]:
-    for row, (trunks, branches) in ROWS.items():
-        for heads, counts in HEADS.items():
-            for window in WINDOWS:
-                for precision, dtype in DTYPES.items():
-                    name = f"attention, {row}, {heads}, {f'window {window}, ' if window else ''}{precision}"
-                    layout = build_layout(trunks, branches).to(device)
-                    error = _attention_error(layout, counts, window, dtype, device)
-                    yield Check(name, error, ATTENTION_TOLERANCE[precision])
+def _attention_comparisons(device: torch.device) -> Iterator[Comparison]:
+    for row, heads, window, precision in itertools.product(ROWS, HEADS, WINDOWS, DTYPES):
+        name = f"attention, {row}, {heads}, {f'window {window}, ' if window else ''}{precision}"
+        yield name, partial(_attention_check, name, row, heads, window, precision, device)
+
+
+def _attention_check(
+    name: str, row: str, heads: str, window: int | None, precision: str, device: torch.device
+) -> list[Check]:
+    layout = build_layout(*ROWS[row]).to(device)
+    error = _attention_error(layout, HEADS[heads], window, DTYPES[precision], device)
+    return [Check(name, error, ATTENTION_TOLERANCE[precision])]
+
+
+def _repeats(device: torch.device, precision: str) -> Iterator[Check]:
+    """Output and gradients of attention, twice, bit for bit."""
+    layout = build_layout(*ROWS["pairs"]).to(device)
+    leaves, upstream = _inputs(layout, HEADS["grouped-query"], DTYPES[precision], device)
+    with deterministic(True):
+        first, second = (_attend(None, leaves, upstream, layout, None) for _ in range(2))
+    unequal = sum(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    yield Check(f"{REPEATS}, {precision}", float(unequal), 0.0)
+
+
+def _fused_checks(device: torch.device, precision: str, dtype: torch.dtype) -> Iterator[Check]:
+    """The fused elementwise functions against their plain twins."""
+    for name, error, tolerance in fused.fused_checks(device, dtype):
+        yield Check(f"fused, {name}, {precision}", error, tolerance)
 
 
 def _attention_error(
     layout: Layout, counts: tuple[int, int], window: int | None, dtype: torch.dtype, device: torch.device
 ) -> float:
     """The largest relative error among the output and the gradients of query, key and value."""
+    leaves, upstream = _inputs(layout, counts, dtype, device)
+    found = _attend(None, leaves, upstream, layout, window)
+    expected = _attend(attention.dense_kernel, [leaf.float() for leaf in leaves], upstream, layout, window)
+    return _largest(relative(got, wanted) for got, wanted in zip(found, expected, strict=True))
+
+
+def _inputs(
+    layout: Layout, counts: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value, and the gradient of the output."""
     (heads, kv_heads), num_tokens = counts, sum(layout.query_lengths)
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, count, num_tokens, 64) for count in (heads, kv_heads, kv_heads)]
     leaves = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    upstream = torch.randn(1, num_tokens, heads, 64, generator=generator).to(device)
-    found = _attend(None, leaves, upstream, layout, window)
-    expected = _attend(attention.dense_kernel, [leaf.float() for leaf in leaves], upstream, layout, window)
-    return _largest(relative(got, wanted) for got, wanted in zip(found, expected, strict=True))
+    return leaves, torch.randn(1, num_tokens, heads, 64, generator=generator).to(device)
 
 
 def _attend(
@@ -144,17 +191,12 @@ def _logprobs(
 # ---- the whole policy ----
 
 
-def _policy_checks(device: torch.device) -> Iterator[Check]:
-    rounded: list[tuple[_Outcome, _Outcome, _Outcome]] = []
-    for kind, overrides in POLICIES.items():
-        model = _toy(overrides).to(device)
-        half = copy.deepcopy(model).bfloat16()
-        for num_branches in (1, 2, 3):
-            examples = _examples(num_branches)
-            exact, packed = _outcome(_alone, model, examples), _outcome(_packed, model, examples)
-            yield from _fp32_checks(f"policy, {kind}, K={num_branches}", packed, exact)
-            rounded.append((_outcome(_packed, half, examples), _outcome(_alone, half, examples), exact))
-    yield from _bf16_checks(rounded)
+def _policy_checks(kind: str, device: torch.device) -> Iterator[Check]:
+    model = _toy(POLICIES[kind]).to(device)
+    for num_branches in (1, 2, 3):
+        examples = _examples(num_branches)
+        exact, packed = _outcome(_alone, model, examples), _outcome(_packed, model, examples)
+        yield from _fp32_checks(f"policy, {kind}, K={num_branches}", packed, exact)
 
 
 @dataclasses.dataclass
@@ -173,16 +215,24 @@ def _fp32_checks(name: str, packed: _Outcome, exact: _Outcome) -> Iterator[Check
     yield Check(f"{name}, gradient of each parameter, fp32", _largest(errors), 1e-5)
 
 
-def _bf16_checks(outcomes: list[tuple[_Outcome, _Outcome, _Outcome]]) -> Iterator[Check]:
+def _bf16_checks(device: torch.device) -> Iterator[Check]:
     """Packed in bf16 is no further from fp32 than transformers' plain path in bf16 is.
 
     Both errors are sums of many roundings, taken together over all cases: the margins allow for their luck, not for a
     lost factor of two.
     """
+    outcomes = [_bf16_case(kind, num_branches, device) for kind in POLICIES for num_branches in (1, 2, 3)]
     for what, margin in (("logps", 1.5), ("gradient", 1.1)):
         parts = zip(*([getattr(outcome, what).flatten() for outcome in case] for case in outcomes), strict=True)
         got, other, wanted = (torch.cat(part) for part in parts)
         yield Check(f"policy, all cases, {what}, bf16", relative(got, wanted), margin * relative(other, wanted))
+
+
+def _bf16_case(kind: str, num_branches: int, device: torch.device) -> tuple[_Outcome, _Outcome, _Outcome]:
+    """Packed in bf16, plain in bf16, plain in fp32."""
+    model = _toy(POLICIES[kind]).to(device)
+    half, examples = copy.deepcopy(model).bfloat16(), _examples(num_branches)
+    return _outcome(_packed, half, examples), _outcome(_alone, half, examples), _outcome(_alone, model, examples)
 
 
 def _toy(overrides: dict[str, object]) -> MistralForCausalLM:
@@ -223,7 +273,7 @@ def _outcome(forward: Callable[..., Tensor], model: MistralForCausalLM, examples
 
 def _packed(model: MistralForCausalLM, examples: Sequence[Example]) -> Tensor:
     model.set_attn_implementation(attention.IMPLEMENTATION)
-    fuse(model)
+    fused.fuse(model)
     device = next(model.parameters()).device
     logps = Policy(model)(collate(examples, len(examples[0].branches)).to(device))
     for module in model.modules():  # it is the plain model next

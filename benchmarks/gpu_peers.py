@@ -4,6 +4,7 @@ Both see the same pairs with the same lengths, take the same steps (RMSprop, cli
 weights, full checkpointing) and are given the reference log-probs, so that nobody pays for a reference pass.
 """
 
+import dataclasses
 import importlib.util
 import tempfile
 import time
@@ -21,32 +22,61 @@ from notus.data.packing import Example
 from notus.losses import dpo_loss
 from notus.training.optim import build_optimizer
 
-# Pairs of a micro-batch; halved while memory does not suffice.
-PAIRS = 8
+PLAIN = "transformers' own forward in a plain loop"
 BASELINE = Row("dpo", 0, "padded")
 
 
-def measure_peer(peer: str, scale: Scale, device: torch.device, seconds: float, memory: int | None) -> dict[str, Any]:
-    """Measure "transformers" or "trl".
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One of the others, in one way of using it.
+
+    Attributes:
+        name: of its row.
+        kind: "transformers" or "trl".
+        pairs: of a micro-batch; halved while memory does not suffice.
+        checkpointing: "full" or "none".
+    """
+
+    name: str
+    kind: str
+    pairs: int
+    checkpointing: str
+
+
+def peers(kind: str) -> list[Peer]:
+    """The peers of a kind that are installed, each at its best: TRL also in the way that pads nothing."""
+    if kind == "transformers":
+        return [Peer(f"DPO full, {PLAIN}, padded, checkpointing full", kind, 8, "full")]
+    name = "DPO full, TRL, reference given"
+    found = [
+        Peer(f"{name}, padded, checkpointing full", kind, 8, "full"),
+        Peer(f"{name}, one pair at a time, checkpointing none", kind, 1, "none"),
+    ]
+    return found if all(importlib.util.find_spec(package) is not None for package in ("trl", "datasets")) else []
+
+
+def measure_peer(peer: Peer, scale: Scale, device: torch.device, seconds: float, memory: int | None) -> dict[str, Any]:
+    """Measure a peer.
 
     Raises:
         torch.OutOfMemoryError: not even one pair at a time fits.
     """
     shape, config = fitting(scale, memory, lora=False)
     steps = steps_of(BASELINE, scale, config.vocab_size)
-    run = {"transformers": _transformers, "trl": _trl}[peer]
-    size = min(PAIRS, scale.pairs_per_step)
+    run = {"transformers": _transformers, "trl": _trl}[peer.kind]
+    size = min(peer.pairs, scale.pairs_per_step)
     while True:
         try:
-            times = run(config, steps, size, seconds, device)
-            return {
-                "shape": shape, "parameters": parameters(config), "pairs_per_step": scale.pairs_per_step,
-                "pairs_per_micro_batch": size, "checkpointing": "full", **rates(times, steps), **peaks(device),
-                "necessary_flops_per_second": necessary_rate(config, steps, times),
-            }  # fmt: skip
+            times = run(config, steps, dataclasses.replace(peer, pairs=size), seconds, device)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
+        else:
+            return {
+                "shape": shape, "parameters": parameters(config), "pairs_per_step": scale.pairs_per_step,
+                "pairs_per_micro_batch": size, "checkpointing": peer.checkpointing, **rates(times, steps),
+                **peaks(device), "necessary_flops_per_second": necessary_rate(config, steps, times),
+            }  # fmt: skip
         size //= 2
         release(device)
 
@@ -61,7 +91,7 @@ def _model(config: MistralConfig, device: torch.device, attention: str = "sdpa")
 
 
 def _transformers(
-    config: MistralConfig, steps: Sequence[Sequence[Example]], size: int, seconds: float, device: torch.device
+    config: MistralConfig, steps: Sequence[Sequence[Example]], peer: Peer, seconds: float, device: torch.device
 ) -> list[tuple[int, float]]:
     """Padded batches, all logits at once, nothing shared."""
     model = _model(config, device)
@@ -71,8 +101,8 @@ def _transformers(
 
     def step(number: int) -> None:
         examples = steps[number]
-        for start in range(0, len(examples), size):
-            batch = examples[start : start + size]
+        for start in range(0, len(examples), peer.pairs):
+            batch = examples[start : start + peer.pairs]
             (_plain_loss(model, batch, device, config.vocab_size) * len(batch) / len(examples)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -102,11 +132,6 @@ def _plain_loss(model: torch.nn.Module, batch: Sequence[Example], device: torch.
 # ---- TRL ----
 
 
-def trl_is_here() -> bool:
-    """Whether TRL and what it needs is installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("trl", "datasets"))
-
-
 class _Stopwatch(TrainerCallback):
     """Seconds of each optimizer step."""
 
@@ -125,9 +150,9 @@ class _Stopwatch(TrainerCallback):
 
 
 def _trl(
-    config: MistralConfig, steps: Sequence[Sequence[Example]], size: int, seconds: float, device: torch.device
+    config: MistralConfig, steps: Sequence[Sequence[Example]], peer: Peer, seconds: float, device: torch.device
 ) -> list[tuple[int, float]]:
-    """DPOTrainer with its best options for one device: as little padding as micro-batches of `size` pairs leave."""
+    """DPOTrainer with its best options for one device: as little padding as micro-batches of `peer.pairs` leave."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -143,10 +168,11 @@ def _trl(
     watch = _Stopwatch(device, seconds)
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
-            output_dir=folder, per_device_train_batch_size=size, bf16=True, optim="rmsprop", learning_rate=5e-7,
-            gradient_accumulation_steps=len(steps[0]) // size, max_steps=9, max_grad_norm=1.0, max_length=LONGEST,
-            gradient_checkpointing=True, precompute_ref_log_probs=True, train_sampling_strategy="sequential",
-            use_cpu=device.type == "cpu", logging_steps=100, save_strategy="no", report_to="none", disable_tqdm=True,
+            output_dir=folder, per_device_train_batch_size=peer.pairs, bf16=True, optim="rmsprop", learning_rate=5e-7,
+            gradient_accumulation_steps=len(steps[0]) // peer.pairs, max_steps=9, max_grad_norm=1.0, max_length=LONGEST,
+            gradient_checkpointing=peer.checkpointing == "full", precompute_ref_log_probs=True,
+            train_sampling_strategy="sequential", use_cpu=device.type == "cpu", logging_steps=100, save_strategy="no",
+            report_to="none", disable_tqdm=True,
         )  # fmt: skip
         trainer = Given(
             _model(config, device),

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -13,14 +12,26 @@ import torch
 import torch._dynamo.utils
 from transformers import MistralConfig
 
+from gpu_report import in_words
 from gpu_shapes import LONGEST, Scale, fitting, pairs, parameters, rows
 from gpu_step import Step, Work, build, model_dimensions, predicted_bytes
 from notus.data.packing import Example, collate
+from notus.switches import OPTIMISATIONS, disabled, disabled_names
+from notus.training.checkpointing import MODES
 from profile_step import profiled
 
 GIB = 2**30
 LEAST_STEPS, MOST_STEPS, STEPS_OF_DATA = 2, 8, 4
-OUT_OF_TIME, OUT_OF_MEMORY = "not run: out of time", "out of memory"
+
+
+# Checkpointing modes, the one that is expected to be the fastest first; "none" fits only into short rows.
+PREFERENCE = ("products", "selective", "full", "none")
+BY_PREFERENCE = sorted(MODES, key=lambda mode: PREFERENCE.index(mode) if mode in PREFERENCE else len(PREFERENCE))
+# Optimisations that a row leaves out to compare, on CUDA. This one is to be seen in compiled blocks alone.
+COMPARED = ("fused_elementwise", "gradient_handover", "fused_optimizer", "fp32_addmm")
+COMPARED_COMPILED = ("graph_attention",)
+# Each configuration compiles graphs of its own; past the limit, which is 8, blocks would run uncompiled.
+torch._dynamo.config.recompile_limit = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,79 +42,62 @@ class Row:
         task: "dpo" or "sft".
         rank: of LoRA; 0: every parameter is trained.
         variant: "shared", "packed" or "padded", see `gpu_shapes.rows`.
-        checkpointing: "none", "selective" or "full".
+        checkpointing: one of `MODES`.
         compile: each block.
         profile: find the shares of its time, too.
+        without: optimisations that are switched off, see `notus.switches`.
+        again: measured before; how far two measurements are apart says what a difference means.
     """
 
     task: str
     rank: int
     variant: str
-    checkpointing: str = "full"
+    checkpointing: str = BY_PREFERENCE[0]
     compile: bool = False
     profile: bool = False
+    without: tuple[str, ...] = ()
+    again: bool = False
 
     @property
     def name(self) -> str:
         kind = f"LoRA r={self.rank}" if self.rank else "full"
         compiled = ", compiled" if self.compile else ""
-        return f"{self.task.upper()} {kind}, {self.variant}, checkpointing {self.checkpointing}{compiled}"
+        without = f", without {self.without[0]}" if self.without else ", again" if self.again else ""
+        without = ", all optimisations off" if len(self.without) > 1 else without
+        return f"{self.task.upper()} {kind}, {self.variant}, checkpointing {self.checkpointing}{compiled}{without}"
 
 
-def plan(rank: int) -> list[Row]:
-    """Every row, the most important first; `rank`: of the LoRA rows."""
-    best = [Row("dpo", 0, "shared", mode, profile=mode == "full") for mode in ("full", "selective", "none")]
-    without = [Row("dpo", 0, variant) for variant in ("packed", "padded")]
-    compiled = [Row("dpo", 0, "shared", mode, compile=True) for mode in ("full", "selective", "none")]
-    others = []
+def plan(rank: int) -> list[Row | str]:
+    """Every row, the most important first; a name stands for a row of another kind, see `gpu_worker.row_tasks`.
+
+    Args:
+        rank: of the LoRA rows.
+    """
+    full = [Row("dpo", 0, "shared", mode, profile=mode == BY_PREFERENCE[0]) for mode in BY_PREFERENCE]
+    compiled = [Row("dpo", 0, "shared", mode, compile=True, profile=mode == BY_PREFERENCE[0]) for mode in BY_PREFERENCE]
+    switched = [Row("dpo", 0, "shared", again=True)]
+    switched += [Row("dpo", 0, "shared", without=(name,)) for name in COMPARED]
+    switched += [Row("dpo", 0, "shared", compile=True, without=(name,)) for name in COMPARED_COMPILED]
+    switched.append(Row("dpo", 0, "shared", without=tuple(OPTIMISATIONS)))
+    first, later = [], []
     for task, size, sharing in (("dpo", rank, "shared"), ("sft", 0, "packed")):
-        others += [Row(task, size, sharing), Row(task, size, "padded"), Row(task, size, sharing, compile=True)]
-        others += [Row(task, size, sharing, mode) for mode in ("selective", "none")]
-    others.insert(1, Row("dpo", rank, "packed"))
-    return [*best, *without, *compiled, *others]
-
-
-class Clock:
-    """How much time is left, and whether it suffices for one more row."""
-
-    def __init__(self, minutes: float) -> None:
-        self._end, self._longest = time.perf_counter() + 60 * minutes, 0.0
-
-    def left(self) -> float:
-        """Seconds."""
-        return self._end - time.perf_counter()
-
-    def suffices(self) -> bool:
-        """Whether a row that takes no longer than the longest so far would end in time."""
-        return self.left() > self._longest
-
-    def took(self, seconds: float) -> None:
-        """Learn how long a row takes."""
-        self._longest = max(self._longest, seconds)
-
-
-def guarded(clock: Clock, name: str, device: torch.device, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` finds, or why it found nothing; memory is free again afterwards."""
-    if not clock.suffices():
-        return {"name": name, "status": OUT_OF_TIME}
-    began = time.perf_counter()
-    try:
-        found = {"name": name, "status": "measured", **measure()}
-    except torch.OutOfMemoryError:
-        found = {"name": name, "status": OUT_OF_MEMORY}
-    except Exception as error:  # one bad row must not cost the others; the exit code tells of it
-        traceback.print_exc()
-        found = {"name": name, "status": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-    release(device)
-    clock.took(time.perf_counter() - began)
-    return found
+        first += [Row(task, size, sharing), Row(task, size, "padded")]
+        later += [Row(task, size, sharing, compile=True)]
+        later += [Row(task, size, sharing, mode) for mode in BY_PREFERENCE[1:]]
+    return [
+        *full, *compiled[:2], "transformers", Row("dpo", 0, "padded"), *switched,
+        *first, "trl", "recompiles", Row("dpo", 0, "packed"), Row("dpo", rank, "packed"), *compiled[2:], *later,
+    ]  # fmt: skip
 
 
 def release(device: torch.device) -> None:
-    """Free what a row has left: modules and their hooks refer to each other in circles."""
-    torch._dynamo.reset()
+    """Free what a row has left: modules and their hooks refer to each other in circles.
+
+    Compiled code stays, for the next row that has the same graph. It keeps no weights alive: those are inputs to it.
+    """
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize()  # an error of a kernel is reported here at the latest
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -138,27 +132,43 @@ def _try(
 ) -> dict[str, Any] | None:
     """None if memory does not suffice; what was built is gone by the return."""
     try:
-        policy, work = build(config, device, rank=row.rank, checkpointing=row.checkpointing, compile=row.compile)
-        step = Step(policy, row.task, config.vocab_size)
-        steps = steps_of(row, scale, config.vocab_size)
-        longest = LONGEST // scale.divisor
-        batches = [rows(row.variant, examples, tokens_per_row, longest) for examples in steps]
-        times = timed(lambda number: step(batches[number]), seconds, device, warm_up=2 if row.compile else 1)
-        found: dict[str, Any] = {
-            "tokens_per_row": tokens_per_row,
-            "pairs_per_step": len(steps[0]),
-            "rows_per_step": len(batches[0]),
-            **rates(times, steps),
-            "necessary_flops_per_second": median(work.necessary(steps[number]) / took for number, took in times),
-            "done_flops_per_second": median(work.done(batches[number]) / took for number, took in times),
-            **peaks(device),
-            "predicted_gib": predicted_bytes(work, row.checkpointing, [r for b in batches for r in b]) / GIB,
-        }
-        if row.profile:
-            found["shares"] = profiled(lambda: step(batches[0]))
-        return found
+        with disabled(*disabled_names(), *row.without):
+            return _measured(row, config, scale, device, seconds, tokens_per_row)
     except torch.OutOfMemoryError:
         return None
+
+
+def _measured(
+    row: Row, config: MistralConfig, scale: Scale, device: torch.device, seconds: float, tokens_per_row: int
+) -> dict[str, Any]:
+    policy, work = build(config, device, rank=row.rank, checkpointing=row.checkpointing, compile=row.compile)
+    step = Step(policy, row.task, config.vocab_size)
+    steps = steps_of(row, scale, config.vocab_size)
+    longest = LONGEST // scale.divisor
+    batches = [rows(row.variant, examples, tokens_per_row, longest) for examples in steps]
+    times = timed(lambda number: step(batches[number]), seconds, device, warm_up=2 if row.compile else 1)
+    found: dict[str, Any] = {
+        "tokens_per_row": tokens_per_row,
+        "pairs_per_step": len(steps[0]),
+        "rows_per_step": len(batches[0]),
+        **rates(times, steps),
+        "necessary_flops_per_second": median(work.necessary(steps[number]) / took for number, took in times),
+        **peaks(device),
+    }
+    extra(found, "done_flops_per_second", lambda: median(work.done(batches[number]) / took for number, took in times))
+    fullest = [each for batch in batches for each in batch]
+    extra(found, "predicted_gib", lambda: predicted_bytes(work, row.checkpointing, fullest) / GIB)
+    if row.profile:
+        extra(found, "shares", lambda: profiled(lambda: step(batches[0])))
+    return found
+
+
+def extra(found: dict[str, Any], key: str, function: Callable[[], Any]) -> None:
+    """Add what is good to know: an error in it becomes a note, and what was measured stays."""
+    try:
+        found[key] = function()
+    except Exception as error:
+        found.setdefault("notes", []).append(f"no {key}: {in_words(error)}")
 
 
 def steps_of(row: Row, scale: Scale, vocab: int) -> list[list[Example]]:
@@ -200,6 +210,7 @@ def rates(times: Sequence[tuple[int, float]], steps: Sequence[Sequence[Example]]
     tokens = [sum(len(item.trunk) + sum(map(len, item.branches)) for item in step) for step in steps]
     return {
         "steps": len(times),
+        "times": [list(item) for item in times],
         "seconds_per_step": median(took for _, took in times),
         "pairs_per_second": median(len(steps[number]) / took for number, took in times),
         "tokens_per_second": median(tokens[number] / took for number, took in times),
@@ -225,16 +236,22 @@ def peaks(device: torch.device) -> dict[str, float]:
 
 
 def recompiles(scale: Scale, device: torch.device, steps: int = 50) -> dict[str, Any]:
-    """How many graphs compiled blocks come to over steps of rows that all differ; of two layers, which are alike."""
+    """How many graphs are compiled over steps of rows that all differ, of two layers, which are alike.
+
+    What an earlier row compiled is used again, so there may be none.
+    """
     whole = next(iter(scale.shapes.values()))
     config = MistralConfig(**{**whole.to_dict(), "num_hidden_layers": 2})
-    policy, _ = build(config, device, rank=0, checkpointing="full", compile=True)
+    policy, _ = build(config, device, rank=0, checkpointing=BY_PREFERENCE[0], compile=True)
     examples, rng = pairs(4 * steps, scale, config.vocab_size), np.random.default_rng(0)
-    torch._dynamo.utils.counters.clear()
-    after = []
+    before, after = _graphs(), []
     for number in range(steps):
         row = examples[4 * number : 4 * number + int(rng.integers(1, 5))]
         policy(collate(row, 2).to(device)).sum().backward()
         policy.zero_grad()
-        after.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        after.append(_graphs() - before)
     return {"steps": steps, "graphs": after[-1], "graphs_after_two_steps": after[1], "graphs_by_step": after}
+
+
+def _graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -55,14 +55,14 @@ GPU = Scale(
     shapes={"Mistral-7B": MISTRAL_7B, "Mistral, width 2048": SMALL},
     pairs_per_step=PAIRS_PER_STEP,
     divisor=1,
-    tokens_per_row={"full": 16384, "selective": 8192, "none": 4096},
+    tokens_per_row={"full": 16384, "selective": 8192, "products": 8192, "none": 4096},
     least_tokens_per_row=2048,
 )
 CPU = Scale(
     shapes={"toy": TOY},
     pairs_per_step=8,
     divisor=16,
-    tokens_per_row={"full": 512, "selective": 256, "none": 256},
+    tokens_per_row={"full": 512, "selective": 256, "products": 256, "none": 256},
     least_tokens_per_row=128,
 )
 

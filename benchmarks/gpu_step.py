@@ -105,7 +105,7 @@ def _again(products: list[tuple[int, bool]], checkpointing: str) -> int:
     if checkpointing == "none":
         return 0
     base = [weights for weights, adapter in products if not adapter]
-    kept = sum(base[::2]) if checkpointing == "selective" else products[-1][0]
+    kept = {"products": sum(base), "selective": sum(base[::2]), "full": products[-1][0]}[checkpointing]
     return sum(weights for weights, _ in products) - kept
 
 
@@ -137,7 +137,7 @@ def build(
         config: the model's shape.
         device: where it is to live.
         rank: of the LoRA adapters; 0: every parameter is trained.
-        checkpointing: "none", "selective" or "full".
+        checkpointing: a mode of `notus.training.checkpointing`.
         compile: each block.
     """
     with torch.device("meta"):

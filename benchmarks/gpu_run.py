@@ -1,0 +1,366 @@
+"""SFT, DPO and DPO with LoRA in bf16 through the real entries, each killed once, and beside the same runs on the CPU.
+
+    python benchmarks/gpu_run.py [--minutes 5] [--output FILE.json] [--cases sft dpo dpo-lora]
+    python benchmarks/gpu_run.py --cpu        # the run in bf16 is on the CPU as well
+
+A model of about 1M parameters and the demo's data are made first. Then, for each case:
+
+1. A run is left alone. The same run is killed (SIGKILL) at a random step after its first checkpoint and started again
+   with the same command. With `training.deterministic` both must have the same metrics and weights, bit for bit.
+2. The losses of all steps are compared with those of the same run on the CPU, in bf16 and in fp32.
+
+Exits with code 1 if anything differs by more than it may, or was not run. Results are written as they come.
+
+Needs `datasets`, which a machine without a network may lack. Bring the wheels of datasets, multiprocess and dill along:
+
+    pip download --no-deps --dest wheels datasets multiprocess dill
+    pip install --no-index --no-deps --find-links wheels --target /tmp/site-packages datasets multiprocess dill
+    PYTHONPATH=/tmp/site-packages python benchmarks/gpu_run.py
+
+The target's name must contain "site-packages": dill pickles functions by name only from such a folder.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+import gpu_report
+from notus import demo
+from notus.data import synthetic
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, SAVE_EVERY = 30, 5
+PROMPTS = {"sft": 1200, "preferences": 1200}
+ATTEMPTS = 3  # to kill a run before it ends by itself
+# What differs between equal runs.
+TIMINGS = ("pairs_per_second", "examples_per_second")
+# The largest difference of two losses at the same step, from the same weights and data. With seed 1 on a CPU, bf16 and
+# fp32 were 4e-3 (SFT), 1.1e-2 (DPO) and 1.5e-3 (LoRA) apart: RMSprop's first updates are all of the same size, so that
+# rounding decides the direction of some.
+TOLERANCES = {"sft": 0.02, "dpo": 0.03, "dpo-lora": 0.01}
+DPO = {"optimizer": "rmsprop", "learning_rate": 2.5e-5, "lr_schedule": "linear"}
+CASES: dict[str, dict[str, Any]] = {
+    "sft": {"training": {"optimizer": "adamw", "learning_rate": 1e-3, "lr_schedule": "cosine"}},
+    "dpo": {"training": DPO},
+    "dpo-lora": {
+        "training": {**DPO, "learning_rate": 3e-4},
+        "lora": {"rank": 8, "alpha": 16.0, "target_modules": "all-linear"},
+    },
+}
+
+
+@dataclasses.dataclass
+class Bench:
+    """Everything that the steps share.
+
+    Attributes:
+        scratch: where models, data and runs are.
+        output: the report's file.
+        end: seconds since the epoch at which nothing may run any more.
+        cpu: the runs in question are on the CPU as well.
+        report: what was found so far.
+    """
+
+    scratch: Path
+    output: Path
+    end: float
+    cpu: bool
+    seed: int
+    report: dict[str, Any] = dataclasses.field(default_factory=lambda: {"checks": [], "losses": {}, "seconds": {}})
+
+    def check(self, name: str, find: Callable[[], str | None]) -> bool:
+        """Record and return whether a comparison passes: `find` returns what is wrong. An error in it is a failure."""
+        try:
+            wrong = find()
+        except Exception as error:
+            wrong = gpu_report.in_words(error)
+        self.report["checks"].append({"name": name, "passed": wrong is None, "message": wrong})
+        print(f"{'ok' if wrong is None else 'FAILED'}: {name}{'' if wrong is None else f': {wrong}'}", flush=True)
+        gpu_report.write(self.report, self.output)
+        return wrong is None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code."""
+    options = _parse(arguments)
+    if importlib.util.find_spec("datasets") is None:
+        print("error: `datasets` is not installed; the head of benchmarks/gpu_run.py says how", file=sys.stderr)
+        return 1
+    scratch = Path(tempfile.mkdtemp(prefix="notus-gpu-run-"))
+    seed = random.randrange(2**31) if options.seed is None else options.seed
+    bench = Bench(
+        scratch, options.output or scratch / "report.json", time.time() + 60 * options.minutes, options.cpu, seed
+    )
+    bench.report["seed"] = seed
+    print(f"seed {seed}, files in {scratch}", flush=True)
+    bench.check("the model and the data are made", lambda: make_inputs(scratch, seed))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for case in options.cases:
+            check_case(bench, case, pool)
+    failed = [check["name"] for check in bench.report["checks"] if not check["passed"]]
+    print(f"{len(bench.report['checks']) - len(failed)} of {len(bench.report['checks'])} checks passed; {bench.output}")
+    return int(bool(failed))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5, help="after which nothing runs any more")
+    parser.add_argument("--output", type=Path, help="JSON file, written again after each result")
+    parser.add_argument("--cpu", action="store_true", help="without a GPU")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument(
+        "--seed", type=int, help="of data, model, training and of the moment of the kill (default: random)"
+    )
+    return parser.parse_args(arguments)
+
+
+# ---- what the runs start from ----
+
+
+def make_inputs(scratch: Path, seed: int) -> None:
+    """Make the base model, the demonstrations and the preference pairs."""
+    demo.make_base(scratch / "base", seed)
+    for_sft, for_preferences = synthetic.make_prompts(list(PROMPTS.values()), seed=seed)
+    _write_rows(scratch / "sft.jsonl", synthetic.demonstrations(for_sft, seed=seed))
+    _write_rows(scratch / "records.jsonl", synthetic.ultrafeedback_records(for_preferences, seed=seed))
+    curate = [sys.executable, "-m", "notus", "curate", str(scratch / "records.jsonl"), str(scratch / "dpo.jsonl")]
+    subprocess.run([*curate, "--seed", str(seed)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_config(bench: Bench, case: str) -> Path:
+    """Write the YAML of a case. DPO starts from what the undisturbed SFT run trained, or from the base without one."""
+    task = "sft" if case == "sft" else "dpo"
+    trained = bench.scratch / "sft-undisturbed" / "model"
+    tree: dict[str, Any] = {
+        "model": {"name_or_path": str(trained if task == "dpo" and trained.exists() else bench.scratch / "base")},
+        "data": {"train": str(bench.scratch / f"{task}.jsonl"), "max_length": 64},
+        "training": {
+            "output_dir": str(bench.scratch / f"{case}-undisturbed"), "batch_size": 32, "tokens_per_row": 1024,
+            "max_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "warmup_ratio": 0.1, "precision": "bf16",
+            "activation_checkpointing": "selective", "deterministic": True, "seed": bench.seed,
+        },
+        "tracking": {"samples": 0},
+    }  # fmt: skip
+    for section, keys in CASES[case].items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    path = bench.scratch / f"{case}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+# ---- running ----
+
+
+class OutOfTime(Exception):
+    """Nothing may run any more."""
+
+
+def start(bench: Bench, case: str, name: str, *words: str, cpu: bool = False) -> "subprocess.Popen[bytes]":
+    """Start the entry of a case; its output goes to NAME.log and the run to the folder NAME."""
+    entry, folder = f"train_{'sft' if case == 'sft' else 'dpo'}.py", bench.scratch / name
+    command = [
+        sys.executable,
+        str(ROOT / entry),
+        str(bench.scratch / f"{case}.yaml"),
+        f"--training.output_dir={folder}",
+    ]
+    command += [f"--data.cache_dir={bench.scratch / f'{name}-cache'}", *words]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if cpu:  # two threads: the model is small, and runs go on beside each other
+        environment = {"OMP_NUM_THREADS": "2", **environment, "CUDA_VISIBLE_DEVICES": ""}
+    if time.time() > bench.end:
+        raise OutOfTime("not run: out of time")
+    with (bench.scratch / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(bench: Bench, name: str, process: "subprocess.Popen[bytes]") -> None:
+    """Wait for a run's end.
+
+    Raises:
+        OutOfTime: it takes too long; it is killed.
+        RuntimeError: it failed.
+    """
+    try:
+        code = process.wait(timeout=max(0.0, bench.end - time.time()))
+    except subprocess.TimeoutExpired:
+        raise OutOfTime(f"{name} was stopped: out of time") from None
+    finally:
+        process.kill()
+        process.wait()
+    if code:
+        lines = (bench.scratch / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        raise RuntimeError(f"{name} ended with exit code {code}: {lines[-1] if lines else ''}")
+
+
+def run(bench: Bench, case: str, name: str, *words: str, cpu: bool = False) -> list[float]:
+    """Run a case to its end and return its losses."""
+    began = time.time()
+    finish(bench, name, start(bench, case, name, *words, cpu=cpu))
+    # A new dictionary, since the main thread may be writing this one.
+    bench.report["seconds"] = {**bench.report["seconds"], name: time.time() - began}
+    return losses(bench.scratch / name)
+
+
+def kill_after_a_checkpoint(bench: Bench, case: str) -> str:
+    """Start the run anew until one could be killed at a random step after its first checkpoint; its name.
+
+    Raises:
+        RuntimeError: it was over each time, or failed.
+    """
+    chance = random.Random(f"{bench.seed} {case}")
+    for attempt in range(ATTEMPTS):
+        name, step = f"{case}-killed-{attempt}", chance.randint(SAVE_EVERY + 1, STEPS - 2)
+        process = start(bench, case, name, cpu=bench.cpu)
+        while process.poll() is None and time.time() < bench.end:
+            if len(metrics(bench.scratch / name)) >= step and checkpoints(bench.scratch / name):
+                break
+            time.sleep(0.002)
+        process.kill()
+        if process.wait() == -9:
+            bench.report.setdefault("killed_at_step", {})[name] = len(metrics(bench.scratch / name))
+            return name
+        if process.returncode:
+            finish(bench, name, process)
+    raise RuntimeError(f"the run was over before it could be killed, {ATTEMPTS} times")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of `metrics.jsonl` without what differs between equal runs."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                record = json.loads(line)
+                found.append(
+                    {key: record[key] for key in record if key not in TIMINGS and not key.startswith("system/")}
+                )
+    return found
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """Return the names of the run's checkpoints."""
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+def losses(folder: Path) -> list[float]:
+    """Return the loss of each step."""
+    return [record["loss"] for record in metrics(folder) if "loss" in record]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of the final model."""
+    files = sorted(path for path in (folder / "model").rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# ---- comparing ----
+
+
+def check_case(bench: Bench, case: str, pool: concurrent.futures.ThreadPoolExecutor) -> None:
+    """Do everything for a case. The runs on the CPU go on beside those on the GPU."""
+    write_config(bench, case)
+    undisturbed = f"{case}-undisturbed"
+    others = {"fp32": f"{case}-cpu-fp32"} if bench.cpu else {p: f"{case}-cpu-{p}" for p in ("bf16", "fp32")}
+    beside = {
+        precision: pool.submit(run, bench, case, name, f"--training.precision={precision}", cpu=True)
+        for precision, name in others.items()
+    }
+    if bench.check(f"{case}: runs to its end", lambda: _ended(run(bench, case, undisturbed, cpu=bench.cpu))):
+        bench.check(f"{case}: killed and resumed, equal bit for bit", lambda: resumed(bench, case))
+    for precision, future in beside.items():
+        name = f"{case}: losses as on the CPU in {precision}"
+        bench.check(name, lambda p=precision, f=future: compare(bench, case, p, f.result()))
+    for line in table(bench.report["losses"].get(case, {})):
+        print(line, flush=True)
+
+
+def _ended(found: list[float]) -> str | None:
+    return None if len(found) == STEPS else f"{len(found)} steps in place of {STEPS}"
+
+
+def resumed(bench: Bench, case: str) -> str | None:
+    """Kill a run, start it again with the same command, and say what differs from the undisturbed one."""
+    name = kill_after_a_checkpoint(bench, case)
+    first_line = _first_line(bench.scratch / name)
+    finish(bench, name, start(bench, case, name, cpu=bench.cpu))
+    if _first_line(bench.scratch / name) != first_line:  # it says how fast the step was, which no second run repeats
+        return "the run began anew in place of going on from its checkpoint"
+    return difference(bench.scratch / f"{case}-undisturbed", bench.scratch / name)
+
+
+def _first_line(folder: Path) -> str:
+    return (folder / "metrics.jsonl").read_text().splitlines()[0]
+
+
+def difference(expected: Path, found: Path) -> str | None:
+    """Say in what two runs differ; None: in nothing but their timings."""
+    wanted_lines, got_lines = metrics(expected), metrics(found)
+    if len(wanted_lines) != len(got_lines):
+        return f"{len(got_lines)} lines of metrics in place of {len(wanted_lines)}"
+    for wanted, got in zip(wanted_lines, got_lines, strict=True):
+        if wanted != got:
+            keys = [key for key in sorted(wanted.keys() | got.keys()) if wanted.get(key) != got.get(key)]
+            values = f"{keys[0]} is {got.get(keys[0])!r} in place of {wanted.get(keys[0])!r}"
+            return f"step {wanted.get('step')}: {values}"
+    wanted_files, got_files = digests(expected), digests(found)
+    if not wanted_files:
+        return f"{expected}/model holds no file"
+    files = sorted(wanted_files.keys() | got_files.keys())
+    unlike = [name for name in files if wanted_files.get(name) != got_files.get(name)]
+    return f"{unlike[0]} differs" if unlike else None
+
+
+def compare(bench: Bench, case: str, precision: str, expected: list[float]) -> str | None:
+    """Record both runs' losses, and say whether they are too far apart at some step."""
+    found = losses(bench.scratch / f"{case}-undisturbed")
+    kept = bench.report["losses"].setdefault(case, {"bf16 here": found})
+    kept[f"{precision} on the CPU"] = expected
+    return too_far(found, expected, TOLERANCES[case])
+
+
+def too_far(found: list[float], expected: list[float], tolerance: float) -> str | None:
+    """Say at which step losses differ the most, if by more than `tolerance`, or are not those of the same steps."""
+    if len(found) != len(expected) or not found:
+        return f"{len(found)} losses beside {len(expected)}"
+    errors = [abs(one - other) for one, other in zip(found, expected, strict=True)]
+    worst = max(range(len(errors)), key=lambda step: errors[step] if errors[step] == errors[step] else float("inf"))
+    message = f"step {worst + 1}: {found[worst]:.6f} and {expected[worst]:.6f}, {errors[worst]:.2e} apart"
+    return None if errors[worst] <= tolerance else f"{message}, at most {tolerance:.0e}"
+
+
+def table(columns: dict[str, list[float]]) -> list[str]:
+    """Return the lines of a markdown table: every fifth step, and the largest differences from the first column."""
+    if not columns:
+        return []
+    first, *others = columns
+    lines = ["", f"| step | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    steps = range(0, min(map(len, columns.values())), SAVE_EVERY)
+    lines += [f"| {step + 1} | {' | '.join(f'{columns[name][step]:.6f}' for name in columns)} |" for step in steps]
+    apart = [max(abs(a - b) for a, b in zip(columns[first], columns[name], strict=False)) for name in others]
+    return [*lines, f"| largest difference | | {' | '.join(f'{value:.2e}' for value in apart)} |", ""]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
