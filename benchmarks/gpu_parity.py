@@ -75,8 +75,7 @@ def comparisons(device: torch.device) -> list[Comparison]:
     ]
     for precision, dtype in DTYPES.items():
         found.append((f"{REPEATS}, {precision}", partial(_repeats, device, precision)))
-        if hasattr(fused, "fused_checks"):
-            found.append((f"fused, {precision}", partial(_fused_checks, device, precision, dtype)))
+        found.append((f"fused, {precision}", partial(_fused_checks, device, precision, dtype)))
     return found
 
 

@@ -14,7 +14,7 @@ from notus.data.prefetch import Prefetch
 from notus.losses import dpo_loss, nll_loss
 from notus.model.arithmetic import Dimensions, dimensions, forward_flops
 from notus.model.attention import IMPLEMENTATION
-from notus.model.fused import fuse
+from notus.model.fused import check_fused, fuse
 from notus.model.lora import LoRALinear, cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.size import ModelSize, model_size
@@ -22,8 +22,8 @@ from notus.model.support import disable_dropout
 from notus.model.weights import materialise
 from notus.training.distributed import mesh
 from notus.training.footprint import Job, footprint
-from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
-from notus.training.parallel import COMPUTE_DTYPES, expect_last_row, parallelize
+from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
+from notus.training.parallel import COMPUTE_DTYPES, expect_last_row, hand_over_gradients, parallelize
 
 PRECISION = "bf16"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -145,6 +145,8 @@ def build(
     disable_dropout(causal_lm)
     if not compile:
         fuse(causal_lm)
+        for problem in check_fused(causal_lm, device, COMPUTE_DTYPES[PRECISION]):
+            print(f"warning: {problem}", flush=True)
     size = dimensions(causal_lm)
     if rank:
         inject_lora(causal_lm, rank=rank, alpha=rank, dropout=0.0, target_modules=LORA_TARGETS)
@@ -201,14 +203,14 @@ class Step:
                 loss = nll_loss(logps[:, 0], tokens).sum() if self._task == "sft" else self._dpo(logps, batch, examples)
                 loss.backward()
                 bad += ~torch.isfinite(loss.detach())
+        hand_over_gradients(self.policy)
         gradients = local_gradients(self._trainable)
         with torch.profiler.record_function("clip"):
             told = gradient_norm(gradients, bad[None])
             norm, losses_bad = told.tolist()
             if losses_bad or not math.isfinite(norm):
                 raise ValueError(f"{losses_bad:.0f} rows with a loss that is not finite, gradient norm {norm}")
-            clip_gradients(gradients, told[0], 1.0)
-        self._optimizer.step()
+        clipped_update(self._optimizer, gradients, told[0], 1.0)
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -327,7 +327,7 @@ def test_the_fused_functions_are_compared_where_there_is_a_generator_of_comparis
         yield "swiglu", 1e-3, 1e-6
         raise RuntimeError("triton")
 
-    monkeypatch.setattr(gpu_parity.fused, "fused_checks", fused_checks, raising=False)
+    monkeypatch.setattr(gpu_parity.fused, "fused_checks", fused_checks)
     tasks = [
         (task.section, task.name, task.find) for task in gpu_worker.parity_tasks(CPU) if "fused, fp32" in task.name
     ]

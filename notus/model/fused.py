@@ -320,9 +320,11 @@ def check_fused(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.d
 
 
 def fused_checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
-    """Compare each kernel with its plain twin: (name, relative error, the most that is let pass)."""
+    """Compare each kernel with its plain twin, on CUDA alone: (name, relative error, the most that is let pass)."""
     inputs = _Inputs(64, 176, 4, 16, device, dtype)
-    for kernel in inputs.cases:
+    for kernel, (_, first, *_) in inputs.cases.items():
+        if kernel.failure is None and not kernel.usable(first):
+            continue
         yield kernel.name, inputs.error(kernel), _TOLERANCE[dtype]
 
 

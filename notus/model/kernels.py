@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from notus import switches
 from notus.entry import first_line
 
+_KERNELS: list["Kernel"] = []
+
 
 class Kernel:
     """A pure function that is compiled for CUDA.
@@ -39,6 +41,7 @@ class Kernel:
         self.name = function.__name__.strip("_")
         self.failure: str | None = None
         self._function, self._switch, self._varying = function, switch, varying
+        _KERNELS.append(self)
 
     def usable(self, tensor: Tensor) -> bool:
         """Return whether to call this in place of the plain twin, for arguments such as `tensor`."""
@@ -79,4 +82,9 @@ def check(kernels: Sequence[Kernel], errors: Callable[[Kernel], tuple[float, flo
             kernel.failure = f"it cannot be compiled here ({first_line(problem)})"
         else:
             kernel.failure = None if error <= most else f"its relative error is {error:.1e}, more than {most:.0e}"
+    return failures(kernels)
+
+
+def failures(kernels: Sequence[Kernel] = _KERNELS) -> list[str]:
+    """Return why kernels are not used, a line for each of those that failed a check in this process."""
     return [f"kernel {kernel.name} is not used: {kernel.failure}" for kernel in kernels if kernel.failure]
