@@ -15,6 +15,7 @@ import torch
 from fake_cuda import CUDA, fake_cuda, move
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import _config as symbols
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,7 @@ from toys import toy_model
 from notus.data.packing import Example, build_layout, collate
 from notus.model import attention
 from notus.model.attention import IMPLEMENTATION, packed_attention
+from notus.model.compiled_attention import compiled_attention
 from notus.model.fused import fuse
 from notus.model.logprobs import _LinearLogprobs, full_logprobs, linear_logprobs
 from notus.model.policy import Policy
@@ -187,3 +189,26 @@ def test_the_policy_differentiates_through_flash_attention(window, kv_heads):
             policy(batch).sum().backward()
         assert len(calls.found) == 2  # one for each layer
         assert all(parameter.grad.shape == parameter.shape for parameter in policy.parameters())
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a build without CUDA compiles nothing for it")
+def test_compiled_blocks_see_torchs_operator_and_one_graph_serves_every_row(monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    monkeypatch.setattr(symbols, "use_duck_shape", False)
+    torch._dynamo.reset()
+    attend = torch.compile(compiled_attention, dynamic=True, backend=backend)
+    lengths = [([5, 3], [[4, 6], [2, 7]]), ([9, 30, 4], [[14, 6], [12, 17], [3, 3]]), ([50], [[4, 5]])]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for trunks, branches in lengths:
+            layout = build_layout(trunks, branches).to(CUDA)
+            count = sum(layout.query_lengths)
+            query, key = (torch.empty(1, heads, count, 64, dtype=torch.bfloat16, device=CUDA) for heads in (8, 2))
+            out, _ = attend(None, query, key, key, None, scaling=0.1, layout=layout, sliding_window=4096)
+            assert (out.shape, out.device) == ((1, count, 8, 64), CUDA)
+    assert len(graphs) == 1
+    assert any("varlen_attn" in name for name in graphs[0])
