@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from notus import switches
 from notus.config import Config, Task, to_yaml
 from notus.data.chat import check_vocabulary
 from notus.data.packing import StepPlan, check_fits
@@ -90,9 +91,11 @@ class Run:
 
     @property
     def kernel(self) -> str:
-        """Name of the attention kernel in use, and whether the blocks around it are compiled, which round otherwise."""
+        """Name of the attention kernel in use, and of what else rounds otherwise: compiled or unfused blocks."""
         name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
-        return f"{name}-compiled" if self.config.training.compile else name
+        if self.config.training.compile:
+            return f"{name}-compiled"
+        return name if switches.enabled("fused_elementwise") else f"{name}-unfused"
 
     @functools.cached_property
     def weights_digest(self) -> str:
