@@ -78,18 +78,16 @@ def arithmetic(size: ModelSize, dimensions: Dimensions, lengths: Lengths, checkp
     full = size.trained == size.parameters
     adapters = 0.0 if full else 2 * size.trained * lengths.totals.mean()
     necessary = 3 * forward if full else 2 * linear + 3 * attention + 3 * adapters
-    body = linear - head
-    last, everything = size.linears[-1], sum(linear.inputs * linear.outputs for linear in size.linears)
-    # recomputation ends before the last product, whose output no backward pass reads
-    block = body * (1 - last.inputs * last.outputs / everything) + attention
-    selective = body * _recomputed_share(size)
-    again = {"none": 0.0, "full": block + adapters, "selective": selective + adapters}[checkpointing]
+    products = (linear - head) * _recomputed_share(size, checkpointing)
+    again = products + (0.0 if checkpointing == "none" else adapters) + (attention if checkpointing == "full" else 0.0)
     return Arithmetic(float(forward), float(necessary), float(necessary + again + head))
 
 
-def _recomputed_share(size: ModelSize) -> float:
-    products = [linear.inputs * linear.outputs for linear in size.linears]
-    return sum(products[1::2]) / sum(products)
+def _recomputed_share(size: ModelSize, checkpointing: str) -> float:
+    """Of a block's products, the share that its backward pass computes again: not the last one, unless it is read."""
+    again = {"selective": size.linears[1::2], "full": size.linears}.get(checkpointing, ())
+    counted = sum(linear.weights for linear in again if linear is not size.linears[-1] or size.reads_last)
+    return counted / sum(linear.weights for linear in size.linears)
 
 
 def communication(
