@@ -32,6 +32,7 @@ from notus.model import attention, weights
 from notus.training import build, optimizers
 from notus.training.build import Adapter, build_policy
 from notus.training.optim import build_optimizer, clip_gradients, local_gradients
+from notus.training.parallel import expect_last_row
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU = torch.device("cpu")
@@ -165,8 +166,11 @@ def tracked_step(
         with tracker, _LikeAGPU():
             for step in range(2):
                 found = []
-                for _ in range(rows if step else 1):
+                count = rows if step else 1
+                for number in range(count):
                     tracker.reset_mod_stats()
+                    if world_size == 1:
+                        expect_last_row(policy, number == count - 1)
                     # it takes operations apart, which changes their memory: not where memory is looked at
                     with counter if step == 0 else contextlib.nullcontext():
                         _backward(policy, batch)

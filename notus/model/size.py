@@ -73,6 +73,7 @@ class ModelSize:
         root, root_trained: parameters outside the blocks (embedding, final norm, head; a tied one once).
         dropout: the adapters drop some of their input.
         attentions: how often a block attends with the same queries and keys (two times: differential attention).
+        squares: the MLP's activation function is a square, whose gradient is taken in three steps.
         reads_last: something other than the residual's sum reads the block's last product, such as a norm.
     """
 
@@ -92,6 +93,7 @@ class ModelSize:
     root_trained: int
     dropout: bool = False
     attentions: int = 1
+    squares: bool = False
     reads_last: bool = False
 
     @property
@@ -150,6 +152,7 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
         root_trained=whole[1] - stack[1],
         dropout=any(getattr(modules[name], "dropout", 0.0) > 0 for name in linears),
         attentions=2 if any(hasattr(module, "lambda_q1") for module in modules.values()) else 1,
+        squares=any("Squared" in type(module).__name__ for module in modules.values()),
         reads_last=any(_BEHIND_LAST.search(name) for name in modules),
     )
 

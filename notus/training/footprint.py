@@ -147,6 +147,10 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     return [
         Footprint("head", **in_rows, gathered=while_head, activations=stack + _final(size, job), head=_head(size, job)),
         Footprint(
+            "backward of the final norm", **in_rows, gathered=while_block, activations=stack + _final_norm(size, job),
+            working=_norm_gradients(size, job), whole_gradients=head_grad,
+        ),
+        Footprint(
             "backward of the last block", **in_rows, gathered=while_block, activations=stack, working=working,
             whole_gradients=head_grad,
         ),
@@ -221,16 +225,25 @@ def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
 
 def _final(size: ModelSize, job: Job) -> int:
     """The final norm, and the hidden states of scored positions."""
-    norm = math.ceil(job.tokens_per_row * getattr(size.norms[0], job.precision))
-    return norm + job.scored_per_row * (BYTES[job.precision] * size.hidden + 16)
+    return _final_norm(size, job) + job.scored_per_row * (BYTES[job.precision] * size.hidden + 16)
+
+
+def _final_norm(size: ModelSize, job: Job) -> int:
+    return math.ceil(job.tokens_per_row * getattr(size.norms[0], job.precision))
+
+
+def _norm_gradients(size: ModelSize, job: Job) -> int:
+    """What the backward pass of a chain of operations in fp32 has at once: five tensors; a norm in one piece has few."""
+    chain = size.norms[0].bf16 >= 4 * size.hidden
+    return 5 * 4 * job.tokens_per_row * size.hidden if chain else 0
 
 
 def _working(size: ModelSize, job: Job) -> int:
     """A block's intermediate gradients, and its activations if they are computed again."""
     wide = BYTES[job.precision]
     tokens, inner = job.tokens_per_row, size.inner
-    # gradients of both factors and of their product, which takes the place of the product where that was kept
-    gradients = 2 if size.block_trained == size.block else 3
+    # gradients of the factors and of their product, which takes the place of the product where that was kept
+    gradients = 1 + size.gated + 2 * size.squares + (size.block_trained != size.block)
     extra = tokens * wide * (gradients * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
     if job.activation_checkpointing == "none":
         return extra

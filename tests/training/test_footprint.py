@@ -10,6 +10,7 @@ import transformers
 from toys import toy_model
 from transformers import AutoModelForCausalLM
 
+from notus import switches
 from notus.model.lora import inject_lora
 from notus.model.size import ATTENTION, Linear, ModelSize, Norm, model_size
 from notus.training import footprint as footprint_module
@@ -152,6 +153,28 @@ def test_the_mlps_width_is_not_that_of_wide_queries():
     assert activations_per_block(dataclasses.replace(TOY, linears=wide), JOB) == 1200
 
 
+def test_a_rank_alone_has_no_buffers_of_a_reduction():
+    alone = dataclasses.replace(JOB, shard_size=1, handover=True)
+    reduced = dataclasses.replace(alone, handover=False)
+    names = [moment.moment for moment in moments(TOY, alone)]
+    found = dict(zip(names, (moment.whole_gradients for moment in moments(TOY, alone)), strict=True))
+    copies = dict(zip(names, (moment.whole_gradients for moment in moments(TOY, reduced)), strict=True))
+    # the head's gradient 2 * 40 and a block's 2 * 128, in bf16; their fp32 buffers, each in two pools, 4 * 128 and 4 * 84
+    assert found["hand-over of the last block's gradients"] == 80 + 256
+    assert copies["hand-over of the last block's gradients"] == 80 + 256 + 2 * 512
+    assert found["hand-over of the root's gradients"] == 2 * 84
+    assert copies["hand-over of the root's gradients"] == 2 * 84 + 2 * 336
+    offloaded = dataclasses.replace(alone, cpu_offload=True)
+    assert moments(TOY, offloaded) == moments(TOY, dataclasses.replace(reduced, cpu_offload=True))
+
+
+def test_the_gradients_switch_is_that_of_the_run():
+    with switches.disabled("gradient_handover"):
+        assert not Job(1, 10, 6).handover
+    with switches.disabled():
+        assert Job(1, 10, 6).handover
+
+
 def test_a_rank_alone_holds_all_weights_cast_unless_they_are_offloaded():
     alone = dataclasses.replace(JOB, shard_size=1)
     assert moments(TOY, alone)[0].gathered == 2 * (84 + 2 * 128)
@@ -200,3 +223,15 @@ def test_agrees_with_pytorchs_memory_tracker(monkeypatch, kind, case):
     assert rows.total == pytest.approx(seen.backward_peak, rel=0.1)
     assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1)
     assert flops_ratio(case, config, row, seen.flops) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("handover", [True, False])
+def test_a_rank_alone_agrees_with_the_tracker(monkeypatch, checkpointing, handover):
+    monkeypatch.setitem(optimizers.CHUNK, "cuda", 2**17)
+    monkeypatch.setattr(footprint_module, "PIECE", 2**19)
+    with switches.disabled(*([] if handover else ["gradient_handover"])):
+        case, config = Case(0, checkpointing, "rmsprop"), transformers.MistralConfig(**SHAPE, sliding_window=None)
+        rows, update, seen = compare(case, config, (90, [150, 140], 6), world_size=1)
+    assert rows.total == pytest.approx(seen.backward_peak, rel=0.05)
+    assert update.total == pytest.approx(seen.optimizer_peak, rel=0.05)
