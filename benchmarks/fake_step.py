@@ -173,7 +173,7 @@ def tracked_step(
                         expect_last_row(policy, number == count - 1)
                     # it takes operations apart, which changes their memory: not where memory is looked at
                     with counter if step == 0 else contextlib.nullcontext():
-                        _backward(policy, batch)
+                        run_row(policy, batch)
                 found.append(_peak(tracker))
                 clip_gradients(local_gradients(trainable), torch.ones(()), 1.0)
                 stepper.step()
@@ -192,7 +192,8 @@ def _peak(tracker: FSDPMemTracker) -> tuple[int, dict[str, int]]:
     return parts.pop("Total"), parts
 
 
-def _backward(policy: Any, batch: Batch) -> None:
+def run_row(policy: Any, batch: Batch) -> None:
+    """Forward and backward pass of a row."""
     logps = policy(batch)
     if logps.shape[1] == 1:
         logps.sum().backward()

@@ -233,7 +233,7 @@ def _final_norm(size: ModelSize, job: Job) -> int:
 
 
 def _norm_gradients(size: ModelSize, job: Job) -> int:
-    """What the backward pass of a chain of operations in fp32 has at once: five tensors; a norm in one piece has few."""
+    """What the backward pass of a norm has at once: five fp32 tensors if it is a chain of operations, else few."""
     chain = size.norms[0].bf16 >= 4 * size.hidden
     return 5 * 4 * job.tokens_per_row * size.hidden if chain else 0
 

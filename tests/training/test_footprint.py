@@ -159,7 +159,7 @@ def test_a_rank_alone_has_no_buffers_of_a_reduction():
     names = [moment.moment for moment in moments(TOY, alone)]
     found = dict(zip(names, (moment.whole_gradients for moment in moments(TOY, alone)), strict=True))
     copies = dict(zip(names, (moment.whole_gradients for moment in moments(TOY, reduced)), strict=True))
-    # the head's gradient 2 * 40 and a block's 2 * 128, in bf16; their fp32 buffers, each in two pools, 4 * 128 and 4 * 84
+    # the head's gradient 2 * 40 and a block's 2 * 128, in bf16; two fp32 buffers of 4 * 128, and of the root's 4 * 84
     assert found["hand-over of the last block's gradients"] == 80 + 256
     assert copies["hand-over of the last block's gradients"] == 80 + 256 + 2 * 512
     assert found["hand-over of the root's gradients"] == 2 * 84

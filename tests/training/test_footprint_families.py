@@ -24,7 +24,7 @@ NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 SMALL = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "q_lora_rank": 24, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "dim_model_base": 64,
 }  # fmt: skip
 # What these families set by default, and this project does not support.
 NEUTRAL = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
@@ -38,7 +38,8 @@ def small_config(kind: str) -> PreTrainedConfig | None:
     """Two narrow layers of a model type; None if it cannot be built so, or is not supported."""
     with contextlib.suppress(Exception):  # each family has its own ideas of what fits together
         default = CONFIG_MAPPING[kind]()
-        settings = {name: value for name, value in {**SMALL, **NEUTRAL}.items() if hasattr(default, name)}
+        settings = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+        settings |= {name: value for name, value in NEUTRAL.items() if name in default.to_dict()}
         if getattr(default, "head_dim", None) is None:
             settings.pop("head_dim", None)
         config = AutoConfig.for_model(kind, **settings, **NO_TOKENS)
@@ -69,7 +70,7 @@ def test_the_sizes_of_every_supported_family():
         for mode in CHECKPOINTING:
             assert footprint(size, Job(8, 512, 256, activation_checkpointing=mode)).total > 0, (kind, mode)
         found.append(kind)
-    expected = {"olmo", "olmo2", "diffllama", "nanochat", "gemma3_text", "phi3", "glm", "youtu", "gpt_neox", "llama"}
+    expected = {"olmo", "olmo2", "diffllama", "nanochat", "gemma3_text", "phi3", "glm", "youtu", "gpt_neox", "minicpm3"}
     assert expected <= set(found)
     assert len(found) >= 30
 
