@@ -1,6 +1,6 @@
 """The estimator beside PyTorch's own trackers, on the real step with fake tensors: bytes and operations.
 
-    python benchmarks/estimator.py [--shape 7b] [--output FILE]
+    python benchmarks/estimator.py [--shape 7b] [--world-size 1] [--output FILE]
 
 Needs no GPU and no weights; a 7B shape takes minutes, for the trackers look at every operation.
 """
@@ -77,18 +77,19 @@ def job_of(case: Case, row: tuple[int, list[int], int], world_size: int = 8, **o
 
 
 def compare(
-    case: Case, config: PreTrainedConfig, row: tuple[int, list[int], int]
+    case: Case, config: PreTrainedConfig, row: tuple[int, list[int], int], *, world_size: int = 8
 ) -> tuple[Footprint, Footprint, Tracked]:
     """(estimate of the rows, of the update, what the trackers saw)."""
     seen = tracked_step(
         config,
+        world_size=world_size,
         row=row,
         optimizer=case.optimizer,
         optimizer_dtype=case.optimizer_dtype,
         lora_rank=case.rank,
         activation_checkpointing=case.checkpointing,
     )
-    *rows, update = moments(size_of(config, case.rank), job_of(case, row))
+    *rows, update = moments(size_of(config, case.rank), job_of(case, row, world_size))
     return max(rows, key=lambda moment: moment.total), update, seen
 
 
@@ -110,13 +111,14 @@ def flops_ratio(case: Case, config: PreTrainedConfig, row: tuple[int, list[int],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
+    parser.add_argument("--world-size", type=int, default=8, help="fake ranks (default: 8)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     config, row = MistralConfig(**SHAPES[args.shape]), ROWS[args.shape]
     titles = f"{'case':<26} {'estimate':>10} {'tracker':>10} {'ratio':>6}"
     lines = [f"{titles}   update: estimate, tracker   operations   peak at (MiB, ratios)"]
     for case in cases(64 if args.shape == "7b" else 16):
-        rows, update, seen = compare(case, config, row)
+        rows, update, seen = compare(case, config, row, world_size=args.world_size)
         whole, flops = max(rows.total, update.total), flops_ratio(case, config, row, seen.flops)
         lines.append(
             f"{case} {whole / 2**20:>10.1f} {seen.peak / 2**20:>10.1f} {whole / seen.peak:>6.3f}   "

@@ -31,7 +31,8 @@ from notus.losses import dpo_loss
 from notus.model import attention, weights
 from notus.training import build, optimizers
 from notus.training.build import Adapter, build_policy
-from notus.training.optim import build_optimizer, clip_gradients, local_gradients
+from notus.training.optim import build_optimizer, clipped_update, local_gradients
+from notus.training.parallel import expect_last_row, hand_over_gradients
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU = torch.device("cpu")
@@ -165,14 +166,18 @@ def tracked_step(
         with tracker, _LikeAGPU():
             for step in range(2):
                 found = []
-                for _ in range(rows if step else 1):
+                count = rows if step else 1
+                for number in range(count):
                     tracker.reset_mod_stats()
+                    if world_size == 1:
+                        expect_last_row(policy, number == count - 1)
                     # it takes operations apart, which changes their memory: not where memory is looked at
                     with counter if step == 0 else contextlib.nullcontext():
-                        _backward(policy, batch)
+                        run_row(policy, batch)
+                if world_size == 1:
+                    hand_over_gradients(policy)
                 found.append(_peak(tracker))
-                clip_gradients(local_gradients(trainable), torch.ones(()), 1.0)
-                stepper.step()
+                clipped_update(stepper, local_gradients(trainable), torch.ones(()), 1.0)
                 found.append(_peak(tracker))
                 stepper.zero_grad(set_to_none=True)
     (rows_peak, rows_parts), (update_peak, update_parts) = found
@@ -188,7 +193,8 @@ def _peak(tracker: FSDPMemTracker) -> tuple[int, dict[str, int]]:
     return parts.pop("Total"), parts
 
 
-def _backward(policy: Any, batch: Batch) -> None:
+def run_row(policy: Any, batch: Batch) -> None:
+    """Forward and backward pass of a row."""
     logps = policy(batch)
     if logps.shape[1] == 1:
         logps.sum().backward()

@@ -78,24 +78,22 @@ def arithmetic(size: ModelSize, dimensions: Dimensions, lengths: Lengths, checkp
     full = size.trained == size.parameters
     adapters = 0.0 if full else 2 * size.trained * lengths.totals.mean()
     necessary = 3 * forward if full else 2 * linear + 3 * attention + 3 * adapters
-    body = linear - head
-    last, everything = size.linears[-1], sum(linear.inputs * linear.outputs for linear in size.linears)
-    # recomputation ends before the last product, whose output no backward pass reads
-    block = body * (1 - last.inputs * last.outputs / everything) + attention
-    selective = body * _recomputed_share(size)
-    again = {"none": 0.0, "full": block + adapters, "selective": selective + adapters}[checkpointing]
+    products = (linear - head) * _recomputed_share(size, checkpointing)
+    again = products + (0.0 if checkpointing == "none" else adapters) + (attention if checkpointing == "full" else 0.0)
     return Arithmetic(float(forward), float(necessary), float(necessary + again + head))
 
 
-def _recomputed_share(size: ModelSize) -> float:
-    products = [linear.inputs * linear.outputs for linear in size.linears]
-    return sum(products[1::2]) / sum(products)
+def _recomputed_share(size: ModelSize, checkpointing: str) -> float:
+    """Of a block's products, the share that its backward pass computes again: not the last one, unless it is read."""
+    again = {"selective": size.linears[1::2], "full": size.linears}.get(checkpointing, ())
+    counted = sum(linear.weights for linear in again if linear is not size.linears[-1] or size.reads_last)
+    return counted / sum(linear.weights for linear in size.linears)
 
 
 def communication(
     size: ModelSize, gpu: GPU, *, world_size: int, hybrid: bool, precision: str, backward: bool = True
 ) -> float:
-    """Seconds that the collectives of one row take: two gatherings of all parameters and a reduction of all gradients.
+    """Seconds that the collectives of one row take.
 
     A collective of n ranks moves (n - 1) / n of its bytes over the slowest link. Between nodes each GPU has an adapter
     of its own, and as many of them carry a collective as a node has GPUs.
@@ -104,11 +102,16 @@ def communication(
     if shard == 1 and world_size == 1:
         return 0.0
     speed = gpu.link if shard <= PER_NODE else min(gpu.link, PER_NODE * gpu.network)
-    gathered, reduced = BYTES[precision] * size.parameters, 4 * size.trained
-    moved = (1 + backward) * gathered + backward * reduced
-    seconds = moved * (shard - 1) / shard / (speed * 1e9 * LINK_EFFICIENCY)
+    gathered, reduced = moved_bytes(size, precision=precision, backward=backward)
+    seconds = (gathered + reduced) * (shard - 1) / shard / (speed * 1e9 * LINK_EFFICIENCY)
     if hybrid and backward:
         nodes = math.ceil(world_size / PER_NODE)
         replicated = 2 * reduced / shard * (nodes - 1) / nodes
         seconds += replicated / (gpu.network * 1e9 * LINK_EFFICIENCY)
     return seconds
+
+
+def moved_bytes(size: ModelSize, *, precision: str, backward: bool) -> tuple[int, int]:
+    """Whole tensors of one row: what is gathered, blocks again for the backward pass, and the reduced gradients."""
+    gathered = BYTES[precision] * (size.layers * size.block * (1 + backward) + size.root)
+    return gathered, 4 * size.trained * backward

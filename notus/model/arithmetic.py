@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from notus.model.size import model_size
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,7 +27,7 @@ class Dimensions:
 
     Attributes:
         layers: number of blocks.
-        attention_width: query heads times their dimension.
+        attention_width: query heads times their dimension; where queries and values differ in it, the mean.
         body_weights: weights of all linear layers but the head.
         head_weights: weights of the output head.
     """
@@ -40,12 +42,11 @@ def dimensions(causal_lm: "PreTrainedModel") -> Dimensions:
     """Of a transformers causal LM, which may be on the meta device, before it is sharded."""
     from torch import nn
 
-    config, head = causal_lm.config, causal_lm.get_output_embeddings()
+    head, size = causal_lm.get_output_embeddings(), model_size(causal_lm)
     linears = (module for module in causal_lm.modules() if isinstance(module, nn.Linear) and module is not head)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Dimensions(
-        layers=config.num_hidden_layers,
-        attention_width=config.num_attention_heads * head_dim,
+        layers=size.layers,
+        attention_width=size.attentions * (size.query_width + size.attended) // 2,
         body_weights=sum(linear.weight.numel() for linear in linears),
         head_weights=head.weight.numel(),
     )

@@ -30,15 +30,14 @@ BLOCKS = frozenset(f"{family}DecoderLayer" for family in _FAMILIES)
 
 def fuse(causal_lm: PreTrainedModel) -> None:
     """Replace, in place, the forward of every module that is known here; others keep their own."""
-    whole = switches.enabled("fused_elementwise")
     for module in causal_lm.modules():
         if is_known(module, NORMS):
             module.forward = functools.partial(_norm_forward, module)
         elif is_known(module, ATTENTIONS):
             module.forward = functools.partial(_attention_forward, module)
-        elif whole and is_known(module, MLPS) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+        elif keeps_factors(module):
             module.forward = functools.partial(_mlp_forward, module)
-        elif whole and is_known(module, BLOCKS):
+        elif switches.enabled("fused_elementwise") and is_known(module, BLOCKS):
             module.forward = functools.partial(_block_forward, module)
 
 
@@ -46,6 +45,12 @@ def is_known(module: nn.Module, names: frozenset[str]) -> bool:
     """Return whether a module is transformers' own of one of these names, such as `NORMS`."""
     kind = type(module)
     return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+
+
+def keeps_factors(module: Any) -> bool:
+    """Return whether a module is an MLP that `fuse` makes keep its two factors alone, see `_SwiGLU`."""
+    known = is_known(module, MLPS) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
+    return known and switches.enabled("fused_elementwise")
 
 
 # ---- norms ----

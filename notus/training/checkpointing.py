@@ -44,7 +44,10 @@ ATTENTION = frozenset(
     }
 )
 # Operations whose backward pass reads none of their inputs: after its last product, a block may have these alone.
-_LINEAR_IN_INPUTS = ("aten::add", "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::detach", "aten::t")
+_LINEAR_IN_INPUTS = (
+    "aten::add", "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::detach", "aten::t",
+    "prim::device",  # no operation at all: fake tensors are asked for their device
+)  # fmt: skip
 
 
 def checkpointed(block: nn.Module, mode: str, *, compiled: bool = False) -> Callable[..., Any]:

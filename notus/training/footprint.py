@@ -14,7 +14,8 @@ import dataclasses
 import math
 
 from notus.model.logprobs import CHUNK_TOKENS
-from notus.model.size import ModelSize
+from notus.model.size import ATTENTION, Linear, ModelSize
+from notus.switches import enabled
 from notus.training.checkpointing import MODES
 from notus.training.optimizers import CHUNK
 
@@ -78,9 +79,10 @@ class Job:
         scored_per_row: those of them whose log-prob is taken.
         precision: "bf16" or "fp32", of the computation.
         optimizer, optimizer_dtype: as in the config.
-        activation_checkpointing: "none", "selective" or "full".
+        activation_checkpointing: one of `CHECKPOINTING`.
         key_ratio: gathered keys over tokens: how often a trunk's keys are copied for its branches.
         cpu_offload: weights, gradients and optimizer are in the host's memory.
+        handover: a rank alone takes its gradients from FSDP as they are, without the buffers of a reduction.
     """
 
     shard_size: int
@@ -92,6 +94,12 @@ class Job:
     activation_checkpointing: str = "full"
     key_ratio: float = 1.2
     cpu_offload: bool = False
+    handover: bool = dataclasses.field(default_factory=lambda: enabled("gradient_handover"))
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank holds the whole model on its device."""
+        return self.shard_size == 1 and not self.cpu_offload
 
 
 def footprint(size: ModelSize, job: Job) -> Footprint:
@@ -100,9 +108,9 @@ def footprint(size: ModelSize, job: Job) -> Footprint:
 
 
 def fastest_checkpointing(capacity: int, size: ModelSize, job: Job) -> str:
-    """The first of "none", "selective" and "full" with which a step fits a device of `capacity` bytes.
+    """The first of `CHECKPOINTING` with which a step fits a device of `capacity` bytes, "full" if none does.
 
-    "full" if none does. `job.activation_checkpointing` is not looked at.
+    `job.activation_checkpointing` is not looked at.
     """
     for name in CHECKPOINTING[:-1]:
         needed = footprint(size, dataclasses.replace(job, activation_checkpointing=name)).total
@@ -123,12 +131,14 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
     block, root = wide * size.block, wide * size.root
-    if share == 1 and not job.cpu_offload:  # cast copies of the rank's own weights stay
+    if job.alone:  # cast copies of the rank's own weights stay
         gathered = size.layers * block + root
         while_block = while_head = while_reduced = gathered
     else:
         while_block, while_head, while_reduced = root + 2 * block, root + block, root + block
-    block_grads, reduced = wide * size.block_trained, 4 * size.block_trained
+    # fp32 buffers of a reduction; without one, gradients are added to those of earlier rows as they are
+    buffer = 0 if job.alone and job.handover else 4
+    block_grads, reduced = wide * size.block_trained, buffer * size.block_trained
     head_grad = wide * size.vocabulary * size.hidden if size.root_trained else 0
     kept = kept_per_block(size, job)
     tables = 2 * wide * job.tokens_per_row * (size.query_width // size.heads)  # rotary
@@ -136,6 +146,10 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     working = _working(size, job)
     return [
         Footprint("head", **in_rows, gathered=while_head, activations=stack + _final(size, job), head=_head(size, job)),
+        Footprint(
+            "backward of the final norm", **in_rows, gathered=while_block, activations=stack + _final_norm(size, job),
+            working=_norm_gradients(size, job), whole_gradients=head_grad,
+        ),
         Footprint(
             "backward of the last block", **in_rows, gathered=while_block, activations=stack, working=working,
             whole_gradients=head_grad,
@@ -150,7 +164,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
         ),
         Footprint(
             "hand-over of the root's gradients", **in_rows,
-            whole_gradients=(wide + 4) * size.root_trained + 4 * size.root_trained // share,
+            whole_gradients=(wide + buffer) * size.root_trained + buffer * size.root_trained // share,
         ),
         Footprint(
             "optimizer", **always, gradients=gradients,
@@ -161,44 +175,50 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
 
 def kept_per_block(size: ModelSize, job: Job) -> int:
     """Bytes that a block's forward pass leaves for its backward pass."""
-    tokens, wide = job.tokens_per_row, BYTES[job.precision]
-    if job.activation_checkpointing == "full":
-        return wide * tokens * size.hidden
-    if job.activation_checkpointing == "selective":
-        products = sum(linear.outputs for linear in size.linears[::2])
-        return tokens * (wide * (size.hidden + products + size.query_width) + 4 * size.heads)
-    return activations_per_block(size, job)
+    if job.activation_checkpointing == "none":
+        return activations_per_block(size, job)
+    wide = BYTES[job.precision]
+    kept = wide * (size.hidden + sum(linear.outputs for linear in _kept_products(size, job)))
+    if job.activation_checkpointing != "full":
+        kept += _attended(size, wide)
+    return job.tokens_per_row * kept
+
+
+def _kept_products(size: ModelSize, job: Job) -> tuple[Linear, ...]:
+    """The layers whose output checkpointing keeps, see `notus.training.checkpointing`."""
+    each = {"products": size.linears, "selective": size.linears[::2]}.get(job.activation_checkpointing, ())
+    return tuple(linear for linear in each if linear is not size.linears[-1] or size.reads_last)
+
+
+def _attended(size: ModelSize, wide: int) -> int:
+    """Bytes per token of the attention's outputs and their normalisers."""
+    return size.attentions * (wide * size.attended + 4 * size.heads)
 
 
 def activations_per_block(size: ModelSize, job: Job) -> int:
     """Bytes that autograd saves of a block's forward pass: what each operation's backward pass reads.
 
-    A norm keeps what `_norms` says; a linear layer its input if its weight is trained, or its adapter reads it;
-    attention its queries, gathered keys and values, output and normalisers; the gated MLP both factors and what the
-    activation function was given.
+    A norm keeps what was found of it; a linear layer its input if its weight is trained, or its adapter reads it;
+    attention its queries, gathered keys and values, output and normalisers; the gated MLP both factors and, where it
+    is not fused, what the activation function gave.
     """
     wide, trained = BYTES[job.precision], size.block_trained == size.block
-    norms = _norms(sum(size.norms), size, wide, trained)
-    attention = 2 * wide * size.query_width + 2 * wide * size.key_width * job.key_ratio + 4 * size.heads
-    mlp = wide * size.inner * (3 if size.factors == 2 * size.inner else 1)
+    norms = sum(getattr(norm, job.precision) for norm in size.norms)
+    gathered = wide * (size.key_width + size.value_width) * job.key_ratio
+    attention = wide * size.query_width + size.attentions * gathered + _attended(size, wide)
+    # the product, down's input, is among the linear inputs
+    mlp = wide * size.inner * ((2 if size.keeps_factors else 3) if size.gated else 1)
     return math.ceil(job.tokens_per_row * (norms + attention + mlp + _linear_inputs(size, wide, trained)))
 
 
-def _norms(width: int, size: ModelSize, wide: int, trained: bool) -> int:
-    """Bytes per token that norms of `width` together keep: their input; those that are not fused (`notus.model.fused`)
-    keep it in fp32, and what their weight is multiplied with if it is trained."""
-    return width * (wide if size.fused else 4 + wide * trained)
-
-
 def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
-    """Bytes per token of what linear layers and adapters keep; the attention's output, the input of `o_proj`, is
-    kept by the attention."""
-    total, seen = 0, ""
+    """Bytes per token of what linear layers and adapters keep, an input that several read once; the attention's output
+    is kept by the attention."""
+    total, seen = 0, {ATTENTION}
     for linear in size.linears:
-        shared = f"{linear.inputs}" + ("gate up" if linear.name in ("gate_proj", "up_proj", "gate_up_proj") else "qkv")
-        if (trained or (linear.rank and not size.dropout)) and linear.name != "o_proj" and shared != seen:
+        if (trained or (linear.rank and not size.dropout)) and linear.source not in seen:
             total += wide * linear.inputs
-            seen = shared
+            seen.add(linear.source)
         if linear.rank:
             total += wide * linear.rank + (size.dropout and (wide + 1) * linear.inputs)
     return total
@@ -206,25 +226,42 @@ def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
 
 def _final(size: ModelSize, job: Job) -> int:
     """The final norm, and the hidden states of scored positions."""
-    wide = BYTES[job.precision]
-    norm = job.tokens_per_row * _norms(size.hidden, size, wide, size.root_trained > 0)
-    return norm + job.scored_per_row * (wide * size.hidden + 16)
+    return _final_norm(size, job) + job.scored_per_row * (BYTES[job.precision] * size.hidden + 16)
+
+
+def _final_norm(size: ModelSize, job: Job) -> int:
+    return math.ceil(job.tokens_per_row * getattr(size.norms[0], job.precision))
+
+
+def _norm_gradients(size: ModelSize, job: Job) -> int:
+    """What the backward pass of a norm has at once: five fp32 tensors if it is a chain of operations, else few."""
+    chain = size.norms[0].bf16 >= 4 * size.hidden
+    return 5 * 4 * job.tokens_per_row * size.hidden if chain else 0
 
 
 def _working(size: ModelSize, job: Job) -> int:
     """A block's intermediate gradients, and its activations if they are computed again."""
     wide = BYTES[job.precision]
-    inner = size.inner
-    extra = job.tokens_per_row * wide * (2 * inner + size.hidden) + (
-        wide * size.hidden * inner if size.root_trained else 0
-    )
+    tokens, inner = job.tokens_per_row, size.inner
+    # gradients of the factors and of their product, which takes the place of the product where that was kept
+    gradients = 1 + size.gated + 2 * size.squares + (size.block_trained != size.block)
+    extra = tokens * wide * (gradients * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
     if job.activation_checkpointing == "none":
         return extra
     again = activations_per_block(size, job)
-    if job.activation_checkpointing == "selective":
-        kept = sum(linear.outputs for linear in size.linears[::2] if linear.outputs in (inner, 2 * inner))
-        again -= job.tokens_per_row * (wide * (size.query_width + kept) + 4 * size.heads)
+    if job.activation_checkpointing != "full":
+        again -= tokens * (_attended(size, wide) + wide * _taken_over(size, job))
     return again + extra
+
+
+def _taken_over(size: ModelSize, job: Job) -> int:
+    """Elements per token of kept products that a block in work reads as they are, or has let go of again.
+
+    The attention reads what norms and rotary embeddings made of its products, so that these are gone when the MLP's
+    backward pass begins; the MLP's factors are read themselves, unless an adapter adds to them.
+    """
+    kept = _kept_products(size, job)
+    return sum(linear.outputs for linear in kept if linear not in size.factors or not linear.rank)
 
 
 def _head(size: ModelSize, job: Job) -> int:

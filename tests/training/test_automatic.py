@@ -10,7 +10,7 @@ from notus.model.size import model_size
 from notus.training import automatic
 from notus.training.automatic import capacity_of, choose_checkpointing
 from notus.training.dpo import run
-from notus.training.footprint import RUNTIME_MARGIN, Job, footprint
+from notus.training.footprint import CHECKPOINTING, RUNTIME_MARGIN, Job, footprint
 
 JOB = Job(shard_size=1, tokens_per_row=400, scored_per_row=200, precision="fp32")
 
@@ -22,13 +22,14 @@ def test_the_fastest_that_fits(
     need = {
         mode: RUNTIME_MARGIN
         + footprint(model_size(model), dataclasses.replace(JOB, activation_checkpointing=mode)).total
-        for mode in ("none", "selective", "full")
+        for mode in CHECKPOINTING
     }
-    for capacity, expected in ((need["none"], "none"), (need["selective"], "selective"), (need["full"] - 1, "full")):
+    fitting = [(need[mode], mode) for mode in CHECKPOINTING[:-1]]
+    for capacity, expected in (*fitting, (need["full"] - 1, "full")):
         monkeypatch.setattr(automatic, "capacity_of", lambda _, capacity=capacity: capacity)
         assert choose_checkpointing(model, JOB, device) == expected
     told = capsys.readouterr().out.splitlines()
-    assert [line.startswith("warning: ") for line in told] == [False, False, True]
+    assert [line.startswith("warning: ") for line in told] == [False, False, False, True]
     assert "training.activation_checkpointing=auto: none, estimated to need 3.0 GiB per rank of 3.0 GiB" in told[0]
 
 

@@ -13,7 +13,7 @@ from notus.data.packing import Example, collate
 from notus.model.size import model_size
 from notus.training import build
 from notus.training.build import build_policy
-from notus.training.footprint import Job, footprint
+from notus.training.footprint import CHECKPOINTING, Job, footprint
 from notus.training.optim import build_optimizer
 
 pytestmark = [
@@ -31,7 +31,7 @@ def alone():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", CHECKPOINTING)
 @pytest.mark.parametrize("cpu_offload", [False, True])
 def test_a_steps_peak_on_the_device(alone, mode, cpu_offload):
     config = MistralConfig(
