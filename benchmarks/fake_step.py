@@ -31,7 +31,7 @@ from notus.losses import dpo_loss
 from notus.model import attention, weights
 from notus.training import build, optimizers
 from notus.training.build import Adapter, build_policy
-from notus.training.optim import build_optimizer, clipped_update, local_gradients
+from notus.training.optim import build_optimizer, clip_gradients, local_gradients
 from notus.training.parallel import expect_last_row, hand_over_gradients
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -177,7 +177,9 @@ def tracked_step(
                 if world_size == 1:
                     hand_over_gradients(policy)
                 found.append(_peak(tracker))
-                clipped_update(stepper, local_gradients(trainable), torch.ones(()), 1.0)
+                # as on a GPU, where clipping needs no tensors of its own
+                clip_gradients(local_gradients(trainable), torch.ones(()), 1.0)
+                stepper.step()
                 found.append(_peak(tracker))
                 stepper.zero_grad(set_to_none=True)
     (rows_peak, rows_parts), (update_peak, update_parts) = found

@@ -94,7 +94,7 @@ def test_70b_answers_within_ten_seconds_of_cpu_time_and_tells_what_would_fit(cap
     assert "take more GPUs" in text
     assert "Step of 64 pairs, and the run, if the memory sufficed\n" in text
     changes = ("--model.name_or_path=meta-llama/Llama-3.1-70B", "--training.activation_checkpointing=auto")
-    text = told(capsys, FULL, "--gpus=48", "--gpu=h100", *changes)
+    text = told(capsys, FULL, "--gpus=32", "--gpu=h100", *changes)
     assert "Fits 79.65 GiB" in text
     assert "if the memory sufficed" not in text
     assert "activation_checkpointing products" in text
