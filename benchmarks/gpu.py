@@ -27,12 +27,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_report
-from notus.switches import OPTIMISATIONS
+from notus.switches import OPTIMISATIONS, disabled_names
 
 STAGES = ("parity", "rows")
 WORKER = (sys.executable, __file__)
 # Seconds. A worker that writes nothing for so long hangs: starting, one comparison, one row with its compilation.
-SILENCE = {"parity": 90.0, "rows": 180.0}
+SILENCE = {"parity": 120.0, "rows": 300.0}
 # Comparisons may take this share of the time, but not less than so many seconds.
 PARITY_SHARE, LEAST_PARITY_SECONDS = 0.3, 120.0
 # After the end, a row may take this long to finish.
@@ -50,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Supervise, or work for a supervisor. Returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(words)
+    try:
+        options.without = tuple(sorted({*options.without, *disabled_names()}))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return gpu_report.USAGE
     if options.worker is not None:
         from gpu_worker import work
 
@@ -72,7 +77,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--worker", type=float, metavar="END", help=argparse.SUPPRESS)  # seconds since the epoch
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    if options.only == "parity" and options.rows:
+        parser.error("--rows has no effect with --only parity: remove one of them")
+    return options
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -89,8 +97,9 @@ def supervise(words: Sequence[str], options: argparse.Namespace, output: Path) -
     """Run the stages and print what was found, even if a signal ends it early. Returns the exit code."""
     began = time.time()
     end = began + 60 * options.minutes
+    previous = output.with_suffix(".previous.json")
     if output.exists():
-        output.replace(output.with_suffix(".previous.json"))
+        output.replace(previous)
     gpu_report.write({**gpu_report.EMPTY, "command": list(words), "without": list(options.without)}, output)
     with contextlib.suppress(_Ended), _signals():
         for stage in STAGES if options.only is None else (options.only,):
@@ -98,6 +107,9 @@ def supervise(words: Sequence[str], options: argparse.Namespace, output: Path) -
             until = began + limit if stage == "parity" and not options.cpu else end
             command = [*WORKER, *words, "--output", str(output), "--only", stage, "--began", str(began)]
             if _run_stage([*command, "--worker", str(until)], stage, until, output, options.cpu) == gpu_report.USAGE:
+                output.unlink()
+                if previous.exists():
+                    previous.replace(output)
                 return gpu_report.USAGE
     report = gpu_report.read(output)
     print(f"{gpu_report.markdown(report)}\n\nEverything measured: {output}", flush=True)

@@ -86,8 +86,8 @@ def plan(rank: int) -> list[Row | str]:
         later += [Row(task, size, sharing, compile=True)]
         later += [Row(task, size, sharing, mode) for mode in BY_PREFERENCE[1:]]
     return [
-        *full, *compiled[:2], "transformers", Row("dpo", 0, "padded"), *switched,
-        *first, "trl", "recompiles", Row("dpo", 0, "packed"), Row("dpo", rank, "packed"), *compiled[2:], *later,
+        *full, *compiled[:2], "transformers", "trl", Row("dpo", 0, "padded"), *switched,
+        *first, "recompiles", Row("dpo", 0, "packed"), Row("dpo", rank, "packed"), *compiled[2:], *later,
     ]  # fmt: skip
 
 

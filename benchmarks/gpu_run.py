@@ -58,7 +58,12 @@ TOLERANCES = {"sft": 0.02, "dpo": 0.03, "dpo-lora": 0.01}
 DPO = {"optimizer": "rmsprop", "learning_rate": 2.5e-5, "lr_schedule": "linear"}
 CASES: dict[str, dict[str, Any]] = {
     "sft": {"training": {"optimizer": "adamw", "learning_rate": 1e-3, "lr_schedule": "cosine"}},
-    "dpo": {"training": DPO},
+    # With evaluations and samples on the way: what stands between two steps must leave no trace.
+    "dpo": {
+        "data": {"eval_size": 32},
+        "training": {**DPO, "eval_every": 10, "activation_checkpointing": "products"},
+        "tracking": {"samples": 2, "sample_tokens": 8},
+    },
     "dpo-lora": {
         "training": {**DPO, "learning_rate": 3e-4},
         "lora": {"rank": 8, "alpha": 16.0, "target_modules": "all-linear"},

@@ -14,12 +14,12 @@ from notus.data.prefetch import Prefetch
 from notus.losses import dpo_loss, nll_loss
 from notus.model.arithmetic import Dimensions, dimensions, forward_flops
 from notus.model.attention import IMPLEMENTATION
-from notus.model.fused import check_fused, fuse
 from notus.model.lora import LoRALinear, cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.size import ModelSize, model_size
 from notus.model.support import disable_dropout
 from notus.model.weights import materialise
+from notus.training.build import fuse_or_check_graph
 from notus.training.distributed import mesh
 from notus.training.footprint import Job, footprint
 from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
@@ -143,10 +143,7 @@ def build(
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION, dtype=torch.float32)
     disable_dropout(causal_lm)
-    if not compile:
-        fuse(causal_lm)
-        for problem in check_fused(causal_lm, device, COMPUTE_DTYPES[PRECISION]):
-            print(f"warning: {problem}", flush=True)
+    fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[PRECISION], compile=compile)
     size = dimensions(causal_lm)
     if rank:
         inject_lora(causal_lm, rank=rank, alpha=rank, dropout=0.0, target_modules=LORA_TARGETS)

@@ -114,10 +114,10 @@ class Worker:
         return True
 
     def _time_for(self, task: Task) -> bool:
-        """Whether a task that takes no longer than the longest of its kind so far would end in time."""
+        """Whether a task that takes as long as the last of its kind would end in time."""
         compiled = "compiled" in task.name
         like = [row for row in self.report[task.section] if ("compiled" in row["name"]) == compiled]
-        return time.time() + max((row.get("took", 0.0) for row in like), default=0.0) < self._until
+        return time.time() + (like[-1].get("took", 0.0) if like else 0.0) < self._until
 
     def _attempt(self, task: Task) -> bool:
         """Add what the task finds to the report, one result at a time. Whether an error ended it early."""
@@ -156,6 +156,9 @@ class Worker:
 
     def _tell(self, task: Task) -> None:
         elapsed = f"[{time.time() - self._began:4.0f} s]"
+        count = len(self.report["parity"])
+        if task.section == "parity" and count % 25 == 0:
+            print(f"{elapsed} {count} comparisons done", file=sys.stderr, flush=True)
         if task.section != "parity":
             print(f"{elapsed} {gpu_report.line(self.report[task.section][-1])}", file=sys.stderr, flush=True)
         for failure in gpu_report.failed_checks(self.report):

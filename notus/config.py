@@ -115,9 +115,10 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
     activation_checkpointing: Literal["none", "products", "selective", "full", "auto"] = "full"
-    """What the backward pass computes again instead of keeping it. "none": nothing. "products": elementwise work, but
-    no matrix product and no attention. "selective": every second matrix product as well. "full": whole blocks. "auto":
-    the first of these, in this order, whose memory is estimated to fit."""
+    """What a block keeps of its forward pass; its backward pass computes the rest again, bit for bit. "none": keep
+    everything, which is fastest and takes most memory. "products": keep the outputs of matrix products and attention.
+    "selective": keep those of every second product and of attention. "full": keep the block's input alone. "auto": the
+    first of these, in this order, whose memory is estimated to fit."""
     compile: bool = False
     """Compile each block with torch.compile."""
     cpu_offload: bool = False

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn, TextIO
 
+from notus import switches
+
 # The exit code of a run that a signal ended after it had saved its progress: EX_TEMPFAIL, run the command again.
 STOPPED = 75
 _FAILURES = "notus/failures"
@@ -76,6 +78,7 @@ def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop_early)
     try:
+        switches.disabled_names()  # a mistyped name is told before any work
         return work() or 0
     except (ValueError, OSError) as error:
         if _failures(1) == 1:

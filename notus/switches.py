@@ -7,6 +7,7 @@ fails on some machine:
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
@@ -40,9 +41,7 @@ def disabled_names() -> frozenset[str]:
     """
     if _disabled is not None:
         return _disabled
-    names = frozenset(filter(None, (word.strip() for word in os.environ.get(VARIABLE, "").split(","))))
-    _check(names)
-    return names
+    return _parse(os.environ.get(VARIABLE, ""))
 
 
 @contextlib.contextmanager
@@ -57,7 +56,17 @@ def disabled(*names: str) -> Iterator[None]:
         _disabled = before
 
 
+@functools.lru_cache
+def _parse(text: str) -> frozenset[str]:
+    names = frozenset(filter(None, (word.strip() for word in text.split(","))))
+    _check(names)
+    return names
+
+
 def _check(names: frozenset[str]) -> None:
     unknown = sorted(names - OPTIMISATIONS.keys())
     if unknown:
-        raise ValueError(f"{VARIABLE}: there is no optimisation {unknown[0]!r}; choose from {', '.join(OPTIMISATIONS)}")
+        known = ", ".join(OPTIMISATIONS)
+        raise ValueError(
+            f"{VARIABLE}: there is no optimisation {unknown[0]!r}; commas separate names, choose from {known}"
+        )

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from notus.model.kernels import Kernel
+
 CUDA = torch.device("cuda", 0)
 _COPIES = ("aten._to_copy.default", "aten.copy_.default")
 # Their results' sizes depend on values, or they hand a value to Python.
@@ -130,6 +132,9 @@ def fake_cuda() -> Iterator[Waits]:
         torch.no_grad(),
         mock.patch.object(Tensor, "pin_memory", waits.pin),
         mock.patch.object(FakeTensor, "tolist", lambda tensor: waits.tolist(tensor)),
+        # kernels run as their own code, which only a real device could compile
+        mock.patch.object(Kernel, "usable", lambda kernel, tensor: tensor.is_cuda and kernel.failure is None),
+        mock.patch.object(Kernel, "run", lambda kernel, *args: kernel._function(*args)),
         waits,
         _Methods(),
     ):

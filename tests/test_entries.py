@@ -102,6 +102,15 @@ def test_a_mistake_under_another_launcher_is_one_line_too(config_file: Path) -> 
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
 
 
+def test_a_mistyped_optimisation_is_told_before_any_work(config_file: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "NOTUS_DISABLE": "fused"}
+    command = [sys.executable, "train_dpo.py", str(config_file), f"--training.output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: NOTUS_DISABLE: there is no optimisation 'fused'")
+    assert not (tmp_path / "run").exists()
+
+
 # Stops an entry at its first import of torch, and tells what torch would read.
 FIRST_IMPORT = """
 import os, runpy, sys

@@ -364,12 +364,25 @@ def test_rows_are_picked_by_name_part_or_pattern(module):
         picked("sft", "orpo")
 
 
-def test_an_unknown_row_ends_the_check_with_the_names(tmp_path):
+def test_an_unknown_row_ends_the_check_with_the_names_and_costs_no_earlier_output(tmp_path):
+    (tmp_path / "found.json").write_text("earlier")
     command = [sys.executable, "benchmarks/gpu.py", "--cpu", "--output", tmp_path / "found.json", "--rows", "orpo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--rows 'orpo' selects no row" in done.stderr
     assert "  DPO full, shared, checkpointing full\n" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+    assert (tmp_path / "found.json").read_text() == "earlier"
+
+
+def test_options_without_effect_and_mistyped_optimisations_are_errors(tmp_path, module, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        module("gpu").main(["--only", "parity", "--rows", "SFT"])
+    assert "--rows has no effect with --only parity" in capsys.readouterr().err
+    monkeypatch.setenv("NOTUS_DISABLE", "fused")
+    assert module("gpu").main(["--output", str(tmp_path / "found.json")]) == 2
+    assert "NOTUS_DISABLE: there is no optimisation 'fused'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_decisive_rows_come_first_and_names_are_unique(module):
@@ -385,7 +398,7 @@ def test_the_decisive_rows_come_first_and_names_are_unique(module):
     assert planned[len(MODES)].compile
     assert len({row.name for row in rows}) == len(rows)
     compared = {row.without[0] for row in rows if len(row.without) == 1}
-    assert compared == switches.OPTIMISATIONS.keys() - {"batched_attention"}  # that one is for CPUs
+    assert compared == switches.OPTIMISATIONS.keys()
     assert planned.index("transformers") < planned.index("trl")
 
 

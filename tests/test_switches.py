@@ -24,7 +24,7 @@ def test_a_context_overrides_the_environment_and_ends(monkeypatch):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(monkeypatch):
-    choices = "no optimisation 'fused_everything'; choose from fused_elementwise"
+    choices = "no optimisation 'fused_everything'; commas separate names, choose from fused_elementwise"
     with pytest.raises(ValueError, match=choices), switches.disabled("fused_everything"):
         pass
     monkeypatch.setenv(switches.VARIABLE, "fused")

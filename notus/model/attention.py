@@ -74,6 +74,8 @@ def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
     """
     dtype = query.dtype
     query, key, value = query.float(), key.float(), value.float()
+    if query.is_cuda:  # of the fp32 kernels there, the memory-efficient one knows no groups, the plain one is no kernel
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     window = None if window is not None and window >= max(layout.key_lengths) else window
     lengths = list(zip(layout.query_lengths, layout.key_lengths, strict=True))
     masked = [(rows, columns) for rows, columns in lengths if rows != columns or window is not None]

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from notus import switches
-from notus.data.packing import Layout
+from notus.data.packing import Layout, build_layout
+from notus.entry import first_line
 from notus.model import attention
 from notus.model.attention import add_copies, packed_attention
+from notus.model.kernels import Gather, relative_error
 
 COMPILED = "notus_packed_compiled"
 # What dispatch looks for outside any operator; within one it leaves autograd out.
@@ -158,8 +160,62 @@ def compiled_attention(
     return _attention(query, key, value, index, layout.lengths, scaling, sliding_window), None
 
 
+_failure: str | None = None  # why the compiler does not get to see the kernel
+
+
 def _sees_kernel(query: Tensor) -> bool:
-    return switches.enabled("graph_attention") and attention.kernel_for(query.device, query.dtype)[0] == "varlen"
+    flash = attention.kernel_for(query.device, query.dtype)[0] == "varlen"
+    return flash and _failure is None and switches.enabled("graph_attention")
 
 
 AttentionInterface.register(COMPILED, compiled_attention)
+
+
+def check_graph_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    gather: Gather,
+) -> list[str]:
+    """Compile attention, forward and backward, on a small row and compare it with the dense reference; on CUDA alone.
+
+    If that fails on any rank, compiled blocks get the operator that hides the kernel. Collective on CUDA.
+
+    Returns:
+        What is wrong, one line or none.
+    """
+    global _failure
+    layout = build_layout([50, 30], [[40, 60], [20, 70]]).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(1, heads, sum(layout.query_lengths), head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    leaves = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
+    if not _sees_kernel(leaves[0]):
+        return []
+    compiled = torch.compile(compiled_attention, dynamic=True)
+    found: str | None = None
+    try:
+        error = relative_error(_outputs(compiled, leaves, layout, window), _dense(leaves, layout, window))
+        found = None if error <= 3e-2 else f"its relative error is {error:.1e}, more than 3e-02"
+    except Exception as problem:  # compilers raise errors of every kind
+        found = f"it cannot be compiled here ({first_line(problem)})"
+    told = [each["attention"] for each in gather({"attention": found} if found else {}) if each]
+    _failure = told[0] if told else None
+    return [f"compiled blocks do not see the attention kernel: {_failure}"] if _failure else []
+
+
+def _outputs(attend: Any, leaves: list[Tensor], layout: Layout, window: int | None, **options: Any) -> tuple[Any, ...]:
+    """(output, gradients of query, key and value)."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    scale = leaves[0].shape[-1] ** -0.5
+    out, _ = attend(_NOBODY, *leaves, None, scaling=scale, layout=layout, sliding_window=window, **options)
+    upstream = torch.linspace(-1, 1, out.shape[-1], device=out.device, dtype=out.dtype).expand_as(out)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
+def _dense(leaves: list[Tensor], layout: Layout, window: int | None) -> tuple[Any, ...]:
+    exact = [leaf.float() for leaf in leaves]
+    return _outputs(packed_attention, exact, layout, window, kernel=attention.dense_kernel)

@@ -101,42 +101,47 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        if ADD_NORM.usable(x):
-            total, normed, scale = ADD_NORM(residual, x, weight, epsilon)
-        else:
-            total = residual + x
-            exact = total.float()
-            scale = _inverse_rms(exact, epsilon)
-            normed = (exact * scale).to(x.dtype).mul_(weight)
+        total, normed, scale = ADD_NORM(residual, x, weight, epsilon)
         ctx.save_for_backward(total, weight, scale)
         return total, normed
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_total: Tensor, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, scale = ctx.saved_tensors
         of_residual, of_x, of_weight, _ = ctx.needs_input_grad
-        if ADD_NORM_BACKWARD.usable(grad):
-            grad_sum, grad_weight = ADD_NORM_BACKWARD(grad_total, grad, total, weight, scale, of_weight)
-        else:
-            exact, grad_weight = _norm_gradients(grad, total, weight, scale, of_x=True, of_weight=of_weight)
-            assert exact is not None
-            grad_sum = exact.add_(grad_total).to(total.dtype)
+        grad_sum, grad_weight = ADD_NORM_BACKWARD(grad_total, grad, total, weight, scale, of_weight)
         return grad_sum if of_residual else None, grad_sum if of_x else None, grad_weight, None
 
 
+def _plain_add_norm(residual: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, norm(h), the norm's scale)."""
+    total = residual + x
+    exact = total.float()
+    scale = _inverse_rms(exact, epsilon)
+    return total, (exact * scale).to(x.dtype).mul_(weight), scale
+
+
 def _add_norm(residual: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass of `_AddNorm` as one kernel: (h, norm(h), the norm's scale)."""
-    exact = residual.float() + x.float()
+    """`_plain_add_norm` as one kernel."""
+    total = (residual.float() + x.float()).to(x.dtype)
+    exact = total.float()
     scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
-    return exact.to(x.dtype), (exact * scale * weight.float()).to(x.dtype), scale
+    return total, (exact * scale * weight.float()).to(x.dtype), scale
+
+
+def _plain_add_norm_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, scale: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of h's two summands, which are equal, and of the weight."""
+    exact, grad_weight = _norm_gradients(grad, total, weight, scale, of_x=True, of_weight=of_weight)
+    assert exact is not None
+    return exact.add_(grad_total).to(total.dtype), grad_weight
 
 
 def _add_norm_backward(
     grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, scale: Tensor, of_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The backward pass of `_AddNorm` as one kernel, and one more for the weight's gradient."""
+    """`_plain_add_norm_backward` as one kernel, and one more for the weight's gradient."""
     normed = total.float() * scale
     exact = grad.float()
     scaled = exact * weight.float()
@@ -157,31 +162,29 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1.0)
+        out: Tensor = TURN(x, cos, sin, False)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, sin, -1.0), None, None
+        return TURN(grad, cos, sin, True), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+def _plain_turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """Both halves of `cos` and of `sin` [..., N, 1, D] are equal, so turning back is turning by the negative angle."""
-    if TURN.usable(x):
-        turned: Tensor = TURN(x, cos, sin, sign)
-        return turned
-    half = x.shape[-1] // 2
+    half, sign = x.shape[-1] // 2, -1.0 if back else 1.0
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return out
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """`_turned` as one kernel."""
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """`_plain_turn` as one kernel."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos.float() + turned * (sign * sin.float())).to(x.dtype)
+    turned = torch.cat([second, -first] if back else [-second, first], dim=-1)
+    return (x.float() * cos.float() + turned * sin.float()).to(x.dtype)
 
 
 # ---- the gated MLP ----
@@ -193,30 +196,34 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        if SWIGLU.usable(gate):
-            out: Tensor = SWIGLU(gate, up)
-            return out
-        return silu(gate).mul_(up)
+        out: Tensor = SWIGLU(gate, up)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        if SWIGLU_BACKWARD.usable(grad):
-            grads: tuple[Tensor, Tensor] = SWIGLU_BACKWARD(grad, gate, up)
-            return grads
-        grad_gate = grad * up
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return grad_gate, silu(gate).mul_(grad)
+        grads: tuple[Tensor, Tensor] = SWIGLU_BACKWARD(grad, *ctx.saved_tensors)
+        return grads
+
+
+def _plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate).mul_(up)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`_SwiGLU`'s forward pass as one kernel."""
+    """`_plain_swiglu` as one kernel."""
     exact = gate.float()
     return (exact * torch.sigmoid(exact) * up.float()).to(gate.dtype)
 
 
+def _plain_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of both factors."""
+    grad_gate = grad * up
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+    return grad_gate, silu(gate).mul_(grad)
+
+
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """`_SwiGLU`'s backward pass as one kernel."""
+    """`_plain_swiglu_backward` as one kernel."""
     exact, upstream = gate.float(), grad.float()
     share = torch.sigmoid(exact)
     grad_gate = upstream * up.float() * share * (1 + exact * (1 - share))
@@ -302,14 +309,26 @@ def _window(attention: Any) -> int | None:
 # ---- the kernels, and their check ----
 
 _kernel = functools.partial(Kernel, switch="fused_elementwise", varying=1)  # of [1, N, ...]
-ADD_NORM, ADD_NORM_BACKWARD = _kernel(_add_norm), _kernel(_add_norm_backward)
-SWIGLU, SWIGLU_BACKWARD = _kernel(_swiglu), _kernel(_swiglu_backward)
-TURN = _kernel(_turn)
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+ADD_NORM = _kernel(_add_norm, plain=_plain_add_norm)
+ADD_NORM_BACKWARD = _kernel(_add_norm_backward, plain=_plain_add_norm_backward)
+SWIGLU = _kernel(_swiglu, plain=_plain_swiglu)
+SWIGLU_BACKWARD = _kernel(_swiglu_backward, plain=_plain_swiglu_backward)
+TURN = _kernel(_turn, plain=_plain_turn)
+KERNELS = (ADD_NORM, ADD_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD, TURN)
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# The compiler picks block sizes and splits sums for the row that it sees first: one as long as real ones.
+_ROWS = {"cuda": 4096, "cpu": 24}
 
 
-def check_fused(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> list[str]:
+def check_fused(
+    causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype, gather: kernels.Gather | None = None
+) -> list[str]:
     """Compile the kernels for a model's sizes and compare each with its plain twin; on CUDA alone.
+
+    Args:
+        causal_lm: the model.
+        device, dtype: of the computation.
+        gather: of the ranks, see `kernels.check`.
 
     Returns:
         What is wrong, a line for each kernel that is therefore not used.
@@ -320,48 +339,56 @@ def check_fused(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.d
         return []
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    inputs = _Inputs(config.hidden_size, config.intermediate_size, heads, head_dim, device, dtype)
-    return kernels.check(list(inputs.cases), lambda kernel: (inputs.error(kernel), _TOLERANCE[dtype]))
+    inputs = _Inputs(
+        config.hidden_size, config.intermediate_size, (heads, config.num_key_value_heads), head_dim, device, dtype
+    )
+    return kernels.check(KERNELS, lambda kernel: (inputs.error(kernel), _TOLERANCE[dtype]), gather)
 
 
 def fused_checks(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
     """Compare each kernel with its plain twin, on CUDA alone: (name, relative error, the most that is let pass)."""
-    inputs = _Inputs(64, 176, 4, 16, device, dtype)
-    for kernel, (_, first, *_) in inputs.cases.items():
-        if kernel.failure is None and not kernel.usable(first):
-            continue
-        yield kernel.name, inputs.error(kernel), _TOLERANCE[dtype]
+    inputs = _Inputs(64, 176, (4, 2), 16, device, dtype)
+    for kernel in KERNELS:
+        if kernel.failure is not None or kernel.usable(torch.empty(0, device=device)):
+            yield kernel.name, inputs.error(kernel), _TOLERANCE[dtype]
+
+
+def rounding(device: torch.device) -> str:
+    """Name the code that computes the blocks' small work on a device: what rounds otherwise has another name."""
+    if device.type != "cuda" or not switches.enabled("fused_elementwise"):
+        return ""
+    without = [kernel.name for kernel in KERNELS if kernel.failure]
+    return "-".join(["-fused", *(["without", *without] if without else [])])
 
 
 class _Inputs:
-    """Random arguments of every kernel, and what its plain twin makes of them."""
+    """Random arguments of every kernel, of each kind that a model has."""
 
     def __init__(
-        self, hidden: int, inner: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+        self, hidden: int, inner: int, heads: tuple[int, int], head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator, rows = torch.Generator(device).manual_seed(0), _ROWS[device.type]
 
         def new(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        rows = 24
         gate, up, grad = (new(1, rows, inner) for _ in range(3))
         residual, x, other = (new(1, rows, hidden) for _ in range(3))
         weight = new(hidden)
-        _, _, scale = _add_norm(residual, x, weight, 1e-5)
+        _, _, scale = _plain_add_norm(residual, x, weight, 1e-5)
         angles = new(1, rows, 1, head_dim // 2).repeat(1, 1, 1, 2)
-        self.cases: dict[Kernel, tuple[Any, ...]] = {
-            SWIGLU: (_swiglu, gate, up),
-            SWIGLU_BACKWARD: (_swiglu_backward, grad, gate, up),
-            ADD_NORM: (_add_norm, residual, x, weight, 1e-5),
-            ADD_NORM_BACKWARD: (_add_norm_backward, other, x, residual, weight, scale, True),
-            TURN: (_turn, new(1, rows, heads, head_dim), angles.cos(), angles.sin(), -1.0),
+        turns = [(new(1, rows, count, head_dim), angles.cos(), angles.sin()) for count in heads]
+        self._cases: dict[Kernel, list[tuple[Any, ...]]] = {
+            SWIGLU: [(gate, up)],
+            SWIGLU_BACKWARD: [(grad, gate, up)],
+            ADD_NORM: [(residual, x, weight, 1e-5)],
+            ADD_NORM_BACKWARD: [(other, x, residual, weight, scale, of_weight) for of_weight in (True, False)],
+            TURN: [(*turn, back) for turn in turns for back in (False, True)],
         }
 
     def error(self, kernel: Kernel) -> float:
-        """The largest relative error among a kernel's outputs; NaN if one is NaN."""
-        function, *args = self.cases[kernel]
-        found, wanted = kernel(*args), function(*args)
-        pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
-        errors = [(got.float() - one.float()).norm() / one.float().norm() for got, one in pairs]
-        return torch.stack(errors).max().item()
+        """The largest relative error of a kernel beside its plain twin."""
+        assert kernel.plain is not None
+        cases = self._cases[kernel]
+        errors = [kernels.relative_error(kernel.run(*case), kernel.plain(*case)) for case in cases]
+        return torch.tensor(errors).max().item()  # NaN if there is one

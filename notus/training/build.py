@@ -3,18 +3,20 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from notus.entry import first_line
 from notus.model.attention import IMPLEMENTATION, check_kernel
+from notus.model.compiled_attention import check_graph_attention
 from notus.model.fused import check_fused, fuse
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.support import check_supported, disable_dropout
 from notus.model.weights import load_weights, materialise
-from notus.training.distributed import mesh, say
+from notus.training.distributed import gather_objects, mesh, say
 from notus.training.parallel import COMPUTE_DTYPES, parallelize
 
 
@@ -74,10 +76,7 @@ def build_policy(
     """
     check_attention(config, device, COMPUTE_DTYPES[precision])
     causal_lm = _meta_model(config, trust_remote_code)
-    if not compile:  # the compiler fuses by itself
-        fuse(causal_lm)
-        for problem in check_fused(causal_lm, device, COMPUTE_DTYPES[precision]):
-            say(f"warning: {problem}")
+    fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[precision], compile=compile)
     if not trainable:
         causal_lm.requires_grad_(False)
     if adapter is not None:
@@ -124,14 +123,30 @@ def _move_buffers(policy: Policy, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
+def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, compile: bool) -> None:
+    """Fuse the blocks' small work, or see to it that the compiler, which fuses by itself, can. Collective on CUDA.
+
+    What cannot be used on this machine is replaced by its plain twin, with a warning.
+    """
+    if compile:
+        problems = check_graph_attention(device, dtype, **_attention_sizes(causal_lm.config), gather=gather_objects)
+    else:
+        fuse(causal_lm)
+        problems = check_fused(causal_lm, device, dtype, gather_objects)
+    for problem in problems:
+        say(f"warning: {problem}")
+
+
 def check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Try the attention kernel of this device and dtype on the model's sizes; see `check_kernel`."""
+    check_kernel(device, dtype, **_attention_sizes(config))
+
+
+def _attention_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     num_heads = config.num_attention_heads
-    check_kernel(
-        device,
-        dtype,
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        window=getattr(config, "sliding_window", None),
-    )
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        "window": getattr(config, "sliding_window", None),
+    }

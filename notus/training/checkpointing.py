@@ -8,7 +8,8 @@ full: keep the block's input; compute the block again, up to the last value that
 Matrix products are counted in the order of the forward pass (of q, k, v, o, gate, up, down, selective keeps q, v and
 gate). The last product of a block is neither kept nor computed again where nothing reads its value, as in blocks that
 end by adding it to the residual. The two products of a LoRA adapter are computed again and not counted: that costs rank
-/ width of the layer's own product, while their output would take as much memory.
+/ width of the layer's own product, while their output would take as much memory. With LoRA, a product with a matrix of
+at most its rank is taken for an adapter's.
 
 `torch.utils.checkpoint` recomputes; which values it finds kept is decided by two dispatch modes of our own. Torch's own
 selective checkpointing keeps an output as it is in memory, so that an in-place operation on it (`clamp_` after a
@@ -78,7 +79,8 @@ def checkpointed(block: nn.Module, mode: str, *, compiled: bool = False) -> Call
 class _InputKept:
     """A block's forward that never changes its inputs, which the recomputation starts from.
 
-    The first call works on copies to see whether the block writes to them; later calls copy only if it does.
+    The first call with gradients works on copies to see whether the block writes to them; later calls copy only if it
+    does.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -86,7 +88,7 @@ class _InputKept:
         self._writes: bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._writes is False:
+        if self._writes is False or not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         copies = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -126,7 +128,7 @@ class _Keep(TorchDispatchMode):
         super().__init__()
         self._kept = kept
         self._place = self._products = 0
-        self._unread: int | None = None  # the place of a product whose value no operation since has kept
+        self._unread: int | None = None  # the place of the newest product, while no backward pass needs its value
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

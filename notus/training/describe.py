@@ -21,6 +21,7 @@ from notus.data.dataset import DropReport
 from notus.data.disk import write_whole
 from notus.data.rows import Rows
 from notus.entry import tell
+from notus.switches import disabled_names
 from notus.training.distributed import gather_objects, world_size
 from notus.training.tracking import Sink
 
@@ -80,7 +81,7 @@ def hardware(device: torch.device) -> str:
 
 
 class EnvironmentFile(Sink):
-    """`environment.json`: hardware, versions, and each launch with its seconds."""
+    """`environment.json`: hardware, versions, and each launch: its seconds, and what `NOTUS_DISABLE` switched off."""
 
     remedy = f"{ENVIRONMENT_FILE} is not kept from here on"
 
@@ -91,6 +92,7 @@ class EnvironmentFile(Sink):
         self._launch: dict[str, Any] = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "from_step": step,
+            "disabled": sorted(disabled_names()),
             "seconds": 0.0,
             "to_step": step,
         }

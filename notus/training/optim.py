@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from notus import switches
-from notus.entry import tell
-from notus.training.distributed import sum_across_ranks
+from notus.training.distributed import gather_objects, say, sum_across_ranks
 from notus.training.optimizers import AdamW, InPieces, RMSprop, check_update
 
 
@@ -47,8 +46,8 @@ def build_optimizer(
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     kind = RMSprop if name == "rmsprop" else AdamW
     optimizer = kind(trainable, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
-    for problem in check_update(optimizer):
-        tell(f"warning: {problem}")
+    for problem in check_update(optimizer, gather_objects):
+        say(f"warning: {problem}")
     return optimizer
 
 

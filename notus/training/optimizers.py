@@ -9,10 +9,10 @@ piece (`CHUNK` numbers of 4 bytes: 64 MiB on a GPU, 1 MiB on a CPU, where a piec
 | RMSprop | C (the denominators) | 2.5 C (the average in fp32, random bits, and what they round) |
 | AdamW, fused | 0 | 3 C (both averages in fp32, random bits of one; half a C more if one tensor fills a piece) |
 
-and C more each for RMSprop with weight decay and for gradients that are clipped.
+and C more for RMSprop with weight decay, and C more if gradients are clipped, for the scaled gradients.
 
-With fp32 states on a GPU, one kernel updates a parameter in one pass, clipping included, and needs no temporaries; what
-the table says is then the plain twin.
+On a GPU with fp32 states, one kernel updates a parameter in one pass, clipping included, and needs none of these. They
+are needed on a CPU, for bf16 states, with offload, and where the kernel is not used (`check_update`).
 
 In bf16, with its 8 bits, an average that is to change by less than 1/512 stays where it is if it is rounded to the
 nearest number: at α 0.99 or β₂ 0.999 it would stall. It is rounded up or down at random instead, up with the
@@ -165,7 +165,7 @@ class RMSprop(InPieces, torch.optim.RMSprop):
     """torch.optim.RMSprop without momentum, to the bit, if its state is in fp32."""
 
     moments = ("square_avg",)
-    kernel = Kernel(_rmsprop, switch="fused_optimizer", varying=0)
+    kernel = Kernel(_rmsprop, plain=None, switch="fused_optimizer", varying=0)
 
     def __init__(self, parameters: list[nn.Parameter], *, state_dtype: str = "fp32", **options: Any) -> None:
         super().__init__(parameters, **options)
@@ -217,7 +217,7 @@ class AdamW(InPieces, torch.optim.AdamW):
     """torch.optim.AdamW by its fused kernel."""
 
     moments = ("exp_avg", "exp_avg_sq")
-    kernel = Kernel(_adamw, switch="fused_optimizer", varying=0)
+    kernel = Kernel(_adamw, plain=None, switch="fused_optimizer", varying=0)
 
     def __init__(self, parameters: list[nn.Parameter], *, state_dtype: str = "fp32", **options: Any) -> None:
         super().__init__(parameters, **options)
@@ -257,8 +257,12 @@ class AdamW(InPieces, torch.optim.AdamW):
         return [*group["betas"], group["eps"], group["weight_decay"]]
 
 
-def check_update(optimizer: InPieces) -> list[str]:
-    """Compile the optimizer's kernel and compare it with its plain twin, on the device of the parameters.
+def check_update(optimizer: InPieces, gather: kernels.Gather) -> list[str]:
+    """Compile the optimizer's kernel and compare it with its plain twin; on CUDA alone, where it is collective.
+
+    Args:
+        optimizer: with its parameters where they stay.
+        gather: of the ranks, see `kernels.check`.
 
     Returns:
         What is wrong, one line or none; the plain twin is then used.
@@ -268,26 +272,28 @@ def check_update(optimizer: InPieces) -> list[str]:
     if optimizer.state_dtype != torch.float32 or not optimizer.kernel.usable(torch.empty(0, device=device)):
         return []
     settings = {name: value for name, value in group.items() if name in ("lr", "alpha", "betas", "eps", "weight_decay")}
-    return kernels.check([optimizer.kernel], lambda _: (_update_error(type(optimizer), settings, device), 1e-5))
+    kind = type(optimizer)
+    return kernels.check([optimizer.kernel], lambda _: (_update_error(kind, settings, device), 1e-5), gather)
 
 
 def _update_error(kind: type[InPieces], settings: dict[str, Any], device: torch.device) -> float:
     """The relative error of a parameter's change after two clipped steps by the kernel."""
     changes = []
     for disabled in ((), ("fused_optimizer",)):
-        generator = torch.Generator().manual_seed(0)
-        sizes = (4 * _LINE, 37)  # one in lines, one that is not
-        parameters = [nn.Parameter(torch.randn(size, generator=generator).to(device)) for size in sizes]
+        generator = torch.Generator(device).manual_seed(0)
+        # one in lines and one that is not, as large as real ones: the compiler picks block sizes for what it sees first
+        sizes = [4 * size if device.type == "cuda" else size // 2**10 for size in (2**22, 2**20 + 37 * 2**10)]
+        sizes[1] += 1
+        parameters = [nn.Parameter(torch.randn(size, generator=generator, device=device)) for size in sizes]
         before = [parameter.detach().clone() for parameter in parameters]
         optimizer = kind(parameters, **{**settings, "lr": 1e-2})
         with switches.disabled(*disabled):
             for _ in range(2):
                 for parameter in parameters:
-                    parameter.grad = torch.randn(len(parameter), generator=generator).to(device)
+                    parameter.grad = torch.randn(len(parameter), generator=generator, device=device)
                 optimizer.step(scale=torch.full((), 0.5, device=device))
         changes.append(torch.cat([now.detach() - was for now, was in zip(parameters, before, strict=True)]))
-    found, wanted = changes
-    return ((found - wanted).norm() / wanted.norm()).item()
+    return kernels.relative_error(*changes)
 
 
 def round_at_random(values: Tensor, noise: torch.Generator) -> Tensor:

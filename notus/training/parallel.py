@@ -135,7 +135,10 @@ def hand_over_gradients(policy: nn.Module) -> None:
 
 def _take_gradient(parameter: Any) -> torch.Tensor | None:
     """The fp32 gradient that FSDP has accumulated for a parameter of one rank; FSDP forgets it."""
-    whole, found = parameter._unsharded_param, parameter.unsharded_accumulated_grad
+    whole = getattr(parameter, "_unsharded_param", None)
+    if whole is None:  # never gathered, so it took no part
+        return None
+    found = parameter.unsharded_accumulated_grad
     if found is None:
         found = whole.grad  # already in fp32: there is nothing to cast
     whole.grad = parameter.unsharded_accumulated_grad = None

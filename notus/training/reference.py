@@ -24,7 +24,7 @@ from notus.data.rows import Rows
 from notus.model.publish import write_tensors
 from notus.training.distributed import on_main
 
-FORMAT = 3  # another one for every change of how log-probs round
+FORMAT = 4  # another one for every change of how log-probs round
 PART_SIZE = 2048
 
 

@@ -28,7 +28,10 @@ def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]
                 f"{path} was made from other contents of {key}: restore them to go on, or start over with "
                 "training.resume=never"
             )
-        say(f"warning: {key} is not that of {path}: another device, or another version, computed it")
+        say(
+            f"warning: {key} is not that of {path}: another device, another version, or other optimisations "
+            "(NOTUS_DISABLE) computed it"
+        )
 
 
 def check_newest(checkpoints: Sequence[Path], now: Mapping[str, str]) -> None:

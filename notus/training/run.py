@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus import switches
 from notus.config import Config, Task, to_yaml
 from notus.data.chat import check_vocabulary
 from notus.data.packing import StepPlan, check_fits
@@ -21,6 +20,7 @@ from notus.entry import STOPPED
 from notus.model.adapter import export_adapter
 from notus.model.attention import kernel_for
 from notus.model.export import export_model, load_tokenizer, read_generation_config
+from notus.model.fused import rounding
 from notus.model.policy import Policy
 from notus.model.weights import resolve_model_folder, weights_digest
 from notus.training import distributed
@@ -91,11 +91,9 @@ class Run:
 
     @property
     def kernel(self) -> str:
-        """Name of the attention kernel in use, and of what else rounds otherwise: compiled or unfused blocks."""
+        """Name of the attention kernel in use, and of what computes the rest of the blocks."""
         name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
-        if self.config.training.compile:
-            return f"{name}-compiled"
-        return name if switches.enabled("fused_elementwise") else f"{name}-unfused"
+        return name + ("-compiled" if self.config.training.compile else rounding(self.device))
 
     @functools.cached_property
     def weights_digest(self) -> str:

@@ -14,6 +14,10 @@ from notus.training.checkpointing import checkpointed
 CPU = torch.device("cpu")
 
 
+def kernel_of(function, plain=torch.neg):
+    return Kernel(function, plain=plain, switch="fused_elementwise", varying=1)
+
+
 @pytest.fixture
 def used(monkeypatch):
     """Has every kernel called on the CPU too, compiled by a backend that runs the graph as it is."""
@@ -70,7 +74,7 @@ def test_a_kernel_that_raises_or_is_wrong_is_not_used_and_told():
     def raises(x):
         raise RuntimeError("no compiler\nmore")
 
-    made = [Kernel(function, switch="fused_elementwise", varying=1) for function in (fine, wrong, raises)]
+    made = [kernel_of(function) for function in (fine, wrong, raises)]
 
     def errors(kernel):
         x = torch.zeros(1, 3)
@@ -85,8 +89,35 @@ def test_a_kernel_that_raises_or_is_wrong_is_not_used_and_told():
 
 
 def test_a_nan_is_an_error():
-    kernel = Kernel(torch.neg, switch="fused_elementwise", varying=1)
-    assert kernels.check([kernel], lambda _: (float("nan"), 1.0))
+    assert kernels.check([kernel_of(torch.neg)], lambda _: (float("nan"), 1.0))
+
+
+def test_what_fails_on_one_rank_is_used_on_none():
+    made = [kernel_of(torch.neg), kernel_of(torch.abs)]
+    told = kernels.check(made, lambda _: (0.0, 1.0), lambda mine: [mine, {"abs": "no compiler"}])
+    assert told == ["kernel abs is not used: no compiler"]
+    assert made[0].failure is None
+
+
+def test_a_kernel_that_fails_later_hands_over_to_its_twin(used, capsys):
+    def broken(x):
+        raise RuntimeError("a new kind of argument")
+
+    kernel = kernel_of(broken, plain=torch.neg)
+    assert kernel(torch.ones(1, 2)).tolist() == [[-1.0, -1.0]]
+    assert "warning: kernel broken is not used: it failed (a new kind of argument)" in capsys.readouterr().out
+    assert kernel(torch.ones(1, 2)).tolist() == [[-1.0, -1.0]]
+    assert capsys.readouterr().out == ""
+
+
+def test_what_rounds_otherwise_has_another_name(monkeypatch):
+    cuda = torch.device("cuda")
+    assert fused.rounding(CPU) == ""
+    assert fused.rounding(cuda) == "-fused"
+    monkeypatch.setattr(fused.TURN, "failure", "no compiler")
+    assert fused.rounding(cuda) == "-fused-without-turn"
+    with switches.disabled("fused_elementwise"):
+        assert fused.rounding(cuda) == ""
 
 
 @pytest.mark.slow

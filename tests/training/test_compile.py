@@ -19,7 +19,8 @@ from toys import toy_model_folder
 
 from notus import switches
 from notus.data.packing import Batch, Example, collate
-from notus.model import attention
+from notus.model import attention, compiled_attention
+from notus.model.compiled_attention import check_graph_attention
 from notus.model.policy import Policy
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.dpo import run
@@ -198,3 +199,23 @@ def test_the_operator_is_not_in_the_graph_of_cuda(
         "notus.packed_attention.default",
         "notus.packed_attention_backward.default",
     }
+
+
+def test_where_the_compiler_cannot_have_the_kernel_blocks_get_the_operator(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "window": None}
+    cpu = torch.device("cpu")
+    assert check_graph_attention(cpu, torch.float32, **sizes, gather=lambda mine: [mine]) == []  # no kernel to see
+    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
+    monkeypatch.setattr(attention, "varlen_attn", _varlen)
+    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_attention, "_failure", None)
+    assert check_graph_attention(cpu, torch.float32, **sizes, gather=lambda mine: [mine]) == []
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **options: 1.1 * _varlen(*args, **options))
+    torch._dynamo.reset()
+    (told,) = check_graph_attention(cpu, torch.float32, **sizes, gather=lambda mine: [mine])
+    assert told.startswith("compiled blocks do not see the attention kernel: its relative error is 1.0e-01")
+    assert not compiled_attention._sees_kernel(torch.zeros(1))

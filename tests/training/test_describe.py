@@ -9,6 +9,7 @@ import torch
 from disks import largest_file
 from runs import config, write_messages
 
+from notus import switches
 from notus.data.disk import write_whole
 from notus.training import describe, dpo, sft
 from notus.training.describe import EnvironmentFile, hardware, length_histogram
@@ -100,7 +101,8 @@ def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pyte
     now[0] += 10
     first.sync(4)
     now[0] += 5  # lost: killed without a word
-    again = EnvironmentFile(path, step=4, hardware="1 x B")
+    with switches.disabled("fp32_addmm"):
+        again = EnvironmentFile(path, step=4, hardware="1 x B")
     now[0] += 7
     again.sync(6)
     now[0] += 1
@@ -110,6 +112,7 @@ def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pyte
         (0, 4, 10.0),
         (4, 6, 8.0),
     ]
+    assert [each["disabled"] for each in told["launches"]] == [[], ["fp32_addmm"]]
     assert (told["seconds"], told["hardware"], told["world_size"]) == (18.0, "1 x B", 1)
     assert torch.__version__.startswith(told["versions"]["torch"])
     assert told["launches"][0]["started"].endswith("+00:00")
