@@ -78,7 +78,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--worker", type=float, metavar="END", help=argparse.SUPPRESS)  # seconds since the epoch
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
-    if options.only == "parity" and options.rows:
+    if options.only == "parity" and options.rows and options.worker is None:
         parser.error("--rows has no effect with --only parity: remove one of them")
     return options
 

@@ -16,9 +16,11 @@ from gpu_report import in_words
 from gpu_shapes import LONGEST, Scale, fitting, pairs, parameters, rows
 from gpu_step import Step, Work, build, model_dimensions, predicted_bytes
 from notus.data.packing import Example, collate
+from notus.model.fused import KERNELS
 from notus.model.kernels import failures
 from notus.switches import OPTIMISATIONS, disabled, disabled_names
 from notus.training.checkpointing import MODES
+from notus.training.optimizers import RMSprop
 from profile_step import profiled
 
 GIB = 2**30
@@ -156,8 +158,8 @@ def _measured(
         "necessary_flops_per_second": median(work.necessary(steps[number]) / took for number, took in times),
         **peaks(device),
     }
-    if failures():
-        found["notes"] = failures()
+    if unused := failures((*KERNELS, RMSprop.kernel)):
+        found["notes"] = unused
     extra(found, "done_flops_per_second", lambda: median(work.done(batches[number]) / took for number, took in times))
     fullest = [each for batch in batches for each in batch]
     extra(found, "predicted_gib", lambda: predicted_bytes(work, row.checkpointing, fullest) / GIB)

@@ -116,7 +116,9 @@ class Bench:
     scratch: Path
     model: Path
     pairs: Path
-    tokens_per_row: int = 1280  # short rows save Notus memory and cost nothing
+    tokens_per_row: int = (
+        4096  # the default of `training.tokens_per_row`  # short rows save Notus memory and cost nothing
+    )
     old: Path | None = None
 
     def options(self, side: str, epochs: int) -> Options | None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from notus.model.kernels import Kernel
+from notus.training import optim
 
 CUDA = torch.device("cuda", 0)
 _COPIES = ("aten._to_copy.default", "aten.copy_.default")
@@ -135,6 +136,7 @@ def fake_cuda() -> Iterator[Waits]:
         # kernels run as their own code, which only a real device could compile
         mock.patch.object(Kernel, "usable", lambda kernel, tensor: tensor.is_cuda and kernel.failure is None),
         mock.patch.object(Kernel, "run", lambda kernel, *args: kernel._function(*args)),
+        mock.patch.object(optim, "check_update", lambda *_: []),
         waits,
         _Methods(),
     ):

@@ -400,7 +400,7 @@ def test_new_notus_beside_old_on_real_pairs(tmp_path: Path, monkeypatch: pytest.
     )  # fmt: skip
     results = json.loads((tmp_path / "found.json").read_text())
     assert [measured["side"] for measured in results["runs"]] == ["notus", "notus-old"]
-    assert results["runs"][0]["options"] == {"tokens_per_row": 1280}
+    assert results["runs"][0]["options"] == {"tokens_per_row": 4096}
     [mine] = (measured["outcome"] for measured in results["runs"][:1])
     assert len(mine["losses"]) == len(mine["step_seconds"]) == 2
     assert mine["total_seconds"] > mine["seconds"] > sum(mine["step_seconds"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 
 from notus import switches
@@ -193,7 +194,7 @@ def check_graph_attention(
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(1, heads, sum(layout.query_lengths), head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
     leaves = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
-    if not _sees_kernel(leaves[0]):
+    if not _sees_kernel(leaves[0]) or isinstance(leaves[0], FakeTensor):
         return []
     compiled = torch.compile(compiled_attention, dynamic=True)
     found: str | None = None

@@ -22,8 +22,6 @@ from notus.entry import first_line, tell
 # Given this rank's failures by kernel, hands back every rank's.
 Gather = Callable[[dict[str, str]], list[dict[str, str]]]
 
-_KERNELS: list["Kernel"] = []
-
 
 class Kernel:
     """A pure function that is compiled for CUDA, and its plain twin.
@@ -49,7 +47,6 @@ class Kernel:
         self.failure: str | None = None
         self.plain = plain
         self._function, self._switch, self._varying = function, switch, varying
-        _KERNELS.append(self)
 
     def usable(self, tensor: Tensor) -> bool:
         """Return whether the kernel is used for arguments such as `tensor`."""
@@ -114,8 +111,8 @@ def check(
     return failures(kernels)
 
 
-def failures(kernels: Iterable[Kernel] = _KERNELS) -> list[str]:
-    """Return why kernels are not used, a line for each that failed in this process."""
+def failures(kernels: Iterable[Kernel]) -> list[str]:
+    """Return why kernels are not used, a line for each of these that failed in this process."""
     return [f"kernel {kernel.name} is not used: {kernel.failure}" for kernel in kernels if kernel.failure]
 
 

@@ -42,7 +42,9 @@ class _Compiler:
 
     @staticmethod
     def _graph(products: list[int], graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        products.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        count = sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes)
+        if count:  # else it is attention alone, which is tried at the start
+            products.append(count)
         return make_boxed_func(graph.forward)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -123,7 +123,7 @@ def test_the_factor_folded_in_is_clipping_beforehand(name: str, dtype: str) -> N
 
 
 @pytest.fixture
-def one_pass(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_pass(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     """Has the kernels used on the CPU too, compiled by a backend that runs the graph as it is."""
     torch._dynamo.reset()
     kinds = (optimizers.RMSprop.kernel, optimizers.AdamW.kernel)
