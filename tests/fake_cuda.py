@@ -136,7 +136,7 @@ def fake_cuda() -> Iterator[Waits]:
         # kernels run as their own code, which only a real device could compile
         mock.patch.object(Kernel, "usable", lambda kernel, tensor: tensor.is_cuda and kernel.failure is None),
         mock.patch.object(Kernel, "run", lambda kernel, *args: kernel._function(*args)),
-        mock.patch.object(optim, "check_update", lambda *_: []),
+        mock.patch.object(optim, "check_update", return_value=[]),
         waits,
         _Methods(),
     ):
