@@ -156,9 +156,8 @@ def _rmsprop(
 ) -> None:
     """`RMSprop.update` in one pass."""
     scaled = gradient * scale + decay * value
-    average = alpha * square + (1 - alpha) * scaled * scaled
-    square.copy_(average)
-    value.copy_(value - rate * scaled / (average.sqrt() + epsilon))
+    square.mul_(alpha).add_((1 - alpha) * scaled * scaled)
+    value.sub_(rate * scaled / (square.sqrt() + epsilon))
 
 
 class RMSprop(InPieces, torch.optim.RMSprop):
@@ -205,12 +204,10 @@ def _adamw(
 ) -> None:
     """`AdamW.update` in one pass; the corrections are 1 - β₁ᵗ and √(1 - β₂ᵗ)."""
     scaled = gradient * scale
-    first = beta1 * mean + (1 - beta1) * scaled
-    second = beta2 * square + (1 - beta2) * scaled * scaled
-    mean.copy_(first)
-    square.copy_(second)
-    decayed = value * (1 - rate * decay)
-    value.copy_(decayed - rate / correction1 * first / (second.sqrt() / correction2 + epsilon))
+    mean.mul_(beta1).add_((1 - beta1) * scaled)
+    square.mul_(beta2).add_((1 - beta2) * scaled * scaled)
+    value.sub_(rate * decay * value)
+    value.sub_(rate / correction1 * mean / (square.sqrt() / correction2 + epsilon))
 
 
 class AdamW(InPieces, torch.optim.AdamW):
