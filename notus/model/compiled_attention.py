@@ -23,7 +23,7 @@ from notus.model import attention
 from notus.model.attention import add_copies, packed_attention
 from notus.model.kernels import Gather, relative_error
 
-COMPILED = "notus_packed_compiled"
+HIDDEN, GRAPH = "notus_packed_hidden", "notus_packed_graph"
 # What dispatch looks for outside any operator; within one it leaves autograd out.
 _NOBODY = torch.nn.Module()  # an operator knows no calling module
 _ABOVE_AUTOGRAD = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
@@ -139,7 +139,7 @@ _gather.register_autograd(_scatter, setup_context=_keep_places)
 # ---- what the blocks call ----
 
 
-def compiled_attention(
+def hidden_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -151,25 +151,41 @@ def compiled_attention(
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' `AttentionInterface`: what `packed_attention` computes, for a compiler."""
+    """Attention function for transformers' `AttentionInterface`: `packed_attention` behind one operator."""
     copies = [tensor for pair in layout.extra_copies for tensor in pair]
-    if _sees_kernel(query):
-        rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-        keys, values = (_gather(row, layout.key_index, layout.first_copy, copies) for row in rows[1:])
-        return attention.varlen_kernel(rows[0], keys, values, layout, scaling, sliding_window).unsqueeze(0), None
     index = [layout.key_index, layout.first_copy, layout.query_starts, layout.key_starts, *copies]
     return _attention(query, key, value, index, layout.lengths, scaling, sliding_window), None
 
 
+def graph_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    layout: Layout,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The same with the operators in the graph: the gather, and torch's varlen attention."""
+    copies = [tensor for pair in layout.extra_copies for tensor in pair]
+    rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    keys, values = (_gather(row, layout.key_index, layout.first_copy, copies) for row in rows[1:])
+    return attention.varlen_kernel(rows[0], keys, values, layout, scaling, sliding_window).unsqueeze(0), None
+
+
+AttentionInterface.register(HIDDEN, hidden_attention)
+AttentionInterface.register(GRAPH, graph_attention)
+
 _failure: str | None = None  # why the compiler does not get to see the kernel
 
 
-def _sees_kernel(query: Tensor) -> bool:
-    flash = attention.kernel_for(query.device, query.dtype)[0] == "varlen"
-    return flash and _failure is None and switches.enabled("graph_attention")
-
-
-AttentionInterface.register(COMPILED, compiled_attention)
+def compiled_implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """Return which of the two, as the name of an attention implementation, compiled blocks use on a device."""
+    flash = attention.kernel_for(device, dtype)[0] == "varlen"
+    return GRAPH if flash and _failure is None and switches.enabled("graph_attention") else HIDDEN
 
 
 def check_graph_attention(
@@ -190,13 +206,15 @@ def check_graph_attention(
         What is wrong, one line or none.
     """
     global _failure
+    if compiled_implementation(device, dtype) == HIDDEN:
+        return []
     layout = build_layout([50, 30], [[40, 60], [20, 70]]).to(device)
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(1, heads, sum(layout.query_lengths), head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
     leaves = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
-    if not _sees_kernel(leaves[0]) or isinstance(leaves[0], FakeTensor):
+    if isinstance(leaves[0], FakeTensor):
         return []
-    compiled = torch.compile(compiled_attention, dynamic=True)
+    compiled = torch.compile(graph_attention, dynamic=True)
     found: str | None = None
     try:
         error = relative_error(_outputs(compiled, leaves, layout, window), _dense(leaves, layout, window))

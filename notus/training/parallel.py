@@ -33,7 +33,7 @@ from torch.distributed.fsdp import (
 from torch.fx.experimental import _config as symbols
 
 from notus import switches
-from notus.model.compiled_attention import COMPILED
+from notus.model.compiled_attention import compiled_implementation
 from notus.model.policy import Policy
 from notus.training.checkpointing import checkpointed
 
@@ -64,7 +64,8 @@ def parallelize(
         forward = checkpointed(block, activation_checkpointing, compiled=compile)
         block.forward = forward if run is None else functools.partial(run, forward)
     if compile:
-        policy.causal_lm.set_attn_implementation(COMPILED)
+        implementation = compiled_implementation(torch.device(mesh.device_type), COMPUTE_DTYPES[precision])
+        policy.causal_lm.set_attn_implementation(implementation)
         # Sizes that happen to be equal in the first row are not the same; a row in which they differ would recompile.
         symbols.use_duck_shape = False
     # With gradients in fp32, the sum over ranks rounds as little as the masters do.

@@ -24,7 +24,7 @@ from toys import toy_model
 from notus.data.packing import Example, build_layout, collate
 from notus.model import attention
 from notus.model.attention import IMPLEMENTATION, packed_attention
-from notus.model.compiled_attention import compiled_attention
+from notus.model.compiled_attention import graph_attention
 from notus.model.fused import fuse
 from notus.model.logprobs import _LinearLogprobs, full_logprobs, linear_logprobs
 from notus.model.policy import Policy
@@ -192,18 +192,17 @@ def test_the_policy_differentiates_through_flash_attention(window, kv_heads):
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a build without CUDA compiles nothing for it")
-def test_compiled_blocks_see_torchs_operator_and_one_graph_serves_every_row(monkeypatch):
+def test_compiled_blocks_see_torchs_operator_and_one_graph_serves_every_row():
     graphs = []
 
     def backend(graph, _):
         graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
         return graph.forward
 
-    monkeypatch.setattr(symbols, "use_duck_shape", False)
     torch._dynamo.reset()
-    attend = torch.compile(compiled_attention, dynamic=True, backend=backend)
+    attend = torch.compile(graph_attention, dynamic=True, backend=backend)
     lengths = [([5, 3], [[4, 6], [2, 7]]), ([9, 30, 4], [[14, 6], [12, 17], [3, 3]]), ([50], [[4, 5]])]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with symbols.patch(use_duck_shape=False), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for trunks, branches in lengths:
             layout = build_layout(trunks, branches).to(CUDA)
             count = sum(layout.query_lengths)

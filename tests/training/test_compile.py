@@ -220,4 +220,4 @@ def test_where_the_compiler_cannot_have_the_kernel_blocks_get_the_operator(
     torch._dynamo.reset()
     (told,) = check_graph_attention(cpu, torch.float32, **sizes, gather=lambda mine: [mine])
     assert told.startswith("compiled blocks do not see the attention kernel: its relative error is 1.0e-01")
-    assert not compiled_attention._sees_kernel(torch.zeros(1))
+    assert compiled_attention.compiled_implementation(cpu, torch.float32) == compiled_attention.HIDDEN
