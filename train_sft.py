@@ -3,7 +3,7 @@
 import sys
 
 from notus.config import load_config
-from notus.entry import configure_allocator, leave, run_entry
+from notus.runtime.process import configure_allocator, leave, run_entry
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """The benchmark's own part of the arithmetic: totals of a run, and the tokens and padding behind them.
 
-What a forward pass cannot do without is counted in `notus/model/arithmetic.py`. Of a whole run:
+What a forward pass cannot do without is counted in `notus/model/flops.py`. Of a whole run:
 
     run = sum over pairs of forward(pair) * (3 * epochs + 1)
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from notus.model.arithmetic import Dimensions, forward_flops
+from notus.model.flops import Dimensions, forward_flops
 
 # prompt, chosen and rejected tokens of one pair
 Lengths = tuple[int, int, int]

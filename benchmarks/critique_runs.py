@@ -16,9 +16,9 @@ from typing import Any
 
 from notus import demo
 from notus.config import Task, config_from_dict
-from notus.data import synthetic
-from notus.data.curate import write_rows
-from notus.data.ultrafeedback import Report, curate
+from notus.curation import synthetic
+from notus.curation.command import write_rows
+from notus.curation.ultrafeedback import Report, curate
 from notus.evaluation.files import replacing
 
 Rows = list[dict[str, Any]]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from notus.data import curate
+from notus.curation import command as curate
 
 ASPECTS = {"instruction_following": False, "honesty": False, "truthfulness": True, "helpfulness": True}
 SOURCES = ("evol_instruct", "false_qa", "flan_v2_niv2", "sharegpt", "truthful_qa", "ultrachat")

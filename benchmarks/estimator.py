@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
 from fake_step import TARGETS, Tracked, tracked_step
-from notus.estimation.lengths import Lengths
-from notus.estimation.timing import arithmetic
-from notus.model.arithmetic import dimensions, visible_pairs
+from notus.estimate.lengths import Lengths
+from notus.estimate.timing import arithmetic
+from notus.model.flops import dimensions, visible_pairs
 from notus.model.lora import inject_lora
 from notus.model.size import ModelSize, model_size
-from notus.training.footprint import CHECKPOINTING, Footprint, Job, moments
+from notus.training.memory_estimate import CHECKPOINTING, Footprint, Job, moments
 
 SHAPES = {
     "mid": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4,

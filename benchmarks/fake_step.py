@@ -28,11 +28,12 @@ from transformers import PreTrainedConfig
 
 from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss
-from notus.model import attention, weights
+from notus.model import attention
+from notus.model import load as weights
 from notus.training import build, optimizers
 from notus.training.build import Adapter, build_policy
 from notus.training.optim import build_optimizer, clip_gradients, local_gradients
-from notus.training.parallel import expect_last_row, hand_over_gradients
+from notus.training.parallelize import expect_last_row, hand_over_gradients
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU = torch.device("cpu")

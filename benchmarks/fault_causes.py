@@ -174,7 +174,7 @@ def poisoned(target: str) -> Cause:
 
 @contextlib.contextmanager
 def slow_rank(scene: Scene) -> Iterator[Launch]:
-    yield scene.run(before=ahead_of("notus.training.loop:Trainer._step", lambda: time.sleep(0.5), on=1))
+    yield scene.run(before=ahead_of("notus.training.trainer:Trainer._step", lambda: time.sleep(0.5), on=1))
 
 
 @contextlib.contextmanager
@@ -192,7 +192,7 @@ def stopped_rank(scene: Scene) -> Iterator[Launch]:
 @contextlib.contextmanager
 def stopped_twice(scene: Scene) -> Iterator[Launch]:
     """A second signal in the middle of a long step."""
-    run = scene.run_to(3, before=ahead_of("notus.training.loop:Trainer._step", lambda: time.sleep(2)))
+    run = scene.run_to(3, before=ahead_of("notus.training.trainer:Trainer._step", lambda: time.sleep(2)))
     send(run.pids, signal.SIGTERM)
     time.sleep(1.2)
     send(run.pids, signal.SIGTERM)

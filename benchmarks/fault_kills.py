@@ -177,8 +177,8 @@ def _watched(rank: int) -> None:
     """In a forked rank: small parts, and marks in shared memory while it trains and while it evaluates."""
     small_parts(rank)
     from notus.training.dpo import DPOTask
-    from notus.training.loop import Trainer
     from notus.training.sft import SFTTask
+    from notus.training.trainer import Trainer
 
     Trainer.run = _marked(Trainer.run, _TRAINS)  # type: ignore[method-assign]
     for task in (DPOTask, SFTTask):

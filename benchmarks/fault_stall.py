@@ -149,7 +149,7 @@ def run_one(outcome: Path, kind: str, config: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from notus.config import load_config
     from notus.training.dpo import run
-    from notus.training.loop import Trainer
+    from notus.training.trainer import Trainer
 
     timing = Timing(kind, 0, 0.0, [], {}, [])
     step, save = Trainer._step, Trainer._save

@@ -74,12 +74,14 @@ _TENSORS, _STATE = "*.safetensors", "state.json"
 FAULTS = (
     Fault("kill -9 of one of two ranks", causes.killed, refused("error: ", "rank")),
     Fault("kill -9 of torchrun itself", causes.torchrun_killed, lambda seen: seen.recovered),
-    Fault("disk full: checkpoint", causes.disk_full("notus.training.loop:Trainer._save"),
+    Fault("disk full: checkpoint", causes.disk_full("notus.training.trainer:Trainer._save"),
           refused("checkpoints", "free")),
     Fault("disk full: reference cache", causes.disk_full("notus.training.dpo:reference_logps"),
           refused("reference", "free")),
-    Fault("disk full: export", causes.disk_full("notus.training.run:Run._export"), refused("model", "free")),
-    Fault("disk full: metrics", causes.disk_full("notus.training.loop:Trainer.run"), refused("metrics.jsonl", "free")),
+    Fault("disk full: export", causes.disk_full("notus.training.setup:Run._export"), refused("model", "free")),
+    Fault(
+        "disk full: metrics", causes.disk_full("notus.training.trainer:Trainer.run"), refused("metrics.jsonl", "free")
+    ),
     Fault("newest checkpoint: a bit flipped", causes.bad_checkpoint(damage, _TENSORS), survived("step-00000006")),
     Fault("newest checkpoint: truncated", causes.bad_checkpoint(cut, _TENSORS), survived("step-00000006")),
     Fault("newest checkpoint: a file missing", causes.bad_checkpoint(Path.unlink, _TENSORS), survived("step-00000006")),
@@ -94,7 +96,9 @@ FAULTS = (
     Fault("a changed key on resume", causes.changed_key, refused("dpo.beta", "another config")),
     Fault("changed data on resume", causes.changed_data, refused("data.train", "resume=never")),
     Fault("NaN in the loss", causes.poisoned("notus.training.dpo:DPOTask.row_loss"), refused("step 1", "rows")),
-    Fault("NaN in a gradient", causes.poisoned("notus.training.loop:local_gradients"), refused("step 1", "gradient")),
+    Fault(
+        "NaN in a gradient", causes.poisoned("notus.training.trainer:local_gradients"), refused("step 1", "gradient")
+    ),
     Fault("NaN in the reference pass", causes.poisoned("notus.training.dpo:score"), refused("reference", "not finite")),
     Fault("a slow rank", causes.slow_rank, survived()),
     Fault("a rank that hangs", causes.stopped_rank,

@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def disturb(args: argparse.Namespace, scratch: Path) -> list[Trial]:
     """The kills and the requests to stop."""
-    from notus import entry
+    from notus.runtime import process as entry
 
     harness = Harness(scratch, random.Random(args.seed), getattr(entry, "STOPPED", None))
     kill, stop = (signal.SIGKILL,), (signal.SIGTERM, signal.SIGINT)

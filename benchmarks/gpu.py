@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu_report
-from notus.switches import OPTIMISATIONS, disabled_names
+from notus.runtime.switches import OPTIMISATIONS, disabled_names
 
 STAGES = ("parity", "rows")
 WORKER = (sys.executable, __file__)

@@ -20,7 +20,7 @@ from notus.data.packing import Example, Layout, build_layout, collate
 from notus.model import attention, fused
 from notus.model.logprobs import full_logprobs, linear_logprobs
 from notus.model.policy import Policy
-from notus.training.determinism import deterministic
+from notus.runtime.determinism import deterministic
 
 # name: (trunk lengths, branch lengths)
 ROWS = {

@@ -18,8 +18,8 @@ from gpu_step import Step, Work, build, model_dimensions, predicted_bytes
 from notus.data.packing import Example, collate
 from notus.model.fused import KERNELS
 from notus.model.kernels import failures
-from notus.switches import OPTIMISATIONS, disabled, disabled_names
-from notus.training.checkpointing import MODES
+from notus.runtime.switches import OPTIMISATIONS, disabled, disabled_names
+from notus.training.activation_checkpointing import MODES
 from notus.training.optimizers import RMSprop
 from profile_step import profiled
 
@@ -48,7 +48,7 @@ class Row:
         checkpointing: one of `MODES`.
         compile: each block.
         profile: find the shares of its time, too.
-        without: optimisations that are switched off, see `notus.switches`.
+        without: optimisations that are switched off, see `notus.runtime.switches`.
         again: measured before; how far two measurements are apart says what a difference means.
     """
 

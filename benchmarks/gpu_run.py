@@ -43,7 +43,7 @@ import yaml
 
 import gpu_report
 from notus import demo
-from notus.data import synthetic
+from notus.curation import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY = 30, 5

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import MistralConfig
 
-from notus.data.dealing import deal
 from notus.data.packing import Example
+from notus.data.schedule import deal
 
 PAIRS_PER_STEP = 64
 LONGEST = 1024  # prompt and completion, as `data.max_length`

@@ -12,18 +12,18 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from notus.data.packing import Batch, Example, collate
 from notus.data.prefetch import Prefetch
 from notus.losses import dpo_loss, nll_loss
-from notus.model.arithmetic import Dimensions, dimensions, forward_flops
 from notus.model.attention import IMPLEMENTATION
+from notus.model.flops import Dimensions, dimensions, forward_flops
+from notus.model.load import materialise
 from notus.model.lora import LoRALinear, cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.size import ModelSize, model_size
-from notus.model.support import disable_dropout
-from notus.model.weights import materialise
+from notus.model.supported import disable_dropout
+from notus.runtime.distributed import mesh
 from notus.training.build import fuse_or_check_graph
-from notus.training.distributed import mesh
-from notus.training.footprint import Job, footprint
+from notus.training.memory_estimate import Job, footprint
 from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
-from notus.training.parallel import COMPUTE_DTYPES, expect_last_row, hand_over_gradients, parallelize
+from notus.training.parallelize import COMPUTE_DTYPES, expect_last_row, hand_over_gradients, parallelize
 
 PRECISION = "bf16"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -110,7 +110,7 @@ def _again(products: list[tuple[int, bool]], checkpointing: str) -> int:
 
 
 def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Example]]) -> int:
-    """What `notus.training.footprint` says of the fullest of these rows, without the runtime's margin."""
+    """What `notus.training.memory_estimate` says of the fullest of these rows, without the runtime's margin."""
     fullest = max(rows, key=_tokens)
     keys = sum(len(item.trunk) * len(item.branches) + sum(map(len, item.branches)) for item in fullest)
     job = Job(
@@ -137,7 +137,7 @@ def build(
         config: the model's shape.
         device: where it is to live.
         rank: of the LoRA adapters; 0: every parameter is trained.
-        checkpointing: a mode of `notus.training.checkpointing`.
+        checkpointing: a mode of `notus.training.activation_checkpointing`.
         compile: each block.
     """
     with torch.device("meta"):
@@ -174,7 +174,7 @@ def _randomise(policy: Policy) -> None:
 
 
 class Step:
-    """What `notus.training.loop` does in a step, without its books: rows, losses, norm, clipping, update."""
+    """What `notus.training.trainer` does in a step, without its books: rows, losses, norm, clipping, update."""
 
     def __init__(self, policy: Policy, task: str, vocab: int) -> None:
         """`task`: "dpo" or "sft"; `vocab`: size of the vocabulary."""

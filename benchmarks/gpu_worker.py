@@ -20,8 +20,8 @@ from gpu_parity import comparisons
 from gpu_peers import measure_peer, peers
 from gpu_rows import Row, measure, plan, recompiles, release
 from gpu_shapes import CPU, GPU, Scale, fitting
-from notus.switches import disabled, disabled_names
-from notus.training.distributed import process_group
+from notus.runtime.distributed import process_group
+from notus.runtime.switches import disabled, disabled_names
 
 # Exit code: a new process must go on. This one's CUDA context is broken, or it cannot free what a row allocated.
 START_ANEW = 77

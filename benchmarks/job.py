@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from notus.model.arithmetic import Dimensions
+from notus.model.flops import Dimensions
 
 BETA = 0.1
 WARMUP_RATIO = 0.1

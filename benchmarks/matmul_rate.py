@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from job import Machine
 from memory import describe_machine
-from notus.model.arithmetic import dimensions
+from notus.model.flops import dimensions
 
 _SECONDS_PER_PRODUCT = 0.4
 

@@ -12,11 +12,11 @@ import numpy as np
 from job import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, describe_tokens
 from memory import PeakMemory, describe_machine
 from notus.config import config_from_dict
-from notus.data.rows import Rows
-from notus.training import run as training
+from notus.data.dataset import Rows
+from notus.training import setup as training
 from notus.training.dpo import build_task
-from notus.training.loop import Ending, Trainer
-from notus.training.run import start
+from notus.training.setup import start
+from notus.training.trainer import Ending, Trainer
 
 
 class TimedTrainer(Trainer):

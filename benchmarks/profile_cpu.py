@@ -16,12 +16,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
 from notus.config import config_from_dict
-from notus.entry import leave
+from notus.runtime.process import leave
+from notus.training.dataloader import Feed, row_costs
 from notus.training.dpo import DPOTask, Preferences
-from notus.training.feed import Feed, row_costs
 from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
-from notus.training.parallel import expect_last_row, hand_over_gradients
-from notus.training.run import Run, start
+from notus.training.parallelize import expect_last_row, hand_over_gradients
+from notus.training.setup import Run, start
 from profile_step import profiled, table
 from synthetic_pairs import make_pairs
 from synthetic_setup import SIZES, make_model
@@ -30,7 +30,7 @@ WARM_UP, STEPS, PAIRS_PER_STEP = 2, 2, 16
 
 
 class Step:
-    """What `notus.training.loop` does in a step, without its books. The reference's log-probs are given as zeros."""
+    """What `notus.training.trainer` does in a step, without its books. The reference's log-probs are given as zeros."""
 
     def __init__(self, run: Run, feed: Feed) -> None:
         training, rows = run.config.training, run.train_rows

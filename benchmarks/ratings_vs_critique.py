@@ -3,7 +3,7 @@
     python benchmarks/ratings_vs_critique.py --results FILE.json --plot FILE.svg
     python benchmarks/ratings_vs_critique.py --stored FILE.json --plot FILE.svg    # draws again, runs nothing
 
-The data are `notus/data/synthetic.py`'s, whose judge knows the right answers; the recipe is the demo's. For each seed
+The data are `notus/curation/synthetic.py`'s, whose judge knows the answers; the recipe is the demo's. For each seed
 one model is trained with SFT; from it, DPO on the pairs of the mean ratings, and DPO on those of the overall score at
 each fault rate: the share of scores of 1 that are stored as 10. The ratings' pairs do not depend on the fault rate
 (asserted), so that rule is trained once per seed. Prompts, completions, ratings, seeds and steps are equal.

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder, Rendered
-from notus.data.records import normalize
+from notus.data.formats import normalize
 from notus.data.sources import open_source, read_rows
 
 Pair = dict[str, str]

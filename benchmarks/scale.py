@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from notus.data.rows import Rows
+    from notus.data.dataset import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
 MEAN_TOKENS = (176, 300, 280)  # prompt, chosen, rejected
@@ -133,8 +133,8 @@ def measure(phase: str, folder: Path, files: list[Path]) -> Measured:
     """Run a phase here, on the pairs of these files; those before it have run."""
     from transformers import AutoTokenizer
 
-    from notus.data.dataset import load_pairs
-    from notus.data.rows import Rows
+    from notus.data.dataset import Rows
+    from notus.data.tokenize import load_pairs
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     memory, began = _PrivateMemory(), time.perf_counter()
@@ -167,9 +167,9 @@ def _digest(rows: "Rows") -> str:
 
 def _steps(rows: "Rows") -> Iterator[tuple[np.ndarray, list[float], list[list[list[int]]]]]:
     """A step's rows, their costs and how they are dealt, for one epoch."""
-    from notus.data.dealing import deal
     from notus.data.packing import StepPlan
-    from notus.model.arithmetic import Dimensions, forward_flops
+    from notus.data.schedule import deal
+    from notus.model.flops import Dimensions, forward_flops
 
     mistral = Dimensions(layers=32, attention_width=4096, body_weights=6_979_321_856, head_weights=131_072_000)
     costs = forward_flops(mistral, rows.trunk_lengths, rows.branch_lengths, rows.loss_tokens.sum(axis=1))
@@ -181,7 +181,7 @@ def _steps(rows: "Rows") -> Iterator[tuple[np.ndarray, list[float], list[list[li
 
 
 def _plan(rows: "Rows") -> str:
-    from notus.data.dealing import time_of
+    from notus.data.schedule import time_of
 
     began, steps, cost, paid = time.perf_counter(), 0, 0.0, 0.0
     for _, costs, dealt in _steps(rows):
@@ -191,7 +191,7 @@ def _plan(rows: "Rows") -> str:
 
 
 def _pack(rows: "Rows") -> str:
-    from notus.data.rows import packed
+    from notus.data.dataset import packed
 
     began, steps, made = time.perf_counter(), 0, 0
     for indices, _, dealt in _steps(rows):

@@ -24,7 +24,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from notus.data.rows import Rows
+    from notus.data.dataset import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4  # the first one warms up
@@ -76,9 +76,9 @@ def measure(point: Point, folder: Path) -> Step:
 
     from memory import PeakMemory
     from notus.data.packing import StepPlan
+    from notus.runtime.distributed import process_group
     from notus.training.build import build_policy
-    from notus.training.distributed import process_group
-    from notus.training.feed import Feed, row_costs
+    from notus.training.dataloader import Feed, row_costs
     from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
 
     torch.set_num_threads(1)
@@ -117,7 +117,7 @@ def _rows(point: Point) -> "Rows":
     import datasets
 
     from notus.data.columns import FEATURES
-    from notus.data.rows import Rows
+    from notus.data.dataset import Rows
 
     count, length = point.pairs * STEPS, point.length
     ids = np.random.default_rng(0).integers(3, point.vocabulary, size=(count, 3, length))

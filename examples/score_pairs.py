@@ -2,13 +2,13 @@
 
 import sys
 
-from notus.data.dataset import load_pairs
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
+from notus.data.tokenize import load_pairs
 from notus.evaluation.models import find_source
 from notus.evaluation.preferences.scores import Scoring, score_model
 from notus.losses import dpo_loss
 from notus.model.export import load_tokenizer
-from notus.training.distributed import process_group
+from notus.runtime.distributed import process_group
 
 policy, reference = (find_source(name) for name in sys.argv[1:3])  # folders of runs, models or adapters, or hub ids
 tokenizer = load_tokenizer(policy.folder, trust_remote_code=False)

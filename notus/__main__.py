@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from notus.entry import configure_allocator, leave, run_entry
+from notus.runtime.process import configure_allocator, leave, run_entry
 
 HELP = {
     "demo": "make data, train a small model on it and align it, to see the whole path work",
@@ -27,10 +27,10 @@ HELP = {
 }
 MODULES = {
     "demo": "notus.demo",
-    "curate": "notus.data.curate",
+    "curate": "notus.curation.command",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
-    "estimate": "notus.estimate",
+    "estimate": "notus.estimate.command",
     "report": "notus.evaluation.report.command",
     "card": "notus.evaluation.release.command",
     "export": "notus.evaluation.export_run",

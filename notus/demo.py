@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from notus.data import synthetic
+from notus.curation import synthetic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

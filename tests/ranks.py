@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from notus.entry import leave
+from notus.runtime.process import leave
 
 # Ranks are forked from a server that has imported these, which takes longer than most of what they do.
 IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.modeling_utils", "datasets")

@@ -14,7 +14,7 @@ from runs import write_pairs
 from toys import toy_model_folder
 
 from notus.config import SECTIONS
-from notus.data.records import normalize
+from notus.data.formats import normalize
 from notus.losses import LOSS_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]

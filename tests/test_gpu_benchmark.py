@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from notus import switches
 from notus.model import attention
-from notus.training.checkpointing import MODES
-from notus.training.distributed import process_group
+from notus.runtime import switches
+from notus.runtime.distributed import process_group
+from notus.training.activation_checkpointing import MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

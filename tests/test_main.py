@@ -91,7 +91,7 @@ def test_reference_fills_the_cache_alone(tmp_path, capsys):
 
 def test_a_line_that_nobody_reads_is_let_go():
     code = (
-        "import os, sys, time\nfrom notus.entry import leave, tell\nsys.stdin.read()\n"
+        "import os, sys, time\nfrom notus.runtime.process import leave, tell\nsys.stdin.read()\n"
         "tell('one'); tell('two'); print('three', flush=True); tell('four', sys.stderr); leave(7)"
     )
     done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, stderr=-1)

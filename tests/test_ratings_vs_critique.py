@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from notus.data.ultrafeedback import curate
+from notus.curation.ultrafeedback import curate
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,7 +17,7 @@ from runs import read_metrics
 from toys import toy_model_folder
 
 from notus.__main__ import main
-from notus.data import synthetic
+from notus.curation import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "reproduce-notus-7b-v1.md").read_text(encoding="utf-8")

@@ -20,8 +20,8 @@ from toys import toy_model_folder, toy_tokenizer
 from notus.__main__ import main
 from notus.config import load_config
 from notus.data.chat import ChatEncoder
-from notus.entry import run_entry
-from notus.model.weights import INDEX, weight_files
+from notus.model.load import INDEX, weight_files
+from notus.runtime.process import run_entry
 from notus.training import dpo
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ QUICK = "join_timeout=120,last_call_timeout=1,keep_alive_interval=1,keep_alive_m
 SLOW = """
 import sys, time
 from notus.config import load_config
-from notus.entry import leave, run_entry
+from notus.runtime.process import leave, run_entry
 from notus.training import dpo
 inner = dpo.DPOTask.row_loss
 dpo.DPOTask.row_loss = lambda *arguments: time.sleep(0.1) or inner(*arguments)

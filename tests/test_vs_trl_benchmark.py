@@ -132,7 +132,7 @@ def outcome(losses: list[float], step_seconds: list[float], ids: str = "x", refe
 def comparison(*others: Any, side: str = "trl", mine: tuple[list[float], ...] = ([3.0, 0.5],)) -> Any:
     """Two sides, two steps of one pair each; a reference pass of a second ahead. One round per outcome."""
     from job import Machine
-    from notus.model.arithmetic import Dimensions
+    from notus.model.flops import Dimensions
     from report import Comparison, Measured
 
     runs = []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import datasets
 
-from notus.data.disk import disk_error, sync
+from notus.runtime.files import disk_error, sync
 
 _DIGESTS = "digests.json"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from notus.data.chat import Encoded
-from notus.data.records import Provenance
+from notus.data.formats import Provenance
 
 FEATURES = datasets.Features(
     {

@@ -76,8 +76,8 @@ def answer(
     from notus.data.chat import check_vocabulary
     from notus.evaluation.generation import generate_kept, model_digest
     from notus.model.export import load_causal_lm, load_tokenizer
-    from notus.training.distributed import on_main
-    from notus.training.parallel import COMPUTE_DTYPES
+    from notus.runtime.distributed import on_main
+    from notus.training.parallelize import COMPUTE_DTYPES
 
     trust = args.trust_remote_code
     tokenizer = load_tokenizer(source.folder, trust)

@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError:
     import httpx  # type: ignore[no-redef]  # huggingface_hub 1 brings this one
 
-from notus.entry import tell
+from notus.runtime.process import tell
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from notus.evaluation.release.facts import read_facts, variant_of
     from notus.evaluation.release.finished import read_mark
     from notus.evaluation.release.push import open_repository
-    from notus.training.folder import CONFIG_FILE, MODEL
+    from notus.training.run_folder import CONFIG_FILE, MODEL
 
     run_folder, out = Path(args.run_folder), Path(args.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -128,8 +128,8 @@ def _export(args: argparse.Namespace, facts: "Facts", variant: "Variant") -> Non
     from notus.evaluation.release.card import has_chat_template
     from notus.evaluation.release.finished import write_card
     from notus.model.publish import NewFolder
-    from notus.training.distributed import process_group
-    from notus.training.folder import MODEL
+    from notus.runtime.distributed import process_group
+    from notus.training.run_folder import MODEL
 
     run_folder, settings = Path(args.run_folder), facts.settings
     with process_group():
@@ -214,8 +214,8 @@ def _push(args: argparse.Namespace, facts: "Facts", destination: "Destination") 
 def _copy(args: argparse.Namespace, source: Path, partial: Path) -> None:
     """A finished adapter is already in PEFT's layout."""
     from notus.model.adapter import ADAPTER_CONFIG
+    from notus.model.load import read_json
     from notus.model.publish import write_json
-    from notus.model.weights import read_json
 
     shutil.copytree(source, partial, dirs_exist_ok=True)
     if args.base_model:
@@ -230,7 +230,7 @@ def _load(
     from notus.evaluation.unfinished import load_unfinished
     from notus.model.export import load_causal_lm
     from notus.training.checkpoint import step_of
-    from notus.training.folder import MODEL
+    from notus.training.run_folder import MODEL
 
     final, trust = run_folder / MODEL, args.trust_remote_code
     if final.is_dir():
@@ -261,7 +261,7 @@ def _write(
 
 
 def _dtype(args: argparse.Namespace, settings: Settings) -> Any:
-    from notus.training.parallel import COMPUTE_DTYPES
+    from notus.training.parallelize import COMPUTE_DTYPES
 
     return COMPUTE_DTYPES[args.dtype or settings["training"]["precision"]]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
-from notus.data.disk import disk_error
+from notus.runtime.files import disk_error
 
 T = TypeVar("T")
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     Raises ValueError or OSError with a message for the user.
     """
     _check_options(args)
-    from notus.training import distributed
+    from notus.runtime import distributed
 
     with distributed.process_group() as device:
         distributed.on_main(lambda: _check_out(Path(args.out), args))
@@ -91,8 +91,8 @@ def _generate(args: argparse.Namespace, device: "torch.device") -> tuple[list["P
     from notus.evaluation.generation import generate
     from notus.evaluation.models import find_together
     from notus.model.export import load_causal_lm, load_tokenizer
-    from notus.training.distributed import on_main
-    from notus.training.parallel import COMPUTE_DTYPES
+    from notus.runtime.distributed import on_main
+    from notus.training.parallelize import COMPUTE_DTYPES
 
     trust = args.trust_remote_code
     source = find_together(args.model, trust_remote_code=trust)

@@ -24,7 +24,7 @@ from transformers import (
 
 from notus.data.chat import ChatEncoder, Turns
 from notus.evaluation.kept import Batch, KeptTokens
-from notus.model.weights import WITHOUT_EFFECT
+from notus.model.load import WITHOUT_EFFECT
 from notus.training.sampling import end_tokens
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from notus.data.disk import disk_error
-from notus.training.distributed import gather_objects, on_main
+from notus.runtime.distributed import gather_objects, on_main
+from notus.runtime.files import disk_error
 
 
 def read_kept(path: Path) -> list[dict[str, Any]]:

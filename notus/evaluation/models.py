@@ -12,9 +12,9 @@ import yaml
 
 from notus.evaluation.unfinished import snapshot
 from notus.model.adapter import ADAPTER_CONFIG, read_adapter_settings
-from notus.model.weights import find_folder, resolve_model_folder
-from notus.training.distributed import on_main
-from notus.training.folder import CONFIG_FILE, MODEL
+from notus.model.load import find_folder, resolve_model_folder
+from notus.runtime.distributed import on_main
+from notus.training.run_folder import CONFIG_FILE, MODEL
 
 
 @dataclasses.dataclass(frozen=True)

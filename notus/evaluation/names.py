@@ -7,7 +7,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from notus.data.sources import SUFFIXES
 from notus.evaluation.models import is_run
-from notus.training.folder import MODEL
+from notus.training.run_folder import MODEL
 
 
 def hub_id(name: str) -> str | None:

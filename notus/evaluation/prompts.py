@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from notus.curation.command import read_file
 from notus.data.chat import Message, Turns
-from notus.data.curate import read_file
-from notus.data.records import normalize
+from notus.data.formats import normalize
 
 KEYS = ("prompt", "messages", "conversations", "instruction")
 RESULTS = ("completion", "completions")

@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from notus.data.chat import resolve_template
-from notus.data.disk import write_whole
-from notus.entry import follow_parent
 from notus.model.adapter import export_adapter
 from notus.model.export import export_model, load_causal_lm
+from notus.model.load import read_json
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.policy import Policy
-from notus.model.weights import read_json
+from notus.runtime.distributed import process_group
+from notus.runtime.files import write_text
+from notus.runtime.process import follow_parent
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
 from notus.training.describe import DATA_FILE
-from notus.training.distributed import process_group
-from notus.training.folder import CHECKPOINTS
-from notus.training.parallel import COMPUTE_DTYPES
+from notus.training.parallelize import COMPUTE_DTYPES
+from notus.training.run_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ def _write_snapshot(outcome: Any, run: Path, settings: Settings, folder: Path, t
             if not _stands_for(out, checkpoint):  # others may be reading it, if newer checkpoints are damaged
                 dtype = COMPUTE_DTYPES[settings["training"]["precision"]]
                 write_model(causal_lm, tokenizer, out, base=settings["model"]["name_or_path"], dtype=dtype)
-                write_whole(out / _MADE_OF, digest)
+                write_text(out / _MADE_OF, digest)
         outcome.send(out)
     except (ValueError, OSError) as error:
         outcome.send(error)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from notus.model.load import check_shape, open_safetensors, read_json
 from notus.model.lora import lora_layers
 from notus.model.publish import NewFolder, write_json, write_tensors, write_tokenizer
 from notus.model.readback import check_loads, check_tensors
 from notus.model.shards import fill_rows, gather
-from notus.model.weights import check_shape, open_safetensors, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

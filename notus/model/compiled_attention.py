@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 
-from notus import switches
 from notus.data.packing import Layout, build_layout
-from notus.entry import first_line
 from notus.model import attention
 from notus.model.attention import add_copies, packed_attention
 from notus.model.kernels import Gather, relative_error
+from notus.runtime import switches
+from notus.runtime.process import first_line
 
 HIDDEN, GRAPH = "notus_packed_hidden", "notus_packed_graph"
 # What dispatch looks for outside any operator; within one it leaves autograd out.

@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from notus.entry import first_line
 from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_settings
+from notus.model.load import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.publish import NewFolder, write_json, write_tensors, write_tokenizer
 from notus.model.readback import check_loads, check_tensors, not_as_written
 from notus.model.shards import gather
-from notus.model.weights import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
+from notus.runtime.process import first_line
 
 
 def export_model(

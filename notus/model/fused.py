@@ -16,10 +16,10 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from notus import switches
 from notus.model import kernels
 from notus.model.attention import packed_attention
 from notus.model.kernels import Kernel
+from notus.runtime import switches
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 NORMS = frozenset(f"{family}RMSNorm" for family in _FAMILIES)

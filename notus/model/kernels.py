@@ -16,8 +16,8 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from notus import switches
-from notus.entry import first_line, tell
+from notus.runtime import switches
+from notus.runtime.process import first_line, tell
 
 # Given this rank's failures by kernel, hands back every rank's.
 Gather = Callable[[dict[str, str]], list[dict[str, str]]]
@@ -40,7 +40,7 @@ class Kernel:
             function: takes tensors and constants.
             plain: computes the same without the compiler, and is called where the kernel cannot be; None: `function`
                 writes to its arguments, and whoever calls the kernel asks `usable` first.
-            switch: the optimisation of `notus.switches` that it belongs to.
+            switch: the optimisation of `notus.runtime.switches` that it belongs to.
             varying: the dimension of its tensors that differs from call to call.
         """
         self.name = function.__name__.strip("_")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from notus import switches
+from notus.runtime import switches
 
 CHUNK_TOKENS = 1024
 

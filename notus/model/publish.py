@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from notus.data.disk import disk_error, sync
 from notus.model.shards import is_rank_zero
+from notus.runtime.files import disk_error, sync
 
 _PATIENCE = datetime.timedelta(hours=6)
 

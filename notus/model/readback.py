@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.entry import first_line
 from notus.model.shards import is_rank_zero, local_rows
+from notus.runtime.process import first_line
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
 from notus.model.size import model_size
-from notus.training.distributed import gather_objects, ranks_per_node, say, world_size
-from notus.training.footprint import RUNTIME_MARGIN, Job, fastest_checkpointing, footprint
+from notus.runtime.distributed import gather_objects, ranks_per_node, say, world_size
+from notus.training.memory_estimate import RUNTIME_MARGIN, Job, fastest_checkpointing, footprint
 
 GIB = 2**30
 
@@ -46,7 +46,7 @@ def checkpointing_of(
 
 
 def choose_checkpointing(causal_lm: PreTrainedModel, job: Job, device: torch.device) -> str:
-    """The mode for `notus.training.checkpointing`, the same on all ranks; collective. Says which, and why.
+    """The mode for `notus.training.activation_checkpointing`, the same on all ranks; collective. Says which, and why.
 
     "full" if nothing fits, with a warning alone: the estimate may be off.
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from notus.entry import first_line
 from notus.model.attention import IMPLEMENTATION, check_kernel
 from notus.model.compiled_attention import check_graph_attention
 from notus.model.fused import check_fused, fuse
+from notus.model.load import load_weights, materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
-from notus.model.support import check_supported, disable_dropout
-from notus.model.weights import load_weights, materialise
-from notus.training.distributed import gather_objects, mesh, say
-from notus.training.parallel import COMPUTE_DTYPES, parallelize
+from notus.model.supported import check_supported, disable_dropout
+from notus.runtime.distributed import gather_objects, mesh, say
+from notus.runtime.process import first_line
+from notus.training.parallelize import COMPUTE_DTYPES, parallelize
 
 
 @dataclasses.dataclass(frozen=True)

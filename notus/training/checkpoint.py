@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from notus.training.distributed import gather_objects, on_main, rank, world_size
+from notus.runtime.distributed import gather_objects, on_main, rank, world_size
 from notus.training.optimizers import InPieces
 
 STATE_FILE = "state.json"

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from notus.data.dataset import DropReport
-from notus.data.disk import write_whole
-from notus.data.rows import Rows
-from notus.entry import tell
-from notus.switches import disabled_names
-from notus.training.distributed import gather_objects, world_size
+from notus.data.dataset import Rows
+from notus.data.tokenize import DropReport
+from notus.runtime.distributed import gather_objects, world_size
+from notus.runtime.files import write_text
+from notus.runtime.process import tell
+from notus.runtime.switches import disabled_names
 from notus.training.tracking import Sink
 
 DATA_FILE = "data.json"
@@ -114,7 +114,7 @@ class EnvironmentFile(Sink):
         self._launch["seconds"] = time.monotonic() - self._began
         launches = [*self._earlier, self._launch]
         total = sum(launch["seconds"] for launch in launches)
-        write_whole(self._path, json.dumps({**self._facts, "launches": launches, "seconds": total}, indent=1) + "\n")
+        write_text(self._path, json.dumps({**self._facts, "launches": launches, "seconds": total}, indent=1) + "\n")
 
 
 def _launches(path: Path) -> list[dict[str, Any]]:

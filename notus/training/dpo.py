@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from notus.config import Config, DPOConfig
+from notus.data.dataset import Rows
 from notus.data.packing import Batch, StepPlan
-from notus.data.rows import Rows
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
 from notus.training.guards import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
-from notus.training.loop import RowLoss
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
-from notus.training.run import Run, start
 from notus.training.scoring import score
+from notus.training.setup import Run, start
+from notus.training.trainer import RowLoss
 
 # By how much ln 2 may be missed at step 0: policy and reference differ by rounding alone, but rows are packed
 # differently in the reference pass, and matrix products of another shape may round differently. In bf16 that moves a
@@ -159,7 +159,7 @@ def run(config: Config) -> int:
     """Train with DPO as `config` says: `train_dpo.py`.
 
     Returns:
-        The exit code: 0, or `notus.entry.STOPPED` if a signal ended the run before its last step.
+        The exit code: 0, or `notus.runtime.process.STOPPED` if a signal ended the run before its last step.
 
     Raises:
         ValueError: a user's mistake, in one line.

@@ -9,9 +9,9 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import resolve_template
-from notus.data.dataset import DropReport, load_pairs, load_sft, split_holdout
-from notus.data.rows import Rows
-from notus.training import distributed
+from notus.data.dataset import Rows
+from notus.data.tokenize import DropReport, load_pairs, load_sft, split_holdout
+from notus.runtime import distributed
 from notus.training.describe import data_summary
 
 

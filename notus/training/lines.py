@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from notus.data.disk import disk_error
-from notus.entry import tell
+from notus.runtime.files import disk_error
+from notus.runtime.process import tell
 
 
 class StepLines:

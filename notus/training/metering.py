@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import torch
 
+from notus.data.dataset import Rows
 from notus.data.packing import StepPlan
-from notus.data.rows import Rows
-from notus.model.arithmetic import dimensions, training_flops
+from notus.model.flops import dimensions, training_flops
 from notus.model.gpus import gpu_of_driver
 from notus.model.policy import Policy
-from notus.training.distributed import world_size
+from notus.runtime.distributed import world_size
 
 
 def peak_rate(device: torch.device, precision: str) -> float | None:

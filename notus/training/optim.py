@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from notus import switches
-from notus.training.distributed import gather_objects, say, sum_across_ranks
+from notus.runtime import switches
+from notus.runtime.distributed import gather_objects, say, sum_across_ranks
 from notus.training.optimizers import AdamW, InPieces, RMSprop, check_update
 
 

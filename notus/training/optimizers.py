@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from notus import switches
 from notus.model import kernels
 from notus.model.kernels import Kernel
+from notus.runtime import switches
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 _LINE = 1024

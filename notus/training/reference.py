@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from notus.data.disk import disk_error, sync
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
 from notus.model.publish import write_tensors
-from notus.training.distributed import on_main
+from notus.runtime.distributed import on_main
+from notus.runtime.files import disk_error, sync
 
 FORMAT = 4  # another one for every change of how log-probs round
 PART_SIZE = 2048

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from notus.runtime.distributed import on_main, say
 from notus.training.checkpoint import DamagedCheckpointError, Progress, load_checkpoint, read_identity
-from notus.training.distributed import on_main, say
-from notus.training.folder import set_aside_damaged
 from notus.training.optimizers import InPieces
+from notus.training.run_folder import set_aside_damaged
 
 # Contents that a run cannot change when it goes on.
 _BOUND = ("data.train", "data.eval", "model.name_or_path")

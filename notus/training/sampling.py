@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
 from notus.model.policy import Policy
-from notus.training.distributed import gather_objects, rank, sum_across_ranks, world_size
-from notus.training.parallel import reshard
+from notus.runtime.distributed import gather_objects, rank, sum_across_ranks, world_size
+from notus.training.parallelize import reshard
 
 SEARCHED = 10_000  # rows, in about 0.3 s
 AGREE_EVERY = 8  # forward passes until the ranks ask each other again whether all completions have ended

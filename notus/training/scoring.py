@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from notus.data.dataset import Rows, step_rows
 from notus.data.packing import Batch
-from notus.data.rows import Rows, step_rows
 from notus.model.policy import Policy
-from notus.training.distributed import rank, sum_across_ranks, world_size
-from notus.training.feed import prefetched, row_costs
-from notus.training.parallel import reshard
+from notus.runtime.distributed import rank, sum_across_ranks, world_size
+from notus.training.dataloader import prefetched, row_costs
+from notus.training.parallelize import reshard
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from notus.config import Config
+from notus.data.dataset import Rows
 from notus.data.packing import Batch, StepPlan
-from notus.data.rows import Rows
 from notus.losses import nll_loss
 from notus.model.policy import Policy
 from notus.training.guards import Guard
-from notus.training.loop import RowLoss
-from notus.training.run import start
 from notus.training.scoring import score
+from notus.training.setup import start
+from notus.training.trainer import RowLoss
 
 
 class SFTTask:
@@ -71,7 +71,7 @@ def run(config: Config) -> int:
     """Fine-tune as `config` says: `train_sft.py`.
 
     Returns:
-        The exit code: 0, or `notus.entry.STOPPED` if a signal ended the run before its last step.
+        The exit code: 0, or `notus.runtime.process.STOPPED` if a signal ended the run before its last step.
 
     Raises:
         ValueError: a user's mistake, in one line.

@@ -6,7 +6,7 @@ import time
 import uuid
 from pathlib import Path
 
-from notus.training.distributed import gather_objects, on_main, rank
+from notus.runtime.distributed import gather_objects, on_main, rank
 
 # A network file system may show a new file late.
 PATIENCE = 10.0

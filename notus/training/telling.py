@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from notus.data.disk import write_whole
+from notus.runtime.files import write_text
 from notus.training.checkpoint import Progress
 from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE, EnvironmentFile
-from notus.training.sinks import TensorBoardSink, WandbSink
+from notus.training.loggers import TensorBoardSink, WandbSink
 from notus.training.tracking import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -61,7 +61,7 @@ def open_tracker(
     ]
     if tracking["samples"] or (folder / SAMPLES_FILE).exists():
         sinks.append(SamplesFile(folder / SAMPLES_FILE, resume_step=kept))
-    write_whole(folder / DATA_FILE, json.dumps(data) + "\n")
+    write_text(folder / DATA_FILE, json.dumps(data) + "\n")
     if tracking["wandb"]:
         name, run_id = tracking["run_name"] or folder.name, progress.trackers.get("wandb")
         told = {**settings, "data_summary": data}

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from notus.entry import first_line, tell
+from notus.runtime.process import first_line, tell
 from notus.training.lines import StepLines
 from notus.training.sampling import Sample
 

@@ -15,7 +15,7 @@ from disks import largest_file, on_small_disk
 from toys import toy_tokenizer
 
 from notus.data.cache import cached
-from notus.data.dataset import load_pairs
+from notus.data.tokenize import load_pairs
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_damage_is_found_told_and_mended(name: str, pairs: Path, capfd: pytest.C
 def test_every_file_of_several_is_checked(
     pairs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("notus.data.dataset.BATCH_ROWS", 10)
+    monkeypatch.setattr("notus.data.tokenize.BATCH_ROWS", 10)
     whole = load(pairs, workers=2)
     (folder,) = (pairs.parent / "cache").iterdir()
     first, second = sorted(folder.glob("*.arrow"))

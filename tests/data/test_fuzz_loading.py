@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from toys import toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.dataset import load_pairs, load_sft
+from notus.data.dataset import Rows, step_rows
 from notus.data.packing import StepPlan
-from notus.data.rows import Rows, step_rows
+from notus.data.tokenize import load_pairs, load_sft
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"

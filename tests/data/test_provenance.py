@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from toys import toy_tokenizer
 
-from notus.data import dataset as dataset_module
+from notus.data import tokenize as dataset_module
 from notus.data.columns import PROVENANCE
-from notus.data.dataset import DropReport, load_pairs
-from notus.data.records import find_form
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
+from notus.data.formats import find_form
+from notus.data.tokenize import DropReport, load_pairs
 from notus.training.reference import digest_of_rows
 
 

@@ -16,7 +16,7 @@ from notus.__main__ import main
 WORKER = """
 import contextlib, json, sys
 from notus.__main__ import main
-from notus.training import distributed
+from notus.runtime import distributed
 
 with distributed.process_group() as device:
     distributed.process_group = lambda: contextlib.nullcontext(device)

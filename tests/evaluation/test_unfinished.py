@@ -22,7 +22,7 @@ from notus.data.chat import ZEPHYR_TEMPLATE
 from notus.evaluation import models, unfinished
 from notus.evaluation.models import find_source, find_together
 from notus.model.export import load_causal_lm
-from notus.training import distributed
+from notus.runtime import distributed
 from notus.training.checkpoint import DamagedCheckpointError, Progress, describe
 
 ROOT = Path(__file__).parents[2]

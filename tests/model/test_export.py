@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from notus.model import publish
 from notus.model.adapter import export_adapter, load_adapter
 from notus.model.export import export_model, load_causal_lm, load_tokenizer, read_generation_config
+from notus.model.load import load_weights, materialise, resolve_model_folder, weight_files, weights_digest
 from notus.model.lora import LoRALinear, init_lora, inject_lora, lora_layers
-from notus.model.weights import load_weights, materialise, resolve_model_folder, weight_files, weights_digest
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
 CPU = {"dtype": torch.float32, "device": "cpu"}

@@ -8,9 +8,9 @@ from torch import nn
 from toys import toy_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from notus import switches
 from notus.model import fused
 from notus.model.fused import ATTENTIONS, BLOCKS, MLPS, NORMS, _AddNorm, _RMSNorm, _Rotary, _SwiGLU, fuse
+from notus.runtime import switches
 
 
 def test_norm_by_hand() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from toys import toy_model
 
-from notus import switches
 from notus.model import fused, kernels
 from notus.model.kernels import Kernel
-from notus.training.checkpointing import checkpointed
+from notus.runtime import switches
+from notus.training.activation_checkpointing import checkpointed
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from notus.model import attention
 from notus.model.attention import IMPLEMENTATION, check_kernel, dense_kernel, kernel_for, packed_attention
 from notus.model.fused import fuse
 from notus.model.policy import Policy
-from notus.training.determinism import deterministic
+from notus.runtime.determinism import deterministic
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from notus import switches
 from notus.model import logprobs
 from notus.model.logprobs import full_logprobs, linear_logprobs, linear_scores
+from notus.runtime import switches
 
 NUM_TOKENS, WIDTH, VOCABULARY = 23, 8, 50
 

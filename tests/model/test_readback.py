@@ -19,9 +19,9 @@ from toys import toy_model, toy_tokenizer
 from notus.model import export, publish
 from notus.model.adapter import export_adapter
 from notus.model.export import export_model
+from notus.model.load import weights_digest
 from notus.model.lora import init_lora, inject_lora
 from notus.model.readback import check_tensors
-from notus.model.weights import weights_digest
 
 TIED = {"kind": "qwen2", "tie_word_embeddings": True}
 HEAD, NORM = "lm_head.weight", "model.norm.weight"

@@ -10,7 +10,7 @@ from notus.model.size import model_size
 from notus.training import automatic
 from notus.training.automatic import capacity_of, choose_checkpointing
 from notus.training.dpo import run
-from notus.training.footprint import CHECKPOINTING, RUNTIME_MARGIN, Job, footprint
+from notus.training.memory_estimate import CHECKPOINTING, RUNTIME_MARGIN, Job, footprint
 
 JOB = Job(shard_size=1, tokens_per_row=400, scored_per_row=200, precision="fp32")
 

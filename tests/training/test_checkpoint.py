@@ -10,10 +10,11 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from notus.training import checkpoint, saving
+from notus.training import checkpoint
+from notus.training import checkpoint_writer as saving
 from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
+from notus.training.checkpoint_writer import Checkpoints
 from notus.training.optimizers import AdamW, InPieces, RMSprop
-from notus.training.saving import Checkpoints
 
 
 def _stepped(name: str, seed: int, state_dtype: str = "fp32") -> tuple[list[tuple[str, nn.Parameter]], InPieces]:

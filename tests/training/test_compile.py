@@ -17,11 +17,11 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.tensor import DTensor
 from toys import toy_model_folder
 
-from notus import switches
 from notus.data.packing import Batch, Example, collate
 from notus.model import attention, compiled_attention
 from notus.model.compiled_attention import check_graph_attention
 from notus.model.policy import Policy
+from notus.runtime import switches
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.dpo import run
 

@@ -9,8 +9,8 @@ import torch
 from disks import largest_file
 from runs import config, write_messages
 
-from notus import switches
-from notus.data.disk import write_whole
+from notus.runtime import switches
+from notus.runtime.files import write_text
 from notus.training import describe, dpo, sft
 from notus.training.describe import EnvironmentFile, hardware, length_histogram
 
@@ -133,7 +133,7 @@ def test_a_damaged_environment_is_told_and_begun_again(
 
 def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
-    write_whole(path, "before")
+    write_text(path, "before")
     with largest_file(3), pytest.raises(OSError, match=r"file\.json: cannot be written \(File too large\)"):
-        write_whole(path, "after this")
+        write_text(path, "after this")
     assert path.read_text() == "before"

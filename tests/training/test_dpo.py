@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.config import config_from_dict
 from notus.training import dpo
-from notus.training.loop import NonFiniteError
+from notus.training.trainer import NonFiniteError
 
 KEYS = {
     "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected",

@@ -11,7 +11,7 @@ from runs import config
 from toys import toy_model
 
 from notus.model.export import load_causal_lm
-from notus.model.weights import load_weights
+from notus.model.load import load_weights
 from notus.training import dpo
 from notus.training.reference import ReferenceKey
 

@@ -7,7 +7,8 @@ from disks import largest_file
 from runs import config
 from safetensors.torch import load_file
 
-from notus.training import dpo, run
+from notus.training import dpo
+from notus.training import setup as run
 
 
 def test_a_disk_that_fills_up_at_the_export_costs_nothing_but_the_export(

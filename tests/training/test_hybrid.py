@@ -16,11 +16,11 @@ from torch.distributed.tensor import Replicate, Shard
 
 from notus.config import config_from_dict
 from notus.model.export import export_model, load_tokenizer
+from notus.model.load import weights_digest
 from notus.model.policy import Policy
-from notus.model.weights import weights_digest
+from notus.runtime.distributed import ranks_per_node
 from notus.training import dpo
 from notus.training.build import build_policy, read_model_config
-from notus.training.distributed import ranks_per_node
 from notus.training.optim import is_first_replica
 
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora__rank": 3}}

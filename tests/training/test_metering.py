@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from notus.data.packing import StepPlan
-from notus.model.arithmetic import dimensions, forward_flops, training_flops
+from notus.model.flops import dimensions, forward_flops, training_flops
 from notus.training import metering
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.metering import Meter, peak_rate

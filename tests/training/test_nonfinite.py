@@ -11,7 +11,8 @@ from runs import settings
 
 from notus.config import config_from_dict
 from notus.model.policy import Policy
-from notus.training import dpo, loop
+from notus.training import dpo
+from notus.training import trainer as loop
 
 
 def _poison_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from notus import switches
 from notus.model.kernels import Kernel
+from notus.runtime import switches
 from notus.training import optimizers
 from notus.training.optim import build_optimizer, clipped_update
 from notus.training.optimizers import round_at_random

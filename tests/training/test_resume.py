@@ -14,7 +14,7 @@ from runs import at_call, config, settings, terminate, without_timings, write_me
 from safetensors.torch import load_file
 
 from notus.config import config_from_dict
-from notus.entry import STOPPED
+from notus.runtime.process import STOPPED
 from notus.training import dpo, sft
 
 EVERY = {"training__save_every": 3, "training__log_every": 4, "training__epochs": 2, "training__eval_every": 5,
@@ -132,7 +132,7 @@ def test_a_second_launch_in_the_same_folder_is_refused(
     def launch_again() -> None:
         code = (
             "import sys\nfrom pathlib import Path\nfrom runs import config\n"
-            "from notus.training.folder import hold_folder\n"
+            "from notus.training.run_folder import hold_folder\n"
             "hold_folder(config('dpo', *map(Path, sys.argv[1:])))"
         )
         command = [sys.executable, "-c", code, *map(str, (tmp_path / "run", model_folder, pairs_file))]
@@ -181,7 +181,7 @@ def test_a_branch_of_a_run_has_a_history_of_its_own(
 def test_a_full_disk_at_a_checkpoint_ends_the_run_and_keeps_the_earlier_one(
     tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from notus.training import saving
+    from notus.training import checkpoint_writer as saving
 
     dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **EVERY))
     cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **EVERY)

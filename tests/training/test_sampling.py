@@ -20,13 +20,14 @@ from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from notus.config import config_from_dict
-from notus.data.dataset import load_pairs, load_sft
+from notus.data.dataset import Rows
 from notus.data.packing import Example, collate
-from notus.data.rows import Rows
-from notus.entry import STOPPED
+from notus.data.tokenize import load_pairs, load_sft
 from notus.model.lora import inject_lora, merge_lora
 from notus.model.policy import Policy
-from notus.training import dpo, parallel, sampling, sft
+from notus.runtime.process import STOPPED
+from notus.training import dpo, sampling, sft
+from notus.training import parallelize as parallel
 from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.metering import Meter
 from notus.training.sampling import Sample, Sampler, build_sampler, first_prompts

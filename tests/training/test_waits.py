@@ -21,10 +21,10 @@ from notus.model.policy import Policy
 from notus.training import scoring
 from notus.training.checkpoint import Progress
 from notus.training.dpo import DPOTask, Preferences
-from notus.training.loop import Settings, Trainer
 from notus.training.optim import build_optimizer
-from notus.training.run import start
+from notus.training.setup import start
 from notus.training.sft import SFTTask
+from notus.training.trainer import Settings, Trainer
 
 
 @pytest.fixture(params=["dpo", "sft"])

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     answer_settings(args)
     from notus.evaluation.alpaca_eval.prompts import HUB_ID
     from notus.evaluation.models import find_together
-    from notus.training import distributed
+    from notus.runtime import distributed
 
     with distributed.process_group() as device:
         source = find_together(args.model, trust_remote_code=args.trust_remote_code)

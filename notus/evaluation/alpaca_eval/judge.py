@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from notus.entry import first_line
+from notus.runtime.process import first_line
 
 REMEDY = "pip install alpaca-eval 'setuptools<81'"
 ANNOTATIONS = "annotations.json"

@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from notus.data.curate import read_file
-from notus.entry import first_line
+from notus.curation.command import read_file
+from notus.runtime.process import first_line
 
 HUB_ID = "tatsu-lab/alpaca_eval"
 # The baselines' outputs by the baselines' names; each file holds the same 805 instructions.

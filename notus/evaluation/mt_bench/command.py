@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from notus.entry import STOPPED, tell
 from notus.evaluation.arguments import add_judge_arguments, add_model_arguments, add_output_argument, count, temperature
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import hold_folder
+from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         return _judge_file(args)
     from notus.evaluation.models import find_together
     from notus.evaluation.results import result_folder
-    from notus.training import distributed
+    from notus.runtime import distributed
 
     with distributed.process_group() as device:
         source = find_together(args.model, trust_remote_code=args.trust_remote_code)
@@ -150,8 +150,8 @@ def _generate(
     from notus.evaluation.mt_bench.answers import generate_answers, write_answers
     from notus.evaluation.results import model_name
     from notus.model.export import load_causal_lm
-    from notus.training.distributed import on_main, say
-    from notus.training.parallel import COMPUTE_DTYPES
+    from notus.runtime.distributed import on_main, say
+    from notus.training.parallelize import COMPUTE_DTYPES
 
     precision = source.choose(args.precision, "training.precision", "bf16")
     causal_lm, tokenizer = load_causal_lm(

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from notus.data.curate import read_file
-from notus.entry import first_line
+from notus.curation.command import read_file
+from notus.runtime.process import first_line
 
 # LMSYS's own 80 questions; the space has no reference answers and no prompts for the judge.
 HUB_ID = "lmsys/mt-bench"

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from notus.entry import first_line
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, count
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.open_llm.benchmarks import BY_TASK
+from notus.runtime.process import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     Raises ValueError or OSError with a message for the user.
     """
     _check(args)
-    from notus.training import distributed
+    from notus.runtime import distributed
 
     with distributed.process_group() as device:
         _evaluate(args, device)
@@ -113,7 +113,7 @@ def _evaluate(args: argparse.Namespace, device: "torch.device") -> None:
     from notus.evaluation.models import find_together
     from notus.evaluation.open_llm import tasks
     from notus.evaluation.results import result_folder
-    from notus.training.distributed import on_main, say
+    from notus.runtime.distributed import on_main, say
 
     # the names first: a wrong one is told before anything is loaded
     manager, opened = tasks.open_tasks(args.tasks or list(BY_TASK), args.include_path)
@@ -150,9 +150,9 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
     from notus.evaluation.generation import model_digest
     from notus.evaluation.open_llm.model import NotusLM
     from notus.model.export import load_causal_lm
-    from notus.model.support import check_supported
+    from notus.model.supported import check_supported
     from notus.training.build import check_attention
-    from notus.training.parallel import COMPUTE_DTYPES
+    from notus.training.parallelize import COMPUTE_DTYPES
 
     dtype = COMPUTE_DTYPES[source.choose(args.precision, "training.precision", "bf16")]
     causal_lm, tokenizer = load_causal_lm(

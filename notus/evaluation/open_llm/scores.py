@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from notus.evaluation.kept import keep, read_kept
 from notus.evaluation.open_llm.rows import Group, Row, Text, collate_texts, plan_rows, share, texts_of
-from notus.model.arithmetic import Dimensions, dimensions, forward_flops
+from notus.model.flops import Dimensions, dimensions, forward_flops
 from notus.model.policy import Policy
-from notus.training.distributed import gather_objects, is_main, on_main, rank, say, world_size
+from notus.runtime.distributed import gather_objects, is_main, on_main, rank, say, world_size
 
 DEFAULT_TOKENS_PER_ROW = 4096
 

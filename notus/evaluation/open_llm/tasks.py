@@ -13,10 +13,10 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from notus.entry import first_line
 from notus.evaluation.open_llm.benchmarks import BY_TASK
 from notus.evaluation.open_llm.model import NotusLM
-from notus.training.distributed import is_main, main_first
+from notus.runtime.distributed import is_main, main_first
+from notus.runtime.process import first_line
 
 _BOOTSTRAP = 100_000  # lm-eval's own number, for the standard errors of what is no mean
 _SHOWN = 12

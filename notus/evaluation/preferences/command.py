@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from notus.data.rows import Rows
+    from notus.data.dataset import Rows
     from notus.evaluation.models import ModelSource
     from notus.evaluation.preferences.kl import Samples
     from notus.evaluation.preferences.scores import Scores, Scoring
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from notus.evaluation.models import find_together
     from notus.evaluation.preferences.table import SUITE, table
     from notus.evaluation.results import EVALUATIONS
-    from notus.training import distributed
+    from notus.runtime import distributed
 
     with distributed.process_group() as device:
         if args.output:
@@ -223,7 +223,7 @@ def _sample(
 ) -> "Samples":
     """Completions for the KL, of the prompts that the user chose."""
     from notus.evaluation.preferences.kl import choose, prompts_of, read_prompts, sample
-    from notus.training.distributed import on_main, say
+    from notus.runtime.distributed import on_main, say
 
     prompts = prompts_of(rows)
     if args.kl_prompts:

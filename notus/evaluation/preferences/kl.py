@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder
 from notus.data.columns import FEATURES
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
 from notus.evaluation import prompts as prompt_files
 from notus.evaluation.generation import generate_ids
 from notus.evaluation.preferences.breakdowns import stderr
 from notus.evaluation.preferences.scores import free_memory
 from notus.model.export import load_causal_lm
-from notus.training.parallel import COMPUTE_DTYPES
+from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.sampling import end_tokens
 
 SEED = 42

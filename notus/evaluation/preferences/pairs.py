@@ -8,7 +8,7 @@ from notus.evaluation.models import ModelSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from notus.data.rows import Rows
+    from notus.data.dataset import Rows
 
 
 def name_of(given: str | None, model: ModelSource) -> str:
@@ -38,9 +38,9 @@ def load(
 
     Raises ValueError as `load_pairs` does, or if what the run held out is not there any more.
     """
-    from notus.data.dataset import load_pairs, split_holdout
-    from notus.data.rows import Rows
-    from notus.training.distributed import main_first, on_main, say
+    from notus.data.dataset import Rows
+    from notus.data.tokenize import load_pairs, split_holdout
+    from notus.runtime.distributed import main_first, on_main, say
 
     name = name_of(given, model)
     if given is not None:
@@ -63,8 +63,8 @@ def load(
 def _check_held_out(rows: "Rows", model: ModelSource) -> None:
     """From data that changed since, others would be held out, which the model may have learned from."""
     from notus.training.checkpoint import checkpoints_in, read_identity
-    from notus.training.folder import CHECKPOINTS
     from notus.training.reference import digest_of_rows
+    from notus.training.run_folder import CHECKPOINTS
 
     assert model.run is not None
     known = [read_identity(path).get("data.eval") for path in checkpoints_in(model.run / CHECKPOINTS)]

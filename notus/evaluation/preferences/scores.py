@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import check_vocabulary
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
 from notus.evaluation.models import ModelSource
 from notus.losses import dpo_loss
 from notus.model.adapter import load_adapter, read_adapter_settings
+from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
 from notus.model.policy import Policy
-from notus.model.weights import resolve_model_folder
+from notus.runtime.distributed import main_first, say
 from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.distributed import main_first, say
 from notus.training.scoring import score_all, score_tokens
 
 DEFAULT_TOKENS_PER_ROW = 4096

@@ -19,9 +19,9 @@ from notus.evaluation.release.facts import Facts, Variant, base_file, base_licen
 from notus.evaluation.release.metadata import card_metadata, evaluation_results, figure_label, other_model
 from notus.evaluation.results import EVALUATIONS, RESULT, Figure, Result
 from notus.evaluation.unfinished import learned_chat
-from notus.model.weights import read_json
+from notus.model.load import read_json
 from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
-from notus.training.folder import CONFIG_FILE
+from notus.training.run_folder import CONFIG_FILE
 from notus.training.tracking import METRICS_FILE
 
 T = TypeVar("T")

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from notus.evaluation.release.card import base_has_chat_template, has_chat_template, model_card
     from notus.evaluation.release.facts import read_facts, standing_step, variant_of
     from notus.evaluation.release.finished import is_untouched, signed
-    from notus.training.folder import CONFIG_FILE, MODEL
+    from notus.training.run_folder import CONFIG_FILE, MODEL
 
     run_folder = Path(args.run_folder)
     if not is_run(run_folder):

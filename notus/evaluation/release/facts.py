@@ -15,7 +15,7 @@ from notus.evaluation.names import hub_id
 from notus.evaluation.results import Result, read_results
 from notus.training.checkpoint import checkpoints_in, step_of
 from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
-from notus.training.folder import CHECKPOINTS, CONFIG_FILE, MODEL
+from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
 from notus.training.tracking import METRICS_FILE
 
 Variant = Literal["full", "adapter", "merged"]

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
-from notus.entry import first_line
+from notus.runtime.process import first_line
 
 # Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
 _TEXTS = (".json", ".md", ".jinja", ".txt", ".py", ".yaml", ".yml", ".jsonl")

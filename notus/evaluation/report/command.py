@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from notus.entry import tell
 from notus.evaluation.files import check_output, replacing
+from notus.runtime.process import tell
 
 REPORT = "report.html"
 

@@ -16,7 +16,7 @@ from notus.evaluation.files import told
 from notus.evaluation.models import is_run, read_run_settings
 from notus.evaluation.results import Result, read_results
 from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
-from notus.training.folder import CONFIG_FILE, LOCK, MODEL
+from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
 from notus.training.tracking import METRICS_FILE, SAMPLES_FILE
 
 

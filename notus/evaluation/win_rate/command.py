@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from notus.entry import STOPPED, tell
 from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
 from notus.evaluation.arguments import add_judge_arguments, add_model_arguments, add_output_argument
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import hold_folder, replacing
 from notus.evaluation.results import Figure, Result, result_folder, write_result
+from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     _check_sides(args)
     answer_settings(args)
     judge = _judge(args)
-    from notus.training import distributed
+    from notus.runtime import distributed
 
     with distributed.process_group() as device:
         sources = _sources(args)
@@ -152,7 +152,7 @@ def _pairs(
 ) -> tuple[list["Pair"], dict[str, Any]]:
     """Both sides' answers, generated where a side is a model, and how. A collective."""
     from notus.evaluation.win_rate.pairs import Pair
-    from notus.training.distributed import on_main
+    from notus.runtime.distributed import on_main
 
     asked, read = on_main(lambda: _read(args))
     sides: list[list[str]] = []

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from notus.entry import first_line
 from notus.evaluation.endpoint import Endpoint, EndpointError
+from notus.runtime.process import first_line
 
 VERDICTS = ("A", "B", "tie")
 PLACEHOLDERS = ("{prompt}", "{answer_a}", "{answer_b}")

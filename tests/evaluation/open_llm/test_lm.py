@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 
 from notus.evaluation.generation import model_digest
 from notus.evaluation.open_llm.model import NotusLM
-from notus.training import distributed
+from notus.runtime import distributed
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from notus.__main__ import main
 from notus.data.columns import FEATURES
-from notus.data.dataset import load_pairs
-from notus.data.rows import Rows
+from notus.data.dataset import Rows
+from notus.data.tokenize import load_pairs
 from notus.evaluation.preferences.kl import Samples, choose, kl, prompts_of, read_prompts, sample
 
 FP32 = ["--precision", "fp32", "--max-length", "120"]

@@ -1,0 +1,266 @@
+"""`python -m notus curate`: UltraFeedback records from files or the hub -> a file of preference pairs.
+
+One pass, one record in memory at a time (a .json file is read whole), pairs in the order of the records.
+The rule is in `ultrafeedback.py`.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from notus.curation.ultrafeedback import RULES, SCHEMAS, Curator
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+COLUMNS = ("source", "instruction", "completions")
+PROMPT_KEYS = ("prompt", "question", "instruction")
+_OR_KEYS = " or ".join(PROMPT_KEYS)
+_BATCH_ROWS = 256
+
+Placed = tuple[str, Any]  # where a record stands, for messages, and the record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("input", help="records: .jsonl, .json or .parquet, a folder of them, or a hub id")
+    parser.add_argument("output", help="the pairs: a .jsonl or .parquet file, replaced when complete")
+    parser.add_argument("--by", choices=RULES, default="ratings", help="score that ranks (default: ratings)")
+    parser.add_argument("--schema", choices=SCHEMAS, default="v1", help="columns of a pair (default: v1)")
+    parser.add_argument("--seed", type=int, default=42, help="of the rejected response's draw (default: 42)")
+    parser.add_argument(
+        "--decontaminate",
+        metavar="PROMPTS_FILE",
+        help="drop the prompts on this list: a .txt file, one a line, or a .jsonl, .json or .parquet file of "
+        f"strings or of objects with {_OR_KEYS}",
+    )
+    parser.add_argument(
+        "--drop-source",
+        metavar="SOURCE",
+        action="append",
+        default=[],
+        help="drop the records of this source; may be given again (the cleaned release dropped truthful_qa)",
+    )
+    parser.add_argument(
+        "--min-rating",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="lowest valid rating (default: 1; openbmb/UltraFeedback as published holds a few zeros)",
+    )
+    parser.add_argument("--split", help="of a hub dataset (default: train)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Curate as `args` say, print the report, return 0.
+
+    Raises ValueError or OSError with a message for the user; the output is then as it was before.
+    """
+    output = Path(args.output)
+    _check_output(output, args.input)
+    curator = Curator(
+        by=args.by,
+        schema=args.schema,
+        seed=args.seed,
+        decontaminate=read_prompts(Path(args.decontaminate)) if args.decontaminate else (),
+        drop_sources=args.drop_source,
+        min_rating=args.min_rating,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(output) as file:
+        write_rows(file, curator.pairs(read_records(args.input, args.split)), output.suffix)
+        print(curator.report)
+        if not curator.report.pairs:
+            raise ValueError(f"{args.input}: no pair is left, for the reasons above; {output} is not written")
+    print(f"wrote {output}")
+    return 0
+
+
+def read_records(source: str, split: str | None = None) -> Iterator[Placed]:
+    """(place, record) of every record of a file, of the files of a folder, or of a hub dataset's split.
+
+    Raises ValueError, naming file and line, for what cannot be read and for a file without records.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        yield from _hub_records(source, split or "train")
+        return
+    if split is not None:
+        raise ValueError(f"--split {split} chooses from a hub dataset, but {source} is a path; leave it out")
+    for file in _files(path):
+        empty = True
+        for placed in read_file(file):
+            empty = False
+            yield placed
+        if empty:
+            raise ValueError(f"{file}: the file holds no records; give UltraFeedback records, or remove it")
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file; check the path")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if not files:
+        raise ValueError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file; name another")
+    return files
+
+
+def read_file(path: Path) -> Iterator[Placed]:
+    """(place, value) of every entry of a .jsonl, .json or .parquet file. ValueError if it cannot be read."""
+    readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: {path.suffix or 'no suffix'} is unknown; convert to {', '.join(SUFFIXES)}")
+    return readers[path.suffix](path)
+
+
+def _json_lines(path: Path) -> Iterator[Placed]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}, line {number}"
+            if line.strip():
+                yield place, _decoded(line, place)
+
+
+def _json(path: Path) -> Iterator[Placed]:
+    """A JSON array; or, as the name is also used so, JSON lines."""
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from _json_lines(path)
+        return
+    for number, value in enumerate(_decoded(path.read_bytes(), str(path)), start=1):
+        yield f"{path}, record {number}", value
+
+
+def _decoded(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON ({error}); correct or remove it") from error
+
+
+def _parquet(path: Path) -> Iterator[Placed]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _wanted(file.schema_arrow.names)
+            yield from _rows(file.iter_batches(_BATCH_ROWS, columns=columns), str(path))
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+
+
+def _hub_records(name: str, split: str) -> Iterator[Placed]:
+    import datasets
+
+    from notus.data.sources import load_described
+
+    try:
+        dataset = load_described(name, split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{name}: no such path, and no hub dataset that loads, with split {split!r} ({error}); check the "
+            "name, the split and the connection"
+        ) from error
+    tables = dataset.select_columns(_wanted(dataset.column_names)).with_format("arrow").iter(_BATCH_ROWS)
+    yield from _rows(tables, f"{name}, split {split}")
+
+
+def _wanted(columns: list[str]) -> list[str]:
+    """The columns to read: a record's own; where some are missing all, so that the error can name them."""
+    return list(COLUMNS) if set(COLUMNS) <= set(columns) else columns
+
+
+def _rows(tables: "Iterable[pyarrow.Table | pyarrow.RecordBatch]", place: str) -> Iterator[Placed]:
+    rows = (row for table in tables for row in table.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{place}, record {number}", row
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a list: a text file with one a line, or entries of a data file, strings or objects.
+
+    Raises ValueError, naming file and line, for an entry that is neither, and for an empty list.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; --decontaminate takes a list of prompts")
+    if path.suffix in SUFFIXES:
+        prompts = [_prompt(value, place) for place, value in read_file(path)]
+    elif path.suffix in ("", ".txt"):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+        prompts = [line for line in lines if line.strip()]
+    else:
+        raise ValueError(f"{path}: a list of prompts is a .txt, {', '.join(SUFFIXES)} file; convert it")
+    if not prompts:
+        raise ValueError(f"{path}: the list holds no prompts; leave --decontaminate out, or fill it")
+    return prompts
+
+
+def _prompt(value: Any, place: str) -> str:
+    if isinstance(value, dict):
+        value = next((value[key] for key in PROMPT_KEYS if key in value), None)
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: not a prompt; give a string or an object with {_OR_KEYS}")
+    return value
+
+
+def _check_output(output: Path, source: str) -> None:
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{output}: the output's form follows its suffix; name it .jsonl or .parquet")
+    if output.is_dir():
+        raise ValueError(f"{output}: there is a folder of that name; choose another")
+    taken = [path for path in (output, output.parent) if path.exists()]
+    if Path(source).exists() and any(path.samefile(source) for path in taken):
+        raise ValueError(f"{output}: the output would be part of the input {source}; choose another place")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` that takes its place at the end, unless an error ends it first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(file: IO[bytes], rows: Iterable[dict[str, Any]], suffix: str) -> None:
+    """Write `rows`, all with the same keys, to a binary file as JSON lines or, for `.parquet`, Parquet."""
+    if suffix == ".parquet":
+        _write_parquet(file, iter(rows))
+        return
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def _write_parquet(file: IO[bytes], rows: Iterator[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    writer = None
+    while part := list(islice(rows, 4096)):
+        table = pyarrow.Table.from_pylist(part)  # no column is ever null, so every part has the same types
+        if writer is None:
+            writer = pyarrow.parquet.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()

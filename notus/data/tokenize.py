@@ -1,0 +1,317 @@
+"""Files or hub datasets to tokenised rows, with a report of what was dropped and cut.
+
+A row holds `trunk`, the longest token prefix that its K conversations have in common within the prompt;
+`branches`, the rest of each; and `loss_mask`, 1 where a branch's token is learned. SFT has K = 1, DPO K = 2:
+chosen, rejected. Beside the tokens stands where a row came from, as far as the data say, see `columns.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from notus.data.cache import cached
+from notus.data.chat import ChatEncoder, Encoded, Rendered
+from notus.data.columns import FEATURES, PROVENANCE, TokenisedRow, table
+from notus.data.formats import Task, normalize, read_provenance
+from notus.data.sources import Part, Source, open_source, parts, read_rows
+
+BATCH_ROWS = 500  # rows tokenised at a time; a worker's memory is some of these
+
+# What befell a row, as bits: cut at either end and kept, or dropped; and whether a kept one is in the chat format.
+PROMPT_CUT, COMPLETION_CUT, EMPTY, CUT_AWAY, IDENTICAL, TEMPLATED = 1, 2, 4, 8, 16, 32
+DROPPED = {
+    EMPTY: "empty completion",
+    CUT_AWAY: "completion cut away by max_length",
+    IDENTICAL: "chosen and rejected identical",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DropReport:
+    """How many rows were read, dropped for which reason, and cut; `str()` is the text to print.
+
+    Attributes:
+        read: rows read, before weights and the split.
+        dropped: rows per reason, reasons that occurred only.
+        prompts_cut, completions_cut: kept rows that lost tokens of the prompt, or of a completion.
+        templated: kept rows that a chat template rendered; the others are plain text.
+    """
+
+    read: int = 0
+    dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    templated: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Rows that are left."""
+        return self.read - sum(self.dropped.values())
+
+    def __add__(self, other: "DropReport") -> "DropReport":
+        reasons = [reason for reason in DROPPED.values() if reason in self.dropped or reason in other.dropped]
+        return DropReport(
+            self.read + other.read,
+            {reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0) for reason in reasons},
+            self.prompts_cut + other.prompts_cut,
+            self.completions_cut + other.completions_cut,
+            self.templated + other.templated,
+        )
+
+    def __str__(self) -> str:
+        reasons = "".join(f"\n  dropped {count}: {reason}" for reason, count in self.dropped.items())
+        cut = f"\n  cut to length: {self.prompts_cut} prompts, {self.completions_cut} rows' completions"
+        return f"rows: {self.read} read, {self.kept} kept, {self.read - self.kept} dropped{reasons}{cut}"
+
+
+def load_pairs(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    chat_template: str | None = None,
+    add_empty_system: bool = False,
+    num_workers: int = 1,
+    cache_dir: str | Path | None = None,
+    seed: int = 42,
+) -> tuple[datasets.Dataset, DropReport]:
+    """Read and tokenise preference pairs: rows of K = 2, branch 0 the chosen, branch 1 the rejected.
+
+    Args:
+        source: a path or hub id, or a list of {path, split, weight}. The weight is the share of the rows to
+            take: 0.5 half of them, drawn with `seed`, 2.0 each twice.
+        tokenizer: a fast tokenizer.
+        max_length: most tokens of prompt + completion; see `truncate` for what is cut.
+        max_prompt_length: prompt tokens kept if a pair is too long.
+        chat_template, add_empty_system: see `ChatEncoder`.
+        num_workers: processes that tokenise.
+        cache_dir: where tokenised rows are kept between runs; None: in the cache folder of `datasets`.
+        seed: of the draw for weights.
+
+    Returns:
+        The rows, in the order of the sources, memory-mapped from the cache; and the report.
+
+    Raises:
+        ValueError: input that cannot be read, naming file, line, key and remedy; lengths that cannot be
+            kept; or nothing left, with the report.
+    """
+    if not 0 < max_prompt_length < max_length:
+        raise ValueError(
+            f"max_prompt_length is {max_prompt_length}, but must be at least 1 and below max_length "
+            f"({max_length}), so that a prompt leaves room for a completion"
+        )
+    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
+    rule = _Rule(encoder, "dpo", max_length, max_prompt_length)
+    return _load(source, rule, num_workers, cache_dir, seed)
+
+
+def load_sft(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat_template: str | None = None,
+    add_empty_system: bool = False,
+    num_workers: int = 1,
+    cache_dir: str | Path | None = None,
+    seed: int = 42,
+) -> tuple[datasets.Dataset, DropReport]:
+    """Read and tokenise demonstrations: rows of K = 1. Rows longer than `max_length` are cut at their end.
+
+    Arguments, result and errors as in `load_pairs`.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length is {max_length}; it must leave room for a prompt and a completion token")
+    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
+    return _load(source, _Rule(encoder, "sft", max_length, None), num_workers, cache_dir, seed)
+
+
+def split_holdout(dataset: datasets.Dataset, size: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Hold `size` rows out, drawn with `seed`: (the rest, the held-out rows), each in the order of `dataset`.
+
+    Draws the rows that `datasets`' own `train_test_split(test_size=size, seed=seed)` does, as Notus' split
+    was made. Raises ValueError if `size` leaves either side empty.
+    """
+    if not 0 < size < len(dataset):
+        raise ValueError(
+            f"cannot hold {size} of {len(dataset)} rows out for evaluation; choose 1 to {len(dataset) - 1}"
+        )
+    drawn = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.select(np.sort(drawn[size:])), dataset.select(np.sort(drawn[:size]))
+
+
+def truncate(encoded: Sequence[Encoded], max_length: int, max_prompt_length: int | None) -> tuple[list[Encoded], int]:
+    """Cut a row's conversations to `max_length` tokens each; also the bits that say what was cut.
+
+    As the original's (TRL's `keep_end`): if the longest is too long, first the prompt keeps its last
+    `max_prompt_length` tokens, in all conversations the same; BOS goes with the rest. If the longest is still too
+    long, every completion is cut to max_length - max_prompt_length tokens, EOS with the rest; so a prompt shorter
+    than max_prompt_length leaves room unused. `max_prompt_length=None`: only the end is cut, to max_length.
+    """
+    if max(len(item.ids) for item in encoded) <= max_length:
+        return list(encoded), 0
+    prompts = [_prompt_length(item) for item in encoded]
+    excess = 0 if max_prompt_length is None else max(0, max(prompts) - max_prompt_length)
+    starts = [min(excess, prompt - 1) for prompt in prompts]  # the first token learned needs one before it
+    too_long = max(len(item.ids) - start for item, start in zip(encoded, starts, strict=True)) > max_length
+    cut = []
+    for item, start, prompt in zip(encoded, starts, prompts, strict=True):
+        end = len(item.ids)
+        if too_long:
+            end = max_length if max_prompt_length is None else prompt + max_length - max_prompt_length
+        cut.append(Encoded(item.ids[start:end], item.mask[start:end]))
+    shortened = any(a.mask.sum() < b.mask.sum() for a, b in zip(cut, encoded, strict=True))
+    return cut, (PROMPT_CUT if excess else 0) | (COMPLETION_CUT if shortened else 0)
+
+
+def split_trunk(encoded: Sequence[Encoded]) -> int:
+    """Length of the longest token prefix that all conversations share within their prompts."""
+    first = encoded[0].ids
+    shared = min(_prompt_length(item) for item in encoded)
+    for item in encoded[1:]:
+        different = np.flatnonzero(first[:shared] != item.ids[:shared])
+        shared = int(different[0]) if len(different) else shared
+    return shared
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """How a row becomes tokens: all that decides the result, beside the row."""
+
+    encoder: ChatEncoder
+    task: Task
+    max_length: int
+    max_prompt_length: int | None
+
+    def digest(self) -> str:
+        """Digest of the rule, and of the code that applies it."""
+        names = ("chat.py", "formats.py", "sources.py", "columns.py", "tokenize.py")
+        code = [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in names]
+        versions = [tokenizers.__version__, transformers.__version__]
+        decides = [self.encoder.digest(), self.task, self.max_length, self.max_prompt_length, code, versions]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokenize:
+    """The function that `datasets.map` calls with batches of a source's rows, in its workers."""
+
+    source: Source
+    rule: _Rule
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pa.Table:
+        placed = list(read_rows(self.source, batch, indices))
+        rows = [self._render(place, row) for place, row in placed]
+        encoded = iter(self.rule.encoder.tokenize([text for row in rows for text in row]))
+        done = []
+        for row, (_, raw) in zip(rows, placed, strict=True):
+            kept, outcome = self._finish([next(encoded) for _ in row])
+            outcome |= TEMPLATED if kept and row[0].templated else 0
+            done.append(TokenisedRow(kept, split_trunk(kept) if kept else 0, outcome, read_provenance(raw)))
+        return table(done)
+
+    def _render(self, place: str, row: Any) -> list[Rendered]:
+        """The texts of a row's conversations; none if a completion is empty."""
+        try:
+            record = normalize(row, self.rule.task)
+            if not all(self.rule.encoder.has_text(completion) for completion in record.completions):
+                return []
+            return [self.rule.encoder.render(record.prompt, completion) for completion in record.completions]
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+    def _finish(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
+        """Cut a row; then the row, or nothing if it is dropped, and what befell it."""
+        if not encoded:
+            return [], EMPTY
+        cut, outcome = truncate(encoded, self.rule.max_length, self.rule.max_prompt_length)
+        if not all(item.mask.any() for item in cut):
+            return [], CUT_AWAY
+        if len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
+            return [], IDENTICAL
+        return cut, outcome
+
+
+def _load(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    rule: _Rule,
+    num_workers: int,
+    cache_dir: str | Path | None,
+    seed: int,
+) -> tuple[datasets.Dataset, DropReport]:
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "notus")
+    loaded, report = [], DropReport()
+    for part in parts(source):
+        tokenized = _tokenize(open_source(part.path, part.split), rule, num_workers, folder)
+        kept, of_part = _drop(tokenized)
+        report += of_part
+        if of_part.kept == 0:
+            raise ValueError(f"{part.path}: no row is left to learn from\n{of_part}")
+        loaded.append(_weighted(kept, part, seed))
+    return datasets.concatenate_datasets(loaded), report
+
+
+def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> datasets.Dataset:
+    """One row per row of the source, with what befell it; from the cache if it is there."""
+    # Our own digest: that of `datasets` knows neither the content of a JSON file nor the text of our code.
+    fingerprint = hashlib.sha256(f"{source.digest} {rule.digest()}".encode()).hexdigest()[:32]
+    workers = min(num_workers, math.ceil(len(source.rows) / BATCH_ROWS))
+    return cached(
+        folder,
+        f"rows-{fingerprint}",
+        lambda file: source.rows.map(
+            _Tokenize(source, rule),
+            with_indices=True,
+            batched=True,
+            batch_size=BATCH_ROWS,
+            remove_columns=source.rows.column_names,
+            features=datasets.Features({**FEATURES, **PROVENANCE, "outcome": datasets.Value("int8")}),
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=fingerprint,
+            cache_file_name=file,
+            desc=f"Tokenizing {source.name}",
+        ),
+    )
+
+
+def _drop(tokenized: datasets.Dataset) -> tuple[datasets.Dataset, DropReport]:
+    outcomes = tokenized.data.column("outcome").to_numpy()
+    dropped = {reason: int((outcomes == bit).sum()) for bit, reason in DROPPED.items()}
+    report = DropReport(
+        read=len(outcomes),
+        dropped={reason: count for reason, count in dropped.items() if count},
+        prompts_cut=int((outcomes & PROMPT_CUT > 0).sum()),
+        completions_cut=int((outcomes & COMPLETION_CUT > 0).sum()),
+        templated=int((outcomes & TEMPLATED > 0).sum()),
+    )
+    rows = tokenized.remove_columns("outcome")
+    return rows if not report.dropped else rows.select(np.flatnonzero(~np.isin(outcomes, list(DROPPED)))), report
+
+
+def _weighted(rows: datasets.Dataset, part: Part, seed: int) -> datasets.Dataset:
+    """The share `part.weight` of the rows: each as often as fits in whole, and a draw for the rest."""
+    if part.weight == 1:
+        return rows
+    count = round(part.weight * len(rows))
+    if count == 0:
+        raise ValueError(f"{part.path}: weight {part.weight} of {len(rows)} rows is none; raise the weight")
+    repeats, rest = divmod(count, len(rows))
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:rest])
+    return rows.select(np.concatenate([*[np.arange(len(rows))] * repeats, drawn]))
+
+
+def _prompt_length(item: Encoded) -> int:
+    """Tokens before the first that is learned."""
+    return int(item.mask.argmax()) if item.mask.any() else len(item.ids)

@@ -1,0 +1,179 @@
+"""`python -m notus estimate`: will a run fit, how long will it take, what will it cost; without weights or a GPU."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from notus.config import Config, Task, load_config
+from notus.evaluation.arguments import count, positive
+
+if TYPE_CHECKING:
+    from notus.estimate.lengths import Lengths
+    from notus.estimate.plan import Setting
+
+# Rows after curation, of data sets that the project's configs name.
+KNOWN_ROWS = {"argilla/ultrafeedback-binarized-preferences": 63619}
+# Local data up to this size is tokenised for its true lengths.
+SMALL_DATA = 16 * 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("config", metavar="CONFIG.yaml", help="as for train_dpo.py or train_sft.py")
+    _add_options(parser)
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=("dpo", "sft"), help="default: sft if the file's name has it, else dpo")
+    parser.add_argument("--gpus", type=count, default=8, help="how many (default: 8)")
+    parser.add_argument("--gpu", default="a100-40gb", help="which: a100-80gb, h100, ...; an unknown one lists all")
+    parser.add_argument(
+        "--lengths",
+        metavar="TRUNK,BRANCH,...",
+        help="mean tokens of prompt, chosen and rejected (SFT: prompt, answer), in place of those of the data, which "
+        "is read if it is local and small",
+    )
+    parser.add_argument("--examples", type=count, help="training examples, if the data is not at hand")
+    parser.add_argument(
+        "--utilisation", type=_share, default=0.45, help="share of the peak reached, an assumption (default: 0.45)"
+    )
+    parser.add_argument("--price", type=positive, metavar="USD", help="per GPU-hour")
+    parser.add_argument("--model-config", metavar="FILE", help="a config.json, in place of the model's own")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and at most 1")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the estimate. Raises ValueError: a user's mistake, in one line."""
+    # options may stand after CONFIG, among the overrides
+    options = argparse.ArgumentParser(prog="python -m notus estimate", allow_abbrev=False)
+    _add_options(options)
+    args, overrides = options.parse_known_args(args.overrides, args)
+    task: Task = args.task or ("sft" if "sft" in Path(args.config).name else "dpo")
+    config = load_config([args.config, *overrides], task)
+    print("\n".join(estimate(config, args)))
+    return 0
+
+
+def estimate(config: Config, args: argparse.Namespace) -> list[str]:
+    """The report's lines."""
+    from notus.estimate import report
+    from notus.estimate.plan import make_plan
+
+    lengths, rows = _lengths(config, args)
+    setting, source = _setting(config, args, lengths)
+    plan = make_plan(setting)
+    unit = "pairs" if config.task == "dpo" else "examples"
+    lines = [*report.head(setting, source, args.gpu), "", *report.memory(plan), ""]
+    if setting.cpu_offload:
+        return [*lines, report.OFFLOADED]
+    lines += [*report.step(plan, unit), *report.advice(plan), ""]
+    steps = config.training.max_steps
+    if rows is not None:
+        whole = math.ceil((rows - config.data.eval_size) / config.training.batch_size) * config.training.epochs
+        steps = whole if steps is None else min(steps, whole)
+    if steps is None:
+        return [*lines, "Hours: how many examples the data holds is not known here; give --examples."]
+    every = config.training.eval_every
+    held_out = config.data.eval_size if config.data.eval is None else _rows(config.data.eval)
+    besides = 0 if config.data.eval is None else held_out or 0
+    reference = (rows or 0) + besides if config.task == "dpo" else 0
+    evaluations = math.ceil(steps / every) if every else 1
+    return lines + report.run_time(
+        plan, steps=steps, reference=reference, evaluations=evaluations, held_out=held_out, price=args.price
+    )
+
+
+def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "tuple[Setting, str]":
+    from notus.estimate.models import find_config, sizes
+    from notus.estimate.plan import Setting
+    from notus.model.gpus import PER_NODE, find_gpu
+
+    gpu, training, lora = find_gpu(args.gpu), config.training, config.lora
+    model, source = find_config(args.model_config or config.model.name_or_path)
+    size, dimensions = sizes(model, lora_rank=lora.rank, lora_dropout=lora.dropout, target_modules=lora.target_modules)
+    if training.sharding == "hybrid" and args.gpus <= PER_NODE:
+        raise ValueError(
+            f"training.sharding=hybrid has no effect on {args.gpus} GPUs, one node: set training.sharding=full"
+        )
+    setting = Setting(
+        size=size,
+        dimensions=dimensions,
+        gpu=gpu,
+        gpus=args.gpus,
+        lengths=lengths,
+        batch_size=training.batch_size,
+        tokens_per_row=training.tokens_per_row,
+        checkpointing=training.activation_checkpointing,
+        precision=training.precision,
+        optimizer=training.optimizer,
+        optimizer_dtype=training.optimizer_dtype,
+        hybrid=training.sharding == "hybrid",
+        cpu_offload=training.cpu_offload,
+        utilisation=args.utilisation,
+    )
+    return setting, source
+
+
+def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | None]":
+    """How long examples are, and how many there are, as far as it is known without the network."""
+    from notus.estimate.lengths import TYPICAL, draw, parse_means
+
+    branches = 2 if config.task == "dpo" else 1
+    for source in config.data.train:
+        if Path(source["path"]).suffix in (".jsonl", ".json", ".parquet") and not Path(source["path"]).is_file():
+            raise ValueError(f"data.train: {source['path']}: no such file")
+    if args.lengths is None:
+        found = _tokenised(config)
+        if found is not None:
+            return found, args.examples or len(found.trunks)
+    means = parse_means(args.lengths, branches) if args.lengths else TYPICAL[: branches + 1]
+    data = config.data
+    lengths = draw(means, max_length=data.max_length, max_prompt_length=data.max_prompt_length or data.max_length // 2)
+    return lengths, args.examples or _rows(data.train)
+
+
+def _rows(sources: list[dict[str, Any]]) -> int | None:
+    """How many examples, of known data sets and of small local files with one on each line; None: not known."""
+    total = 0.0
+    for source in sources:
+        path = Path(source["path"])
+        count = KNOWN_ROWS.get(source["path"])
+        if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size <= SMALL_DATA:
+            count = sum(not line.isspace() for line in path.open("rb"))
+        if count is None:
+            return None
+        total += count * source["weight"]
+    return round(total)
+
+
+def _tokenised(config: Config) -> "Lengths | None":
+    """The true lengths, if data and tokenizer are on this machine and small."""
+    paths, folder = [Path(source["path"]) for source in config.data.train], Path(config.model.name_or_path)
+    if not all(path.is_file() for path in paths) or not (folder / "tokenizer_config.json").is_file():
+        return None
+    if sum(path.stat().st_size for path in paths) > SMALL_DATA:
+        return None
+    from notus.data.dataset import Rows
+    from notus.data.tokenize import load_pairs, load_sft
+    from notus.estimate.lengths import tokenised
+    from notus.model.export import load_tokenizer
+
+    data, tokenizer = config.data, load_tokenizer(folder, config.model.trust_remote_code)
+    names = ("max_length", "chat_template", "add_empty_system", "num_workers", "cache_dir")
+    options: dict[str, Any] = {name: getattr(data, name) for name in names}
+    if config.task == "dpo":
+        dataset, _ = load_pairs(data.train, tokenizer, max_prompt_length=data.max_prompt_length or 1, **options)
+    else:
+        dataset, _ = load_sft(data.train, tokenizer, **options)
+    return tokenised(Rows(dataset))

@@ -1,0 +1,86 @@
+"""Files and folders that appear whole or not at all, the lock of a folder, and errors that say why a disk failed."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+def disk_error(path: Path, error: OSError | str) -> OSError:
+    """Return what to raise where writing `path` failed: it names the path, the reason and the free space there."""
+    reason = error if isinstance(error, str) else error.strerror or str(error)
+    place = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(place).free / 1e9
+    return OSError(f"{path}: cannot be written ({reason}); {free:.1f} GB free in {place}")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file; at the end of the block, sync it and rename it to `path`.
+
+    If the block or the disk fails, `path` is as it was and the temporary file is gone.
+
+    Raises:
+        OSError: the disk fails; see `disk_error`.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # unique: several runs may write one cache
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of `path` with `text`; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def lock(file: IO[Any], *, wait: bool = False) -> None:
+    """Lock an open, writable file until it is closed.
+
+    The lock is POSIX's (`lockf`), not `filelock`'s `flock`: a forked worker that outlives a killed process does not
+    keep it, and NFS has it. It belongs to the process: it does not exclude other threads, and closing the same file a
+    second time releases it.
+
+    Args:
+        file: open for writing.
+        wait: wait until another process releases the lock, instead of raising an error.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except PermissionError as error:  # what some systems raise for a lock that is held
+        raise BlockingIOError(*error.args) from error
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of `lock`; False if there is no such file, or no locks."""
+    try:
+        with path.open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,278 @@
+"""The bytes that one rank of a training step needs, by pure arithmetic, before anything is allocated.
+
+A step's memory has few moments at which it may peak: the head's forward and backward pass, a block's backward pass, the
+hand-over of a block's or the root's gradients, the optimizer's update. `moments` adds up what is alive at each; the
+footprint is the largest. What is counted is what PyTorch's own memory tracker sees in the same step on fake tensors
+(benchmarks/estimator.py holds the two side by side); the CUDA context, NCCL's buffers and the allocator's gaps are not,
+see `RUNTIME_MARGIN`.
+
+Blocks are taken to be all alike. Compiled blocks are counted as if they were not compiled: they should keep less, which
+was not measured.
+"""
+
+import dataclasses
+import math
+
+from notus.model.logprobs import CHUNK_TOKENS
+from notus.model.size import ATTENTION, Linear, ModelSize
+from notus.runtime.switches import enabled
+from notus.training.activation_checkpointing import MODES
+from notus.training.optimizers import CHUNK
+
+CHECKPOINTING = MODES  # the faster ones first
+OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
+BYTES = {"bf16": 2, "fp32": 4}
+PIECE = 4 * CHUNK["cuda"]  # bytes of an update's piece, and how many of them it takes: see `notus.training.optimizers`
+PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 2.5, ("adamw", "fp32"): 0, ("adamw", "bf16"): 3}
+# An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
+RUNTIME_MARGIN = 3 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank's device at a moment of a step.
+
+    Attributes:
+        moment: where in the step.
+        weights: this rank's share of the parameters: fp32 masters, frozen ones in the computation's dtype.
+        gradients: its share of the gradients, fp32, as they add up over rows.
+        optimizer_state: its share of the averages.
+        optimizer_temporaries: what the update of one piece computes.
+        gathered: whole blocks and the root, in the computation's dtype, with the buffer of the next block's gathering.
+        whole_gradients: gradients of whole blocks, and the buffers of their reduction in fp32.
+        activations: what the forward pass keeps for the backward pass.
+        working: activations of the block in work, computed again, and its intermediate gradients.
+        head: logits of a chunk of tokens, and the head's gradient in fp32.
+        batch: token ids, positions, indices.
+    """
+
+    moment: str
+    weights: int = 0
+    gradients: int = 0
+    optimizer_state: int = 0
+    optimizer_temporaries: int = 0
+    gathered: int = 0
+    whole_gradients: int = 0
+    activations: int = 0
+    working: int = 0
+    head: int = 0
+    batch: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "moment"}
+
+    @property
+    def total(self) -> int:
+        """All parts together, without the runtime's margin."""
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a rank's memory follows from, besides the model.
+
+    Attributes:
+        shard_size: ranks over which the model is spread: all of them, or those of a node with hybrid sharding.
+        tokens_per_row: tokens of a packed row.
+        scored_per_row: those of them whose log-prob is taken.
+        precision: "bf16" or "fp32", of the computation.
+        optimizer, optimizer_dtype: as in the config.
+        activation_checkpointing: one of `CHECKPOINTING`.
+        key_ratio: gathered keys over tokens: how often a trunk's keys are copied for its branches.
+        cpu_offload: weights, gradients and optimizer are in the host's memory.
+        handover: a rank alone takes its gradients from FSDP as they are, without the buffers of a reduction.
+    """
+
+    shard_size: int
+    tokens_per_row: int
+    scored_per_row: int
+    precision: str = "bf16"
+    optimizer: str = "rmsprop"
+    optimizer_dtype: str = "fp32"
+    activation_checkpointing: str = "full"
+    key_ratio: float = 1.2
+    cpu_offload: bool = False
+    handover: bool = dataclasses.field(default_factory=lambda: enabled("gradient_handover"))
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank holds the whole model on its device."""
+        return self.shard_size == 1 and not self.cpu_offload
+
+
+def footprint(size: ModelSize, job: Job) -> Footprint:
+    """What a rank needs at the worst moment of a step."""
+    return max(moments(size, job), key=lambda moment: moment.total)
+
+
+def fastest_checkpointing(capacity: int, size: ModelSize, job: Job) -> str:
+    """The first of `CHECKPOINTING` with which a step fits a device of `capacity` bytes, "full" if none does.
+
+    `job.activation_checkpointing` is not looked at.
+    """
+    for name in CHECKPOINTING[:-1]:
+        needed = footprint(size, dataclasses.replace(job, activation_checkpointing=name)).total
+        if needed + RUNTIME_MARGIN <= capacity:
+            return name
+    return CHECKPOINTING[-1]
+
+
+def moments(size: ModelSize, job: Job) -> list[Footprint]:
+    """What is alive at each moment of a step at which memory may peak."""
+    held = 0 if job.cpu_offload else 1
+    share, wide = job.shard_size, BYTES[job.precision]
+    frozen = size.parameters - size.trained
+    weights = held * (4 * size.trained + wide * frozen) // share
+    gradients = held * 4 * size.trained // share
+    state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
+    pieces = PIECES[job.optimizer, job.optimizer_dtype]
+    always = {"weights": weights, "optimizer_state": state}
+    in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
+    block, root = wide * size.block, wide * size.root
+    if job.alone:  # cast copies of the rank's own weights stay
+        gathered = size.layers * block + root
+        while_block = while_head = while_reduced = gathered
+    else:
+        while_block, while_head, while_reduced = root + 2 * block, root + block, root + block
+    # fp32 buffers of a reduction; without one, gradients are added to those of earlier rows as they are
+    buffer = 0 if job.alone and job.handover else 4
+    block_grads, reduced = wide * size.block_trained, buffer * size.block_trained
+    head_grad = wide * size.vocabulary * size.hidden if size.root_trained else 0
+    kept = kept_per_block(size, job)
+    tables = 2 * wide * job.tokens_per_row * (size.query_width // size.heads)  # rotary
+    stack = size.layers * kept + tables
+    working = _working(size, job)
+    return [
+        Footprint("head", **in_rows, gathered=while_head, activations=stack + _final(size, job), head=_head(size, job)),
+        Footprint(
+            "backward of the final norm", **in_rows, gathered=while_block, activations=stack + _final_norm(size, job),
+            working=_norm_gradients(size, job), whole_gradients=head_grad,
+        ),
+        Footprint(
+            "backward of the last block", **in_rows, gathered=while_block, activations=stack, working=working,
+            whole_gradients=head_grad,
+        ),
+        Footprint(
+            "backward of the block before", **in_rows, gathered=while_block, activations=stack - kept,
+            working=working, whole_gradients=head_grad + reduced,
+        ),
+        Footprint(
+            "hand-over of the last block's gradients", **in_rows, gathered=while_reduced, activations=stack - kept,
+            whole_gradients=head_grad + block_grads + reduced + reduced // share,
+        ),
+        Footprint(
+            "hand-over of the root's gradients", **in_rows,
+            whole_gradients=(wide + buffer) * size.root_trained + buffer * size.root_trained // share,
+        ),
+        Footprint(
+            "optimizer", **always, gradients=gradients,
+            optimizer_temporaries=round(held * pieces * min(PIECE, 4 * size.trained // share)),
+        ),
+    ]  # fmt: skip
+
+
+def kept_per_block(size: ModelSize, job: Job) -> int:
+    """Bytes that a block's forward pass leaves for its backward pass."""
+    if job.activation_checkpointing == "none":
+        return activations_per_block(size, job)
+    wide = BYTES[job.precision]
+    kept = wide * (size.hidden + sum(linear.outputs for linear in _kept_products(size, job)))
+    if job.activation_checkpointing != "full":
+        kept += _attended(size, wide)
+    return job.tokens_per_row * kept
+
+
+def _kept_products(size: ModelSize, job: Job) -> tuple[Linear, ...]:
+    """The layers whose output checkpointing keeps, see `notus.training.activation_checkpointing`."""
+    each = {"products": size.linears, "selective": size.linears[::2]}.get(job.activation_checkpointing, ())
+    return tuple(linear for linear in each if linear is not size.linears[-1] or size.reads_last)
+
+
+def _attended(size: ModelSize, wide: int) -> int:
+    """Bytes per token of the attention's outputs and their normalisers."""
+    return size.attentions * (wide * size.attended + 4 * size.heads)
+
+
+def activations_per_block(size: ModelSize, job: Job) -> int:
+    """Bytes that autograd saves of a block's forward pass: what each operation's backward pass reads.
+
+    A norm keeps what was found of it; a linear layer its input if its weight is trained, or its adapter reads it;
+    attention its queries, gathered keys and values, output and normalisers; the gated MLP both factors and, where it
+    is not fused, what the activation function gave.
+    """
+    wide, trained = BYTES[job.precision], size.block_trained == size.block
+    norms = sum(getattr(norm, job.precision) for norm in size.norms)
+    gathered = wide * (size.key_width + size.value_width) * job.key_ratio
+    attention = wide * size.query_width + size.attentions * gathered + _attended(size, wide)
+    # the product, down's input, is among the linear inputs
+    mlp = wide * size.inner * ((2 if size.keeps_factors else 3) if size.gated else 1)
+    return math.ceil(job.tokens_per_row * (norms + attention + mlp + _linear_inputs(size, wide, trained)))
+
+
+def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
+    """Bytes per token of what linear layers and adapters keep, an input that several read once; the attention's output
+    is kept by the attention."""
+    total, seen = 0, {ATTENTION}
+    for linear in size.linears:
+        if (trained or (linear.rank and not size.dropout)) and linear.source not in seen:
+            total += wide * linear.inputs
+            seen.add(linear.source)
+        if linear.rank:
+            total += wide * linear.rank + (size.dropout and (wide + 1) * linear.inputs)
+    return total
+
+
+def _final(size: ModelSize, job: Job) -> int:
+    """The final norm, and the hidden states of scored positions."""
+    return _final_norm(size, job) + job.scored_per_row * (BYTES[job.precision] * size.hidden + 16)
+
+
+def _final_norm(size: ModelSize, job: Job) -> int:
+    return math.ceil(job.tokens_per_row * getattr(size.norms[0], job.precision))
+
+
+def _norm_gradients(size: ModelSize, job: Job) -> int:
+    """What the backward pass of a norm has at once: five fp32 tensors if it is a chain of operations, else few."""
+    chain = size.norms[0].bf16 >= 4 * size.hidden
+    return 5 * 4 * job.tokens_per_row * size.hidden if chain else 0
+
+
+def _working(size: ModelSize, job: Job) -> int:
+    """A block's intermediate gradients, and its activations if they are computed again."""
+    wide = BYTES[job.precision]
+    tokens, inner = job.tokens_per_row, size.inner
+    # gradients of the factors and of their product, which takes the place of the product where that was kept
+    gradients = 1 + size.gated + 2 * size.squares + (size.block_trained != size.block)
+    extra = tokens * wide * (gradients * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
+    if job.activation_checkpointing == "none":
+        return extra
+    again = activations_per_block(size, job)
+    if job.activation_checkpointing != "full":
+        again -= tokens * (_attended(size, wide) + wide * _taken_over(size, job))
+    return again + extra
+
+
+def _taken_over(size: ModelSize, job: Job) -> int:
+    """Elements per token of kept products that a block in work reads as they are, or has let go of again.
+
+    The attention reads what norms and rotary embeddings made of its products, so that these are gone when the MLP's
+    backward pass begins; the MLP's factors are read themselves, unless an adapter adds to them.
+    """
+    kept = _kept_products(size, job)
+    return sum(linear.outputs for linear in kept if linear not in size.factors or not linear.rank)
+
+
+def _head(size: ModelSize, job: Job) -> int:
+    """The backward pass of the log-probs: a chunk's probabilities in fp32 and their gradient in the computation's
+    dtype, and the head's gradient in fp32, beside what is added to it."""
+    wide, chunk = BYTES[job.precision], min(CHUNK_TOKENS, job.scored_per_row)
+    logits = chunk * size.vocabulary * (4 + wide)
+    weights = size.vocabulary * size.hidden if size.root_trained else 0
+    return 4 * weights + logits + wide * weights + wide * job.scored_per_row * size.hidden
+
+
+def _batch(job: Job) -> int:
+    """Ids, positions, sources and targets, and three gather indices, int64."""
+    return round(8 * (job.tokens_per_row * (3 + job.key_ratio) + 2 * job.scored_per_row))

@@ -1,0 +1,191 @@
+"""A run's folder: who may use it, where to go on, and when it is finished.
+
+OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  model/
+           data.json  environment.json  samples.jsonl
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from notus.config import Config, load_config, save_config
+from notus.runtime.files import sync
+from notus.runtime.process import first_line, tell
+from notus.training.checkpoint import checkpoints_in
+from notus.training.tracking import METRICS_FILE
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+LOCK = ".lock"
+_MODEL_FILES = ("config.json", "adapter_config.json")
+# What may differ when a run goes on: how and where it computes, not what.
+FREE_KEYS = frozenset(
+    {
+        "data.num_workers", "data.cache_dir", "reference.cache_dir", "training.output_dir", "training.resume",
+        "training.tokens_per_row", "training.activation_checkpointing", "training.compile", "training.cpu_offload",
+        "training.deterministic", "training.sharding",
+        "training.timeout_minutes", "training.log_every", "training.eval_every", "training.save_every",
+        "training.keep_checkpoints", "training.keep_every", "training.async_checkpoints", "training.max_hours",
+        "tracking.wandb", "tracking.tensorboard", "tracking.project", "tracking.run_name",
+        "tracking.samples", "tracking.sample_tokens",
+    }
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """What `open_folder` found: whether the run is finished, and the checkpoints to go on from, the newest first."""
+
+    finished: bool
+    checkpoints: list[Path]
+
+
+def open_folder(config: Config) -> Opening:
+    """Claim the run's folder for `config` and say where to start; for rank 0.
+
+    Raises:
+        ValueError: the folder belongs to a run with another config or cannot be written, or the checkpoint named in
+            `training.resume` does not exist or is not the newest of this run.
+    """
+    folder = Path(config.training.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # torchrun's restart of a launch that began anew is to go on
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        resume = "auto" if restarted and config.training.resume == "never" else config.training.resume
+        if resume == "never":
+            _set_aside(folder)
+        elif (folder / CONFIG_FILE).exists() and _has_begun(folder):
+            _check_same_run(folder / CONFIG_FILE, config)
+            if any((folder / MODEL / name).is_file() for name in _MODEL_FILES):
+                return Opening(finished=True, checkpoints=[])
+        _check_room_for_model(folder / MODEL)
+        checkpoints = _checkpoints(folder, resume)
+        temporary = folder / f".{CONFIG_FILE}.partial"
+        save_config(config, temporary)
+        sync(temporary)
+        os.replace(temporary, folder / CONFIG_FILE)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return Opening(finished=False, checkpoints=checkpoints)
+
+
+def hold_folder(config: Config) -> int:
+    """Lock the run's folder against a second launch, for rank 0; returns the descriptor that holds the lock.
+
+    The lock goes with the process, however that ends. A file system without locks is used without one.
+
+    Raises:
+        ValueError: another launch holds it, or the folder cannot be made.
+    """
+    folder = Path(config.training.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this kind is not inherited by forks, and NFS has it
+    except (BlockingIOError, PermissionError) as error:
+        os.close(descriptor)
+        raise ValueError(
+            f"training.output_dir={folder} is in use by another launch: wait for its end, or choose another folder"
+        ) from error
+    except OSError as error:
+        tell(f"note: {folder} cannot be locked ({error.strerror}); do not start a second run in it")
+    return descriptor
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder")
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run got as far as training here; one that failed before leaves a config that binds nobody."""
+    metrics = folder / METRICS_FILE
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    return logged or any((folder / name).exists() for name in (CHECKPOINTS, MODEL))
+
+
+def _checkpoints(folder: Path, resume: str) -> list[Path]:
+    own = checkpoints_in(folder / CHECKPOINTS)
+    if resume in ("auto", "never"):
+        return own
+    path = Path(resume)
+    if not path.is_dir():
+        raise ValueError(f"training.resume={resume}: no such checkpoint folder; give one, or 'auto' or 'never'")
+    if own and path.parent.resolve() == own[0].parent.resolve() and path.name != own[0].name:
+        raise ValueError(
+            f"training.resume={resume}: this run has a newer checkpoint, {own[0].name}; move newer ones away to go back"
+        )
+    return own or [path]  # the run's own progress goes before that of its origin, so the same command goes on
+
+
+def set_aside_damaged(path: Path) -> Path:
+    """Give a damaged checkpoint a name that is no checkpoint's; returns it. Nothing is deleted but an earlier such."""
+    aside = path.with_name(f"damaged-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier run in this folder into a dated folder within it; nothing is deleted.
+
+    If that is interrupted, what is left is no finished run, and still knows its config until the end.
+    """
+    present = {path.name for path in folder.iterdir()}
+    if not present & {CONFIG_FILE, METRICS_FILE, CHECKPOINTS, MODEL}:
+        return
+    last = (MODEL, METRICS_FILE, CHECKPOINTS)  # what says more of a run goes earlier; the config goes last of all
+    order = [*last, *sorted(present - {*last, CONFIG_FILE}), CONFIG_FILE]
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    aside = folder / f"previous-{now}"
+    aside.mkdir()
+    for name in order:
+        if name in present and not name.startswith("previous-") and name not in ("reference", LOCK):
+            (folder / name).rename(aside / name)
+    tell(f"training.resume=never: the earlier run is now in {aside}")
+
+
+def _check_room_for_model(path: Path) -> None:
+    """At the end of the run would be too late."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not a model of ours, which is to stand there: move it, or choose another folder")
+
+
+def _check_same_run(path: Path, config: Config) -> None:
+    try:
+        content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({first_line(error)}): remove it to go on with this launch's config"
+        ) from error
+    task = "dpo" if "dpo" in content else "sft"  # SFT's has no such section
+    if task != config.task:
+        raise ValueError(f"{path.parent} holds a run of train_{task}.py: choose another training.output_dir")
+    before, now = _flat(load_config(path, config.task)), _flat(config)
+    changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
+    if changed:
+        told = ", ".join(f"{key} (was {json.dumps(before[key])}, is {json.dumps(now[key])})" for key in changed)
+        raise ValueError(
+            f"{path.parent} holds a run with another config: {told}. Choose another training.output_dir, restore the "
+            "config to go on, or set training.resume=never to start over"
+        )
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }

@@ -1,0 +1,331 @@
+"""A run from its config to its final model: what SFT and DPO share around the loop."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from notus.config import Config, Task, to_yaml
+from notus.data.chat import check_vocabulary
+from notus.data.dataset import Rows, packing_report
+from notus.data.packing import StepPlan, check_fits
+from notus.model.adapter import export_adapter
+from notus.model.attention import kernel_for
+from notus.model.export import export_model, load_tokenizer, read_generation_config
+from notus.model.fused import rounding
+from notus.model.load import resolve_model_folder, weights_digest
+from notus.model.policy import Policy
+from notus.runtime import distributed
+from notus.runtime.determinism import deterministic
+from notus.runtime.preemption import Stop
+from notus.runtime.process import STOPPED
+from notus.training.automatic import checkpointing_of
+from notus.training.build import Adapter, build_policy, read_model_config
+from notus.training.checkpoint import Progress
+from notus.training.checkpoint_writer import Checkpoints
+from notus.training.dataloader import row_costs
+from notus.training.describe import hardware
+from notus.training.inputs import Inputs, load_inputs
+from notus.training.metering import Meter
+from notus.training.optim import build_optimizer
+from notus.training.optimizers import InPieces
+from notus.training.parallelize import COMPUTE_DTYPES
+from notus.training.reference import digest_of_rows
+from notus.training.resume import check_contents, check_newest, load_newest
+from notus.training.run_folder import CHECKPOINTS, MODEL, hold_folder, open_folder
+from notus.training.sampling import Sampler, build_sampler
+from notus.training.shared import check_shared
+from notus.training.telling import open_tracker
+from notus.training.tracking import Tracker
+from notus.training.trainer import Ending, Settings, Trainer
+from notus.training.trainer import Task as LoopTask
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that stands before the first step.
+
+    Attributes:
+        config: the run's settings.
+        device: this rank's device.
+        folder: the run's folder.
+        model_folder: the model it starts from, on this machine.
+        model_config, tokenizer: that model's.
+        policy: sharded, with the starting weights.
+        inputs: tokenised data, and what became of it on the way.
+        plan: which examples each step takes.
+        checkpoints: where to go on from: the first that is whole, the newest first.
+        stop: requests to end before the last step.
+        hardware: the job's devices.
+    """
+
+    config: Config
+    device: torch.device
+    folder: Path
+    model_folder: Path
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    inputs: Inputs
+    plan: StepPlan
+    checkpoints: list[Path]
+    stop: Stop
+    hardware: str
+
+    @property
+    def train_rows(self) -> Rows:
+        """What the model learns from."""
+        return self.inputs.train
+
+    @property
+    def eval_rows(self) -> Rows | None:
+        """What it is evaluated on."""
+        return self.inputs.eval
+
+    @property
+    def kernel(self) -> str:
+        """Name of the attention kernel in use, and of what computes the rest of the blocks."""
+        name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
+        return name + ("-compiled" if self.config.training.compile else rounding(self.device))
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Digest of the starting weights' content; read on rank 0."""
+        return distributed.on_main(lambda: weights_digest(self.model_folder))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        training = self.config.training
+        steps = self.plan.steps_per_epoch * training.epochs
+        return steps if training.max_steps is None else min(steps, training.max_steps)
+
+    def say(self, text: object) -> None:
+        """Print on rank 0."""
+        distributed.say(text)
+
+    def train(self, task: LoopTask) -> int:
+        """Train to the end and export the model, or until the run is to stop; returns the exit code. Collective."""
+        training = self.config.training
+        optimizer = build_optimizer(
+            self.policy.parameters(),
+            name=training.optimizer,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            state_dtype=training.optimizer_dtype,
+        )
+        progress = self._progress(optimizer)
+        settings = Settings(
+            total_steps=self.total_steps,
+            warmup_steps=math.ceil(training.warmup_ratio * self.total_steps),
+            **{
+                name: getattr(training, name)
+                for name in (
+                    "learning_rate", "lr_schedule", "max_grad_norm", "tokens_per_row", "seed", "log_every",
+                    "eval_every", "save_every",
+                )
+            },
+        )  # fmt: skip
+        tracker = distributed.main_first(lambda: self._tracker(progress))
+        if self.total_steps == 1 and settings.warmup_steps:
+            self.say("warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0")
+        checkpoints = Checkpoints(
+            self.folder / CHECKPOINTS,
+            self.device,
+            background=training.async_checkpoints,
+            keep=training.keep_checkpoints,
+            keep_every=training.keep_every,
+        )
+        with tracker:
+            ending = Trainer(
+                self.policy,
+                optimizer,
+                task,
+                settings,
+                progress=progress,
+                tracker=tracker,
+                checkpoints=checkpoints,
+                stop=self.stop,
+                meter=Meter(self.policy, self.train_rows, self.plan, device=self.device, precision=training.precision),
+                sample=self._sampler(),
+                device=self.device,
+            ).run()
+        if ending is Ending.FINISHED:
+            self._export()
+            return 0
+        self.say(
+            f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; all of it is saved, "
+            "and the same command goes on"
+        )
+        return STOPPED if ending is Ending.SIGNAL else 0
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Digests of the data and of the starting weights, by the config key that names them."""
+        found = {"data.train": digest_of_rows(self.train_rows.digests()), "model.name_or_path": self.weights_digest}
+        if self.eval_rows is not None:
+            found["data.eval"] = digest_of_rows(self.eval_rows.digests())
+        return found
+
+    def _progress(self, optimizer: InPieces) -> Progress:
+        """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
+        if not self.checkpoints:
+            return Progress(identity=self.identity)
+        path, progress = load_newest(
+            self.checkpoints, self.folder / CHECKPOINTS, self.policy.named_parameters(), optimizer
+        )
+        check_contents(path, progress.identity, self.identity)
+        if progress.step > self.total_steps:
+            raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
+        progress.identity = self.identity
+        self.say(f"going on from {path} (step {progress.step} of {self.total_steps})")
+        return progress
+
+    def _sampler(self) -> Sampler | None:
+        return build_sampler(
+            self.policy,
+            self.tokenizer,
+            self.train_rows if self.eval_rows is None else self.eval_rows,
+            count=self.config.tracking.samples,
+            max_new_tokens=self.config.tracking.sample_tokens,
+            tokens_per_row=self.config.training.tokens_per_row,
+            generation_config=read_generation_config(self.model_folder),
+            device=self.device,
+        )
+
+    def _tracker(self, progress: Progress) -> Tracker:
+        if not distributed.is_main():
+            return Tracker([])
+        return open_tracker(
+            self.folder,
+            progress,
+            total_steps=self.total_steps,
+            hardware=self.hardware,
+            settings=dataclasses.asdict(self.config),
+            config_text=to_yaml(self.config),
+            data=self.inputs.summary(),
+        )
+
+    def _export(self) -> None:
+        """Write the final model, or the adapter, to the run's folder."""
+        target = self.folder / MODEL
+        if self.config.lora.rank:
+            export_adapter(
+                self.policy.causal_lm,
+                target,
+                base_model_name_or_path=self.config.model.name_or_path,
+                tokenizer=self.tokenizer,
+            )
+        else:
+            export_model(
+                self.policy.causal_lm,
+                target,
+                hf_config=self.model_config,
+                tokenizer=self.tokenizer,
+                generation_config=read_generation_config(self.model_folder),
+                dtype=COMPUTE_DTYPES[self.config.training.precision],
+            )
+        self.say(f"finished: {target}")
+
+
+@contextlib.contextmanager
+def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | None]:
+    """Join the process group and build a run up to its first step; yields None if it is finished already.
+
+    Args:
+        config: the run's settings.
+        task: "dpo" or "sft".
+        train: False: claim no folder and build a frozen policy, for scoring alone.
+
+    Raises:
+        ValueError: a user's mistake, in one line.
+    """
+    stop, training = Stop(config.training.max_hours), config.training
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        stack.enter_context(deterministic(training.deterministic))
+        device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
+        if training.cpu_offload and device.type == "cpu":
+            raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
+        if training.sharding == "hybrid":
+            distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
+        checkpoints: list[Path] = []
+        if train:
+            held = distributed.on_main(lambda: hold_folder(config))
+            if distributed.is_main():
+                stack.callback(os.close, held)
+            opening = distributed.on_main(lambda: open_folder(config))
+            check_shared(Path(config.training.output_dir))
+            if opening.finished:
+                distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
+                yield None
+                return
+            checkpoints = opening.checkpoints
+        job = _build(config, task, device, checkpoints, train, stop)
+        check_newest(checkpoints, job.identity if checkpoints else {})
+        yield job
+
+
+def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
+    training, model = config.training, config.model
+    model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
+    model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    inputs = _inputs(config, tokenizer)
+    train_rows = inputs.train
+    if inputs.eval is not None:
+        check_fits(int(inputs.eval.lengths.max()), training.tokens_per_row)
+    plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
+    check_fits(int(train_rows.lengths.max()), training.tokens_per_row)
+    policy = build_policy(
+        model_folder,
+        model_config,
+        device=device,
+        precision=training.precision,
+        activation_checkpointing=checkpointing_of(
+            training.activation_checkpointing,
+            train_rows,
+            device,
+            hybrid=training.sharding == "hybrid",
+            **{
+                name: getattr(training, name)
+                for name in ("tokens_per_row", "precision", "optimizer", "optimizer_dtype", "cpu_offload")
+            },
+        )
+        if train
+        else "none",
+        compile=training.compile,
+        cpu_offload=training.cpu_offload,
+        adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
+        trainable=train,
+        seed=training.seed,
+        sharding=training.sharding,
+        trust_remote_code=model.trust_remote_code,
+    )
+    costs, ranks = row_costs(policy, train_rows), distributed.world_size()
+    distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
+    return Run(
+        config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
+        inputs, plan, checkpoints, stop, hardware(device),
+    )  # fmt: skip
+
+
+def _inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    data = config.data
+    sources = {"train": data.train} if data.eval is None else {"train": data.train, "eval": data.eval}
+    options = {
+        name: getattr(data, name)
+        for name in (
+            "max_prompt_length", "eval_size", "max_length", "chat_template", "add_empty_system", "num_workers",
+            "cache_dir",
+        )
+    }  # fmt: skip
+    return load_inputs(sources, tokenizer, seed=config.training.seed, **options)

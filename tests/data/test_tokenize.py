@@ -1,0 +1,386 @@
+"""Rows, truncation, drops, cache and mixtures, against values worked out by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from toys import assets_dir, toy_tokenizer
+from transformers import AutoTokenizer
+
+from notus.data import tokenize as dataset_module
+from notus.data.chat import Encoded
+from notus.data.columns import FEATURES, PROVENANCE
+from notus.data.tokenize import (
+    COMPLETION_CUT,
+    PROMPT_CUT,
+    DropReport,
+    load_pairs,
+    load_sft,
+    split_holdout,
+    split_trunk,
+    truncate,
+)
+
+EOS_ID = 2
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def bytes_of(text: str) -> list[int]:
+    """The toy tokenizer's ids of characters that it never merges."""
+    return [toy_tokenizer().convert_tokens_to_ids(character) for character in text]
+
+
+def load(path: Path, *, bos: bool = True, **settings: Any) -> tuple[datasets.Dataset, DropReport]:
+    return load_pairs(path, toy_tokenizer(bos=bos), **{"max_length": 64, "max_prompt_length": 32, **settings})
+
+
+def encoded(prompt: list[int], completion: list[int]) -> Encoded:
+    mask = [0] * len(prompt) + [1] * len(completion)
+    return Encoded(np.array(prompt + completion, dtype=np.int32), np.array(mask, dtype=np.int8))
+
+
+def as_lists(items: list[Encoded]) -> list[list[int]]:
+    return [item.ids.tolist() for item in items]
+
+
+class TestRows:
+    def test_pair(self, tmp_path: Path) -> None:
+        rows, report = load(write_rows(tmp_path / "a.jsonl", [pair("QQ", "XY", "Z")]))
+        q, x, y, z = bytes_of("QXYZ")
+        expected = {"trunk": [1, q, q], "branches": [[x, y, EOS_ID], [z, EOS_ID]], "loss_mask": [[1, 1, 1], [1, 1]]}
+        assert list(rows) == [{**expected, "source": None, "chosen_rating": None, "rejected_rating": None}]
+        assert report == DropReport(read=1)
+        assert rows.features == {**FEATURES, **PROVENANCE}
+
+    def test_completions_that_begin_alike_are_not_in_the_trunk(self, tmp_path: Path) -> None:
+        rows, _ = load(write_rows(tmp_path / "a.jsonl", [pair("Q", "XY", "XZ")]), bos=False)
+        q, x, y, z = bytes_of("QXYZ")
+        assert rows[0]["trunk"] == [q]
+        assert rows[0]["branches"] == [[x, y, EOS_ID], [x, z, EOS_ID]]
+
+    def test_empty_prompt_without_bos_learns_from_the_second_token(self, tmp_path: Path) -> None:
+        rows, _ = load(write_rows(tmp_path / "a.jsonl", [pair("", "XY", "ZY")]), bos=False)
+        assert rows[0]["trunk"] == []
+        assert rows[0]["loss_mask"] == [[0, 1, 1], [0, 1, 1]]
+
+    def test_trunk_ends_where_the_prompts_tokens_part(self) -> None:
+        assert split_trunk([encoded([5, 6, 7], [8]), encoded([5, 6, 9, 9], [8])]) == 2
+        assert split_trunk([encoded([5, 6], [8, 8]), encoded([5, 6, 8], [8])]) == 2
+        assert split_trunk([encoded([5, 6], [8])] * 4) == 2
+        assert split_trunk([encoded([5, 6, 7], [8])]) == 3
+
+    def test_demonstration_of_several_turns(self, tmp_path: Path) -> None:
+        turns = [("user", "Q"), ("assistant", "X"), ("user", "Q"), ("assistant", "Y")]
+        row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        tokenizer = toy_tokenizer()
+        rows, _ = load_sft(write_rows(tmp_path / "a.jsonl", [row]), tokenizer, max_length=200)
+        (branch,), (mask,) = rows[0]["branches"], rows[0]["loss_mask"]
+        assert tokenizer.decode(rows[0]["trunk"]) == "<s><|user|>\nQ</s>\n<|assistant|>\n"
+        assert tokenizer.decode(branch) == "X</s>\n<|user|>\nQ</s>\n<|assistant|>\nY</s>"
+        x, y = bytes_of("XY")
+        assert [token for token, learned in zip(branch, mask, strict=True) if learned] == [
+            x,
+            EOS_ID,
+            y,
+            EOS_ID,
+        ]
+
+    def test_settings_of_the_chat_reach_the_tokens(self, tmp_path: Path) -> None:
+        path = write_rows(
+            tmp_path / "a.jsonl", [{"instruction": "Q", "chosen_response": "X", "rejected_response": "Y"}]
+        )
+        (tmp_path / "mine.jinja").write_text(
+            "{% for m in messages %}[{{ m['content'] }}"
+            "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}[{% endif %}"
+        )
+        tokenizer = toy_tokenizer()
+        rows, _ = load(path, chat_template=str(tmp_path / "mine.jinja"), add_empty_system=True)
+        assert tokenizer.decode(rows[0]["trunk"]) == "<s>[[Q["
+
+
+class TestTruncation:
+    def test_short_rows_stay(self) -> None:
+        row = [encoded([5] * 6, [7, 7]), encoded([5] * 6, [8])]
+        cut, outcome = truncate(row, 8, 2)
+        assert (as_lists(cut), outcome) == (as_lists(row), 0)
+
+    def test_prompt_keeps_its_end_in_both(self) -> None:
+        # 6 + 3 > 8: both prompts keep their last 4, also where the completion is short; 4 + 3 <= 8
+        cut, outcome = truncate([encoded([1, 2, 3, 4, 5, 6], [7, 7, 7]), encoded([1, 2, 3, 4, 5, 6], [8])], 8, 4)
+        assert as_lists(cut) == [[3, 4, 5, 6, 7, 7, 7], [3, 4, 5, 6, 8]]
+        assert [item.mask.tolist() for item in cut] == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]
+        assert outcome == PROMPT_CUT
+
+    def test_then_completions_are_cut_at_the_end(self) -> None:
+        cut, outcome = truncate([encoded([1, 2, 3], [7, 7, 7, 9]), encoded([1, 2, 3], [8, 9])], 5, 2)
+        assert as_lists(cut) == [[2, 3, 7, 7, 7], [2, 3, 8, 9]]
+        assert outcome == PROMPT_CUT | COMPLETION_CUT
+
+    def test_a_short_prompt_leaves_room_unused(self) -> None:
+        # as the original: completions are cut to 6 - 3 tokens, whatever the prompt's length
+        cut, outcome = truncate([encoded([1], [7] * 9), encoded([1], [8])], 6, 3)
+        assert as_lists(cut) == [[1, 7, 7, 7], [1, 8]]
+        assert outcome == COMPLETION_CUT
+
+    def test_prompts_of_unequal_tokens_lose_the_same_tokens(self) -> None:
+        cut, _ = truncate([encoded([1, 2, 3, 4], [7, 7]), encoded([1, 2, 3], [8, 8])], 5, 2)
+        assert as_lists(cut) == [[3, 4, 7, 7], [3, 8, 8]]
+
+    def test_prompts_that_fork_early_keep_a_token(self) -> None:
+        cut, _ = truncate([encoded([1, 2, 3, 4, 5, 6], [7, 7]), encoded([1, 9], [8, 8])], 5, 2)
+        assert as_lists(cut) == [[5, 6, 7, 7], [9, 8, 8]]
+        assert [item.mask.tolist() for item in cut] == [[0, 0, 1, 1], [0, 1, 1]]
+
+    def test_demonstrations_are_cut_at_the_end_only(self) -> None:
+        cut, outcome = truncate([encoded([1, 2, 3], [7, 7, 9])], 4, None)
+        assert (as_lists(cut), outcome) == ([[1, 2, 3, 7]], COMPLETION_CUT)
+
+    def test_whole_path(self, tmp_path: Path) -> None:
+        # <s> and 6 prompt tokens, completions of 7 and 3 with EOS: the prompt keeps 4, of the 7 stay 8 - 4
+        rows, report = load(
+            write_rows(tmp_path / "a.jsonl", [pair("QQQQJK", "XXXXXX", "ZZ")]),
+            max_length=8,
+            max_prompt_length=4,
+        )
+        q, j, k, x, z = bytes_of("QJKXZ")
+        assert rows[0]["trunk"] == [q, q, j, k]
+        assert rows[0]["branches"] == [[x, x, x, x], [z, z, EOS_ID]]
+        assert (report.prompts_cut, report.completions_cut) == (1, 1)
+
+    @pytest.mark.parametrize("max_prompt_length", [0, 64, 65])
+    def test_lengths_must_leave_room(self, tmp_path: Path, max_prompt_length: int) -> None:
+        with pytest.raises(ValueError, match=f"max_prompt_length is {max_prompt_length}, but must be at least 1"):
+            load(write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "Y")]), max_prompt_length=max_prompt_length)
+
+    def test_length_of_demonstrations(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="max_length is 1"):
+            load_sft(tmp_path / "a.jsonl", toy_tokenizer(), max_length=1)
+
+
+class TestDrops:
+    def test_reasons_are_counted_and_printed(self, tmp_path: Path) -> None:
+        rows = [
+            pair("Q", "X", "Y"),
+            pair("Q", " \n", "Y"),
+            pair("Q", "X", ""),
+            pair("Q", "X", "X"),
+            pair("Q", "X" * 80, "X" * 80 + "Y"),  # alike within max_length
+            pair("Q", "X" * 80, "Y"),
+        ]
+        kept, report = load(write_rows(tmp_path / "a.jsonl", rows))
+        assert len(kept) == report.kept == 2
+        assert kept[0]["branches"][1] == [*bytes_of("Y"), EOS_ID]
+        assert str(report) == (
+            "rows: 6 read, 2 kept, 4 dropped\n"
+            "  dropped 2: empty completion\n"
+            "  dropped 2: chosen and rejected identical\n"
+            "  cut to length: 0 prompts, 1 rows' completions"
+        )
+
+    def test_demonstration_whose_prompt_fills_the_row(self, tmp_path: Path) -> None:
+        rows = [{"prompt": "Q" * 9, "completion": "X"}, {"prompt": "Q", "completion": "X"}, {"messages": []}]
+        kept, report = load_sft(write_rows(tmp_path / "a.jsonl", rows), toy_tokenizer(), max_length=9)
+        assert len(kept) == 1
+        assert report.dropped == {"empty completion": 1, "completion cut away by max_length": 1}
+
+    def test_nothing_left_is_an_error_with_the_reasons(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "X"), pair("Q", "", "X")])
+        with pytest.raises(ValueError, match=r"a.jsonl: no row is left[^$]*dropped 1: empty[^$]*dropped 1: chosen"):
+            load(path)
+
+    def test_reports_add_up(self) -> None:
+        one = DropReport(5, {"chosen and rejected identical": 1}, 1, 2)
+        two = DropReport(7, {"empty completion": 2, "chosen and rejected identical": 1}, 0, 3)
+        total = one + two
+        assert total == DropReport(12, {"empty completion": 2, "chosen and rejected identical": 2}, 1, 5)
+        assert list(total.dropped) == ["empty completion", "chosen and rejected identical"]
+        assert total.kept == 8
+
+
+class TestErrors:
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_bad_row_is_named_with_its_line(
+        self, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dataset_module, "BATCH_ROWS", 2)
+        rows = [pair("Q", "X", "Y")] * 4
+        path = write_rows(tmp_path / "a.jsonl", [*rows, {**rows[0], "chosen": None}])
+        with pytest.raises(ValueError, match=r"a.jsonl, line 5: key 'chosen' is null"):
+            load(path, num_workers=num_workers)
+
+    def test_bad_row_of_an_array_is_named_by_number(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text(json.dumps([pair("Q", "X", "Y"), {"prompt": "Q"}]))
+        with pytest.raises(ValueError, match=r"a.json, row 2 \(line 1\): the columns prompt are of no known dpo"):
+            load(tmp_path / "a.json")
+
+    def test_template_that_refuses_a_row(self, tmp_path: Path) -> None:
+        row = {"prompt": [{"role": "user", "content": "Q"}], "chosen": "X", "rejected": "Y"}
+        (tmp_path / "no.jinja").write_text("{{ raise_exception('never') }}")
+        with pytest.raises(ValueError, match=r"a.jsonl, line 1: the chat template refuses .*never"):
+            load(write_rows(tmp_path / "a.jsonl", [row]), chat_template=str(tmp_path / "no.jinja"))
+
+
+class TestCache:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        chat = {"instruction": "Q", "chosen_response": "X", "rejected_response": "Y"}
+        return write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "Y"), pair("Q", "X", "Z"), chat])
+
+    @pytest.fixture
+    def refuse(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Fill the cache, then let nothing be tokenised any more."""
+        load(path)
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("tokenised again")
+
+        monkeypatch.setattr(dataset_module._Tokenize, "__call__", fail)
+
+    @pytest.mark.usefixtures("refuse")
+    @pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"chat_template": "zephyr"}, {"seed": 1}])
+    def test_second_run_reads_it(self, path: Path, settings: dict[str, Any]) -> None:
+        rows, report = load(path, **settings)
+        assert len(rows) == report.read == 3
+
+    @pytest.mark.usefixtures("refuse")
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"max_length": 63},
+            {"max_prompt_length": 31},
+            {"bos": False},
+            {"add_empty_system": True},
+            {"chat_template": "mine.jinja"},
+        ],
+    )
+    def test_another_setting_does_not(
+        self, path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(path.parent)
+        Path("mine.jinja").write_text("x")
+        with pytest.raises(RuntimeError, match="tokenised again"):
+            load(path, **settings)
+
+    @pytest.mark.usefixtures("refuse")
+    def test_another_content_does_not(self, path: Path) -> None:
+        with pytest.raises(RuntimeError, match="tokenised again"):
+            load(write_rows(path, [pair("Q", "X", "Z")]))
+
+    def test_folder_of_choice(self, path: Path, tmp_path: Path) -> None:
+        load(path, cache_dir=tmp_path / "chosen")
+        assert len(list((tmp_path / "chosen").glob("*/*.arrow"))) == 1
+
+    def test_workers_do_not_change_the_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dataset_module, "BATCH_ROWS", 3)
+        rows = [pair("Q" * n, "X" * n, "Y" if n % 3 else "") for n in range(1, 12)]
+        path = write_rows(tmp_path / "a.jsonl", rows)
+        alone, report = load(path, cache_dir=tmp_path / "one")
+        together, same_report = load(path, cache_dir=tmp_path / "two", num_workers=2)
+        assert len(list((tmp_path / "two").glob("*/*.arrow"))) == 2  # one per worker
+        assert list(alone) == list(together)
+        assert report == same_report
+
+    def test_arrow_sources(self, tmp_path: Path) -> None:
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": "Q"}],
+                "chosen": [{"role": "assistant", "content": c}],
+                "rejected": r,
+            }
+            for c, r in [("X", [{"role": "assistant", "content": "Y"}]), ("X", [])]
+        ]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+        write_rows(tmp_path / "a.jsonl", rows)
+        from_parquet, report = load(tmp_path / "a.parquet")
+        from_json, _ = load(tmp_path / "a.jsonl")
+        assert list(from_parquet) == list(from_json)
+        assert report.dropped == {"empty completion": 1}
+
+
+class TestMixtures:
+    @pytest.fixture
+    def paths(self, tmp_path: Path) -> tuple[str, str]:
+        numbered = [
+            write_rows(tmp_path / f"{name}.jsonl", [pair("Q" * n, name, "Z") for n in range(1, 11)]) for name in "XY"
+        ]
+        return str(numbered[0]), str(numbered[1])
+
+    def taken(self, source: Any, **settings: Any) -> list[tuple[int, str]]:
+        """Of each row, the number of its prompt's letters and its chosen letter."""
+        rows, _ = load(source, bos=False, **settings)
+        return [(len(row["trunk"]), toy_tokenizer().decode(row["branches"][0][:1])) for row in rows]
+
+    def test_sources_in_order(self, paths: tuple[str, str]) -> None:
+        expected = [(n, name) for name in "XY" for n in range(1, 11)]
+        assert self.taken([{"path": path} for path in paths]) == expected
+
+    def test_weights(self, paths: tuple[str, str]) -> None:
+        source = [{"path": paths[0], "weight": 0.5}, {"path": paths[1], "weight": 2.3}]
+        taken = self.taken(source)
+        half, more = taken[:5], taken[5:]
+        assert all(name == "X" for _, name in half)
+        assert sorted(set(half)) == half  # five different rows, in the order of the file
+        twice = [(n, "Y") for n in range(1, 11)] * 2
+        assert more[:20] == twice
+        assert len(set(more[20:])) == len(more[20:]) == 3
+        assert self.taken(source) == taken
+        assert any(self.taken(source, seed=seed) != taken for seed in (1, 2))
+
+    def test_weight_that_takes_nothing(self, paths: tuple[str, str]) -> None:
+        with pytest.raises(ValueError, match=r"X.jsonl: weight 0.01 of 10 rows is none"):
+            load([{"path": paths[0], "weight": 0.01}])
+
+
+class TestHoldout:
+    numbers = datasets.Dataset.from_dict({"n": list(range(10))})
+
+    def test_split_is_that_of_datasets(self) -> None:
+        train, held = split_holdout(self.numbers, 3, seed=42)
+        theirs = self.numbers.train_test_split(test_size=3, seed=42)
+        assert held["n"] == sorted(theirs["test"]["n"])
+        assert train["n"] == sorted(theirs["train"]["n"])
+        assert sorted([*train["n"], *held["n"]]) == list(range(10))
+
+    def test_seed_decides(self) -> None:
+        assert len({tuple(split_holdout(self.numbers, 3, seed=seed)[1]["n"]) for seed in range(5)}) > 1
+
+    @pytest.mark.parametrize("size", [0, 10, 11])
+    def test_both_sides_keep_rows(self, size: int) -> None:
+        with pytest.raises(ValueError, match=f"cannot hold {size} of 10 rows out .* choose 1 to 9"):
+            split_holdout(self.numbers, size, seed=42)
+
+
+@pytest.mark.parametrize("name", ["mistral-7b-tokenizer", "stories260K"])
+def test_real_pairs_load_whole(name: str, tmp_path: Path) -> None:
+    assets = assets_dir()
+    if assets is None:
+        pytest.skip("the assets folder is absent")
+    tokenizer = AutoTokenizer.from_pretrained(assets / name)
+    path = assets / "preferences" / "dpo_en_demo.json"
+    rows, report = load_pairs(path, tokenizer, max_length=1024, max_prompt_length=512)
+    assert (len(rows), report.dropped, report.templated) == (300, {}, 300)
+    for row in rows:
+        lengths = [len(row["trunk"]) + len(branch) for branch in row["branches"]]
+        assert max(lengths) <= 1024
+        for branch, mask in zip(row["branches"], row["loss_mask"], strict=True):
+            assert len(branch) == len(mask)
+            assert (branch[-1] == EOS_ID) or sum(mask) == 512
+            assert mask == sorted(mask)  # one completion, at the end
+            assert 1 in mask

@@ -1,0 +1,68 @@
+"""The footprint beside what a CUDA device's allocator saw of a step. Needs a GPU."""
+
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import MistralConfig
+
+from notus.data.packing import Example, collate
+from notus.model.size import model_size
+from notus.training import build
+from notus.training.build import build_policy
+from notus.training.memory_estimate import CHECKPOINTING, Job, footprint
+from notus.training.optim import build_optimizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+TRUNK, BRANCHES, EXAMPLES = 176, [300, 280], 5
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_a_steps_peak_on_the_device(alone, mode, cpu_offload):
+    config = MistralConfig(
+        vocab_size=16000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=4, head_dim=64, sliding_window=None,
+    )  # fmt: skip
+    sizes = []
+    with mock.patch.object(build, "load_weights"):  # whatever the memory held
+        policy = build_policy(
+            Path("."), config, device=CUDA, precision="bf16", cpu_offload=cpu_offload,
+            activation_checkpointing=lambda causal_lm: sizes.append(model_size(causal_lm)) or mode,
+        )  # fmt: skip
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter.to_local(), std=0.02)
+    optimizer = build_optimizer(policy.parameters(), name="rmsprop", learning_rate=1e-6, weight_decay=0.0)
+    ones = [np.ones(length, dtype=np.int64) for length in (TRUNK, *BRANCHES)]
+    example = Example(0, ones[0], tuple(ones[1:]), tuple(part.astype(bool) for part in ones[1:]))
+    batch = collate([example] * EXAMPLES, len(BRANCHES)).to(CUDA)
+    for _ in range(2):  # the second with the first's states
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            policy(batch).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tokens = EXAMPLES * (TRUNK + sum(BRANCHES))
+    job = Job(
+        shard_size=1,
+        tokens_per_row=tokens,
+        scored_per_row=EXAMPLES * sum(BRANCHES),
+        activation_checkpointing=mode,
+        key_ratio=EXAMPLES * (len(BRANCHES) * TRUNK + sum(BRANCHES)) / tokens,
+        cpu_offload=cpu_offload,
+    )
+    assert footprint(sizes[0], job).total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from toys import toy_model_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from notus.data.dataset import Rows, step_rows
+from notus.data.tokenize import load_pairs
+from notus.model.policy import Policy
+from notus.runtime import switches
+from notus.training.build import Adapter, build_policy, read_model_config
+from notus.training.parallelize import expect_last_row, hand_over_gradients
+from notus.training.scoring import score
+
+
+def _policy(folder: Path, device: torch.device, **options: object) -> Policy:
+    settings: dict[str, object] = {"device": device, "precision": "fp32", **options}
+    return build_policy(folder, read_model_config(folder), **settings)  # type: ignore[arg-type]
+
+
+def _rows(folder: Path, pairs: Path) -> Rows:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Rows(load_pairs(pairs, tokenizer, max_length=120, max_prompt_length=60)[0])
+
+
+def _score(policy: Policy, rows: Rows, device: torch.device) -> torch.Tensor:
+    return score(policy, rows, np.arange(6), tokens_per_row=100, device=device)
+
+
+def test_names_stay_hugging_faces(model_folder: Path, device: torch.device) -> None:
+    policy = _policy(model_folder, device, activation_checkpointing="full")
+    expected = dict(AutoModelForCausalLM.from_pretrained(model_folder).named_parameters())
+    found = dict(policy.causal_lm.named_parameters())
+    assert list(found) == list(expected)
+    for name, parameter in found.items():
+        assert torch.equal(parameter.full_tensor(), expected[name]), name
+
+
+def test_checkpointing_computes_each_block_once_more(
+    model_folder: Path, pairs_file: Path, device: torch.device
+) -> None:
+    rows = _rows(model_folder, pairs_file)
+    calls = {}
+    for checkpointing in ("none", "full"):
+        policy = _policy(model_folder, device, activation_checkpointing=checkpointing)
+        count: list[int] = []
+        mlp = policy.blocks[0].mlp
+        mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        (batch,) = step_rows(rows, np.arange(3), rank=0, world_size=1, tokens_per_row=400)
+        policy(batch).sum().backward()
+        calls[checkpointing] = len(count)
+    assert calls == {"none": 1, "full": 2}
+
+
+def test_after_a_scoring_pass_the_masters_are_in_place_and_their_changes_seen(
+    model_folder: Path, pairs_file: Path, device: torch.device
+) -> None:
+    policy, rows = _policy(model_folder, device, precision="bf16"), _rows(model_folder, pairs_file)
+    before = _score(policy, rows, device)
+    assert {(type(parameter.data), parameter.dtype) for parameter in policy.parameters()} == {(DTensor, torch.float32)}
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.5)
+    assert not torch.allclose(_score(policy, rows, device), before, atol=1e-2)
+
+
+def test_scores_do_not_depend_on_the_rows_they_share(
+    model_folder: Path, pairs_file: Path, device: torch.device
+) -> None:
+    policy, rows = _policy(model_folder, device), _rows(model_folder, pairs_file)
+    together = _score(policy, rows, device)
+    alone = torch.cat([score(policy, rows, np.array([i]), tokens_per_row=10_000, device=device) for i in range(6)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_adapter_changes_nothing_and_alone_is_trained(
+    model_folder: Path, pairs_file: Path, device: torch.device
+) -> None:
+    adapter = Adapter(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)
+    policy, rows = _policy(model_folder, device, adapter=adapter), _rows(model_folder, pairs_file)
+    assert torch.equal(_score(policy, rows, device), _score(_policy(model_folder, device), rows, device))
+    trainable = {name.rpartition(".")[2] for name, p in policy.named_parameters() if p.requires_grad}
+    assert trainable == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize(("trainable", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_masters_are_fp32_and_a_frozen_policy_is_not(
+    trainable: bool, dtype: torch.dtype, model_folder: Path, device: torch.device
+) -> None:
+    policy = _policy(model_folder, device, precision="bf16", trainable=trainable)
+    assert {parameter.dtype for parameter in policy.parameters()} == {dtype}
+
+
+def _step_gradients(policy: Policy, rows: Rows, steps: int = 2) -> list[dict[str, torch.Tensor]]:
+    """The gradients of some steps of several rows, as the loop takes them; a plain update between the steps."""
+    found = []
+    for _ in range(steps):
+        batches = list(step_rows(rows, np.arange(6), rank=0, world_size=1, tokens_per_row=70))
+        assert len(batches) >= 2
+        for number, batch in enumerate(batches):
+            expect_last_row(policy, number == len(batches) - 1)
+            policy(batch).sum().backward()
+        hand_over_gradients(policy)
+        trained = {name: each for name, each in policy.named_parameters() if each.grad is not None}
+        found.append({name: each.grad.to_local().clone() for name, each in trained.items()})
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.to_local().sub_(parameter.grad.to_local(), alpha=1e-3)
+                parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["full", "tied", "lora"])
+def test_a_lone_rank_takes_over_the_gradients_that_fsdp_would_reduce(
+    kind: str, precision: str, tmp_path: Path, pairs_file: Path, device: torch.device
+) -> None:
+    folder = toy_model_folder(tmp_path / "model", tie_word_embeddings=kind == "tied")
+    rows = _rows(folder, pairs_file)
+    adapter = Adapter(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)
+    options = {"precision": precision, "adapter": adapter if kind == "lora" else None}
+    found = _step_gradients(_policy(folder, device, **options), rows)
+    with switches.disabled("gradient_handover"):
+        expected = _step_gradients(_policy(folder, device, **options), rows)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert len(one) == sum(parameter.requires_grad for parameter in _policy(folder, device, **options).parameters())
+        for name, wanted in other.items():
+            assert one[name].dtype == torch.float32
+            assert one[name].abs().sum() > 0 or "lora_A" in name  # B is zero at first
+            assert torch.equal(one[name], wanted), name
+
+
+def test_the_gradient_handed_over_is_the_one_that_was_added_up(
+    model_folder: Path, pairs_file: Path, device: torch.device
+) -> None:
+    policy, rows = _policy(model_folder, device, precision="bf16"), _rows(model_folder, pairs_file)
+    (batch,) = step_rows(rows, np.arange(2), rank=0, world_size=1, tokens_per_row=400)
+    expect_last_row(policy, True)
+    policy(batch).sum().backward()
+    group = policy.blocks[0]._get_fsdp_state()._fsdp_param_group
+    places = {parameter.unsharded_accumulated_grad.data_ptr() for parameter in group.fsdp_params}
+    hand_over_gradients(policy)
+    assert {parameter.grad.to_local().data_ptr() for parameter in policy.blocks[0].parameters()} == places
+    assert all(isinstance(parameter.data, DTensor) for parameter in policy.parameters())
