@@ -1,13 +1,15 @@
 """Completions of many prompts: batched, left-padded, greedy or sampled, with transformers' own generation.
 
-Prompts are tokenised by the encoder that training uses, so the model sees what it was trained on.
+Prompts are tokenised by the encoder that training uses, so the model sees what it was trained on. Under torchrun the
+ranks share the batches. Finished batches can be saved, so that the same call resumes after it was killed.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,92 @@ from transformers import (
 )
 
 from notus.data.chat import ChatEncoder, Turns
-from notus.evaluation.kept import Batch, KeptTokens
+from notus.evaluation.results import append_records, read_records
 from notus.model.load import WITHOUT_EFFECT
+from notus.runtime.distributed import gather_objects, on_main
 from notus.training.sampling import end_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts that are completed together.
+
+    Attributes:
+        indices: which prompts of the call these are.
+        prompts: their token ids.
+        room: for each, the most tokens that it may get.
+        seed: of the batch's draws; None: greedy.
+    """
+
+    indices: list[int]
+    prompts: list[list[int]]
+    room: list[int]
+    seed: int | None
+
+
+class KeptTokens:
+    """Finished completions, as token ids, in one file per rank of a folder that all ranks see.
+
+    The same call of `generate`, on any number of ranks, resumes where it stopped. A greedy completion is found again by
+    its prompt's tokens and the settings, a sampled one also by its batch, so `batch_size` and the other prompts may
+    change between greedy calls, but not between sampled ones. Calls with other prompts, settings or models may share
+    the folder.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """`folder` is made if need be; `identity` says which weights these are, as `model_digest` does."""
+        self.folder, self.identity = folder, identity
+        self._keys: list[list[str]] = []
+
+    def find(self, batches: list[Batch], settings: dict[str, Any]) -> dict[int, list[list[int]]]:
+        """Return the batches that are complete already, by number; collective, before the first `add`.
+
+        Raises ValueError, naming the file, if one in the folder holds anything else; or if the ranks have different
+        prompts or models, whose completions would be mixed up.
+        """
+        self._keys = [self._keys_of(batch, settings) for batch in batches]
+        if dist.is_initialized() and len(set(gather_objects(_digest(self._keys)))) > 1:
+            raise ValueError(
+                "the ranks have different prompts or weights: their data or files differ, or a task draws its examples "
+                "at random without a seed; run in one process"
+            )
+        wanted = {key for keys in self._keys for key in keys}
+        found = on_main(lambda: self._read(wanted)) if dist.is_initialized() else self._read(wanted)
+        return {
+            number: [found[key] for key in keys] for number, keys in enumerate(self._keys) if found.keys() >= set(keys)
+        }
+
+    def add(self, number: int, new: list[list[int]]) -> None:
+        """Save the batch of that number. Raises OSError."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        records = ({"key": key, "ids": ids} for key, ids in zip(self._keys[number], new, strict=True))
+        append_records(self.folder / f"rank-{rank}.jsonl", records)
+
+    def _read(self, wanted: set[str]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            for number, record in enumerate(read_records(path), start=1):
+                if not _is_completion(record):
+                    raise ValueError(f"{path}, line {number}: not a kept completion; remove the file")
+                if record["key"] in wanted:
+                    found[record["key"]] = record["ids"]
+        return found
+
+    def _keys_of(self, batch: Batch, settings: dict[str, Any]) -> list[str]:
+        """A digest per prompt of all that decides its completion; where it is drawn, so do its neighbours."""
+        drawn = None if batch.seed is None else [batch.seed, batch.prompts, batch.room]
+        of_batch = _digest([self.identity, settings, drawn])
+        rows = enumerate(zip(batch.prompts, batch.room, strict=True))
+        return [_digest([of_batch, prompt, room, row if drawn else None]) for row, (prompt, room) in rows]
+
+
+def _is_completion(record: dict[str, Any]) -> bool:
+    key, ids = record.get("key"), record.get("ids")
+    return isinstance(key, str) and isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def generate(
@@ -62,13 +147,15 @@ def generate(
         batch_size: prompts computed together.
         chat_template, add_empty_system: see `ChatEncoder`.
         places: what errors call each prompt; None: by its number.
-        kept: where finished batches are kept and found again; see `generate_kept`.
+        kept: where finished batches are saved and found again.
 
     Returns:
         The completions in the order of `prompts`, without special tokens.
 
     Raises:
-        ValueError: a prompt that is empty, fills the context, or that the chat template refuses.
+        ValueError: a prompt that is empty, fills the context, or that the chat template rejects; a file in `kept`'s
+            folder that holds something else.
+        OSError: a finished batch cannot be saved.
     """
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
@@ -121,7 +208,8 @@ def generate_ids(
             new[number] = _complete(causal_lm, batch, config, stopping, with_end)
         if kept:
             kept.add(number, new[number])
-    done |= _of_all_ranks(new)
+    for share in gather_objects(new) if dist.is_initialized() else [new]:
+        done |= share
     completed = {
         index: ids
         for number, batch in enumerate(batches)
@@ -146,32 +234,9 @@ class _Stop(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def generate_kept(
-    causal_lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Turns],
-    *,
-    kept: Path,
-    identity: str,
-    **options: Any,
-) -> list[str]:
-    """As `generate`, but what is finished is kept: the same call, on any number of ranks, goes on where it stopped.
-
-    Every rank appends its finished batches to a file of its own in the folder `kept`, which all ranks must see.
-    A greedy completion is found again by its prompt's tokens and the settings, a sampled one also by its batch,
-    so `batch_size` and the other prompts may change between calls of the one kind, but not of the other.
-
-    Args:
-        causal_lm, tokenizer, prompts: as `generate` has them.
-        kept: a folder, made if need be; calls with other prompts, settings or models may share it.
-        identity: says which weights these are, as `model_digest` does.
-        options: of `generate`.
-
-    Raises:
-        ValueError: as `generate`; also a file in `kept` that holds something else.
-        OSError: the disk refuses.
-    """
-    return generate(causal_lm, tokenizer, prompts, kept=KeptTokens(kept, identity), **options)
+def generate_kept(*arguments: Any, kept: Path, identity: str, **options: Any) -> list[str]:
+    """Removed once mt_bench calls `generate(..., kept=KeptTokens(kept, identity))`."""
+    return generate(*arguments, kept=KeptTokens(kept, identity), **options)
 
 
 def model_digest(causal_lm: PreTrainedModel) -> str:
@@ -184,14 +249,14 @@ def model_digest(causal_lm: PreTrainedModel) -> str:
     return total.hexdigest()
 
 
-def _encode(encoder: ChatEncoder, prompt: Turns, context: int | None, place: str) -> list[int]:
+def _encode(encoder: ChatEncoder, prompt: Turns, context: int, place: str) -> list[int]:
     try:
         ids = encoder.encode_prompt(prompt)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if not ids:
         raise ValueError(f"{place}: the prompt is empty; there is nothing to continue")
-    if context is not None and len(ids) >= context:
+    if len(ids) >= context:
         raise ValueError(f"{place}: the prompt's {len(ids)} tokens fill the model's context of {context}; shorten it")
     return ids
 
@@ -241,14 +306,6 @@ def _share(numbers: list[int]) -> Iterable[int]:
     return share if dist.get_rank() else tqdm(share, desc="generating", disable=None)
 
 
-def _of_all_ranks(new: dict[int, list[list[int]]]) -> dict[int, list[list[int]]]:
-    if not dist.is_initialized():
-        return new
-    shares: list[dict[int, list[list[int]]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, new)
-    return {number: ids for share in shares for number, ids in share.items()}
-
-
 def _complete(
     causal_lm: PreTrainedModel,
     batch: Batch,
@@ -265,36 +322,33 @@ def _complete(
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
     config.max_new_tokens = max(batch.room)
-    with _own_defaults(causal_lm, config):
+    with _defaults(causal_lm, config):
         output = causal_lm.generate(  # type: ignore[operator]
             input_ids=input_ids.to(causal_lm.device),
             attention_mask=attention_mask.to(causal_lm.device),
             stopping_criteria=StoppingCriteriaList([stopping] if stopping else []),
         )
-    rows = output[:, width:].tolist()
-    ends = [_end(row, config.eos_token_id) + with_end for row in rows]
-    return [row[: min(limit, end)] for row, limit, end in zip(rows, batch.room, ends, strict=True)]
+    completions = []
+    for ids, limit in zip(output[:, width:].tolist(), batch.room, strict=True):
+        end = next((at for at, token in enumerate(ids) if token in config.eos_token_id), len(ids))
+        completions.append(ids[: min(limit, end + with_end)])
+    return completions
 
 
-@contextmanager
-def _own_defaults(causal_lm: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put `config` in the place of the model's, which would else fill in what it leaves open."""
-    kept = causal_lm.generation_config
+@contextlib.contextmanager
+def _defaults(causal_lm: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Put `config` in the place of the model's own, which would otherwise fill in what `config` leaves open."""
+    own = causal_lm.generation_config
     causal_lm.generation_config = config
     try:
         yield
     finally:
-        causal_lm.generation_config = kept
+        causal_lm.generation_config = own
 
 
-def _end(ids: list[int], ends: list[int]) -> int:
-    """How many tokens stand before the first of `ends`."""
-    return next((at for at, token in enumerate(ids) if token in ends), len(ids))
-
-
-@contextmanager
+@contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws within the context follow from `seed` and leave the global generators as they were."""
+    """Draw from `seed` within the context, and leave the global generators as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -1,20 +1,51 @@
-"""What MODEL_OR_RUN stands for: a model, an adapter on its base, or a run's result, with its settings.
+"""What MODEL_OR_RUN may be: a model, an adapter on its base, or a training run with its settings.
 
-A run in progress stands for its newest whole checkpoint, which is written out once, into the run's `snapshots/`.
+An unfinished run stands for its newest whole checkpoint, which is exported into the run's `snapshots/`. The run may be
+training at that moment. It is not disturbed: checkpoints appear whole and are only read here.
 """
 
+import contextlib
 import dataclasses
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.evaluation.unfinished import snapshot
-from notus.model.adapter import ADAPTER_CONFIG, read_adapter_settings
-from notus.model.load import find_folder, resolve_model_folder
-from notus.runtime.distributed import on_main
-from notus.training.run_folder import CONFIG_FILE, MODEL
+from notus.data.chat import resolve_template
+from notus.data.sources import SUFFIXES
+from notus.evaluation.results import check_folder
+from notus.model.adapter import ADAPTER_CONFIG, export_adapter, read_adapter_settings
+from notus.model.export import export_model, load_causal_lm
+from notus.model.load import find_folder, read_json, resolve_model_folder
+from notus.model.lora import inject_lora, lora_layers, merge_lora
+from notus.model.policy import Policy
+from notus.runtime.distributed import on_main, process_group
+from notus.runtime.process import follow_parent, leave, tell
+from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
+from notus.training.describe import DATA_FILE
+from notus.training.parallelize import COMPUTE_DTYPES
+from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+SNAPSHOTS = "snapshots"
+DEFAULT_SHARD = 5 * 10**9
+_SOURCE = "checkpoint.json"  # in a snapshot: the `state.json` of the checkpoint that it was exported from
+_KEPT_SECONDS = 24 * 3600
+_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +53,7 @@ class ModelSource:
     """Where a model's weights are.
 
     Attributes:
-        name: as the user wrote it; of a run in progress with the step, as "runs/dpo (step 100)".
+        name: as the user wrote it; of an unfinished run with the step, as "runs/dpo (step 100)".
         folder: a model's folder, or an adapter's.
         base: of an adapter, the model that it adapts, as its config names it; None for a full model.
         settings: a run's settings by section; empty for anything but a run.
@@ -32,11 +63,11 @@ class ModelSource:
     name: str
     folder: Path
     base: str | None = None
-    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=dict)
     run: Path | None = None
 
     def choose(self, given: Any, key: str, default: Any) -> Any:
-        """What the user gave; else what the run's setting `section.name` says; else `default`."""
+        """Return what the user gave; else what the run's setting `section.name` says; else `default`."""
         if given is not None:
             return given
         section, name = key.split(".")
@@ -49,11 +80,11 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
 
     Args:
         name: a folder or a hub id.
-        trust_remote_code: run code that comes with the base model, where a checkpoint is written out.
+        trust_remote_code: run code that comes with the base model, where a checkpoint is exported.
 
     Raises:
         ValueError: naming the folder, if it is none of them, or a run without a whole checkpoint.
-        OSError: the disk refuses the checkpoint's copy.
+        OSError: the checkpoint cannot be exported to the disk.
     """
     folder = find_folder(name)
     if not is_run(folder):
@@ -61,14 +92,14 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
     settings, run = read_run_settings(folder), folder
     if (run / MODEL).is_dir():
         return _source(name, run / MODEL, settings, run)
-    step, folder = snapshot(run, settings, trust_remote_code=trust_remote_code)
-    return _source(f"{name} (step {step})", folder, settings, run)
+    out = export_newest(run, trust_remote_code=trust_remote_code)
+    return _source(f"{name} (step {step_of(out)})", out, settings, run)
 
 
 def find_together(name: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """`find_source` within a process group; collective. Every rank gets what rank 0 found, though a run may go on.
+    """Call `find_source` on rank 0 and return what it found to every rank; collective.
 
-    Raises ValueError and OSError as that; also where rank 0 sees a run's checkpoint, and this rank does not.
+    Raises ValueError and OSError as that; also where rank 0 sees an exported checkpoint, and this rank does not.
     """
     source = on_main(lambda: find_source(name, trust_remote_code=trust_remote_code))
     if source.folder.is_dir():
@@ -78,9 +109,7 @@ def find_together(name: str, *, trust_remote_code: bool = False) -> ModelSource:
     return find_source(name, trust_remote_code=trust_remote_code)  # of the hub: each machine has it in its own cache
 
 
-def _source(
-    name: str, folder: Path, settings: Mapping[str, Mapping[str, Any]] | None = None, run: Path | None = None
-) -> ModelSource:
+def _source(name: str, folder: Path, settings: Settings | None = None, run: Path | None = None) -> ModelSource:
     base = None
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_adapter_settings(folder)["base_model_name_or_path"]
@@ -93,7 +122,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
-    """A run's resolved settings, by section. Raises ValueError, naming the file, if they cannot be read."""
+    """Read a run's resolved settings, by section. Raises ValueError, naming the file, if they cannot be read."""
     path = run / CONFIG_FILE
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -112,3 +141,187 @@ def _are_settings(tree: Any) -> bool:
     sources = data.get("train")
     named = isinstance(model.get("name_or_path"), str) and isinstance(sources, list)
     return named and {"precision", "seed"} <= training.keys() and {"chat_template"} <= data.keys() and "rank" in lora
+
+
+def hub_id(name: str) -> str | None:
+    """Return a model's or dataset's name if it is one of the hub and no file or folder here; else None."""
+    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def public_name(name: str) -> str:
+    """Return a name without local folders: the hub id, or a path's last part; for a run's model, the run's name."""
+    if hub_id(name):
+        return name
+    path = Path(name).expanduser()
+    return path.parent.name if path.name == MODEL and is_run(path.parent) else path.name
+
+
+def export_newest(run: Path, *, trust_remote_code: bool = False) -> Path:
+    """Export the newest whole checkpoint of an unfinished run to `RUN/snapshots/step-00000100`; return that folder.
+
+    An earlier export of the same checkpoint is used again. Several evaluations may export at the same time: each
+    writes a folder of its own, and the first to finish renames it into place.
+
+    Raises:
+        ValueError: the run has no whole checkpoint, or its model cannot be made.
+        OSError: nothing can be written there.
+    """
+    checkpoints = checkpoints_in(run / CHECKPOINTS)
+    if not checkpoints:
+        raise _no_checkpoint(run)
+    out = run / SNAPSHOTS / checkpoints[0].name
+    if not _is_of(out, checkpoints[0] / STATE_FILE):
+        check_folder(run / SNAPSHOTS, remedy="make it writable, or write the model elsewhere with `notus export`")
+        _remove_unused(run / SNAPSHOTS)
+        with tempfile.TemporaryDirectory(dir=run / SNAPSHOTS, prefix=".export-") as temporary:
+            made = _export_apart(run, Path(temporary), trust_remote_code)
+            out = run / SNAPSHOTS / made.name
+            _publish(made, out)
+    with contextlib.suppress(OSError):
+        os.utime(out)  # see `_remove_unused`
+    return out
+
+
+def _publish(made: Path, out: Path) -> None:
+    try:
+        made.rename(out)
+    except OSError:
+        if _is_of(out, made / _SOURCE):
+            return  # another evaluation was faster, and may be reading it
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier run in this folder
+        made.rename(out)
+
+
+def _is_of(out: Path, state: Path) -> bool:
+    """Whether a snapshot is of this checkpoint, not of one that an earlier run in this folder made at the same step."""
+    try:
+        return (out / _SOURCE).read_bytes() == state.read_bytes()  # it has the digests of all other files
+    except OSError:
+        return False
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove snapshots, each as large as the model, that no evaluation has asked for in a day, and partial ones."""
+    for path in [*folder.glob("step-*"), *folder.glob(".export-*")]:
+        with contextlib.suppress(OSError):  # another evaluation was faster, or it is somebody else's
+            if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(path)
+
+
+def _export_apart(run: Path, folder: Path, trust_remote_code: bool) -> Path:
+    """Run `_main` as a process of one rank, on the CPU: this one may be one of several ranks, or fill a GPU."""
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-m", "notus.evaluation.models", str(run), str(folder), str(trust_remote_code)]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip() or f"{run}: exporting its newest checkpoint ended with code {done.returncode}"
+        raise ValueError(reason.splitlines()[-1])
+    return next(folder.glob("step-*"))
+
+
+def _main(run: Path, folder: Path, trust_remote_code: bool) -> int:
+    follow_parent(signal.SIGKILL)
+    settings = read_run_settings(run)
+    try:
+        with process_group():
+            causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust_remote_code)
+            out, dtype = folder / checkpoint.name, COMPUTE_DTYPES[settings["training"]["precision"]]
+            write_model(causal_lm, tokenizer, out, base=settings["model"]["name_or_path"], dtype=dtype)
+            with contextlib.suppress(FileNotFoundError):  # the run has removed the checkpoint meanwhile
+                shutil.copyfile(checkpoint / STATE_FILE, out / _SOURCE)
+    except (ValueError, OSError) as error:
+        tell(error, sys.stderr)
+        return 1
+    return 0
+
+
+def load_unfinished(
+    run: Path, settings: Settings, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """Load the base model with the weights, or the adapter, of the newest whole checkpoint; and return that checkpoint.
+
+    All is on the CPU, in fp32. In a process group of one. Raises ValueError if there is no whole checkpoint.
+    """
+    if not checkpoints_in(run / CHECKPOINTS):
+        raise _no_checkpoint(run)
+    load = functools.partial(load_causal_lm, dtype=torch.float32, device="cpu", trust_remote_code=trust_remote_code)
+    causal_lm, tokenizer = load(settings["model"]["name_or_path"])
+    lora = settings["lora"]
+    if lora["rank"]:
+        inject_lora(
+            causal_lm,
+            rank=lora["rank"],
+            alpha=lora["alpha"],
+            dropout=lora["dropout"],
+            target_modules=lora["target_modules"],
+            rslora=lora["rslora"],
+        )
+    data = read_json(run / DATA_FILE) if (run / DATA_FILE).is_file() else None
+    if learned_chat(settings, data):  # at the end of a run, the run does the same
+        tokenizer.chat_template = resolve_template(tokenizer, settings["data"]["chat_template"])
+    return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
+
+
+def _no_checkpoint(run: Path) -> ValueError:
+    return ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
+
+
+def learned_chat(settings: Settings, data: Mapping[str, Any] | None) -> bool:
+    """Whether a chat template certainly rendered rows: the config names one, or `data.json` counted such rows."""
+    report = data["train"]["report"] if data else {}
+    return settings["data"]["chat_template"] is not None or report.get("templated", 0) > 0
+
+
+def _fill(causal_lm: PreTrainedModel, folder: Path) -> Path:
+    policy = Policy(causal_lm)  # checkpoints have its names
+    damaged: set[Path] = set()
+    while True:
+        remaining = [path for path in checkpoints_in(folder) if path not in damaged]
+        if not remaining:
+            raise ValueError(f"{folder}: no checkpoint is whole; nothing to export")
+        try:
+            load_checkpoint(remaining[0], policy.named_parameters(), optimizer=None)
+            return remaining[0]
+        except (ValueError, OSError) as error:
+            if not remaining[0].exists():
+                continue  # the run has a newer one, and has removed this one meanwhile
+            if not isinstance(error, DamagedCheckpointError):
+                raise
+            print(f"warning: {error}", flush=True)
+            damaged.add(remaining[0])
+
+
+def write_model(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    base: str,
+    dtype: torch.dtype,
+    merge: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD,
+) -> None:
+    """Write LoRA layers as PEFT's adapter of `base`, unless they are to be merged; anything else as a whole model."""
+    if lora_layers(causal_lm) and not merge:
+        export_adapter(causal_lm, out, base_model_name_or_path=base, tokenizer=tokenizer)
+        return
+    merge_lora(causal_lm)
+    export_model(
+        causal_lm,
+        out,
+        hf_config=causal_lm.config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+if __name__ == "__main__":
+    leave(_main(Path(sys.argv[1]), Path(sys.argv[2]), trust_remote_code=sys.argv[3] == "True"))

@@ -1,16 +1,29 @@
-"""What every suite leaves behind in one form, for report and model card: `RUN/evaluations/SUITE/result.json`."""
+"""What evaluations leave on disk: `RUN/evaluations/SUITE/result.json`, and records that grow while a suite works.
 
+Every suite writes its result in the one form that the report and the model card read.
+"""
+
+import contextlib
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
-from notus.evaluation.files import replacing
+from notus.runtime.files import disk_error, lock, write_text
+
+T = TypeVar("T")
 
 EVALUATIONS = "evaluations"
 RESULT = "result.json"
+LOCK = ".lock"
+
+_locks: dict[Path, IO[str]] = {}  # open files that hold this process's locks, by their folder
+_appending = threading.Lock()  # file locks exclude other processes only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +61,9 @@ class Result:
         suite: its name on the command line.
         model: the model as the user named it; of an unfinished run with the step, as "runs/dpo (step 100)".
         date: ISO date of the evaluation.
-        figures: the headline figures, the most telling first.
+        figures: the headline figures, the most important first.
         settings: how it was computed: flat, JSON values.
-        details: whatever else the suite has to tell; JSON.
+        details: whatever else the suite reports; JSON.
     """
 
     suite: str
@@ -61,16 +74,10 @@ class Result:
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 
-def model_name(model: str) -> str:
-    """What others call a model: of a folder its last part, or the hub id."""
-    return Path(model).resolve().name if Path(model).exists() else model
-
-
 def write_result(folder: Path, result: Result) -> Path:
-    """Write `folder/result.json`, whole or not at all; returns its path. Raises OSError."""
+    """Write `folder/result.json` atomically and return its path. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / RESULT) as file:
-        file.write(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    write_text(folder / RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return folder / RESULT
 
 
@@ -84,12 +91,17 @@ def read_result(path: Path) -> Result:
 
 
 def read_results(run: Path) -> list[Result]:
-    """The results in a run's folder, by suite. Raises ValueError as `read_result`."""
+    """Read the results in a run's folder, by suite. Raises ValueError as `read_result`."""
     return [read_result(path) for path in sorted((run / EVALUATIONS).glob(f"*/{RESULT}"))]
 
 
+def model_name(model: str) -> str:
+    """Return what others call a model: a folder's last part, or the hub id."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 def result_folder(given: str | None, run: Path | None, model: str, suite: str) -> Path:
-    """Where a suite's results go: the folder that the user gave, else the run's own, else one named for the model."""
+    """Return where a suite's results go: the folder that the user gave, the run's own, or one named for the model."""
     if given is not None:
         return Path(given)
     if run is not None:
@@ -98,3 +110,118 @@ def result_folder(given: str | None, run: Path | None, model: str, suite: str) -
     if not name.strip("."):  # "." or "..", which a file of annotations may call its model, are no folder's name
         name = Path(model).resolve().name or "unnamed"
     return Path(EVALUATIONS) / name / suite
+
+
+def check_output(path: Path, *, not_over: str, remedy: str = "choose another place") -> None:
+    """Make the parent folder of a result's file, before the work that fills it.
+
+    Raises:
+        ValueError: the result would replace a folder, a device (for root, /dev/null itself would become a file) or the
+            input `not_over`.
+        OSError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: there is a folder of that name; choose another")
+    device = path.absolute().parent == Path("/dev")  # which has links to files, too
+    if device or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path}: no ordinary file, which a result could replace; choose another name")
+    if path.exists() and Path(not_over).exists() and path.samefile(not_over):
+        raise ValueError(f"{path}: the result would replace the input; choose another name")
+    check_folder(path.parent, remedy=remedy)
+
+
+def check_folder(folder: Path, *, remedy: str = "name another with --output") -> None:
+    """Make a folder for results, before the work that fills it. Raises OSError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: no results can be written there ({error.strerror}); {remedy}") from error
+
+
+def hold_folder(folder: Path) -> None:
+    """Call `check_folder`, and lock the folder until this process ends.
+
+    A second evaluation there would request and pay for the same work again. A file system without locks is used
+    without one.
+
+    Raises:
+        ValueError: another process holds the lock.
+        OSError: as `check_folder`.
+    """
+    check_folder(folder)
+    place = folder.resolve()
+    if place in _locks:  # opening and closing the file again would release the lock
+        return
+    file = (folder / LOCK).open("a")
+    try:
+        lock(file)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(
+            f"{folder}: another evaluation is writing there; wait for its end, or name another with --output"
+        ) from error
+    except OSError:
+        pass
+    _locks[place] = file
+
+
+def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Append JSON lines to a file and wait until they are on disk. Raises OSError, see `disk_error`."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _appending, path.open("a+b") as file:
+            with contextlib.suppress(OSError):  # on a file system without locks, one process writes at a time
+                lock(file, wait=True)  # a line that another process is writing at this moment is not cut off
+            _drop_partial_line(file.fileno())
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def _drop_partial_line(descriptor: int) -> None:
+    """Cut a file off after its last newline: an append would else join a line that a killed process left."""
+    end = os.fstat(descriptor).st_size
+    block = 2**16
+    while end and os.pread(descriptor, 1, end - 1) != b"\n":
+        start = max(0, end - block)
+        end = start + os.pread(descriptor, end - start, start).rfind(b"\n") + 1
+    os.ftruncate(descriptor, end)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read what `append_records` wrote; nothing if there is no file. A last line that was cut off is left out.
+
+    Raises ValueError, naming file and line, for any other line that is no JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last newline was cut off, or is empty
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a record of finished work; remove the line, or the file")
+        records.append(record)
+    return records
+
+
+def parse_files(files: str, folders: Sequence[Path], parse: Callable[[], T]) -> T:
+    """Return what `parse` makes of `files`, which lie in each of `folders`.
+
+    Raises ValueError, naming them, if `parse` fails: a file is damaged, or another version of Notus wrote it.
+    """
+    try:
+        return parse()
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        where = ", ".join(str(folder / files) for folder in folders)
+        raise ValueError(
+            f"{where}: not as this version writes it ({type(error).__name__}: {error}); restore it, or move it away"
+        ) from error

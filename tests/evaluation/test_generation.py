@@ -1,13 +1,16 @@
-"""Generation: greedy equals a plain loop, whatever the batch; draws follow from the seed; spaces are kept."""
+"""Generation: greedy equals a plain loop, draws follow from the seed, and a killed call resumes."""
+
+import json
 
 import pytest
 import torch
+from ranks import run_ranks
 from tokenizers import Tokenizer, decoders, models
 from toys import assets_dir, toy_model, toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from notus.evaluation import generation
-from notus.evaluation.generation import generate
+from notus.evaluation.generation import KeptTokens, generate, model_digest
 from notus.model.export import load_causal_lm
 
 PROMPTS = [
@@ -17,6 +20,9 @@ PROMPTS = [
     "hello world",
     "12 + 30 =",
 ]
+MANY = ["The quick brown fox", "a", "Write a poem about the sea", "hello world", "12 + 30 =", "dog", "a", "yes"]
+GREEDY = {"max_new_tokens": 6, "batch_size": 3}
+DRAWN = {**GREEDY, "temperature": 2.0, "seed": 5}
 
 
 @torch.no_grad()
@@ -162,3 +168,130 @@ def test_stories_come_out_word_for_word():
     golden = (folder / "golden-greedy.txt").read_text()
     assert generate(model, tokenizer, [""], max_new_tokens=256) == [golden.rstrip("\n")]
     assert generate(model, tokenizer, ["Once upon a"], max_new_tokens=3)[0].startswith(" time")
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, batches):
+    """Let `generate` die when it begins the batch after that many; returns the batches that it computed."""
+    computed = []
+    complete = generation._complete
+
+    def dying(causal_lm, batch, *rest):
+        if len(computed) == batches:
+            raise Killed
+        computed.append(batch.indices)
+        return complete(causal_lm, batch, *rest)
+
+    monkeypatch.setattr(generation, "_complete", dying)
+    return computed
+
+
+@pytest.mark.parametrize("options", [GREEDY, DRAWN])
+def test_a_killed_generation_goes_on(tmp_path, monkeypatch, options):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    wanted = generate(model, tokenizer, MANY, **options)
+    arguments = (model, tokenizer, MANY)
+    folder = tmp_path / "kept"
+    for done, torn in ((1, False), (1, True)):
+        with monkeypatch.context() as patch:
+            computed = killed_after(patch, done)
+            with pytest.raises(Killed):
+                generate(*arguments, kept=KeptTokens(folder, "model"), **options)
+        assert len(computed) == 1
+        if torn:  # the process died within the write of its second batch
+            file = folder / "rank-0.jsonl"
+            file.write_bytes(file.read_bytes()[:-5])
+    with monkeypatch.context() as patch:
+        computed = killed_after(patch, 99)
+        assert generate(*arguments, kept=KeptTokens(folder, "model"), **options) == wanted
+        assert len(computed) == 2  # of three: the first is kept whole, the second lost its last line
+        assert generate(*arguments, kept=KeptTokens(folder, "model"), **options) == wanted
+        assert len(computed) == 2
+
+
+def test_only_the_same_work_is_found_again(tmp_path, monkeypatch):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    computed = killed_after(monkeypatch, 99)
+
+    def batches(prompts=MANY[:2], identity="model", **options):
+        before = len(computed)
+        options = {"max_new_tokens": 4, "temperature": 1.0, **options}
+        found = generate(model, tokenizer, prompts, kept=KeptTokens(tmp_path, identity), **options)
+        assert found == generate(model, tokenizer, prompts, **options)
+        return len(computed) - before - 1  # without the one that `generate` computes
+
+    assert batches() == 1
+    assert batches() == 0
+    assert batches(identity="other") == 1
+    assert batches(seed=1) == 1
+    assert batches(top_k=3) == 1
+    assert batches(top_p=0.5) == 1
+    assert batches(temperature=2.0) == 1
+    assert batches(max_new_tokens=5) == 1
+    assert batches(add_empty_system=True) == 0  # strings have no turns
+    assert batches(MANY[:3]) == 1  # a neighbour takes part in the draws
+    assert batches(temperature=0) == 1
+    assert batches(MANY[1::-1], temperature=0) == 0  # but not in greedy completions
+    assert batches(MANY[:3], temperature=0) == 1
+    assert batches(temperature=0, max_new_tokens=5) == 1
+
+
+@pytest.mark.parametrize("line", [{"completion": "a"}, {"key": [], "ids": [1]}, {"key": "a", "ids": ["1"]}])
+def test_a_file_of_something_else_is_named(tmp_path, line):
+    (tmp_path / "rank-3.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=r"rank-3.jsonl, line 1: not a kept completion"):
+        generate(toy_model(), toy_tokenizer(), ["a"], kept=KeptTokens(tmp_path, ""), **GREEDY)
+
+
+def resume(folder, reached, options):
+    """On two ranks: what was kept so far, then the whole again, with how many batches were computed now."""
+    model, tokenizer = toy_model(), toy_tokenizer()
+    counts, complete = [], generation._complete
+    generation._complete = lambda *given: counts.append(1) or complete(*given)
+    found = generate(model, tokenizer, MANY, kept=KeptTokens(folder, "model"), **options)
+    reached.mkdir(exist_ok=True)
+    rank = torch.distributed.get_rank()
+    (reached / f"{rank}.json").write_text(json.dumps([len(counts), found]))
+
+
+def test_the_number_of_ranks_may_change(tmp_path, monkeypatch):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    options = {**DRAWN, "batch_size": 2}
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(Killed):
+            generate(model, tokenizer, MANY, kept=KeptTokens(tmp_path / "kept", "model"), **options)
+    run_ranks(resume, 2, tmp_path, tmp_path / "kept", tmp_path / "reached", options)
+    wanted = generate(model, tokenizer, MANY, **options)
+    reached = [json.loads((tmp_path / "reached" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert reached == [[2, wanted], [1, wanted]]  # the three batches that were left
+    computed = killed_after(monkeypatch, 0)
+    assert generate(model, tokenizer, MANY, kept=KeptTokens(tmp_path / "kept", "model"), **options) == wanted
+    assert computed == []
+
+
+def disagree(folder, reached, identities, prompts):
+    rank = torch.distributed.get_rank()
+    with pytest.raises(ValueError, match="the ranks have different prompts or weights"):
+        generate(toy_model(), toy_tokenizer(), prompts[rank], kept=KeptTokens(folder, identities[rank]), **GREEDY)
+    (reached / str(rank)).touch()
+
+
+@pytest.mark.parametrize(("identities", "prompts"), [("ab", ["a", "a"]), ("aa", ["a", "b"])])
+def test_ranks_with_different_models_or_prompts_do_not_mix_completions(tmp_path, identities, prompts):
+    run_ranks(disagree, 2, tmp_path, tmp_path / "kept", tmp_path, identities, prompts)
+    assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}
+
+
+def test_the_digest_of_a_model_tells_weights_and_settings_apart():
+    digest = model_digest(toy_model())
+    assert model_digest(toy_model()) == digest
+    with_bf16 = toy_model().to(torch.bfloat16)
+    changed = toy_model()
+    with torch.no_grad():
+        changed.lm_head.weight[0, 0] += 1
+    others = [toy_model(seed=1), toy_model(sliding_window=8), with_bf16, changed]
+    assert digest not in {model_digest(model) for model in others}
