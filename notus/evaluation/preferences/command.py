@@ -7,13 +7,13 @@ and there is no calibration and no KL.
 
 A run's figures are also written to RUN/evaluations/preferences/result.json. Its `details`, and those keys of --output:
 
-    overall           `breakdowns.compare` of all pairs
+    overall           `metrics.compare` of all pairs
     by_source         [{source, + compare}], or null: the data name none
     by_length         [{low, high, + compare}]: completion tokens of chosen and rejected together
     by_longer         [{longer: "chosen" | "rejected" | "neither", + compare}]
-    length_bias       see `breakdowns.length_bias`; null: undefined
+    length_bias       see `metrics.length_bias`; null: undefined
     calibration       {bins: [{low, high, count, confidence, frequency, interval}], ece, brier, best_beta, best_loss},
-                      see `calibration.calibration`; null: no base
+                      see `metrics.calibration`; null: no base
     kl                see `kl.kl`; null: not asked for
 
 where compare is {count, accuracy, accuracy_stderr, accuracy_interval, margin, margin_stderr, margin_interval}.
@@ -21,26 +21,28 @@ where compare is {count, accuracy, accuracy_stderr, accuracy_interval, margin, m
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from notus.evaluation.arguments import add_model_arguments, count, positive
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import check_folder, check_output, replacing
+from notus.evaluation.results import EVALUATIONS, Figure, Result, check_folder, check_output, write_result
+from notus.runtime.files import write_text
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
-    from notus.data.dataset import Rows
     from notus.evaluation.models import ModelSource
     from notus.evaluation.preferences.kl import Samples
-    from notus.evaluation.preferences.scores import Scores, Scoring
+    from notus.evaluation.preferences.scores import Scores, Scoring, Tokenization
 
-
+SUITE = "preferences"
+DETAILS = ("overall", "by_source", "by_length", "by_longer", "length_bias", "calibration", "kl")
 DEFAULT_KL_TOKENS = 512
-# How pairs become tokens.
-ROW_OPTIONS = ("max_length", "max_prompt_length", "chat_template", "add_empty_system")
+_OF_PAIRS = ("split", "max_length", "max_prompt_length", "chat_template", "add_empty_system")
+_MEASURES = {"rewards": "reward", "logps": "log-prob", "logps_per_token": "log-prob per token"}
+_MOST_SOURCES = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,8 +94,6 @@ def run(args: argparse.Namespace) -> int:
     Raises ValueError or OSError with a message for the user.
     """
     from notus.evaluation.models import find_together
-    from notus.evaluation.preferences.table import SUITE, table
-    from notus.evaluation.results import EVALUATIONS
     from notus.runtime import distributed
 
     with distributed.process_group() as device:
@@ -120,80 +120,125 @@ def _find_base(args: argparse.Namespace, model: "ModelSource") -> "ModelSource |
 
 
 def _check_options(args: argparse.Namespace, base: "ModelSource | None") -> None:
-    if base is None:
-        for option, value in (("--beta", args.beta), ("--kl-samples", args.kl_samples)):
-            if value is not None:
-                raise ValueError(f"{option} has no effect without a base: give --base, or leave it out")
-    if args.pairs is None:
-        for option in ("split", *ROW_OPTIONS):  # cut otherwise, other rows would be held out
-            if getattr(args, option) is not None:
-                raise ValueError(f"--{option.replace('_', '-')} needs --pairs: the run's own are taken as they are")
-    if args.kl_samples is None:
-        for option, value in (("--kl-prompts", args.kl_prompts), ("--kl-max-new-tokens", args.kl_max_new_tokens)):
-            if value is not None:
-                raise ValueError(f"{option} has no effect without --kl-samples: say how many, or leave it out")
+    """Raise ValueError for options without effect."""
+    for name in ("beta", "kl_samples"):
+        if base is None and getattr(args, name) is not None:
+            raise ValueError(f"{_option(name)} has no effect without a base: give --base, or leave it out")
+    for name in _OF_PAIRS:  # cut otherwise, other rows would be held out
+        if args.pairs is None and getattr(args, name) is not None:
+            raise ValueError(f"{_option(name)} needs --pairs: the run's own are taken as they are")
+    for name in ("kl_prompts", "kl_max_new_tokens"):
+        if args.kl_samples is None and getattr(args, name) is not None:
+            raise ValueError(f"{_option(name)} has no effect without --kl-samples: say how many, or leave it out")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _evaluate(
     args: argparse.Namespace, device: "torch.device", model: "ModelSource", base: "ModelSource | None"
 ) -> dict[str, Any]:
-    """What the table shows and the file gets: how it was computed, then the metrics."""
-    import torch
-
-    from notus.evaluation.preferences import pairs
-    from notus.evaluation.preferences.scores import Scoring, preference_metrics
+    """Return what the table shows and the file gets: how it was computed, then the metrics."""
+    from notus.evaluation.preferences.scores import Scoring, load_pairs_of, name_pairs
     from notus.model.export import load_tokenizer
 
     tokenizer = load_tokenizer(model.folder, args.trust_remote_code)
-    options = _data_options(args, model)
-    precision = model.choose(args.precision, "training.precision", "bf16")
-    rows = pairs.load(args.pairs, args.split, model, tokenizer, options)
-    samples = _sample(args, model, tokenizer, rows, options, precision, device) if args.kl_samples else None
+    tokenization = _tokenization(args, model)
     scoring = Scoring(
-        pairs=rows,
-        samples=samples.rows if samples else None,
+        pairs=load_pairs_of(model, args.pairs, args.split, tokenizer, tokenization),
         tokenizer=tokenizer,
-        precision=precision,
+        precision=model.choose(args.precision, "training.precision", "bf16"),
         tokens_per_row=args.tokens_per_row,
         device=device,
         trust_remote_code=args.trust_remote_code,
     )
-    scores, base_scores = _score(args, model, base, scoring)
+    samples = _sample(args, model, scoring, tokenization) if args.kl_samples else None
+    scores, base_scores = _score(args, model, base, scoring, samples)
     beta = model.choose(args.beta, "dpo.beta", 0.1) if base else None
-    described = {
+    return {
         "model": model.name,
         "base": base.name if base else None,
         "ranked_by": "rewards" if base else "logps",
-        "pairs": pairs.name_of(args.pairs, model),
-        "num_pairs": len(rows),
-        "precision": precision,
+        "pairs": name_pairs(model, args.pairs),
+        "num_pairs": len(scoring.pairs),
+        "precision": scoring.precision,
         "beta": beta,
+        **tokenization._asdict(),
+        **_metrics(scoring, scores, base_scores, beta, samples),
     }
-    lengths = torch.from_numpy(rows.loss_tokens)
-    of_base = base_scores.pairs if base_scores else None
-    metrics = preference_metrics(scores.pairs, of_base, lengths, beta=beta)
-    return {**described, **options, **metrics, **_details(rows, scores, base_scores, beta, samples)}
+
+
+def _tokenization(args: argparse.Namespace, model: "ModelSource") -> "Tokenization":
+    """How pairs become tokens: as the user says, else as the run had it."""
+    from notus.evaluation.preferences.scores import Tokenization
+
+    max_length = model.choose(args.max_length, "data.max_length", 1024)
+    of_prompt = max(1, min(512, max_length // 2))
+    return Tokenization(
+        max_length=max_length,
+        max_prompt_length=model.choose(args.max_prompt_length, "data.max_prompt_length", of_prompt),
+        chat_template=model.choose(args.chat_template, "data.chat_template", None),
+        add_empty_system=model.choose(args.add_empty_system, "data.add_empty_system", False),
+    )
+
+
+def _sample(
+    args: argparse.Namespace, model: "ModelSource", scoring: "Scoring", tokenization: "Tokenization"
+) -> "Samples":
+    """Draw completions for the KL, of the prompts that the user chose."""
+    from notus.evaluation.preferences.kl import choose, prompts_of, read_prompts, sample
+    from notus.runtime.distributed import on_main, say
+
+    if args.kl_prompts:
+        template, system = tokenization.chat_template, tokenization.add_empty_system
+        prompts = on_main(
+            lambda: read_prompts(
+                Path(args.kl_prompts), scoring.tokenizer, chat_template=template, add_empty_system=system
+            )
+        )
+    else:
+        prompts = prompts_of(scoring.pairs)
+    chosen = choose(prompts, args.kl_samples)
+    if len(chosen) < args.kl_samples:
+        say(f"--kl-samples {args.kl_samples}: there are only {len(chosen)} different prompts")
+    return sample(
+        model.folder,
+        scoring.tokenizer,
+        chosen,
+        max_new_tokens=args.kl_max_new_tokens or DEFAULT_KL_TOKENS,
+        precision=scoring.precision,
+        device=scoring.device,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def _score(
-    args: argparse.Namespace, model: "ModelSource", base: "ModelSource | None", scoring: "Scoring"
+    args: argparse.Namespace,
+    model: "ModelSource",
+    base: "ModelSource | None",
+    scoring: "Scoring",
+    samples: "Samples | None",
 ) -> "tuple[Scores, Scores | None]":
     from notus.evaluation.preferences.scores import score_adapter, score_model
 
+    rows = samples.rows if samples else None
     if model.base and not args.base:
-        return score_adapter(model, scoring)
-    scores = score_model(model, scoring)
-    return scores, score_model(base, scoring) if base else None
+        return score_adapter(model, scoring, rows)
+    return score_model(model, scoring, rows), score_model(base, scoring, rows) if base else None
 
 
-def _details(
-    rows: "Rows", scores: "Scores", base: "Scores | None", beta: float | None, samples: "Samples | None"
+def _metrics(
+    scoring: "Scoring", scores: "Scores", base: "Scores | None", beta: float | None, samples: "Samples | None"
 ) -> dict[str, Any]:
-    from notus.evaluation.preferences import breakdowns
-    from notus.evaluation.preferences.calibration import calibration
+    import torch
+
+    from notus.evaluation.preferences import metrics
     from notus.evaluation.preferences.kl import kl
 
-    ratios = scores.pairs.double() - (base.pairs.double() if base else 0)
+    lengths, sources = scoring.pairs.loss_tokens, scoring.pairs.sources
+    of_base = base.pairs if base else None
+    ratios = scores.pairs.double() - (0 if of_base is None else of_base.double())
     margins = (1.0 if beta is None else beta) * (ratios[:, 0] - ratios[:, 1]).numpy()
     estimated = None
     if samples is not None:
@@ -202,65 +247,115 @@ def _details(
         assert base.samples is not None
         estimated = kl(scores.samples, base.samples, samples)
     return {
-        "overall": breakdowns.compare(margins),
-        "by_source": breakdowns.by_source(margins, rows.sources) if rows.sources else None,
-        "by_length": breakdowns.by_length(margins, rows.loss_tokens),
-        "by_longer": breakdowns.by_longer(margins, rows.loss_tokens),
-        "length_bias": breakdowns.length_bias(margins, rows.loss_tokens),
-        "calibration": calibration(margins, beta) if beta is not None else None,
+        **metrics.preference_metrics(scores.pairs, of_base, torch.from_numpy(lengths), beta=beta),
+        "overall": metrics.compare(margins),
+        "by_source": metrics.by_source(margins, sources) if sources else None,
+        "by_length": metrics.by_length(margins, lengths),
+        "by_longer": metrics.by_longer(margins, lengths),
+        "length_bias": metrics.length_bias(margins, lengths),
+        "calibration": metrics.calibration(margins, beta) if beta is not None else None,
         "kl": estimated,
     }
 
 
-def _sample(
-    args: argparse.Namespace,
-    model: "ModelSource",
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: "Rows",
-    options: dict[str, Any],
-    precision: str,
-    device: "torch.device",
-) -> "Samples":
-    """Completions for the KL, of the prompts that the user chose."""
-    from notus.evaluation.preferences.kl import choose, prompts_of, read_prompts, sample
-    from notus.runtime.distributed import on_main, say
-
-    prompts = prompts_of(rows)
-    if args.kl_prompts:
-        chat = {name: options[name] for name in ("chat_template", "add_empty_system")}
-        prompts = on_main(lambda: read_prompts(Path(args.kl_prompts), tokenizer, **chat))
-    chosen = choose(prompts, args.kl_samples)
-    if len(chosen) < args.kl_samples:
-        say(f"--kl-samples {args.kl_samples}: there are only {len(chosen)} different prompts")
-    return sample(
-        model.folder,
-        tokenizer,
-        chosen,
-        max_new_tokens=args.kl_max_new_tokens or DEFAULT_KL_TOKENS,
-        precision=precision,
-        device=device,
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
-def _data_options(args: argparse.Namespace, model: "ModelSource") -> dict[str, Any]:
-    """How pairs become tokens: as the user says, else as the run had it."""
-    max_length = model.choose(args.max_length, "data.max_length", 1024)
-    of_prompt = max(1, min(512, max_length // 2))
-    return {
-        "max_length": max_length,
-        "max_prompt_length": model.choose(args.max_prompt_length, "data.max_prompt_length", of_prompt),
-        "chat_template": model.choose(args.chat_template, "data.chat_template", None),
-        "add_empty_system": model.choose(args.add_empty_system, "data.add_empty_system", False),
-    }
-
-
 def _write(args: argparse.Namespace, model: "ModelSource", result: dict[str, Any]) -> None:
-    from notus.evaluation.preferences.table import SUITE, as_result
-    from notus.evaluation.results import EVALUATIONS, write_result
-
     if args.output:
-        with replacing(Path(args.output)) as file:
-            file.write(json.dumps(result, indent=2) + "\n")
+        write_text(Path(args.output), json.dumps(result, indent=2) + "\n")
     if model.run:
-        write_result(model.run / EVALUATIONS / SUITE, as_result(result, model.name))
+        hidden = (*DETAILS, "loss")
+        settings = {name: value for name, value in result.items() if name not in hidden and "/" not in name}
+        details = {name: result[name] for name in DETAILS}
+        write_result(
+            model.run / EVALUATIONS / SUITE, Result(SUITE, model.name, list(_figures(result)), settings, details)
+        )
+
+
+def _figures(result: dict[str, Any]) -> Iterator[Figure]:
+    from notus.evaluation.models import public_name
+
+    overall, kl, known = result["overall"], result["kl"], result["calibration"]
+    what = _MEASURES[result["ranked_by"]]
+    shared: dict[str, Any] = {
+        "count": overall["count"],
+        "dataset": ", ".join(public_name(name) for name in result["pairs"].split(", ")),
+        "setup": f"beta {result['beta']:g}, against {public_name(result['base'])}" if result["base"] else "no base",
+    }
+    error = overall["accuracy_stderr"]
+    percent = None if error is None else 100 * error
+    yield Figure(f"{what} accuracy", "accuracy", 100 * overall["accuracy"], "%", stderr=percent, **shared)
+    yield Figure(f"{what} margin", "margin", overall["margin"], stderr=overall["margin_stderr"], **shared)
+    if known:
+        yield Figure("sigmoid loss", "loss", result["loss"], **shared)
+        yield Figure("expected calibration error", "ece", known["ece"], **shared)
+    if kl:
+        shared |= {"count": kl["samples"], "setup": f"sampled, at most {kl['max_new_tokens']} tokens"}
+        yield Figure(
+            "KL to the base", "kl_per_sequence", kl["per_sequence"], stderr=kl["per_sequence_stderr"], **shared
+        )
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the figures as a table for a terminal."""
+    against = f"against {result['base']}, beta {result['beta']:g}" if result["base"] else "without a base"
+    lines = [
+        f"{result['model']} {against}: {result['num_pairs']} pairs, {result['precision']}",
+        f"{'':18}{'chosen':>12}{'rejected':>12}{'margin':>12}{'accuracy':>12}",
+    ]
+    for name, title in _MEASURES.items():
+        if f"{name}/chosen" in result:
+            parts = (result[f"{name}/{part}"] for part in ("chosen", "rejected", "margins", "accuracies"))
+            lines.append(f"{title:18}{''.join(f'{value:12.4f}' for value in parts)}")
+    if "loss" in result:
+        lines.append(f"sigmoid loss {result['loss']:.6f}")
+    return "\n".join([*lines, *_sentences(result), "", *_breakdowns(result)])
+
+
+def _sentences(result: dict[str, Any]) -> Iterator[str]:
+    if known := result["calibration"]:
+        best = known["best_beta"]
+        fits = "no finite beta fits best" if best is None else f"beta {best:.3g} would fit these pairs best"
+        yield f"calibration: expected error {known['ece']:.4f}, Brier score {known['brier']:.4f}; {fits}"
+    if bias := result["length_bias"]:
+        slope, error = bias["slope_per_token"], bias["slope_stderr"]
+        yield (
+            f"length: margin {slope:+.4g} ± {error:.2g} per token that the chosen is longer; correlation "
+            f"{bias['pearson']:.2f}, of ranks {bias['spearman']:.2f}"
+        )
+    if kl := result["kl"]:
+        per_sequence, per_token, k3 = (
+            _with_error(kl, name) for name in ("per_sequence", "per_token", "k3_per_sequence")
+        )
+        yield (
+            f"KL to the base: {per_sequence} nats a completion, {per_token} a token (k3: {k3}); {kl['samples']} "
+            f"samples, {kl['cut_share']:.0%} of them cut at {kl['max_new_tokens']} tokens"
+        )
+
+
+def _with_error(found: dict[str, Any], name: str) -> str:
+    error = found[f"{name}_stderr"]
+    return f"{found[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _breakdowns(result: dict[str, Any]) -> Iterator[str]:
+    ranked = _MEASURES[result["ranked_by"]]
+    yield f"{ranked + ', 95% intervals':34}{'pairs':>7}  {'margin':>30}  {'accuracy':>24}"
+    yield _line("all pairs", result["overall"])
+    sources = result["by_source"] or []
+    for row in sources[:_MOST_SOURCES]:
+        yield _line(row["source"], row)
+    if len(sources) > _MOST_SOURCES:
+        yield f"  ... and {len(sources) - _MOST_SOURCES} more sources, see --output"
+    for row in result["by_length"]:
+        yield _line(f"{row['low']} to {row['high']} tokens together", row)
+    for row in result["by_longer"]:
+        yield _line("of equal length" if row["longer"] == "neither" else f"{row['longer']} is longer", row)
+
+
+def _line(title: str, row: dict[str, Any]) -> str:
+    margin = f"{row['margin']:.4f}"
+    if row["margin_interval"]:  # of one pair there is none
+        low, high = row["margin_interval"]
+        margin += f" [{low:.4f}, {high:.4f}]"
+    low, high = row["accuracy_interval"]
+    accuracy = f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+    return f"  {title[:31]:32}{row['count']:7}  {margin:>30}  {accuracy:>24}"

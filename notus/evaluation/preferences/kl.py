@@ -17,7 +17,7 @@ from notus.data.columns import FEATURES
 from notus.data.dataset import Rows
 from notus.evaluation import prompts as prompt_files
 from notus.evaluation.generation import generate_ids
-from notus.evaluation.preferences.breakdowns import stderr
+from notus.evaluation.preferences.metrics import stderr
 from notus.evaluation.preferences.scores import free_memory
 from notus.model.export import load_causal_lm
 from notus.training.parallelize import COMPUTE_DTYPES

@@ -1,9 +1,9 @@
-"""Does a model prefer the chosen completions? Accuracy and margins on pairs, alone or against a base."""
+"""Held-out pairs, and their log-probs under a model, an adapter or its base."""
 
 import dataclasses
 import gc
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +11,92 @@ from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import Rows
+from notus.data.tokenize import load_pairs, split_holdout
 from notus.evaluation.models import ModelSource
-from notus.losses import dpo_loss
 from notus.model.adapter import load_adapter, read_adapter_settings
 from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
 from notus.model.policy import Policy
-from notus.runtime.distributed import main_first, say
+from notus.runtime.distributed import main_first, on_main, say
 from notus.training.build import Adapter, build_policy, read_model_config
+from notus.training.checkpoint import checkpoints_in, read_identity
+from notus.training.reference import digest_of_rows
+from notus.training.run_folder import CHECKPOINTS
 from notus.training.scoring import score_all, score_tokens
 
 DEFAULT_TOKENS_PER_ROW = 4096
+
+
+class Tokenization(NamedTuple):
+    """How pairs become tokens; see `load_pairs`."""
+
+    max_length: int
+    max_prompt_length: int
+    chat_template: str | None
+    add_empty_system: bool
+
+
+def name_pairs(model: ModelSource, given: str | None) -> str:
+    """Return what the figures call the pairs: as the user named them, or those that the model's run held out.
+
+    Raises ValueError if none are given, and the model is no run with held-out pairs.
+    """
+    if given is not None:
+        return given
+    data = model.settings.get("data", {})
+    if "dpo" not in model.settings or not (data.get("eval") or data.get("eval_size")):
+        raise ValueError(f"{model.name}: no DPO run that held pairs out: name held-out pairs with --pairs")
+    if data.get("eval"):
+        return ", ".join(source["path"] for source in data["eval"])  # a resolved config has a list
+    return f"{data['eval_size']} rows held out of data.train"
+
+
+def load_pairs_of(
+    model: ModelSource,
+    given: str | None,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenization: Tokenization,
+) -> Rows:
+    """Read and tokenise the pairs; within a process group, rank 0 first.
+
+    Raises ValueError as `load_pairs` does, or if what the run held out is not there any more.
+    """
+    name = name_pairs(model, given)
+    data: dict[str, Any] = dict(model.settings["data"]) if given is None else {}
+    seed = model.settings["training"]["seed"] if given is None else 42
+    named = [{"path": given, "split": split or "train"}]
+    dataset, report = main_first(
+        lambda: load_pairs(
+            data.get("eval") or data.get("train") or named,
+            tokenizer,
+            max_length=tokenization.max_length,
+            max_prompt_length=tokenization.max_prompt_length,
+            chat_template=tokenization.chat_template,
+            add_empty_system=tokenization.add_empty_system,
+            num_workers=data.get("num_workers", 1),
+            cache_dir=data.get("cache_dir"),
+            seed=seed,
+        )
+    )
+    if given is None and not data.get("eval"):
+        dataset = split_holdout(dataset, data["eval_size"], seed)[1]
+    rows = Rows(dataset)
+    if given is None:
+        on_main(lambda: _check_held_out(rows, model))
+    say(f"{name} {report}")
+    return rows
+
+
+def _check_held_out(rows: Rows, model: ModelSource) -> None:
+    """From data that changed since, others would be held out, which the model may have learned from."""
+    assert model.run is not None
+    known = [read_identity(path).get("data.eval") for path in checkpoints_in(model.run / CHECKPOINTS)]
+    if any(known) and digest_of_rows(rows.digests()) not in known:
+        raise ValueError(
+            f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
+            "tokens, changed since; restore them, or name held-out pairs with --pairs"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +108,6 @@ class Scoring:
         tokenizer: what made the rows; its ids must fit the model's vocabulary.
         precision: "bf16" or "fp32".
         device: this rank's device.
-        samples: other rows, scored token by token; None: there are none.
         tokens_per_row: the most tokens of a packed row; None: 4096, or the longest pair's.
         trust_remote_code: run model code that comes with a folder.
     """
@@ -42,7 +116,6 @@ class Scoring:
     tokenizer: PreTrainedTokenizerBase
     precision: str
     device: torch.device
-    samples: Rows | None = None
     tokens_per_row: int | None = None
     trust_remote_code: bool = False
 
@@ -54,27 +127,32 @@ class Scores(NamedTuple):
     samples: Tensor | None
 
 
-def score_model(source: ModelSource, scoring: Scoring) -> Scores:
+def score_model(source: ModelSource, scoring: Scoring, samples: Rows | None = None) -> Scores:
     """Score under a model, which is loaded, sharded, for this and freed again; collective.
+
+    Args:
+        source: the model.
+        scoring: the pairs, and how to score them.
+        samples: other rows, scored token by token.
 
     Raises:
         ValueError: a model that cannot be loaded, rows that do not fit, log-probs that are not finite.
     """
     _check_fits(scoring)
     policy = _build(source, scoring)
-    scores = _score(policy, source.name, scoring)
+    scores = _score(policy, source.name, scoring, samples)
     del policy
     free_memory()
     return scores
 
 
-def score_adapter(source: ModelSource, scoring: Scoring) -> tuple[Scores, Scores]:
+def score_adapter(source: ModelSource, scoring: Scoring, samples: Rows | None = None) -> tuple[Scores, Scores]:
     """Score under an adapter and, with it switched off, under its own base, which is loaded once for both."""
     _check_fits(scoring)
     policy = _build(source, scoring)
-    adapted = _score(policy, source.name, scoring)
+    adapted = _score(policy, source.name, scoring, samples)
     with adapters_off(policy.causal_lm):
-        base = _score(policy, str(source.base), scoring)
+        base = _score(policy, str(source.base), scoring, samples)
     del policy
     free_memory()
     return adapted, base
@@ -89,8 +167,8 @@ def _check_fits(scoring: Scoring) -> None:
         )
 
 
-def _score(policy: Policy, name: str, scoring: Scoring) -> Scores:
-    pairs, samples, device = scoring.pairs, scoring.samples, scoring.device
+def _score(policy: Policy, name: str, scoring: Scoring, samples: Rows | None) -> Scores:
+    pairs, device = scoring.pairs, scoring.device
     room = scoring.tokens_per_row or DEFAULT_TOKENS_PER_ROW
     logps = score_all(
         policy,
@@ -148,42 +226,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def preference_metrics(policy: Tensor, base: Tensor | None, lengths: Tensor, *, beta: float | None) -> dict[str, float]:
-    """Means over pairs of what a model makes of the chosen and the rejected completions.
-
-    Args:
-        policy: [n, 2] summed log-probs of (chosen, rejected) under the model, in nats.
-        base: [n, 2] the same under the base; None: there is none.
-        lengths: [n, 2] completion tokens.
-        beta: the scale of the rewards; None without a base.
-
-    Returns:
-        For each measure `<measure>/chosen`, `/rejected`, `/margins` (chosen - rejected) and `/accuracies`
-        (share of pairs with a positive margin, a tie counting half). The measures are `logps` (summed),
-        `logps_per_token` and, with a base, `rewards`, β·(policy - base), beside which stands `loss`, the mean
-        sigmoid DPO loss.
-    """
-    policy = policy.double()
-    measures = {"logps": policy, "logps_per_token": policy / lengths}
-    metrics: dict[str, float] = {}
-    if base is not None:
-        assert beta is not None, "rewards need a beta"
-        losses, chosen, rejected = dpo_loss(*policy.unbind(1), *base.double().unbind(1), beta=beta)
-        metrics["loss"] = losses.mean().item()
-        measures = {"rewards": torch.stack([chosen, rejected], dim=1), **measures}
-    for name, values in measures.items():
-        metrics.update(_compare(name, values))
-    return metrics
-
-
-def _compare(name: str, values: Tensor) -> dict[str, float]:
-    chosen, rejected = values.unbind(1)
-    margins = chosen - rejected
-    return {
-        f"{name}/chosen": chosen.mean().item(),
-        f"{name}/rejected": rejected.mean().item(),
-        f"{name}/margins": margins.mean().item(),
-        f"{name}/accuracies": (0.5 * (1 + margins.sign())).mean().item(),
-    }

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.__main__ import main
 from notus.evaluation.preferences import scores
-from notus.evaluation.preferences.table import DETAILS
+from notus.evaluation.preferences.command import DETAILS
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
 from notus.training import dpo
