@@ -18,14 +18,22 @@ from notus.runtime.files import replacing
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from notus.data.chat import Turns
     from notus.evaluation.models import ModelSource
     from notus.evaluation.prompts import Prompt
 
-DEFAULT_SEED = 42
-ANSWER_DEFAULTS = {"max_new_tokens": 2048, "temperature": 0.0, "top_p": 1.0, "seed": DEFAULT_SEED, "batch_size": 32}
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How completions are generated; see `generation.generate`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    batch_size: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it exists, once the result is complete"
     )
-    parser.add_argument("--max-new-tokens", type=count, default=512, help="of a completion (default: 512)")
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default: 0)")
-    parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens with this share of the probability")
+    add_answer_arguments(parser, "completion", max_new_tokens=512)
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
     parser.add_argument("--num-samples", type=count, default=1, help="completions per prompt (default: 1)")
-    parser.add_argument("--seed", type=int, help=f"of the draws (default: {DEFAULT_SEED})")
-    parser.add_argument("--batch-size", type=count, default=32, help="completions at a time (default: 32)")
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
     begin.add_argument("--raw", action="store_true", help="take prompts as plain text, without a chat template")
@@ -62,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError or OSError with a message for the user.
     """
-    _check_sampled(args, args.temperature, ("top_p", "top_k", "seed"), "completions")
-    if args.temperature == 0 and args.num_samples > 1:
+    settings = answer_settings(args, "completions", max_new_tokens=512)
+    if settings.temperature == 0 and args.num_samples > 1:
         raise ValueError("--num-samples above 1 would repeat a greedy completion: set --temperature")
     if args.raw and (args.chat_template or args.add_empty_system):
         raise ValueError("--raw uses no chat template: leave --chat-template and --add-empty-system out")
@@ -71,18 +75,10 @@ def run(args: argparse.Namespace) -> int:
 
     with distributed.process_group() as device:
         distributed.on_main(lambda: _check_out(Path(args.out), args))
-        prompts, completions = _generate(args, device)
+        prompts, completions = _generate(args, settings, device)
         distributed.on_main(lambda: _write(Path(args.out), prompts, completions, args.num_samples))
         distributed.say(f"wrote {len(completions)} completions of {len(prompts)} prompts to {args.out}")
     return 0
-
-
-def _check_sampled(args: argparse.Namespace, degree: float, names: Sequence[str], what: str) -> None:
-    """Raise ValueError for options that have no effect without sampling."""
-    for name in names:
-        if degree == 0 and getattr(args, name) is not None:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} has no effect on greedy {what}: set --temperature as well")
 
 
 def _check_out(path: Path, args: argparse.Namespace) -> None:
@@ -92,59 +88,64 @@ def _check_out(path: Path, args: argparse.Namespace) -> None:
         raise ValueError(f"{path}: exists already; name another file, or replace it with --overwrite")
 
 
-def _generate(args: argparse.Namespace, device: "torch.device") -> tuple[list["Prompt"], list[str]]:
+def _generate(args: argparse.Namespace, settings: Decoding, device: "torch.device") -> tuple[list["Prompt"], list[str]]:
     """Return the prompts, and num_samples completions of each, one after the other."""
-    from notus.evaluation.generation import generate
     from notus.evaluation.models import find_together
-    from notus.model.export import load_tokenizer
     from notus.runtime.distributed import on_main
 
-    source = find_together(args.model, trust_remote_code=args.trust_remote_code)
-    chat_template, add_empty_system = _prompting(args, source)
-    # Prompts are read before the model: their mistakes show at once.
-    tokenizer = load_tokenizer(source.folder, args.trust_remote_code)
-    prompts = on_main(lambda: _read(args, has_chat_format=bool(chat_template or tokenizer.chat_template)))
+    model = _Model(find_together(args.model, trust_remote_code=args.trust_remote_code), args)
+    # Prompts are read before the weights: their mistakes show at once.
+    prompts = on_main(lambda: _read(args, has_chat_format=model.has_chat_format))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    completions = generate(
-        _load_model(args, source, tokenizer, device),
-        tokenizer,
-        [prompt.turns for prompt in repeated],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=1.0 if args.top_p is None else args.top_p,
-        top_k=args.top_k or 0,
-        seed=DEFAULT_SEED if args.seed is None else args.seed,
-        batch_size=args.batch_size,
-        chat_template=chat_template,
-        add_empty_system=add_empty_system,
-        places=[prompt.place for prompt in repeated],
-    )
-    return prompts, completions
+    places = [prompt.place for prompt in repeated]
+    return prompts, model.complete([prompt.turns for prompt in repeated], places, settings, device)
 
 
-def _prompting(args: argparse.Namespace, source: "ModelSource") -> tuple[str | None, bool]:
-    """The chat template and whether an empty system turn is added: as the user says, else as the run had it."""
-    return (
-        source.choose(args.chat_template, "data.chat_template", None),
-        source.choose(args.add_empty_system, "data.add_empty_system", False),
-    )
+class _Model:
+    """A model with its tokenizer, prompted as the user says, else as its run was; the weights are loaded late."""
 
+    def __init__(self, source: "ModelSource", args: argparse.Namespace) -> None:
+        from notus.model.export import load_tokenizer
 
-def _precision(args: argparse.Namespace, source: "ModelSource") -> str:
-    return str(source.choose(args.precision, "training.precision", "bf16"))
+        self.source, self.trust = source, args.trust_remote_code
+        self.tokenizer = load_tokenizer(source.folder, self.trust)
+        self.chat_template = source.choose(args.chat_template, "data.chat_template", None)
+        self.add_empty_system = source.choose(args.add_empty_system, "data.add_empty_system", False)
+        self.precision = source.choose(args.precision, "training.precision", "bf16")
+        self.has_chat_format = bool(self.chat_template or self.tokenizer.chat_template)
 
+    def complete(
+        self,
+        prompts: "Sequence[Turns]",
+        places: Sequence[str],
+        settings: Decoding,
+        device: "torch.device",
+        kept: Path | None = None,
+    ) -> list[str]:
+        from notus.data.chat import check_vocabulary
+        from notus.evaluation.generation import KeptTokens, generate, model_digest
+        from notus.model.export import load_causal_lm
+        from notus.runtime.distributed import on_main
+        from notus.training.parallelize import COMPUTE_DTYPES
 
-def _load_model(
-    args: argparse.Namespace, source: "ModelSource", tokenizer: "PreTrainedTokenizerBase", device: "torch.device"
-) -> "PreTrainedModel":
-    from notus.data.chat import check_vocabulary
-    from notus.model.export import load_causal_lm
-    from notus.training.parallelize import COMPUTE_DTYPES
-
-    dtype = COMPUTE_DTYPES[_precision(args, source)]
-    causal_lm, _ = load_causal_lm(source.folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code)
-    check_vocabulary(tokenizer, causal_lm.config.vocab_size)
-    return causal_lm
+        dtype = COMPUTE_DTYPES[self.precision]
+        causal_lm, _ = load_causal_lm(self.source.folder, dtype=dtype, device=device, trust_remote_code=self.trust)
+        check_vocabulary(self.tokenizer, causal_lm.config.vocab_size)
+        return generate(
+            causal_lm,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            chat_template=self.chat_template,
+            add_empty_system=self.add_empty_system,
+            places=places,
+            kept=KeptTokens(kept, on_main(lambda: model_digest(causal_lm))) if kept else None,
+        )
 
 
 def _read(args: argparse.Namespace, *, has_chat_format: bool) -> list["Prompt"]:
@@ -173,21 +174,29 @@ def _write(path: Path, prompts: list["Prompt"], completions: list[str], num_samp
             file.write(json.dumps({**prompt.row, **result}, ensure_ascii=False) + "\n")
 
 
-def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how a suite's answers are generated; None stands for `ANSWER_DEFAULTS`."""
-    parser.add_argument("--max-new-tokens", type=count, help="of an answer (default: 2048)")
+def add_answer_arguments(parser: argparse.ArgumentParser, what: str = "answer", max_new_tokens: int = 2048) -> None:
+    """Declare how completions are generated; see `answer_settings`."""
+    parser.add_argument("--max-new-tokens", type=count, help=f"of one {what} (default: {max_new_tokens})")
     parser.add_argument("--temperature", type=temperature, help="0 is greedy (default: 0)")
     parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens with this share of the probability")
     parser.add_argument("--seed", type=int, help="of the draws (default: 42)")
-    parser.add_argument("--batch-size", type=count, help="answers at a time (default: 32)")
+    parser.add_argument("--batch-size", type=count, help=f"{what}s at a time (default: 32)")
 
 
-def answer_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `generate` that `args` give. Raises ValueError for one without effect."""
-    given = {name: getattr(args, name) for name in ANSWER_DEFAULTS if getattr(args, name) is not None}
-    settings = {**ANSWER_DEFAULTS, **given}
-    _check_sampled(args, settings["temperature"], ("top_p", "seed"), "answers")
-    return settings
+def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tokens: int = 2048) -> Decoding:
+    """Return how `args` let the model complete prompts. Raises ValueError for options without effect."""
+    top_k = getattr(args, "top_k", None)  # suites have no such option
+    for option, value in (("--top-p", args.top_p), ("--top-k", top_k), ("--seed", args.seed)):
+        if not args.temperature and value is not None:
+            raise ValueError(f"{option} has no effect on greedy {what}: set --temperature as well")
+    return Decoding(
+        max_new_tokens=args.max_new_tokens or max_new_tokens,
+        temperature=args.temperature or 0.0,
+        top_p=args.top_p or 1.0,
+        top_k=top_k or 0,
+        seed=42 if args.seed is None else args.seed,
+        batch_size=args.batch_size or 32,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,34 +235,18 @@ def answer(
     Raises:
         ValueError: the model cannot be loaded, or a prompt fills its context.
     """
-    from notus.evaluation.generation import KeptTokens, generate, model_digest
-    from notus.model.export import load_tokenizer
-    from notus.runtime.distributed import on_main
-
-    tokenizer = load_tokenizer(source.folder, args.trust_remote_code)
-    chat_template, add_empty_system = _prompting(args, source)
-    as_turns = bool(chat_template or tokenizer.chat_template)
-    causal_lm = _load_model(args, source, tokenizer, device)
-    settings = answer_settings(args)
-    texts = generate(
-        causal_lm,
-        tokenizer,
-        [[{"role": "user", "content": each}] if as_turns and isinstance(each, str) else each for each in prompts],
-        max_new_tokens=settings["max_new_tokens"],
-        temperature=settings["temperature"],
-        top_p=settings["top_p"],
-        seed=settings["seed"],
-        batch_size=settings["batch_size"],
-        chat_template=chat_template,
-        add_empty_system=add_empty_system,
-        places=places,
-        kept=KeptTokens(kept, on_main(lambda: model_digest(causal_lm))),
-    )
+    model, settings = _Model(source, args), answer_settings(args)
+    turns = [
+        [{"role": "user", "content": each}] if model.has_chat_format and isinstance(each, str) else each
+        for each in prompts
+    ]
+    texts = model.complete(turns, places, settings, device, kept)
     described = {
-        **settings,
-        "chat_template": chat_template,
-        "add_empty_system": add_empty_system,
-        "precision": _precision(args, source),
-        "as_turns": as_turns,
+        **dataclasses.asdict(settings),
+        "chat_template": model.chat_template,
+        "add_empty_system": model.add_empty_system,
+        "precision": model.precision,
+        "as_turns": model.has_chat_format,
     }
+    del described["top_k"]  # suites have no such option
     return Answers([text.strip() for text in texts], described)

@@ -159,8 +159,8 @@ def generate(
     """
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
-    encoded = [_encode(encoder, prompt, context, at) for prompt, at in zip(prompts, places, strict=True)]
+    context = context_of(causal_lm)
+    encoded = [encode_prompt(encoder, prompt, at, context) for prompt, at in zip(prompts, places, strict=True)]
     completed = generate_ids(
         causal_lm,
         tokenizer,
@@ -249,7 +249,13 @@ def model_digest(causal_lm: PreTrainedModel) -> str:
     return total.hexdigest()
 
 
-def _encode(encoder: ChatEncoder, prompt: Turns, context: int, place: str) -> list[int]:
+def context_of(causal_lm: PreTrainedModel) -> int:
+    """Return the most tokens of prompt and completion that a model takes."""
+    return getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def encode_prompt(encoder: ChatEncoder, prompt: Turns, place: str, context: int = sys.maxsize) -> list[int]:
+    """Return a prompt's token ids. Raises ValueError, naming its place, if it is empty or fills the context."""
     try:
         ids = encoder.encode_prompt(prompt)
     except ValueError as error:

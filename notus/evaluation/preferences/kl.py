@@ -1,7 +1,6 @@
 """KL(model ‖ base) of whole completions, estimated from the model's own samples."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from notus.data.chat import ChatEncoder
 from notus.data.columns import FEATURES
 from notus.data.dataset import Rows
 from notus.evaluation import prompts as prompt_files
-from notus.evaluation.generation import generate_ids
+from notus.evaluation.generation import context_of, encode_prompt, generate_ids
 from notus.evaluation.preferences.metrics import stderr
 from notus.evaluation.preferences.scores import free_memory
 from notus.model.export import load_causal_lm
@@ -57,15 +56,8 @@ def read_prompts(
     """The prompts of a file as `notus generate` takes them, as token ids. Raises ValueError, naming the line."""
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
     has_chat_format = bool(chat_template or tokenizer.chat_template)
-    found = []
-    for prompt in prompt_files.read_prompts(path, strings_are_turns=has_chat_format):
-        try:
-            found.append(encoder.encode_prompt(prompt.turns))
-        except ValueError as error:
-            raise ValueError(f"{prompt.place}: {error}") from error
-        if not found[-1]:
-            raise ValueError(f"{prompt.place}: the prompt is empty; there is nothing to continue")
-    return found
+    prompts = prompt_files.read_prompts(path, strings_are_turns=has_chat_format)
+    return [encode_prompt(encoder, prompt.turns, prompt.place) for prompt in prompts]
 
 
 def choose(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
@@ -92,7 +84,7 @@ def sample(
     causal_lm, _ = load_causal_lm(
         folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=trust_remote_code
     )
-    context = getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
+    context = context_of(causal_lm)
     room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     if min(room) < 1:
         raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
