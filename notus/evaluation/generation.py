@@ -132,8 +132,8 @@ def generate(
     """Complete each prompt up to EOS, `max_new_tokens` or the end of the model's context.
 
     Greedy completions do not depend on `batch_size`, to rounding; sampled ones are drawn batch by batch. Of
-    the model's own generation config only the EOS tokens are used. Within a process group the batches are
-    dealt to the ranks, each of which holds the model: a collective, and every rank gets the whole.
+    the model's own generation config only the EOS tokens are used. Within a process group this is a collective: the
+    batches are dealt to the ranks, each of which holds the model, and every rank gets all completions.
 
     Args:
         causal_lm: an unsharded model in evaluation mode, as `load_causal_lm` returns it.
@@ -191,11 +191,11 @@ def generate_ids(
     with_end: bool = False,
     kept: KeptTokens | None = None,
 ) -> list[list[int]]:
-    """`generate` from token ids to token ids: what follows each prompt, at most its `room`; EOS only if `with_end`.
+    """Generate from token ids to token ids: what follows each prompt, at most its `room`; EOS only if `with_end`.
 
     A completion also ends where its text holds one of `stop`; that, and what the batch took to end, stays in it.
     """
-    assert not (with_end and kept), "what is kept has no ends"
+    assert not (with_end and kept), "saved completions have no ends"
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
     batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
     settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
@@ -240,7 +240,7 @@ def generate_kept(*arguments: Any, kept: Path, identity: str, **options: Any) ->
 
 
 def model_digest(causal_lm: PreTrainedModel) -> str:
-    """sha256 (hex) over a model as it was loaded: its tensors, and the settings that alter its computation."""
+    """Return the sha256 (hex) of a model as it was loaded: its tensors, and the settings that alter its computation."""
     config = {k: v for k, v in causal_lm.config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(k)}
     total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(causal_lm.state_dict().items()):

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def wilson(wins: float, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927; Brown, Cai and DasGupta 2001, doi 10.1214/ss/1009213286).
+    """Return Wilson's score interval of a share (Wilson 1927; Brown, Cai and DasGupta 2001, doi 10.1214/ss/1009213286).
 
     Unlike p ± z·stderr it stays within 0 and 1, and holds its level for few examples and shares near either end.
 
@@ -29,7 +29,7 @@ def wilson(wins: float, count: int, level: float = 0.95) -> tuple[float, float]:
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, seed: int = 0, level: float = 0.95, draws: int = 2000
 ) -> tuple[float, float] | None:
-    """The bootstrap's interval of a mean, widened for small samples; None of one value, which tells no spread.
+    """Return the bootstrap's interval of a mean, widened for small samples; None for one value, which has no spread.
 
     The percentiles of the resampled means (Efron 1979, doi 10.1214/aos/1176344552) are too near each other for few
     values, and cover the true mean less often than is meant. So their distances from the mean are stretched by
@@ -57,12 +57,12 @@ def bootstrap_mean(
 
 
 def normal(level: float = 0.95) -> float:
-    """How many standard errors a normal interval of this level reaches to either side."""
+    """Return how many standard errors a normal interval of this level reaches to either side."""
     return NormalDist().inv_cdf(0.5 + level / 2)
 
 
 def student(freedom: int, level: float = 0.95) -> float:
-    """The same of Student's t with so many degrees of freedom (Student 1908, doi 10.1093/biomet/6.1.1)."""
+    """Return the same for Student's t with so many degrees of freedom (Student 1908, doi 10.1093/biomet/6.1.1)."""
     if freedom > 10_000:  # the normal's, to four digits
         return normal(level)
     # t = √freedom · tan(angle), and the angle's density goes with cos(angle)^(freedom - 1): from 0 to a right angle

@@ -1,4 +1,4 @@
-"""Prompts from a file: which key holds them, and whether a string is a user turn or a text to go on from."""
+"""Prompts from a file: which key holds them, and whether a string is a user turn or plain text to continue."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class Prompt:
     Attributes:
         place: where it stands, for errors.
         row: the entry as it was read.
-        turns: messages that end before the answer, or a text to continue.
+        turns: messages that end before the answer, or text to continue.
     """
 
     place: str
@@ -33,7 +33,7 @@ def read_prompts(path: Path, *, strings_are_turns: bool, system: str | None = No
 
     Args:
         path: the file.
-        strings_are_turns: a string is the user's turn; False: a text to continue.
+        strings_are_turns: a string is the user's turn; False: text to continue.
         system: text of a system turn for conversations without one.
 
     Raises:
@@ -71,7 +71,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_prompt(row: Any, place: str) -> tuple[Any, list[Message]]:
-    """A row's prompt as it stands there, and as messages that end before the answer. ValueError if it has none."""
+    """Return a row's prompt as it stands there, and as messages that end before the answer.
+
+    Raises ValueError if it has none.
+    """
     key = next((key for key in KEYS if key in row), None) if isinstance(row, dict) else None
     if key is None:
         raise ValueError(f"{place}: holds no prompt; give an object with one of the keys {', '.join(KEYS)}")
@@ -87,8 +90,8 @@ def _messages(value: Any, key: str, place: str) -> list[Message]:
     try:
         messages = normalize(answered, "sft").prompt
     except ValueError as error:
-        told = str(error).replace("key 'prompt'", f"key '{key}'")
-        raise ValueError(f"{place}: {told}") from error
+        reason = str(error).replace("key 'prompt'", f"key '{key}'")
+        raise ValueError(f"{place}: {reason}") from error
     assert not isinstance(messages, str)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]

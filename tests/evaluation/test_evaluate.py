@@ -28,8 +28,8 @@ def test_a_wrong_suite_lists_the_valid_ones(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", "model", "--suite=open-lm"])
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert all(suite in told for suite in SUITES)
+    message = capsys.readouterr().err
+    assert all(suite in message for suite in SUITES)
 
 
 @pytest.mark.parametrize("option", ["--suit=win-rate", "--su=win-rate"])

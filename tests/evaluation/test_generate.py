@@ -94,7 +94,7 @@ def test_runs_and_adapters(lora_run, full_run, model_folder, prompts):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--top-p", "0.5"], "--top-p has no effect on greedy completions"),
         (["--seed", "1"], "--seed has no effect"),
@@ -103,14 +103,14 @@ def test_runs_and_adapters(lora_run, full_run, model_folder, prompts):
         (["--raw"], "line 3: holds messages, which --raw does not take"),
     ],
 )
-def test_refuses_options_without_effect(model_folder, prompts, capsys, options, told):
+def test_rejects_options_without_effect(model_folder, prompts, capsys, options, message):
     out = prompts.parent / "out.jsonl"
     assert main(["generate", str(model_folder), str(prompts), str(out), *options]) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_refuses_a_system_turn_for_plain_text(model_folder, prompts, capsys):
+def test_rejects_a_system_turn_for_plain_text(model_folder, prompts, capsys):
     prompts.write_text(json.dumps(ROWS[1]))
     arguments = ["generate", str(model_folder), str(prompts), str(prompts.parent / "out.jsonl")]
     assert main([*arguments, "--system", "be brief"]) == 1
@@ -145,7 +145,7 @@ def test_no_progress_bar_of_transformers_is_shown(model_folder, prompts, capsys)
     assert "Loading weights" not in capsys.readouterr().err
 
 
-def test_refuses_to_write_over_the_prompts(model_folder, prompts, capsys):
+def test_rejects_to_write_over_the_prompts(model_folder, prompts, capsys):
     assert main(["generate", str(model_folder), str(prompts), str(prompts)]) == 1
     assert "would replace the input" in capsys.readouterr().err
     assert main(["generate", str(model_folder), str(prompts), str(prompts.parent)]) == 1

@@ -131,7 +131,7 @@ def test_completion_ends_with_the_context():
     assert generate(model, tokenizer, [long, "a"], max_new_tokens=12) == wanted
 
 
-def test_refuses_prompts_without_room_or_text():
+def test_rejects_prompts_without_room_or_text():
     model, tokenizer = toy_model(max_position_embeddings=20), toy_tokenizer()
     with pytest.raises(ValueError, match=r"prompt 2: the prompt's 38 tokens fill the model's context of 20"):
         generate(model, tokenizer, ["a", " b c d e f g h i j k l m n o p q r s t u"])

@@ -45,7 +45,7 @@ def test_the_user_goes_before_the_run_before_the_default():
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "model: 3", "\udcff", "model: {name: resnet}\ndata: {}", "{}"])
-def test_refuses_a_damaged_or_foreign_config(tmp_path, text):
+def test_rejects_a_damaged_or_foreign_config(tmp_path, text):
     (tmp_path / "config.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"config\.yaml: not"):
         find_source(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Reading prompts: every key, strings as turns or as text, system turns, and what is refused."""
+"""Reading prompts: every key, strings as turns or as text, system turns, and what is rejected."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_system_turn_where_there_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"text": "hi"}, "line 2: holds no prompt; give an object with one of the keys prompt, messages"),
         (["hi"], "line 2: holds no prompt"),
@@ -80,13 +80,13 @@ def test_system_turn_where_there_is_none(tmp_path):
         ("{", "line 2: not valid JSON"),
     ],
 )
-def test_refuses_rows(tmp_path, row, told):
+def test_rejects_rows(tmp_path, row, message):
     with pytest.raises(ValueError, match=r"prompts\.jsonl, ") as caught:
         turns(tmp_path, [{"prompt": "hi"}, row])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_refuses_files(tmp_path):
+def test_rejects_files(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl", strings_are_turns=True)
     with pytest.raises(ValueError, match="holds no prompts"):

@@ -1,4 +1,4 @@
-"""The commands on two ranks under torchrun give what one process gives, and tell a mistake once."""
+"""The commands on two ranks under torchrun give what one process gives, and report a mistake once."""
 
 import json
 import os

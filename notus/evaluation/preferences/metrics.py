@@ -164,7 +164,7 @@ def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
         `brier`: the mean (1 - σ(margin))² (Brier 1950): 0.25 for a model that prefers nothing.
         `best_beta`: the β whose margins would give these pairs the highest likelihood, which a model that is too sure
             has below its own (temperature scaling, the same paper, section 4.2: the temperature is β / best_beta). 0 if
-            the margins do not tell which is chosen; None, no finite one, if all do.
+            the margins do not say which is chosen; None, no finite one, if all do.
         `best_loss`: the mean -log σ(margin) at that β; a tie gives ln 2 at any, so in the two limits ln 2, and ln 2
             times the share of ties.
     """

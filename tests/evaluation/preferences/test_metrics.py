@@ -181,8 +181,8 @@ def test_best_scale():
 
 def test_limits_of_the_best_beta():
     assert calibration(np.array([1.0, -2.0]), beta=0.1)["best_loss"] == pytest.approx(math.log(2))
-    told = calibration(np.array([1.0, 2.0]), beta=0.1)
-    assert (told["best_beta"], told["best_loss"]) == (None, 0.0)
+    certain = calibration(np.array([1.0, 2.0]), beta=0.1)
+    assert (certain["best_beta"], certain["best_loss"]) == (None, 0.0)
     tied = calibration(np.array([1.0, 0.0, 2.0, 0.0]), beta=0.1)
     assert tied["best_beta"] is None
     assert tied["best_loss"] == pytest.approx(math.log(2) / 2)

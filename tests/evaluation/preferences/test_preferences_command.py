@@ -173,7 +173,7 @@ def test_other_pairs_than_the_run_held_out_do_not_pass_for_them(tmp_path, capsys
     dpo.run(config("dpo", tmp_path / "run", model_folder, pairs, training__max_steps=2, data__eval_size=3))
     first, *rest = pairs.read_text().splitlines()
     pairs.write_text("\n".join([*rest, first]))  # others are drawn, some of which were learned
-    assert "no longer what they were" in refuse(capsys, tmp_path / "run")
+    assert "no longer what they were" in error_of(capsys, tmp_path / "run")
     evaluate(tmp_path, tmp_path / "run", "--pairs", pairs)
 
 
@@ -182,18 +182,18 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys
     (run / "evaluations").write_text("")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "build_policy", lambda *_, **__: pytest.fail("it was computed first"))
-        told = refuse(capsys, run, "--pairs", pairs_file)
-        assert f"no results can be written there (Not a directory); evaluate {run / 'model'}" in told
+        message = error_of(capsys, run, "--pairs", pairs_file)
+        assert f"no results can be written there (Not a directory); evaluate {run / 'model'}" in message
         output = ["--output", run / "evaluations" / "out.json"]
-        assert "no results can be written there" in refuse(capsys, model_folder, "--pairs", pairs_file, *output)
+        assert "no results can be written there" in error_of(capsys, model_folder, "--pairs", pairs_file, *output)
     evaluate(tmp_path, run / "model", "--pairs", pairs_file, *FP32)
 
 
 def test_rows_of_the_runs_own_are_taken_as_they_are(capsys, full_run, model_folder):
-    assert "no DPO run that held pairs out" in refuse(capsys, full_run)
-    assert "no DPO run that held pairs out" in refuse(capsys, model_folder)
-    assert "--max-length needs --pairs" in refuse(capsys, full_run, "--max-length", 20)
-    assert "--split needs --pairs" in refuse(capsys, full_run, "--split", "test")
+    assert "no DPO run that held pairs out" in error_of(capsys, full_run)
+    assert "no DPO run that held pairs out" in error_of(capsys, model_folder)
+    assert "--max-length needs --pairs" in error_of(capsys, full_run, "--max-length", 20)
+    assert "--split needs --pairs" in error_of(capsys, full_run, "--split", "test")
 
 
 def test_run_brings_its_settings(tmp_path, full_run, model_folder, pairs_file):
@@ -211,40 +211,40 @@ def test_tokens_per_row_does_not_matter(tmp_path, model_folder, pairs_file):
     assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=1e-6)
 
 
-def refuse(capsys, *arguments):
+def error_of(capsys, *arguments):
     assert main(["evaluate", *map(str, arguments)]) == 1
     return capsys.readouterr().err
 
 
-def test_refuses(tmp_path, capsys, model_folder, pairs_file, full_run):
+def test_rejects(tmp_path, capsys, model_folder, pairs_file, full_run):
     pairs = ["--pairs", pairs_file]
-    assert "--beta has no effect" in refuse(capsys, model_folder, *pairs, "--beta", 0.2)
-    assert "--kl-samples has no effect without a base" in refuse(capsys, model_folder, *pairs, "--kl-samples", 2)
+    assert "--beta has no effect" in error_of(capsys, model_folder, *pairs, "--beta", 0.2)
+    assert "--kl-samples has no effect without a base" in error_of(capsys, model_folder, *pairs, "--kl-samples", 2)
     based = [model_folder, *pairs, "--base", model_folder]
-    assert "--kl-prompts has no effect without --kl-samples" in refuse(capsys, *based, "--kl-prompts", pairs_file)
-    assert "--kl-max-new-tokens has no effect" in refuse(capsys, *based, "--kl-max-new-tokens", 2)
+    assert "--kl-prompts has no effect without --kl-samples" in error_of(capsys, *based, "--kl-prompts", pairs_file)
+    assert "--kl-max-new-tokens has no effect" in error_of(capsys, *based, "--kl-max-new-tokens", 2)
     blank = tmp_path / "blank.txt"
     blank.write_text("\n")
-    assert "holds no prompts" in refuse(capsys, *based, "--kl-samples", 2, "--kl-prompts", blank, *FP32)
-    assert "raise it" in refuse(capsys, model_folder, *pairs, "--tokens-per-row", 3, *FP32)
-    assert "no such folder" in refuse(capsys, tmp_path / "none", *pairs)
-    assert "no config.json" in refuse(capsys, tmp_path, *pairs)
-    assert "would replace the input" in refuse(capsys, model_folder, *pairs, "--output", pairs_file)
+    assert "holds no prompts" in error_of(capsys, *based, "--kl-samples", 2, "--kl-prompts", blank, *FP32)
+    assert "raise it" in error_of(capsys, model_folder, *pairs, "--tokens-per-row", 3, *FP32)
+    assert "no such folder" in error_of(capsys, tmp_path / "none", *pairs)
+    assert "no config.json" in error_of(capsys, tmp_path, *pairs)
+    assert "would replace the input" in error_of(capsys, model_folder, *pairs, "--output", pairs_file)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model", "checkpoints"))
-    assert str(unfinished) in refuse(capsys, unfinished, *pairs)
+    assert str(unfinished) in error_of(capsys, unfinished, *pairs)
     assert not (tmp_path / "result.json").exists()
 
 
-def test_refuses_a_base_of_another_vocabulary(tmp_path, capsys, model_folder, pairs_file):
+def test_rejects_a_base_of_another_vocabulary(tmp_path, capsys, model_folder, pairs_file):
 
     small = tmp_path / "small"
     toy_model(vocab_size=300).save_pretrained(small)
-    told = refuse(capsys, model_folder, "--pairs", pairs_file, "--base", small, *FP32)
-    assert "does not fit the model" in told
+    message = error_of(capsys, model_folder, "--pairs", pairs_file, "--base", small, *FP32)
+    assert "does not fit the model" in message
 
 
-def test_refuses_log_probs_that_are_not_finite(tmp_path, capsys, pairs_file):
+def test_rejects_log_probs_that_are_not_finite(tmp_path, capsys, pairs_file):
 
     broken = tmp_path / "broken"
     model = toy_model()
@@ -252,7 +252,7 @@ def test_refuses_log_probs_that_are_not_finite(tmp_path, capsys, pairs_file):
         model.lm_head.weight.fill_(torch.nan)
     model.save_pretrained(broken)
     toy_tokenizer().save_pretrained(broken)
-    assert "not finite" in refuse(capsys, broken, "--pairs", pairs_file, *FP32)
+    assert "not finite" in error_of(capsys, broken, "--pairs", pairs_file, *FP32)
 
 
 def test_empty_system_turn_is_the_runs_or_the_users(tmp_path, model_folder):
