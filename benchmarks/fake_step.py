@@ -31,9 +31,8 @@ from notus.losses import dpo_loss
 from notus.model import attention
 from notus.model import load as weights
 from notus.training import build, optimizers
-from notus.training.build import Adapter, build_policy
-from notus.training.optim import build_optimizer, clip_gradients, local_gradients
-from notus.training.parallelize import expect_last_row, hand_over_gradients
+from notus.training.optimizers import build_optimizer, clip_gradients, local_gradients
+from notus.training.parallelize import Adapter, build_policy, expect_last_row, hand_over_gradients
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from notus.config import config_from_dict
 from notus.runtime.process import leave
 from notus.training.dataloader import Feed, row_costs
 from notus.training.dpo import DPOTask, Preferences
-from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
+from notus.training.optimizers import build_optimizer, clipped_update, gradient_norm, local_gradients
 from notus.training.parallelize import expect_last_row, hand_over_gradients
 from notus.training.setup import Run, start
 from profile_step import profiled, table

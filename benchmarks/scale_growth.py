@@ -77,9 +77,9 @@ def measure(point: Point, folder: Path) -> Step:
     from memory import PeakMemory
     from notus.data.packing import StepPlan
     from notus.runtime.distributed import process_group
-    from notus.training.build import build_policy
     from notus.training.dataloader import Feed, row_costs
-    from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
+    from notus.training.optimizers import build_optimizer, clip_gradients, gradient_norm, local_gradients
+    from notus.training.parallelize import build_policy
 
     torch.set_num_threads(1)
     with process_group() as device:

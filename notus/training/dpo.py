@@ -14,7 +14,7 @@ from notus.data.dataset import Rows
 from notus.data.packing import Batch, StepPlan
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
-from notus.training.guards import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
+from notus.training.metrics import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 from notus.training.scoring import score
 from notus.training.setup import Run, start

@@ -26,24 +26,19 @@ from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
 from notus.runtime.process import STOPPED
-from notus.training.automatic import checkpointing_of
-from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.checkpoint import Progress
+from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
 from notus.training.describe import hardware
 from notus.training.inputs import Inputs, load_inputs
-from notus.training.metering import Meter
-from notus.training.optim import build_optimizer
-from notus.training.optimizers import InPieces
-from notus.training.parallelize import COMPUTE_DTYPES
+from notus.training.memory_estimate import checkpointing_of
+from notus.training.metrics import Meter
+from notus.training.optimizers import InPieces, build_optimizer
+from notus.training.parallelize import COMPUTE_DTYPES, Adapter, build_policy, read_model_config
 from notus.training.reference import digest_of_rows
-from notus.training.resume import check_contents, check_newest, load_newest
-from notus.training.run_folder import CHECKPOINTS, MODEL, hold_folder, open_folder
+from notus.training.run_folder import CHECKPOINTS, MODEL, check_shared, hold_folder, open_folder
 from notus.training.sampling import Sampler, build_sampler
-from notus.training.shared import check_shared
-from notus.training.telling import open_tracker
-from notus.training.tracking import Tracker
+from notus.training.tracking import Tracker, open_tracker
 from notus.training.trainer import Ending, Settings, Trainer
 from notus.training.trainer import Task as LoopTask
 

@@ -6,16 +6,21 @@ it fails, it is switched off with a warning, and training goes on.
 
 import contextlib
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
+from notus.runtime.files import write_text
 from notus.runtime.process import first_line, tell
-from notus.training.lines import StepLines
+from notus.training.checkpoint import Progress
+from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE, EnvironmentFile
+from notus.training.loggers import StepLines, TensorBoardSink, WandbSink
 from notus.training.sampling import Sample
 
 METRICS_FILE = "metrics.jsonl"
@@ -176,3 +181,59 @@ class Tracker:
             with contextlib.suppress(Exception):
                 sink.close()
         self._each(lambda sink: sink.close())
+
+
+# DOC notus/training/tracking.py: """Opens what a run tells things to, where it begins or goes on: its own files, the terminal, dashboards."""
+
+
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "pairs/s": "pairs_per_second",
+    "examples/s": "examples_per_second",
+}
+
+
+def open_tracker(
+    folder: Path,
+    progress: Progress,
+    *,
+    total_steps: int,
+    hardware: str,
+    settings: Mapping[str, Any],
+    config_text: str,
+    data: Mapping[str, Any],
+) -> Tracker:
+    """Open all that the config asks for, going on after `progress`; writes `data.json`. For rank 0.
+
+    Args:
+        folder: the run's.
+        progress: what the run goes on from.
+        total_steps: of the whole run.
+        hardware: the job's devices.
+        settings: the resolved config as a tree; `config_text`: as YAML.
+        data: the content of `data.json`.
+
+    Raises:
+        ValueError: a file or a tracker refuses; OSError: the disk does.
+    """
+    tracking, step = settings["tracking"], progress.step
+    recorded = step if progress.recorded else step - 1
+    kept = recorded if step else -1  # at step 0 the model is sampled, once
+    sinks: list[Sink] = [
+        MetricsFile(folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
+        ProgressBar(total_steps=total_steps, start_step=step, shown=SHOWN),
+        EnvironmentFile(folder / ENVIRONMENT_FILE, step=step, hardware=hardware),
+    ]
+    if tracking["samples"] or (folder / SAMPLES_FILE).exists():
+        sinks.append(SamplesFile(folder / SAMPLES_FILE, resume_step=kept))
+    write_text(folder / DATA_FILE, json.dumps(data) + "\n")
+    if tracking["wandb"]:
+        name, run_id = tracking["run_name"] or folder.name, progress.trackers.get("wandb")
+        told = {**settings, "data_summary": data}
+        sinks.append(WandbSink(project=tracking["project"], name=name, folder=folder, config=told, run_id=run_id))
+    if tracking["tensorboard"]:
+        texts = {"config": config_text, "data": json.dumps(data, indent=1)}
+        sinks.append(TensorBoardSink(folder, resume_step=kept, texts=texts))
+    return Tracker(sinks)

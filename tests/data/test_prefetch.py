@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from notus.data.prefetch import Prefetch
+from notus.training.dataloader import Prefetch
 
 
 def threads() -> list[str]:

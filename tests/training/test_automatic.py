@@ -7,10 +7,16 @@ from runs import config
 from toys import toy_model
 
 from notus.model.size import model_size
-from notus.training import automatic
-from notus.training.automatic import capacity_of, choose_checkpointing
+from notus.training import memory_estimate as automatic
 from notus.training.dpo import run
-from notus.training.memory_estimate import CHECKPOINTING, RUNTIME_MARGIN, Job, footprint
+from notus.training.memory_estimate import (
+    CHECKPOINTING,
+    RUNTIME_MARGIN,
+    Job,
+    capacity_of,
+    choose_checkpointing,
+    footprint,
+)
 
 JOB = Job(shard_size=1, tokens_per_row=400, scored_per_row=200, precision="fp32")
 

@@ -22,8 +22,8 @@ from notus.model import attention, compiled_attention
 from notus.model.compiled_attention import check_graph_attention
 from notus.model.policy import Policy
 from notus.runtime import switches
-from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.dpo import run
+from notus.training.parallelize import Adapter, build_policy, read_model_config
 
 ADAPTER = Adapter(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "down_proj"], rslora=False)
 

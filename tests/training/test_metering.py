@@ -7,9 +7,9 @@ import torch
 
 from notus.data.packing import StepPlan
 from notus.model.flops import dimensions, forward_flops, training_flops
-from notus.training import metering
-from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.metering import Meter, peak_rate
+from notus.training import metrics as metering
+from notus.training.metrics import Meter, peak_rate
+from notus.training.parallelize import Adapter, build_policy, read_model_config
 
 
 class _Rows:

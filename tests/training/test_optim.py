@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from notus.training.optim import (
+from notus.training.optimizers import (
     build_optimizer,
     clip_gradients,
     gradient_norm,

@@ -11,8 +11,7 @@ from notus.data.dataset import Rows, step_rows
 from notus.data.tokenize import load_pairs
 from notus.model.policy import Policy
 from notus.runtime import switches
-from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.parallelize import expect_last_row, hand_over_gradients
+from notus.training.parallelize import Adapter, build_policy, expect_last_row, hand_over_gradients, read_model_config
 from notus.training.scoring import score
 
 

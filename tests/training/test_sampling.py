@@ -28,8 +28,8 @@ from notus.model.policy import Policy
 from notus.runtime.process import STOPPED
 from notus.training import dpo, sampling, sft
 from notus.training import parallelize as parallel
-from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.metering import Meter
+from notus.training.metrics import Meter
+from notus.training.parallelize import Adapter, build_policy, read_model_config
 from notus.training.sampling import Sample, Sampler, build_sampler, first_prompts
 
 LORA = {"lora__rank": 2, "lora__dropout": 0.3}

@@ -21,7 +21,7 @@ from notus.model.policy import Policy
 from notus.training import scoring
 from notus.training.checkpoint import Progress
 from notus.training.dpo import DPOTask, Preferences
-from notus.training.optim import build_optimizer
+from notus.training.optimizers import build_optimizer
 from notus.training.setup import start
 from notus.training.sft import SFTTask
 from notus.training.trainer import Settings, Trainer
@@ -38,7 +38,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path):
 @pytest.fixture
 def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gloo takes no fake tensors, and CUDA no device of a machine without one."""
-    monkeypatch.setattr("notus.training.optim.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.optimizers.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr("notus.training.scoring.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr("notus.training.optimizers.InPieces._noise", lambda *_: None)  # a generator on the device
@@ -119,7 +119,7 @@ def test_a_row_of_the_reference_pass_makes_the_host_wait_for_nothing(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_host_waits_once(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("notus.training.optim.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.optimizers.sum_across_ranks", lambda tensor: tensor)
     reads: list[int] = []
 
     def tolist(tensor: torch.Tensor) -> list[float]:

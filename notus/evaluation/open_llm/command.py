@@ -151,8 +151,7 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
     from notus.evaluation.open_llm.model import NotusLM
     from notus.model.export import load_causal_lm
     from notus.model.supported import check_supported
-    from notus.training.build import check_attention
-    from notus.training.parallelize import COMPUTE_DTYPES
+    from notus.training.parallelize import COMPUTE_DTYPES, check_attention
 
     dtype = COMPUTE_DTYPES[source.choose(args.precision, "training.precision", "bf16")]
     causal_lm, tokenizer = load_causal_lm(

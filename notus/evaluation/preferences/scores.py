@@ -18,7 +18,7 @@ from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
 from notus.model.policy import Policy
 from notus.runtime.distributed import main_first, say
-from notus.training.build import Adapter, build_policy, read_model_config
+from notus.training.parallelize import Adapter, build_policy, read_model_config
 from notus.training.scoring import score_all, score_tokens
 
 DEFAULT_TOKENS_PER_ROW = 4096
