@@ -94,7 +94,7 @@ class _Count(float):
         return float(self)
 
 
-def _counted(self: optimizers.InPieces, parameter: torch.nn.Parameter) -> dict[str, Any]:
+def _counted(self: optimizers.PiecewiseOptimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
     zeros = {name: torch.zeros_like(parameter.detach(), dtype=self.state_dtype) for name in self.moments}
     return {"step": _Count(0.0), **zeros}
 
@@ -117,8 +117,8 @@ def fake_world(world_size: int) -> Iterator[None]:
             mock.patch.object(build, "mesh", return_value=ranks),
             mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
             mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),
-            mock.patch.object(optimizers.InPieces, "new_state", _counted),
-            mock.patch.object(optimizers.InPieces, "_noise"),
+            mock.patch.object(optimizers.PiecewiseOptimizer, "new_state", _counted),
+            mock.patch.object(optimizers.PiecewiseOptimizer, "_noise"),
             mock.patch.object(optimizers, "round_at_random", _round_at_random),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):

@@ -181,9 +181,6 @@ def _tokenised(config: Config) -> "Lengths | None":
     return tokenised(Rows(dataset))
 
 
-# DOC notus/estimate/command.py: """The estimate as text."""
-
-
 NAMES = {
     "weights": "weights (this GPU's share; trained ones in fp32)",
     "gradients": "gradients (its share, fp32)",

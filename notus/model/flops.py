@@ -111,9 +111,6 @@ def training_flops(
     return 3 * forward - linear + 6 * adapter_weights * tokens
 
 
-# DOC notus/model/flops.py: """GPUs by name: memory, arithmetic and links, from their data sheets."""
-
-
 # Of what a data sheet promises of a link, the share that a large collective is taken to reach: an assumption.
 LINK_EFFICIENCY = 0.75
 PER_NODE = 8

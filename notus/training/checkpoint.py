@@ -1,4 +1,4 @@
-"""What a checkpoint is, how it is checked, and how it is read; `saving.py` writes it.
+"""What a checkpoint is, how it is checked, and how it is read; `checkpoint_writer.py` writes it.
 
 `checkpoints/step-00000100/` holds one safetensors file per rank that had something to write, through
 torch.distributed.checkpoint, and `state.json`: the run's progress, and the size and digest of every file. Any number of
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from notus.runtime.distributed import gather_objects, on_main, rank, say, world_size
-from notus.training.optimizers import InPieces
-from notus.training.run_folder import set_aside_damaged
+from notus.training.optimizers import PiecewiseOptimizer
 
 STATE_FILE = "state.json"
-_FORMAT = 2
+_FORMAT = 3
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -61,7 +61,9 @@ class Progress:
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load_checkpoint(path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces | None) -> Progress:
+def load_checkpoint(
+    path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: PiecewiseOptimizer | None
+) -> Progress:
     """Fill parameters and optimizer from a checkpoint, whatever the number of ranks that wrote it; collective.
 
     Without an optimizer, its states are not read.
@@ -115,7 +117,9 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def named_tensors(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces | None) -> dict[str, Tensor]:
+def named_tensors(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: PiecewiseOptimizer | None
+) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name; makes the optimizer's state if no step has made it yet."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters:
@@ -191,9 +195,6 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
     return [] if digest.hexdigest() == expected["sha256"] else [f"{path} does not match its digest"]
 
 
-# DOC notus/training/checkpoint.py: """Where a run goes on: the newest of its checkpoints that is whole, if its data and model are still the same."""
-
-
 # Contents that a run cannot change when it goes on.
 _BOUND = ("data.train", "data.eval", "model.name_or_path")
 
@@ -229,7 +230,7 @@ def load_newest(
     checkpoints: Sequence[Path],
     own: Path,
     parameters: Iterable[tuple[str, nn.Parameter]],
-    optimizer: InPieces,
+    optimizer: PiecewiseOptimizer,
 ) -> tuple[Path, Progress]:
     """Load the first checkpoint that is whole; damaged ones are set aside, saying so. Collective.
 
@@ -257,3 +258,11 @@ def load_newest(
             progress.logged, progress.trackers = 0, {}
         return path, progress
     raise ValueError(f"{own}: no checkpoint is whole (see above); set training.resume=never to start over")
+
+
+def set_aside_damaged(path: Path) -> Path:
+    """Give a damaged checkpoint a name that is no checkpoint's; returns it. Nothing is deleted but an earlier such."""
+    aside = path.with_name(f"damaged-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)

@@ -4,32 +4,17 @@
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from notus.data.dataset import Rows
 from notus.data.tokenize import DropReport
-from notus.runtime.distributed import gather_objects, world_size
-from notus.runtime.files import write_text
-from notus.runtime.process import tell
-from notus.runtime.switches import disabled_names
-from notus.training.tracking import Sink
 
 DATA_FILE = "data.json"
-ENVIRONMENT_FILE = "environment.json"
 BUCKETS = 24
 NAMED_SOURCES = 100
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
 def data_summary(rows: Rows, report: DropReport | None) -> dict[str, Any]:
@@ -69,61 +54,3 @@ def length_histogram(lengths: np.ndarray) -> dict[str, list[int]]:
     edges = np.arange(low, high + width, width)
     counts = np.bincount((lengths - low) // width, minlength=len(edges) - 1)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-def hardware(device: torch.device) -> str:
-    """The job's devices, such as "8 x NVIDIA A100-SXM4-40GB" or "CPU, 16 cores"; collective."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    found = Counter(gather_objects(name))
-    if device.type != "cuda":
-        return ", ".join(found)
-    return ", ".join(f"{count} x {each}" for each, count in found.items())
-
-
-class EnvironmentFile(Sink):
-    """`environment.json`: hardware, versions, and each launch: its seconds, and what `NOTUS_DISABLE` switched off."""
-
-    remedy = f"{ENVIRONMENT_FILE} is not kept from here on"
-
-    def __init__(self, path: Path, *, step: int, hardware: str) -> None:
-        """Begin a launch that goes on from `step`; at 0, earlier launches left nothing and are forgotten."""
-        self._path, self._began = path, time.monotonic()
-        self._earlier = _launches(path) if step else []
-        self._launch: dict[str, Any] = {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "from_step": step,
-            "disabled": sorted(disabled_names()),
-            "seconds": 0.0,
-            "to_step": step,
-        }
-        versions = {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        }
-        self._facts = {"hardware": hardware, "world_size": world_size(), "versions": versions}
-        self._write()
-
-    def sync(self, step: int) -> None:
-        self._launch["to_step"] = step
-        self._write()
-
-    def close(self) -> None:
-        self._write()
-
-    def _write(self) -> None:
-        self._launch["seconds"] = time.monotonic() - self._began
-        launches = [*self._earlier, self._launch]
-        total = sum(launch["seconds"] for launch in launches)
-        write_text(self._path, json.dumps({**self._facts, "launches": launches, "seconds": total}, indent=1) + "\n")
-
-
-def _launches(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        launches = list(json.loads(path.read_text(encoding="utf-8"))["launches"])
-        sum(launch["seconds"] for launch in launches)
-    except (ValueError, KeyError, TypeError):
-        tell(f"warning: {path} is damaged: it forgets the earlier launches")
-        return []
-    return launches

@@ -16,12 +16,12 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from notus.config import TrainingConfig
 from notus.data.dataset import Rows
 from notus.model.logprobs import CHUNK_TOKENS
 from notus.model.size import ATTENTION, Linear, ModelSize, model_size
@@ -37,6 +37,7 @@ PIECE = 4 * CHUNK["cuda"]  # bytes of an update's piece, and how many of them it
 PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 2.5, ("adamw", "fp32"): 0, ("adamw", "bf16"): 3}
 # An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
 RUNTIME_MARGIN = 3 * 2**30
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,41 +290,36 @@ def _batch(job: Job) -> int:
     return round(8 * (job.tokens_per_row * (3 + job.key_ratio) + 2 * job.scored_per_row))
 
 
-# DOC notus/training/memory_estimate.py: """`training.activation_checkpointing: auto`: the fastest mode whose memory is estimated to fit the smallest device."""
-
-
-GIB = 2**30
-
-
 def checkpointing_of(
-    mode: str, rows: Rows, device: torch.device, *, hybrid: bool, tokens_per_row: int, **job: Any
+    training: TrainingConfig, rows: Rows, device: torch.device
 ) -> str | Callable[[PreTrainedModel], str]:
-    """The mode of activation checkpointing, or for "auto" what chooses it once the model is known; collective.
+    """Return the mode of activation checkpointing, or for "auto" what chooses it once the model is known; collective.
 
     Args:
-        mode: of the config.
+        training: the run's settings.
         rows: the training data.
         device: this rank's.
-        hybrid: whether each node holds all of the model.
-        tokens_per_row: the most tokens of a packed row.
-        job: further fields of `Job`.
     """
-    if mode != "auto":
-        return mode
-    chosen = Job(
-        shard_size=ranks_per_node() if hybrid else world_size(),
-        tokens_per_row=tokens_per_row,
-        scored_per_row=math.ceil(tokens_per_row * rows.loss_tokens.sum() / rows.lengths.sum()),
-        key_ratio=float(rows.separate_lengths(np.arange(len(rows))).sum() / rows.lengths.sum()),
-        **job,
+    if training.activation_checkpointing != "auto":
+        return training.activation_checkpointing
+    tokens = rows.lengths.sum()
+    job = Job(
+        shard_size=ranks_per_node() if training.sharding == "hybrid" else world_size(),
+        tokens_per_row=training.tokens_per_row,
+        scored_per_row=math.ceil(training.tokens_per_row * rows.loss_tokens.sum() / tokens),
+        precision=training.precision,
+        optimizer=training.optimizer,
+        optimizer_dtype=training.optimizer_dtype,
+        key_ratio=float(rows.separate_lengths(np.arange(len(rows))).sum() / tokens),
+        cpu_offload=training.cpu_offload,
     )
-    return functools.partial(choose_checkpointing, job=chosen, device=device)
+    return functools.partial(choose_checkpointing, job=job, device=device)
 
 
 def choose_checkpointing(causal_lm: PreTrainedModel, job: Job, device: torch.device) -> str:
-    """The mode for `notus.training.activation_checkpointing`, the same on all ranks; collective. Says which, and why.
+    """Choose the fastest mode that is estimated to fit the smallest device, the same on all ranks, and report it.
 
-    "full" if nothing fits, with a warning alone: the estimate may be off.
+    If nothing fits, that is "full" with a warning, since the estimate may be off. Collective.
 
     Args:
         causal_lm: with its adapters, before it is sharded.
@@ -351,7 +347,7 @@ def capacity_of(device: torch.device) -> int:
 
 def _available() -> int:
     """Bytes of host memory that could be had without swapping; where the system does not say, all there are."""
-    told = Path("/proc/meminfo")
-    lines = told.read_text(encoding="ascii").splitlines() if told.exists() else []
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return found[0] if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -63,9 +63,6 @@ def _step_costs(policy: Policy, rows: Rows) -> np.ndarray:
     )
 
 
-# DOC notus/training/metrics.py: """Warnings while a run goes wrong in a way that its loss does not show."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """Watches one metric.

@@ -41,7 +41,7 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Piece = tuple[Tensor, Tensor, list[Tensor]]  # parameter, gradient, its averages: flat views
 
 
-class InPieces(torch.optim.Optimizer):
+class PiecewiseOptimizer(torch.optim.Optimizer):
     """Walks over the pieces of all parameters; the update of one is the subclass's."""
 
     moments: tuple[str, ...]
@@ -161,7 +161,7 @@ def _rmsprop(
     value.sub_(rate * scaled / (square.sqrt() + epsilon))
 
 
-class RMSprop(InPieces, torch.optim.RMSprop):
+class RMSprop(PiecewiseOptimizer, torch.optim.RMSprop):
     """torch.optim.RMSprop without momentum, to the bit, if its state is in fp32."""
 
     moments = ("square_avg",)
@@ -211,7 +211,7 @@ def _adamw(
     value.sub_(rate / correction1 * mean / (square.sqrt() / correction2 + epsilon))
 
 
-class AdamW(InPieces, torch.optim.AdamW):
+class AdamW(PiecewiseOptimizer, torch.optim.AdamW):
     """torch.optim.AdamW by its fused kernel."""
 
     moments = ("exp_avg", "exp_avg_sq")
@@ -255,7 +255,7 @@ class AdamW(InPieces, torch.optim.AdamW):
         return [*group["betas"], group["eps"], group["weight_decay"]]
 
 
-def check_update(optimizer: InPieces, gather: kernels.Gather) -> list[str]:
+def check_update(optimizer: PiecewiseOptimizer, gather: kernels.Gather) -> list[str]:
     """Compile the optimizer's kernel and compare it with its plain twin; on CUDA alone, where it is collective.
 
     Args:
@@ -274,7 +274,7 @@ def check_update(optimizer: InPieces, gather: kernels.Gather) -> list[str]:
     return kernels.check([optimizer.kernel], lambda _: (_update_error(kind, settings, device), 1e-5), gather)
 
 
-def _update_error(kind: type[InPieces], settings: dict[str, Any], device: torch.device) -> float:
+def _update_error(kind: type[PiecewiseOptimizer], settings: dict[str, Any], device: torch.device) -> float:
     """The relative error of a parameter's change after two clipped steps by the kernel."""
     changes = []
     for disabled in ((), ("fused_optimizer",)):
@@ -315,9 +315,6 @@ def _lines(flat: Tensor) -> Tensor:
     return flat.view(-1, _LINE) if flat.numel() % _LINE == 0 else flat
 
 
-# DOC notus/training/optimizers.py: """Optimizers, schedules as pure functions of the step, and gradient clipping over shards."""
-
-
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
     """The share of the peak learning rate at a step.
 
@@ -347,7 +344,7 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     state_dtype: str = "fp32",
-) -> InPieces:
+) -> PiecewiseOptimizer:
     """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters; see `optimizers`."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     kind = RMSprop if name == "rmsprop" else AdamW
@@ -402,7 +399,9 @@ def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool
     return torch.cat([sums[:1].sqrt(), sums[1:]])
 
 
-def clipped_update(optimizer: InPieces, gradients: list[Tensor], norm: Tensor, max_norm: float | None) -> None:
+def clipped_update(
+    optimizer: PiecewiseOptimizer, gradients: list[Tensor], norm: Tensor, max_norm: float | None
+) -> None:
     """Take an optimizer step with the gradients scaled so that their norm is at most `max_norm`; without a host sync.
 
     Args:

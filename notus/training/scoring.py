@@ -67,7 +67,7 @@ def score_tokens(policy: Policy, rows: Rows, *, tokens_per_row: int, device: tor
     found = torch.zeros(int(starts[-1]), dtype=torch.float32, device=device)
 
     def keep(batch: Batch) -> None:
-        logps = policy(batch, per_token=True)
+        logps = policy.token_logprobs(batch)
         if batch.places is not None:
             found.index_copy_(0, batch.places, logps)
 

@@ -129,13 +129,15 @@ class Agreement:
 
 @dataclasses.dataclass
 class Accumulated:
-    """What a step's rows left on this rank, besides their gradients.
+    """What a step's rows left on this rank.
 
     Attributes:
+        gradients: this rank's shards.
         bad_losses: fp32 scalar on the device: rows whose loss is not finite.
         losses: per row, the dataset indices [E] of its examples and their losses [E].
     """
 
+    gradients: list[Tensor]
     bad_losses: Tensor
     losses: list[tuple[Tensor, Tensor]]
 
@@ -168,9 +170,7 @@ class Trainer:
         self.stop, self.meter, self.sample = stop, meter, sample
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         # Metric sums stay on the device in fp64 until a line of metrics is due: no host sync per row.
-        self._sums = torch.tensor(
-            _own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device
-        )
+        self._sums = torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
         self._seconds = progress.window_seconds
         self._trained = 0.0  # seconds of this launch's steps
         self._guards = Guards(task.guards)
@@ -180,10 +180,9 @@ class Trainer:
     def run(self) -> Ending:
         """Train, log, evaluate and save until the last step, or until the run is to stop; then all is on disk."""
         self.policy.train()
-        loader = self._dataloader()
         with self.stop.in_loop():
             try:
-                with loader:
+                with self._dataloader() as loader:
                     ending = self._train(loader)
             except Exception as error:
                 if not isinstance(error, RuntimeError):  # which may mean that the other ranks are gone
@@ -198,15 +197,10 @@ class Trainer:
         if ending := self._before_first_step():
             return ending
         for step in range(self.progress.step, self.total_steps):
-            began = time.perf_counter()
-            accumulated = self._accumulate(step, loader)
-            agreed = self._agree(accumulated)
-            self._check(agreed, accumulated)
-            self._update(step, agreed)
-            self._advance(step, time.perf_counter() - began)
+            ending = self._step(step, loader)
             if step == 0:
                 self.task.check_first_step(self._global_sums())
-            ending = self._record(agreed.ending)
+            ending = self._record(ending)
             if ending or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
                 self._save()
             if ending:
@@ -222,13 +216,24 @@ class Trainer:
                 return Ending.SIGNAL
         return None if self.progress.recorded else self._record(None)
 
+    def _step(self, step: int, loader: Dataloader) -> Ending | None:
+        """Take one optimizer step; returns the reason to stop after it, if any rank has one."""
+        began = time.perf_counter()
+        accumulated = self._accumulate(step, loader)
+        agreed = self._agree(accumulated)
+        self._check(agreed, accumulated)
+        self._update(step, accumulated.gradients, agreed)
+        self._advance(step, time.perf_counter() - began)
+        return agreed.ending  # the gradients go with this call: the next step needs their memory
+
     def _accumulate(self, step: int, loader: Dataloader) -> Accumulated:
         """Run every row of the step forward and backward; gradients add up in the parameters."""
         # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
         seed = np.random.SeedSequence([self.config.seed, step, rank()])
         torch.manual_seed(seed.generate_state(1, np.uint64).item())
         indices = self.task.plan.indices(step)
-        found = Accumulated(torch.zeros((), device=self.device), [])
+        bad_losses = torch.zeros((), device=self.device)
+        losses: list[tuple[Tensor, Tensor]] = []
         for batch, last in loader.step():
             if self._whole:
                 expect_last_row(self.policy, last)
@@ -236,11 +241,11 @@ class Trainer:
             row = self.task.row_loss(self.policy(batch), batch, indices)
             row.loss.backward()
             self._sums += row.sums
-            found.bad_losses += ~torch.isfinite(row.loss.detach())
-            found.losses.append((batch.indices, row.per_example))
+            bad_losses += ~torch.isfinite(row.loss.detach())
+            losses.append((batch.indices, row.per_example))
         if self._whole:
             hand_over_gradients(self.policy)
-        return found
+        return Accumulated(local_gradients(self.trainable), bad_losses, losses)
 
     def _agree(self, accumulated: Accumulated) -> Agreement:
         """Reduce the gradient's norm and the ranks' flags together: the step's one host sync."""
@@ -250,9 +255,7 @@ class Trainer:
         for flag, raised in zip(flags[1:], mine, strict=True):
             if raised:
                 flag.fill_(1.0)  # a copy from the host would wait for the backward pass
-        reduced = gradient_norm(
-            local_gradients(self.trainable), flags, first_replica=is_first_replica(self.trainable)
-        )
+        reduced = gradient_norm(accumulated.gradients, flags, first_replica=is_first_replica(self.trainable))
         norm, bad_losses, save_failed, signalled, overdue = reduced.tolist()
         return Agreement(reduced[0], norm, bad_losses, bool(save_failed), bool(signalled), bool(overdue))
 
@@ -271,7 +274,7 @@ class Trainer:
             "training.learning_rate, or use training.precision=fp32"
         )
 
-    def _update(self, step: int, agreed: Agreement) -> None:
+    def _update(self, step: int, gradients: list[Tensor], agreed: Agreement) -> None:
         """Take the optimizer's step at the schedule's learning rate, with the gradient clipped."""
         factor = learning_rate_factor(
             step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.lr_schedule
@@ -279,7 +282,7 @@ class Trainer:
         self.progress.learning_rate = self.config.learning_rate * factor
         self.progress.grad_norm = agreed.norm_value
         set_learning_rate(self.optimizer, self.progress.learning_rate)
-        clipped_update(self.optimizer, local_gradients(self.trainable), agreed.norm, self.config.max_grad_norm)
+        clipped_update(self.optimizer, gradients, agreed.norm, self.config.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _advance(self, step: int, seconds: float) -> None:

@@ -14,10 +14,12 @@ from notus.training import checkpoint
 from notus.training import checkpoint_writer as saving
 from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
 from notus.training.checkpoint_writer import Checkpoints
-from notus.training.optimizers import AdamW, InPieces, RMSprop
+from notus.training.optimizers import AdamW, PiecewiseOptimizer, RMSprop
 
 
-def _stepped(name: str, seed: int, state_dtype: str = "fp32") -> tuple[list[tuple[str, nn.Parameter]], InPieces]:
+def _stepped(
+    name: str, seed: int, state_dtype: str = "fp32"
+) -> tuple[list[tuple[str, nn.Parameter]], PiecewiseOptimizer]:
     torch.manual_seed(seed)
     parameters = [
         ("weight", nn.Parameter(torch.randn(3, 2))),

@@ -12,7 +12,8 @@ from runs import config, write_messages
 from notus.runtime import switches
 from notus.runtime.files import write_text
 from notus.training import describe, dpo, sft
-from notus.training.describe import EnvironmentFile, hardware, length_histogram
+from notus.training.describe import length_histogram
+from notus.training.loggers import EnvironmentFile, hardware
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("notus.training.optimizers.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr("notus.training.scoring.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr("notus.training.optimizers.InPieces._noise", lambda *_: None)  # a generator on the device
+    monkeypatch.setattr(
+        "notus.training.optimizers.PiecewiseOptimizer._noise", lambda *_: None
+    )  # a generator on the device
 
 
 def fast_policy(dtype: torch.dtype) -> Policy:
@@ -57,7 +59,7 @@ def task_of(job: Any, device: torch.device) -> DPOTask | SFTTask:
     if job.kind == "sft":
         return SFTTask(rows, None, **options)
     reference = torch.zeros(len(rows), 2)
-    return DPOTask(Preferences(rows, reference), None, settings=job.config.dpo, precision="bf16", **options)
+    return DPOTask(Preferences(rows, reference), None, config=job.config.dpo, precision="bf16", **options)
 
 
 def trainer_of(task: DPOTask | SFTTask, policy: Policy, optimizer: str, device: torch.device) -> Trainer:
