@@ -26,13 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
+from notus.config import LoraConfig
 from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss
 from notus.model import attention
 from notus.model import load as weights
 from notus.training import build, optimizers
 from notus.training.optimizers import build_optimizer, clip_gradients, local_gradients
-from notus.training.parallelize import Adapter, build_policy, expect_last_row, hand_over_gradients
+from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU = torch.device("cpu")
@@ -152,8 +153,8 @@ def tracked_step(
 ) -> Tracked:
     """Two optimizer steps of `rows` rows (trunk, branches, examples), the state of the first kept for the second."""
     with fake_world(world_size):
-        adapter = Adapter(lora_rank, 16.0, 0.0, TARGETS, False) if lora_rank else None
-        policy = build_policy(Path("."), config, device=CPU, precision=precision, adapter=adapter, **options)
+        adapter = LoraConfig(rank=lora_rank, target_modules=TARGETS) if lora_rank else None
+        policy = build_policy(Path("."), config, device=CPU, precision=precision, lora=adapter, **options)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         stepper = build_optimizer(
             trainable, name=optimizer, learning_rate=1e-6, weight_decay=0.0, state_dtype=optimizer_dtype

@@ -34,7 +34,7 @@ from notus.training.metrics import Meter
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
 from notus.training.reference import digest_of_rows
-from notus.training.run_folder import CHECKPOINTS, MODEL, check_shared, hold_folder, open_folder
+from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.tracking import Tracker, open_tracker
 from notus.training.trainer import Ending, Trainer
@@ -240,10 +240,12 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
             distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
         checkpoints: list[Path] = []
         if train:
-            held = distributed.on_main(lambda: hold_folder(config))
-            if distributed.is_main():
-                stack.enter_context(held)
-            opening = distributed.on_main(lambda: open_folder(config))
+
+            def claim() -> Opening:
+                stack.enter_context(hold_folder(config))
+                return open_folder(config)
+
+            opening = distributed.on_main(claim)
             check_shared(Path(config.training.output_dir))
             if opening.finished:
                 distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from notus.config import LoraConfig
 from notus.data.packing import StepPlan
 from notus.model.flops import dimensions, forward_flops, training_flops
 from notus.training import metrics as metering
 from notus.training.metrics import Meter, peak_rate
-from notus.training.parallelize import Adapter, build_policy, read_model_config
+from notus.training.parallelize import build_policy, read_model_config
 
 
 class _Rows:
@@ -47,8 +48,8 @@ def test_utilisation_is_the_necessary_operations_share_of_the_peak(
 ) -> None:
     monkeypatch.setattr(metering, "peak_rate", lambda *_: 1e6)
     monkeypatch.setattr(metering, "world_size", lambda: 4)
-    adapter = Adapter(rank, 16.0, 0.0, ["q_proj"], False) if rank else None
-    found = _meter(model_folder, device, adapter=adapter).figures(range(1, 2), 2.0, 1.0)["system/mfu"]
+    adapter = LoraConfig(rank=rank, target_modules=["q_proj"]) if rank else None
+    found = _meter(model_folder, device, lora=adapter).figures(range(1, 2), 2.0, 1.0)["system/mfu"]
     # two blocks of 32 x (32 + 16 + 16 + 32) and 3 x 32 x 48 weights, a head of 400 x 32; row 2 alone: 10 tokens, 7 of
     # them scored; pairs of trunk 3, branches 1 and 6: 6 + (3 + 1) + (18 + 21) = 49
     body, head, attention = 2 * 2 * (32 * 96 + 96 * 48) * 10, 2 * 400 * 32 * 7, 4 * 2 * 32 * 49

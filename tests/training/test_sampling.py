@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from notus.config import config_from_dict
+from notus.config import LoraConfig, config_from_dict
 from notus.data.dataset import Rows
 from notus.data.packing import Example, collate
 from notus.data.tokenize import load_pairs, load_sft
@@ -29,7 +29,7 @@ from notus.runtime.process import STOPPED
 from notus.training import dpo, sampling, sft
 from notus.training import parallelize as parallel
 from notus.training.metrics import Meter
-from notus.training.parallelize import Adapter, build_policy, read_model_config
+from notus.training.parallelize import build_policy, read_model_config
 from notus.training.sampling import Sample, Sampler, build_sampler, first_prompts
 
 LORA = {"lora__rank": 2, "lora__dropout": 0.3}
@@ -137,9 +137,9 @@ def test_adapters_speak_without_dropout(
 ) -> None:
     if offload:  # as on a GPU, but for the pinned memory, which needs one
         monkeypatch.setattr(parallel, "CPUOffloadPolicy", lambda: CPUOffloadPolicy(pin_memory=False))
-    adapter = Adapter(rank=2, alpha=4, dropout=0.5, target_modules="all-linear", rslora=False)
+    adapter = LoraConfig(rank=2, alpha=4, dropout=0.5, target_modules="all-linear", rslora=False)
     config = read_model_config(model_folder)
-    policy = build_policy(model_folder, config, device=device, precision="fp32", adapter=adapter, cpu_offload=offload)
+    policy = build_policy(model_folder, config, device=device, precision="fp32", lora=adapter, cpu_offload=offload)
     plain = AutoModelForCausalLM.from_pretrained(model_folder)
     inject_lora(plain, **dataclasses.asdict(adapter))
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from fake_cuda import CUDA, fake_cuda, move
 from runs import config, write_pairs
 from toys import toy_model, toy_model_folder
 
+from notus.config import TrainingConfig
 from notus.data.packing import StepPlan
 from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
@@ -24,7 +25,7 @@ from notus.training.dpo import DPOTask, Preferences
 from notus.training.optimizers import build_optimizer
 from notus.training.setup import start
 from notus.training.sft import SFTTask
-from notus.training.trainer import Settings, Trainer
+from notus.training.trainer import Trainer
 
 
 @pytest.fixture(params=["dpo", "sft"])
@@ -68,7 +69,8 @@ def trainer_of(task: DPOTask | SFTTask, policy: Policy, optimizer: str, device: 
         policy,
         build_optimizer(policy.parameters(), name=optimizer, learning_rate=1e-3, weight_decay=0.0),
         task,
-        Settings(2, 0, 1e-3, "linear", 1.0, int(task.rows.lengths.max()), 0, 1, None, None),
+        TrainingConfig(output_dir="", learning_rate=1e-3, tokens_per_row=int(task.rows.lengths.max())),
+        total_steps=2,
         progress=Progress(),
         tracker=nothing,
         checkpoints=SimpleNamespace(failed=lambda: False, wait=lambda: None),  # type: ignore[arg-type]
@@ -94,9 +96,9 @@ def test_a_step_makes_the_host_wait_once(
     task = task_of(job, CUDA)  # its reference is real: the feed's thread reads it
     with fake_cuda() as waits:
         trainer = trainer_of(task, move(policy), optimizer, CUDA)
-        with trainer._feed() as feed:
+        with trainer._dataloader() as loader:
             waits.found.clear()
-            assert trainer._step(feed) is None  # a fake tensor's values are read as zeros
+            assert trainer._step(0, loader) is None  # a fake tensor's values are read as zeros
             assert waits.copies > 20  # there were rows, and they came over
             assert waits.found == ["tolist"]
 
@@ -135,12 +137,12 @@ def test_the_host_waits_once(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     inner = torch.Tensor.tolist
     trainer = trainer_of(task_of(job, job.device), fast_policy(torch.float32).to(job.device), "rmsprop", job.device)
-    with trainer._feed() as feed:
-        trainer._step(feed)  # the first sets libraries up
+    with trainer._dataloader() as loader:
+        trainer._step(0, loader)  # the first sets libraries up
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            trainer._step(feed)
+            trainer._step(0, loader)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert reads == [5]
