@@ -31,7 +31,7 @@ from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss
 from notus.model import attention
 from notus.model import load as weights
-from notus.training import build, optimizers
+from notus.training import optimizers, parallelize
 from notus.training.optimizers import build_optimizer, clip_gradients, local_gradients
 from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients
 
@@ -115,7 +115,7 @@ def fake_world(world_size: int) -> Iterator[None]:
         with (
             mock.patch.multiple(build, load_weights=nothing, init_lora=nothing, check_attention=nothing),
             mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
-            mock.patch.object(build, "mesh", return_value=ranks),
+            mock.patch.object(parallelize, "mesh", return_value=ranks),
             mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
             mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),
             mock.patch.object(optimizers.PiecewiseOptimizer, "new_state", _counted),

@@ -249,15 +249,13 @@ class Trainer:
 
     def _agree(self, accumulated: Accumulated) -> Agreement:
         """Reduce the gradient's norm and the ranks' flags together: the step's one host sync."""
-        flags = torch.zeros(4, device=self.device)
-        flags[0] = accumulated.bad_losses
+        bad_losses = accumulated.bad_losses
         mine = (self.checkpoints.failed(), self.stop.signalled, self.stop.overdue)
-        for flag, raised in zip(flags[1:], mine, strict=True):
-            if raised:
-                flag.fill_(1.0)  # a copy from the host would wait for the backward pass
+        # filled on the device: a copy from the host would wait for the backward pass
+        flags = torch.stack([bad_losses, *(torch.full_like(bad_losses, float(raised)) for raised in mine)])
         reduced = gradient_norm(accumulated.gradients, flags, first_replica=is_first_replica(self.trainable))
-        norm, bad_losses, save_failed, signalled, overdue = reduced.tolist()
-        return Agreement(reduced[0], norm, bad_losses, bool(save_failed), bool(signalled), bool(overdue))
+        norm, bad, save_failed, signalled, overdue = reduced.tolist()  # the step's one host sync
+        return Agreement(reduced[0], norm, bad, bool(save_failed), bool(signalled), bool(overdue))
 
     def _check(self, agreed: Agreement, accumulated: Accumulated) -> None:
         """Raise what is to stop the run before the update, on all ranks: a failed save, a loss that is not finite."""

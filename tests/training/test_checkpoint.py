@@ -243,7 +243,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) 
     state = json.loads((path / "state.json").read_text()) | {"format": 9}
     del state["digest"]
     (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
-    with pytest.raises(ValueError, match="format 9, this version reads 2"):
+    with pytest.raises(ValueError, match="format 9, this version reads 3"):
         load_checkpoint(path, parameters, optimizer)
 
 

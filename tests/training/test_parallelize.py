@@ -121,7 +121,7 @@ def test_a_lone_rank_takes_over_the_gradients_that_fsdp_would_reduce(
     folder = toy_model_folder(tmp_path / "model", tie_word_embeddings=kind == "tied")
     rows = _rows(folder, pairs_file)
     adapter = LoraConfig(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)
-    options = {"precision": precision, "adapter": adapter if kind == "lora" else None}
+    options = {"precision": precision, "lora": adapter if kind == "lora" else None}
     found = _step_gradients(_policy(folder, device, **options), rows)
     with switches.disabled("gradient_handover"):
         expected = _step_gradients(_policy(folder, device, **options), rows)
