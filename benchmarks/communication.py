@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, ins
 
 from estimator import ROWS, SHAPES, size_of
 from fake_step import CPU, fake_world, packed_row, run_row
-from notus.estimate.lengths import TYPICAL, draw
-from notus.estimate.models import find_config, sizes
+from notus.estimate.inputs import TYPICAL, draw, find_config, sizes
 from notus.estimate.plan import Setting, job_of, make_plan, moved_bytes
 from notus.model.flops import LINK_EFFICIENCY, find_gpu
 from notus.model.size import ModelSize

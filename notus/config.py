@@ -140,7 +140,7 @@ class TrainingConfig:
     async_checkpoints: bool = True
     """Write checkpoints while training goes on, from a copy in host memory; false: wait, without the copy."""
     max_hours: Positive | None = None
-    """End with a checkpoint at the first step after so many hours of one launch; the same command goes on."""
+    """End with a checkpoint at the first step after so many hours of one launch; the same command resumes."""
     resume: str = "auto"
     """"auto": go on from the newest checkpoint in `output_dir`; "never": anew; or a checkpoint's folder."""
 

@@ -11,7 +11,7 @@ from notus.evaluation.arguments import count, positive
 from notus.training.memory_estimate import BYTES, OPTIMIZER_STATES, RUNTIME_MARGIN
 
 if TYPE_CHECKING:
-    from notus.estimate.lengths import Lengths
+    from notus.estimate.inputs import Lengths
     from notus.estimate.plan import Setting
 
 # Rows after curation, of data sets that the project's configs name.
@@ -97,7 +97,7 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
 
 
 def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "tuple[Setting, str]":
-    from notus.estimate.models import find_config, sizes
+    from notus.estimate.inputs import find_config, sizes
     from notus.estimate.plan import Setting
     from notus.model.flops import PER_NODE, find_gpu
 
@@ -129,7 +129,7 @@ def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "t
 
 def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | None]":
     """How long examples are, and how many there are, as far as it is known without the network."""
-    from notus.estimate.lengths import TYPICAL, draw, parse_means
+    from notus.estimate.inputs import TYPICAL, draw, parse_means
 
     branches = 2 if config.task == "dpo" else 1
     for source in config.data.train:
@@ -168,7 +168,7 @@ def _tokenised(config: Config) -> "Lengths | None":
         return None
     from notus.data.dataset import Rows
     from notus.data.tokenize import load_pairs, load_sft
-    from notus.estimate.lengths import tokenised
+    from notus.estimate.inputs import tokenised
     from notus.model.export import load_tokenizer
 
     data, tokenizer = config.data, load_tokenizer(folder, config.model.trust_remote_code)

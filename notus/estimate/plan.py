@@ -15,7 +15,7 @@ import numpy as np
 
 from notus.data.packing import check_fits
 from notus.data.schedule import deal
-from notus.estimate.lengths import Lengths
+from notus.estimate.inputs import Lengths
 from notus.model.flops import GPU, LINK_EFFICIENCY, PER_NODE, Dimensions, forward_flops, visible_pairs
 from notus.model.size import ModelSize
 from notus.training.memory_estimate import (

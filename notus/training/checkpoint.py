@@ -178,12 +178,12 @@ def _check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
             found += _problems(path / name, files[name])
         except OSError as error:
             found.append(OSError(f"{path / name} cannot be read ({error.strerror or error}); nothing was changed"))
-    told = [problem for part in gather_objects(found) for problem in part]
-    for problem in told:
+    problems = [problem for part in gather_objects(found) for problem in part]
+    for problem in problems:
         if isinstance(problem, OSError):
             raise problem
-    if told:
-        raise DamagedCheckpointError("; ".join(str(problem) for problem in told[:3]))
+    if problems:
+        raise DamagedCheckpointError("; ".join(str(problem) for problem in problems[:3]))
 
 
 def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
@@ -195,7 +195,7 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
     return [] if digest.hexdigest() == expected["sha256"] else [f"{path} does not match its digest"]
 
 
-# Contents that a run cannot change when it goes on.
+# Contents that a run cannot change when it is resumed.
 _BOUND = ("data.train", "data.eval", "model.name_or_path")
 
 
@@ -209,7 +209,7 @@ def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]
     for key in changed:
         if key in _BOUND:
             raise ValueError(
-                f"{path} was made from other contents of {key}: restore them to go on, or start over with "
+                f"{path} was made from other contents of {key}: restore them to resume, or start over with "
                 "training.resume=never"
             )
         say(
@@ -219,7 +219,7 @@ def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]
 
 
 def check_newest(checkpoints: Sequence[Path], now: Mapping[str, str]) -> None:
-    """The same for the newest checkpoint, before any work is done on its account; collective."""
+    """Check the newest checkpoint before doing any work that depends on it. All ranks must call this."""
     for path in checkpoints[:1]:
         before = on_main(functools.partial(read_identity, path))
         if before:
@@ -232,7 +232,7 @@ def load_newest(
     parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: PiecewiseOptimizer,
 ) -> tuple[Path, Progress]:
-    """Load the first checkpoint that is whole; damaged ones are set aside, saying so. Collective.
+    """Load the first checkpoint that is whole; damaged ones are renamed, with a warning. Collective.
 
     Args:
         checkpoints: the newest first.
@@ -251,7 +251,7 @@ def load_newest(
         except DamagedCheckpointError as error:
             if not is_own:
                 raise
-            aside = on_main(functools.partial(set_aside_damaged, path))
+            aside = on_main(functools.partial(rename_damaged, path))
             say(f"warning: {error}; this checkpoint is now {aside.name}")
             continue
         if not is_own:
@@ -260,7 +260,7 @@ def load_newest(
     raise ValueError(f"{own}: no checkpoint is whole (see above); set training.resume=never to start over")
 
 
-def set_aside_damaged(path: Path) -> Path:
+def rename_damaged(path: Path) -> Path:
     """Give a damaged checkpoint a name that is no checkpoint's; returns it. Nothing is deleted but an earlier such."""
     aside = path.with_name(f"damaged-{path.name}")
     if aside.exists():

@@ -58,7 +58,7 @@ class Checkpoints:
         Args:
             folder: the run's `checkpoints` folder.
             device: where the parameters are.
-            background: write while training goes on, from a copy in host memory; else wait for the disk.
+            background: write while training continues, from a copy in host memory; else wait for the disk.
             keep: how many of the newest to keep; None: all.
             keep_every: besides those, keep the checkpoints of every so many steps.
         """

@@ -79,7 +79,7 @@ class StepLines:
 
         Raises:
             ValueError: the file holds something else than such lines.
-            OSError: the disk refuses; so do `append` and `sync`.
+            OSError: the file cannot be written; `append` and `sync` raise it, too.
         """
         self._path = path
         kept = _lines_until(path, resume_step) if path.exists() else []
@@ -225,7 +225,7 @@ class EnvironmentFile(Logger):
     remedy = f"{ENVIRONMENT_FILE} is not kept from here on"
 
     def __init__(self, path: Path, *, step: int, hardware: str) -> None:
-        """Begin a launch that goes on from `step`; at 0, earlier launches left nothing and are forgotten."""
+        """Begin a launch that continues after `step`; at 0, earlier launches left nothing and are forgotten."""
         self._path, self._began = path, time.monotonic()
         self._earlier = _launches(path) if step else []
         self._launch: dict[str, Any] = {
@@ -263,7 +263,7 @@ def _launches(path: Path) -> list[dict[str, Any]]:
         launches = list(json.loads(path.read_text(encoding="utf-8"))["launches"])
         sum(launch["seconds"] for launch in launches)
     except (ValueError, KeyError, TypeError):
-        tell(f"warning: {path} is damaged: it forgets the earlier launches")
+        tell(f"warning: {path} is damaged: the earlier launches are not listed")
         return []
     return launches
 
@@ -289,7 +289,7 @@ class WandbLogger(Logger):
     """A Weights & Biases run; offline unless a key is set and the server answers.
 
     Attributes:
-        run_id: by which a later process goes on with the same run.
+        run_id: by which a later process resumes the same run.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class WandbLogger(Logger):
         """Start a run, or go on with `run_id`; where the server cannot be reached, offline, with a warning.
 
         Raises:
-            ValueError: the settings or the key are refused.
+            ValueError: Weights & Biases rejects the settings or the key.
         """
         import wandb
 
@@ -318,8 +318,8 @@ class WandbLogger(Logger):
         except Exception as error:  # of many kinds: time-outs, what a proxy answers in its place, a service that dies
             if mode != "online" or isinstance(error, (wandb.errors.UsageError, wandb.errors.AuthenticationError)):
                 raise ValueError(
-                    f"tracking.wandb: Weights & Biases refuses the run ({first_line(error)}); WANDB_MODE=offline or "
-                    "tracking.wandb=false goes on without it"
+                    f"tracking.wandb: Weights & Biases rejects the run ({first_line(error)}); WANDB_MODE=offline or "
+                    "tracking.wandb=false trains without it"
                 ) from error
             tell(f"warning: Weights & Biases is out of reach ({first_line(error)}): the run is kept offline")
             wandb.teardown()  # or the id would count as taken
@@ -407,7 +407,7 @@ class TensorBoardLogger(Logger):
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop later steps from a file of events. TensorBoard's own purge would leave texts and hide scalars alone."""
+    """Drop later steps from a file of events. TensorBoard's own purge would keep texts and only hide scalars."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -421,5 +421,5 @@ def _forget_after(path: Path, step: int) -> None:
 
 
 def _verbatim(text: str) -> str:
-    """Markdown that shows a text as it is."""
+    """Markdown that shows a string as it is."""
     return "\n".join(f"    {line}" for line in text.splitlines())

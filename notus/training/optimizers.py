@@ -17,7 +17,7 @@ are needed on a CPU, for bf16 states, with offload, and where the kernel is not 
 In bf16, with its 8 bits, an average that is to change by less than 1/512 stays where it is if it is rounded to the
 nearest number: at α 0.99 or β₂ 0.999 it would stall. It is rounded up or down at random instead, up with the
 probability that keeps the expectation. The random numbers depend on the step and the shard alone, so that a resumed run
-goes on to the bit, and replicas of a shard stay equal.
+continues to the bit, and replicas of a shard stay equal.
 """
 
 import math
@@ -297,7 +297,7 @@ def _update_error(kind: type[PiecewiseOptimizer], settings: dict[str, Any], devi
 def round_at_random(values: Tensor, noise: torch.Generator) -> Tensor:
     """fp32 -> bf16, up or down so that the expectation is the value; finite values.
 
-    bf16 is the upper half of fp32: a random lower half is added, and what is left of it cut off.
+    bf16 is the upper half of fp32: a random lower half is added, and the lower half is cut off.
     """
     bits = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=noise)
     bits += values.view(torch.int32)
@@ -384,7 +384,7 @@ def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool
 
     Args:
         gradients: this rank's shards.
-        flags: [F], what this rank has to tell the others, on the device.
+        flags: [F], what this rank reports to the others, on the device.
         first_replica: False where another rank counts the same shards.
 
     Returns:

@@ -73,7 +73,7 @@ def reference_logps(
 
     Raises:
         ValueError: the cache file is damaged or of other rows, or a log-prob is not finite.
-        OSError: the cache cannot be written; the parts that are whole stay, and the next pass goes on from them.
+        OSError: the cache cannot be written; whole parts stay, and the next pass continues after them.
     """
     path = folder / f"{key.name}.safetensors"
     parts = folder / f"{key.name}.parts"

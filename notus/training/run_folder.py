@@ -28,7 +28,7 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 LOCK = ".lock"
 _MODEL_FILES = ("config.json", "adapter_config.json")
-# What may differ when a run goes on: how and where it computes, not what.
+# What may differ when a run is resumed: how and where it computes, not what.
 FREE_KEYS = frozenset(
     {
         "data.num_workers", "data.cache_dir", "reference.cache_dir", "training.output_dir", "training.resume",
@@ -126,7 +126,7 @@ def _checkpoints(folder: Path, resume: str) -> list[Path]:
         raise ValueError(
             f"training.resume={resume}: this run has a newer checkpoint, {own[0].name}; move newer ones away to go back"
         )
-    return own or [path]  # the run's own progress goes before that of its origin, so the same command goes on
+    return own or [path]  # the run's own progress goes before that of its origin, so the same command resumes it
 
 
 def _set_aside(folder: Path) -> None:

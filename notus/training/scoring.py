@@ -128,7 +128,7 @@ def score_all(
     part_size: int = 2048,
     on_part: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Score a whole dataset part by part; `on_part(done, total)` is told of the progress. fp32 [n, K]."""
+    """Score a whole dataset part by part; `on_part(done, total)` is called after each. fp32 [n, K]."""
     parts = []
     for start in range(0, len(rows), part_size):
         indices = np.arange(start, min(start + part_size, len(rows)))

@@ -1,7 +1,7 @@
 """`python -m notus evaluate MODEL --suite open-llm`: the Open LLM Leaderboard's tasks, or any others of lm-eval.
 
 The tasks, their prompts and their measures are lm-eval's; what the model computes is this project's. Under torchrun the
-ranks share the work. What is done is kept in the output folder, so the same command goes on after an end.
+ranks share the work. What is done is kept in the output folder, so the same command resumes after an end.
 """
 
 import argparse

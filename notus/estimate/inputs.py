@@ -1,16 +1,19 @@
-"""A model's sizes from its configuration alone: a folder or file, the hub's cache, or a table of well-known models."""
+"""What an estimate is made from: the sizes of a model, and the lengths of its examples."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from notus.data.dataset import Rows
 from notus.model.flops import Dimensions, dimensions
 from notus.model.lora import inject_lora
 from notus.model.size import ModelSize, model_size
@@ -130,3 +133,71 @@ def sizes(
     if lora_rank:
         inject_lora(causal_lm, rank=lora_rank, alpha=1.0, dropout=lora_dropout, target_modules=target_modules)
     return model_size(causal_lm, layers=layers), arithmetic
+
+
+# UltraFeedback through Zephyr's template: means of trunk, chosen and rejected; the spread of their logarithms is an
+# assumption. SFT sees the trunk and the chosen branch.
+TYPICAL = (176.0, 300.0, 280.0)
+SPREAD = 0.8
+SAMPLE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Examples of a data set, or a sample of them.
+
+    Attributes:
+        trunks: int64 [n], tokens.
+        branches: int64 [n, K], tokens, all of them scored.
+        source: where they come from, for the report.
+    """
+
+    trunks: np.ndarray
+    branches: np.ndarray
+    source: str
+
+    @property
+    def totals(self) -> np.ndarray:
+        """int64 [n], tokens of each example, the trunk once."""
+        return self.trunks + self.branches.sum(axis=1)
+
+    @property
+    def key_ratio(self) -> float:
+        """Keys that attention gathers, over tokens."""
+        return float((self.branches.shape[1] * self.trunks + self.branches.sum(axis=1)).sum() / self.totals.sum())
+
+
+def parse_means(text: str, branches: int) -> tuple[float, ...]:
+    """ "176,300,280": means of trunk and branches. Raises ValueError for anything else."""
+    try:
+        means = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        means = ()
+    if len(means) != branches + 1 or not all(0 < mean < 1e6 for mean in means):
+        raise ValueError(
+            f"--lengths {text}: give {branches + 1} mean numbers of tokens, of the trunk and of each branch, as in "
+            f"{','.join(f'{mean:g}' for mean in TYPICAL[: branches + 1])}"
+        )
+    return means
+
+
+def draw(means: tuple[float, ...], *, max_length: int, max_prompt_length: int, seed: int = 0) -> Lengths:
+    """Log-normal lengths, cut as the data would be, of these means after the cut: the trunk's, then each branch's."""
+    normal = np.random.default_rng(seed).standard_normal((SAMPLE, len(means)))
+    scale = np.asarray(means)
+    for _ in range(8):  # cutting shortens: start from longer ones
+        drawn = np.exp(np.log(scale) + SPREAD * normal).round().astype(np.int64).clip(1)
+        trunks = drawn[:, 0].clip(max=max_prompt_length)
+        branches = np.minimum(drawn[:, 1:], max_length - trunks[:, None])
+        scale = scale * means / np.array([trunks.mean(), *branches.mean(axis=0)])
+    shown = ", ".join(f"{mean:.0f}" for mean in (trunks.mean(), *branches.mean(axis=0)))
+    return Lengths(
+        trunks,
+        branches,
+        f"drawn: log-normal, mean tokens {shown} (trunk, branches), spread {SPREAD}, cut at {max_length}",
+    )
+
+
+def tokenised(rows: Rows) -> Lengths:
+    """The true lengths."""
+    return Lengths(rows.trunk_lengths, rows.branch_lengths, f"{len(rows)} examples of the data, tokenised")
