@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from notus.data.dataset import Rows
-from notus.data.packing import StepPlan
+from notus.data.schedule import StepPlan
 from notus.model.flops import dimensions, training_flops
 from notus.model.gpus import gpu_of_driver
 from notus.model.policy import Policy

@@ -6,9 +6,8 @@ import datasets
 import numpy as np
 import pytest
 
-from notus.data.columns import PROVENANCE
-from notus.data.dataset import Rows, packing_report, step_rows
-from notus.data.packing import StepPlan
+from notus.data.dataset import PROVENANCE, Rows
+from notus.data.schedule import StepPlan, packing_report, step_rows
 
 
 def features(ids="int32", mask="int8", sequence=datasets.List):

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notus.data.packing import Example, StepPlan, build_layout, collate, filler
+from notus.data.packing import Example, build_layout, collate, filler
+from notus.data.schedule import StepPlan
 
 
 def example(index, trunk, branches, masks=None):

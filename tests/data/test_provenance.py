@@ -10,8 +10,7 @@ import pytest
 from toys import toy_tokenizer
 
 from notus.data import tokenize as dataset_module
-from notus.data.columns import PROVENANCE
-from notus.data.dataset import Rows
+from notus.data.dataset import PROVENANCE, Rows
 from notus.data.formats import find_form
 from notus.data.tokenize import DropReport, load_pairs
 from notus.training.reference import digest_of_rows
@@ -84,7 +83,7 @@ def test_code_of_the_columns_is_part_of_the_caches_key(tmp_path: Path, monkeypat
     read_bytes = Path.read_bytes
 
     def as_of_another_version(file: Path) -> bytes:
-        return read_bytes(file) + (b"#" if file.name == "columns.py" else b"")
+        return read_bytes(file) + (b"#" if file.name == "dataset.py" else b"")
 
     monkeypatch.setattr(Path, "read_bytes", as_of_another_version)
     loaded(path)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from notus.data import tokenize as dataset_module
 from notus.data.chat import Encoded
-from notus.data.columns import FEATURES, PROVENANCE
+from notus.data.dataset import FEATURES, PROVENANCE
 from notus.data.tokenize import (
     COMPLETION_CUT,
     PROMPT_CUT,
@@ -205,13 +205,15 @@ class TestDrops:
         with pytest.raises(ValueError, match=r"a.jsonl: no row is left[^$]*dropped 1: empty[^$]*dropped 1: chosen"):
             load(path)
 
-    def test_reports_add_up(self) -> None:
-        one = DropReport(5, {"chosen and rejected identical": 1}, 1, 2)
-        two = DropReport(7, {"empty completion": 2, "chosen and rejected identical": 1}, 0, 3)
-        total = one + two
-        assert total == DropReport(12, {"empty completion": 2, "chosen and rejected identical": 2}, 1, 5)
-        assert list(total.dropped) == ["empty completion", "chosen and rejected identical"]
-        assert total.kept == 8
+    def test_reports_of_several_sources_add_up(self, tmp_path: Path) -> None:
+        good, same, empty = pair("Q", "X", "Y"), pair("Q", "X", "X"), pair("Q", "", "Y")
+        one = write_rows(tmp_path / "a.jsonl", [good, same, pair("Q", "X" * 80, "Y")])
+        two = write_rows(tmp_path / "b.jsonl", [good, good, same, empty])
+        kept, report = load([{"path": str(one)}, {"path": str(two), "weight": 2}])
+        assert report == DropReport(7, {"empty completion": 1, "chosen and rejected identical": 2}, 0, 1)
+        assert list(report.dropped) == ["empty completion", "chosen and rejected identical"]
+        assert report.kept == 4
+        assert len(kept) == 2 + 2 * 2
 
 
 class TestErrors:

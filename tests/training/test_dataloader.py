@@ -10,8 +10,8 @@ from runs import config, write_pairs
 from toys import toy_model_folder
 
 from notus.data import dataset as rows_module
-from notus.data.dataset import Rows, step_rows
-from notus.data.packing import StepPlan
+from notus.data.dataset import Rows
+from notus.data.schedule import StepPlan, step_rows
 from notus.model.flops import dimensions, forward_flops
 from notus.training import dpo
 from notus.training import trainer as loop

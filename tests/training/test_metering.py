@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from notus.data.packing import StepPlan
+from notus.data.schedule import StepPlan
 from notus.model.flops import dimensions, forward_flops, training_flops
 from notus.training import metering
 from notus.training.build import Adapter, build_policy, read_model_config
