@@ -322,11 +322,15 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
 def _inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     data = config.data
     sources = {"train": data.train} if data.eval is None else {"train": data.train, "eval": data.eval}
-    options = {
-        name: getattr(data, name)
-        for name in (
-            "max_prompt_length", "eval_size", "max_length", "chat_template", "add_empty_system", "num_workers",
-            "cache_dir",
-        )
-    }  # fmt: skip
-    return load_inputs(sources, tokenizer, seed=config.training.seed, **options)
+    return load_inputs(
+        sources,
+        tokenizer,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        eval_size=data.eval_size,
+        chat_template=data.chat_template,
+        add_empty_system=data.add_empty_system,
+        num_workers=data.num_workers,
+        cache_dir=data.cache_dir,
+        seed=config.training.seed,
+    )
