@@ -84,29 +84,18 @@ class Rows:
         # a selection leaves the rows where they are and keeps a list of their places
         selected = dataset._indices
         self._places = np.arange(len(dataset)) if selected is None else selected.column(0).to_numpy().astype(np.int64)
-        self._known_digests: np.ndarray | None = None
         self._scan()
 
     def _scan(self) -> None:
-        number, row = self._find(self._places[0])
-        self.num_branches = int(np.diff(self._chunks[number].row_starts)[row])
-        each = np.arange(self.num_branches)
-        self.trunk_lengths = np.empty(len(self._places), dtype=np.int64)
-        self.branch_lengths = np.empty((len(self._places), self.num_branches), dtype=np.int64)
-        self.loss_tokens = np.empty_like(self.branch_lengths)
-        order = np.argsort(self._places, kind="stable")
-        ends = np.searchsorted(self._places[order], self._starts)
-        for chunk, start, first, last in zip(self._chunks, self._starts, ends, ends[1:], strict=False):
-            if first == last:
-                continue
-            here = order[first:last]
-            rows = self._places[here] - start
-            if (np.diff(chunk.row_starts)[rows] != self.num_branches).any():
-                raise ValueError("the rows of the dataset differ in their number of completions")
-            branches = chunk.row_starts[rows][:, None] + each
-            self.trunk_lengths[here] = np.diff(chunk.trunk_starts)[rows]
-            self.branch_lengths[here] = np.diff(chunk.branch_starts)[branches]
-            self.loss_tokens[here] = _loss_tokens(chunk)[branches]
+        counts = np.concatenate([np.diff(chunk.row_starts) for chunk in self._chunks])
+        self.num_branches = int(counts[self._places[0]])
+        if (counts[self._places] != self.num_branches).any():
+            raise ValueError("the rows of the dataset differ in their number of completions")
+        first = np.cumsum(counts) - counts
+        branches = first[self._places][:, None] + np.arange(self.num_branches)
+        self.trunk_lengths = _concatenated([np.diff(chunk.trunk_starts) for chunk in self._chunks])[self._places]
+        self.branch_lengths = _concatenated([np.diff(chunk.branch_starts) for chunk in self._chunks])[branches]
+        self.loss_tokens = _concatenated([_loss_tokens(chunk) for chunk in self._chunks])[branches]
         self.lengths = self.trunk_lengths + self.branch_lengths.sum(axis=1)
 
     @functools.cached_property
@@ -160,13 +149,17 @@ class Rows:
 
     def digests(self) -> np.ndarray:
         """A content digest of every row (trunk, branches, masks): uint8 [n, 16]; computed once."""
-        if self._known_digests is None:
-            found = np.empty((len(self), 16), dtype=np.uint8)
-            for index, place in enumerate(self._places):
-                number, row = self._find(place)
-                found[index] = np.frombuffer(_digest(self._chunks[number], row), dtype=np.uint8)
-            self._known_digests = found
-        return self._known_digests
+        return self._all_digests
+
+    @functools.cached_property
+    def _all_digests(self) -> np.ndarray:
+        found = (self._find(int(place)) for place in self._places)
+        joined = b"".join(_digest(self._chunks[number], row) for number, row in found)
+        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
+
+
+def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int64)
 
 
 def _read(batch: pa.RecordBatch) -> _Chunk:
