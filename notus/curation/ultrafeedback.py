@@ -88,12 +88,28 @@ class Report:
         return "\n".join(lines)
 
 
-def curate(records: Iterable[Any], **options: Any) -> tuple[list[dict[str, Any]], Report]:
-    """All the pairs of `records`, in their order, with the report. The options are the fields of `Curator`.
+def curate(
+    records: Iterable[Any],
+    *,
+    by: str = "ratings",
+    schema: str = "v1",
+    seed: int = 42,
+    decontaminate: Iterable[str] = (),
+    drop_sources: Collection[str] = (),
+    min_rating: int = 1,
+) -> tuple[list[dict[str, Any]], Report]:
+    """Return all the pairs of `records`, in their order, and the report. The options are the fields of `Curator`.
 
     Raises ValueError for a wrong option, and for a malformed record, which it names by its number from 1.
     """
-    curator = Curator(**options)
+    curator = Curator(
+        by=by,
+        schema=schema,
+        seed=seed,
+        decontaminate=decontaminate,
+        drop_sources=drop_sources,
+        min_rating=min_rating,
+    )
     placed = ((f"record {number}", record) for number, record in enumerate(records, start=1))
     return list(curator.pairs(placed)), curator.report
 
