@@ -53,11 +53,11 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def deal(lengths: Sequence[int], costs: Sequence[float], world_size: int, tokens_per_row: int) -> Dealt:
-    """Deal a step's examples to ranks and rows.
+    """Deal a step's examples to ranks and packed rows.
 
-    The dearest example first, each to the cheapest row that has room for it; then rows of like cost get the same
-    number on different ranks, the dearest rows the first. Every rank gets the same number of rows, the smallest that
-    was found to do; a row may be empty.
+    Examples are taken by falling cost, and each goes to the cheapest row so far that has room for it. Then the rows are
+    sorted by cost, so that row r costs about the same on every rank. Every rank gets the same number of rows, the
+    smallest that was found to be enough. A row may be empty.
 
     Args:
         lengths: tokens of each example of the step (trunk and branches together).
@@ -73,21 +73,24 @@ def deal(lengths: Sequence[int], costs: Sequence[float], world_size: int, tokens
     """
     check_fits(int(max(lengths)), tokens_per_row)
     lengths, costs = [int(length) for length in lengths], [float(cost) for cost in costs]
+    # The costliest first: what comes late is small and fills the gaps (longest processing time first, Graham 1969).
     order = sorted(range(len(lengths)), key=lambda item: (-costs[item], -lengths[item], item))
+    # The tokens alone need this many rows per rank; examples that fit badly together may need more.
     fewest = max(1, math.ceil(sum(lengths) / (world_size * tokens_per_row)))
     tries = (_spread(lengths, costs, order, count * world_size, tokens_per_row) for count in _counts(fewest))
     bins = next(found for found in tries if found is not None)
+    # Neighbours in this order cost about the same: they become the same row of different ranks.
     bins.sort(key=lambda row: -_total(costs, row))
     return [bins[rank::world_size] for rank in range(world_size)]
 
 
 def time_of(dealt: Dealt, costs: Sequence[float]) -> float:
-    """The cost that ranks in lock-step take: over all rows, the heaviest rank's."""
+    """The cost of a step for ranks in lock-step: the sum over rows of the heaviest rank's."""
     return sum(max(_total(costs, row) for row in rows) for rows in zip(*dealt, strict=True))
 
 
 def _counts(fewest: int) -> Iterator[int]:
-    """Numbers of rows to try: one by one where one more tells, in larger steps from there."""
+    """Yield the numbers of rows per rank to try: `fewest` and the next, then in steps that double."""
     yield fewest
     for power in itertools.count():
         yield fewest + 2**power
@@ -105,7 +108,7 @@ def _spread(
     left = [room] * num_bins
     heap = [(0.0, number) for number in range(num_bins)]
     for item in order:
-        full = []
+        full = []  # cheaper bins without room for this item; a smaller one may still fit
         while heap and left[heap[0][1]] < lengths[item]:
             full.append(heapq.heappop(heap))
         if not heap:
@@ -120,7 +123,7 @@ def _spread(
 
 
 def packed(rows: Rows, indices: np.ndarray, dealt: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """A rank's packed rows of a step; `dealt`: which of the step's `indices` each holds, see `deal`."""
+    """Yield a rank's packed rows of a step. `dealt` says which of the step's `indices` each holds; see `deal`."""
     for row in dealt:
         yield collate(rows(indices[row]), rows.num_branches)
 
@@ -134,7 +137,7 @@ def step_rows(
     tokens_per_row: int,
     costs: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """This rank's packed rows of one step.
+    """Yield this rank's packed rows of one step.
 
     Args:
         rows: the tokenised dataset.

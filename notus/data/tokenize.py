@@ -121,8 +121,7 @@ def load_pairs(
             f"({max_length}), so that a prompt leaves room for a completion"
         )
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    rule = _Rule(encoder, "dpo", max_length, max_prompt_length)
-    return _load(source, rule, num_workers, cache_dir, seed)
+    return _load(source, _Rule(encoder, "dpo", max_length, max_prompt_length), num_workers, cache_dir, seed)
 
 
 def load_sft(
@@ -216,6 +215,24 @@ class _Rule:
         decides = [self.encoder.digest(), self.task, self.max_length, self.max_prompt_length, code, versions]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
+    def render(self, row: Any) -> list[Rendered]:
+        """Render each of a row's conversations as a string; return none if a completion is empty."""
+        record = normalize(row, self.task)
+        if not all(self.encoder.has_text(completion) for completion in record.completions):
+            return []
+        return [self.encoder.render(record.prompt, completion) for completion in record.completions]
+
+    def finish(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
+        """Cut a row to length. Return its conversations, none if it is dropped, and its outcome."""
+        if not encoded:
+            return [], EMPTY
+        cut, outcome = truncate(encoded, self.max_length, self.max_prompt_length)
+        if not all(item.mask.any() for item in cut):
+            return [], CUT_AWAY
+        if len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
+            return [], IDENTICAL
+        return cut, outcome
+
 
 @dataclasses.dataclass(frozen=True)
 class _Tokenize:
@@ -225,40 +242,25 @@ class _Tokenize:
     rule: _Rule
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pa.Table:
-        placed = list(read_rows(self.source, batch, indices))
-        rows = [self._render(place, row) for place, row in placed]
-        encoded = iter(self.rule.encoder.tokenize([text for row in rows for text in row]))
-        done = []
-        for row, (_, raw) in zip(rows, placed, strict=True):
-            kept, outcome = self._finish([next(encoded) for _ in row])
-            outcome |= TEMPLATED if kept and row[0].templated else 0
-            done.append({**_split(kept), **read_provenance(raw)._asdict(), "outcome": outcome})
-        return pa.Table.from_pylist(done, schema=_COLUMNS.arrow_schema)
-
-    def _render(self, place: str, row: Any) -> list[Rendered]:
-        """The texts of a row's conversations; none if a completion is empty."""
-        try:
-            record = normalize(row, self.rule.task)
-            if not all(self.rule.encoder.has_text(completion) for completion in record.completions):
-                return []
-            return [self.rule.encoder.render(record.prompt, completion) for completion in record.completions]
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-
-    def _finish(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
-        """Cut a row; then the row, or nothing if it is dropped, and what befell it."""
-        if not encoded:
-            return [], EMPTY
-        cut, outcome = truncate(encoded, self.rule.max_length, self.rule.max_prompt_length)
-        if not all(item.mask.any() for item in cut):
-            return [], CUT_AWAY
-        if len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
-            return [], IDENTICAL
-        return cut, outcome
+        rendered, provenances = [], []
+        for place, row in read_rows(self.source, batch, indices):
+            try:
+                rendered.append(self.rule.render(row))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            provenances.append(read_provenance(row))
+        encoded = iter(self.rule.encoder.tokenize([text for row in rendered for text in row]))
+        stored = []
+        for row, provenance in zip(rendered, provenances, strict=True):
+            kept, outcome = self.rule.finish([next(encoded) for _ in row])
+            if kept and row[0].templated:
+                outcome |= TEMPLATED
+            stored.append({**_tokens(kept), **provenance._asdict(), "outcome": outcome})
+        return pa.Table.from_pylist(stored, schema=_COLUMNS.arrow_schema)
 
 
-def _split(encoded: Sequence[Encoded]) -> dict[str, Any]:
-    """A row's trunk and branches, as they are stored; empty for a dropped row."""
+def _tokens(encoded: Sequence[Encoded]) -> dict[str, Any]:
+    """A row's token columns; empty for a dropped row."""
     shared = split_trunk(encoded) if encoded else 0
     return {
         "trunk": encoded[0].ids[:shared] if encoded else [],
@@ -289,7 +291,7 @@ def _load(
 
 
 def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> datasets.Dataset:
-    """One row per row of the source, with what befell it; from the cache if it is there."""
+    """Return one row per row of the source, with its outcome; from the cache if it is there."""
     # Our own digest: that of `datasets` knows neither the content of a JSON file nor the text of our code.
     fingerprint = hashlib.sha256(f"{source.digest} {rule.digest()}".encode()).hexdigest()[:32]
     workers = min(num_workers, math.ceil(len(source.rows) / BATCH_ROWS))
@@ -312,7 +314,7 @@ def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> da
 
 
 def _weighted(rows: datasets.Dataset, part: Part, seed: int) -> datasets.Dataset:
-    """The share `part.weight` of the rows: each as often as fits in whole, and a draw for the rest."""
+    """Take the share `part.weight` of the rows: each as often as fits in whole, and a draw for the rest."""
     if part.weight == 1:
         return rows
     count = round(part.weight * len(rows))
