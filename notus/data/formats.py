@@ -1,27 +1,20 @@
 """The formats of a data row, each read into one normal form: a prompt and its completions.
 
-The columns say which format a row has. For preference pairs (DPO), the first that fits:
+The columns say which format a row has. The first line that fits decides:
 
-    conversations, chosen, rejected
-        ShareGPT; `conversations` is the prompt.
-    instruction, chosen_response, rejected_response
-        Argilla v1; three strings, read as a user turn and its two answers.
-    prompt, chosen, rejected
-        All strings: plain text. Otherwise message lists: `chosen` and `rejected` are either what follows the prompt,
-        or the whole conversations, as in Argilla's cleaned release.
-    chosen, rejected
-        Whole conversations; the leading turns that they share are the prompt.
-
-For demonstrations (SFT):
-
-    messages
-        A conversation; every assistant turn is learned.
-    prompt, completion
-        Both strings: plain text. Otherwise message lists.
-    the columns of a pair
-        The chosen side.
-    conversations
-        As `messages`.
+    task  columns                                          contents
+    ----  -----------------------------------------------  ------------------------------------------------------
+    DPO   conversations, chosen, rejected                  ShareGPT; `conversations` is the prompt
+    DPO   instruction, chosen_response, rejected_response  Argilla v1: strings, a user turn and its two answers
+    DPO   prompt, chosen, rejected                         all strings: plain text; otherwise messages, either
+                                                           what follows the prompt or the whole conversations
+                                                           (Argilla's cleaned release)
+    DPO   chosen, rejected                                 whole conversations; the leading turns that they share
+                                                           are the prompt
+    SFT   messages                                         a conversation; every assistant turn is learned
+    SFT   prompt, completion                               both strings: plain text; otherwise messages
+    SFT   the columns of a DPO row                         the chosen side
+    SFT   conversations                                    as `messages`
 
 A message is {role, content} or {from, value}. Its role is system, user (human) or assistant (gpt). Where messages are
 expected, a string stands for one turn: of the user in a prompt, of the assistant in a completion. If a prompt string

@@ -11,7 +11,7 @@ from toys import assets_dir, toy_tokenizer
 from transformers import AutoTokenizer
 
 from notus.data import tokenize as dataset_module
-from notus.data.chat import Encoded
+from notus.data.chat import ChatEncoder, Encoded
 from notus.data.dataset import FEATURES, PROVENANCE, Rows
 from notus.data.formats import find_form
 from notus.data.tokenize import (
@@ -255,7 +255,7 @@ class TestCache:
         def fail(*args: Any) -> None:
             raise RuntimeError("tokenised again")
 
-        monkeypatch.setattr(dataset_module._Tokenize, "__call__", fail)
+        monkeypatch.setattr(ChatEncoder, "tokenize", fail)
 
     @pytest.mark.usefixtures("refuse")
     @pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"chat_template": "zephyr"}, {"seed": 1}])
