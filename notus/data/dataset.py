@@ -154,7 +154,7 @@ class Rows:
     @functools.cached_property
     def _all_digests(self) -> np.ndarray:
         found = (self._find(int(place)) for place in self._places)
-        joined = b"".join(_digest(self._chunks[number], row) for number, row in found)
+        joined = bytearray().join(_digest(self._chunks[number], row) for number, row in found)
         return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
 
 
