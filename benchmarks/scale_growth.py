@@ -75,7 +75,7 @@ def measure(point: Point, folder: Path) -> Step:
     from transformers import AutoConfig
 
     from memory import PeakMemory
-    from notus.data.packing import StepPlan
+    from notus.data.schedule import StepPlan
     from notus.runtime.distributed import process_group
     from notus.training.dataloader import Dataloader, row_costs
     from notus.training.optimizers import build_optimizer, clip_gradients, gradient_norm, local_gradients
@@ -116,8 +116,7 @@ def _loss(logps: "Tensor", pairs: int) -> "Tensor":
 def _rows(point: Point) -> "Rows":
     import datasets
 
-    from notus.data.columns import FEATURES
-    from notus.data.dataset import Rows
+    from notus.data.dataset import FEATURES, Rows
 
     count, length = point.pairs * STEPS, point.length
     ids = np.random.default_rng(0).integers(3, point.vocabulary, size=(count, 3, length))

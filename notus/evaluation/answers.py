@@ -11,7 +11,7 @@ from notus.evaluation.arguments import count, share, temperature
 if TYPE_CHECKING:
     import torch
 
-    from notus.data.chat import Turns
+    from notus.data.formats import Turns
     from notus.evaluation.models import ModelSource
 
 DEFAULTS = {"max_new_tokens": 2048, "temperature": 0.0, "top_p": 1.0, "seed": 42, "batch_size": 32}

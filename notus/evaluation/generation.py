@@ -22,7 +22,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from notus.data.chat import ChatEncoder, Turns
+from notus.data.chat import ChatEncoder
+from notus.data.formats import Turns
 from notus.evaluation.kept import Batch, KeptTokens
 from notus.model.load import WITHOUT_EFFECT
 from notus.training.sampling import end_tokens

@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from notus.data.dataset import Rows, packed
-from notus.data.packing import Batch, StepPlan
-from notus.data.schedule import deal, time_of
+from notus.data.dataset import Rows
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan, deal, packed, time_of
 from notus.model.flops import dimensions, forward_flops
 from notus.model.policy import Policy
 from notus.runtime.distributed import rank, world_size

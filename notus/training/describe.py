@@ -19,7 +19,9 @@ NAMED_SOURCES = 100
 
 def data_summary(rows: Rows, report: DropReport | None) -> dict[str, Any]:
     """How many rows there are, what reading them dropped and cut, and histograms of their lengths in tokens."""
-    names = ("chosen", "rejected") if rows.num_branches > 1 else ("completion",)
+    count = rows.num_branches
+    named = {1: ["completion"], 2: ["chosen", "rejected"]}
+    names = named.get(count) or [f"completion_{number}" for number in range(1, count + 1)]
     lengths = {"prompt": rows.trunk_lengths, **dict(zip(names, rows.branch_lengths.T, strict=True))}
     return {
         "rows": len(rows),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from notus.config import Config, DPOConfig
 from notus.data.dataset import Rows
-from notus.data.packing import Batch, StepPlan
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
 from notus.training.metrics import CHOSEN_CHANGE, SUMMED_MARGINS, Guard

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -41,14 +41,18 @@ def load_inputs(
     sources: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    max_length: int,
     max_prompt_length: int | None,
     eval_size: int,
+    chat_template: str | None,
+    add_empty_system: bool,
+    num_workers: int,
+    cache_dir: str | None,
     seed: int,
-    **options: Any,
 ) -> Inputs:
-    """Read and tokenise; collective, rank 0 fills the cache.
+    """Read and tokenise what a run learns from. All ranks must call this; rank 0 fills the cache.
 
-    Gives `tokenizer` the chat template that rendered the rows, if one did.
+    If a chat template rendered the rows, `tokenizer` is given that template, so that it is exported with the model.
 
     Args:
         sources: what is read as "train" and, if it is there, as "eval"; see `load_pairs`.
@@ -56,28 +60,36 @@ def load_inputs(
         max_prompt_length: of pairs; None reads demonstrations.
         eval_size: rows to hold out of the training data, if "eval" is not there.
         seed: of all draws.
-        options: further arguments of `load_pairs` and `load_sft`.
+        max_length, chat_template, add_empty_system, num_workers, cache_dir: see `load_pairs`.
     """
-    load: Callable[..., tuple[datasets.Dataset, DropReport]] = load_sft
-    if max_prompt_length is not None:
-        load = functools.partial(load_pairs, max_prompt_length=max_prompt_length)
+    load = load_sft if max_prompt_length is None else functools.partial(load_pairs, max_prompt_length=max_prompt_length)
     reports = {}
 
     def read(name: str) -> datasets.Dataset:
         try:
-            dataset, report = distributed.main_first(lambda: load(sources[name], tokenizer, seed=seed, **options))
+            dataset, report = distributed.main_first(
+                lambda: load(
+                    sources[name],
+                    tokenizer,
+                    max_length=max_length,
+                    chat_template=chat_template,
+                    add_empty_system=add_empty_system,
+                    num_workers=num_workers,
+                    cache_dir=cache_dir,
+                    seed=seed,
+                )
+            )
         except OSError as error:
             raise ValueError(f"data.{name} cannot be read, or data.cache_dir not be written ({error})") from error
         distributed.say(f"{name} {report}")
-        if report.templated:  # the format that was learned leaves with the model
-            tokenizer.chat_template = resolve_template(tokenizer, options["chat_template"])
+        if report.templated:
+            tokenizer.chat_template = resolve_template(tokenizer, chat_template)
         reports[name] = report
         return dataset
 
-    train = read("train")
+    train, held_out = read("train"), None
     if "eval" in sources:
-        return Inputs(Rows(train), Rows(read("eval")), reports)
-    if eval_size:
+        held_out = read("eval")
+    elif eval_size:
         train, held_out = split_holdout(train, eval_size, seed)
-        return Inputs(Rows(train), Rows(held_out), reports)
-    return Inputs(Rows(train), None, reports)
+    return Inputs(Rows(train), None if held_out is None else Rows(held_out), reports)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from notus.data.dataset import Rows
-from notus.data.packing import StepPlan
+from notus.data.schedule import StepPlan
 from notus.model.flops import dimensions, gpu_of_driver, training_flops
 from notus.model.policy import Policy
 from notus.runtime.distributed import world_size

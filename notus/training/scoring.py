@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from notus.data.dataset import Rows, step_rows
+from notus.data.dataset import Rows
 from notus.data.packing import Batch
+from notus.data.schedule import step_rows
 from notus.model.policy import Policy
 from notus.runtime.distributed import rank, sum_across_ranks, world_size
 from notus.training.dataloader import prefetched, row_costs

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from notus.config import Config, Task
 from notus.data.chat import check_vocabulary
-from notus.data.dataset import Rows, packing_report
-from notus.data.packing import StepPlan, check_fits
+from notus.data.dataset import Rows
+from notus.data.packing import check_fits
+from notus.data.schedule import StepPlan, packing_report
 from notus.model.adapter import export_adapter
 from notus.model.attention import kernel_for
 from notus.model.export import export_model, load_tokenizer, read_generation_config

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from notus.config import Config
 from notus.data.dataset import Rows
-from notus.data.packing import Batch, StepPlan
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan
 from notus.losses import nll_loss
 from notus.model.policy import Policy
 from notus.training.metrics import Guard

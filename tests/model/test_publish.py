@@ -5,7 +5,8 @@ import pytest
 import torch
 from disks import largest_file, on_small_disk
 
-from notus.model.publish import NewFolder, disk_error, write_tensors
+from notus.model.publish import NewFolder, write_tensors
+from notus.runtime.files import disk_error
 
 WRITE = """
 import sys

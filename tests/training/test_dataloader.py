@@ -9,9 +9,9 @@ import torch
 from runs import config, write_pairs
 from toys import toy_model_folder
 
-from notus.data import dataset as rows_module
-from notus.data.dataset import Rows, step_rows
-from notus.data.packing import StepPlan
+from notus.data import schedule
+from notus.data.dataset import Rows
+from notus.data.schedule import StepPlan, step_rows
 from notus.model.flops import dimensions, forward_flops
 from notus.training import dpo
 from notus.training import trainer as loop
@@ -109,14 +109,14 @@ def test_the_thread_ends_with_a_run_that_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_on_the_thread_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collate = rows_module.collate
+    collate = schedule.collate
 
     def broken(examples, num_branches):
         if threading.current_thread() in prefetching() and 7 in [example.index for example in examples]:
             raise KeyError("a broken row")
         return collate(examples, num_branches)
 
-    monkeypatch.setattr(rows_module, "collate", broken)
+    monkeypatch.setattr(schedule, "collate", broken)
     with pytest.raises(KeyError, match="a broken row"):
         run(tmp_path)
     assert prefetching() == []

@@ -3,16 +3,18 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from disks import largest_file
 from runs import config, write_messages
 
+from notus.data.dataset import FEATURES, Rows
 from notus.runtime import switches
 from notus.runtime.files import write_text
 from notus.training import describe, dpo, sft
-from notus.training.describe import length_histogram
+from notus.training.describe import data_summary, length_histogram
 from notus.training.loggers import EnvironmentFile, hardware
 
 
@@ -36,6 +38,23 @@ def test_histograms_lose_nothing() -> None:
     assert len(found["edges"]) == len(found["counts"]) + 1
     assert found["counts"] == np.histogram(lengths, bins=found["edges"])[0].tolist()
     assert sum(found["counts"]) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (1, ["completion"]),
+        (2, ["chosen", "rejected"]),
+        (4, ["completion_1", "completion_2", "completion_3", "completion_4"]),
+    ],
+)
+def test_a_summary_of_rows_with_any_number_of_completions(count: int, names: list[str]) -> None:
+    branches = [[7] * length for length in range(1, count + 1)]
+    columns = {"trunk": [[5, 6]], "branches": [branches], "loss_mask": [[[1] * len(ids) for ids in branches]]}
+    summary = data_summary(Rows(datasets.Dataset.from_dict(columns, features=FEATURES)), None)
+    assert summary["rows"] == 1
+    assert list(summary["lengths"]) == ["prompt", *names]
+    assert [found["edges"][0] for found in summary["lengths"].values()] == [2, *range(1, count + 1)]
 
 
 def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> None:

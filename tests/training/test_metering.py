@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from notus.config import LoraConfig
-from notus.data.packing import StepPlan
+from notus.data.schedule import StepPlan
 from notus.model.flops import dimensions, forward_flops, training_flops
 from notus.training import metrics as metering
 from notus.training.metrics import Meter, peak_rate

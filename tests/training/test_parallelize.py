@@ -8,7 +8,8 @@ from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.config import LoraConfig
-from notus.data.dataset import Rows, step_rows
+from notus.data.dataset import Rows
+from notus.data.schedule import step_rows
 from notus.data.tokenize import load_pairs
 from notus.model.policy import Policy
 from notus.runtime import switches

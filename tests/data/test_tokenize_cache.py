@@ -14,8 +14,7 @@ import pytest
 from disks import largest_file, on_small_disk
 from toys import toy_tokenizer
 
-from notus.data.cache import cached
-from notus.data.tokenize import load_pairs
+from notus.data.tokenize import cached, load_pairs
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 def test_a_small_disk_is_told_with_its_free_space(tmp_path: Path) -> None:
     code = (
-        "import sys, datasets\nfrom pathlib import Path\nfrom notus.data.cache import cached\n"
+        "import sys, datasets\nfrom pathlib import Path\nfrom notus.data.tokenize import cached\n"
         "rows = datasets.Dataset.from_dict({'x': range(10**6)})\n"
         "make = lambda file: rows.map(lambda x: {'y': x['x']}, batched=True, cache_file_name=file)\n"
         "try:\n    cached(Path(sys.argv[1]), 'name', make)\n"
