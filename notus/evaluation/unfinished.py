@@ -26,7 +26,7 @@ from notus.runtime.distributed import process_group
 from notus.runtime.files import write_text
 from notus.runtime.process import follow_parent
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
-from notus.training.describe import DATA_FILE
+from notus.training.inputs import DATA_FILE
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_folder import CHECKPOINTS
 

@@ -12,7 +12,7 @@ from notus.config import Config, to_yaml
 from notus.runtime.files import write_text
 from notus.runtime.process import first_line, tell
 from notus.training.checkpoint import Progress
-from notus.training.describe import DATA_FILE
+from notus.training.inputs import DATA_FILE
 from notus.training.loggers import (
     ENVIRONMENT_FILE,
     METRICS_FILE,

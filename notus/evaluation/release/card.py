@@ -20,7 +20,7 @@ from notus.evaluation.release.metadata import card_metadata, evaluation_results,
 from notus.evaluation.results import EVALUATIONS, RESULT, Figure, Result
 from notus.evaluation.unfinished import learned_chat
 from notus.model.load import read_json
-from notus.training.describe import DATA_FILE
+from notus.training.inputs import DATA_FILE
 from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE
 from notus.training.run_folder import CONFIG_FILE
 

@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from notus.evaluation.names import hub_id
 from notus.evaluation.results import Result, read_results
 from notus.training.checkpoint import checkpoints_in, step_of
-from notus.training.describe import DATA_FILE
+from notus.training.inputs import DATA_FILE
 from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE
 from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
 

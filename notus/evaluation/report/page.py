@@ -21,7 +21,7 @@ from notus.evaluation.report.reading import RunRecord
 from notus.evaluation.report.samples import sample_groups
 from notus.evaluation.report.training import training_panels
 from notus.evaluation.results import EVALUATIONS, RESULT
-from notus.training.describe import DATA_FILE
+from notus.training.inputs import DATA_FILE
 from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE
 from notus.training.run_folder import CONFIG_FILE
 

@@ -15,7 +15,7 @@ import numpy as np
 from notus.evaluation.files import told
 from notus.evaluation.models import is_run, read_run_settings
 from notus.evaluation.results import Result, read_results
-from notus.training.describe import DATA_FILE
+from notus.training.inputs import DATA_FILE
 from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
 

@@ -14,7 +14,7 @@ from notus.data.dataset import FEATURES, Rows
 from notus.runtime import switches
 from notus.runtime.files import write_text
 from notus.training import describe, dpo, sft
-from notus.training.describe import data_summary, length_histogram
+from notus.training.inputs import data_summary, length_histogram
 from notus.training.loggers import EnvironmentFile, hardware
 
 
