@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from notus import config, conflicts, losses
+from notus import config, losses
 from notus.losses import LOSS_TYPES, dpo_loss, nll_loss
 
 LN3, LN9 = math.log(3), math.log(9)
@@ -288,4 +288,4 @@ def test_label_smoothing_is_never_ignored(loss_type: str) -> None:
 
 def test_the_config_knows_the_same_losses() -> None:
     assert get_args(config.LossType) == LOSS_TYPES
-    assert conflicts.SMOOTHED_LOSSES == losses.SMOOTHED_LOSSES
+    assert config.SMOOTHED_LOSSES == losses.SMOOTHED_LOSSES
