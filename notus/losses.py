@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+# `notus.config` reads these two from this file's source, since it imports no torch: keep them plain tuples.
 LOSS_TYPES = (
     "sigmoid",
     "robust",
