@@ -23,7 +23,7 @@ from notus.runtime.process import first_line
 
 def _config(
     kind: str, layers: int, hidden: int, inner: int, heads: int, groups: int, vocabulary: int, **more: Any
-) -> dict:
+) -> dict[str, Any]:
     return {
         "model_type": kind, "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
         "num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": vocabulary,

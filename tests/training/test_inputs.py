@@ -13,7 +13,7 @@ from runs import config, write_messages
 from notus.data.dataset import FEATURES, Rows
 from notus.runtime import switches
 from notus.runtime.files import write_text
-from notus.training import describe, dpo, sft
+from notus.training import dpo, inputs, sft
 from notus.training.inputs import data_summary, length_histogram
 from notus.training.loggers import EnvironmentFile, hardware
 
@@ -102,20 +102,20 @@ def test_what_data_json_says_of_demonstrations(tmp_path: Path, model_folder: Pat
 
 def test_many_sources_are_counted_together() -> None:
     names = [str(number) for number in range(103) for _ in range(1 + (number == 50))]
-    counted = describe._count(names)
+    counted = inputs._count(names)
     assert (len(counted), next(iter(counted)), counted["50"], counted["(others)"]) == (101, "50", 2, 3)
 
 
 def test_hardware(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware(device) == f"CPU, {os.cpu_count()} cores"
-    monkeypatch.setattr(describe, "gather_objects", lambda name: [name, name, "B", name])
+    monkeypatch.setattr(inputs, "gather_objects", lambda name: [name, name, "B", name])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
     assert hardware(torch.device("cuda", 0)) == "3 x A, 1 x B"
 
 
 def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(describe.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(inputs.time, "monotonic", lambda: now[0])
     path = tmp_path / "environment.json"
     first = EnvironmentFile(path, step=0, hardware="2 x A")
     now[0] += 10
