@@ -127,7 +127,7 @@ def _destination(args: argparse.Namespace, facts: "Facts", variant: "Variant") -
 def _export(args: argparse.Namespace, facts: "Facts", variant: "Variant") -> None:
     from notus.evaluation.release.card import has_chat_template
     from notus.evaluation.release.finished import write_card
-    from notus.model.publish import NewFolder
+    from notus.model.export import NewFolder
     from notus.runtime.distributed import process_group
     from notus.training.run_folder import MODEL
 
@@ -214,8 +214,8 @@ def _push(args: argparse.Namespace, facts: "Facts", destination: "Destination") 
 def _copy(args: argparse.Namespace, source: Path, partial: Path) -> None:
     """A finished adapter is already in PEFT's layout."""
     from notus.model.adapter import ADAPTER_CONFIG
+    from notus.model.export import write_json
     from notus.model.load import read_json
-    from notus.model.publish import write_json
 
     shutil.copytree(source, partial, dirs_exist_ok=True)
     if args.base_model:
