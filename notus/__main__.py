@@ -31,7 +31,7 @@ MODULES = {
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
-    "report": "notus.evaluation.report.command",
+    "report": "notus.evaluation.report.page",
     "card": "notus.evaluation.release.command",
     "export": "notus.evaluation.export_run",
 }

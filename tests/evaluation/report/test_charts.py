@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from notus.evaluation.report.curves import decimate, smooth
+from notus.evaluation.report.charts import decimate, smooth
 from notus.evaluation.report.reading import Curve
 
 
