@@ -14,8 +14,6 @@ from notus.training.tracking import METRICS_FILE
 
 RESULT_FILES = f"{EVALUATIONS}/*/{RESULT}"
 
-Settings = Mapping[str, Mapping[str, Any]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -30,7 +28,7 @@ class Run:
     """
 
     folder: Path
-    settings: Settings
+    settings: dict[str, dict[str, Any]]
     metrics: Sequence[Mapping[str, Any]]
     data: Mapping[str, Any]
     environment: Mapping[str, Any]

@@ -14,6 +14,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
+from notus.evaluation.names import hub_id
+from notus.evaluation.read_run import Run
 from notus.runtime.process import first_line
 
 # Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
@@ -103,6 +105,19 @@ def check_no_paths(folder: Path, paths: Iterable[str]) -> None:
         found = next((path for path, pattern in patterns.items() if pattern.search(text)), None)
         if found is not None:
             raise ValueError(f"{folder / name}: names {found}, a place on this machine; take that out before --push")
+
+
+def private_paths(run: Run) -> list[str]:
+    """Return the places on this machine that a run names, and the user's home: no published file may hold them."""
+    data, settings = run.settings["data"], run.settings
+    names = [str(run.folder), run.base, *(source["path"] for source in [*data["train"], *(data["eval"] or [])])]
+    keys = (("data", "cache_dir"), ("training", "output_dir"), ("reference", "cache_dir"))
+    names += [str(name) for section, key in keys if (name := settings.get(section, {}).get(key))]
+    if str(data.get("chat_template")).endswith(".jinja"):
+        names.append(data["chat_template"])
+    paths = [Path(name).expanduser() for name in names if hub_id(name) is None]
+    found = {str(place) for path in paths for place in (path.absolute(), path.resolve())}  # as written, and its target
+    return sorted(path for path in {*found, str(Path.home())} if path != "/")
 
 
 def _owned(destination: Destination, user: str) -> Destination:
