@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from notus.evaluation.report.reading import Curve, RunRecord
+from notus.evaluation.read_run import Curve, Run
 from notus.evaluation.report.tables import number
 
 MAX_POINTS = 1_500  # of a curve in the page
@@ -178,7 +178,7 @@ class Panel:
         return len(self.figure.data) - 1
 
 
-def training_panels(runs: Sequence[RunRecord]) -> list[Panel]:
+def training_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return the charts for which any of the runs has values."""
     panels = []
     for chart in CHARTS:
@@ -190,7 +190,7 @@ def training_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     return panels
 
 
-def _training_panel(chart: Chart, lines: Mapping[str, str], runs: Sequence[RunRecord], part: str = "") -> Panel:
+def _training_panel(chart: Chart, lines: Mapping[str, str], runs: Sequence[Run], part: str = "") -> Panel:
     """Colours tell runs apart, or the lines of one run, or training from held-out of a single line."""
     name, title = (f"{chart.name}-{part}", f"{chart.title}: {part}") if part else (chart.name, chart.title)
     panel = Panel(name, title, chart.note, chart.unit)
@@ -209,7 +209,7 @@ def _training_panel(chart: Chart, lines: Mapping[str, str], runs: Sequence[RunRe
     return panel
 
 
-def _curves(run: RunRecord, chart: Chart, metric: str) -> list[tuple[Curve, bool]]:
+def _curves(run: Run, chart: Chart, metric: str) -> list[tuple[Curve, bool]]:
     """Return the metric's curves, and whether each is of held-out rows."""
     if chart.task not in (None, run.task):
         return []
@@ -218,7 +218,7 @@ def _curves(run: RunRecord, chart: Chart, metric: str) -> list[tuple[Curve, bool
     return [(Curve(curve.steps, scale * curve.values), held_out) for curve, held_out in found if curve is not None]
 
 
-def data_panels(runs: Sequence[RunRecord]) -> list[Panel]:
+def data_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return histograms of lengths and ratings of the training rows."""
     return [
         *_histograms(runs, "lengths", "Lengths", "Training rows by their number of tokens.", "tokens"),
@@ -226,7 +226,7 @@ def data_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     ]
 
 
-def _histograms(runs: Sequence[RunRecord], group: str, title: str, note: str, axis: str) -> list[Panel]:
+def _histograms(runs: Sequence[Run], group: str, title: str, note: str, axis: str) -> list[Panel]:
     """Return a single chart of all parts (prompt, chosen, …) for one run; for several, a chart for each part."""
     read = [(run.data.get("train") or {}).get(group) or {} for run in runs]
     found = [{part: h for part, h in histograms.items() if any(h["counts"])} for histograms in read]
@@ -246,7 +246,7 @@ def _histograms(runs: Sequence[RunRecord], group: str, title: str, note: str, ax
     return panels
 
 
-def calibration_panels(runs: Sequence[RunRecord]) -> list[Panel]:
+def calibration_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return a chart of confidence against frequency, with a line for each run; none if no run has it."""
     panel = Panel(
         "calibration", "Calibration", "σ(margin) of the answer that the model prefers, against how often that is the "

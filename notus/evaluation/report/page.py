@@ -16,7 +16,7 @@ from notus.runtime.files import write_text
 from notus.runtime.process import tell
 
 if TYPE_CHECKING:
-    from notus.evaluation.report.reading import RunRecord
+    from notus.evaluation.read_run import Run
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         import plotly  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError("the report draws with plotly, which is not installed: pip install plotly") from error
-    from notus.evaluation.report.reading import read_runs
+    from notus.evaluation.read_run import read_runs
 
     default = Path(args.runs[0]).expanduser() / REPORT if len(args.runs) == 1 else Path(REPORT)
     output = Path(args.output) if args.output else default
@@ -57,14 +57,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def render(runs: "Sequence[RunRecord]") -> str:
+def render(runs: "Sequence[Run]") -> str:
     """Return the report as HTML. Every string from a run is escaped, and only our own scripts may run in the page."""
     from plotly.offline import get_plotlyjs
 
-    from notus.evaluation.read_run import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULT_FILES
+    from notus.evaluation.read_run import RESULT_FILES
     from notus.evaluation.report import charts, tables
+    from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
+    from notus.training.run_folder import CONFIG_FILE
+    from notus.training.tracking import METRICS_FILE, SAMPLES_FILE
 
-    def made(files: str, make: Callable[["Sequence[RunRecord]"], T]) -> T:
+    def made(files: str, make: Callable[["Sequence[Run]"], T]) -> T:
         """Return what `make` makes of these files of the runs; see `told`."""
         return told(files, [run.folder for run in runs], lambda: make(runs))
 
@@ -94,7 +97,7 @@ def render(runs: "Sequence[RunRecord]") -> str:
         calibration=calibration,
         breakdowns=made(RESULT_FILES, tables.breakdown_bars),
         preference_table=made(RESULT_FILES, tables.preference_table),
-        samples=tables.sample_groups(runs),
+        samples=made(SAMPLES_FILE, tables.sample_groups),
         differing=tables.differing_settings(runs),
         figures={panel.name: panel.as_json() for panel in (*training, *data, *calibration)},
     )

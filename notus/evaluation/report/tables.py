@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from notus.evaluation.report.reading import RunRecord
+from notus.evaluation.read_run import Run
 from notus.evaluation.results import Figure, Result
 
 NONE = "–"
@@ -60,7 +60,7 @@ class Samples:
     title: str = ""
 
 
-def facts(run: RunRecord) -> dict[str, str]:
+def facts(run: Run) -> dict[str, str]:
     """Return what a run is and was made with, by name."""
     training, lora = run.settings["training"], run.settings["lora"]
     unit = "pairs" if run.task == "dpo" else "examples"
@@ -86,7 +86,7 @@ def facts(run: RunRecord) -> dict[str, str]:
     return found
 
 
-def tiles(runs: Sequence[RunRecord]) -> dict[str, list[tuple[int, str, str]]]:
+def tiles(runs: Sequence[Run]) -> dict[str, list[tuple[int, str, str]]]:
     """Return the headline figures that any run has, by title: each run's index, the figure, and what it is."""
     found: dict[str, list[tuple[int, str, str]]] = {}
     for index, run in enumerate(runs):
@@ -108,7 +108,7 @@ def tiles(runs: Sequence[RunRecord]) -> dict[str, list[tuple[int, str, str]]]:
     return {title: entries for title, entries in found.items() if entries}
 
 
-def _latest(run: RunRecord, name: str, unit: str = "") -> tuple[str, str] | None:
+def _latest(run: Run, name: str, unit: str = "") -> tuple[str, str] | None:
     """Return the last held-out value, or where there is none the last of training."""
     for key, where in ((f"eval_{name}", "held-out"), (name, "train")):
         if key in run.curves:
@@ -117,7 +117,7 @@ def _latest(run: RunRecord, name: str, unit: str = "") -> tuple[str, str] | None
     return None
 
 
-def _loss(run: RunRecord) -> tuple[str, str] | None:
+def _loss(run: Run) -> tuple[str, str] | None:
     latest = _latest(run, "loss")
     if latest is None or "loss" not in run.curves:
         return latest
@@ -125,7 +125,7 @@ def _loss(run: RunRecord) -> tuple[str, str] | None:
     return latest[0], f"{latest[1]}; {where}{number(first.values[0])} at step {first.steps[0]:,}"
 
 
-def _kl(run: RunRecord) -> tuple[str, str] | None:
+def _kl(run: Run) -> tuple[str, str] | None:
     found = run.preference_details("kl")
     if not found:
         return None
@@ -135,15 +135,15 @@ def _kl(run: RunRecord) -> tuple[str, str] | None:
     return number(found["per_sequence"]), f"nats per answer, sampled, from {base}"
 
 
-def _median(run: RunRecord, name: str, note: str, unit: str = "") -> tuple[str, str] | None:
+def _median(run: Run, name: str, note: str, unit: str = "") -> tuple[str, str] | None:
     return (number(float(np.nanmedian(run.curves[name].values)), unit), note) if name in run.curves else None
 
 
-def _most(run: RunRecord, name: str, note: str) -> tuple[str, str] | None:
+def _most(run: Run, name: str, note: str) -> tuple[str, str] | None:
     return (number(float(np.nanmax(run.curves[name].values))), note) if name in run.curves else None
 
 
-def last_values(runs: Sequence[RunRecord]) -> Table:
+def last_values(runs: Sequence[Run]) -> Table:
     """Return the first and the last value of every metric of every run."""
     columns, cells = ["Metric"], []
     for run in runs:
@@ -156,7 +156,7 @@ def last_values(runs: Sequence[RunRecord]) -> Table:
     return Table("First and last value of every metric", columns, rows)
 
 
-def differing_settings(runs: Sequence[RunRecord]) -> Table | None:
+def differing_settings(runs: Sequence[Run]) -> Table | None:
     """Return the settings in which runs differ; None for one run, or if none differ."""
     flat = [
         {f"{section}.{key}": str(value) for section, values in run.settings.items() for key, value in values.items()}
@@ -177,7 +177,7 @@ def _by_name(
     return Table(caption, [first, *columns], rows, note) if rows else None
 
 
-def data_table(runs: Sequence[RunRecord]) -> Table | None:
+def data_table(runs: Sequence[Run]) -> Table | None:
     """Return what was read, dropped and cut, by run and split; None if no run has it."""
     columns = {}
     for run in runs:
@@ -196,7 +196,7 @@ def _row_counts(part: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{count:,}" for name, count in {**counts, "used": part["rows"]}.items()}
 
 
-def source_bars(runs: Sequence[RunRecord]) -> list[Bars]:
+def source_bars(runs: Sequence[Run]) -> list[Bars]:
     """Return training rows by source, the most frequent first; nothing if no run knows them."""
     sources = [(run.data.get("train") or {}).get("sources") or {} for run in runs]
     totals: Counter[str] = sum(map(Counter, sources), Counter())
@@ -212,7 +212,7 @@ def source_bars(runs: Sequence[RunRecord]) -> list[Bars]:
     return [Bars("Sources", note, rows)]
 
 
-def evaluation_tables(runs: Sequence[RunRecord]) -> list[Table]:
+def evaluation_tables(runs: Sequence[Run]) -> list[Table]:
     """Return a table for each suite: a column for each run that has it, then the published models."""
     found = dict.fromkeys(result.suite for run in runs for result in run.results)
     suites = sorted(found, key=lambda suite: list(SUITES).index(suite) if suite in SUITES else len(SUITES))
@@ -266,7 +266,7 @@ def _reference(figures: Sequence[Figure], peer: str) -> str:
     return next((number(f.reference[peer], f.unit) for f in figures if peer in f.reference), NONE)
 
 
-def breakdown_bars(runs: Sequence[RunRecord]) -> list[Bars]:
+def breakdown_bars(runs: Sequence[Run]) -> list[Bars]:
     """Return the accuracy of preferences by source, by length, and by which answer is the longer one."""
     kinds = {
         "by_source": ("source", "{source}"),
@@ -287,7 +287,7 @@ def breakdown_bars(runs: Sequence[RunRecord]) -> list[Bars]:
     return found
 
 
-def preference_table(runs: Sequence[RunRecord]) -> Table | None:
+def preference_table(runs: Sequence[Run]) -> Table | None:
     """Return the figures of the preferences suite that are no headlines; None if there are none."""
     parts = {
         "Brier score (0.25 is chance)": ("calibration", "brier"),
@@ -307,7 +307,7 @@ def preference_table(runs: Sequence[RunRecord]) -> Table | None:
     return _by_name("Calibration, length bias, KL", columns, note=note)
 
 
-def sample_groups(runs: Sequence[RunRecord]) -> list[Samples]:
+def sample_groups(runs: Sequence[Run]) -> list[Samples]:
     """Return the last answers of several runs to the same prompts; else each run's answers before and after."""
     written = [run for run in runs if run.samples]
     last = [{found[-1].prompt: found[-1] for found in run.samples} for run in written]
@@ -319,7 +319,7 @@ def sample_groups(runs: Sequence[RunRecord]) -> list[Samples]:
     return [_before_and_after(run, run.label if len(runs) > 1 else "") for run in written]
 
 
-def _before_and_after(run: RunRecord, title: str) -> Samples:
+def _before_and_after(run: Run, title: str) -> Samples:
     steps = {sample.step for found in run.samples for sample in (found[0], found[-1])}
     ends = sorted({min(steps), max(steps)})
     columns = ["Before training" if step == 0 else f"After step {step:,}" for step in ends]

@@ -13,8 +13,8 @@ from report_runs import dpo_metrics, sft_metrics, write_run
 from selenium import webdriver
 from selenium.webdriver.support.wait import WebDriverWait
 
+from notus.evaluation.read_run import read_runs
 from notus.evaluation.report.page import render
-from notus.evaluation.report.reading import read_runs
 from notus.evaluation.results import Figure, Result, write_result
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

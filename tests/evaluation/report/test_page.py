@@ -11,8 +11,8 @@ import pytest
 from report_runs import dpo_metrics, sft_metrics
 
 from notus.__main__ import main
+from notus.evaluation.read_run import read_runs
 from notus.evaluation.report.page import COLOURS, render
-from notus.evaluation.report.reading import read_runs
 from notus.evaluation.report.tables import duration, number, short_path
 from notus.evaluation.results import Figure, Result, write_result
 
