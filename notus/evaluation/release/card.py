@@ -49,41 +49,42 @@ _COURSE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
-    """What the user says of the model; the run does not know it.
+class Release:
+    """A run's model as it is published, and what the user says of it.
 
     Attributes:
+        run: the run that trained it.
+        variant: all weights, the adapter alone, or the adapter merged into its base.
         name: the title, if there is no `repo_id`.
+        step: of an unfinished run, the step of the exported checkpoint; None: the run is finished.
         repo_id: where on the hub the model will be; None: the card's example loads the folder `name`.
         base_model: the base model's public id; None: what the run's config names, if that is one.
         licence: None: the base model's, if its own card says.
         languages: codes such as "en".
     """
 
+    run: Run
+    variant: Variant
     name: str
+    step: int | None = None
     repo_id: str | None = None
     base_model: str | None = None
     licence: str | None = None
     languages: Sequence[str] = ()
 
+    @property
+    def title(self) -> str:
+        """The model's name without its owner."""
+        return _one_space((self.repo_id or self.name).rpartition("/")[2])
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """The model that a card describes.
-
-    Attributes:
-        run: the run that trained it.
-        variant: how it is written.
-        step: of an unfinished run, the step of the exported checkpoint; None: the run is finished.
-    """
-
-    run: Run
-    variant: Variant
-    step: int | None = None
+    @property
+    def public_base(self) -> str | None:
+        """The base model's hub id; None where it has none."""
+        return self.base_model or hub_id(self.run.base)
 
     @property
     def metrics(self) -> list[Mapping[str, Any]]:
-        """The run's metrics, up to that step."""
+        """The run's metrics, up to the exported step."""
         return [line for line in self.run.metrics if self.step is None or line["step"] <= self.step]
 
 
@@ -106,40 +107,36 @@ def exported_step(run: Path) -> int | None:
     return step_of(checkpoints[0])
 
 
-def model_card(subject: Subject, choices: Choices, *, chat: bool) -> str:
+def model_card(release: Release, *, chat: bool) -> str:
     """Return the card; `chat`: the tokenizer has a chat template.
 
     Raises ValueError, naming the file, if one of the run's files or the base model's card is not as it should be.
     """
-    run = subject.run
-    licence = {"license": choices.licence} if choices.licence else _base_licence(run.base)
-    base_model = choices.base_model or hub_id(run.base)
-    name = " ".join((choices.repo_id or choices.name).rpartition("/")[2].split())
+    run, settings = release.run, release.run.settings
+    licence = {"license": release.licence} if release.licence else _base_licence(run.base)
 
     def of(files: str, make: Callable[[], T]) -> T:
         return told(files, [run.folder], make)
 
-    evaluations = of(RESULT_FILES, lambda: list(_evaluation_results(subject)))
+    evaluations = of(RESULT_FILES, lambda: list(_evaluation_results(release)))
     noted = {
         "counts": of(DATA_FILE, lambda: list(_counts(run.data))),
         "machine": of(ENVIRONMENT_FILE, lambda: list(_machine(run.environment))),
-        "course": of(METRICS_FILE, lambda: list(_course(subject.metrics))),
-        "results": of(RESULT_FILES, lambda: [_table(result, subject) for result in run.results]),
+        "course": of(METRICS_FILE, lambda: list(_course(release.metrics))),
+        "results": of(RESULT_FILES, lambda: [_table(result, release) for result in run.results]),
     }
 
     def render() -> str:
-        settings = run.settings
-        header = _metadata(subject, name, base_model, licence, choices.languages, evaluations)
         return _render(
-            metadata=header.to_yaml(),
-            identifier=json.dumps(choices.repo_id or choices.name, ensure_ascii=False),  # also as Python writes it
-            name=_one_line(name),
-            summary=_summary(subject, _one_line(name), base_model),
-            step=subject.step,
-            adapter=subject.variant == "adapter",
+            metadata=_metadata(release, licence, evaluations).to_yaml(),
+            identifier=json.dumps(release.repo_id or release.name, ensure_ascii=False),  # also as Python writes it
+            name=_one_line(release.title),
+            summary=_summary(release),
+            step=release.step,
+            adapter=release.variant == "adapter",
             chat=chat,
             licence=licence,
-            licence_inherited=not choices.licence,
+            licence_inherited=not release.licence,
             dpo=run.task == "dpo",
             preference=settings.get("dpo"),
             training=settings["training"],
@@ -211,42 +208,34 @@ def _base_licence(base: str) -> dict[str, str]:
     return {key: _one_space(stated[key]) for key in keys if stated.get(key)}
 
 
-def _metadata(
-    subject: Subject,
-    name: str,
-    base_model: str | None,
-    licence: Mapping[str, str],
-    languages: Sequence[str],
-    results: list[EvalResult],
-) -> ModelCardData:
-    """Return the header; `base_model` is a hub id, or None where the base has none."""
-    run, adapter = subject.run, subject.variant == "adapter"
+def _metadata(release: Release, licence: Mapping[str, str], results: list[EvalResult]) -> ModelCardData:
+    run, adapter, base = release.run, release.variant == "adapter", release.public_base
     datasets = dict.fromkeys(filter(None, (hub_id(source["path"]) for source in run.settings["data"]["train"])))
-    lora = ["lora"] if run.settings["lora"]["rank"] else []
-    relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base_model else {}
+    tags = ["dpo", "alignment", "preference-optimization"] if run.task == "dpo" else ["sft"]
+    relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     optional: dict[str, Any] = {**licence, **relation}
     return ModelCardData(
-        base_model=base_model,
+        base_model=base,
         datasets=list(datasets) or None,
         eval_results=results or None,
-        language=list(languages) or None,
+        language=list(release.languages) or None,
         library_name="peft" if adapter else "transformers",
-        model_name=name if results else None,
+        model_name=release.title if results else None,
         pipeline_tag="text-generation",
-        tags=["notus", *(["dpo", "alignment", "preference-optimization"] if run.task == "dpo" else ["sft"]), *lora],
+        tags=["notus", *tags, *(["lora"] if run.settings["lora"]["rank"] else [])],
         **optional,
     )
 
 
-def _evaluation_results(subject: Subject) -> Iterator[EvalResult]:
+def _evaluation_results(release: Release) -> Iterator[EvalResult]:
     """Yield the figures for `model-index`.
 
     The hub groups them by dataset and keeps one name for each group. A figure with another name than its group has
     that name in its metric's name.
     """
     names: dict[str, str] = {}
-    for result in subject.run.results:
-        for figure in () if _other_model(result, subject) else result.figures:
+    for result in release.run.results:
+        for figure in () if _other_model(result, release) else result.figures:
             if not math.isfinite(figure.value):
                 continue
             kind, label = _dataset_type(figure), _figure_label(figure)
@@ -262,15 +251,15 @@ def _evaluation_results(subject: Subject) -> Iterator[EvalResult]:
             )
 
 
-def _other_model(result: Result, subject: Subject) -> str | None:
+def _other_model(result: Result, release: Release) -> str | None:
     """Return what a result is of, if not of the card's model: another step of the run, or what a scored file names."""
     match = _STEP.search(result.model)
-    last = subject.step if subject.step is not None else max((line["step"] for line in subject.metrics), default=None)
+    last = release.step if release.step is not None else max((line["step"] for line in release.metrics), default=None)
     if match is not None and int(match[1]) != last:
         return f"the model after step {match[1]}"
     named = _STEP.sub("", result.model).rstrip()
     scored = any(result.settings.get(name) for name in _SCORED_FILES)
-    if scored and Path(named).name != subject.run.folder.resolve().name:
+    if scored and Path(named).name != release.run.folder.resolve().name:
         return f"`{public_name(named)}`, as its file has it"
     return None
 
@@ -310,14 +299,14 @@ def _one_line(value: Any) -> str:
     return _one_space(value).replace("<", "&lt;")
 
 
-def _summary(subject: Subject, name: str, base_model: str | None) -> str:
-    run = subject.run
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _code(public_name(run.base))
+def _summary(release: Release) -> str:
+    run, name, base = release.run, _one_line(release.title), release.public_base
+    link = f"[{base}](https://huggingface.co/{base})" if base else _code(public_name(run.base))
     how = {
-        "full": f"{name} is {base}, all of its weights trained",
-        "adapter": f"{name} is a LoRA adapter for {base}, trained",
-        "merged": f"{name} is {base} with a LoRA adapter merged into its weights, which was trained",
-    }[subject.variant]
+        "full": f"{name} is {link}, all of its weights trained",
+        "adapter": f"{name} is a LoRA adapter for {link}, trained",
+        "merged": f"{name} is {link} with a LoRA adapter merged into its weights, which was trained",
+    }[release.variant]
     what = "Direct Preference Optimization (DPO)" if run.task == "dpo" else "supervised fine-tuning (SFT)"
     sources = dict.fromkeys(_code(public_name(source["path"])) for source in run.settings["data"]["train"])
     return f"{how} by {what} on {', '.join(sources)}."
@@ -375,7 +364,7 @@ def _course(metrics: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
         yield {"name": name, "first": first, "last": last}
 
 
-def _table(result: Result, subject: Subject) -> dict[str, Any]:
+def _table(result: Result, release: Release) -> dict[str, Any]:
     peers = list(dict.fromkeys(peer for figure in result.figures for peer in figure.reference))
     rows = [
         {
@@ -391,7 +380,7 @@ def _table(result: Result, subject: Subject) -> dict[str, Any]:
     return {
         "suite": result.suite,
         "date": result.date,
-        "other": _other_model(result, subject),
+        "other": _other_model(result, release),
         "peers": peers,
         "rows": rows,
     }

@@ -1,13 +1,15 @@
 """`python -m notus card`: a model card, written from a run."""
 
 import argparse
+import dataclasses
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from notus.evaluation.release.card import Choices
+    from notus.evaluation.read_run import Run
+    from notus.evaluation.release.card import Release
 
 README = "README.md"
 
@@ -34,11 +36,19 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", type=_language, metavar="CODE", nargs="+", help="languages, say: en de")
 
 
-def choices(args: argparse.Namespace, *, name: str, repo_id: str | None) -> "Choices":
-    """The card's part of a command line."""
-    from notus.evaluation.release.card import Choices
+def release_of(args: argparse.Namespace, run: "Run", *, name: str, repo_id: str | None) -> "Release":
+    """Return the finished run's model as the command line describes it. Raises ValueError for a merge without LoRA."""
+    from notus.evaluation.release.card import Release, variant_of
 
-    return Choices(name, repo_id, args.base_model, args.license, tuple(args.language or ()))
+    return Release(
+        run,
+        variant_of(run, merge=args.merge),
+        name,
+        repo_id=repo_id,
+        base_model=args.base_model,
+        licence=args.license,
+        languages=tuple(args.language or ()),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
     from notus.training.run_folder import MODEL
 
     folder = Path(args.run_folder)
-    run = read_run(folder)
-    subject = card.Subject(run, card.variant_of(run, merge=args.merge), card.exported_step(folder))
-    chat = card.will_have_chat_template(run) if subject.step is not None else card.has_chat_template(folder / MODEL)
-    chosen = choices(args, name=folder.resolve().name, repo_id=args.repo_id)
-    text = card.model_card(subject, chosen, chat=chat)
+    release = release_of(args, read_run(folder), name=folder.resolve().name, repo_id=args.repo_id)
+    release = dataclasses.replace(release, step=card.exported_step(folder))
+    finished = release.step is None
+    chat = card.has_chat_template(folder / MODEL) if finished else card.will_have_chat_template(release.run)
+    text = card.model_card(release, chat=chat)
     if args.output == "-":
         sys.stdout.write(text)
         return 0

@@ -13,18 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from notus.evaluation.names import hub_id, public_name
+from notus.evaluation.names import public_name
 from notus.evaluation.read_run import Run, read_run
-from notus.evaluation.release.card import (
-    Subject,
-    Variant,
-    digest,
-    exported_step,
-    has_chat_template,
-    model_card,
-    variant_of,
-)
-from notus.evaluation.release.command import choices
+from notus.evaluation.release.card import Release, digest, exported_step, has_chat_template, model_card
+from notus.evaluation.release.command import release_of
 from notus.evaluation.release.push import Destination, check_no_paths, listing, open_repository, private_paths, upload
 from notus.evaluation.unfinished import DEFAULT_SHARD, load_unfinished, write_model
 from notus.model.adapter import ADAPTER_CONFIG
@@ -62,94 +54,72 @@ def export(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("export works in one process: leave torchrun out")
     run, out = read_run(Path(args.run_folder)), Path(args.out)
+    release = release_of(args, run, name=out.resolve().name, repo_id=args.push)
     done = read_mark(out)
-    _check_options(args, run, exists=done is not None)
-    variant = variant_of(run, merge=args.merge)
-    destination = _destination(args, run, variant)
-    _card(args, Subject(run, variant), chat=True)  # fail before the work if it cannot be written
+    _check_options(args, release, exists=done is not None)
+    destination = Destination(args.push, not args.public, args.revision, args.commit_message) if args.push else None
+    model_card(release, chat=True)  # fail before the work if it cannot be written
     if done is not None:
-        _check_done(args, run, variant, done)
+        _check_done(args, dataclasses.replace(release, step=exported_step(run.folder)), done)
     if destination is not None and not args.dry_run:
         destination = open_repository(destination)
-        args.push = destination.repo_id  # with its owner, as the card should name it
+        release = dataclasses.replace(release, repo_id=destination.repo_id)  # with its owner
     if done is None:
-        _export(args, run, variant)
+        _export(args, release)
         print(f"wrote {out}", flush=True)
     else:
-        _renew_card(args, Subject(run, variant, done.step), done)
+        _renew_card(out, dataclasses.replace(release, step=done.step), done)
     if destination is not None:
         check_no_paths(out, private_paths(run))
         print(listing(out, destination) if args.dry_run else f"pushed to {upload(out, destination)}", flush=True)
 
 
-def _check_options(args: argparse.Namespace, run: Run, *, exists: bool) -> None:
-    out, lora = Path(args.out), bool(run.settings["lora"]["rank"])
+def _check_options(args: argparse.Namespace, release: Release, *, exists: bool) -> None:
+    out, adapter = Path(args.out), release.variant == "adapter"
     if not args.push and (args.public or args.revision or args.commit_message or args.dry_run):
         raise ValueError("--public, --revision, --commit-message and --dry-run have no effect without --push REPO_ID")
-    if lora and not args.merge and (args.dtype or args.max_shard_size):
+    if adapter and (args.dtype or args.max_shard_size):
         raise ValueError(
             "--dtype and --max-shard-size have no effect on an adapter, which is one fp32 file: add --merge, "
             "or leave them out"
         )
-    if out.resolve() == (run.folder / MODEL).resolve():
+    if out.resolve() == (release.run.folder / MODEL).resolve():
         raise ValueError(f"{out}: the run itself puts its final model there; name another folder")
     if not exists and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is not empty; name a new folder, or remove it first")
-
-
-def _destination(args: argparse.Namespace, run: Run, variant: Variant) -> Destination | None:
-    if not args.push:
-        return None
-    if variant == "adapter" and not args.base_model and hub_id(run.base) is None:
+    if args.push and adapter and release.public_base is None:
         raise ValueError(
-            f"the adapter's base model is a local folder, {public_name(run.base)}, which others do not have: name "
-            "its hub id with --base-model REPO_ID, or give --merge"
+            f"the adapter's base model is a local folder, {public_name(release.run.base)}, which others do not have: "
+            "name its hub id with --base-model REPO_ID, or give --merge"
         )
-    return Destination(args.push, not args.public, args.revision, args.commit_message)
 
 
-def _card(args: argparse.Namespace, subject: Subject, *, chat: bool) -> str:
-    return model_card(subject, choices(args, name=Path(args.out).resolve().name, repo_id=args.push), chat=chat)
-
-
-def _export(args: argparse.Namespace, run: Run, variant: Variant) -> None:
+def _export(args: argparse.Namespace, release: Release) -> None:
     with process_group():
-        copies = variant == "adapter" and (run.folder / MODEL).is_dir()
-        step, fill = _copy_adapter(args, run) if copies else _load(args, run)
+        step, fill = _prepare(args, release)
+        exported = dataclasses.replace(release, step=step)
 
         def write(partial: Path) -> None:
             try:
                 fill(partial)
             except OSError as error:  # its message has the path and the free space already
                 raise ValueError(str(error)) from error
-            text = _card(args, Subject(run, variant, step), chat=has_chat_template(partial))
-            _write_card(partial, text, _mark(args, run, variant, step))
+            card = model_card(exported, chat=has_chat_template(partial))
+            _write_card(partial, card, _mark(args, exported))
 
         new = NewFolder(args.out, markers=set())
         new.write(write)
         new.publish()
 
 
-Fill = Callable[[Path], None]
-
-
-def _copy_adapter(args: argparse.Namespace, run: Run) -> tuple[None, Fill]:
-    """Return how to fill a folder with a finished run's adapter, which already has PEFT's layout."""
-
-    def fill(partial: Path) -> None:
-        shutil.copytree(run.folder / MODEL, partial, dirs_exist_ok=True)
-        if args.base_model:
-            settings = read_json(partial / ADAPTER_CONFIG)
-            write_json(partial / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": args.base_model})
-
-    return None, fill
-
-
-def _load(args: argparse.Namespace, run: Run) -> tuple[int | None, Fill]:
+def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Callable[[Path], None]]:
     """Load the final model, or that of the newest checkpoint; return its step, and how to write it into a folder."""
-    dtype, trust, step = _dtype(args, run), args.trust_remote_code, None
-    if (run.folder / MODEL).is_dir():
-        causal_lm, tokenizer = load_causal_lm(run.folder / MODEL, dtype=dtype, device="cpu", trust_remote_code=trust)
+    run, dtype, trust, step = release.run, _dtype(args, release.run), args.trust_remote_code, None
+    final = run.folder / MODEL
+    if final.is_dir() and release.variant == "adapter":
+        return None, lambda partial: _copy_adapter(final, partial, args.base_model)
+    if final.is_dir():
+        causal_lm, tokenizer = load_causal_lm(final, dtype=dtype, device="cpu", trust_remote_code=trust)
     else:
         causal_lm, tokenizer, checkpoint = load_unfinished(run.folder, run.settings, trust_remote_code=trust)
         print(f"the run has not finished: exporting {checkpoint}", flush=True)
@@ -169,19 +139,27 @@ def _load(args: argparse.Namespace, run: Run) -> tuple[int | None, Fill]:
     return step, fill
 
 
+def _copy_adapter(source: Path, partial: Path, base_model: str | None) -> None:
+    """Copy a finished run's adapter, which already has PEFT's layout."""
+    shutil.copytree(source, partial, dirs_exist_ok=True)
+    if base_model:
+        settings = read_json(partial / ADAPTER_CONFIG)
+        write_json(partial / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_model})
+
+
 def _dtype(args: argparse.Namespace, run: Run) -> Any:
     return COMPUTE_DTYPES[args.dtype or run.settings["training"]["precision"]]
 
 
-def _mark(args: argparse.Namespace, run: Run, variant: Variant, step: int | None) -> Mark:
-    adapter = variant == "adapter"
+def _mark(args: argparse.Namespace, release: Release) -> Mark:
+    adapter = release.variant == "adapter"
     options = {
-        "variant": variant,
-        "dtype": None if adapter else str(_dtype(args, run)),
+        "variant": release.variant,
+        "dtype": None if adapter else str(_dtype(args, release.run)),
         "max_shard_size": None if adapter else args.max_shard_size or DEFAULT_SHARD,
         "base_model": args.base_model if adapter else None,  # else it is in the card alone
     }
-    return Mark(run_digest(run), step, options)
+    return Mark(run_digest(release.run), release.step, options)
 
 
 def run_digest(run: Run) -> str:
@@ -202,26 +180,25 @@ def read_mark(folder: Path) -> Mark | None:
         raise ValueError(f"{path}: not what an export notes ({error}); remove {folder}, and export again") from error
 
 
-def _check_done(args: argparse.Namespace, run: Run, variant: Variant, done: Mark) -> None:
+def _check_done(args: argparse.Namespace, release: Release, done: Mark) -> None:
     """Raise ValueError if OUT holds another export, or its card was edited and cannot take what `args` say of it."""
-    out, wanted = Path(args.out), _mark(args, run, variant, exported_step(run.folder))
-    theirs, ours = ({"run": mark.run, "step": mark.step, **mark.options} for mark in (done, wanted))
+    out = Path(args.out)
+    theirs, ours = ({"run": m.run, "step": m.step, **m.options} for m in (done, _mark(args, release)))
     name = next((name for name in ours if ours[name] != theirs.get(name)), None)
     if name is not None:
         what = "another run" if name == "run" else f"{name} {theirs.get(name)}, not {ours[name]}"
         raise ValueError(f"{out}: holds an export of {what}; name a new folder, or give the options that made it")
-    asked = args.license or args.language or (args.base_model and variant != "adapter")
+    asked = args.license or args.language or (args.base_model and release.variant != "adapter")
     if asked and _card_was_edited(out, done):
         raise ValueError(f"{out / CARD}: was edited, so say there what --license, --language and --base-model would")
 
 
-def _renew_card(args: argparse.Namespace, subject: Subject, done: Mark) -> None:
+def _renew_card(out: Path, release: Release, done: Mark) -> None:
     """Write the card of an earlier export again, with what was evaluated since; but not an edited one."""
-    out = Path(args.out)
     if _card_was_edited(out, done):
         print(f"{out} is there already, and complete; its {CARD} was edited, and stays as it is", flush=True)
         return
-    _write_card(out, _card(args, subject, chat=has_chat_template(out)), done)
+    _write_card(out, model_card(release, chat=has_chat_template(out)), done)
     print(f"{out} is there already, and complete: only its {CARD} was written anew", flush=True)
 
 
