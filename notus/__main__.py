@@ -32,8 +32,8 @@ MODULES = {
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
     "report": "notus.evaluation.report.page",
-    "card": "notus.evaluation.release.command",
-    "export": "notus.evaluation.export_run",
+    "card": "notus.evaluation.release.card_command",
+    "export": "notus.evaluation.release.export_command",
 }
 
 Declare = Callable[[argparse.ArgumentParser], None]

@@ -111,7 +111,7 @@ def _make(folder: Path, seed: int) -> dict[str, Any]:
     rewards = _evaluate(folder)
     rates = {name: _answer(folder, name) for name in ("sft", "dpo")}
     _say("export")
-    _command("export_run", folder / "dpo", folder / "export")
+    _command("release.export_command", folder / "dpo", folder / "export")
     return {
         "seed": seed,
         "sft_win_rate": rates["sft"]["all"],

@@ -16,7 +16,7 @@ from typing import Any
 from notus.evaluation.names import public_name
 from notus.evaluation.read_run import Run, read_run
 from notus.evaluation.release.card import Release, digest, exported_step, has_chat_template, model_card
-from notus.evaluation.release.command import release_of
+from notus.evaluation.release.card_command import release_of
 from notus.evaluation.release.push import Destination, check_no_paths, listing, open_repository, private_paths, upload
 from notus.evaluation.unfinished import DEFAULT_SHARD, load_unfinished, write_model
 from notus.model.adapter import ADAPTER_CONFIG

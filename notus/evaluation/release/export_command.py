@@ -7,7 +7,7 @@ in one process. Nothing is sent anywhere without --push.
 import argparse
 import re
 
-from notus.evaluation.release.command import add_card_arguments, repo_id
+from notus.evaluation.release.card_command import add_card_arguments, repo_id
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
