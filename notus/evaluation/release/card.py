@@ -112,7 +112,7 @@ def model_card(release: Release, *, chat: bool) -> str:
 
     Raises ValueError, naming the file, if one of the run's files or the base model's card is not as it should be.
     """
-    run, settings = release.run, release.run.settings
+    run = release.run
     licence = {"license": release.licence} if release.licence else _base_licence(run.base)
 
     def of(files: str, make: Callable[[], T]) -> T:
@@ -127,24 +127,23 @@ def model_card(release: Release, *, chat: bool) -> str:
     }
 
     def render() -> str:
-        return _render(
-            metadata=_metadata(release, licence, evaluations).to_yaml(),
-            identifier=json.dumps(release.repo_id or release.name, ensure_ascii=False),  # also as Python writes it
-            name=_one_line(release.title),
-            summary=_summary(release),
-            step=release.step,
-            adapter=release.variant == "adapter",
-            chat=chat,
-            licence=licence,
-            licence_inherited=not release.licence,
-            dpo=run.task == "dpo",
-            preference=settings.get("dpo"),
-            training=settings["training"],
-            lora=settings["lora"],
-            data=settings["data"],
-            ultrafeedback=any("ultrafeedback" in Path(s["path"]).name.lower() for s in settings["data"]["train"]),
-            **noted,
-        )
+        sources = [Path(source["path"]).name for source in run.settings["data"]["train"]]
+        try:
+            return _template().render(
+                {**run.settings, **noted},
+                metadata=_metadata(release, licence, evaluations).to_yaml(),
+                identifier=json.dumps(release.repo_id or release.name, ensure_ascii=False),  # also as Python writes it
+                name=_one_line(release.title),
+                summary=_summary(release),
+                release=release,
+                licence=licence,
+                chat=chat,
+                ultrafeedback=any(
+                    "ultrafeedback" in Path(s["path"]).name.lower() for s in run.settings["data"]["train"]
+                ),
+            )
+        except jinja2.UndefinedError as error:
+            raise LookupError(str(error)) from error
 
     text = of(CONFIG_FILE, render)
     text = text.encode("utf-8", "replace").decode("utf-8")  # UTF-8 cannot hold half of a surrogate pair
@@ -277,17 +276,14 @@ def _dataset_type(figure: Figure) -> str:
     return re.sub(r"[^\w.-]+", "-", name.rstrip("/").rpartition("/")[2].lower()).strip("-.") or "unknown"
 
 
-def _render(**values: Any) -> str:
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["cell"] = lambda value: _one_line(value).replace("|", "\\|")
     environment.filters["number"] = lambda value: f"{value:g}"
     environment.filters["public"] = public_name
-    try:
-        return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(values)
-    except jinja2.UndefinedError as error:
-        raise LookupError(str(error)) from error
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _one_space(value: Any) -> str:

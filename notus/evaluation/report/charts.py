@@ -128,19 +128,17 @@ class Panel:
         """Draw a metric over steps: thin, with its moving mean bold where the curve is long and noisy."""
         symbol, dash = _symbol(colour), "dash" if held_out else "solid"
         calm = smooth(curve) if noisy and not held_out else None
-        thin: dict[str, Any] = {"opacity": 1.0, "line": {"width": 2.5, "dash": dash}}
-        drawn = [(curve, thin)]
-        if calm is not None:
-            thin |= {"opacity": 0.35, "line": {"width": 1, "dash": dash}, "mode": "lines"}
-            drawn.append((calm, {"hoverinfo": "skip", "line": {"width": 2.5}}))
         shows = held_out or marked or len(curve.steps) == 1
+        mode = "lines+markers" if shows else "lines"
         marker = {"size": 8, "symbol": symbol, "maxdisplayed": 25 if held_out else 7}
-        bold = {"mode": "lines+markers" if shows else "lines", "marker": marker}
-        places = []
-        for shown, look in drawn:
-            few = decimate(shown)
-            x, y = few.steps.astype(np.int32), few.values.astype(np.float32)
-            places.append(self._trace(x, y, name, colour, **{**bold, **look}))
+        x, y = _decimated(curve)
+        if calm is None:
+            drawn = [go.Scatter(x=x, y=y, opacity=1.0, mode=mode, line={"width": 2.5, "dash": dash}, marker=marker)]
+        else:
+            thin = go.Scatter(x=x, y=y, opacity=0.35, mode="lines", line={"width": 1, "dash": dash}, marker=marker)
+            x, y = _decimated(calm)
+            drawn = [thin, go.Scatter(x=x, y=y, hoverinfo="skip", mode=mode, line={"width": 2.5}, marker=marker)]
+        places = [self._add(trace, name, colour) for trace in drawn]
         last = (curve if calm is None else calm).known.values[-1]  # where the bold line ends
         self.keys.append(Key(name, colour, dash, symbol if shows else "", places, number(last, self.unit)))
         self.spoken.append(_course(name, curve, self.unit))
@@ -150,12 +148,11 @@ class Panel:
         dash = ("solid", "dash", "dot", "dashdot")[colour % 4]
         shares = [count / sum(counts) for count in counts]
         spans = [f"{number(low)} to {number(high)}" for low, high in itertools.pairwise(edges)]
-        place = self._trace(
-            list(edges), [*shares, shares[-1]], name, colour, text=[*spans, spans[-1]],
-            hovertemplate="%{text}: %{y:.1%}", mode="lines", fill="tozeroy",
-            line={"width": 2, "dash": dash, "shape": "hv"},
+        trace = go.Scatter(
+            x=list(edges), y=[*shares, shares[-1]], text=[*spans, spans[-1]], hovertemplate="%{text}: %{y:.1%}",
+            mode="lines", fill="tozeroy", line={"width": 2, "dash": dash, "shape": "hv"},
         )  # fmt: skip
-        self.keys.append(Key(name, colour, dash, "", [place]))
+        self.keys.append(Key(name, colour, dash, "", [self._add(trace, name, colour)]))
         top = int(np.argmax(shares))
         self.spoken.append(f"{name}: most rows, {shares[top]:.0%}, are at {spans[top]}.")
 
@@ -164,17 +161,17 @@ class Panel:
         x, y = np.array([b["confidence"] for b in bins]), np.array([b["frequency"] for b in bins])
         low, high = np.array([b["interval"] for b in bins]).T
         symbol = _symbol(colour)
-        place = self._trace(
-            x, y, name, colour, mode="lines+markers", line={"width": 2}, marker={"size": 9, "symbol": symbol},
+        trace = go.Scatter(
+            x=x, y=y, mode="lines+markers", line={"width": 2}, marker={"size": 9, "symbol": symbol},
             error_y={"type": "data", "symmetric": False, "array": high - y, "arrayminus": y - low, "thickness": 1},
         )  # fmt: skip
-        self.keys.append(Key(name, colour, "solid", symbol, [place]))
+        self.keys.append(Key(name, colour, "solid", symbol, [self._add(trace, name, colour)]))
         pairs = ", ".join(f"{number(b, self.unit)} at {number(a, self.unit)}" for a, b in zip(x, y, strict=True))
         self.spoken.append(f"{name}: {pairs}.")
 
-    def _trace(self, x: Any, y: Any, name: str, colour: int, **look: Any) -> int:
-        """Add plotly's trace and return its place in the figure."""
-        self.figure.add_scatter(x=x, y=y, name=escape(name), meta={"colour": colour}, **look)
+    def _add(self, trace: go.Scatter, name: str, colour: int) -> int:
+        """Add a trace and return its place in the figure."""
+        self.figure.add_trace(trace.update(name=escape(name), meta={"colour": colour}))
         return len(self.figure.data) - 1
 
 
@@ -282,6 +279,11 @@ def decimate(curve: Curve, limit: int = MAX_POINTS) -> Curve:
             kept |= {int(start + np.nanargmin(values)), int(start + np.nanargmax(values))}
     order = sorted(kept)
     return Curve(curve.steps[order], curve.values[order])
+
+
+def _decimated(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    few = decimate(curve)
+    return few.steps.astype(np.int32), few.values.astype(np.float32)  # half the size in the page
 
 
 def smooth(curve: Curve) -> Curve | None:
