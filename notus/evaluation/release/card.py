@@ -138,9 +138,7 @@ def model_card(release: Release, *, chat: bool) -> str:
                 release=release,
                 licence=licence,
                 chat=chat,
-                ultrafeedback=any(
-                    "ultrafeedback" in Path(s["path"]).name.lower() for s in run.settings["data"]["train"]
-                ),
+                ultrafeedback="ultrafeedback" in " ".join(sources).lower(),
             )
         except jinja2.UndefinedError as error:
             raise LookupError(str(error)) from error
