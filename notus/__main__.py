@@ -31,9 +31,9 @@ MODULES = {
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
-    "report": "notus.evaluation.report.command",
-    "card": "notus.evaluation.release.command",
-    "export": "notus.evaluation.export_run",
+    "report": "notus.evaluation.report.page",
+    "card": "notus.evaluation.release.card_command",
+    "export": "notus.evaluation.release.export_command",
 }
 
 Declare = Callable[[argparse.ArgumentParser], None]

@@ -107,7 +107,7 @@ def test_ctrl_c_ends_in_a_line(capsys, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("notus.evaluation.report.command.run", interrupted)
+    monkeypatch.setattr("notus.evaluation.report.page.run", interrupted)
     assert entry.main(["report", "run"]) == 130
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
     monkeypatch.setenv("RANK", "1")

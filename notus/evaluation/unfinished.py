@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from notus.data.chat import resolve_template
-from notus.model.adapter import export_adapter
-from notus.model.export import export_model, load_causal_lm
+from notus.model.export import export_adapter, export_model, load_causal_lm
 from notus.model.load import read_json
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.policy import Policy

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from notus.data.dataset import Rows
-from notus.model.publish import write_tensors
+from notus.model.export import write_tensors
 from notus.runtime.distributed import on_main
 from notus.runtime.files import replacing
 

@@ -15,9 +15,8 @@ from notus.data.chat import check_vocabulary
 from notus.data.dataset import Rows
 from notus.data.packing import check_fits
 from notus.data.schedule import StepPlan, packing_report
-from notus.model.adapter import export_adapter
 from notus.model.attention import kernel_for
-from notus.model.export import export_model, load_tokenizer, read_generation_config
+from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
 from notus.model.load import resolve_model_folder, weights_digest
 from notus.model.policy import Policy

@@ -13,7 +13,7 @@ from runs import config, write_messages
 from notus.data.dataset import FEATURES, Rows
 from notus.runtime import switches
 from notus.runtime.files import write_text
-from notus.training import dpo, inputs, sft
+from notus.training import dpo, inputs, loggers, sft
 from notus.training.inputs import data_summary, length_histogram
 from notus.training.loggers import EnvironmentFile, hardware
 
@@ -108,14 +108,14 @@ def test_many_sources_are_counted_together() -> None:
 
 def test_hardware(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware(device) == f"CPU, {os.cpu_count()} cores"
-    monkeypatch.setattr(inputs, "gather_objects", lambda name: [name, name, "B", name])
+    monkeypatch.setattr(loggers, "gather_objects", lambda name: [name, name, "B", name])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
     assert hardware(torch.device("cuda", 0)) == "3 x A, 1 x B"
 
 
 def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(inputs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now[0])
     path = tmp_path / "environment.json"
     first = EnvironmentFile(path, step=0, hardware="2 x A")
     now[0] += 10

@@ -1,5 +1,6 @@
-"""What an export has written is compared before it is published; damage of any kind leaves the earlier export."""
+"""A full disk, or one that returns other bits than were written, leaves the earlier export as it was."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from disks import largest_file
+from disks import largest_file, on_small_disk
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,15 +17,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from toys import toy_model, toy_tokenizer
 
-from notus.model import export, publish
-from notus.model.adapter import export_adapter
-from notus.model.export import export_model
+from notus.model import export
+from notus.model.export import NewFolder, check_tensors, export_adapter, export_model, write_tensors
 from notus.model.load import weights_digest
 from notus.model.lora import init_lora, inject_lora
-from notus.model.readback import check_tensors
+from notus.runtime.files import disk_error
 
 TIED = {"kind": "qwen2", "tie_word_embeddings": True}
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
+WRITE = """
+import sys
+from pathlib import Path
+import torch
+from notus.model.export import NewFolder, write_tensors
+folder = Path(sys.argv[1]) / "out"
+new = NewFolder(folder, markers=set())
+new.write(lambda partial: write_tensors(partial / "large.safetensors", {"x": torch.zeros(10**6)}))
+try:
+    new.publish()
+except OSError as error:
+    print(error, list(folder.parent.iterdir()))
+"""
 
 
 def _write(model: Any, folder: Path, **options: Any) -> Path:
@@ -62,7 +75,7 @@ def _damage(monkeypatch: pytest.MonkeyPatch, name: str, byte: int) -> None:
         if name in tensors:
             _flip(path, name, byte)
 
-    monkeypatch.setattr(publish, "save_file", damaged)
+    monkeypatch.setattr(export, "save_file", damaged)
 
 
 def _content(folder: Path) -> dict[str, bytes]:
@@ -117,12 +130,15 @@ def test_what_goes_with_the_weights_must_load(file: str, tmp_path: Path, monkeyp
 
 
 def test_an_index_of_other_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_index = export._write_index
+    write_json = export.write_json
 
-    def shortened(partial: Path, *, files: dict[str, list[str]], total: int) -> None:
-        write_index(partial, files=dict(list(files.items())[1:]), total=total)
+    def shortened(path: Path, content: dict[str, Any]) -> None:
+        if "weight_map" in content:
+            lost = content["weight_map"]["lm_head.weight"]
+            content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != lost}
+        write_json(path, content)
 
-    monkeypatch.setattr(export, "_write_index", shortened)
+    monkeypatch.setattr(export, "write_json", shortened)
     with pytest.raises(ValueError, match=r"index\.json: .*weight_map"):
         _write(toy_model(), tmp_path / "out", max_shard_bytes=30_000)
 
@@ -160,6 +176,36 @@ def test_a_disk_that_fills_up_leaves_the_earlier_export(tmp_path: Path) -> None:
         _write(toy_model(seed=1), folder)
     assert _content(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_disk_error_names_path_reason_and_free_space(tmp_path: Path) -> None:
+    error = disk_error(tmp_path / "absent" / "file", OSError(errno.ENOSPC, "No space left on device", "elsewhere"))
+    assert str(error).startswith(f"{tmp_path}/absent/file: cannot be written (No space left on device); ")
+    assert str(error).endswith(f" GB free in {tmp_path}")
+
+
+def test_a_folder_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for size in (10, 10**5):
+        new = NewFolder(folder, markers={"x.safetensors"})
+        with largest_file(10**4):
+            new.write(lambda partial, size=size: write_tensors(partial / "x.safetensors", {"x": torch.zeros(size)}))
+            new.write(lambda partial: (partial / "more").touch())
+        if size == 10:
+            new.publish()
+    with pytest.raises(OSError, match=rf"{folder}: cannot be written \(x.safetensors: .*\); [\d.]+ GB free in "):
+        new.publish()
+    assert list(tmp_path.iterdir()) == [folder]
+    assert (folder / "x.safetensors").stat().st_size < 10**4
+
+
+def test_a_full_disk_is_reported_with_its_free_space(tmp_path: Path) -> None:
+    ended = on_small_disk(tmp_path, 2 * 10**6, WRITE, tmp_path)
+    if ended is None:
+        pytest.skip("no file system may be mounted here")
+    assert ended.returncode == 0, ended.stderr
+    assert "No space left" in ended.stdout
+    assert f"; 0.0 GB free in {tmp_path} []" in ended.stdout
 
 
 def _shard(model: Any) -> Any:

@@ -7,7 +7,8 @@ import sys
 import pytest
 from report_runs import dpo_metrics
 
-from notus.evaluation.report.reading import read_runs
+from notus.evaluation.read_run import read_runs
+from notus.evaluation.report.page import render
 
 
 def read(folder):
@@ -122,4 +123,4 @@ def test_a_number_beyond_all_floats_is_a_gap(make_run):
 @pytest.mark.parametrize("sample", [{}, {"index": 0, "prompt": "a"}])
 def test_samples_that_are_none_are_named(make_run, sample):
     with pytest.raises(ValueError, match=r"samples\.jsonl: not as this version writes it"):
-        read(make_run(samples=[{"step": 1, **sample}]))
+        render([read(make_run(samples=[{"step": 1, **sample}]))])

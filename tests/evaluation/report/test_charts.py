@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from notus.evaluation.report.curves import decimate, smooth
-from notus.evaluation.report.reading import Curve
+from notus.evaluation.read_run import Curve
+from notus.evaluation.report.charts import decimate, smooth
 
 
 def curve(values):

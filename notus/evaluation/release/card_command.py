@@ -1,13 +1,15 @@
 """`python -m notus card`: a model card, written from a run."""
 
 import argparse
+import dataclasses
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from notus.evaluation.release.card import Choices
+    from notus.evaluation.read_run import Run
+    from notus.evaluation.release.card import Release
 
 README = "README.md"
 
@@ -34,45 +36,45 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", type=_language, metavar="CODE", nargs="+", help="languages, say: en de")
 
 
-def choices(args: argparse.Namespace, *, name: str, repo_id: str | None) -> "Choices":
-    """The card's part of a command line."""
-    from notus.evaluation.release.card import Choices
+def release_of(args: argparse.Namespace, run: "Run", *, name: str, repo_id: str | None) -> "Release":
+    """Return the finished run's model as the command line describes it. Raises ValueError for a merge without LoRA."""
+    from notus.evaluation.release.card import Release, variant_of
 
-    return Choices(name, repo_id, args.base_model, args.license, tuple(args.language or ()))
+    return Release(
+        run,
+        variant_of(run, merge=args.merge),
+        name,
+        repo_id=repo_id,
+        base_model=args.base_model,
+        licence=args.license,
+        languages=tuple(args.language or ()),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the card, return 0. Raises ValueError or OSError with a message for the user."""
-    from notus.evaluation.files import check_output, replacing
-    from notus.evaluation.models import is_run, read_run_settings
-    from notus.evaluation.release.card import base_has_chat_template, has_chat_template, model_card
-    from notus.evaluation.release.facts import read_facts, standing_step, variant_of
-    from notus.evaluation.release.finished import is_untouched, signed
-    from notus.training.run_folder import CONFIG_FILE, MODEL
+    from notus.evaluation.files import check_output
+    from notus.evaluation.read_run import read_run
+    from notus.evaluation.release import card
+    from notus.runtime.files import write_text
+    from notus.training.run_folder import MODEL
 
-    run_folder = Path(args.run_folder)
-    if not is_run(run_folder):
-        raise ValueError(f"{run_folder}: no run's folder, it has no {CONFIG_FILE}; name a training.output_dir")
-    settings = read_run_settings(run_folder)
-    lora = bool(settings["lora"]["rank"])
-    if args.merge and not lora:
-        raise ValueError(f"{run_folder}: a full fine-tuning run has nothing to merge; leave --merge out")
-    facts = read_facts(run_folder, settings).at(standing_step(run_folder))
-    chat = has_chat_template(run_folder / MODEL) if facts.step is None else base_has_chat_template(facts)
-    variant = variant_of(lora=lora, merge=args.merge)
-    name = run_folder.resolve().name
-    text = model_card(facts, variant, choices(args, name=name, repo_id=args.repo_id), chat=chat)
+    folder = Path(args.run_folder)
+    release = release_of(args, read_run(folder), name=folder.resolve().name, repo_id=args.repo_id)
+    release = dataclasses.replace(release, step=card.exported_step(folder))
+    finished = release.step is None
+    chat = card.has_chat_template(folder / MODEL) if finished else card.will_have_chat_template(release.run)
+    text = card.model_card(release, chat=chat)
     if args.output == "-":
         sys.stdout.write(text)
         return 0
-    output = Path(args.output) if args.output else run_folder / README
-    check_output(output, not_over=str(run_folder))
-    if output.exists() and not is_untouched(output):
+    output = Path(args.output) if args.output else folder / README
+    check_output(output, not_over=str(folder))
+    if output.exists() and not card.is_untouched(output):
         raise ValueError(
             f"{output}: exists, and was edited, or is no card of ours; remove it, or name another --output"
         )
-    with replacing(output) as file:
-        file.write(signed(text))
+    write_text(output, card.signed(text))
     print(f"wrote {output}")
     return 0
 

@@ -101,7 +101,7 @@ def test_refuses(full_run, lora_run, unfinished, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert "nothing to merge" in refuse(capsys, full_run, out, "--merge")
     assert "have no effect on an adapter" in refuse(capsys, lora_run, out, "--dtype", "bf16")
-    assert "no run's folder" in refuse(capsys, tmp_path, out)
+    assert "not a run (it has no config.yaml)" in refuse(capsys, tmp_path, out)
     run = unfinished(full_run)
     assert "puts its final model" in refuse(capsys, run, run / "model")
     shutil.rmtree(run / "checkpoints")
