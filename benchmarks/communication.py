@@ -3,7 +3,7 @@
     python benchmarks/communication.py [--gpu a100-40gb] [--output FILE]
 
 Counted: the collectives of one row of a small model on 8 fake ranks, in their order among the blocks' products, beside
-the bytes that `notus.estimate.timing.communication` takes. Estimated: of the Notus recipe, a block's computation
+the bytes that `notus.estimate.plan.communication` takes. Estimated: of the Notus recipe, a block's computation
 beside its gathering and its reduction, and the memory of each checkpointing mode. Needs no GPU and no weights; nothing
 is sent or timed.
 """
@@ -24,14 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, ins
 
 from estimator import ROWS, SHAPES, size_of
 from fake_step import CPU, fake_world, packed_row, run_row
-from notus.estimate.lengths import TYPICAL, draw
-from notus.estimate.models import find_config, sizes
-from notus.estimate.plan import Setting, job_of, make_plan
-from notus.estimate.timing import moved_bytes
-from notus.model.gpus import LINK_EFFICIENCY, find_gpu
+from notus.estimate.inputs import TYPICAL, draw, find_config, sizes
+from notus.estimate.plan import Setting, job_of, make_plan, moved_bytes
+from notus.model.flops import LINK_EFFICIENCY, find_gpu
 from notus.model.size import ModelSize
-from notus.training.build import build_policy
 from notus.training.memory_estimate import CHECKPOINTING, RUNTIME_MARGIN, footprint
+from notus.training.parallelize import build_policy
 
 RANKS = 8
 UTILISATION = 0.45

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
 from fake_step import TARGETS, Tracked, tracked_step
-from notus.estimate.lengths import Lengths
-from notus.estimate.timing import arithmetic
+from notus.estimate.inputs import Lengths
+from notus.estimate.plan import arithmetic
 from notus.model.flops import dimensions, visible_pairs
 from notus.model.lora import inject_lora
 from notus.model.size import ModelSize, model_size

@@ -26,14 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
+from notus.config import LoraConfig
 from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss
 from notus.model import attention
 from notus.model import load as weights
-from notus.training import build, optimizers
-from notus.training.build import Adapter, build_policy
-from notus.training.optim import build_optimizer, clip_gradients, local_gradients
-from notus.training.parallelize import expect_last_row, hand_over_gradients
+from notus.training import optimizers, parallelize
+from notus.training.optimizers import build_optimizer, clip_gradients, local_gradients
+from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ class _Count(float):
         return float(self)
 
 
-def _counted(self: optimizers.InPieces, parameter: torch.nn.Parameter) -> dict[str, Any]:
+def _counted(self: optimizers.PiecewiseOptimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
     zeros = {name: torch.zeros_like(parameter.detach(), dtype=self.state_dtype) for name in self.moments}
     return {"step": _Count(0.0), **zeros}
 
@@ -113,13 +113,13 @@ def fake_world(world_size: int) -> Iterator[None]:
     nothing = mock.DEFAULT
     try:
         with (
-            mock.patch.multiple(build, load_weights=nothing, init_lora=nothing, check_attention=nothing),
+            mock.patch.multiple(parallelize, load_weights=nothing, init_lora=nothing, check_attention=nothing),
             mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
-            mock.patch.object(build, "mesh", return_value=ranks),
+            mock.patch.object(parallelize, "mesh", return_value=ranks),
             mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
             mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),
-            mock.patch.object(optimizers.InPieces, "new_state", _counted),
-            mock.patch.object(optimizers.InPieces, "_noise"),
+            mock.patch.object(optimizers.PiecewiseOptimizer, "new_state", _counted),
+            mock.patch.object(optimizers.PiecewiseOptimizer, "_noise"),
             mock.patch.object(optimizers, "round_at_random", _round_at_random),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
@@ -153,8 +153,8 @@ def tracked_step(
 ) -> Tracked:
     """Two optimizer steps of `rows` rows (trunk, branches, examples), the state of the first kept for the second."""
     with fake_world(world_size):
-        adapter = Adapter(lora_rank, 16.0, 0.0, TARGETS, False) if lora_rank else None
-        policy = build_policy(Path("."), config, device=CPU, precision=precision, adapter=adapter, **options)
+        adapter = LoraConfig(rank=lora_rank, target_modules=TARGETS) if lora_rank else None
+        policy = build_policy(Path("."), config, device=CPU, precision=precision, lora=adapter, **options)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         stepper = build_optimizer(
             trainable, name=optimizer, learning_rate=1e-6, weight_decay=0.0, state_dtype=optimizer_dtype

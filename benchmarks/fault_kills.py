@@ -23,7 +23,7 @@ AIMED = 0.5  # share of the moments that are drawn within a phase, as the short 
 _START = 0.3  # seconds, before Python runs the entry
 _PATIENCE = 120.0
 _GRACE = 5.0  # seconds in which processes that were told to end may do so; a loaded machine takes more than one
-_GOING_ON = re.compile(r"going on from .*\(step (\d+) of")
+_GOING_ON = re.compile(r"resuming from .*\(step (\d+) of")
 _TRAINS, _EVALUATES = 1, 2
 _doing = mmap.mmap(-1, 1)  # shared with the ranks: what no file shows
 

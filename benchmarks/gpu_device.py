@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import MistralConfig
 
-from notus.model.gpus import gpu_of_driver
+from notus.model.flops import gpu_of_driver
 
 _SECONDS_PER_PRODUCT = 0.1
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "trl", "liger-kernel")

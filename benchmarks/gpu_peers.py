@@ -20,7 +20,7 @@ from gpu_rows import Row, necessary_rate, peaks, rates, release, steps_of, synch
 from gpu_shapes import LONGEST, Scale, fitting, parameters
 from notus.data.packing import Example
 from notus.losses import dpo_loss
-from notus.training.optim import build_optimizer
+from notus.training.optimizers import build_optimizer
 
 PLAIN = "transformers' own forward in a plain loop"
 BASELINE = Row("dpo", 0, "padded")

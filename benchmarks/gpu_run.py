@@ -311,7 +311,7 @@ def resumed(bench: Bench, case: str) -> str | None:
     first_line = _first_line(bench.scratch / name)
     finish(bench, name, start(bench, case, name, cpu=bench.cpu))
     if _first_line(bench.scratch / name) != first_line:  # it says how fast the step was, which no second run repeats
-        return "the run began anew in place of going on from its checkpoint"
+        return "the run began anew in place of resuming from its checkpoint"
     return difference(bench.scratch / f"{case}-undisturbed", bench.scratch / name)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from notus.data.packing import Batch, Example, collate
-from notus.data.prefetch import Prefetch
 from notus.losses import dpo_loss, nll_loss
 from notus.model.attention import IMPLEMENTATION
 from notus.model.flops import Dimensions, dimensions, forward_flops
@@ -20,10 +19,16 @@ from notus.model.policy import Policy
 from notus.model.size import ModelSize, model_size
 from notus.model.supported import disable_dropout
 from notus.runtime.distributed import mesh
-from notus.training.build import fuse_or_check_graph
+from notus.training.dataloader import Prefetch
 from notus.training.memory_estimate import Job, footprint
-from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
-from notus.training.parallelize import COMPUTE_DTYPES, expect_last_row, hand_over_gradients, parallelize
+from notus.training.optimizers import build_optimizer, clipped_update, gradient_norm, local_gradients
+from notus.training.parallelize import (
+    COMPUTE_DTYPES,
+    expect_last_row,
+    fuse_or_check_graph,
+    hand_over_gradients,
+    parallelize,
+)
 
 PRECISION = "bf16"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -131,7 +136,7 @@ def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Exam
 def build(
     config: MistralConfig, device: torch.device, *, rank: int, checkpointing: str, compile: bool
 ) -> tuple[Policy, Work]:
-    """As `notus.training.build.build_policy` has it, with random weights in the place of a folder's.
+    """As `notus.training.parallelize.build_policy` has it, with random weights in the place of a folder's.
 
     Args:
         config: the model's shape.

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, ins
 
 from notus.config import config_from_dict
 from notus.runtime.process import leave
-from notus.training.dataloader import Feed, row_costs
+from notus.training.dataloader import Dataloader, row_costs
 from notus.training.dpo import DPOTask, Preferences
-from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
+from notus.training.optimizers import build_optimizer, clipped_update, gradient_norm, local_gradients
 from notus.training.parallelize import expect_last_row, hand_over_gradients
 from notus.training.setup import Run, start
 from profile_step import profiled, table
@@ -32,13 +32,13 @@ WARM_UP, STEPS, PAIRS_PER_STEP = 2, 2, 16
 class Step:
     """What `notus.training.trainer` does in a step, without its books. The reference's log-probs are given as zeros."""
 
-    def __init__(self, run: Run, feed: Feed) -> None:
+    def __init__(self, run: Run, feed: Dataloader) -> None:
         training, rows = run.config.training, run.train_rows
         self._task = DPOTask(
             Preferences(rows, torch.zeros(len(rows), 2)),
             None,
             plan=run.plan,
-            settings=run.config.dpo,
+            config=run.config.dpo,
             precision=training.precision,
             tokens_per_row=training.tokens_per_row,
             device=run.device,
@@ -79,7 +79,7 @@ def measure(folder: Path, size: str, precision: str) -> dict[str, float]:
         assert run is not None
         options = {"tokens_per_row": config.training.tokens_per_row, "device": run.device}
         costs = row_costs(run.policy, run.train_rows)
-        with Feed(run.train_rows, costs, run.plan, range(WARM_UP + STEPS), **options) as feed:
+        with Dataloader(run.train_rows, costs, run.plan, range(WARM_UP + STEPS), **options) as feed:
             step = Step(run, feed)
             for _ in range(WARM_UP):
                 step()

@@ -16,10 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
-from notus.estimate.lengths import TYPICAL, draw
-from notus.estimate.models import find_config, sizes
+from notus.estimate.inputs import TYPICAL, draw, find_config, sizes
 from notus.estimate.plan import Plan, Setting, fastest, make_plan
-from notus.model.gpus import PER_NODE, find_gpu
+from notus.model.flops import PER_NODE, find_gpu
 from notus.training.memory_estimate import CHECKPOINTING, RUNTIME_MARGIN
 
 MODELS = ("Qwen/Qwen2.5-1.5B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-32B", "meta-llama/Llama-3.1-70B")

@@ -167,8 +167,7 @@ def _digest(rows: "Rows") -> str:
 
 def _steps(rows: "Rows") -> Iterator[tuple[np.ndarray, list[float], list[list[list[int]]]]]:
     """A step's rows, their costs and how they are dealt, for one epoch."""
-    from notus.data.packing import StepPlan
-    from notus.data.schedule import deal
+    from notus.data.schedule import StepPlan, deal
     from notus.model.flops import Dimensions, forward_flops
 
     mistral = Dimensions(layers=32, attention_width=4096, body_weights=6_979_321_856, head_weights=131_072_000)
@@ -191,7 +190,7 @@ def _plan(rows: "Rows") -> str:
 
 
 def _pack(rows: "Rows") -> str:
-    from notus.data.dataset import packed
+    from notus.data.schedule import packed
 
     began, steps, made = time.perf_counter(), 0, 0
     for indices, _, dealt in _steps(rows):

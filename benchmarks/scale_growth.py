@@ -75,11 +75,11 @@ def measure(point: Point, folder: Path) -> Step:
     from transformers import AutoConfig
 
     from memory import PeakMemory
-    from notus.data.packing import StepPlan
+    from notus.data.schedule import StepPlan
     from notus.runtime.distributed import process_group
-    from notus.training.build import build_policy
-    from notus.training.dataloader import Feed, row_costs
-    from notus.training.optim import build_optimizer, clip_gradients, gradient_norm, local_gradients
+    from notus.training.dataloader import Dataloader, row_costs
+    from notus.training.optimizers import build_optimizer, clip_gradients, gradient_norm, local_gradients
+    from notus.training.parallelize import build_policy
 
     torch.set_num_threads(1)
     with process_group() as device:
@@ -89,7 +89,7 @@ def measure(point: Point, folder: Path) -> Step:
         optimizer = build_optimizer(policy.parameters(), name="rmsprop", learning_rate=1e-6, weight_decay=0.0)
         plan, costs = StepPlan(len(rows), point.pairs), row_costs(policy, rows)
         seconds = []
-        with Feed(rows, costs, plan, range(STEPS), tokens_per_row=3 * 4 * 64, device=device) as feed:
+        with Dataloader(rows, costs, plan, range(STEPS), tokens_per_row=3 * 4 * 64, device=device) as feed:
             for _ in range(STEPS):
                 began = time.perf_counter()
                 for batch, _ in feed.step():
@@ -116,8 +116,7 @@ def _loss(logps: "Tensor", pairs: int) -> "Tensor":
 def _rows(point: Point) -> "Rows":
     import datasets
 
-    from notus.data.columns import FEATURES
-    from notus.data.dataset import Rows
+    from notus.data.dataset import FEATURES, Rows
 
     count, length = point.pairs * STEPS, point.length
     ids = np.random.default_rng(0).integers(3, point.vocabulary, size=(count, 3, length))

@@ -14,8 +14,8 @@ from selenium import webdriver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from notus.evaluation.read_run import read_runs
 from notus.evaluation.report.page import render
-from notus.evaluation.report.reading import read_runs
 
 HEIGHT = 1560  # of what is shown of each page, in CSS pixels
 VIEWS = ((1180, "light"), (390, "dark"))

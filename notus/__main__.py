@@ -1,6 +1,6 @@
 """`python -m notus COMMAND`: everything but training itself, which is `train_sft.py` and `train_dpo.py`.
 
-A command's module is imported when that command is asked for, so that help and mistakes answer at once.
+A command's module is imported only when that command runs, so that help and mistakes answer at once.
 """
 
 import argparse
@@ -31,9 +31,9 @@ MODULES = {
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
-    "report": "notus.evaluation.report.command",
-    "card": "notus.evaluation.release.command",
-    "export": "notus.evaluation.export_run",
+    "report": "notus.evaluation.report.page",
+    "card": "notus.evaluation.release.card_command",
+    "export": "notus.evaluation.release.export_command",
 }
 
 Declare = Callable[[argparse.ArgumentParser], None]
@@ -50,11 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry(lambda: args.run(args))
 
 
+def run_command(*words: object) -> None:
+    """Run a command within another one: its errors are raised, and exit codes other than 0 end the process."""
+    args = _parse([str(word) for word in words])
+    if code := args.run(args):
+        sys.exit(code)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m notus", description="Direct Preference Optimization.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)
-    # Every rank reads the same command line; the first says what is wrong with it.
+    # Every rank reads the same command line. Rank 0 reports what is wrong with it.
     with contextlib.redirect_stderr(io.StringIO() if os.environ.get("RANK", "0") != "0" else sys.stderr):
         if wanted is not None and wanted not in HELP:
             near = difflib.get_close_matches(wanted, HELP, n=1)

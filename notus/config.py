@@ -1,183 +1,221 @@
 """The settings of a run: one dataclass per section, a description below each field.
 
-They are filled from a YAML file and `--section.key=value` overrides. A key that does not exist, a value of
-the wrong type or out of range, and a setting that other settings would leave without effect are errors.
+They are filled from a YAML file and `--section.key=value` overrides. A key that does not exist, a value of the wrong
+type or out of range, and a setting that other settings leave without effect are errors.
+
+The order here: the sections, the whole config, loading and saving, checks across keys, typed values, YAML.
 """
 
+import ast
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import difflib
+import itertools
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from notus.conflicts import conflicts
-from notus.schema import Bounds, OneOrMore, Refused, build_sections, dump_yaml, read_arguments
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BeforeValidator, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
+T = TypeVar("T")
 Task = Literal["dpo", "sft"]
 
-# The names in `notus.losses`, written out here because this module imports no torch; a test holds them equal.
-LossType = Literal[
-    "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
-    "apo_down", "discopop",
-]  # fmt: skip
 
-Count = Annotated[int, Bounds(1)]
-Index = Annotated[int, Bounds(0)]
-Positive = Annotated[float, Bounds(0, open_low=True)]
-NonNegative = Annotated[float, Bounds(0)]
+def _constant_of_losses(name: str) -> Any:
+    """Return a constant of notus/losses.py, read from its source because importing it would import torch."""
+    source = Path(__file__).with_name("losses.py").read_text(encoding="utf-8")
+    (value,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+    )
+    return ast.literal_eval(value)
 
 
-@dataclass(frozen=True, kw_only=True)
+SMOOTHED_LOSSES: tuple[str, ...] = _constant_of_losses("SMOOTHED_LOSSES")
+if TYPE_CHECKING:
+    LossType = str
+else:
+    LossType = Literal[_constant_of_losses("LOSS_TYPES")]
+
+# Values are taken as they are: "1" is no number, 1 is not true. An integer may stand for a float.
+EXACT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+String = Annotated[str, MinLen(1), "a string (in quotes if it reads as something else)"]
+Strings = Annotated[list[String], MinLen(1), "a list of strings"]
+Count = Annotated[int, Ge(1)]
+Index = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class DataSource:
-    """One source of rows. `DataConfig` holds it as a plain mapping, with every key set."""
+    """One source of rows. `DataConfig` holds it as a plain mapping with every key set."""
 
-    path: str
-    """A file (JSONL, JSON, Parquet) or a hub id. Required; in YAML, a bare text is a source's path."""
-    split: str = "train"
-    """The split to take, of a hub dataset."""
+    path: String
+    """A file (JSONL, JSON, Parquet) or a hub id. Required. In YAML, a string alone is a source's path."""
+    split: String = "train"
+    """The split of a hub dataset to use."""
     weight: Positive = 1.0
-    """Share of the source's rows that are used; above 1, rows repeat."""
+    """Share of the source's rows to use. Above 1, rows repeat."""
 
 
-Sources = Annotated[list[dict[str, Any]], OneOrMore(DataSource, "path")]
+def _as_sources(value: Any) -> list[dict[str, Any]]:
+    """Return a list of mappings with every key set, from one source or a list; a string is the path of a source."""
+    sources = value if isinstance(value, list) else [value]
+    return [
+        dataclasses.asdict(_fill(DataSource, source if isinstance(source, dict) else {"path": source}))
+        for source in sources
+    ]
 
 
-@dataclass(frozen=True, kw_only=True)
+Sources = Annotated[
+    list[dict[str, Any]], BeforeValidator(_as_sources), MinLen(1), "a path, or a list of {path, split, weight}"
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class ModelConfig:
     """The model that a run starts from."""
 
-    name_or_path: str
+    name_or_path: String
     """A local folder in Hugging Face layout, or a hub id. Required."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for authors you trust."""
+    """Run Python code that comes with the model. Set it only for authors you trust."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class DataConfig:
     """What the model learns from, and how it becomes tokens."""
 
     train: Sources
     """A file (JSONL, JSON, Parquet), a hub id, or a list of `{path, split, weight}`. Required."""
     eval: Sources | None = None
-    """The same, for evaluation; null: no evaluation, unless `eval_size` holds rows out of `train`."""
+    """The same for evaluation. null: no evaluation, unless `eval_size` holds rows out of `train`."""
     eval_size: Index = 0
     """Rows held out of `train` for evaluation, drawn with `training.seed`."""
     max_length: Count = 1024
-    """Longest prompt + completion, in tokens; what goes beyond is cut."""
+    """Longest prompt + completion in tokens. Longer ones are truncated."""
     max_prompt_length: Count | None = None
-    """DPO: last prompt tokens kept if a pair is too long; null: 512, at most half of `max_length`."""
+    """DPO: last tokens of the prompt to keep if a pair is too long. null: 512, at most half of `max_length`."""
     shuffle: bool = True
-    """Draw each epoch's order anew from `training.seed`; false: the order of the data."""
-    chat_template: str | None = None
-    """"zephyr", or a `.jinja` file; null: the tokenizer's own, and Zephyr's for tokenizers without one."""
+    """Shuffle the rows anew for each epoch, seeded by `training.seed`. false: keep the order of the data."""
+    chat_template: String | None = None
+    """"zephyr" or a `.jinja` file. null: the tokenizer's own, or Zephyr's if it has none."""
     add_empty_system: bool = False
-    """Put an empty system turn before conversations that have none, as Notus 7B v1 did."""
+    """Add an empty system turn to conversations that have none, as Notus 7B v1 did."""
     num_workers: Count = 1
-    """Processes that tokenise; 1: in this process."""
-    cache_dir: str | None = None
-    """Where tokenised rows are kept between runs; null: the cache folder of `datasets`."""
+    """Processes that tokenise. 1: this process alone."""
+    cache_dir: String | None = None
+    """Where tokenised rows are kept between runs. null: the cache folder of `datasets`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class TrainingConfig:
     """How the model learns, and what the run leaves behind."""
 
-    output_dir: str
+    output_dir: String
     """The run's folder: resolved config, metrics, checkpoints, final model. Required."""
     batch_size: Count = 64
     """Examples (DPO: pairs) per optimizer step over the whole job, whatever the number of GPUs."""
     tokens_per_row: Count = 4096
-    """Tokens of one packed row, one forward pass per GPU. Sets memory and speed, not the result."""
+    """Tokens of one packed row, which is one forward pass per GPU. Affects memory and speed, not the result."""
     epochs: Count = 3
     """Passes over the training data."""
     max_steps: Count | None = None
-    """End after this many optimizer steps if the epochs have not ended before; null: the epochs decide."""
+    """Stop after this many optimizer steps, if the epochs do not end earlier. null: run all epochs."""
     learning_rate: Positive = 5e-7
     """Peak learning rate."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """The course of the learning rate after warm-up: down to zero, or constant."""
-    warmup_ratio: Annotated[float, Bounds(0, 1)] = 0.1
-    """Share of all steps in which the learning rate climbs linearly from zero."""
+    """The learning rate after warm-up: decay to zero, or stay constant."""
+    warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of all steps in which the learning rate rises linearly from zero."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """RMSprop keeps one state per parameter, AdamW two."""
     optimizer_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How those states are kept; bf16 takes half the memory, rounded at random so that averages still move."""
+    """Dtype of those states. bf16 takes half the memory; stochastic rounding lets the averages still move."""
     weight_decay: NonNegative = 0.0
     """Weight decay, as torch's optimizer of that name applies it."""
     max_grad_norm: NonNegative | None = 1.0
-    """Gradients are scaled down to this global norm; null or 0: measured and left as they are."""
+    """Gradients are clipped to this global norm. null or 0: the norm is logged, nothing is clipped."""
     seed: Index = 42
-    """Seed of the order of the data, dropout, LoRA's start and the held-out rows."""
+    """Seed of shuffling, dropout, LoRA's initial weights and the held-out rows."""
     deterministic: bool = False
-    """Use algorithms that repeat bit for bit on the same machine with as many ranks; an error where there is none.
-    On a GPU, a resumed run ends bitwise as an undisturbed one only with this: the attention's backward pass otherwise
-    adds gradients in any order. On a CPU it is not needed. What it costs on a GPU: not run."""
+    """Use algorithms that give the same bits again on the same machine with the same number of ranks. Operations
+    without such an algorithm raise an error. On a GPU, a resumed run ends bitwise as an undisturbed one only with this,
+    because the attention's backward pass otherwise adds gradients in any order. A CPU does not need it. Its cost on a
+    GPU: not run."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the forward and backward pass; master weights, sums and losses are fp32 either way."""
+    """Dtype of the forward and backward pass. Master weights, sums and losses are fp32 either way."""
     activation_checkpointing: Literal["none", "products", "selective", "full", "auto"] = "full"
-    """What a block keeps of its forward pass; its backward pass computes the rest again, bit for bit. "none": keep
+    """What a block keeps of its forward pass. The backward pass recomputes the rest, bit for bit. "none": keep
     everything, which is fastest and takes most memory. "products": keep the outputs of matrix products and attention.
     "selective": keep those of every second product and of attention. "full": keep the block's input alone. "auto": the
-    first of these, in this order, whose memory is estimated to fit."""
+    first of these, in this order, that is estimated to fit into memory."""
     compile: bool = False
     """Compile each block with torch.compile."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer states in host memory: slow, and only for GPUs. Not run."""
+    """Keep weights, gradients and optimizer states in host memory. Slow, and only for GPUs. Not run."""
     sharding: Literal["full", "hybrid"] = "full"
-    """"full": each rank holds a share of the model; "hybrid": each node holds all of it, spread over its ranks."""
+    """"full": each rank holds a share of the model. "hybrid": each node holds all of it, sharded over its ranks."""
     timeout_minutes: Positive = 30.0
-    """How long a rank waits for the others before it takes them for stuck, but for rank 0's work before training."""
+    """How long a rank waits for the others before it fails. Rank 0's work before training is not limited."""
     log_every: Count = 1
     """Steps between lines of `metrics.jsonl`."""
     eval_every: Count | None = None
-    """Steps between evaluations; null: at the end only."""
+    """Steps between evaluations. null: at the end only."""
     save_every: Count | None = None
-    """Steps between checkpoints; null: at the end of each epoch."""
+    """Steps between checkpoints. null: at the end of each epoch."""
     keep_checkpoints: Count | None = 2
-    """Newest checkpoints kept; null: all. With two, a run goes on even if the newest is damaged."""
+    """Newest checkpoints to keep. null: all. With two, a run can resume even if the newest is damaged."""
     keep_every: Count | None = None
-    """Besides the newest, keep the checkpoints of every so many steps, a multiple of `save_every`."""
+    """Also keep the checkpoint of every so many steps, a multiple of `save_every`."""
     async_checkpoints: bool = True
-    """Write checkpoints while training goes on, from a copy in host memory; false: wait, without the copy."""
+    """Write checkpoints in the background, from a copy in host memory. false: wait for them, without the copy."""
     max_hours: Positive | None = None
-    """End with a checkpoint at the first step after so many hours of one launch; the same command goes on."""
-    resume: str = "auto"
-    """"auto": go on from the newest checkpoint in `output_dir`; "never": anew; or a checkpoint's folder."""
+    """Stop with a checkpoint at the first step after so many hours of one launch. The same command resumes."""
+    resume: String = "auto"
+    """"auto": resume from the newest checkpoint in `output_dir`. "never": start over. Or a checkpoint's folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class DPOConfig:
-    """The preference loss; `notus.losses` has the equations."""
+    """The preference loss. `notus.losses` has the equations."""
 
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
     loss_type: LossType = "sigmoid"
     """Name of the loss."""
-    label_smoothing: Annotated[float, Bounds(0, 0.5)] = 0.0
-    """Assumed share of swapped labels: for sigmoid, for robust (below 0.5) and for exo_pair (above 0)."""
+    label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
+    """Assumed share of swapped labels, for sigmoid, robust (below 0.5) and exo_pair (above 0)."""
     nll_weight: NonNegative = 0.0
-    """Weight of the chosen completions' negative log-likelihood, a mean over the step's chosen tokens."""
+    """Weight of the chosen completions' negative log-likelihood, averaged over the step's chosen tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class ReferenceConfig:
     """The reference model's log-probs, computed once and kept."""
 
-    cache_dir: str | None = None
-    """A folder that several runs may share; null: `reference` in the run's folder."""
+    cache_dir: String | None = None
+    """A folder that several runs may share. null: `reference` in the run's folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class LoraConfig:
     """Low-rank adapters in place of full fine-tuning."""
 
     rank: Index = 0
-    """Rank of the adapters; 0: full fine-tuning."""
+    """Rank of the adapters. 0: full fine-tuning."""
     alpha: Positive = 16.0
     """Adapters are scaled by alpha / rank."""
-    dropout: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout on the adapters' input."""
-    target_modules: list[str] | Literal["all-linear"] = field(
+    target_modules: Strings | Literal["all-linear"] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
     )
     """Names of the linear layers that get adapters, or "all-linear": all but the language-model head."""
@@ -185,26 +223,26 @@ class LoraConfig:
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class TrackingConfig:
-    """What a run tells besides `metrics.jsonl`, and where."""
+    """What a run logs besides `metrics.jsonl`, and where."""
 
     wandb: bool = False
     """Log to Weights & Biases."""
     tensorboard: bool = False
     """Write TensorBoard events to `tensorboard` in the run's folder."""
-    project: str = "notus"
+    project: String = "notus"
     """Weights & Biases project."""
-    run_name: str | None = None
-    """Weights & Biases run name; null: the name of the run's folder."""
+    run_name: String | None = None
+    """Weights & Biases run name. null: the name of the run's folder."""
     samples: Index = 4
-    """Prompts that the model continues (greedily) at step 0, at each evaluation and at the end: the first ones of the
-    evaluation data, else of the training data; 0: none."""
+    """Prompts that the model completes greedily at step 0, at each evaluation and at the end: the first ones of the
+    evaluation data, else of the training data. 0: none."""
     sample_tokens: Count = 48
-    """Most tokens of such a continuation. For each, sharded ranks gather the whole model once."""
+    """Longest such completion, in tokens. For each token, sharded ranks gather the whole model once."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=EXACT)
 class Config:
     """A whole run. `task` comes from the entry, not from the file."""
 
@@ -231,38 +269,39 @@ DPO_SECTIONS = ("dpo", "reference")
 OPTIONAL_SECTIONS = (*DPO_SECTIONS, "lora", "tracking")
 
 
+# ---- loading and saving ----
+
+
 def load_config(arguments: str | Path | Sequence[str], task: Task) -> Config:
-    """The config of `CONFIG.yaml [--section.key=value ...]`: a path alone, or a command line's arguments.
+    """Return the config of `CONFIG.yaml [--section.key=value ...]`: a path alone, or a command line's arguments.
 
     Later overrides win over earlier ones, and all over the file. Raises ValueError, naming the file or
     "command line", the key and the remedy, for anything that is not a valid configuration of a `task` run.
     """
     words = [str(arguments)] if isinstance(arguments, str | Path) else list(arguments)
-    tree, source, origins = read_arguments(words, SECTIONS)
+    tree, source, origins = _read_arguments(words)
     return config_from_dict(tree, task, source=source, origins=origins)
 
 
 def config_from_dict(
     tree: dict[str, Any], task: Task, *, source: str = "config", origins: dict[str, str] | None = None
 ) -> Config:
-    """The config of a nested mapping `{section: {key: value}}`. Raises ValueError as `load_config` does.
+    """Return the config of a nested mapping `{section: {key: value}}`. Raises ValueError as `load_config` does.
 
     Errors name `source`, or what `origins` has for the "section.key" that is wrong.
     """
     try:
-        config = _resolve(Config(**build_sections(tree, SECTIONS), task=task))
-        unset = {name: dataclasses.asdict(SECTIONS[name]()) for name in OPTIONAL_SECTIONS}
-        conflict = next(conflicts(dataclasses.asdict(config), unset), None)
-        if conflict is not None:
+        config = _resolve(Config(**_sections(tree), task=task))
+        for conflict in _conflicts(config):
             raise conflict
-    except Refused as refusal:
-        hint = " (once true: full, false: none)" if refusal.key == "training.activation_checkpointing" else ""
-        raise ValueError(f"{(origins or {}).get(refusal.key, source)}: {refusal.key} {refusal}{hint}") from None
+    except Invalid as error:
+        hint = " (once true: full, false: none)" if error.key == "training.activation_checkpointing" else ""
+        raise ValueError(f"{(origins or {}).get(error.key, source)}: {error}{hint}") from None
     return config
 
 
 def to_yaml(config: Config) -> str:
-    """The config as YAML that loads to an equal one; sections that its task has no use for are left out."""
+    """Return the config as YAML that loads to an equal one, without the sections that its task does not use."""
     unused = DPO_SECTIONS if config.task == "sft" else ()
     return dump_yaml({name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS if name not in unused})
 
@@ -280,3 +319,240 @@ def _resolve(config: Config) -> Config:
     if training.max_grad_norm == 0:
         training = dataclasses.replace(training, max_grad_norm=None)
     return dataclasses.replace(config, data=data, training=training)
+
+
+# ---- checks across keys ----
+
+
+class Invalid(ValueError):
+    """The value of `key` is wrong; the message starts with the key."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key} {reason}")
+        self.key = key
+
+
+def _conflicts(config: Config) -> Iterator[Invalid]:
+    """Yield what contradicts other keys of a resolved config, or would be ignored because of them."""
+    if config.lora.rank == 0:
+        yield from _without_effect("lora", config.lora, "while lora.rank is 0: set lora.rank, or remove it")
+    tracking = config.tracking
+    if not tracking.wandb:
+        why = "while tracking.wandb is false: set that, or remove it"
+        yield from _without_effect("tracking", tracking, why, keys=("project", "run_name"))
+    if not tracking.samples:
+        why = "while tracking.samples is 0: set that, or remove it"
+        yield from _without_effect("tracking", tracking, why, keys=("sample_tokens",))
+    if config.task == "sft":
+        for name, section in (("dpo", config.dpo), ("reference", config.reference)):
+            yield from _without_effect(name, section, "in SFT: remove it, or run train_dpo.py")
+    yield from _checkpoint_conflicts(config.training)
+    yield from _data_conflicts(config)
+    yield from _loss_conflicts(config.dpo)
+
+
+def _without_effect(name: str, section: Any, why: str, keys: tuple[str, ...] | None = None) -> Iterator[Invalid]:
+    """Yield the keys of an optional section, or those of them in `keys`, that were moved away from their defaults."""
+    for key, default in dataclasses.asdict(type(section)()).items():
+        if (keys is None or key in keys) and getattr(section, key) != default:
+            yield Invalid(f"{name}.{key}", f"has no effect {why}")
+
+
+def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
+    every, saved = training.keep_every, training.save_every
+    if every is None:
+        return
+    if training.keep_checkpoints is None:
+        reason = "has no effect while training.keep_checkpoints is null: keep one of the two"
+        yield Invalid("training.keep_every", reason)
+    if saved is None or every % saved:
+        yield Invalid("training.keep_every", f"({every}) must be a multiple of training.save_every ({saved})")
+
+
+def _data_conflicts(config: Config) -> Iterator[Invalid]:
+    data, prompt = config.data, config.data.max_prompt_length
+    if config.task == "sft" and prompt is not None:
+        yield Invalid("data.max_prompt_length", "has no effect in SFT, which cuts long rows at their end: remove it")
+    if prompt is not None and prompt >= data.max_length:
+        reason = f"({prompt}) must be below data.max_length ({data.max_length}), or nothing is left of the completions"
+        yield Invalid("data.max_prompt_length", reason)
+    if data.eval is not None and data.eval_size > 0:
+        yield Invalid("data.eval_size", "has no effect beside data.eval: keep one of the two")
+    if data.eval is None and data.eval_size == 0 and config.training.eval_every is not None:
+        reason = "has no effect without evaluation data: set data.eval or data.eval_size, or remove it (null)"
+        yield Invalid("training.eval_every", reason)
+    if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
+        yield Invalid("data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}")
+
+
+def _loss_conflicts(dpo: DPOConfig) -> Iterator[Invalid]:
+    loss, smoothing = dpo.loss_type, dpo.label_smoothing
+    if smoothing > 0 and loss not in SMOOTHED_LOSSES:
+        reason = f"has no effect with dpo.loss_type {loss!r}: use one of {', '.join(SMOOTHED_LOSSES)}"
+        yield Invalid("dpo.label_smoothing", reason)
+    if smoothing == 0 and loss == "exo_pair":
+        yield Invalid("dpo.label_smoothing", "must be above 0 with dpo.loss_type 'exo_pair': set it, say to 1e-3")
+    if smoothing == 0.5 and loss == "robust":
+        yield Invalid("dpo.label_smoothing", "must be below 0.5 with dpo.loss_type 'robust'")
+
+
+# ---- typed values ----
+
+
+def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {name: dataclass} for all sections. Raise `Invalid` for the first key that is wrong."""
+    for name, keys in tree.items():
+        if name not in SECTIONS:
+            raise Invalid(str(name), f"is not a section{nearest(str(name), SECTIONS)}")
+        for key in keys or {}:
+            homes = [home for home, cls in SECTIONS.items() if key in {item.name for item in dataclasses.fields(cls)}]
+            if homes and name not in homes:
+                raise Invalid(f"{name}.{key}", f"does not exist; did you mean '{homes[0]}.{key}'?")
+    return {name: _fill(cls, tree.get(name) or {}, f"{name}.") for name, cls in SECTIONS.items()}
+
+
+def _fill(cls: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
+    """Return the dataclass `cls` with these values; raise `Invalid` for the first wrong one."""
+    hints = get_type_hints(cls, include_extras=True)
+    for key in values:
+        if key not in hints:
+            raise Invalid(f"{prefix}{key}", f"does not exist{nearest(str(key), hints)}")
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise _invalid(error, hints, values, prefix) from None
+
+
+def _invalid(error: ValidationError, hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Invalid:
+    """Say in a line what pydantic found first."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return Invalid(f"{prefix}{key}", "is required")
+    reason = f", not {values[key]!r}"
+    if get_origin(hints[key]) is Literal:
+        reason += nearest(str(values[key]), get_args(hints[key]))
+    if source_error := first.get("ctx", {}).get("error"):
+        reason = f": {source_error}"
+    return Invalid(f"{prefix}{key}", f"must be {describe(hints[key])}{reason}")
+
+
+def describe(hint: Any) -> str:
+    """Return the type `hint` in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(part) for part in parts)
+    if origin is Literal:
+        return " or ".join(filter(None, [", ".join(map(repr, parts[:-1])), repr(parts[-1])]))
+    if origin is Annotated:
+        words = [part for part in parts if isinstance(part, str)]
+        return words[0] if words else f"{describe(parts[0])} {' and '.join(map(_limit, parts[1:]))}"
+    return {bool: "true or false", int: "an integer", float: "a number"}.get(hint, "null")
+
+
+def _limit(bound: Ge | Gt | Le | Lt) -> str:
+    match bound:
+        case Ge(low):
+            return f">= {low}"
+        case Gt(low):
+            return f"> {low}"
+        case Le(high):
+            return f"<= {high}"
+        case Lt(high):
+            return f"< {high}"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return how a message about an unknown `name` ends: the most similar valid one, or all if none is similar."""
+    names = list(valid)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; valid: {', '.join(names)}"
+
+
+# ---- YAML and the command line ----
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number (in YAML 1.1 it is a string) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a string such as "1e-6" gets quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def dump_yaml(tree: Any) -> str:
+    """Return YAML that reads back to the same value, with the keys in their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the value of a YAML file. Raise ValueError if it cannot be read or is not valid."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the config file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text, so not a config file") from error
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{source}: {line}not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: not valid YAML: {error}") from error
+
+
+def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
+    _check_spaces(words)
+    paths = [word for word in words if not word.startswith("-")]
+    if len(paths) != 1:
+        got = " ".join(words) or "nothing"
+        raise ValueError(f"command line: expected CONFIG.yaml [--section.key=value ...], but got {got}")
+    tree = read_yaml(Path(paths[0]))
+    if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
+        raise ValueError(f"{paths[0]}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
+    origins = {}
+    for word in words:
+        if word.startswith("-"):
+            section, key, value = _parse_override(word)
+            tree[section] = {**(tree.get(section) or {}), key: value}
+            origins[f"{section}.{key}"] = "command line"
+    return tree, paths[0], origins
+
+
+def _check_spaces(words: Sequence[str]) -> None:
+    """Reject `--section.key value`: the value would be taken for a second config file."""
+    for key, value in itertools.pairwise(words):
+        if re.fullmatch(r"--\w+\.\w+", key) and not value.startswith("-"):
+            raise ValueError(f"command line: '{key} {value}' needs a = between: {key}={value}")
+
+
+def _parse_override(word: str) -> tuple[str, str, Any]:
+    """`--section.key=value` -> (section, key, value), the value read as YAML."""
+    match = re.fullmatch(r"--(\w+)\.(\w+)=(.+)", word, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"command line: {word!r} is not of the form --section.key=value (no value is null)")
+    section, key, text = match.groups()
+    if section not in SECTIONS:
+        raise ValueError(f"command line: section {section!r} does not exist{nearest(section, SECTIONS)}")
+    return section, key, _parse_yaml(text, f"command line: --{section}.{key}")

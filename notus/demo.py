@@ -1,6 +1,6 @@
 """`python -m notus demo`: from rated completions to an aligned model, on a CPU, in a few minutes.
 
-Data and judge are `data/synthetic.py`; a model of under a million parameters learns the tasks from scratch. Every
+Data and judge are `curation/synthetic.py`. A model of under a million parameters learns the tasks from scratch. Every
 stage is what a user would run: `curate`, `train_sft.py`, `train_dpo.py`, `evaluate`, `generate`, `export`.
 
 DIR/data/  base/  sft/  dpo/  export/  answers-sft.jsonl  answers-dpo.jsonl  evaluation.json  summary.json
@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from notus.__main__ import run_command
 from notus.curation import synthetic
+from notus.runtime.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,18 +27,6 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 # Prompts of each part; no prompt is in two parts.
 SIZES = {"sft": 14_400, "preferences": 4_500, "held_out": 400}
-MODEL: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    # Sequences are short and the model narrow: with the usual 1e4 and 0.02 it learns at a third of the speed.
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-    "initializer_range": 0.08,
-}
 COMMON = {
     "batch_size": 32,
     "tokens_per_row": 2048,
@@ -68,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if not (folder / SUMMARY).is_file():
         summary = _make(folder, args.seed)
         summary["seconds"] = round(time.monotonic() - began, 1)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     else:
         print(f"finished already: {folder}", flush=True)
     print(report(folder))
@@ -77,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(folder: Path, seed: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("the demo works in one process: leave torchrun out")
+        raise ValueError("the demo runs in one process: start it without torchrun")
     if seed < 0:
         raise ValueError(f"--seed {seed} is negative; give 0 or more")
     remedy = "name a new folder with --output, or remove this one first"
@@ -90,28 +79,28 @@ def _check(folder: Path, seed: int) -> None:
 
 
 def _make(folder: Path, seed: int) -> dict[str, Any]:
-    """All stages in order; what the summary tells."""
+    """Run all stages in order and return the summary."""
     import torch
 
     from notus.training import dpo, sft
 
     # The matrices are too small to gain much from more, and threads that wait for a busy core cost minutes.
     torch.set_num_threads(1)
-    _say("data: prompts, demonstrations, and answers with their ratings")
+    _announce("data: prompts, demonstrations, and answers with their ratings")
     write_data(folder / "data", seed)
-    _say("a small model, its weights random")
+    _announce("a small model, its weights random")
     make_base(folder / "base", seed)
-    _say("SFT: the model learns to answer as the imaginary models do")
+    _announce("SFT: the model learns to answer as the imaginary models do")
     _check_finished(sft.run(_config("sft", folder, seed)))
-    _say("curation: ratings become preference pairs")
+    _announce("curation: ratings become preference pairs")
     chosen_right = _curate(folder / "data", seed)
-    _say("DPO: the model learns which answers were preferred")
+    _announce("DPO: the model learns which answers were preferred")
     _check_finished(dpo.run(_config("dpo", folder, seed)))
-    _say("evaluation on prompts that nothing was trained on")
+    _announce("evaluation on prompts that nothing was trained on")
     rewards = _evaluate(folder)
     rates = {name: _answer(folder, name) for name in ("sft", "dpo")}
-    _say("export")
-    _command("export_run", folder / "dpo", folder / "export")
+    _announce("export")
+    run_command("export", folder / "dpo", folder / "export")
     return {
         "seed": seed,
         "sft_win_rate": rates["sft"]["all"],
@@ -130,18 +119,8 @@ def _check_finished(code: int) -> None:
         sys.exit(code)  # a signal ended the run
 
 
-def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
-
-
-def _command(name: str, *arguments: object, package: str = "evaluation") -> None:
-    """Run a command of `python -m notus` with these arguments."""
-    import importlib
-
-    module: ModuleType = importlib.import_module(f"notus.{package}.{name}")
-    parser = argparse.ArgumentParser(prog=name)
-    module.add_arguments(parser)
-    module.run(parser.parse_args([str(argument) for argument in arguments]))
+def _announce(stage: str) -> None:
+    print(f"\n== {stage}", flush=True)
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -153,7 +132,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Demonstrations for SFT, rated records for training and for evaluation, and the held-out prompts."""
+    """Write demonstrations for SFT, rated records for training and evaluation, and the held-out prompts."""
     folder.mkdir(parents=True)
     for_sft, for_preferences, held_out = synthetic.make_prompts(list(SIZES.values()), seed=seed)
     _write_rows(folder / "sft-train.jsonl", synthetic.demonstrations(for_sft, seed=seed))
@@ -164,13 +143,22 @@ def write_data(folder: Path, seed: int) -> None:
 
 
 def make_base(folder: Path, seed: int) -> None:
-    """A Mistral-architecture model with random weights, and its tokenizer, in Hugging Face layout."""
+    """Write a model of the Mistral architecture with random weights, and its tokenizer, in Hugging Face layout."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
     tokenizer = make_tokenizer()
     config = MistralConfig(
-        **MODEL,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        # Sequences are short and the model narrow: with the usual 1e4 and 0.02 it learns at a third of the speed.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        initializer_range=0.08,
         vocab_size=len(tokenizer),
         sliding_window=None,
         tie_word_embeddings=False,
@@ -185,7 +173,7 @@ def make_base(folder: Path, seed: int) -> None:
 
 
 def make_tokenizer() -> "PreTrainedTokenizerFast":
-    """Byte-level BPE with the words of the tasks' phrasings, each digit alone, and Zephyr's role markers whole."""
+    """Return byte-level BPE with the words of the tasks' phrasings, single digits, and Zephyr's role markers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -211,39 +199,26 @@ def _config(task: "Task", folder: Path, seed: int) -> "Config":
     from notus.config import config_from_dict
 
     data = folder / "data"
-    own: dict[str, dict[str, Any]] = {
-        "sft": {
-            "model": {"name_or_path": str(folder / "base")},
-            "data": {"train": str(data / "sft-train.jsonl"), "max_length": MAX_LENGTH},
-            "training": SFT,
-        },
-        "dpo": {
-            "model": {"name_or_path": str(folder / "sft" / "model")},
-            "data": {
-                "train": str(data / "pairs-train.jsonl"),
-                "eval": str(data / "pairs-eval.jsonl"),
-                "max_length": MAX_LENGTH,
-            },
-            "training": DPO,
-            "dpo": {"beta": 0.1, "loss_type": "sigmoid"},
-        },
-    }
-    tree = own[task]
-    tree["training"] = {**tree["training"], "output_dir": str(folder / task), "seed": seed}
+    tree: dict[str, dict[str, Any]]
+    if task == "sft":
+        model, training = folder / "base", SFT
+        tree = {"data": {"train": str(data / "sft-train.jsonl")}}
+    else:
+        model, training = folder / "sft" / "model", DPO
+        tree = {"data": {"train": str(data / "pairs-train.jsonl"), "eval": str(data / "pairs-eval.jsonl")}}
+        tree["dpo"] = {"beta": 0.1, "loss_type": "sigmoid"}
+    tree["data"]["max_length"] = MAX_LENGTH
+    tree["model"] = {"name_or_path": str(model)}
+    tree["training"] = {**training, "output_dir": str(folder / task), "seed": seed}
     return config_from_dict(tree, task, source="the demo's settings")
 
 
 def _curate(data: Path, seed: int) -> dict[str, float]:
-    """Pairs by the mean rating; by the overall score, for comparison alone. How many chosen answers are right."""
-    places = {
-        "ratings": data / "pairs-train.jsonl",
-        "overall_score": data / "pairs-train-by-overall-score.jsonl",
-    }
+    """Make pairs by mean rating, and by overall score for comparison. Return how many chosen answers are right."""
+    places = {"ratings": data / "pairs-train.jsonl", "overall_score": data / "pairs-train-by-overall-score.jsonl"}
     for rule, pairs in places.items():
-        records = data / "records-train.jsonl"
-        _command("curate", records, pairs, "--by", rule, "--seed", seed, package="data")
-    records, pairs = data / "records-eval.jsonl", data / "pairs-eval.jsonl"
-    _command("curate", records, pairs, "--seed", seed, package="data")
+        run_command("curate", data / "records-train.jsonl", pairs, "--by", rule, "--seed", seed)
+    run_command("curate", data / "records-eval.jsonl", data / "pairs-eval.jsonl", "--seed", seed)
     return {rule: _win_rate(_read_rows(pairs), "chosen_response") for rule, pairs in places.items()}
 
 
@@ -252,16 +227,16 @@ def _win_rate(rows: list[dict[str, Any]], key: str) -> float:
 
 
 def _evaluate(folder: Path) -> dict[str, Any]:
-    """What the DPO model makes of the held-out pairs, against the SFT model."""
+    """Compare the DPO model with the SFT model on the held-out pairs."""
     result, pairs = folder / "evaluation.json", folder / "data" / "pairs-eval.jsonl"
-    _command("preferences.command", folder / "dpo", "--base", folder / "sft", "--pairs", pairs, "--output", result)
+    run_command("evaluate", folder / "dpo", "--base", folder / "sft", "--pairs", pairs, "--output", result)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _answer(folder: Path, name: str) -> dict[str, float]:
-    """Answer the held-out prompts greedily; the share of right answers, of all and of each task."""
+    """Answer the held-out prompts greedily. Return the share of right answers, of all and of each task."""
     prompts, answers = folder / "data" / "prompts-eval.jsonl", folder / f"answers-{name}.jsonl"
-    _command("generate", folder / name, prompts, answers, "--overwrite", "--max-new-tokens", 12, "--batch-size", 100)
+    run_command("generate", folder / name, prompts, answers, "--overwrite", "--max-new-tokens", 12, "--batch-size", 100)
     rows = _read_rows(answers)
     rates = {"all": _win_rate(rows, "completion")}
     for number, task in enumerate(synthetic.TASKS):
@@ -270,14 +245,14 @@ def _answer(folder: Path, name: str) -> dict[str, float]:
 
 
 def _first_loss(run_folder: Path) -> float:
-    """The loss before the first update."""
+    """Return the loss before the first update."""
     first = _read_rows(run_folder / "metrics.jsonl")[0]
     assert first["step"] == 1, "DPO logs every step"
     return float(first["loss"])
 
 
 def report(folder: Path) -> str:
-    """The table of a finished demo, and a few answers before and after DPO."""
+    """Return the table of a finished demo, with a few answers before and after DPO."""
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     rates = summary["win_rates"]
     lines = ["", f"{'right answers to held-out prompts':36}" + "".join(f"{name:>10}" for name in rates["sft"])]

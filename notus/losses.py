@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+# `notus.config` reads these two from this file's source, since it imports no torch: keep them plain tuples.
 LOSS_TYPES = (
     "sigmoid",
     "robust",
@@ -51,7 +52,7 @@ def dpo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A preference loss per pair, computed in the dtype of its inputs (use fp32 or better).
+    """A preference loss per pair, computed in the dtype of its inputs: fp32 or fp64.
 
     Args:
         policy_chosen_logps: [B] log-prob of each chosen completion under the policy, in nats.
@@ -69,10 +70,10 @@ def dpo_loss(
 
     Raises:
         ValueError: an unknown loss, an option out of range or without meaning for the loss, missing
-            lengths, or shapes that differ.
+            lengths, shapes that differ, or a dtype below fp32.
     """
     _check_options(loss_type, beta, label_smoothing)
-    _check_shapes(
+    _check_tensors(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
         reference_chosen_logps=reference_chosen_logps,
@@ -101,7 +102,11 @@ def nll_loss(logps: Tensor, num_tokens: float) -> Tensor:
     Returns:
         [B]; its sum over the whole step is the mean over tokens. (The term in Iterative RPO, 2404.19733
         eq. 1, is a mean over each completion instead: there, tokens of short completions weigh more.)
+
+    Raises:
+        ValueError: a dtype below fp32.
     """
+    _check_tensors(logps=logps)
     return -logps / num_tokens
 
 
@@ -265,8 +270,15 @@ def _check_options(loss_type: str, beta: float, label_smoothing: float) -> None:
         raise ValueError("label_smoothing must be above 0 for loss_type 'exo_pair', which takes its log; try 1e-3")
 
 
-def _check_shapes(**tensors: Tensor | None) -> None:
-    """Broadcasting [B] against [B, 1] would give [B, B] without a word."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """Broadcasting [B] against [B, 1] would give [B, B] without a word, and bf16 knows no odd numbers above 256."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, too coarse for sums over a completion: use fp32 or fp64, "
+                "with .float() before the sum over tokens"
+            )
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"all tensors must have one shape [B], not {shapes}")

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from notus.model.kernels import Kernel
-from notus.training import optim
+from notus.training import optimizers as optim
 
 CUDA = torch.device("cuda", 0)
 _COPIES = ("aten._to_copy.default", "aten.copy_.default")

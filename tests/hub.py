@@ -65,7 +65,7 @@ class Hub:
             return 403, "You don't have the rights to create a model under the namespace"
         repo_id = f"{owner}/{wanted['name']}"
         if repo_id in self.repositories:
-            return 409, "You already created this model repo"
+            return 409, {"error": "You already created this model repo", "url": f"{self.address}/{repo_id}"}
         self.add(repo_id, private=wanted["visibility"] == "private")
         return 200, {"url": f"{self.address}/{repo_id}"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import MistralConfig
 
-from notus.estimate.timing import moved_bytes
+from notus.estimate.plan import moved_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import communication

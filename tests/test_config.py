@@ -1,4 +1,4 @@
-"""The config: defaults, overrides, what is refused and how, the way to disk and back, the configs we ship."""
+"""The config: defaults, overrides, what is rejected and how, the way to disk and back, the configs we ship."""
 
 import ast
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from notus import config as config_module
-from notus.config import SECTIONS, Config, config_from_dict, load_config, save_config, to_yaml
+from notus.config import SECTIONS, Config, config_from_dict, dump_yaml, load_config, read_yaml, save_config, to_yaml
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -112,78 +112,66 @@ def test_the_saved_config_of_sft_has_no_section_that_sft_does_not_use(minimal: s
     assert "reference:" not in saved
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("--training.learning_rat=1", "training.learning_rat does not exist; did you mean 'learning_rate'?"),
-        ("--training.beta=0.1", "training.beta does not exist; did you mean 'dpo.beta'?"),
-        ("--trainin.epochs=1", "section 'trainin' does not exist; did you mean 'training'?"),
-        ("--lora.xyz=1", "lora.xyz does not exist; valid: rank, alpha, dropout, target_modules, rslora"),
-        ("--training.epochs=abc", "training.epochs must be a whole number at least 1, not 'abc'"),
-        ("--training.epochs=1.5", "training.epochs must be a whole number at least 1, not 1.5"),
-        ("--training.epochs=true", "training.epochs must be a whole number at least 1, not True"),
-        ("--training.epochs=0", "training.epochs must be a whole number at least 1, not 0"),
-        ("--training.max_steps=0", "training.max_steps must be a whole number at least 1 or null, not 0"),
-        ("--training.learning_rate=0", "training.learning_rate must be a number above 0, not 0"),
-        ("--training.learning_rate=.nan", "training.learning_rate must be a number above 0, not nan"),
-        ("--training.learning_rate=false", "training.learning_rate must be a number above 0, not False"),
-        (
-            "--training.warmup_ratio=1.1",
-            "training.warmup_ratio must be a number at least 0 and at most 1, not 1.1",
-        ),
-        ("--training.seed=-1", "training.seed must be a whole number at least 0"),
-        ("--training.precision=fp16", "training.precision must be 'bf16' or 'fp32', not 'fp16'"),
-        ("--training.output_dir=3", "training.output_dir must be a text (in quotes if it reads as something"),
-        ("--training.output_dir=null", "training.output_dir must be a text"),
-        ("--model.name_or_path=''", "model.name_or_path must be a text"),
-        ("--data.shuffle=1", "data.shuffle must be true or false, not 1"),
-        (
-            "--data.train=null",
-            "data.train must be a path, or a list of {path, split, weight}: path must be a text",
-        ),
-        (
-            "--data.train=[]",
-            "data.train must be a path, or a list of {path, split, weight}, not an empty list",
-        ),
-        ("--data.train=[{path: a, wieght: 2}]", "wieght does not exist; did you mean 'weight'?"),
-        ("--data.train=[{split: a}]", "path is required"),
-        ("--data.train=[{path: a, weight: 0}]", "weight must be a number above 0, not 0"),
-        (
-            "--data.eval=4",
-            "data.eval must be a path, or a list of {path, split, weight} or null: path must be",
-        ),
-        (
-            "--data.chat_template=chatml",
-            "data.chat_template must be 'zephyr', a .jinja file or null, not 'chatml'",
-        ),
-        ("--dpo.loss_type=sigmod", "not 'sigmod'; did you mean 'sigmoid'?"),
-        ("--dpo.beta=0", "dpo.beta must be a number above 0, not 0"),
-        (
-            "--dpo.label_smoothing=0.6",
-            "dpo.label_smoothing must be a number at least 0 and at most 0.5, not 0.6",
-        ),
-        ("--lora.dropout=1", "lora.dropout must be a number at least 0 and below 1, not 1"),
-        (
-            "--lora.target_modules=q_proj",
-            "lora.target_modules must be a list of texts or 'all-linear', not 'q_proj'",
-        ),
-        ("--lora.target_modules=[]", "lora.target_modules must be a list of texts or 'all-linear', not []"),
-        ("--training.epochs", "'--training.epochs' is not of the form --section.key=value"),
-        (
-            "--training.max_steps=",
-            "'--training.max_steps=' is not of the form --section.key=value (no value is null)",
-        ),
-        ("-v", "'-v' is not of the form --section.key=value"),
-        ("--data.train=[a", "--data.train: line 1: not valid YAML"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_named(minimal: str, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+MISTAKES = {
+    # override: what the message must contain besides "command line" and the key
+    "--training.learning_rat=1": "did you mean 'learning_rate'?",
+    "--training.beta=0.1": "did you mean 'dpo.beta'?",
+    "--lora.xyz=1": "valid: rank, alpha, dropout, target_modules, rslora",
+    "--training.epochs=abc": "an integer >= 1, not 'abc'",
+    "--training.epochs=1.5": "an integer >= 1, not 1.5",
+    "--training.epochs=true": "an integer >= 1, not True",
+    "--training.epochs=0": "an integer >= 1, not 0",
+    "--training.epochs=null": "an integer >= 1, not None",
+    "--training.max_steps=0": "an integer >= 1 or null, not 0",
+    "--training.learning_rate=0": "a number > 0, not 0",
+    "--training.learning_rate=.nan": "a number > 0, not nan",
+    "--training.learning_rate=.inf": "a number > 0, not inf",
+    "--training.learning_rate=false": "a number > 0, not False",
+    "--training.learning_rate='1e-6'": "a number > 0, not '1e-6'",
+    "--training.warmup_ratio=1.1": "a number >= 0 and <= 1, not 1.1",
+    "--training.warmup_ratio=-0.1": "a number >= 0 and <= 1, not -0.1",
+    "--training.seed=-1": "an integer >= 0",
+    "--training.precision=fp16": "'bf16' or 'fp32', not 'fp16'; did you mean 'bf16'?",
+    "--training.output_dir=3": "a string (in quotes if it reads as something else), not 3",
+    "--training.output_dir=null": "a string",
+    "--model.name_or_path=''": "a string",
+    "--data.shuffle=1": "true or false, not 1",
+    "--data.train=null": "a path, or a list of {path, split, weight}: path must be a string",
+    "--data.train=[]": "a path, or a list of {path, split, weight}",
+    "--data.train=[{path: a, wieght: 2}]": "wieght does not exist; did you mean 'weight'?",
+    "--data.train=[{split: a}]": "path is required",
+    "--data.train=[{path: a, weight: 0}]": "weight must be a number > 0, not 0",
+    "--data.eval=4": "path must be a string",
+    "--data.chat_template=chatml": "'zephyr', a .jinja file or null, not 'chatml'",
+    "--dpo.loss_type=sigmod": "not 'sigmod'; did you mean 'sigmoid'?",
+    "--dpo.beta=0": "a number > 0, not 0",
+    "--dpo.label_smoothing=0.6": "a number >= 0 and <= 0.5, not 0.6",
+    "--lora.dropout=1": "a number >= 0 and < 1, not 1",
+    "--lora.target_modules=q_proj": "a list of strings or 'all-linear', not 'q_proj'",
+    "--lora.target_modules=[]": "a list of strings or 'all-linear', not []",
+    "--lora.target_modules=[3]": "a list of strings or 'all-linear', not [3]",
+    "--training.epochs": "--section.key=value",
+    "--training.max_steps=": "--section.key=value (no value is null)",
+    "--data.train=[a": "line 1: not valid YAML",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_on_the_command_line_are_named(minimal: str, override: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(MISTAKES[override])) as caught:
         load(minimal, override)
     assert str(caught.value).startswith("command line: ")
+    assert override.removeprefix("--").split("=")[0] in str(caught.value)
 
 
-def test_a_value_after_a_space_is_told_from_a_second_file(minimal: str) -> None:
+def test_unknown_sections_and_single_dashes_are_named(minimal: str) -> None:
+    with pytest.raises(ValueError, match=r"command line: .*'trainin' does not exist; did you mean 'training'"):
+        load(minimal, "--trainin.epochs=1")
+    with pytest.raises(ValueError, match=r"command line: '-v' .*--section\.key=value"):
+        load(minimal, "-v")
+
+
+def test_a_value_after_a_space_is_not_a_second_file(minimal: str) -> None:
     with pytest.raises(ValueError, match=r"^command line: '--dpo\.beta 0\.2' needs a = between: --dpo\.beta=0\.2$"):
         load(minimal, "--training.seed=1", "--dpo.beta", "0.2")
     with pytest.raises(ValueError, match=r"expected CONFIG\.yaml .* but got "):
@@ -194,7 +182,7 @@ def test_a_value_after_a_space_is_told_from_a_second_file(minimal: str) -> None:
     ("text", "message"),
     [
         (MINIMAL + "dpo: {bata: 0.1}", "dpo.bata does not exist; did you mean 'beta'?"),
-        (MINIMAL + "dpo: {beta: high}", "dpo.beta must be a number above 0, not 'high'"),
+        (MINIMAL + "dpo: {beta: high}", "dpo.beta must be a number > 0, not 'high'"),
         (MINIMAL + "dpo: 0.1", "expected the sections model, data,"),
         (MINIMAL + "model: {}", "line 8: not valid YAML: 'model' is given twice"),
         (MINIMAL + "traning: {}", "traning is not a section; did you mean 'training'?"),
@@ -203,6 +191,7 @@ def test_a_value_after_a_space_is_told_from_a_second_file(minimal: str) -> None:
         (MINIMAL.replace("output_dir: runs/here", ""), "training.output_dir is required"),
         ("", "expected the sections model, data,"),
         ("- model", "expected the sections model, data,"),
+        (MINIMAL + "dpo: {1: 2}", "dpo.1 does not exist; valid: beta, loss_type,"),
     ],
 )
 def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str, message: str) -> None:
@@ -238,7 +227,7 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str,
         (["--dpo.loss_type=exo_pair"], "dpo.label_smoothing must be above 0 with dpo.loss_type 'exo_pair'"),
     ],
 )
-def test_settings_without_effect_are_refused(minimal: str, overrides: list[str], message: str) -> None:
+def test_settings_without_effect_are_rejected(minimal: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load(minimal, *overrides)
 
@@ -251,7 +240,7 @@ def test_settings_without_effect_are_refused(minimal: str, overrides: list[str],
         ("--data.max_prompt_length=5", "data.max_prompt_length has no effect in SFT, which cuts long rows"),
     ],
 )
-def test_sft_refuses_what_only_dpo_uses(minimal: str, override: str, message: str) -> None:
+def test_sft_rejects_what_only_dpo_uses(minimal: str, override: str, message: str) -> None:
     load(minimal, override, task="dpo")
     with pytest.raises(ValueError, match=re.escape("command line: " + message)):
         load(minimal, override, task="sft")
@@ -269,7 +258,7 @@ def test_sft_refuses_what_only_dpo_uses(minimal: str, override: str, message: st
     ["--dpo.label_smoothing=0.5"],
     ["--data.chat_template=templates/mine.jinja"],
 ])  # fmt: skip
-def test_the_same_settings_are_taken_where_they_have_an_effect(minimal: str, overrides: list[str]) -> None:
+def test_the_same_settings_are_valid_where_they_have_an_effect(minimal: str, overrides: list[str]) -> None:
     load(minimal, *overrides)
 
 
@@ -333,6 +322,58 @@ def test_there_are_configs() -> None:
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
-def test_an_older_dial_of_checkpointing_is_told_what_it_is_called_now(minimal: str, value: str) -> None:
+def test_the_older_values_of_activation_checkpointing_get_a_hint(minimal: str, value: str) -> None:
     with pytest.raises(ValueError, match=r"activation_checkpointing must be .*\(once true: full, false: none\)"):
         load(minimal, f"--training.activation_checkpointing={value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6),  # a string in YAML 1.1
+        ("5E-7", 5e-7),
+        ("-2.e3", -2000.0),
+        (".5e1", 5.0),
+        ("1e", "1e"),
+        ("e5", "e5"),
+        ('"1e-6"', "1e-6"),
+        ("1.5", 1.5),
+        ("3", 3),
+        ("null", None),
+        ("true", True),
+        ("[a, 1e2]", ["a", 100.0]),
+    ],
+)
+def test_yaml_values_and_their_way_back(text: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "value.yaml"
+    path.write_text(text)
+    found = read_yaml(path)
+    assert found == value
+    assert type(found) is type(value)
+    path.write_text(dump_yaml(found))
+    assert read_yaml(path) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: not valid YAML: 'a' is given twice"),
+        ("a: 1\nb: [2\n", "line 3: not valid YAML"),
+        ("a: !!python/object:os.system {}", "line 1: not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_broken_yaml_names_file_and_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        read_yaml(path)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.yaml: cannot read the config file: No such file"):
+        read_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match="cannot read the config file: Is a directory"):
+        read_yaml(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary\.yaml: not UTF-8 text"):
+        read_yaml(tmp_path / "binary.yaml")

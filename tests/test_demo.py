@@ -1,4 +1,4 @@
-"""What the demo refuses, and its tokenizer; that it learns is `test_readme.py`'s to show."""
+"""What the demo rejects, and its tokenizer. `test_readme.py` shows that it learns."""
 
 import json
 from argparse import Namespace
@@ -9,7 +9,7 @@ import pytest
 from notus import demo
 
 
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_something_else_in_it_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no finished demo; name a new folder"):
         demo.run(Namespace(output=str(tmp_path), seed=0))

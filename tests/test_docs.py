@@ -69,13 +69,13 @@ def test_the_example_scores_pairs(tmp_path):
     model, other = toy_model_folder(tmp_path / "a"), toy_model_folder(tmp_path / "b", seed=1)
     pairs = write_pairs(tmp_path / "pairs.jsonl", 7)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
-    told = [
+    outputs = [
         subprocess.run(
             [sys.executable, ROOT / "examples" / "score_pairs.py", policy, model, pairs],
             env=environment, capture_output=True, text=True, check=True,
         ).stdout
         for policy in (model, other)
     ]  # fmt: skip
-    assert "7 kept" in told[0]
-    assert "loss 0.6931  accuracy 0.0%" in told[0]  # the policy is the reference: ln 2, and no pair is won
-    assert "loss 0.6931" not in told[1]
+    assert "7 kept" in outputs[0]
+    assert "loss 0.6931  accuracy 0.0%" in outputs[0]  # the policy is the reference: ln 2, and no pair is won
+    assert "loss 0.6931" not in outputs[1]

@@ -42,7 +42,7 @@ def test_two_ranks_by_torchrun_log_the_same_losses_as_plain_python(config_file: 
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     again = _start("train_dpo.py", config_file, f"--training.output_dir={folder / 'one'}")
     assert again.returncode == 0
-    assert "finished already" in again.stdout
+    assert "finished" in again.stdout
 
 
 def test_a_mistake_is_one_line_and_exit_code_1(config_file: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(config_file: Path) -> None:
     assert "did you mean 'beta'" in line
 
 
-def test_of_two_ranks_one_tells_the_mistake(config_file: Path, tmp_path: Path) -> None:
+def test_one_of_two_ranks_reports_the_mistake(config_file: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n{"prompt": "a", "chosen"\n')
     done = _start(
@@ -65,10 +65,10 @@ def test_of_two_ranks_one_tells_the_mistake(config_file: Path, tmp_path: Path) -
         ranks=2,
     )
     assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, done.stderr
-    assert "bad.jsonl" in told[0]
-    assert "2" in told[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "bad.jsonl" in errors[0]
+    assert "2" in errors[0]
     assert "]: Traceback" not in done.stderr  # torchrun prints one of its own, the ranks none
 
 
@@ -102,16 +102,17 @@ def test_a_mistake_under_another_launcher_is_one_line_too(config_file: Path) -> 
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
 
 
-def test_a_mistyped_optimisation_is_told_before_any_work(config_file: Path, tmp_path: Path) -> None:
+def test_a_mistyped_optimisation_is_reported_before_any_work(config_file: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "NOTUS_DISABLE": "fused"}
     command = [sys.executable, "train_dpo.py", str(config_file), f"--training.output_dir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
-    assert done.stderr.startswith("error: NOTUS_DISABLE: there is no optimisation 'fused'")
+    assert done.stderr.startswith("error: NOTUS_DISABLE")
+    assert "'fused'" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-# Stops an entry at its first import of torch, and tells what torch would read.
+# Stops an entry at its first import of torch, and prints what torch would read.
 FIRST_IMPORT = """
 import os, runpy, sys
 
@@ -154,7 +155,7 @@ def test_gpu_memory_may_grow_unless_the_user_has_configured_it(
 
 
 @pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py"])
-def test_help_tells_the_usage(entry: str) -> None:
+def test_help_shows_the_usage(entry: str) -> None:
     done = _start(entry, "--help")
     assert done.returncode == 0
     assert f"python {entry} CONFIG.yaml [--section.key=value ...]" in done.stdout

@@ -11,7 +11,7 @@ from toys import toy_config, toy_model_folder
 
 from notus import __main__ as entry
 from notus.config import config_from_dict, save_config
-from notus.model.gpus import GPUS, gpu_of_driver
+from notus.model.flops import GPUS, gpu_of_driver
 
 RECIPES = Path(__file__).parents[1] / "configs" / "notus-7b-v1"
 FULL = str(RECIPES / "dpo-full-8xa100-40gb.yaml")

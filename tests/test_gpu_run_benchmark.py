@@ -119,7 +119,7 @@ def test_a_run_is_killed_after_its_first_checkpoint_and_resumed(gpu_run, bench):
 
 def test_a_run_that_begins_anew_is_not_resumed(gpu_run, bench):
     bench.settings["ANEW"] = True
-    assert gpu_run.resumed(bench, "dpo") == "the run began anew in place of going on from its checkpoint"
+    assert gpu_run.resumed(bench, "dpo") == "the run began anew in place of resuming from its checkpoint"
 
 
 def test_a_run_that_cannot_be_killed_in_time_or_fails_is_told(gpu_run, bench, monkeypatch):

@@ -1,4 +1,4 @@
-"""`python -m notus`: commands are found and named, mistakes are told in a line, help starts no torch."""
+"""`python -m notus`: commands are found and named, a mistake is one line, help starts no torch."""
 
 import subprocess
 import sys
@@ -26,8 +26,8 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as caught:
         entry.main(["--help"])
     assert caught.value.code == 0
-    told = capsys.readouterr().out
-    assert all(name in told for name in ("demo", "curate", "reference", "evaluate", "generate", "export"))
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("demo", "curate", "reference", "evaluate", "generate", "export"))
 
 
 @pytest.mark.parametrize("command", [[], ["curate"], ["reference"], ["evaluate"], ["generate"], ["report"], ["export"]])
@@ -42,7 +42,7 @@ def test_help_starts_no_torch(command):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["evalute"], "there is no command 'evalute'; did you mean evaluate?"),
         (["zzz"], "choose from demo, curate"),
@@ -50,14 +50,14 @@ def test_help_starts_no_torch(command):
         (["export"], "required: RUN, OUT"),
     ],
 )
-def test_a_command_line_that_cannot_be_read_exits_2(capsys, argv, told):
+def test_a_command_line_that_cannot_be_read_exits_2(capsys, argv, message):
     with pytest.raises(SystemExit) as caught:
         entry.main(argv)
     assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_other_ranks_leave_the_telling_to_the_first(capsys, monkeypatch):
+def test_only_rank_0_reports_a_mistake(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as caught:
         entry.main(["evalute"])
@@ -67,9 +67,9 @@ def test_other_ranks_leave_the_telling_to_the_first(capsys, monkeypatch):
 
 def test_a_users_mistake_is_one_line(tmp_path, capsys):
     assert entry.main(["curate", str(tmp_path / "none.jsonl"), str(tmp_path / "out.jsonl")]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
 
 
 def test_reference_fills_the_cache_alone(tmp_path, capsys):
@@ -80,11 +80,13 @@ def test_reference_fills_the_cache_alone(tmp_path, capsys):
     save_config(config_from_dict(tree, "dpo"), tmp_path / "config.yaml")
     command = ["reference", str(tmp_path / "config.yaml"), f"--reference.cache_dir={tmp_path / 'cache'}"]
     assert entry.main(command) == 0
-    assert "6 rows written to" in capsys.readouterr().out
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+    assert "6 rows" in capsys.readouterr().out
+    (cache,) = (tmp_path / "cache").glob("*.safetensors")
+    written = cache.stat().st_mtime_ns
     assert not (tmp_path / "run").exists()
     assert entry.main(command) == 0
-    assert "6 rows read from" in capsys.readouterr().out
+    assert "6 rows" in capsys.readouterr().out
+    assert cache.stat().st_mtime_ns == written  # read, not computed again
     assert entry.main([*command, "--data.max_lenght=3"]) == 1
     assert "max_length" in capsys.readouterr().err
 
@@ -105,7 +107,7 @@ def test_ctrl_c_ends_in_a_line(capsys, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("notus.evaluation.report.command.run", interrupted)
+    monkeypatch.setattr("notus.evaluation.report.page.run", interrupted)
     assert entry.main(["report", "run"]) == 130
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
     monkeypatch.setenv("RANK", "1")

@@ -53,6 +53,7 @@ def demo(clone: Path) -> dict[str, float]:
     return json.loads((clone / "runs" / "demo" / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_first_command_learns(demo: dict[str, float]) -> None:
     assert demo["step0_loss"] == pytest.approx(0.693147, abs=1e-4)
     assert 0.3 <= demo["sft_win_rate"] <= 0.7
@@ -61,6 +62,7 @@ def test_the_first_command_learns(demo: dict[str, float]) -> None:
     assert demo["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_path_runs_on_what_the_demo_left(demo: dict[str, float], clone: Path) -> None:
     commands = _commands(PATH)
     assert len(commands) == 8
@@ -77,15 +79,16 @@ def test_the_path_runs_on_what_the_demo_left(demo: dict[str, float], clone: Path
     assert (clone / "runs" / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_demos_run_is_measured_shown_described_and_shared_in_four_commands(
     demo: dict[str, float], clone: Path
 ) -> None:
     commands = _commands(PUBLISH)
     assert len(commands) == 4
-    told = [_run(command, clone) for command in commands]
+    outputs = [_run(command, clone) for command in commands]
     run, release = clone / "runs" / "demo" / "dpo", clone / "runs" / "demo-release"
     accuracy = f"{demo['eval_reward_accuracy']:.4f}"
-    assert accuracy in told[0]
+    assert accuracy in outputs[0]
     percent = f"{100 * demo['eval_reward_accuracy']:.1f}"
     assert percent in (run / "report.html").read_text(encoding="utf-8")
     assert percent in (run / "README.md").read_text(encoding="utf-8")
@@ -108,7 +111,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_estimate_says_what_the_readme_says_of_it(clone: Path) -> None:
     (command,) = _commands(ESTIMATE)
-    told = _run(command, clone)
-    gib, capacity = re.search(r"in all +([\d.]+)\nFits ([\d.]+) GiB", told).groups()
-    hours = re.search(r"in all +([\d.]+) h", told)[1]
+    output = _run(command, clone)
+    gib, capacity = re.search(r"in all +([\d.]+)\nFits ([\d.]+) GiB", output).groups()
+    hours = re.search(r"in all +([\d.]+) h", output)[1]
     assert f"{float(gib):.1f} GiB of {float(capacity):.1f} and {hours} hours" in README

@@ -1,4 +1,4 @@
-"""What a stranger could hand over, code, pickles, paths, templates, does nothing; and no secret leaves."""
+"""What a stranger could hand over (code, pickles, paths, templates) does nothing, and no secret leaves."""
 
 import json
 import os
@@ -132,7 +132,7 @@ def test_trust_does_not_leave_with_a_model(folder: Path) -> None:
 
 
 @every_command
-def test_pickled_weights_are_refused(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickled_weights_are_rejected(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "model" / "model.safetensors").unlink()
     plant(folder / "model" / "pytorch_model.bin")
     assert COMMANDS[name](folder) == 1
@@ -141,7 +141,7 @@ def test_pickled_weights_are_refused(name: str, folder: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("name", ["evaluate the run", "generate from the run", "export the run"])
-def test_a_pickled_adapter_is_refused(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickled_adapter_is_rejected(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run" / "model" / "adapter_model.safetensors").unlink()
     plant(folder / "run" / "model" / "adapter_model.bin")
     assert COMMANDS[name](folder) == 1
@@ -206,7 +206,7 @@ def test_no_command_follows_an_index_out_of_the_folder(
 def test_a_hostile_or_broken_template_is_a_clear_error(template: str) -> None:
     encoder = ChatEncoder(toy_tokenizer(chat_template=template))
     conversation = ([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
-    with pytest.raises(ValueError, match=r"^the chat template refuses a conversation of the turns user, assistant: "):
+    with pytest.raises(ValueError, match=r"chat template .* user, assistant"):
         encoder.encode([conversation])
 
 
@@ -230,7 +230,7 @@ def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
     said = b""
     for words in (
         ["train_dpo.py", tmp_path / "run.yaml"],
-        ["train_dpo.py", tmp_path / "run.yaml", "--dpo.beta=x"],  # an error tells of settings
+        ["train_dpo.py", tmp_path / "run.yaml", "--dpo.beta=x"],  # an error quotes settings
         ["-m", "notus", "export", run, tmp_path / "out"],
         ["-m", "notus", "evaluate", run, "--pairs", pairs, "--output", tmp_path / "figures.json"],
     ):

@@ -102,7 +102,7 @@ def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
     returned = start(*launch)
     assert [agent.wait(timeout=180) for agent in (first, returned)] == [0, 0]
 
-    assert "going on from" in (tmp_path / "log").read_text()
+    assert "resuming from" in (tmp_path / "log").read_text()
     assert not _processes(tmp_path), "orphans are left"
     whole, lost = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "lost"))
     assert all(torch.equal(whole[key], lost[key]) for key in whole)

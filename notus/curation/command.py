@@ -6,26 +6,21 @@ The rule is in `ultrafeedback.py`.
 
 import argparse
 import json
-import os
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
 
 from notus.curation.ultrafeedback import RULES, SCHEMAS, Curator
+from notus.data.sources import SUFFIXES, Placed, is_hub_id, read_file, read_hub
+from notus.runtime.files import replacing
 
-if TYPE_CHECKING:
-    import pyarrow
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
 COLUMNS = ("source", "instruction", "completions")
 PROMPT_KEYS = ("prompt", "question", "instruction")
 _OR_KEYS = " or ".join(PROMPT_KEYS)
-_BATCH_ROWS = 256
-
-Placed = tuple[str, Any]  # where a record stands, for messages, and the record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
         min_rating=args.min_rating,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(output) as file:
-        write_rows(file, curator.pairs(read_records(args.input, args.split)), output.suffix)
+    with replacing(output) as temporary:
+        with temporary.open("wb") as file:
+            write_rows(file, curator.pairs(read_records(args.input, args.split)), output.suffix)
         print(curator.report)
         if not curator.report.pairs:
             raise ValueError(f"{args.input}: no pair is left, for the reasons above; {output} is not written")
@@ -84,21 +80,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_records(source: str, split: str | None = None) -> Iterator[Placed]:
-    """(place, record) of every record of a file, of the files of a folder, or of a hub dataset's split.
+    """Yield (place, record) of every record of a file, of the files of a folder, or of a hub dataset's split.
 
     Raises ValueError, naming file and line, for what cannot be read and for a file without records.
     """
     path = Path(source)
-    if not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        yield from _hub_records(source, split or "train")
+    if not path.exists() and is_hub_id(source):
+        yield from read_hub(source, split or "train", COLUMNS)
         return
     if split is not None:
         raise ValueError(f"--split {split} chooses from a hub dataset, but {source} is a path; leave it out")
     for file in _files(path):
         empty = True
-        for placed in read_file(file):
-            empty = False
-            yield placed
+        try:
+            for placed in read_file(file, COLUMNS):
+                empty = False
+                yield placed
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from error
         if empty:
             raise ValueError(f"{file}: the file holds no records; give UltraFeedback records, or remove it")
 
@@ -112,81 +111,6 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file; name another")
     return files
-
-
-def read_file(path: Path) -> Iterator[Placed]:
-    """(place, value) of every entry of a .jsonl, .json or .parquet file. ValueError if it cannot be read."""
-    readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: {path.suffix or 'no suffix'} is unknown; convert to {', '.join(SUFFIXES)}")
-    return readers[path.suffix](path)
-
-
-def _json_lines(path: Path) -> Iterator[Placed]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}, line {number}"
-            if line.strip():
-                yield place, _decoded(line, place)
-
-
-def _json(path: Path) -> Iterator[Placed]:
-    """A JSON array; or, as the name is also used so, JSON lines."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield from _json_lines(path)
-        return
-    for number, value in enumerate(_decoded(path.read_bytes(), str(path)), start=1):
-        yield f"{path}, record {number}", value
-
-
-def _decoded(data: bytes, place: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON ({error}); correct or remove it") from error
-
-
-def _parquet(path: Path) -> Iterator[Placed]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _wanted(file.schema_arrow.names)
-            yield from _rows(file.iter_batches(_BATCH_ROWS, columns=columns), str(path))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error}); write it again") from error
-
-
-def _hub_records(name: str, split: str) -> Iterator[Placed]:
-    import datasets
-
-    from notus.data.sources import load_described
-
-    try:
-        dataset = load_described(name, split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"{name}: no such path, and no hub dataset that loads, with split {split!r} ({error}); check the "
-            "name, the split and the connection"
-        ) from error
-    tables = dataset.select_columns(_wanted(dataset.column_names)).with_format("arrow").iter(_BATCH_ROWS)
-    yield from _rows(tables, f"{name}, split {split}")
-
-
-def _wanted(columns: list[str]) -> list[str]:
-    """The columns to read: a record's own; where some are missing all, so that the error can name them."""
-    return list(COLUMNS) if set(COLUMNS) <= set(columns) else columns
-
-
-def _rows(tables: "Iterable[pyarrow.Table | pyarrow.RecordBatch]", place: str) -> Iterator[Placed]:
-    rows = (row for table in tables for row in table.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        yield f"{place}, record {number}", row
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -229,20 +153,6 @@ def _check_output(output: Path, source: str) -> None:
         raise ValueError(f"{output}: the output would be part of the input {source}; choose another place")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place at the end, unless an error ends it first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_rows(file: IO[bytes], rows: Iterable[dict[str, Any]], suffix: str) -> None:
     """Write `rows`, all with the same keys, to a binary file as JSON lines or, for `.parquet`, Parquet."""
     if suffix == ".parquet":
@@ -253,14 +163,11 @@ def write_rows(file: IO[bytes], rows: Iterable[dict[str, Any]], suffix: str) -> 
 
 
 def _write_parquet(file: IO[bytes], rows: Iterator[dict[str, Any]]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    writer = None
-    while part := list(islice(rows, 4096)):
-        table = pyarrow.Table.from_pylist(part)  # no column is ever null, so every part has the same types
-        if writer is None:
-            writer = pyarrow.parquet.ParquetWriter(file, table.schema)
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    parts = iter(lambda: list(islice(rows, 4096)), [])
+    tables = (pyarrow.Table.from_pylist(part) for part in parts)  # no column is ever null: all have the same types
+    if (first := next(tables, None)) is None:
+        return
+    with pyarrow.parquet.ParquetWriter(file, first.schema) as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)

@@ -103,10 +103,6 @@ OPINIONS = {
 }
 
 
-def _sorted(digits: str) -> str:
-    return "".join(sorted(digits))
-
-
 def make_prompts(sizes: Sequence[int], *, seed: int) -> list[list[Prompt]]:
     """Lists of prompts of the given sizes, tasks in turn. No task meets the same digits twice, within a list or
     between lists, whatever the phrasing.

@@ -57,7 +57,7 @@ class Report:
     """Where the records went, and how the two rules compare.
 
     `compared` counts the records, contaminated and left out ones aside, in which both rules give a pair;
-    `differing` those of them in which the chosen responses are different texts.
+    `differing` those of them in which the chosen responses differ.
     """
 
     by: str
@@ -88,12 +88,28 @@ class Report:
         return "\n".join(lines)
 
 
-def curate(records: Iterable[Any], **options: Any) -> tuple[list[dict[str, Any]], Report]:
-    """All the pairs of `records`, in their order, with the report. The options are the fields of `Curator`.
+def curate(
+    records: Iterable[Any],
+    *,
+    by: str = "ratings",
+    schema: str = "v1",
+    seed: int = 42,
+    decontaminate: Iterable[str] = (),
+    drop_sources: Collection[str] = (),
+    min_rating: int = 1,
+) -> tuple[list[dict[str, Any]], Report]:
+    """Return all the pairs of `records`, in their order, and the report. The options are the fields of `Curator`.
 
     Raises ValueError for a wrong option, and for a malformed record, which it names by its number from 1.
     """
-    curator = Curator(**options)
+    curator = Curator(
+        by=by,
+        schema=schema,
+        seed=seed,
+        decontaminate=decontaminate,
+        drop_sources=drop_sources,
+        min_rating=min_rating,
+    )
     placed = ((f"record {number}", record) for number, record in enumerate(records, start=1))
     return list(curator.pairs(placed)), curator.report
 
@@ -117,10 +133,14 @@ class Curator:
     (a parsing fault), and averages them in as the original did."""
 
     def __post_init__(self) -> None:
-        allowed = {"by": RULES, "schema": SCHEMAS, "min_rating": (0, 1)}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {values}")
+        options: list[tuple[str, object, tuple[object, ...]]] = [
+            ("by", self.by, RULES),
+            ("schema", self.schema, SCHEMAS),
+            ("min_rating", self.min_rating, (0, 1)),
+        ]
+        for name, value, allowed in options:
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; choose one of {allowed}")
         self.report = Report(self.by)
         self._contaminated = {_comparable(prompt) for prompt in self.decontaminate}
         self._seen: set[bytes] = set()
@@ -192,7 +212,7 @@ def rank(scores: Sequence[Fraction | None]) -> tuple[int, list[int]] | None:
 
 
 def draw(count: int, seed: int, source: str, instruction: str, completions: Iterable[Completion]) -> int:
-    """A number in [0, count) by a hash of the seed and the record's texts. ValueError for broken Unicode."""
+    """Return a number in [0, count) by a hash of the seed and the record's strings. ValueError for broken Unicode."""
     texts = [str(seed), source, instruction]
     for completion in completions:
         texts += completion.model, completion.response
@@ -202,7 +222,7 @@ def draw(count: int, seed: int, source: str, instruction: str, completions: Iter
             data = text.encode()
         except UnicodeEncodeError as error:
             half = ascii(text[error.start])
-            raise ValueError(f"a text holds half a surrogate pair, {half}; remove it") from error
+            raise ValueError(f"a string holds half a surrogate pair, {half}; remove it") from error
         digest.update(len(data).to_bytes(8, "big") + data)  # with lengths, so that no two lists read alike
     return int.from_bytes(digest.digest(), "big") % count
 

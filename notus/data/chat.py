@@ -25,6 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from notus.data.formats import Message, Turns
+
 # Each turn is <|role|>, a newline, the text, EOS, a newline: the format of Zephyr and Notus.
 ZEPHYR_TEMPLATE = (
     "{% for message in messages %}"
@@ -32,9 +34,6 @@ ZEPHYR_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-Turns = list[Message] | str  # a string is plain text, for which no template is used
 
 
 class Rendered(NamedTuple):

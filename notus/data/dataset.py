@@ -1,21 +1,39 @@
-"""Fast access to tokenised rows: examples by index, lengths, digests.
+"""The tokenised dataset: its columns on disk, and fast access to its rows as examples, lengths and digests.
 
-Reads the Arrow memory itself, which is mapped from disk; what is kept of a row is its lengths.
+A row holds `trunk`, the longest token prefix that its K conversations have in common within the prompt; `branches`, the
+rest of each; and `loss_mask`, 1 where a branch's token is learned. SFT has K = 1, DPO K = 2: chosen, rejected. Beside
+them stands where the row came from, as far as the data say.
+
+`Rows` reads the Arrow memory itself, which is mapped from disk. What it keeps of a row is its lengths.
 """
 
 import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from notus.data.formats import Provenance
-from notus.data.packing import Batch, Example, StepPlan, check_fits, collate
-from notus.data.schedule import deal, time_of
+from notus.data.packing import Example
+
+FEATURES = datasets.Features(
+    {
+        "trunk": datasets.List(datasets.Value("int32")),
+        "branches": datasets.List(datasets.List(datasets.Value("int32"))),
+        "loss_mask": datasets.List(datasets.List(datasets.Value("int8"))),
+    }
+)
+# Null where the data do not say. No part of a row's digest, which stands for what is computed.
+PROVENANCE = datasets.Features(
+    {
+        "source": datasets.Value("string"),
+        "chosen_rating": datasets.Value("float32"),
+        "rejected_rating": datasets.Value("float32"),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +56,7 @@ class _Chunk:
 
 
 class Rows:
-    """A tokenised dataset (columns `trunk`, `branches`, `loss_mask`) as examples.
+    """A tokenised dataset (columns as `FEATURES`, and if known as `PROVENANCE`) as examples.
 
     Attributes:
         num_branches: K, the same for every row.
@@ -59,36 +77,25 @@ class Rows:
         if len(dataset) == 0:
             raise ValueError("the tokenised dataset holds no rows")
         table = dataset.data.table
-        stored = table.select(["trunk", "branches", "loss_mask"]).to_batches()
+        stored = table.select(list(FEATURES)).to_batches()
         self._provenance = table.select([name for name in Provenance._fields if name in table.column_names])
         self._chunks = [_read(batch) for batch in stored]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in stored)])
         # a selection leaves the rows where they are and keeps a list of their places
         selected = dataset._indices
         self._places = np.arange(len(dataset)) if selected is None else selected.column(0).to_numpy().astype(np.int64)
-        self._known_digests: np.ndarray | None = None
         self._scan()
 
     def _scan(self) -> None:
-        number, row = self._find(self._places[0])
-        self.num_branches = int(np.diff(self._chunks[number].row_starts)[row])
-        each = np.arange(self.num_branches)
-        self.trunk_lengths = np.empty(len(self._places), dtype=np.int64)
-        self.branch_lengths = np.empty((len(self._places), self.num_branches), dtype=np.int64)
-        self.loss_tokens = np.empty_like(self.branch_lengths)
-        order = np.argsort(self._places, kind="stable")
-        ends = np.searchsorted(self._places[order], self._starts)
-        for chunk, start, first, last in zip(self._chunks, self._starts, ends, ends[1:], strict=False):
-            if first == last:
-                continue
-            here = order[first:last]
-            rows = self._places[here] - start
-            if (np.diff(chunk.row_starts)[rows] != self.num_branches).any():
-                raise ValueError("the rows of the dataset differ in their number of completions")
-            branches = chunk.row_starts[rows][:, None] + each
-            self.trunk_lengths[here] = np.diff(chunk.trunk_starts)[rows]
-            self.branch_lengths[here] = np.diff(chunk.branch_starts)[branches]
-            self.loss_tokens[here] = _loss_tokens(chunk)[branches]
+        counts = np.concatenate([np.diff(chunk.row_starts) for chunk in self._chunks])
+        self.num_branches = int(counts[self._places[0]])
+        if (counts[self._places] != self.num_branches).any():
+            raise ValueError("the rows of the dataset differ in their number of completions")
+        first = np.cumsum(counts) - counts
+        branches = first[self._places][:, None] + np.arange(self.num_branches)
+        self.trunk_lengths = _concatenated([np.diff(chunk.trunk_starts) for chunk in self._chunks])[self._places]
+        self.branch_lengths = _concatenated([np.diff(chunk.branch_starts) for chunk in self._chunks])[branches]
+        self.loss_tokens = _concatenated([_loss_tokens(chunk) for chunk in self._chunks])[branches]
         self.lengths = self.trunk_lengths + self.branch_lengths.sum(axis=1)
 
     @functools.cached_property
@@ -142,88 +149,17 @@ class Rows:
 
     def digests(self) -> np.ndarray:
         """A content digest of every row (trunk, branches, masks): uint8 [n, 16]; computed once."""
-        if self._known_digests is None:
-            found = np.empty((len(self), 16), dtype=np.uint8)
-            for index, place in enumerate(self._places):
-                number, row = self._find(place)
-                found[index] = np.frombuffer(_digest(self._chunks[number], row), dtype=np.uint8)
-            self._known_digests = found
-        return self._known_digests
+        return self._all_digests
+
+    @functools.cached_property
+    def _all_digests(self) -> np.ndarray:
+        found = (self._find(int(place)) for place in self._places)
+        joined = bytearray().join(_digest(self._chunks[number], row) for number, row in found)
+        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
 
 
-def packed(rows: Rows, indices: np.ndarray, dealt: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """A rank's packed rows of a step; `dealt`: which of the step's `indices` each holds, see `deal`."""
-    for row in dealt:
-        yield collate(rows(indices[row]), rows.num_branches)
-
-
-def step_rows(
-    rows: Rows,
-    indices: np.ndarray,
-    *,
-    rank: int,
-    world_size: int,
-    tokens_per_row: int,
-    costs: np.ndarray | None = None,
-) -> Iterator[Batch]:
-    """This rank's packed rows of one step.
-
-    Args:
-        rows: the tokenised dataset.
-        indices: dataset rows of the step.
-        rank, world_size: which share of the step to take.
-        tokens_per_row: the most tokens a row may hold.
-        costs: what each of the step's examples takes to compute, in any unit; None: as many as its tokens.
-    """
-    lengths = rows.lengths[indices]
-    dealt = deal(lengths.tolist(), (lengths if costs is None else costs).tolist(), world_size, tokens_per_row)
-    return packed(rows, indices, dealt[rank])
-
-
-@dataclasses.dataclass(frozen=True)
-class PackingReport:
-    """What packing, sharing and dealing do to a step plan.
-
-    Attributes:
-        steps: optimizer steps looked at.
-        padding_share: share of processed tokens that carry nothing (fillers of empty rows).
-        sharing_gain: tokens with a trunk per branch, over tokens with one trunk per example.
-        idle_share: share of the steps for which the mean rank waits for a heavier one, by cost.
-    """
-
-    steps: int
-    padding_share: float
-    sharing_gain: float
-    idle_share: float
-
-    def __str__(self) -> str:
-        return (
-            f"packing: padding {self.padding_share:.2%}, sharing gain {self.sharing_gain:.2f}x, "
-            f"ranks idle {self.idle_share:.2%} by cost (over {self.steps} steps of an epoch)"
-        )
-
-
-def packing_report(
-    rows: Rows, plan: StepPlan, costs: np.ndarray, *, world_size: int, tokens_per_row: int, max_steps: int = 200
-) -> PackingReport:
-    """Measure the first epoch's plan, at most `max_steps` steps of it; `costs` [n]: what each row takes to compute.
-
-    Raises:
-        ValueError: an example of the dataset, in whatever step, is longer than `tokens_per_row`.
-    """
-    check_fits(int(rows.lengths.max()), tokens_per_row)
-    steps = min(plan.steps_per_epoch, max_steps)
-    empty, packed, separate, cost, paid = 0, 0, 0, 0.0, 0.0
-    for step in range(steps):
-        indices = plan.indices(step)
-        of_step = costs[indices].tolist()
-        ranks = deal(rows.lengths[indices].tolist(), of_step, world_size, tokens_per_row)
-        empty += sum(1 + rows.num_branches for rank in ranks for row in rank if not row)
-        cost += sum(of_step)
-        paid += world_size * time_of(ranks, of_step)
-        packed += int(rows.lengths[indices].sum())
-        separate += int(rows.separate_lengths(indices).sum())
-    return PackingReport(steps, empty / (packed + empty), separate / packed, 1 - cost / paid)
+def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int64)
 
 
 def _read(batch: pa.RecordBatch) -> _Chunk:

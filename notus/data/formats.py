@@ -1,38 +1,36 @@
-"""The input forms, read into one normal form.
+"""The formats of a data row, each read into one normal form: a prompt and its completions.
 
-Pairs, for DPO, are recognised by their columns:
+The columns say which format a row has. The first line that fits decides:
 
-    conversations, chosen, rejected                 ShareGPT; `conversations` is the prompt instruction,
-    chosen_response, rejected_response Argilla v1; strings, read as a user turn and its answers prompt,
-    chosen, rejected                        all strings: plain text. Otherwise message lists: `chosen` and
-                                                    `rejected` are either what follows the prompt, or the
-                                                    whole conversations, as in Argilla's cleaned columns
-    chosen, rejected                                whole conversations; the leading turns they share are the
-    prompt
+    task  columns                                          contents
+    ----  -----------------------------------------------  ------------------------------------------------------
+    DPO   conversations, chosen, rejected                  ShareGPT; `conversations` is the prompt
+    DPO   instruction, chosen_response, rejected_response  Argilla v1: strings, a user turn and its two answers
+    DPO   prompt, chosen, rejected                         all strings: plain text; otherwise messages, either
+                                                           what follows the prompt or the whole conversations
+                                                           (Argilla's cleaned release)
+    DPO   chosen, rejected                                 whole conversations; the leading turns that they share
+                                                           are the prompt
+    SFT   messages                                         a conversation; every assistant turn is learned
+    SFT   prompt, completion                               both strings: plain text; otherwise messages
+    SFT   the columns of a DPO row                         the chosen side
+    SFT   conversations                                    as `messages`
 
-and for SFT:
-
-    messages                                        every assistant turn is learned
-    prompt, completion                              strings: plain text; or message lists
-    the pairs' columns                              the chosen side
-    conversations                                   as `messages`
-
-A message is {role, content} or {from, value}, its role system, user (human) or assistant (gpt). Where
-messages are expected, a string stands for one turn: of the user in a prompt, of the assistant in a
-completion. Where a whole conversation stands beside a prompt string, the conversation counts: the string is
-its copy.
+A message is {role, content} or {from, value}. Its role is system, user (human) or assistant (gpt). Where messages are
+expected, a string stands for one turn: of the user in a prompt, of the assistant in a completion. If a prompt string
+stands beside whole conversations, it is taken for a copy of their first turn and is not read.
 
 Of the other columns two things are kept for reports: `source`, a string, and the ratings of chosen and rejected,
 numbers in `chosen_avg_rating` and `rejected_avg_rating` (Argilla v1), `chosen-rating` and `rejected-rating` (cleaned)
-or `score_chosen` and `score_rejected` (UltraFeedback binarized). Anything else in them, and all the rest, is ignored.
+or `score_chosen` and `score_rejected` (UltraFeedback binarized). All else is ignored.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from notus.data.chat import Message, Turns
-
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Turns = list[Message] | str  # a string is plain text, for which no template is used
 Task = Literal["dpo", "sft"]
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}

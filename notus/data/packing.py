@@ -1,14 +1,10 @@
-"""Rows to steps to packed batches.
+"""Examples to packed batches.
 
-A *step plan* says which examples an optimizer step sees; it depends on the data, the batch size and the seed,
-never on the number of ranks. Within a step, `dealing.deal` gives every rank the same number of rows, each at most
-`tokens_per_row` long, and `collate` lays the examples of one row end to end:
-`[trunk branch_1 ... branch_K][trunk ...]...`, without padding.
+`collate` lays the examples of a packed row end to end: `[trunk branch_1 ... branch_K][trunk ...]...`, without padding.
+Which examples a packed row holds is decided in `schedule`.
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,36 +28,6 @@ class Example:
     trunk: np.ndarray
     branches: tuple[np.ndarray, ...]
     loss_masks: tuple[np.ndarray, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepPlan:
-    """Step s takes the next `batch_size` examples of its epoch's seeded permutation.
-
-    An epoch's last step may be short.
-    """
-
-    num_examples: int
-    batch_size: int
-    seed: int = 0
-    shuffle: bool = True
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_examples / self.batch_size)
-
-    def indices(self, step: int) -> np.ndarray:
-        """Dataset rows of step `step` (counted from 0 over all epochs), int64 [<= batch_size]."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first = within * self.batch_size
-        if not self.shuffle:
-            return np.arange(first, min(first + self.batch_size, self.num_examples))
-        return _permutation(self.num_examples, self.seed, epoch)[first : first + self.batch_size]
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
 def check_fits(longest: int, tokens_per_row: int) -> None:

@@ -1,15 +1,19 @@
-"""Files or hub datasets to tokenised rows, with a report of what was dropped and cut.
+"""Rows from files or the hub -> the tokenised dataset on disk, and a report of what was dropped and cut.
 
-A row holds `trunk`, the longest token prefix that its K conversations have in common within the prompt;
-`branches`, the rest of each; and `loss_mask`, 1 where a branch's token is learned. SFT has K = 1, DPO K = 2:
-chosen, rejected. Beside the tokens stands where a row came from, as far as the data say, see `columns.py`.
+The columns are those of `dataset.FEATURES` and `dataset.PROVENANCE`. CACHE/rows-FINGERPRINT/ holds the Arrow files that
+`datasets` wrote, and `digests.json`, their sha256 by file name. The folder is there whole or not at all, and is
+verified before it is used: Arrow itself notices a short file at best, and no altered token.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +24,17 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from notus.data.cache import cached
 from notus.data.chat import ChatEncoder, Encoded, Rendered
-from notus.data.columns import FEATURES, PROVENANCE, TokenisedRow, table
+from notus.data.dataset import FEATURES, PROVENANCE
 from notus.data.formats import Task, normalize, read_provenance
 from notus.data.sources import Part, Source, open_source, parts, read_rows
+from notus.runtime.files import disk_error, sync
 
+_COLUMNS = datasets.Features({**FEATURES, **PROVENANCE, "outcome": datasets.Value("int8")})
+_DIGESTS = "digests.json"
 BATCH_ROWS = 500  # rows tokenised at a time; a worker's memory is some of these
 
-# What befell a row, as bits: cut at either end and kept, or dropped; and whether a kept one is in the chat format.
+# The column `outcome`, as bits: the row was cut at either end and kept, or dropped; a chat template rendered it.
 PROMPT_CUT, COMPLETION_CUT, EMPTY, CUT_AWAY, IDENTICAL, TEMPLATED = 1, 2, 4, 8, 16, 32
 DROPPED = {
     EMPTY: "empty completion",
@@ -54,20 +60,22 @@ class DropReport:
     completions_cut: int = 0
     templated: int = 0
 
+    @classmethod
+    def count(cls, outcomes: np.ndarray) -> "DropReport":
+        """Count the outcomes of all rows read."""
+        dropped = {reason: int((outcomes == bit).sum()) for bit, reason in DROPPED.items()}
+        return cls(
+            read=len(outcomes),
+            dropped={reason: count for reason, count in dropped.items() if count},
+            prompts_cut=int((outcomes & PROMPT_CUT > 0).sum()),
+            completions_cut=int((outcomes & COMPLETION_CUT > 0).sum()),
+            templated=int((outcomes & TEMPLATED > 0).sum()),
+        )
+
     @property
     def kept(self) -> int:
         """Rows that are left."""
         return self.read - sum(self.dropped.values())
-
-    def __add__(self, other: "DropReport") -> "DropReport":
-        reasons = [reason for reason in DROPPED.values() if reason in self.dropped or reason in other.dropped]
-        return DropReport(
-            self.read + other.read,
-            {reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0) for reason in reasons},
-            self.prompts_cut + other.prompts_cut,
-            self.completions_cut + other.completions_cut,
-            self.templated + other.templated,
-        )
 
     def __str__(self) -> str:
         reasons = "".join(f"\n  dropped {count}: {reason}" for reason, count in self.dropped.items())
@@ -113,8 +121,7 @@ def load_pairs(
             f"({max_length}), so that a prompt leaves room for a completion"
         )
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    rule = _Rule(encoder, "dpo", max_length, max_prompt_length)
-    return _load(source, rule, num_workers, cache_dir, seed)
+    return _load(source, _Rule(encoder, "dpo", max_length, max_prompt_length), num_workers, cache_dir, seed)
 
 
 def load_sft(
@@ -186,6 +193,11 @@ def split_trunk(encoded: Sequence[Encoded]) -> int:
     return shared
 
 
+def _prompt_length(item: Encoded) -> int:
+    """Tokens before the first that is learned."""
+    return int(item.mask.argmax()) if item.mask.any() else len(item.ids)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """How a row becomes tokens: all that decides the result, beside the row."""
@@ -197,11 +209,29 @@ class _Rule:
 
     def digest(self) -> str:
         """Digest of the rule, and of the code that applies it."""
-        names = ("chat.py", "formats.py", "sources.py", "columns.py", "tokenize.py")
+        names = ("chat.py", "formats.py", "sources.py", "dataset.py", "tokenize.py")
         code = [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in names]
         versions = [tokenizers.__version__, transformers.__version__]
         decides = [self.encoder.digest(), self.task, self.max_length, self.max_prompt_length, code, versions]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    def render(self, row: Any) -> list[Rendered]:
+        """Render each of a row's conversations as a string; return none if a completion is empty."""
+        record = normalize(row, self.task)
+        if not all(self.encoder.has_text(completion) for completion in record.completions):
+            return []
+        return [self.encoder.render(record.prompt, completion) for completion in record.completions]
+
+    def finish(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
+        """Cut a row to length. Return its conversations, none if it is dropped, and its outcome."""
+        if not encoded:
+            return [], EMPTY
+        cut, outcome = truncate(encoded, self.max_length, self.max_prompt_length)
+        if not all(item.mask.any() for item in cut):
+            return [], CUT_AWAY
+        if len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
+            return [], IDENTICAL
+        return cut, outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,36 +242,31 @@ class _Tokenize:
     rule: _Rule
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pa.Table:
-        placed = list(read_rows(self.source, batch, indices))
-        rows = [self._render(place, row) for place, row in placed]
-        encoded = iter(self.rule.encoder.tokenize([text for row in rows for text in row]))
-        done = []
-        for row, (_, raw) in zip(rows, placed, strict=True):
-            kept, outcome = self._finish([next(encoded) for _ in row])
-            outcome |= TEMPLATED if kept and row[0].templated else 0
-            done.append(TokenisedRow(kept, split_trunk(kept) if kept else 0, outcome, read_provenance(raw)))
-        return table(done)
+        rendered, provenances = [], []
+        for place, row in read_rows(self.source, batch, indices):
+            try:
+                rendered.append(self.rule.render(row))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            provenances.append(read_provenance(row))
+        encoded = iter(self.rule.encoder.tokenize([text for row in rendered for text in row]))
+        stored = []
+        for row, provenance in zip(rendered, provenances, strict=True):
+            kept, outcome = self.rule.finish([next(encoded) for _ in row])
+            if kept and row[0].templated:
+                outcome |= TEMPLATED
+            stored.append({**_tokens(kept), **provenance._asdict(), "outcome": outcome})
+        return pa.Table.from_pylist(stored, schema=_COLUMNS.arrow_schema)
 
-    def _render(self, place: str, row: Any) -> list[Rendered]:
-        """The texts of a row's conversations; none if a completion is empty."""
-        try:
-            record = normalize(row, self.rule.task)
-            if not all(self.rule.encoder.has_text(completion) for completion in record.completions):
-                return []
-            return [self.rule.encoder.render(record.prompt, completion) for completion in record.completions]
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
 
-    def _finish(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
-        """Cut a row; then the row, or nothing if it is dropped, and what befell it."""
-        if not encoded:
-            return [], EMPTY
-        cut, outcome = truncate(encoded, self.rule.max_length, self.rule.max_prompt_length)
-        if not all(item.mask.any() for item in cut):
-            return [], CUT_AWAY
-        if len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
-            return [], IDENTICAL
-        return cut, outcome
+def _tokens(encoded: Sequence[Encoded]) -> dict[str, Any]:
+    """A row's token columns; empty for a dropped row."""
+    shared = split_trunk(encoded) if encoded else 0
+    return {
+        "trunk": encoded[0].ids[:shared] if encoded else [],
+        "branches": [item.ids[shared:] for item in encoded],
+        "loss_mask": [item.mask[shared:] for item in encoded],
+    }
 
 
 def _load(
@@ -252,19 +277,21 @@ def _load(
     seed: int,
 ) -> tuple[datasets.Dataset, DropReport]:
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "notus")
-    loaded, report = [], DropReport()
+    loaded, outcomes = [], []
     for part in parts(source):
         tokenized = _tokenize(open_source(part.path, part.split), rule, num_workers, folder)
-        kept, of_part = _drop(tokenized)
-        report += of_part
-        if of_part.kept == 0:
-            raise ValueError(f"{part.path}: no row is left to learn from\n{of_part}")
-        loaded.append(_weighted(kept, part, seed))
-    return datasets.concatenate_datasets(loaded), report
+        found = tokenized.data.column("outcome").to_numpy()
+        kept = ~np.isin(found, list(DROPPED))
+        if not kept.any():
+            raise ValueError(f"{part.path}: no row is left to learn from\n{DropReport.count(found)}")
+        rows = tokenized.remove_columns("outcome")
+        loaded.append(_weighted(rows if kept.all() else rows.select(np.flatnonzero(kept)), part, seed))
+        outcomes.append(found)
+    return datasets.concatenate_datasets(loaded), DropReport.count(np.concatenate(outcomes))
 
 
 def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> datasets.Dataset:
-    """One row per row of the source, with what befell it; from the cache if it is there."""
+    """Return one row per row of the source, with its outcome; from the cache if it is there."""
     # Our own digest: that of `datasets` knows neither the content of a JSON file nor the text of our code.
     fingerprint = hashlib.sha256(f"{source.digest} {rule.digest()}".encode()).hexdigest()[:32]
     workers = min(num_workers, math.ceil(len(source.rows) / BATCH_ROWS))
@@ -277,7 +304,7 @@ def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> da
             batched=True,
             batch_size=BATCH_ROWS,
             remove_columns=source.rows.column_names,
-            features=datasets.Features({**FEATURES, **PROVENANCE, "outcome": datasets.Value("int8")}),
+            features=_COLUMNS,
             num_proc=workers if workers > 1 else None,
             new_fingerprint=fingerprint,
             cache_file_name=file,
@@ -286,22 +313,8 @@ def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> da
     )
 
 
-def _drop(tokenized: datasets.Dataset) -> tuple[datasets.Dataset, DropReport]:
-    outcomes = tokenized.data.column("outcome").to_numpy()
-    dropped = {reason: int((outcomes == bit).sum()) for bit, reason in DROPPED.items()}
-    report = DropReport(
-        read=len(outcomes),
-        dropped={reason: count for reason, count in dropped.items() if count},
-        prompts_cut=int((outcomes & PROMPT_CUT > 0).sum()),
-        completions_cut=int((outcomes & COMPLETION_CUT > 0).sum()),
-        templated=int((outcomes & TEMPLATED > 0).sum()),
-    )
-    rows = tokenized.remove_columns("outcome")
-    return rows if not report.dropped else rows.select(np.flatnonzero(~np.isin(outcomes, list(DROPPED)))), report
-
-
 def _weighted(rows: datasets.Dataset, part: Part, seed: int) -> datasets.Dataset:
-    """The share `part.weight` of the rows: each as often as fits in whole, and a draw for the rest."""
+    """Take the share `part.weight` of the rows: each as often as fits in whole, and a draw for the rest."""
     if part.weight == 1:
         return rows
     count = round(part.weight * len(rows))
@@ -312,6 +325,66 @@ def _weighted(rows: datasets.Dataset, part: Part, seed: int) -> datasets.Dataset
     return rows.select(np.concatenate([*[np.arange(len(rows))] * repeats, drawn]))
 
 
-def _prompt_length(item: Encoded) -> int:
-    """Tokens before the first that is learned."""
-    return int(item.mask.argmax()) if item.mask.any() else len(item.ids)
+def cached(folder: Path, name: str, make: Callable[[str], object]) -> datasets.Dataset:
+    """Return the dataset `name` from the cache, or make it. Several processes may do so at once.
+
+    Args:
+        folder: where datasets are cached.
+        name: stands for the content.
+        make: writes the dataset to the Arrow file of this name, or to numbered files beside it.
+
+    Raises:
+        OSError: the disk fails; see `disk_error`. An earlier state is untouched.
+    """
+    final = folder / name
+    if final.is_dir() and not _is_whole(final):
+        print(f"warning: the tokenised dataset {final} is damaged: it is made again", flush=True)
+        shutil.rmtree(final)
+    if not final.is_dir():
+        try:
+            _publish(final, make)
+        except OSError as error:
+            raise disk_error(final, error) from error
+    files = sorted(final.glob("*.arrow"))
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
+
+
+def _publish(final: Path, make: Callable[[str], object]) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(final)
+    owner = f".{final.name}.{socket.gethostname()}.{os.getpid()}."
+    with tempfile.TemporaryDirectory(prefix=owner, dir=final.parent) as beside:
+        partial = Path(beside) / "whole"
+        partial.mkdir()  # with the user's usual permissions, unlike the temporary folder
+        make(str(partial / "rows.arrow"))
+        (partial / _DIGESTS).write_text(json.dumps(_digests(partial)), encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        try:
+            os.rename(partial, final)
+        except OSError:
+            if not final.is_dir():  # else another process was first, with the same rows
+                raise
+
+
+def _clear_leftovers(final: Path) -> None:
+    """Remove what killed processes of this machine have left of the same dataset."""
+    for path in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
+        owner = path.name.split(".")[-2]
+        if Path("/proc/self").exists() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(path, ignore_errors=True)  # another process may clear it, too
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / _DIGESTS).read_text(encoding="utf-8")) == _digests(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in folder.glob("*.arrow"):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

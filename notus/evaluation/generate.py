@@ -19,7 +19,7 @@ from notus.runtime.files import replacing
 if TYPE_CHECKING:
     import torch
 
-    from notus.data.chat import Turns
+    from notus.data.formats import Turns
     from notus.evaluation.models import ModelSource
     from notus.evaluation.prompts import Prompt
 

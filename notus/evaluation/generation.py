@@ -24,7 +24,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from notus.data.chat import ChatEncoder, Turns
+from notus.data.chat import ChatEncoder
+from notus.data.formats import Turns
 from notus.evaluation.results import append_records, read_records
 from notus.model.load import WITHOUT_EFFECT
 from notus.runtime.distributed import gather_objects, on_main

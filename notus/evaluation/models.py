@@ -27,15 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from notus.data.chat import resolve_template
 from notus.data.sources import SUFFIXES
 from notus.evaluation.results import check_folder
-from notus.model.adapter import ADAPTER_CONFIG, export_adapter, read_adapter_settings
-from notus.model.export import export_model, load_causal_lm
+from notus.model.adapter import ADAPTER_CONFIG, read_adapter_settings
+from notus.model.export import export_adapter, export_model, load_causal_lm
 from notus.model.load import find_folder, read_json, resolve_model_folder
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.policy import Policy
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.process import follow_parent, leave, tell
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
-from notus.training.describe import DATA_FILE
+from notus.training.inputs import DATA_FILE
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
 

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from notus.curation.command import read_file
-from notus.data.chat import Message, Turns
-from notus.data.formats import normalize
+from notus.data.formats import Message, Turns, normalize
+from notus.data.sources import read_file
 
 KEYS = ("prompt", "messages", "conversations", "instruction")
 RESULTS = ("completion", "completions")

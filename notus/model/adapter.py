@@ -1,18 +1,14 @@
-"""LoRA layers to and from adapter folders in PEFT's names and config."""
+"""A PEFT adapter's names and config, and how it is loaded into LoRA layers."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from notus.model.load import check_shape, open_safetensors, read_json
 from notus.model.lora import lora_layers
-from notus.model.publish import NewFolder, write_json, write_tensors, write_tokenizer
-from notus.model.readback import check_loads, check_tensors
-from notus.model.shards import fill_rows, gather
+from notus.model.shards import fill_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -31,50 +27,17 @@ BEYOND_LORA = (
 )
 
 
-def export_adapter(
-    causal_lm: PreTrainedModel,
-    folder: str | Path,
-    *,
-    base_model_name_or_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. A collective.
-
-    The base is recorded as it is named, a local folder by its absolute path. What was written is read again and
-    compared before it takes its place.
-
-    Raises:
-        ValueError: `folder` holds something other than an adapter, or the files differ from the layers.
-        OSError: the disk refuses; both on every rank.
-    """
-    new = NewFolder(folder, markers={ADAPTER_CONFIG})
-    tensors = _adapter_tensors(causal_lm)
-    full = gather(tensors, torch.float32)
-    new.write(lambda partial: write_tensors(partial / ADAPTER_WEIGHTS, full))
-    base = Path(base_model_name_or_path).expanduser()
-    settings = _adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
-    new.write(lambda partial: write_json(partial / ADAPTER_CONFIG, settings))
-    new.write(functools.partial(write_tokenizer, tokenizer))
-
-    def check(partial: Path) -> None:
-        check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
-        check_loads(partial, tokenizer)
-        read_adapter_settings(partial)
-
-    new.publish(check)
-
-
 def load_adapter(causal_lm: PreTrainedModel, folder: str | Path) -> None:
     """Fill the LoRA layers of `causal_lm` from a PEFT adapter folder; each rank reads its own rows.
 
     Raises ValueError, naming folder and key, if the adapter's scaling, targets or shapes are not the layers'.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
-    theirs, ours = read_adapter_settings(folder), _adapter_settings(causal_lm, "")
+    theirs, ours = read_adapter_settings(folder), adapter_settings(causal_lm, "")
     for name in ("r", "lora_alpha", "use_rslora", "target_modules"):
         if theirs[name] != ours[name]:
             raise ValueError(f"{folder}: {name} is {theirs[name]} in the adapter, {ours[name]} in the model")
-    targets = _adapter_tensors(causal_lm)
+    targets = adapter_tensors(causal_lm)
     with open_safetensors(path) as handle:
         differing = sorted(set(handle.keys()) ^ set(targets))
         if differing:
@@ -86,7 +49,7 @@ def load_adapter(causal_lm: PreTrainedModel, folder: str | Path) -> None:
 
 
 def read_adapter_settings(folder: str | Path) -> dict[str, Any]:
-    """A PEFT adapter's config, with lora_dropout and use_rslora always there and target_modules sorted.
+    """Read a PEFT adapter's config, with lora_dropout and use_rslora always there and target_modules sorted.
 
     Raises ValueError, naming file and setting, if it is not a plain LoRA adapter.
     """
@@ -104,8 +67,8 @@ def read_adapter_settings(folder: str | Path) -> dict[str, Any]:
     return {**settings, "target_modules": sorted(settings["target_modules"])}
 
 
-def _adapter_tensors(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
-    """PEFT's name -> A or B."""
+def adapter_tensors(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Return PEFT's name -> A or B."""
     return {
         f"base_model.model.{name}.{part}.weight": getattr(layer, part)
         for name, layer in lora_layers(causal_lm).items()
@@ -113,7 +76,8 @@ def _adapter_tensors(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _adapter_settings(causal_lm: PreTrainedModel, base: str) -> dict[str, Any]:
+def adapter_settings(causal_lm: PreTrainedModel, base: str) -> dict[str, Any]:
+    """Return the config that PEFT reads: the layers' scaling and targets, and the name of their base."""
     layers = lora_layers(causal_lm)
     layer = next(iter(layers.values()))
     return {

@@ -63,7 +63,7 @@ def varlen_kernel(
     return out
 
 
-# torch 2.12 wants to be told of grouped queries; 2.11 has no such argument and needs none
+# torch 2.12 needs an argument for grouped queries; 2.11 has no such argument and needs none
 _TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 

@@ -221,8 +221,8 @@ def check_graph_attention(
         found = None if error <= 3e-2 else f"its relative error is {error:.1e}, more than 3e-02"
     except Exception as problem:  # compilers raise errors of every kind
         found = f"it cannot be compiled here ({first_line(problem)})"
-    told = [each["attention"] for each in gather({"attention": found} if found else {}) if each]
-    _failure = told[0] if told else None
+    failures = [each["attention"] for each in gather({"attention": found} if found else {}) if each]
+    _failure = failures[0] if failures else None
     return [f"compiled blocks do not see the attention kernel: {_failure}"] if _failure else []
 
 

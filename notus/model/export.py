@@ -1,12 +1,21 @@
-"""Trained weights out, as a Hugging Face folder; and any such folder, adapter or run back in, to generate."""
+"""Write trained weights as a Hugging Face folder or a PEFT adapter, and load any such folder to generate.
+
+A folder appears on disk whole or not at all: rank 0 writes it under another name, every rank reads its own rows back
+and compares them, and only then the folder gets its name.
+"""
 
 import copy
-import functools
+import datetime
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,13 +29,21 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from notus.model.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_settings
+from notus.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_settings,
+    adapter_tensors,
+    load_adapter,
+    read_adapter_settings,
+)
 from notus.model.load import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
 from notus.model.lora import inject_lora, lora_layers, merge_lora
-from notus.model.publish import NewFolder, write_json, write_tensors, write_tokenizer
-from notus.model.readback import check_loads, check_tensors, not_as_written
-from notus.model.shards import gather
+from notus.model.shards import gather, is_rank_zero, local_rows
+from notus.runtime.files import disk_error, sync
 from notus.runtime.process import first_line
+
+_PATIENCE = datetime.timedelta(hours=6)
 
 
 def export_model(
@@ -39,57 +56,82 @@ def export_model(
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a Hugging Face folder: weights in `dtype`, config, tokenizer, generation config. A collective.
+    """Write a Hugging Face folder: weights in `dtype`, config, tokenizer and generation config. All ranks call this.
 
-    Rank 0 gathers the tensors of one file at a time (`max_shard_bytes` at most), so no rank ever holds the
-    model. Tied tensors are stored once. What was written is read again, by each rank its own rows, and compared bit by
-    bit; then a folder of an earlier export is replaced, whole. Without `generation_config`, that of `causal_lm` is
-    written. FSDP modules must be resharded before.
+    Rank 0 gathers the tensors of one file at a time (at most `max_shard_bytes`), so no rank ever holds the model. Tied
+    tensors are stored once. Without `generation_config`, that of `causal_lm` is written. An earlier export in `folder`
+    is replaced, whole. FSDP modules must be resharded before.
 
     Raises:
-        ValueError: `folder` holds something other than a model, the model has LoRA layers, or the files differ from it.
-        OSError: the disk refuses; both on every rank.
+        ValueError: `folder` holds something other than a model, the model has LoRA layers, or what was read back
+            differs from it.
+        OSError: the disk fails; both on every rank.
     """
     if lora_layers(causal_lm):
         raise ValueError("the model has LoRA layers: export its adapter, or merge it into the base first")
     tensors = stored_tensors(causal_lm)
-    _check_resharded(tensors)
-    new = NewFolder(folder, markers={"config.json", ADAPTER_CONFIG})
+    kinds = {isinstance(tensor, DTensor) for tensor in tensors.values() if isinstance(tensor, nn.Parameter)}
+    assert len(kinds) == 1, "some parameters are gathered in the dtype of the computation: reshard first"
     sizes = {name: _stored_bytes(tensor, dtype) for name, tensor in tensors.items()}
     files = _plan_files(sizes, max_shard_bytes)
+    new = NewFolder(folder, markers={"config.json", ADAPTER_CONFIG})
     for file, names in files.items():
-        full = gather({name: tensors[name] for name in names}, dtype)
-        new.write(functools.partial(_write_file, name=file, tensors=full))
-        del full  # or the next file's tensors would join these in memory
-    if len(files) > 1:
-        new.write(functools.partial(_write_index, files=files, total=sum(sizes.values())))
-    new.write(functools.partial(_write_config, config=hf_config, causal_lm=causal_lm, dtype=dtype))
-    generation = generation_config or causal_lm.generation_config
-    if generation is not None:
-        # save_pretrained refuses settings that published models have, such as temperature without sampling.
-        new.write(lambda partial: generation.to_json_file(partial / "generation_config.json"))
-    new.write(functools.partial(write_tokenizer, tokenizer))
+        new.write_gathered(file, {name: tensors[name] for name in names}, dtype)
+
+    def write_rest(partial: Path) -> None:
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        _config_to_write(hf_config, causal_lm, dtype).save_pretrained(partial)
+        generation = generation_config or causal_lm.generation_config
+        if generation is not None:
+            # save_pretrained refuses settings that published models have, such as temperature without sampling.
+            generation.to_json_file(partial / "generation_config.json")
+        write_tokenizer(tokenizer, partial)
 
     def check(partial: Path) -> None:
         if [path.name for path in weight_files(partial)] != sorted(files):
-            raise not_as_written(partial / INDEX, "weight_map")
+            raise _not_as_written(partial / INDEX, "weight_map")
         for file, names in files.items():
             check_tensors(partial / file, {name: tensors[name] for name in names}, dtype)
-        check_loads(partial, tokenizer, hf_config)
+        _check_loads(partial, tokenizer, hf_config)
 
+    new.write(write_rest)
     new.publish(check)
 
 
-def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """How a model folder says to generate, with all its end-of-sequence ids; None where it does not say."""
-    if not (folder / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_pretrained(folder)
+def export_adapter(
+    causal_lm: PreTrainedModel,
+    folder: str | Path,
+    *,
+    base_model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. All ranks call this.
 
+    The base is recorded under the given name, a local folder under its absolute path.
 
-def _check_resharded(tensors: dict[str, Tensor]) -> None:
-    kinds = {isinstance(tensor, DTensor) for tensor in tensors.values() if isinstance(tensor, nn.Parameter)}
-    assert len(kinds) == 1, "some parameters are gathered in the dtype of the computation: reshard first"
+    Raises:
+        ValueError: `folder` holds something other than an adapter, or what was read back differs from the layers.
+        OSError: the disk fails; both on every rank.
+    """
+    base = Path(base_model_name_or_path).expanduser()
+    settings = adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
+    tensors = adapter_tensors(causal_lm)
+    new = NewFolder(folder, markers={ADAPTER_CONFIG})
+    new.write_gathered(ADAPTER_WEIGHTS, tensors, torch.float32)
+
+    def write_rest(partial: Path) -> None:
+        write_json(partial / ADAPTER_CONFIG, settings)
+        write_tokenizer(tokenizer, partial)
+
+    def check(partial: Path) -> None:
+        check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
+        _check_loads(partial, tokenizer)
+        read_adapter_settings(partial)
+
+    new.write(write_rest)
+    new.publish(check)
 
 
 def _stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
@@ -111,31 +153,206 @@ def _plan_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _write_file(partial: Path, *, name: str, tensors: dict[str, Tensor]) -> None:
-    write_tensors(partial / name, tensors)
-
-
-def _write_index(partial: Path, *, files: dict[str, list[str]], total: int) -> None:
-    weight_map = {name: file for file, names in files.items() for name in names}
-    write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_config(partial: Path, *, config: PreTrainedConfig, causal_lm: PreTrainedModel, dtype: torch.dtype) -> None:
+def _config_to_write(config: PreTrainedConfig, causal_lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     config.dtype = dtype
     # FSDP puts a class of its own in front of a module that it manages.
     classes = type(causal_lm).__mro__
     config.architectures = [next(base.__name__ for base in classes if not issubclass(base, FSDPModule))]
-    config.save_pretrained(partial)
+    return config
+
+
+class NewFolder:
+    """A folder that rank 0 writes under another name, and renames over an earlier one when it is whole and on disk.
+
+    The other ranks write nothing, but learn of a failure, so that none waits for a rank that has given up.
+    """
+
+    def __init__(self, folder: str | Path, *, markers: set[str]) -> None:
+        """Begin `folder`; what is there is replaced if it is empty or has a file named in `markers`.
+
+        Raises:
+            ValueError: something else is there.
+            OSError: the disk fails; both on every rank.
+        """
+        self.folder = Path(folder).absolute()
+        self._partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self._old = self.folder.with_name(f".{self.folder.name}.old")
+        self._failure: Exception | None = None
+        # The other ranks wait in this group while rank 0 writes and syncs: longer than for an exchange between ranks.
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
+        self.write(lambda _: self._prepare(markers))
+        self._share_failure()
+
+    def write(self, action: Callable[[Path], object]) -> None:
+        """Call `action` with the unfinished folder, on rank 0 only, and only if nothing failed before."""
+        if self._failure is not None or not is_rank_zero():
+            return
+        try:
+            action(self._partial)
+        except OSError as error:
+            self._failure = disk_error(self.folder, error)
+            shutil.rmtree(self._partial, ignore_errors=True)  # room for what else is to be written
+        except ValueError as error:
+            self._failure = error
+
+    def write_gathered(self, file: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Gather the tensors, cast to `dtype`, and write them as a safetensors file."""
+        full = gather(tensors, dtype)
+        self.write(lambda partial: write_tensors(partial / file, full))
+
+    def publish(self, check: Callable[[Path], None] | None = None) -> None:
+        """Give the folder its name; or raise on every rank what failed on one of them, and change nothing.
+
+        `check` is called first, on every rank, with the whole folder; it raises ValueError if something is wrong.
+        """
+        self._share_failure()
+        if check is not None:
+            try:
+                check(self._partial)
+            except ValueError as error:
+                self._failure = error
+            self._share_failure()
+        self.write(lambda _: self._rename())
+        self._share_failure()
+
+    def _prepare(self, markers: set[str]) -> None:
+        if self._old.exists() and not self.folder.exists():
+            self._old.rename(self.folder)  # an earlier run ended between the two renames
+        present = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if present and not present & markers:
+            raise ValueError(f"{self.folder}: holds files of another kind; name a new or empty folder")
+        for leftover in (self._partial, self._old):
+            _remove(leftover)
+        self._partial.mkdir(parents=True)
+
+    def _rename(self) -> None:
+        for path in [*self._partial.rglob("*"), self._partial]:
+            sync(path)
+        if self.folder.exists():
+            self.folder.rename(self._old)
+        self._partial.rename(self.folder)
+        sync(self.folder.parent)
+        _remove(self._old)
+
+    def _share_failure(self) -> None:
+        failures = [self._failure]
+        if dist.is_initialized():
+            failures *= dist.get_world_size()
+            dist.all_gather_object(failures, self._failure, group=self._group)
+        failure = next((failure for failure in failures if failure is not None), None)
+        if failure is not None:
+            raise failure
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with the permissions that any new file gets. Raises OSError; see `disk_error`."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, {"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
+    path.chmod(mode)  # safetensors makes files that nobody but their owner can read
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with sorted keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files, without what transformers notes of where it was loaded from."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")})
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Compare a safetensors file with what it was written from, bit by bit; each rank reads its own rows alone.
+
+    Args:
+        path: the file.
+        tensors: name -> plain tensor, or DTensor sharded on dim 0 or replicated: all that the file must hold.
+        dtype: what floating-point tensors were cast to.
+
+    Raises:
+        ValueError: naming the file, and the tensor that differs.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            differing = sorted(set(handle.keys()) ^ set(tensors))
+            if not differing:
+                differing = [n for n, t in tensors.items() if not _same(t, handle.get_slice(n), dtype)]
+    except (SafetensorError, OSError) as error:
+        raise _not_as_written(path, f"it cannot be read ({error})") from error
+    if differing:
+        raise _not_as_written(path, differing[0])
+
+
+@torch.no_grad()
+def _same(tensor: Tensor, source: Any, dtype: torch.dtype) -> bool:
+    """Whether this rank's rows of a safetensors slice are those of `tensor`, to the bit."""
+    if list(source.get_shape()) != list(tensor.shape):
+        return False
+    start, stop = local_rows(tensor) if tensor.dim() else (0, 1)
+    if start == stop:
+        return True
+    mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    expected = (mine.to(dtype) if mine.is_floating_point() else mine).cpu()
+    found = source[start:stop] if tensor.dim() else source[...]
+    # As bytes, since not-a-number is unequal to itself, and -0.0 equal to 0.0.
+    return found.dtype == expected.dtype and torch.equal(_bytes(found), _bytes(expected))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _check_loads(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None = None) -> None:
+    """Load tokenizer and config on rank 0. Raises ValueError, naming the file, if that fails.
+
+    Their own classes load them, so that no code that comes with a model has to be trusted once more.
+    """
+    if not is_rank_zero():
+        return
+    if config is not None:
+        again = _load(folder, config)
+        if (again.model_type, again.vocab_size) != (config.model_type, config.vocab_size):
+            raise _not_as_written(folder / "config.json", "model_type or vocab_size")
+    if len(_load(folder, tokenizer)) != len(tokenizer):
+        raise _not_as_written(folder / "tokenizer.json", "the vocabulary")
+
+
+def _load(folder: Path, like: Any) -> Any:
+    try:
+        return type(like).from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise errors of every kind for damaged files
+        reason = first_line(error)
+        raise _not_as_written(folder, f"{type(like).__name__} cannot load it ({reason})") from error
+
+
+def _not_as_written(path: Path, what: str) -> ValueError:
+    """Return what to raise where `what` in `path` differs from what was written there."""
+    return ValueError(
+        f"{path}: read again after writing, it is not what was written: {what}. Nothing was put in place; look at the "
+        "disk, and run the same command again"
+    )
 
 
 def load_causal_lm(
     model: str | Path, *, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An ordinary transformers model in evaluation mode, and its tokenizer.
+    """Load an ordinary transformers model in evaluation mode, and its tokenizer.
 
-    `model` is a model folder, a PEFT adapter folder (merged into its base here), a run's folder (its `model/`
-    is taken), or a hub id. Raises ValueError, naming the folder, if it is none of them or the weights misfit.
+    `model` is a model folder, a PEFT adapter folder (it is merged into its base), a run's folder (its `model/` is
+    loaded), or a hub id. Raises ValueError, naming the folder, if it is none of them or the weights do not fit.
     """
     folder = find_folder(model)
     if not _is_model(folder) and _is_model(folder / "model"):
@@ -190,7 +407,7 @@ def _load_merged(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> P
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises ValueError, naming the folder, if there is none that loads."""
+    """Load the tokenizer of a model folder. Raises ValueError, naming the folder, if there is none that loads."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise errors of every kind for damaged files
@@ -198,3 +415,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
         raise ValueError(
             f"{folder}: no tokenizer can be loaded from it ({reason}); copy the model's tokenizer files there"
         ) from error
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Read how a model folder says to generate, with all its end-of-sequence ids; None if it does not say."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder)

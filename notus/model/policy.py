@@ -14,9 +14,9 @@ from notus.model.logprobs import linear_logprobs, linear_scores
 class Policy(nn.Module):
     """A causal language model as a function from a packed row to completion log-probs; the root of FSDP.
 
-    Always call the module itself, never its parts: FSDP gathers the embedding, the norm and the head in the
-    root's hooks. The head stays a plain matrix multiplication inside this forward, so that logits exist only
-    chunk-wise.
+    Three methods run it: `forward` (sums per completion), `token_logprobs` (per token) and `next_token` (generation).
+    FSDP gathers the embedding, the norm and the head in the hooks of these three (see `parallelize`), so never call
+    the parts. The head stays a plain matrix multiplication inside them, so that logits exist only chunk-wise.
     """
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
@@ -42,8 +42,17 @@ class Policy(nn.Module):
         """The decoder's layers, in order."""
         return self.causal_lm.get_decoder().layers
 
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum the completion log-probs of a packed row of E examples with K branches each: fp32 [E, K], in nats."""
+        tokens = self._token_logprobs(batch)
+        sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
+        return sums.view(batch.lengths.shape).clone()  # FSDP hooks its outputs and warns of views
+
     def token_logprobs(self, batch: Batch) -> Tensor:
-        """fp32 [M]: the log-prob of every completion token of the row, in nats (call through `forward`)."""
+        """Return the log-prob of every completion token of a packed row: fp32 [M], in nats."""
+        return self._token_logprobs(batch).clone()  # as in `forward`
+
+    def _token_logprobs(self, batch: Batch) -> Tensor:
         return linear_logprobs(self._hidden(batch, batch.sources), self._head.weight, batch.targets)
 
     @torch.no_grad()
@@ -101,19 +110,3 @@ class Policy(nn.Module):
             use_cache=True,
         ).last_hidden_state
         return (hidden[:, -1] @ self._head.weight.t()).argmax(-1)
-
-    def forward(self, batch: Batch, *, per_token: bool = False) -> Tensor:
-        """Sum of completion log-probs per branch.
-
-        Args:
-            batch: a packed row of E examples with K branches each.
-            per_token: give `token_logprobs` in place of the sums.
-
-        Returns:
-            fp32 [E, K], nats; per token fp32 [M].
-        """
-        tokens = self.token_logprobs(batch)
-        if per_token:
-            return tokens.clone()
-        sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
-        return sums.view(batch.lengths.shape).clone()  # FSDP hooks its outputs and warns of views

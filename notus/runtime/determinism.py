@@ -1,6 +1,6 @@
 """Runs that repeat bit for bit, on the same machine with the same number of ranks.
 
-On a CPU they do so in any case. On a GPU the attention's backward passes do not, unless they are told to: both
+On a CPU they do so in any case. On a GPU the attention's backward passes do not, unless they are asked to: both
 FlashAttention (bf16) and the memory-efficient kernel (fp32) then add gradients with atomic operations, in any order.
 Both obey `torch.use_deterministic_algorithms(True)`, and both ignore it with `warn_only=True`, where they warn once
 (`_flash_attention_backward` and `_efficient_attention_backward` in

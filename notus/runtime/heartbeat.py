@@ -82,7 +82,7 @@ class _Signs:
         while not self._stopped.wait(BEAT):
             try:
                 self.show()
-            except dist.DistError:  # the store is gone: the next exchange will tell
+            except dist.DistError:  # the store is gone: the next exchange will fail
                 return
 
 
@@ -96,7 +96,7 @@ def _is_exchange(error: RuntimeError) -> bool:
 
 
 def _judge(signs: _Signs, error: RuntimeError) -> tuple[str, int]:
-    """What to tell, and the lowest of the ranks that are left, who tells it."""
+    """The message, and the lowest of the ranks that remain, who prints it."""
     try:
         signs.show(_LOST)
         before = signs.read()
@@ -108,19 +108,19 @@ def _judge(signs: _Signs, error: RuntimeError) -> tuple[str, int]:
             "the machine that keeps torchrun's rendezvous" if by_torchrun else "rank 0, who keeps the list of ranks,"
         )
         return f"lost contact with other ranks: {keeper} is gone or stopped ({_reason(no_answer)})", dist.get_rank()
-    told, left = [], [dist.get_rank()]
+    findings, remaining = [], [dist.get_rank()]
     for rank, (host, _, state) in after.items():
         if state == _LOST:
-            left.append(rank)
+            remaining.append(rank)
         elif state:
-            told.append(f"rank {rank} ({host}) {state}")
+            findings.append(f"rank {rank} ({host}) {state}")
         elif before.get(rank) == after[rank]:
-            told.append(f"rank {rank} ({host}) is gone or stopped")
+            findings.append(f"rank {rank} ({host}) is gone or stopped")
         else:
-            told.append(f"rank {rank} ({host}) is alive, but did not arrive in time")
-    who = "; ".join(told) or "all of them are alive, the connection between them failed"
-    return f"lost contact with other ranks: {who} ({_reason(error)})", min(left)
+            findings.append(f"rank {rank} ({host}) is alive, but did not arrive in time")
+    who = "; ".join(findings) or "all of them are alive, the connection between them failed"
+    return f"lost contact with other ranks: {who} ({_reason(error)})", min(remaining)
 
 
 def _reason(error: RuntimeError) -> str:
-    return first_line(error).split(". This is typically")[0]  # gloo goes on with advice
+    return first_line(error).split(". This is typically")[0]  # gloo adds advice

@@ -98,10 +98,12 @@ class Stop:
             self._signalled = now
             _tell(f"{number.name}: stopping after this step; a second or more from now, another one ends the run")
         elif self._signalled is None:
-            _tell(f"{number.name}: stopped outside the training steps, nothing to save; the same command goes on")
+            _tell(
+                f"{number.name}: stopped outside the training steps, nothing to save; the same command resumes the run"
+            )
             os._exit(STOPPED)
         elif now - self._signalled > _ECHO_SECONDS:
-            _tell(f"{number.name} again: stopped at once; the same command goes on from the last checkpoint")
+            _tell(f"{number.name} again: stopped at once; the same command resumes from the last checkpoint")
             os._exit(128 + number)
 
 

@@ -23,7 +23,7 @@ _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLO
 
 
 class LostPeers(RuntimeError):
-    """Other ranks are gone or stuck; the message names them. `speaker`: the rank that tells, of those that are left."""
+    """Other ranks are gone or stuck; the message names them. `speaker`: the remaining rank that reports it."""
 
     def __init__(self, message: str, speaker: int) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ def configure_allocator() -> None:
 
 
 def tell(text: object, stream: TextIO | None = None) -> None:
-    """Print a line. Where nobody reads any more (`tee` got the same Ctrl-C, say), the stream is let go."""
+    """Print a line. If nobody reads the stream any more (`tee` got the same Ctrl-C, say), drop it."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
@@ -65,10 +65,10 @@ def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int
 
     Args:
         work: the body; returns its exit code, or None for 0.
-        resumable: the same command goes on where it was, so SIGTERM and SIGINT end it with `STOPPED`, from the start.
+        resumable: the same command resumes the run, so SIGTERM and SIGINT end it with `STOPPED`, from the start.
 
-    Under torchrun every rank may meet the same mistake, or one rank alone; the first to meet it tells, and torchrun
-    ends the rest. A rank that loses its peers because one of them has told of a mistake is silent.
+    Under torchrun every rank may meet the same mistake, or one rank alone; the first one reports it, and torchrun
+    ends the rest. A rank that loses its peers because one of them has reported a mistake is silent.
 
     Ctrl-C, where nothing else takes it, ends in a line and exit code 130.
     """
@@ -78,7 +78,7 @@ def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop_early)
     try:
-        switches.disabled_names()  # a mistyped name is told before any work
+        switches.disabled_names()  # a mistyped name fails before any work
         return work() or 0
     except (ValueError, OSError) as error:
         if _failures(1) == 1:

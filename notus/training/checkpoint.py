@@ -1,4 +1,4 @@
-"""What a checkpoint is, how it is checked, and how it is read; `saving.py` writes it.
+"""What a checkpoint is, how it is checked, and how it is read; `checkpoint_writer.py` writes it.
 
 `checkpoints/step-00000100/` holds one safetensors file per rank that had something to write, through
 torch.distributed.checkpoint, and `state.json`: the run's progress, and the size and digest of every file. Any number of
@@ -6,10 +6,12 @@ ranks can read what any other number wrote. Only trainable parameters are kept; 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from notus.runtime.distributed import gather_objects, on_main, rank, world_size
-from notus.training.optimizers import InPieces
+from notus.runtime.distributed import gather_objects, on_main, rank, say, world_size
+from notus.training.optimizers import PiecewiseOptimizer
 
 STATE_FILE = "state.json"
-_FORMAT = 2
+_FORMAT = 3
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -59,7 +61,9 @@ class Progress:
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load_checkpoint(path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces | None) -> Progress:
+def load_checkpoint(
+    path: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: PiecewiseOptimizer | None
+) -> Progress:
     """Fill parameters and optimizer from a checkpoint, whatever the number of ranks that wrote it; collective.
 
     Without an optimizer, its states are not read.
@@ -113,7 +117,9 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def named_tensors(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces | None) -> dict[str, Tensor]:
+def named_tensors(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: PiecewiseOptimizer | None
+) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name; makes the optimizer's state if no step has made it yet."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters:
@@ -172,12 +178,12 @@ def _check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
             found += _problems(path / name, files[name])
         except OSError as error:
             found.append(OSError(f"{path / name} cannot be read ({error.strerror or error}); nothing was changed"))
-    told = [problem for part in gather_objects(found) for problem in part]
-    for problem in told:
+    problems = [problem for part in gather_objects(found) for problem in part]
+    for problem in problems:
         if isinstance(problem, OSError):
             raise problem
-    if told:
-        raise DamagedCheckpointError("; ".join(str(problem) for problem in told[:3]))
+    if problems:
+        raise DamagedCheckpointError("; ".join(str(problem) for problem in problems[:3]))
 
 
 def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
@@ -187,3 +193,76 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
     with path.open("rb", buffering=0) as file:
         digest = hashlib.file_digest(file, "sha256")
     return [] if digest.hexdigest() == expected["sha256"] else [f"{path} does not match its digest"]
+
+
+# Contents that a run cannot change when it is resumed.
+_BOUND = ("data.train", "data.eval", "model.name_or_path")
+
+
+def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Compare the digests in the checkpoint `path` with those of this launch.
+
+    Raises:
+        ValueError: the data or the starting model are others.
+    """
+    changed = [key for key in now if before.get(key) != now[key]]
+    for key in changed:
+        if key in _BOUND:
+            raise ValueError(
+                f"{path} was made from other contents of {key}: restore them to resume, or start over with "
+                "training.resume=never"
+            )
+        say(
+            f"warning: {key} is not that of {path}: another device, another version, or other optimisations "
+            "(NOTUS_DISABLE) computed it"
+        )
+
+
+def check_newest(checkpoints: Sequence[Path], now: Mapping[str, str]) -> None:
+    """Check the newest checkpoint before doing any work that depends on it. All ranks must call this."""
+    for path in checkpoints[:1]:
+        before = on_main(functools.partial(read_identity, path))
+        if before:
+            check_contents(path, before, now)
+
+
+def load_newest(
+    checkpoints: Sequence[Path],
+    own: Path,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optimizer: PiecewiseOptimizer,
+) -> tuple[Path, Progress]:
+    """Load the first checkpoint that is whole; damaged ones are renamed, with a warning. Collective.
+
+    Args:
+        checkpoints: the newest first.
+        own: the run's `checkpoints` folder. A checkpoint elsewhere is another run's: its history is not taken over,
+            and it is an error if it is damaged.
+        parameters, optimizer: filled; see `load_checkpoint`.
+
+    Raises:
+        ValueError: none is whole.
+    """
+    named = list(parameters)
+    for path in checkpoints:
+        is_own = path.parent.resolve() == own.resolve()
+        try:
+            progress = load_checkpoint(path, named, optimizer)
+        except DamagedCheckpointError as error:
+            if not is_own:
+                raise
+            aside = on_main(functools.partial(rename_damaged, path))
+            say(f"warning: {error}; this checkpoint is now {aside.name}")
+            continue
+        if not is_own:
+            progress.logged, progress.trackers = 0, {}
+        return path, progress
+    raise ValueError(f"{own}: no checkpoint is whole (see above); set training.resume=never to start over")
+
+
+def rename_damaged(path: Path) -> Path:
+    """Give a damaged checkpoint a name that is no checkpoint's; returns it. Nothing is deleted but an earlier such."""
+    aside = path.with_name(f"damaged-{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return path.rename(aside)

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from notus.runtime.distributed import PATIENCE
-from notus.runtime.files import disk_error, sync
+from notus.runtime.files import disk_error, sync, write_text
 from notus.runtime.process import tell
 from notus.training.checkpoint import (
     STATE_FILE,
@@ -40,7 +40,7 @@ from notus.training.checkpoint import (
     step_folder,
     step_of,
 )
-from notus.training.optimizers import InPieces
+from notus.training.optimizers import PiecewiseOptimizer
 
 LATEST = "latest"
 _BLOCK = 16 * 2**20
@@ -58,7 +58,7 @@ class Checkpoints:
         Args:
             folder: the run's `checkpoints` folder.
             device: where the parameters are.
-            background: write while training goes on, from a copy in host memory; else wait for the disk.
+            background: write while training continues, from a copy in host memory; else wait for the disk.
             keep: how many of the newest to keep; None: all.
             keep_every: besides those, keep the checkpoints of every so many steps.
         """
@@ -73,7 +73,9 @@ class Checkpoints:
         self._writing: concurrent.futures.Future[Any] | None = None
         self._path = folder
 
-    def save(self, progress: Progress, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: InPieces) -> None:
+    def save(
+        self, progress: Progress, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: PiecewiseOptimizer
+    ) -> None:
         """Write `folder/step-XXXXXXXX`, after the checkpoint before it is on disk.
 
         Args:
@@ -148,13 +150,12 @@ class _Commit:
     def publish(self, files: dict[str, dict[str, Any]]) -> None:
         """Complete the folder, put it in its place, and drop older ones; for one rank, once all have written."""
         folder = self.path.parent
-        _write_text(self.partial / STATE_FILE, describe(self.progress, self.optimizer, files))
+        write_text(self.partial / STATE_FILE, describe(self.progress, self.optimizer, files))
         sync(self.partial)
         _remove(self.path)
         os.rename(self.partial, self.path)
         sync(folder)
-        _write_text(folder / f".{LATEST}.partial", self.path.name + "\n")
-        os.replace(folder / f".{LATEST}.partial", folder / LATEST)  # for people and their scripts
+        write_text(folder / LATEST, self.path.name + "\n")  # for people and their scripts
         sync(folder)
         self._drop_old()
 
@@ -242,11 +243,6 @@ def _put(file: BinaryIO, digest: Any, content: memoryview) -> None:
     for start in range(0, len(content), _BLOCK):
         file.write(content[start : start + _BLOCK])
         digest.update(content[start : start + _BLOCK])
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)
 
 
 def _remove(path: Path) -> None:

@@ -1,22 +1,75 @@
-"""What feeds the forward passes: packed rows, dealt by cost and made before they are needed."""
+"""The dataloader: packed rows, balanced over ranks by cost, and made on a thread before they are needed."""
 
 import dataclasses
 import functools
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from notus.data.dataset import Rows, packed
-from notus.data.packing import Batch, StepPlan
-from notus.data.prefetch import Prefetch
-from notus.data.schedule import deal, time_of
+from notus.data.dataset import Rows
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan, deal, packed, time_of
 from notus.model.flops import dimensions, forward_flops
 from notus.model.policy import Policy
 from notus.runtime.distributed import rank, world_size
 
 T = TypeVar("T")
+
+
+class Prefetch(Generic[T]):
+    """The items of an iterator, in its order; a thread of its own makes the next ones while one is in use.
+
+    A context: the thread ends with it, at the latest when the item it is making is done. What the iterator raises is
+    raised where the item would have come, with the traceback of where it happened.
+
+    Attributes:
+        waited: seconds that the user of the items has waited for them.
+    """
+
+    def __init__(self, items: Iterator[T], *, ahead: int = 2, prepare: Callable[[], object] | None = None) -> None:
+        """Begin.
+
+        Args:
+            items: runs on the thread alone.
+            ahead: the most items that are ready, or being made, before they are asked for.
+            prepare: called once on the thread, before the first item.
+        """
+        self.waited = 0.0
+        self._items = items
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=prepare)
+        self._coming: deque[Future[list[T]]] = deque(self._thread.submit(self._make) for _ in range(ahead))
+
+    def __enter__(self) -> "Prefetch[T]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        began = time.perf_counter()
+        found = self._coming.popleft().result()
+        self.waited += time.perf_counter() - began
+        self._coming.append(self._thread.submit(self._make))
+        if not found:
+            raise StopIteration
+        return found[0]
+
+    def _make(self) -> list[T]:
+        """The next item; none at the end."""
+        for item in self._items:
+            return [item]
+        return []
 
 
 def row_costs(policy: Policy, rows: Rows, indices: np.ndarray | None = None) -> np.ndarray:
@@ -58,7 +111,7 @@ class _StepEnd:
     paid: float
 
 
-class Feed:
+class Dataloader:
     """This rank's packed rows of one step after the other, as a context.
 
     The next rows are made while the loop computes, those of the next step too.
@@ -84,7 +137,7 @@ class Feed:
             steps: the steps to come, one after the other.
             tokens_per_row: the most tokens of a packed row.
             device: where the batches will be used; they stay on the host.
-            prepare: called for each row on the feed's thread; adds what the loss needs, before the row is pinned.
+            prepare: called for each row on the dataloader's thread; adds what the loss needs, before the row is pinned.
         """
         self._prepare = prepare
         self._rows, self._costs, self._plan, self._steps = rows, costs, plan, steps
@@ -92,7 +145,7 @@ class Feed:
         self._cost = self._paid = 0.0
         self._items = prefetched(self._make(), device)
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Dataloader":
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from notus.config import Config, DPOConfig
 from notus.data.dataset import Rows
-from notus.data.packing import Batch, StepPlan
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
-from notus.training.guards import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
+from notus.training.metrics import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 from notus.training.scoring import score
 from notus.training.setup import Run, start
@@ -37,10 +39,36 @@ class Preferences:
     reference: Tensor
 
 
+class PairSums(NamedTuple):
+    """What `DPOTask.metrics` divides: sums over pairs, fp64; fillers weigh nothing.
+
+    Attributes:
+        pairs: how many there are.
+        loss: of the loss that is trained, with the NLL's part.
+        chosen_reward, rejected_reward: β·(policy − reference).
+        accuracy: 1 for each pair whose chosen reward is larger; a tie counts half.
+        margin: chosen − rejected reward.
+        chosen_logp, rejected_logp: of the policy, in nats.
+        sigmoid_loss: the plain sigmoid loss at β = 0.1, which must be ln 2 at step 0 whatever loss is trained.
+        chosen_tokens: completion tokens of the chosen answers.
+    """
+
+    pairs: float
+    loss: float
+    chosen_reward: float
+    rejected_reward: float
+    accuracy: float
+    margin: float
+    chosen_logp: float
+    rejected_logp: float
+    sigmoid_loss: float
+    chosen_tokens: float
+
+
 class DPOTask:
     """The preference loss on packed pairs, against cached reference log-probs."""
 
-    num_sums = 11
+    num_sums = len(PairSums._fields)
 
     def __init__(
         self,
@@ -48,15 +76,15 @@ class DPOTask:
         held_out: Preferences | None,
         *,
         plan: StepPlan,
-        settings: DPOConfig,
+        config: DPOConfig,
         precision: str,
         tokens_per_row: int,
         device: torch.device,
     ) -> None:
         self.rows, self.plan = train.rows, plan
-        self._train, self._held_out, self._settings = train, held_out, settings
+        self._train, self._held_out, self._config = train, held_out, config
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
-        per_token = settings.loss_type in ("ipo", "sigmoid_norm")
+        per_token = config.loss_type in ("ipo", "sigmoid_norm")
         self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -80,9 +108,9 @@ class DPOTask:
             logps[:, 1],
             reference[:, 0],
             reference[:, 1],
-            beta=self._settings.beta,
-            loss_type=self._settings.loss_type,
-            label_smoothing=self._settings.label_smoothing,
+            beta=self._config.beta,
+            loss_type=self._config.loss_type,
+            label_smoothing=self._config.label_smoothing,
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
         )
@@ -90,23 +118,28 @@ class DPOTask:
 
     def _with_nll(self, losses: Tensor, logps: Tensor, pairs: int, chosen_tokens: int) -> Tensor:
         """Add the NLL of the chosen [E], so that the mean over `pairs` holds its mean over `chosen_tokens`."""
-        if not self._settings.nll_weight:
+        if not self._config.nll_weight:
             return losses
-        return losses + self._settings.nll_weight * pairs * nll_loss(logps[:, 0], chosen_tokens)
+        return losses + self._config.nll_weight * pairs * nll_loss(logps[:, 0], chosen_tokens)
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
         """Means over pairs; those of the NLL and of the chosen log-probs' change over chosen tokens."""
-        pairs = sums[0]
-        names = (
-            "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-            "logps/chosen", "logps/rejected",
-        )  # fmt: skip
-        metrics = {name: total / pairs for name, total in zip(names, sums[1:8], strict=True)}
-        metrics["logps/chosen_change"] = sums[2] / self._settings.beta / sums[10]  # the reward, of which it is a part
-        if self._settings.nll_weight:
-            metrics["nll_loss"] = sums[9] / sums[10]
+        total = PairSums(*sums)
+        metrics = {
+            "loss": total.loss / total.pairs,
+            "rewards/chosen": total.chosen_reward / total.pairs,
+            "rewards/rejected": total.rejected_reward / total.pairs,
+            "rewards/accuracies": total.accuracy / total.pairs,
+            "rewards/margins": total.margin / total.pairs,
+            "logps/chosen": total.chosen_logp / total.pairs,
+            "logps/rejected": total.rejected_logp / total.pairs,
+            # the reward is β times this change, summed over tokens
+            "logps/chosen_change": total.chosen_reward / self._config.beta / total.chosen_tokens,
+        }
+        if self._config.nll_weight:
+            metrics["nll_loss"] = -total.chosen_logp / total.chosen_tokens
         if seconds:
-            metrics["pairs_per_second"] = pairs / seconds
+            metrics["pairs_per_second"] = total.pairs / seconds
         return metrics
 
     def check_first_step(self, sums: list[float]) -> None:
@@ -115,9 +148,10 @@ class DPOTask:
         Raises:
             ValueError: it is not.
         """
-        tolerance, found = FIRST_LOSS_TOLERANCE[self._precision], sums[8] / sums[0]
+        total, tolerance = PairSums(*sums), FIRST_LOSS_TOLERANCE[self._precision]
+        found = total.sigmoid_loss / total.pairs
         if self._precision == "bf16":
-            tolerance = max(tolerance, _BF16_NOISE * math.sqrt(sums[10]) / sums[0])
+            tolerance = max(tolerance, _BF16_NOISE * math.sqrt(total.chosen_tokens) / total.pairs)
         if not abs(found - math.log(2)) <= tolerance:
             raise ValueError(
                 f"at step 0 the sigmoid loss is {found:.6f}, not ln 2 = {math.log(2):.6f} (tolerance {tolerance:g}): "
@@ -142,17 +176,23 @@ class DPOTask:
 def _sums(
     losses: Tensor, rewards: Tensor, logps: Tensor, reference: Tensor, weights: Tensor, lengths: Tensor
 ) -> Tensor:
-    """What `DPOTask.metrics` divides, fp64 [11]; fillers weigh nothing."""
+    """The fields of `PairSums`, in their order, fp64 [`DPOTask.num_sums`]: on the device, so without a host sync."""
     chosen, rejected = rewards.double().unbind(1)
     margins = chosen - rejected
-    accuracies = 0.5 * (1.0 + margins.sign())  # a tie counts half
     log_ratios = (logps - reference).double()
-    probe = torch.nn.functional.softplus(-_PROBE_BETA * (log_ratios[:, 0] - log_ratios[:, 1]))
-    columns = [
-        torch.ones_like(margins), losses.double(), chosen, rejected, accuracies, margins,
-        logps[:, 0].double(), logps[:, 1].double(), probe, -logps[:, 0].double(), lengths[:, 0].double(),
-    ]  # fmt: skip
-    return torch.stack(columns, dim=1).T @ weights.double()
+    columns = {
+        "pairs": torch.ones_like(margins),
+        "loss": losses.double(),
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "accuracy": 0.5 * (1.0 + margins.sign()),
+        "margin": margins,
+        "chosen_logp": logps[:, 0].double(),
+        "rejected_logp": logps[:, 1].double(),
+        "sigmoid_loss": torch.nn.functional.softplus(-_PROBE_BETA * (log_ratios[:, 0] - log_ratios[:, 1])),
+        "chosen_tokens": lengths[:, 0].double(),
+    }
+    return torch.stack([columns[name] for name in PairSums._fields], dim=1).T @ weights.double()
 
 
 def run(config: Config) -> int:
@@ -183,7 +223,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
         _with_reference(job, config, "train", job.train_rows),
         None if job.eval_rows is None else _with_reference(job, config, "eval", job.eval_rows),
         plan=job.plan,
-        settings=config.dpo,
+        config=config.dpo,
         precision=config.training.precision,
         tokens_per_row=config.training.tokens_per_row,
         device=job.device,

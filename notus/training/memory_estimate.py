@@ -11,10 +11,21 @@ was not measured.
 """
 
 import dataclasses
+import functools
 import math
+import os
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from notus.config import TrainingConfig
+from notus.data.dataset import Rows
 from notus.model.logprobs import CHUNK_TOKENS
-from notus.model.size import ATTENTION, Linear, ModelSize
+from notus.model.size import ATTENTION, Linear, ModelSize, model_size
+from notus.runtime.distributed import gather_objects, ranks_per_node, say, world_size
 from notus.runtime.switches import enabled
 from notus.training.activation_checkpointing import MODES
 from notus.training.optimizers import CHUNK
@@ -26,6 +37,7 @@ PIECE = 4 * CHUNK["cuda"]  # bytes of an update's piece, and how many of them it
 PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 2.5, ("adamw", "fp32"): 0, ("adamw", "bf16"): 3}
 # An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
 RUNTIME_MARGIN = 3 * 2**30
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,3 +288,66 @@ def _head(size: ModelSize, job: Job) -> int:
 def _batch(job: Job) -> int:
     """Ids, positions, sources and targets, and three gather indices, int64."""
     return round(8 * (job.tokens_per_row * (3 + job.key_ratio) + 2 * job.scored_per_row))
+
+
+def checkpointing_of(
+    training: TrainingConfig, rows: Rows, device: torch.device
+) -> str | Callable[[PreTrainedModel], str]:
+    """Return the mode of activation checkpointing, or for "auto" what chooses it once the model is known; collective.
+
+    Args:
+        training: the run's settings.
+        rows: the training data.
+        device: this rank's.
+    """
+    if training.activation_checkpointing != "auto":
+        return training.activation_checkpointing
+    tokens = rows.lengths.sum()
+    job = Job(
+        shard_size=ranks_per_node() if training.sharding == "hybrid" else world_size(),
+        tokens_per_row=training.tokens_per_row,
+        scored_per_row=math.ceil(training.tokens_per_row * rows.loss_tokens.sum() / tokens),
+        precision=training.precision,
+        optimizer=training.optimizer,
+        optimizer_dtype=training.optimizer_dtype,
+        key_ratio=float(rows.separate_lengths(np.arange(len(rows))).sum() / tokens),
+        cpu_offload=training.cpu_offload,
+    )
+    return functools.partial(choose_checkpointing, job=job, device=device)
+
+
+def choose_checkpointing(causal_lm: PreTrainedModel, job: Job, device: torch.device) -> str:
+    """Choose the fastest mode that is estimated to fit the smallest device, the same on all ranks, and report it.
+
+    If nothing fits, that is "full" with a warning, since the estimate may be off. Collective.
+
+    Args:
+        causal_lm: with its adapters, before it is sharded.
+        job: what else the memory follows from; its own mode is not looked at.
+        device: this rank's.
+    """
+    capacity, size = min(gather_objects(capacity_of(device))), model_size(causal_lm)
+    mode = fastest_checkpointing(capacity, size, job)
+    need = footprint(size, dataclasses.replace(job, activation_checkpointing=mode)).total + RUNTIME_MARGIN
+    fits = need <= capacity
+    say(
+        f"{'' if fits else 'warning: '}training.activation_checkpointing=auto: {mode}, estimated to need "
+        f"{need / GIB:.1f} GiB per rank of {capacity / GIB:.1f} GiB"
+        + ("" if fits else "; this may not fit: lower training.tokens_per_row, or take more ranks")
+    )
+    return mode
+
+
+def capacity_of(device: torch.device) -> int:
+    """Bytes that are free for this rank: on its GPU, or its share of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _available() // int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
+def _available() -> int:
+    """Bytes of host memory that could be had without swapping; where the system does not say, all there are."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

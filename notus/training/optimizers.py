@@ -17,11 +17,11 @@ are needed on a CPU, for bf16 states, with offload, and where the kernel is not 
 In bf16, with its 8 bits, an average that is to change by less than 1/512 stays where it is if it is rounded to the
 nearest number: at α 0.99 or β₂ 0.999 it would stall. It is rounded up or down at random instead, up with the
 probability that keeps the expectation. The random numbers depend on the step and the shard alone, so that a resumed run
-goes on to the bit, and replicas of a shard stay equal.
+continues to the bit, and replicas of a shard stay equal.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,7 @@ from torch.optim.adamw import adamw
 from notus.model import kernels
 from notus.model.kernels import Kernel
 from notus.runtime import switches
+from notus.runtime.distributed import gather_objects, say, sum_across_ranks
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 _LINE = 1024
@@ -40,7 +41,7 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Piece = tuple[Tensor, Tensor, list[Tensor]]  # parameter, gradient, its averages: flat views
 
 
-class InPieces(torch.optim.Optimizer):
+class PiecewiseOptimizer(torch.optim.Optimizer):
     """Walks over the pieces of all parameters; the update of one is the subclass's."""
 
     moments: tuple[str, ...]
@@ -160,7 +161,7 @@ def _rmsprop(
     value.sub_(rate * scaled / (square.sqrt() + epsilon))
 
 
-class RMSprop(InPieces, torch.optim.RMSprop):
+class RMSprop(PiecewiseOptimizer, torch.optim.RMSprop):
     """torch.optim.RMSprop without momentum, to the bit, if its state is in fp32."""
 
     moments = ("square_avg",)
@@ -210,7 +211,7 @@ def _adamw(
     value.sub_(rate / correction1 * mean / (square.sqrt() / correction2 + epsilon))
 
 
-class AdamW(InPieces, torch.optim.AdamW):
+class AdamW(PiecewiseOptimizer, torch.optim.AdamW):
     """torch.optim.AdamW by its fused kernel."""
 
     moments = ("exp_avg", "exp_avg_sq")
@@ -254,7 +255,7 @@ class AdamW(InPieces, torch.optim.AdamW):
         return [*group["betas"], group["eps"], group["weight_decay"]]
 
 
-def check_update(optimizer: InPieces, gather: kernels.Gather) -> list[str]:
+def check_update(optimizer: PiecewiseOptimizer, gather: kernels.Gather) -> list[str]:
     """Compile the optimizer's kernel and compare it with its plain twin; on CUDA alone, where it is collective.
 
     Args:
@@ -273,7 +274,7 @@ def check_update(optimizer: InPieces, gather: kernels.Gather) -> list[str]:
     return kernels.check([optimizer.kernel], lambda _: (_update_error(kind, settings, device), 1e-5), gather)
 
 
-def _update_error(kind: type[InPieces], settings: dict[str, Any], device: torch.device) -> float:
+def _update_error(kind: type[PiecewiseOptimizer], settings: dict[str, Any], device: torch.device) -> float:
     """The relative error of a parameter's change after two clipped steps by the kernel."""
     changes = []
     for disabled in ((), ("fused_optimizer",)):
@@ -296,7 +297,7 @@ def _update_error(kind: type[InPieces], settings: dict[str, Any], device: torch.
 def round_at_random(values: Tensor, noise: torch.Generator) -> Tensor:
     """fp32 -> bf16, up or down so that the expectation is the value; finite values.
 
-    bf16 is the upper half of fp32: a random lower half is added, and what is left of it cut off.
+    bf16 is the upper half of fp32: a random lower half is added, and the lower half is cut off.
     """
     bits = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=noise)
     bits += values.view(torch.int32)
@@ -312,3 +313,117 @@ def _local(tensor: Tensor) -> Tensor:
 def _lines(flat: Tensor) -> Tensor:
     """Rows of a fixed length, where they divide the tensor: the compiler then knows that its loads are aligned."""
     return flat.view(-1, _LINE) if flat.numel() % _LINE == 0 else flat
+
+
+def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
+    """The share of the peak learning rate at a step.
+
+    Warm-up rises linearly from 0 at step 0 to 1 at step `warmup_steps`; then `linear` falls to 0 at `total_steps`,
+    `cosine` follows half a cosine to 0 there, and `constant` stays at 1. The same as transformers' schedules.
+
+    Args:
+        step: optimizer steps taken so far.
+        total_steps, warmup_steps: in optimizer steps.
+        schedule: "linear", "cosine" or "constant".
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    if schedule == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    assert schedule == "constant", schedule
+    return 1.0
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    *,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    state_dtype: str = "fp32",
+) -> PiecewiseOptimizer:
+    """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters; see `optimizers`."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    kind = RMSprop if name == "rmsprop" else AdamW
+    optimizer = kind(trainable, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
+    for problem in check_update(optimizer, gather_objects):
+        say(f"warning: {problem}")
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Use `learning_rate` for the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's part of every gradient."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = parameter.grad
+            found.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    return found
+
+
+def is_first_replica(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether no rank of a lower number holds the same shards as this one, as hybrid sharding has it."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            return all(mesh.get_local_rank(dim) == 0 for dim, kind in enumerate(placements) if kind.is_replicate())
+    return True
+
+
+def gradient_norm(gradients: list[Tensor], flags: Tensor, *, first_replica: bool = True) -> Tensor:
+    """The 2-norm of the whole gradient, from disjoint shards, and the ranks' flags; one reduction over all ranks.
+
+    Args:
+        gradients: this rank's shards.
+        flags: [F], what this rank reports to the others, on the device.
+        first_replica: False where another rank counts the same shards.
+
+    Returns:
+        fp32 [1 + F], the same on every rank: the norm, then each flag's sum.
+    """
+    # small tensors leave some ranks without a shard
+    counted = [gradient for gradient in gradients if gradient.numel()] if first_replica else []
+    norms = [norm.float() for norm in torch._foreach_norm(counted)] if counted else []
+    device = counted[0].device if counted else flags.device  # with offload, gradients are on the host
+    squares = torch.stack([*norms, torch.zeros((), device=device)]).square().sum().to(flags.device)
+    sums = sum_across_ranks(torch.cat([squares[None], flags.float()]))
+    return torch.cat([sums[:1].sqrt(), sums[1:]])
+
+
+def clipped_update(
+    optimizer: PiecewiseOptimizer, gradients: list[Tensor], norm: Tensor, max_norm: float | None
+) -> None:
+    """Take an optimizer step with the gradients scaled so that their norm is at most `max_norm`; without a host sync.
+
+    Args:
+        optimizer: of the parameters whose gradients these are.
+        gradients: this rank's shards; what they hold afterwards is not defined.
+        norm: fp32 scalar on the device, of the whole gradient.
+        max_norm: None: they are not scaled.
+    """
+    if max_norm is None:
+        optimizer.step()
+    elif switches.enabled("fused_optimizer"):
+        optimizer.step(scale=clipping_factor(norm, max_norm))
+    else:
+        clip_gradients(gradients, norm, max_norm)
+        optimizer.step()
+
+
+def clipping_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are to be multiplied with so that it is at most `max_norm`; at most 1."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def clip_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale the gradients in place so that their norm is at most `max_norm`; without a host sync."""
+    torch._foreach_mul_(gradients, clipping_factor(norm, max_norm).to(gradients[0].device))

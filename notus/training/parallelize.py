@@ -1,4 +1,6 @@
-"""Checkpointing, compiling, sharding: how a policy is spread over ranks, and in which order.
+"""From a model folder to a policy that is spread over ranks, and in which order.
+
+`build_policy`: meta device -> adapters -> `parallelize` -> storage -> weights. `parallelize`:
 
 1. Activation checkpointing wraps each block's `forward`, not the module: names stay Hugging Face's, and FSDP's hooks
    stay outside the recomputation, so a block is gathered once for its backward.
@@ -17,6 +19,7 @@ Activation offload is not built: "full" leaves little to move, 1 GiB for 7B para
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +34,154 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.fx.experimental import _config as symbols
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from notus.model.compiled_attention import compiled_implementation
+from notus.config import LoraConfig
+from notus.model.attention import IMPLEMENTATION, check_kernel
+from notus.model.compiled_attention import check_graph_attention, compiled_implementation
+from notus.model.fused import check_fused, fuse
+from notus.model.load import load_weights, materialise
+from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
+from notus.model.supported import check_supported, disable_dropout
 from notus.runtime import switches
+from notus.runtime.distributed import gather_objects, mesh, say
+from notus.runtime.process import first_line
 from notus.training.activation_checkpointing import checkpointed
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the model's configuration.
+
+    Raises:
+        ValueError: it is damaged, or of a model whose computation the policy could not reproduce.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises errors of every kind for what it does not understand
+        reason = first_line(error)
+        raise ValueError(
+            f"{folder / 'config.json'}: not the configuration of a model ({reason}); restore it from the model's source"
+        ) from error
+    check_supported(config)
+    return config
+
+
+def build_policy(
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    device: torch.device,
+    precision: str,
+    activation_checkpointing: str | Callable[[PreTrainedModel], str] = "none",
+    compile: bool = False,
+    cpu_offload: bool = False,
+    lora: LoraConfig | None = None,
+    trainable: bool = True,
+    seed: int = 0,
+    sharding: str = "full",
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
+
+    Args:
+        folder: a Hugging Face model folder.
+        config: its configuration, from `read_model_config`.
+        device: this rank's device.
+        precision: "bf16" or "fp32", of the computation. Trainable parameters are fp32 either way.
+        activation_checkpointing: a mode, see `parallelize`, or what chooses one, given the model on the meta device.
+        compile, cpu_offload: see `parallelize`.
+        lora: train LoRA adapters over a frozen base; None: train every parameter.
+        trainable: False for scoring alone: every parameter frozen and in the computation's dtype.
+        seed: of the adapters' start.
+        sharding: "full" or "hybrid", see `distributed.mesh`.
+        trust_remote_code: run model code that comes with the folder.
+    """
+    check_attention(config, device, COMPUTE_DTYPES[precision])
+    causal_lm = _meta_model(config, trust_remote_code)
+    fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[precision], compile=compile)
+    if not trainable:
+        causal_lm.requires_grad_(False)
+    if lora is not None:
+        inject_lora(
+            causal_lm,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            rslora=lora.rslora,
+        )
+    cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
+    mode = activation_checkpointing
+    if not isinstance(mode, str):
+        mode = mode(causal_lm)
+    policy = Policy(causal_lm)
+    ranks = mesh(device, sharding)
+    parallelize(
+        policy,
+        ranks,
+        precision=precision,
+        activation_checkpointing=mode,
+        compile=compile,
+        cpu_offload=cpu_offload,
+    )
+    materialise(policy, torch.device("cpu") if cpu_offload else device)
+    if cpu_offload:
+        _move_buffers(policy, device)
+    load_weights(causal_lm, folder)
+    if lora is not None:
+        init_lora(causal_lm, seed)
+    return policy
+
+
+def _meta_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation=IMPLEMENTATION,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+        )
+    disable_dropout(causal_lm)
+    return causal_lm
+
+
+def _move_buffers(policy: Policy, device: torch.device) -> None:
+    """Parameters are offloaded, buffers are not: FSDP moves the former alone."""
+    for module in policy.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, compile: bool) -> None:
+    """Fuse the blocks' small work, or see to it that the compiler, which fuses by itself, can. Collective on CUDA.
+
+    What cannot be used on this machine is replaced by its plain twin, with a warning.
+    """
+    if compile:
+        problems = check_graph_attention(device, dtype, **_attention_sizes(causal_lm.config), gather=gather_objects)
+    else:
+        fuse(causal_lm)
+        problems = check_fused(causal_lm, device, dtype, gather_objects)
+    for problem in problems:
+        say(f"warning: {problem}")
+
+
+def check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Try the attention kernel of this device and dtype on the model's sizes; see `check_kernel`."""
+    check_kernel(device, dtype, **_attention_sizes(config))
+
+
+def _attention_sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    num_heads = config.num_attention_heads
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        "window": getattr(config, "sliding_window", None),
+    }
 
 
 def parallelize(
@@ -84,7 +228,8 @@ def parallelize(
         shard(block)
     # The backward pass begins with the root's head: freed after the forward pass, it would be gathered at once again.
     shard(policy, reshard_after_forward=False)
-    register_fsdp_forward_method(policy, "next_token")
+    for method in ("token_logprobs", "next_token"):  # like `forward`, they gather and free what the root holds
+        register_fsdp_forward_method(policy, method)
     for module in fsdp_modules(policy) if mesh.size() > 1 else []:
         # The loss is divided by the step's global count, so gradients are summed, not averaged; as a plain sum,
         # because gloo knows no sum with a factor.

@@ -8,9 +8,7 @@ not part of the key, so a sweep over β or the learning rate fills it once.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from notus.data.dataset import Rows
-from notus.model.publish import write_tensors
+from notus.model.export import write_tensors
 from notus.runtime.distributed import on_main
-from notus.runtime.files import disk_error, sync
+from notus.runtime.files import replacing
 
 FORMAT = 4  # another one for every change of how log-probs round
 PART_SIZE = 2048
@@ -75,7 +73,7 @@ def reference_logps(
 
     Raises:
         ValueError: the cache file is damaged or of other rows, or a log-prob is not finite.
-        OSError: the cache cannot be written; the parts that are whole stay, and the next pass goes on from them.
+        OSError: the cache cannot be written; whole parts stay, and the next pass continues after them.
     """
     path = folder / f"{key.name}.safetensors"
     parts = folder / f"{key.name}.parts"
@@ -130,32 +128,19 @@ def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, diges
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Whole or not at all: a temporary file, synced, renamed. Raises OSError; see `disk_error`."""
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    """Write a file atomically, with a digest of its content. Raises OSError; see `disk_error`."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        while not _written(temporary, path, tensors, {**metadata, "digest": _digest(tensors)}):
-            pass
-    except OSError as error:
-        failure = disk_error(path, error)
-        temporary.unlink(missing_ok=True)
-        raise failure from error
-
-
-def _written(temporary: Path, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> bool:
-    """Try to write; False if another run, done with the same cache, has removed the folder of its parts meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_tensors(temporary, tensors, metadata)
-        sync(temporary)
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        if path.parent.is_dir():
-            raise
-        return False
-    return True
+    metadata = {**metadata, "digest": _digest(tensors)}
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replacing(path) as temporary:
+                write_tensors(temporary, tensors, metadata)
+            return
+        except OSError:
+            if path.parent.is_dir():
+                raise
+            # another run, done with the same cache, has removed the folder of its parts meanwhile: write it again
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

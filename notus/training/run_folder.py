@@ -6,27 +6,29 @@ OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  m
 
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
-import shutil
+import socket
+import time
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from notus.config import Config, load_config, save_config
-from notus.runtime.files import sync
+from notus.runtime.distributed import gather_objects, on_main, rank
+from notus.runtime.files import lock, replacing
 from notus.runtime.process import first_line, tell
 from notus.training.checkpoint import checkpoints_in
-from notus.training.tracking import METRICS_FILE
+from notus.training.loggers import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 LOCK = ".lock"
 _MODEL_FILES = ("config.json", "adapter_config.json")
-# What may differ when a run goes on: how and where it computes, not what.
+# What may differ when a run is resumed: how and where it computes, not what.
 FREE_KEYS = frozenset(
     {
         "data.num_workers", "data.cache_dir", "reference.cache_dir", "training.output_dir", "training.resume",
@@ -69,17 +71,15 @@ def open_folder(config: Config) -> Opening:
                 return Opening(finished=True, checkpoints=[])
         _check_room_for_model(folder / MODEL)
         checkpoints = _checkpoints(folder, resume)
-        temporary = folder / f".{CONFIG_FILE}.partial"
-        save_config(config, temporary)
-        sync(temporary)
-        os.replace(temporary, folder / CONFIG_FILE)
+        with replacing(folder / CONFIG_FILE) as temporary:
+            save_config(config, temporary)
     except OSError as error:
         raise _unwritable(folder, error) from error
     return Opening(finished=False, checkpoints=checkpoints)
 
 
-def hold_folder(config: Config) -> int:
-    """Lock the run's folder against a second launch, for rank 0; returns the descriptor that holds the lock.
+def hold_folder(config: Config) -> IO[str]:
+    """Lock the run's folder against a second launch, for rank 0; returns the open file that holds the lock.
 
     The lock goes with the process, however that ends. A file system without locks is used without one.
 
@@ -89,19 +89,19 @@ def hold_folder(config: Config) -> int:
     folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this kind is not inherited by forks, and NFS has it
-    except (BlockingIOError, PermissionError) as error:
-        os.close(descriptor)
+        lock(file)
+    except BlockingIOError as error:
+        file.close()
         raise ValueError(
             f"training.output_dir={folder} is in use by another launch: wait for its end, or choose another folder"
         ) from error
     except OSError as error:
         tell(f"note: {folder} cannot be locked ({error.strerror}); do not start a second run in it")
-    return descriptor
+    return file
 
 
 def _unwritable(folder: Path, error: OSError) -> ValueError:
@@ -126,15 +126,7 @@ def _checkpoints(folder: Path, resume: str) -> list[Path]:
         raise ValueError(
             f"training.resume={resume}: this run has a newer checkpoint, {own[0].name}; move newer ones away to go back"
         )
-    return own or [path]  # the run's own progress goes before that of its origin, so the same command goes on
-
-
-def set_aside_damaged(path: Path) -> Path:
-    """Give a damaged checkpoint a name that is no checkpoint's; returns it. Nothing is deleted but an earlier such."""
-    aside = path.with_name(f"damaged-{path.name}")
-    if aside.exists():
-        shutil.rmtree(aside)
-    return path.rename(aside)
+    return own or [path]  # the run's own progress goes before that of its origin, so the same command resumes it
 
 
 def _set_aside(folder: Path) -> None:
@@ -175,10 +167,10 @@ def _check_same_run(path: Path, config: Config) -> None:
     before, now = _flat(load_config(path, config.task)), _flat(config)
     changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
     if changed:
-        told = ", ".join(f"{key} (was {json.dumps(before[key])}, is {json.dumps(now[key])})" for key in changed)
+        changes = ", ".join(f"{key} (was {json.dumps(before[key])}, is {json.dumps(now[key])})" for key in changed)
         raise ValueError(
-            f"{path.parent} holds a run with another config: {told}. Choose another training.output_dir, restore the "
-            "config to go on, or set training.resume=never to start over"
+            f"{path.parent} holds a run with another config: {changes}. Choose another training.output_dir, restore "
+            "the config to resume, or set training.resume=never to start over"
         )
 
 
@@ -189,3 +181,48 @@ def _flat(config: Config) -> dict[str, Any]:
         if isinstance(values, dict)
         for key, value in values.items()
     }
+
+
+# A network file system may show a new file late.
+PATIENCE = 10.0
+
+
+def check_shared(folder: Path) -> None:
+    """Make sure that every rank sees, and may write, what rank 0 writes to `folder`; collective.
+
+    Raises:
+        ValueError: naming the ranks that do not, their hosts and the folder as they know it.
+    """
+    name = on_main(lambda: _leave_token(folder))
+    problem = None if rank() == 0 else _problem(folder, name)
+    problems = [f"rank {number} on {found}" for number, found in enumerate(gather_objects(problem)) if found]
+    on_main(lambda: _clear(folder, name))
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}: training.output_dir must lie on a disk that all machines share")
+
+
+def _leave_token(folder: Path) -> str:
+    _clear(folder, ".shared-")  # what a killed launch left; this one holds the folder's lock
+    name = f".shared-{uuid.uuid4().hex}"
+    (folder / name).touch()
+    return name
+
+
+def _problem(folder: Path, name: str) -> str | None:
+    """What keeps this rank from sharing the folder; it leaves a file of its own there to see whether it may."""
+    where = f"{socket.gethostname()}, whose folder is {folder.absolute()}"
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / name).exists():
+        if time.monotonic() > deadline:
+            return f"{where}, does not see what rank 0 writes there"
+        time.sleep(0.1)
+    try:
+        (folder / f"{name}-{rank()}").touch()
+    except OSError as error:
+        return f"{where}, cannot write there ({os.strerror(error.errno or 0)})"
+    return None
+
+
+def _clear(folder: Path, name: str) -> None:
+    for path in folder.glob(f"{name}*"):
+        path.unlink()

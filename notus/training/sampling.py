@@ -1,7 +1,7 @@
 """What the model says while it trains: greedy continuations of a few prompts, through the sharded policy as it stands.
 
 The model's own forward pass computes them, with a cache of keys and values, on a left-padded batch of each rank's
-prompts. It draws no random numbers and leaves nothing behind, so training goes on as it would have without samples.
+prompts. It draws no random numbers and leaves nothing behind, so training continues as it would have without samples.
 
 Time. A token is one forward pass, in which sharded ranks gather every block once. For a few prompts, that takes longer
 than to compute. With P parameters, each token brings 2 P bytes to every rank (bf16), and under cpu_offload also reads
@@ -37,7 +37,7 @@ AGREE_EVERY = 8  # forward passes until the ranks ask each other again whether a
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt's number, its text, and how the model goes on; both without special tokens."""
+    """A prompt's number, its text, and the model's continuation; both without special tokens."""
 
     index: int
     prompt: str
@@ -45,7 +45,7 @@ class Sample:
 
 
 class Sampler:
-    """Goes on after the same prompts each time it is called."""
+    """Continues the same prompts each time it is called."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Sampler:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask[row, : width - len(prompt)] = 0
-        # A row without room left goes on with the others, and its tokens are cut off later. Its positions must exist.
+        # A row without room left runs on with the others, and its tokens are cut off later. Its positions must exist.
         positions = (mask.cumsum(1) - 1).clamp(0, self._longest - 1)
         return ids.to(self._device), mask.to(self._device), positions.to(self._device)
 

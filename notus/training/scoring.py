@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from notus.data.dataset import Rows, step_rows
+from notus.data.dataset import Rows
 from notus.data.packing import Batch
+from notus.data.schedule import step_rows
 from notus.model.policy import Policy
 from notus.runtime.distributed import rank, sum_across_ranks, world_size
 from notus.training.dataloader import prefetched, row_costs
@@ -67,7 +68,7 @@ def score_tokens(policy: Policy, rows: Rows, *, tokens_per_row: int, device: tor
     found = torch.zeros(int(starts[-1]), dtype=torch.float32, device=device)
 
     def keep(batch: Batch) -> None:
-        logps = policy(batch, per_token=True)
+        logps = policy.token_logprobs(batch)
         if batch.places is not None:
             found.index_copy_(0, batch.places, logps)
 
@@ -128,7 +129,7 @@ def score_all(
     part_size: int = 2048,
     on_part: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Score a whole dataset part by part; `on_part(done, total)` is told of the progress. fp32 [n, K]."""
+    """Score a whole dataset part by part; `on_part(done, total)` is called after each. fp32 [n, K]."""
     parts = []
     for start in range(0, len(rows), part_size):
         indices = np.arange(start, min(start + part_size, len(rows)))

@@ -1,10 +1,8 @@
-"""A run from its config to its final model: what SFT and DPO share around the loop."""
+"""A run from its config to everything that stands before the first step, and the export of its model at the end."""
 
 import contextlib
 import dataclasses
 import functools
-import math
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,13 +10,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config, Task, to_yaml
+from notus.config import Config, Task
 from notus.data.chat import check_vocabulary
-from notus.data.dataset import Rows, packing_report
-from notus.data.packing import StepPlan, check_fits
-from notus.model.adapter import export_adapter
+from notus.data.dataset import Rows
+from notus.data.packing import check_fits
+from notus.data.schedule import StepPlan, packing_report
 from notus.model.attention import kernel_for
-from notus.model.export import export_model, load_tokenizer, read_generation_config
+from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
 from notus.model.load import resolve_model_folder, weights_digest
 from notus.model.policy import Policy
@@ -26,25 +24,20 @@ from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
 from notus.runtime.process import STOPPED
-from notus.training.automatic import checkpointing_of
-from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.checkpoint import Progress
+from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
-from notus.training.describe import hardware
 from notus.training.inputs import Inputs, load_inputs
-from notus.training.metering import Meter
-from notus.training.optim import build_optimizer
-from notus.training.optimizers import InPieces
-from notus.training.parallelize import COMPUTE_DTYPES
+from notus.training.loggers import hardware
+from notus.training.memory_estimate import checkpointing_of
+from notus.training.metrics import Meter
+from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
+from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
 from notus.training.reference import digest_of_rows
-from notus.training.resume import check_contents, check_newest, load_newest
-from notus.training.run_folder import CHECKPOINTS, MODEL, hold_folder, open_folder
+from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder
 from notus.training.sampling import Sampler, build_sampler
-from notus.training.shared import check_shared
-from notus.training.telling import open_tracker
-from notus.training.tracking import Tracker
-from notus.training.trainer import Ending, Settings, Trainer
+from notus.training.tracking import Tracker, open_tracker
+from notus.training.trainer import Ending, Trainer
 from notus.training.trainer import Task as LoopTask
 
 
@@ -122,19 +115,8 @@ class Run:
             state_dtype=training.optimizer_dtype,
         )
         progress = self._progress(optimizer)
-        settings = Settings(
-            total_steps=self.total_steps,
-            warmup_steps=math.ceil(training.warmup_ratio * self.total_steps),
-            **{
-                name: getattr(training, name)
-                for name in (
-                    "learning_rate", "lr_schedule", "max_grad_norm", "tokens_per_row", "seed", "log_every",
-                    "eval_every", "save_every",
-                )
-            },
-        )  # fmt: skip
         tracker = distributed.main_first(lambda: self._tracker(progress))
-        if self.total_steps == 1 and settings.warmup_steps:
+        if self.total_steps == 1 and training.warmup_ratio:
             self.say("warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0")
         checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,
@@ -148,7 +130,8 @@ class Run:
                 self.policy,
                 optimizer,
                 task,
-                settings,
+                training,
+                total_steps=self.total_steps,
                 progress=progress,
                 tracker=tracker,
                 checkpoints=checkpoints,
@@ -161,8 +144,8 @@ class Run:
             self._export()
             return 0
         self.say(
-            f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; all of it is saved, "
-            "and the same command goes on"
+            f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; everything is saved, "
+            "and the same command resumes the run"
         )
         return STOPPED if ending is Ending.SIGNAL else 0
 
@@ -174,7 +157,7 @@ class Run:
             found["data.eval"] = digest_of_rows(self.eval_rows.digests())
         return found
 
-    def _progress(self, optimizer: InPieces) -> Progress:
+    def _progress(self, optimizer: PiecewiseOptimizer) -> Progress:
         """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
         if not self.checkpoints:
             return Progress(identity=self.identity)
@@ -185,7 +168,7 @@ class Run:
         if progress.step > self.total_steps:
             raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
         progress.identity = self.identity
-        self.say(f"going on from {path} (step {progress.step} of {self.total_steps})")
+        self.say(f"resuming from {path} (step {progress.step} of {self.total_steps})")
         return progress
 
     def _sampler(self) -> Sampler | None:
@@ -205,11 +188,10 @@ class Run:
             return Tracker([])
         return open_tracker(
             self.folder,
+            self.config,
             progress,
             total_steps=self.total_steps,
             hardware=self.hardware,
-            settings=dataclasses.asdict(self.config),
-            config_text=to_yaml(self.config),
             data=self.inputs.summary(),
         )
 
@@ -255,13 +237,15 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         if training.cpu_offload and device.type == "cpu":
             raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
-            distributed.ranks_per_node()  # what forbids it is told before hours of tokenising
+            distributed.ranks_per_node()  # it raises what forbids it: before hours of tokenising
         checkpoints: list[Path] = []
         if train:
-            held = distributed.on_main(lambda: hold_folder(config))
-            if distributed.is_main():
-                stack.callback(os.close, held)
-            opening = distributed.on_main(lambda: open_folder(config))
+
+            def claim() -> Opening:
+                stack.enter_context(hold_folder(config))
+                return open_folder(config)
+
+            opening = distributed.on_main(claim)
             check_shared(Path(config.training.output_dir))
             if opening.finished:
                 distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
@@ -290,21 +274,10 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         model_config,
         device=device,
         precision=training.precision,
-        activation_checkpointing=checkpointing_of(
-            training.activation_checkpointing,
-            train_rows,
-            device,
-            hybrid=training.sharding == "hybrid",
-            **{
-                name: getattr(training, name)
-                for name in ("tokens_per_row", "precision", "optimizer", "optimizer_dtype", "cpu_offload")
-            },
-        )
-        if train
-        else "none",
+        activation_checkpointing=checkpointing_of(training, train_rows, device) if train else "none",
         compile=training.compile,
         cpu_offload=training.cpu_offload,
-        adapter=Adapter(**dataclasses.asdict(config.lora)) if config.lora.rank and train else None,
+        lora=config.lora if config.lora.rank and train else None,
         trainable=train,
         seed=training.seed,
         sharding=training.sharding,
@@ -321,11 +294,15 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
 def _inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     data = config.data
     sources = {"train": data.train} if data.eval is None else {"train": data.train, "eval": data.eval}
-    options = {
-        name: getattr(data, name)
-        for name in (
-            "max_prompt_length", "eval_size", "max_length", "chat_template", "add_empty_system", "num_workers",
-            "cache_dir",
-        )
-    }  # fmt: skip
-    return load_inputs(sources, tokenizer, seed=config.training.seed, **options)
+    return load_inputs(
+        sources,
+        tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        eval_size=data.eval_size,
+        seed=config.training.seed,
+        max_length=data.max_length,
+        chat_template=data.chat_template,
+        add_empty_system=data.add_empty_system,
+        num_workers=data.num_workers,
+        cache_dir=data.cache_dir,
+    )

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from notus.config import Config
 from notus.data.dataset import Rows
-from notus.data.packing import Batch, StepPlan
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan
 from notus.losses import nll_loss
 from notus.model.policy import Policy
-from notus.training.guards import Guard
+from notus.training.metrics import Guard
 from notus.training.scoring import score
 from notus.training.setup import start
 from notus.training.trainer import RowLoss

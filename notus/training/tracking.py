@@ -1,170 +1,70 @@
-"""What a run tells while it trains: progress on the terminal, `metrics.jsonl`, `samples.jsonl`, and other sinks.
-
-`metrics.jsonl` is the run's own record: where it cannot be written, the run ends. Everything else is a courtesy: where
-it fails, it is switched off with a warning, and training goes on.
-"""
+"""The tracker hands metrics and samples to every logger that the config asks for; `loggers.py` has the loggers."""
 
 import contextlib
 import dataclasses
-import sys
-import time
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from tqdm import tqdm
-
+from notus.config import Config, to_yaml
+from notus.runtime.files import write_text
 from notus.runtime.process import first_line, tell
-from notus.training.lines import StepLines
+from notus.training.checkpoint import Progress
+from notus.training.inputs import DATA_FILE
+from notus.training.loggers import (
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    EnvironmentFile,
+    Logger,
+    MetricsFile,
+    ProgressBar,
+    SamplesFile,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from notus.training.sampling import Sample
-
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-
-
-class Sink:
-    """Where what a run tells goes; a sink takes what it has a use for.
-
-    Attributes:
-        remedy: what the user is told where it fails and is switched off; None: its failure ends the run.
-    """
-
-    remedy: str | None = None
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take a line of metrics."""
-
-    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Take what the model says after `step` steps."""
-
-    def sync(self, step: int) -> None:
-        """Put everything on disk, before the checkpoint of `step`."""
-
-    def state(self) -> dict[str, str]:
-        """What a resumed run needs to go on in the same place."""
-        return {}
-
-    def close(self) -> None:
-        """Finish."""
-
-
-class MetricsFile(Sink):
-    """One JSON object per line of metrics."""
-
-    def __init__(self, path: Path, *, resume_step: int, last_logged: int = 0) -> None:
-        """See `StepLines`."""
-        self._lines = StepLines(path, resume_step=resume_step, last_logged=last_logged)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._lines.append([{"step": step, **metrics}])
-
-    def sync(self, step: int) -> None:
-        self._lines.sync()
-
-    def close(self) -> None:
-        self._lines.close()
-
-
-class SamplesFile(Sink):
-    """One JSON object per sample."""
-
-    remedy = "samples are not kept from here on"
-
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        """See `StepLines`."""
-        self._lines = StepLines(path, resume_step=resume_step)
-
-    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        self._lines.append({"step": step, **dataclasses.asdict(sample)} for sample in samples)
-
-    def sync(self, step: int) -> None:
-        self._lines.sync()
-
-    def close(self) -> None:
-        self._lines.close()
-
-
-class ProgressBar(Sink):
-    """A bar where there is a terminal, a line every few seconds where there is none."""
-
-    remedy = f"{METRICS_FILE} has every line"
-
-    def __init__(
-        self, *, total_steps: int, start_step: int, shown: Mapping[str, str], seconds_between: float = 5.0
-    ) -> None:
-        """`shown` maps a label to the metric that stands behind it."""
-        self._shown = shown
-        self._total, self._start, self._began = total_steps, start_step, time.monotonic()
-        self._between, self._last = seconds_between, float("-inf")
-        interactive = sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if interactive else None
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        figures = {label: f"{metrics[key]:.4g}" for label, key in self._shown.items() if key in metrics}
-        if self._bar is not None:
-            self._bar.set_postfix(figures, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        evaluated = any(key.startswith("eval_") for key in metrics)
-        if now - self._last < self._between and step != self._total and not evaluated:
-            return
-        self._last = now
-        left = (now - self._began) / max(1, step - self._start) * (self._total - step)
-        figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
-        told = "  ".join(f"{label} {value}" for label, value in figures.items())
-        tell(f"step {step}/{self._total}  {told}  left {_clock(left)}")
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
 
 
 class Tracker:
-    """Hands what a run tells to every sink. Rank 0 has the sinks; the others have none."""
+    """Hands what a run reports to every logger. Rank 0 has the loggers; the others have none."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
-        self._off: list[Sink] = []
-        self._state = {name: value for sink in sinks for name, value in sink.state().items()}
+    def __init__(self, loggers: list[Logger]) -> None:
+        self._loggers = loggers
+        self._failed: list[Logger] = []
+        self._state = {name: value for logger in loggers for name, value in logger.state().items()}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (optimizer steps completed)."""
-        self._each(lambda sink: sink.log(step, metrics))
+        self._each(lambda logger: logger.log(step, metrics))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Record what the model says after `step` steps."""
+        """Record what the model generates after `step` steps."""
         if samples:
-            self._each(lambda sink: sink.log_samples(step, samples))
+            self._each(lambda logger: logger.log_samples(step, samples))
 
     def state(self) -> dict[str, str]:
-        """What a checkpoint keeps, so that a resumed run goes on in the same place: the W&B run's id."""
+        """Return what a checkpoint keeps, so that a resumed run continues in the same place: the W&B run's id."""
         return dict(self._state)
 
     def sync(self, step: int) -> None:
-        """Wait until what was told up to `step` is on disk."""
-        self._each(lambda sink: sink.sync(step))
+        """Wait until everything that was logged up to `step` is on disk."""
+        self._each(lambda logger: logger.sync(step))
 
-    def _each(self, work: Callable[[Sink], None]) -> None:
-        """A failure is the run's end, or with a `remedy` the sink's: training matters more than its trackers."""
-        for sink in list(self._sinks):
+    def _each(self, work: Callable[[Logger], None]) -> None:
+        """A failure ends the run, or, if the logger has a `remedy`, only switches that logger off."""
+        for logger in list(self._loggers):
             try:
-                work(sink)
+                work(logger)
             except Exception as error:
-                if sink.remedy is None:
+                if logger.remedy is None:
                     raise
-                self._sinks.remove(sink)
-                self._off.append(sink)
-                name = type(sink).__name__.removesuffix("Sink")
-                tell(f"warning: {name} fails ({first_line(error)}) and is off for the rest; {sink.remedy}")
+                self._loggers.remove(logger)
+                self._failed.append(logger)
+                name = type(logger).__name__.removesuffix("Logger")
+                tell(f"warning: {name} fails ({first_line(error)}) and is off for the rest; {logger.remedy}")
 
     def __enter__(self) -> "Tracker":
         return self
@@ -172,7 +72,51 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for sink in self._off:  # their processes and files; that they fail was told
+        for logger in self._failed:  # they still hold processes and files; that they failed was reported
             with contextlib.suppress(Exception):
-                sink.close()
-        self._each(lambda sink: sink.close())
+                logger.close()
+        self._each(lambda logger: logger.close())
+
+
+def open_tracker(
+    folder: Path, config: Config, progress: Progress, *, total_steps: int, hardware: str, data: Mapping[str, Any]
+) -> Tracker:
+    """Open every logger that the config asks for, continuing after `progress`; writes `data.json`. For rank 0.
+
+    Args:
+        folder: the run's.
+        config: the run's settings.
+        progress: what the run resumes from.
+        total_steps: of the whole run.
+        hardware: the job's devices.
+        data: the content of `data.json`.
+
+    Raises:
+        ValueError: a file is damaged, or a service rejects the run.
+        OSError: a file cannot be written.
+    """
+    tracking, step = config.tracking, progress.step
+    recorded = step if progress.recorded else step - 1
+    kept = recorded if step else -1  # at step 0 the model is sampled, once
+    loggers: list[Logger] = [
+        MetricsFile(folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
+        ProgressBar(total_steps=total_steps, start_step=step),
+        EnvironmentFile(folder / ENVIRONMENT_FILE, step=step, hardware=hardware),
+    ]
+    if tracking.samples or (folder / SAMPLES_FILE).exists():
+        loggers.append(SamplesFile(folder / SAMPLES_FILE, resume_step=kept))
+    write_text(folder / DATA_FILE, json.dumps(data) + "\n")
+    if tracking.wandb:
+        loggers.append(
+            WandbLogger(
+                project=tracking.project,
+                name=tracking.run_name or folder.name,
+                folder=folder,
+                config={**dataclasses.asdict(config), "data_summary": data},
+                run_id=progress.trackers.get("wandb"),
+            )
+        )
+    if tracking.tensorboard:
+        texts = {"config": to_yaml(config), "data": json.dumps(data, indent=1)}
+        loggers.append(TensorBoardLogger(folder, resume_step=kept, texts=texts))
+    return Tracker(loggers)

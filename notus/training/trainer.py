@@ -1,4 +1,7 @@
-"""The one training loop. It knows steps, rows and gradients; pairs and losses are its task's business."""
+"""The training loop that SFT and DPO share: `Trainer._train` shows a whole run from top to bottom.
+
+It knows steps, rows and gradients. Pairs and losses are its task's business: see `dpo.py` and `sft.py`.
+"""
 
 import dataclasses
 import enum
@@ -11,17 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from notus.config import TrainingConfig
 from notus.data.dataset import Rows
-from notus.data.packing import Batch, StepPlan
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan
 from notus.model.policy import Policy
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
 from notus.training.checkpoint import Progress
 from notus.training.checkpoint_writer import Checkpoints
-from notus.training.dataloader import Feed, row_costs
-from notus.training.guards import Guard, Guards
-from notus.training.metering import Meter
-from notus.training.optim import (
+from notus.training.dataloader import Dataloader, row_costs
+from notus.training.metrics import Guard, Guards, Meter
+from notus.training.optimizers import (
+    PiecewiseOptimizer,
     clipped_update,
     gradient_norm,
     is_first_replica,
@@ -29,7 +34,6 @@ from notus.training.optim import (
     local_gradients,
     set_learning_rate,
 )
-from notus.training.optimizers import InPieces
 from notus.training.parallelize import expect_last_row, hand_over_gradients
 from notus.training.sampling import Sample
 from notus.training.tracking import Tracker
@@ -53,8 +57,8 @@ class RowLoss:
 
     Attributes:
         loss: scalar with gradient, the row's share of the step's loss: already divided by the step's global count.
-        sums: fp64 [number of the task's metrics], detached.
-        per_example: [E], detached; names the culprits if the step is not finite.
+        sums: fp64 [`Task.num_sums`], detached: what the row adds to the task's metrics.
+        per_example: [E], detached; names the rows if the step is not finite.
     """
 
     loss: Tensor
@@ -63,7 +67,14 @@ class RowLoss:
 
 
 class Task(Protocol):
-    """What is learned: SFT or DPO."""
+    """What is learned: SFT or DPO.
+
+    Attributes:
+        rows: the training data.
+        plan: which of its examples each step takes.
+        num_sums: how many sums its metrics are made of.
+        guards: metrics to warn about.
+    """
 
     rows: Rows
     plan: StepPlan
@@ -71,15 +82,15 @@ class Task(Protocol):
     guards: tuple[Guard, ...]
 
     def prepare(self, batch: Batch) -> Batch:
-        """Add what `row_loss` needs beside the row; called on the feed's thread, so that the loop need not wait."""
+        """Add what `row_loss` needs beside the row. Runs on the dataloader's thread, ahead of the step."""
         ...
 
     def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
-        """The loss of one row from its log-probs [E, K]; `step_indices`: all ranks' dataset rows of the step."""
+        """Return the loss of one row from its log-probs [E, K]; `step_indices`: all ranks' examples of the step."""
         ...
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
-        """Flat metrics from sums over steps, rows and ranks, and the wall-clock seconds they took."""
+        """Return flat metrics from sums over steps, rows and ranks, and the wall-clock seconds they took."""
         ...
 
     def check_first_step(self, sums: list[float]) -> None:
@@ -87,43 +98,65 @@ class Task(Protocol):
         ...
 
     def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
-        """Metrics on held-out data; empty if there is none. Collective; calls `on_row`, which may raise, per row."""
+        """Return metrics on held-out data, none if there is none. Collective; calls `on_row`, which may raise."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to train; the names are those of the config's `training` section, steps are optimizer steps.
+class Agreement:
+    """What all ranks know of a step before its update, after the step's one exchange and one host sync.
 
-    `eval_every=None`: only at the end. `save_every=None`: at each epoch's end. A checkpoint is always written at the
-    end.
+    Attributes:
+        norm: fp32 scalar on the device, of the whole gradient.
+        norm_value: the same, on the host.
+        bad_losses: how many rows had a loss that is not finite.
+        save_failed: whether a checkpoint that is written in the background failed on some rank.
+        signalled: whether some rank got a signal to stop.
+        overdue: whether some rank's time is used up.
     """
 
-    total_steps: int
-    warmup_steps: int
-    learning_rate: float
-    lr_schedule: str
-    max_grad_norm: float | None
-    tokens_per_row: int
-    seed: int
-    log_every: int
-    eval_every: int | None
-    save_every: int | None
+    norm: Tensor
+    norm_value: float
+    bad_losses: float
+    save_failed: bool
+    signalled: bool
+    overdue: bool
+
+    @property
+    def ending(self) -> Ending | None:
+        """The reason to stop after this step, if there is one."""
+        return Ending.SIGNAL if self.signalled else Ending.BUDGET if self.overdue else None
+
+
+@dataclasses.dataclass
+class Accumulated:
+    """What a step's rows left on this rank.
+
+    Attributes:
+        gradients: this rank's shards.
+        bad_losses: fp32 scalar on the device: rows whose loss is not finite.
+        losses: per row, the dataset indices [E] of its examples and their losses [E].
+    """
+
+    gradients: list[Tensor]
+    bad_losses: Tensor
+    losses: list[tuple[Tensor, Tensor]]
 
 
 Sampling = Callable[[Callable[[], None]], list[Sample]]
 
 
 class Trainer:
-    """Takes a policy from `progress` to `settings.total_steps`."""
+    """Takes a policy from `progress` to the last step."""
 
     def __init__(
         self,
         policy: Policy,
-        optimizer: InPieces,
+        optimizer: PiecewiseOptimizer,
         task: Task,
-        settings: Settings,
+        config: TrainingConfig,
         *,
+        total_steps: int,
         progress: Progress,
         tracker: Tracker,
         checkpoints: Checkpoints,
@@ -132,12 +165,13 @@ class Trainer:
         sample: Sampling | None,
         device: torch.device,
     ) -> None:
-        self.policy, self.optimizer, self.task, self.settings = policy, optimizer, task, settings
+        self.policy, self.optimizer, self.task, self.config = policy, optimizer, task, config
+        self.total_steps, self.warmup_steps = total_steps, math.ceil(config.warmup_ratio * total_steps)
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
         self.stop, self.meter, self.sample = stop, meter, sample
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self._sums = torch.zeros(task.num_sums, dtype=torch.float64, device=device)
-        self._sums += torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
+        # Metric sums stay on the device in fp64 until a line of metrics is due: no host sync per row.
+        self._sums = torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
         self._seconds = progress.window_seconds
         self._trained = 0.0  # seconds of this launch's steps
         self._guards = Guards(task.guards)
@@ -149,68 +183,121 @@ class Trainer:
         self.policy.train()
         with self.stop.in_loop():
             try:
-                with self._feed() as feed:
-                    ending = self._run(feed)
+                with self._dataloader() as loader:
+                    ending = self._train(loader)
             except Exception as error:
                 if not isinstance(error, RuntimeError):  # which may mean that the other ranks are gone
                     self.checkpoints.wait()  # what was saved before is worth its last bytes
                 raise
             self.checkpoints.wait()
-        self._say_idle(feed)
+        self._report_idle(loader)
         return ending
 
-    def _say_idle(self, feed: Feed) -> None:
-        """Print what share of this launch's steps was spent waiting; collective."""
-        waited = max(gather_objects(feed.waited / self._trained if self._trained else 0.0))
-        say(f"idle: {waited:.2%} of the steps for want of data, {feed.idle_share:.2%} by cost for a heavier rank")
-
-    def _feed(self) -> Feed:
-        task, settings = self.task, self.settings
-        return Feed(
-            task.rows,
-            row_costs(self.policy, task.rows),
-            task.plan,
-            range(self.progress.step, settings.total_steps),
-            tokens_per_row=settings.tokens_per_row,
-            device=self.device,
-            prepare=task.prepare,
-        )
-
-    def _run(self, feed: Feed) -> Ending:
-        saved, ending = self.progress.step, self._begin()
-        while True:
-            if not self.progress.recorded:
-                ending = self._record(ending)
-            step = self.progress.step
-            if saved != step and (ending or self._due(self.settings.save_every or self.task.plan.steps_per_epoch)):
-                self._save()
-                saved = step
-            if step == self.settings.total_steps and self.progress.recorded:
-                return Ending.FINISHED
-            if ending is not None:
-                return ending
-            ending = self._step(feed)
-            if self.progress.step == 1:
+    def _train(self, loader: Dataloader) -> Ending:
+        """The loop."""
+        if ending := self._before_first_step():
+            return ending
+        for step in range(self.progress.step, self.total_steps):
+            ending = self._step(step, loader)
+            if step == 0:
                 self.task.check_first_step(self._global_sums())
+            ending = self._record(ending)
+            if ending or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
+                self._save()
+            if ending:
+                return ending
+        return Ending.FINISHED
 
-    def _begin(self) -> Ending | None:
-        """Let a fresh model speak; returns the reason to stop, if there is one by now."""
+    def _before_first_step(self) -> Ending | None:
+        """Sample a fresh model, or make up for the evaluation that a signal kept a resumed run from."""
         if self.progress.step == 0:
             try:
                 self.tracker.log_samples(0, self._samples())
             except Interrupted:
                 return Ending.SIGNAL
-        return None
+        return None if self.progress.recorded else self._record(None)
 
-    def _samples(self) -> list[Sample]:
-        return self.sample(self.stop.check) if self.sample else []
+    def _step(self, step: int, loader: Dataloader) -> Ending | None:
+        """Take one optimizer step; returns the reason to stop after it, if any rank has one."""
+        began = time.perf_counter()
+        accumulated = self._accumulate(step, loader)
+        agreed = self._agree(accumulated)
+        self._check(agreed, accumulated)
+        self._update(step, accumulated.gradients, agreed)
+        self._advance(step, time.perf_counter() - began)
+        return agreed.ending  # the gradients go with this call: the next step needs their memory
+
+    def _accumulate(self, step: int, loader: Dataloader) -> Accumulated:
+        """Run every row of the step forward and backward; gradients add up in the parameters."""
+        # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
+        seed = np.random.SeedSequence([self.config.seed, step, rank()])
+        torch.manual_seed(seed.generate_state(1, np.uint64).item())
+        indices = self.task.plan.indices(step)
+        bad_losses = torch.zeros((), device=self.device)
+        losses: list[tuple[Tensor, Tensor]] = []
+        for batch, last in loader.step():
+            if self._whole:
+                expect_last_row(self.policy, last)
+            batch = batch.to(self.device)
+            row = self.task.row_loss(self.policy(batch), batch, indices)
+            row.loss.backward()
+            self._sums += row.sums
+            bad_losses += ~torch.isfinite(row.loss.detach())
+            losses.append((batch.indices, row.per_example))
+        if self._whole:
+            hand_over_gradients(self.policy)
+        return Accumulated(local_gradients(self.trainable), bad_losses, losses)
+
+    def _agree(self, accumulated: Accumulated) -> Agreement:
+        """Reduce the gradient's norm and the ranks' flags together: the step's one host sync."""
+        bad_losses = accumulated.bad_losses
+        mine = (self.checkpoints.failed(), self.stop.signalled, self.stop.overdue)
+        # filled on the device: a copy from the host would wait for the backward pass
+        flags = torch.stack([bad_losses, *(torch.full_like(bad_losses, float(raised)) for raised in mine)])
+        reduced = gradient_norm(accumulated.gradients, flags, first_replica=is_first_replica(self.trainable))
+        norm, bad, save_failed, signalled, overdue = reduced.tolist()  # the step's one host sync
+        return Agreement(reduced[0], norm, bad, bool(save_failed), bool(signalled), bool(overdue))
+
+    def _check(self, agreed: Agreement, accumulated: Accumulated) -> None:
+        """Raise what is to stop the run before the update, on all ranks: a failed save, a loss that is not finite."""
+        if agreed.save_failed:
+            self.checkpoints.wait()
+        if not agreed.bad_losses and math.isfinite(agreed.norm_value):
+            return
+        mine = [int(row) for indices, losses in accumulated.losses for row in indices[~torch.isfinite(losses.cpu())]]
+        rows = sorted(row for part in gather_objects(mine) for row in part)
+        which = f"the loss of dataset rows {rows[:20]}" if rows else "the gradient (every loss is finite)"
+        look = "Look at these rows, lower" if rows else "Lower"
+        raise NonFiniteError(
+            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. {look} "
+            "training.learning_rate, or use training.precision=fp32"
+        )
+
+    def _update(self, step: int, gradients: list[Tensor], agreed: Agreement) -> None:
+        """Take the optimizer's step at the schedule's learning rate, with the gradient clipped."""
+        factor = learning_rate_factor(
+            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.lr_schedule
+        )
+        self.progress.learning_rate = self.config.learning_rate * factor
+        self.progress.grad_norm = agreed.norm_value
+        set_learning_rate(self.optimizer, self.progress.learning_rate)
+        clipped_update(self.optimizer, gradients, agreed.norm, self.config.max_grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _advance(self, step: int, seconds: float) -> None:
+        """Count the step, which has not been logged yet."""
+        self.progress.step, self.progress.recorded = step + 1, False
+        self.progress.num_tokens += int(self.task.rows.lengths[self.task.plan.indices(step)].sum())
+        self.progress.window_steps += 1
+        self._seconds += seconds
+        self._trained += seconds
 
     def _record(self, ending: Ending | None) -> Ending | None:
-        """Log what is due at this step; returns the reason to stop, if there is one by now."""
-        evaluate = self._due(self.settings.eval_every)
+        """Log and evaluate if that is due at this step; returns the reason to stop, if there is one by now."""
+        evaluate = self._due(self.config.eval_every)
         if evaluate and ending is not None:
             return ending  # the next launch evaluates
-        if evaluate or self._due(self.settings.log_every):
+        if evaluate or self._due(self.config.log_every):
             held_out: dict[str, float] = {}
             samples: list[Sample] = []
             if evaluate:
@@ -229,81 +316,24 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         step = self.progress.step
-        return step == self.settings.total_steps or (every is not None and step % every == 0)
+        return step == self.total_steps or (every is not None and step % every == 0)
 
-    def _step(self, feed: Feed) -> Ending | None:
-        """One optimizer step; returns the reason to stop after it, if any rank has one."""
-        began = time.perf_counter()
-        settings, step = self.settings, self.progress.step
-        # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
-        torch.manual_seed(np.random.SeedSequence([settings.seed, step, rank()]).generate_state(1, np.uint64).item())
-        indices = self.task.plan.indices(step)
-        examples: list[tuple[Tensor, Tensor]] = []
-        flags = torch.zeros(4, device=self.device)
-        bad, *mine = flags.unbind()
-        for batch, last in feed.step():
-            if self._whole:
-                expect_last_row(self.policy, last)
-            batch = batch.to(self.device)
-            result = self.task.row_loss(self.policy(batch), batch, indices)
-            result.loss.backward()
-            self._sums += result.sums
-            bad += ~torch.isfinite(result.loss.detach())
-            examples.append((batch.indices, result.per_example))
-        if self._whole:
-            hand_over_gradients(self.policy)
-        gradients = local_gradients(self.trainable)
-        for flag, raised in zip(mine, (self.checkpoints.failed(), self.stop.signalled, self.stop.overdue), strict=True):
-            if raised:
-                flag.fill_(1.0)  # a copy from the host would wait for the backward pass
-        told = gradient_norm(gradients, flags, first_replica=is_first_replica(self.trainable))
-        norm, losses_bad, save_failed, signalled, overdue = told.tolist()  # the step's one host sync
-        if save_failed:
-            self.checkpoints.wait()
-        if losses_bad or not math.isfinite(norm):
-            self._refuse(examples)
-        rate = settings.learning_rate * learning_rate_factor(
-            step,
-            total_steps=settings.total_steps,
-            warmup_steps=settings.warmup_steps,
-            schedule=settings.lr_schedule,
-        )
-        set_learning_rate(self.optimizer, rate)
-        clipped_update(self.optimizer, gradients, told[0], settings.max_grad_norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        progress = self.progress
-        progress.step, progress.recorded, progress.grad_norm, progress.learning_rate = step + 1, False, norm, rate
-        progress.num_tokens += int(self.task.rows.lengths[indices].sum())
-        progress.window_steps += 1
-        seconds = time.perf_counter() - began
-        self._seconds += seconds
-        self._trained += seconds
-        return Ending.SIGNAL if signalled else Ending.BUDGET if overdue else None
-
-    def _refuse(self, examples: list[tuple[Tensor, Tensor]]) -> None:
-        """Stop before the update, naming the step and the rows."""
-        mine = [int(row) for indices, losses in examples for row in indices[~torch.isfinite(losses.cpu())]]
-        rows = sorted(row for part in gather_objects(mine) for row in part)
-        which = f"the loss of dataset rows {rows[:20]}" if rows else "the gradient (every loss is finite)"
-        look = "Look at these rows, lower" if rows else "Lower"
-        raise NonFiniteError(
-            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. {look} "
-            "training.learning_rate, or use training.precision=fp32"
-        )
+    def _samples(self) -> list[Sample]:
+        return self.sample(self.stop.check) if self.sample else []
 
     def _window(self) -> dict[str, float]:
-        """The line for this step: means over the steps since the last one, from one reduction."""
-        progress = self.progress
-        memory = torch.zeros(world_size(), dtype=torch.float64, device=self.device)
+        """The metrics of the steps since the last line of metrics, from one reduction."""
+        progress, ranks = self.progress, world_size()
+        memory = torch.zeros(ranks, dtype=torch.float64, device=self.device)
         memory[rank()] = self.meter.memory()  # the sum over ranks has every rank's
-        told = sum_across_ranks(torch.cat([memory, self._sums])).tolist()
-        metrics = self.task.metrics(told[world_size() :], self._seconds)
+        reduced = sum_across_ranks(torch.cat([memory, self._sums])).tolist()
+        metrics = self.task.metrics(reduced[ranks:], self._seconds)
         metrics["grad_norm"] = progress.grad_norm
         metrics["learning_rate"] = progress.learning_rate
         metrics["epoch"] = progress.step / self.task.plan.steps_per_epoch
         metrics["num_tokens"] = progress.num_tokens
         steps = range(progress.step - progress.window_steps, progress.step)
-        metrics |= self.meter.figures(steps, self._seconds, max(told[: world_size()]))
+        metrics |= self.meter.figures(steps, self._seconds, max(reduced[:ranks]))
         self._sums.zero_()
         self._seconds, progress.window_steps = 0.0, 0
         return metrics
@@ -312,10 +342,28 @@ class Trainer:
         return sum_across_ranks(self._sums.clone()).tolist()
 
     def _save(self) -> None:
+        # The sums since the last line go with the checkpoint, so that the next line is that of an undisturbed run.
         self.progress.window_sums, self.progress.window_seconds = gather_objects(self._sums.tolist()), self._seconds
         self.progress.trackers = self.tracker.state()
         self.tracker.sync(self.progress.step)
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
+
+    def _dataloader(self) -> Dataloader:
+        task = self.task
+        return Dataloader(
+            task.rows,
+            row_costs(self.policy, task.rows),
+            task.plan,
+            range(self.progress.step, self.total_steps),
+            tokens_per_row=self.config.tokens_per_row,
+            device=self.device,
+            prepare=task.prepare,
+        )
+
+    def _report_idle(self, loader: Dataloader) -> None:
+        """Print what share of this launch's steps was spent waiting; collective."""
+        waited = max(gather_objects(loader.waited / self._trained if self._trained else 0.0))
+        say(f"idle: {waited:.2%} of the steps for want of data, {loader.idle_share:.2%} by cost for a heavier rank")
 
 
 def _own_share(window_sums: list[list[float]], count: int) -> list[float]:

@@ -164,7 +164,7 @@ GOOD = json.dumps(raw(0)).encode()
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("in.jsonl", GOOD + b"\n\n{broken\n", r"in.jsonl, line 3: not valid JSON \(.*correct or remove it"),
+        ("in.jsonl", GOOD + b"\n\n{broken\n", r"in.jsonl, line 3: not valid JSON"),
         ("in.jsonl", GOOD + b"\n[1]\n", "in.jsonl, line 2: list .* is no record"),
         ("in.jsonl", GOOD + b'\n{"a": "\xff"}\n', "in.jsonl, line 2: not UTF-8 at byte 7"),
         ("in.jsonl", GOOD + b"\n" + GOOD.replace(b'"5"', b'"7"'), "in.jsonl, line 2: .*Rating is '7'"),
@@ -173,10 +173,10 @@ GOOD = json.dumps(raw(0)).encode()
         ("in.jsonl", b"\n \n", "in.jsonl: the file holds no records"),
         ("in.json", b"", "in.json: the file holds no records"),
         ("in.json", b"[]", "in.json: the file holds no records"),
-        ("in.json", b"[" + GOOD + b", 3]", "in.json, record 2: int 3 is no record"),
-        ("in.json", b"[" + GOOD, "in.json: not valid JSON"),
+        ("in.json", b"[" + GOOD + b", 3]", r"in.json, row 2 \(line 1\): int 3 is no record"),
+        ("in.json", b"[" + GOOD, "in.json, line 1: not JSON"),
         ("in.parquet", b"PAR1 no", "in.parquet: not a readable Parquet file"),
-        ("in.csv", b"a,b\n", "in.csv: .csv is unknown; convert"),
+        ("in.csv", b"a,b\n", "in.csv: files of type .csv are not read; convert"),
     ],
 )
 def test_bad_input_is_named_and_leaves_the_output_alone(tmp_path, name, content, message):
@@ -191,7 +191,7 @@ def test_bad_input_is_named_and_leaves_the_output_alone(tmp_path, name, content,
 
 def test_wrong_parquet_columns_are_listed(tmp_path):
     datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"]}).to_parquet(tmp_path / "in.parquet")
-    with pytest.raises(ValueError, match=r"in.parquet, record 1: source is missing \(there is prompt, chosen\)"):
+    with pytest.raises(ValueError, match=r"in.parquet, row 1: source is missing \(there is prompt, chosen\)"):
         command(tmp_path / "in.parquet", tmp_path / "out.jsonl")
 
 
@@ -223,5 +223,5 @@ def test_paths_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
-    with pytest.raises(ValueError, match=r"some/name: no such path, and no hub dataset .*no route"):
+    with pytest.raises(ValueError, match=r"some/name: .*no route"):
         command("some/name", output)

@@ -11,8 +11,9 @@ from fuzzing import fuzz, replaced, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notus.curation.command import read_file, write_rows
+from notus.curation.command import write_rows
 from notus.curation.ultrafeedback import RULES, Curator, curate, normalized
+from notus.data.sources import read_file
 
 ratings = st.sampled_from(["1", "2", "3", "4", "5", 1, 3, 5, 2.5, "4.25", 4.999999999999999, "N/A", None])
 aspects = st.none() | st.builds(lambda rating: {"Rating": rating, "Rationale": "r"}, ratings)

@@ -1,14 +1,10 @@
-"""Rows read back as plain Python does, whatever the storage; lengths, digests, the packing report."""
-
-import itertools
+"""Rows read back as plain Python does, whatever the storage; lengths and digests."""
 
 import datasets
 import numpy as np
 import pytest
 
-from notus.data.columns import PROVENANCE
-from notus.data.dataset import Rows, packing_report, step_rows
-from notus.data.packing import StepPlan
+from notus.data.dataset import PROVENANCE, Rows
 
 
 def features(ids="int32", mask="int8", sequence=datasets.List):
@@ -113,12 +109,6 @@ def test_lengths_by_hand():
     assert rows.loss_tokens.tolist() == [[2, 1], [1, 0], [1, 0]]
 
 
-def test_loss_tokens_are_what_a_batch_counts():
-    rows = Rows(dataset(random_records(30)))
-    for batch in step_rows(rows, np.arange(30), rank=0, world_size=1, tokens_per_row=60):
-        assert batch.lengths.tolist() == rows.loss_tokens[batch.indices].tolist()
-
-
 def test_an_empty_dataset_and_mixed_numbers_of_branches_are_refused():
     with pytest.raises(ValueError, match="holds no rows"):
         Rows(dataset([]))
@@ -220,30 +210,6 @@ def test_three_branches_are_not_two():
     assert two != three
 
 
-# --- steps ---
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_ranks_rows_of_a_step_hold_its_examples_once(world_size):
-    rows = Rows(dataset(random_records(20)))
-    indices = StepPlan(20, 6, seed=1).indices(0)
-    shares = [
-        list(step_rows(rows, indices, rank=rank, world_size=world_size, tokens_per_row=30))
-        for rank in range(world_size)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    batches = list(itertools.chain.from_iterable(shares))
-    seen = torch_list(batch.indices for batch in batches)
-    assert sorted(index for index in seen if index >= 0) == sorted(indices.tolist())
-    assert all(batch.input_ids.numel() <= 30 for batch in batches)
-    real = [batch for batch in batches if batch.indices[0] >= 0]
-    assert sum(batch.input_ids.numel() for batch in real) == rows.lengths[indices].sum()
-
-
-def torch_list(tensors):
-    return [int(value) for tensor in tensors for value in tensor]
-
-
 def test_examples_are_views_of_the_file(tmp_path):
     dataset(random_records(23)).save_to_disk(tmp_path)
     rows = Rows(datasets.load_from_disk(str(tmp_path)))
@@ -251,54 +217,3 @@ def test_examples_are_views_of_the_file(tmp_path):
     assert len(first.branches[0])
     assert np.shares_memory(first.branches[0], again.branches[0])
     assert not first.branches[0].flags.writeable
-
-
-def test_costs_decide_which_rank_takes_what():
-    records = [([1], [[2] * 3, [3]], [[1] * 3, [1]])] * 4
-    rows, costs = Rows(dataset(records)), np.array([3, 3, 9, 3])
-    shares = [
-        [batch.indices.tolist() for batch in step_rows(rows, np.arange(4), rank=rank, costs=costs, **common)]
-        for common in [{"world_size": 2, "tokens_per_row": 15}]
-        for rank in range(2)
-    ]
-    assert shares == [[[2]], [[0, 1, 3]]]
-
-
-# --- the packing report ---
-
-# tokens 10, 6, 4; with a trunk per branch 14, 8, 5
-REPORTED = [
-    ([1] * 4, [[2] * 3, [3] * 3], [[1] * 3, [1] * 3]),
-    ([1] * 2, [[2] * 2, [3] * 2], [[1] * 2, [1] * 2]),
-    ([1], [[2], [3] * 2], [[1], [1] * 2]),
-]
-
-
-def test_packing_report_by_hand():
-    rows = Rows(dataset(REPORTED))
-    plan = StepPlan(3, 2, shuffle=False)
-    report = packing_report(rows, plan, np.array([9, 7, 4]), world_size=2, tokens_per_row=10)
-    # Step 0: ranks cost 9 and 7, so 2 of 18 are idle. Step 1: ranks 4 and 0, 4 of 8 are idle, and a filler of 3 tokens.
-    assert report.steps == 2
-    assert report.padding_share == pytest.approx(3 / 23)
-    assert report.sharing_gain == pytest.approx(27 / 20)
-    assert report.idle_share == pytest.approx(6 / 26)
-    assert (
-        str(report)
-        == "packing: padding 13.04%, sharing gain 1.35x, ranks idle 23.08% by cost (over 2 steps of an epoch)"
-    )
-
-
-def test_packing_report_on_one_rank_has_no_padding_and_stops_at_max_steps():
-    rows = Rows(dataset(REPORTED))
-    plan = StepPlan(3, 1, shuffle=False)
-    report = packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=10, max_steps=1)
-    assert (report.steps, report.padding_share, report.idle_share) == (1, 0, 0)
-    assert report.sharing_gain == pytest.approx(1.4)
-
-
-def test_packing_report_refuses_a_row_too_long_in_a_step_that_it_does_not_look_at():
-    rows = Rows(dataset(REPORTED[::-1]))
-    plan = StepPlan(3, 1, shuffle=False)
-    with pytest.raises(ValueError, match=r"training\.tokens_per_row=9 is less than .* \(10 tokens\)"):
-        packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=9, max_steps=1)

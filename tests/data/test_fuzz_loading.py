@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from toys import toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.dataset import Rows, step_rows
-from notus.data.packing import StepPlan
+from notus.data.dataset import Rows
+from notus.data.schedule import StepPlan, step_rows
 from notus.data.tokenize import load_pairs, load_sft
 
 CHATML = (

@@ -9,9 +9,9 @@ from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notus.data.columns import FEATURES
-from notus.data.dataset import Rows, packing_report, step_rows
-from notus.data.packing import Batch, StepPlan
+from notus.data.dataset import FEATURES, Rows
+from notus.data.packing import Batch
+from notus.data.schedule import StepPlan, packing_report, step_rows
 from notus.data.tokenize import split_holdout
 
 tokens = st.lists(st.integers(0, 399), max_size=12)

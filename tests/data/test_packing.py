@@ -1,7 +1,6 @@
-"""Step plans, and the layout of packed rows."""
+"""The layout of packed rows."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notus.data.packing import Example, StepPlan, build_layout, collate, filler
+from notus.data.packing import Example, build_layout, collate, filler
 
 
 def example(index, trunk, branches, masks=None):
@@ -24,40 +23,6 @@ def example(index, trunk, branches, masks=None):
 
 def random_example(rng, index, trunk, branches):
     return example(index, rng.integers(3, 400, trunk), [rng.integers(3, 400, length) for length in branches])
-
-
-# --- step plan ---
-
-
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(1, 1), (1, 8), (12, 4), (13, 4), (13, 13), (5, 64)])
-def test_every_epoch_takes_every_example_exactly_once(num_examples, batch_size):
-    plan = StepPlan(num_examples, batch_size, seed=3)
-    assert plan.steps_per_epoch == math.ceil(num_examples / batch_size)
-    for epoch in range(3):
-        steps = [plan.indices(epoch * plan.steps_per_epoch + step) for step in range(plan.steps_per_epoch)]
-        assert sorted(np.concatenate(steps).tolist()) == list(range(num_examples))
-
-
-def test_an_epochs_last_step_may_be_short_and_the_next_epoch_begins_anew():
-    plan = StepPlan(10, 4, seed=0)
-    assert [len(plan.indices(step)) for step in range(6)] == [4, 4, 2, 4, 4, 2]
-
-
-def test_epochs_and_seeds_have_different_orders_and_steps_can_be_asked_in_any_order():
-    def order(seed, epoch):
-        return StepPlan(100, 100, seed=seed).indices(epoch).tolist()
-
-    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
-    assert len({tuple(found) for found in orders}) == 6
-    assert [order(seed, epoch) for seed in (1, 0) for epoch in (2, 1, 0)] == orders[::-1]
-
-
-def test_without_shuffling_every_epoch_has_the_datas_order():
-    plan = StepPlan(5, 2, seed=7, shuffle=False)
-    assert [plan.indices(step).tolist() for step in range(6)] == [[0, 1], [2, 3], [4]] * 2
-
-
-# --- packed rows ---
 
 
 def test_collate_by_hand():

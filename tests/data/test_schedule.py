@@ -1,14 +1,50 @@
-"""Dealing a step's examples to ranks and rows: what fits, and how evenly it costs."""
+"""Which examples a step sees; which rank and packed row each goes to: what fits, and how evenly it costs."""
 
 import itertools
+import math
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from notus.data.dataset import FEATURES, Rows
 from notus.data.packing import check_fits
-from notus.data.schedule import deal, time_of
+from notus.data.schedule import StepPlan, deal, packing_report, step_rows, time_of
+
+# --- step plan ---
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(1, 1), (1, 8), (12, 4), (13, 4), (13, 13), (5, 64)])
+def test_every_epoch_takes_every_example_exactly_once(num_examples, batch_size):
+    plan = StepPlan(num_examples, batch_size, seed=3)
+    assert plan.steps_per_epoch == math.ceil(num_examples / batch_size)
+    for epoch in range(3):
+        steps = [plan.indices(epoch * plan.steps_per_epoch + step) for step in range(plan.steps_per_epoch)]
+        assert sorted(np.concatenate(steps).tolist()) == list(range(num_examples))
+
+
+def test_an_epochs_last_step_may_be_short_and_the_next_epoch_begins_anew():
+    plan = StepPlan(10, 4, seed=0)
+    assert [len(plan.indices(step)) for step in range(6)] == [4, 4, 2, 4, 4, 2]
+
+
+def test_epochs_and_seeds_have_different_orders_and_steps_can_be_asked_in_any_order():
+    def order(seed, epoch):
+        return StepPlan(100, 100, seed=seed).indices(epoch).tolist()
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(found) for found in orders}) == 6
+    assert [order(seed, epoch) for seed in (1, 0) for epoch in (2, 1, 0)] == orders[::-1]
+
+
+def test_without_shuffling_every_epoch_has_the_datas_order():
+    plan = StepPlan(5, 2, seed=7, shuffle=False)
+    assert [plan.indices(step).tolist() for step in range(6)] == [[0, 1], [2, 3], [4]] * 2
+
+
+# --- balance over ranks and rows ---
 
 
 def flat(dealt):
@@ -100,3 +136,99 @@ def test_realistic_lengths_leave_the_ranks_hardly_idle(tokens_per_row):
         cost += costs.sum()
         paid += 8 * time_of(deal(lengths, costs, 8, tokens_per_row), costs)
     assert 1 - cost / paid < 0.02
+
+
+# --- packed rows of a step ---
+
+
+def dataset(records):
+    columns = {name: [record[place] for record in records] for place, name in enumerate(FEATURES)}
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
+
+
+def random_records(count, num_branches=2, seed=0):
+    rng = np.random.default_rng(seed)
+    records = []
+    for _ in range(count):
+        branches = [rng.integers(3, 100, rng.integers(1, 7)).tolist() for _ in range(num_branches)]
+        masks = [rng.integers(0, 2, len(branch)).tolist() for branch in branches]
+        records.append((rng.integers(3, 100, rng.integers(0, 6)).tolist(), branches, masks))
+    return records
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_the_ranks_rows_of_a_step_hold_its_examples_once(world_size):
+    rows = Rows(dataset(random_records(20)))
+    indices = StepPlan(20, 6, seed=1).indices(0)
+    shares = [
+        list(step_rows(rows, indices, rank=rank, world_size=world_size, tokens_per_row=30))
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    batches = list(itertools.chain.from_iterable(shares))
+    seen = torch_list(batch.indices for batch in batches)
+    assert sorted(index for index in seen if index >= 0) == sorted(indices.tolist())
+    assert all(batch.input_ids.numel() <= 30 for batch in batches)
+    real = [batch for batch in batches if batch.indices[0] >= 0]
+    assert sum(batch.input_ids.numel() for batch in real) == rows.lengths[indices].sum()
+
+
+def torch_list(tensors):
+    return [int(value) for tensor in tensors for value in tensor]
+
+
+def test_costs_decide_which_rank_takes_what():
+    records = [([1], [[2] * 3, [3]], [[1] * 3, [1]])] * 4
+    rows, costs = Rows(dataset(records)), np.array([3, 3, 9, 3])
+    shares = [
+        [batch.indices.tolist() for batch in step_rows(rows, np.arange(4), rank=rank, costs=costs, **common)]
+        for common in [{"world_size": 2, "tokens_per_row": 15}]
+        for rank in range(2)
+    ]
+    assert shares == [[[2]], [[0, 1, 3]]]
+
+
+def test_loss_tokens_are_what_a_batch_counts():
+    rows = Rows(dataset(random_records(30)))
+    for batch in step_rows(rows, np.arange(30), rank=0, world_size=1, tokens_per_row=60):
+        assert batch.lengths.tolist() == rows.loss_tokens[batch.indices].tolist()
+
+
+# --- the packing report ---
+
+# tokens 10, 6, 4; with a trunk per branch 14, 8, 5
+REPORTED = [
+    ([1] * 4, [[2] * 3, [3] * 3], [[1] * 3, [1] * 3]),
+    ([1] * 2, [[2] * 2, [3] * 2], [[1] * 2, [1] * 2]),
+    ([1], [[2], [3] * 2], [[1], [1] * 2]),
+]
+
+
+def test_packing_report_by_hand():
+    rows = Rows(dataset(REPORTED))
+    plan = StepPlan(3, 2, shuffle=False)
+    report = packing_report(rows, plan, np.array([9, 7, 4]), world_size=2, tokens_per_row=10)
+    # Step 0: ranks cost 9 and 7, so 2 of 18 are idle. Step 1: ranks 4 and 0, 4 of 8 are idle, and a filler of 3 tokens.
+    assert report.steps == 2
+    assert report.padding_share == pytest.approx(3 / 23)
+    assert report.sharing_gain == pytest.approx(27 / 20)
+    assert report.idle_share == pytest.approx(6 / 26)
+    assert (
+        str(report)
+        == "packing: padding 13.04%, sharing gain 1.35x, ranks idle 23.08% by cost (over 2 steps of an epoch)"
+    )
+
+
+def test_packing_report_on_one_rank_has_no_padding_and_stops_at_max_steps():
+    rows = Rows(dataset(REPORTED))
+    plan = StepPlan(3, 1, shuffle=False)
+    report = packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=10, max_steps=1)
+    assert (report.steps, report.padding_share, report.idle_share) == (1, 0, 0)
+    assert report.sharing_gain == pytest.approx(1.4)
+
+
+def test_packing_report_refuses_a_row_too_long_in_a_step_that_it_does_not_look_at():
+    rows = Rows(dataset(REPORTED[::-1]))
+    plan = StepPlan(3, 1, shuffle=False)
+    with pytest.raises(ValueError, match=r"training\.tokens_per_row=9 is less than .* \(10 tokens\)"):
+        packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=9, max_steps=1)

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from notus.data.sources import Part, open_source, parts, read_rows
+from notus.data.sources import Part, open_source, parts, read_file, read_rows
 
 ROWS = [{"a": "x"}, {"a": "äé🙂"}, {"a": "[1, {]"}]
 
@@ -22,7 +22,10 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(path: Path | str, split: str = "train") -> list[tuple[str, Any]]:
     source = open_source(str(path), split)
-    return list(read_rows(source, source.rows[:], range(len(source.rows))))
+    rows = list(read_rows(source, source.rows[:], range(len(source.rows))))
+    if Path(path).is_file():
+        assert list(read_file(Path(path))) == rows
+    return rows
 
 
 def on_hub(monkeypatch: pytest.MonkeyPatch, *files: str) -> None:

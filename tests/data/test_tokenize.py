@@ -11,8 +11,9 @@ from toys import assets_dir, toy_tokenizer
 from transformers import AutoTokenizer
 
 from notus.data import tokenize as dataset_module
-from notus.data.chat import Encoded
-from notus.data.columns import FEATURES, PROVENANCE
+from notus.data.chat import ChatEncoder, Encoded
+from notus.data.dataset import FEATURES, PROVENANCE, Rows
+from notus.data.formats import find_form
 from notus.data.tokenize import (
     COMPLETION_CUT,
     PROMPT_CUT,
@@ -23,6 +24,7 @@ from notus.data.tokenize import (
     split_trunk,
     truncate,
 )
+from notus.training.reference import digest_of_rows
 
 EOS_ID = 2
 
@@ -205,13 +207,15 @@ class TestDrops:
         with pytest.raises(ValueError, match=r"a.jsonl: no row is left[^$]*dropped 1: empty[^$]*dropped 1: chosen"):
             load(path)
 
-    def test_reports_add_up(self) -> None:
-        one = DropReport(5, {"chosen and rejected identical": 1}, 1, 2)
-        two = DropReport(7, {"empty completion": 2, "chosen and rejected identical": 1}, 0, 3)
-        total = one + two
-        assert total == DropReport(12, {"empty completion": 2, "chosen and rejected identical": 2}, 1, 5)
-        assert list(total.dropped) == ["empty completion", "chosen and rejected identical"]
-        assert total.kept == 8
+    def test_reports_of_several_sources_add_up(self, tmp_path: Path) -> None:
+        good, same, empty = pair("Q", "X", "Y"), pair("Q", "X", "X"), pair("Q", "", "Y")
+        one = write_rows(tmp_path / "a.jsonl", [good, same, pair("Q", "X" * 80, "Y")])
+        two = write_rows(tmp_path / "b.jsonl", [good, good, same, empty])
+        kept, report = load([{"path": str(one)}, {"path": str(two), "weight": 2}])
+        assert report == DropReport(7, {"empty completion": 1, "chosen and rejected identical": 2}, 0, 1)
+        assert list(report.dropped) == ["empty completion", "chosen and rejected identical"]
+        assert report.kept == 4
+        assert len(kept) == 2 + 2 * 2
 
 
 class TestErrors:
@@ -251,7 +255,7 @@ class TestCache:
         def fail(*args: Any) -> None:
             raise RuntimeError("tokenised again")
 
-        monkeypatch.setattr(dataset_module._Tokenize, "__call__", fail)
+        monkeypatch.setattr(ChatEncoder, "tokenize", fail)
 
     @pytest.mark.usefixtures("refuse")
     @pytest.mark.parametrize("settings", [{}, {"num_workers": 2}, {"chat_template": "zephyr"}, {"seed": 1}])
@@ -365,6 +369,71 @@ class TestHoldout:
     def test_both_sides_keep_rows(self, size: int) -> None:
         with pytest.raises(ValueError, match=f"cannot hold {size} of 10 rows out .* choose 1 to 9"):
             split_holdout(self.numbers, size, seed=42)
+
+
+# --- provenance: from the columns of the data to `Rows`, and into no digest ---
+
+RATED = {
+    "source": "flan",
+    "instruction": "Q",
+    "chosen_response": "X",
+    "rejected_response": "Y",
+    "chosen_avg_rating": 4.5,
+    "rejected_avg_rating": 2.0,
+}
+EXPECTED = {"source": "flan", "chosen_rating": 4.5, "rejected_rating": 2.0}
+
+
+def provenance(rows: datasets.Dataset) -> list[dict[str, Any]]:
+    return list(rows.select_columns(list(PROVENANCE)))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_kept_past_dropped_rows(tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "BATCH_ROWS", 2)
+    empty, other = {**RATED, "chosen_response": ""}, {**RATED, "source": "sharegpt"}
+    path = write_rows(tmp_path / "a.jsonl", [empty, RATED, empty, other])
+    for _ in range(2):  # made, then from the cache
+        rows, report = load(path, num_workers=num_workers)
+        assert report.kept == 2
+        assert provenance(rows) == [EXPECTED, {**EXPECTED, "source": "sharegpt"}]
+
+
+def test_from_arrow_with_columns_of_these_names(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([RATED]).to_parquet(tmp_path / "a.parquet")
+    assert provenance(load(tmp_path / "a.parquet")[0]) == [EXPECTED]
+
+
+def test_mixed_with_rows_that_have_none(tmp_path: Path) -> None:
+    paths = [
+        write_rows(tmp_path / "rated.jsonl", [RATED]),
+        write_rows(tmp_path / "plain.jsonl", [{"prompt": "Q", "chosen": "X", "rejected": "Y"}]),
+    ]
+    rows = Rows(load([{"path": str(path)} for path in paths])[0])
+    assert rows.sources == ["flan", Rows.UNKNOWN_SOURCE]
+    np.testing.assert_array_equal(rows.ratings, [[4.5, 2.0], [np.nan, np.nan]])
+
+
+def test_no_part_of_what_is_computed(tmp_path: Path) -> None:
+    bare = {key: value for key, value in RATED.items() if key in find_form(RATED, "dpo")}
+    one, other = (load(write_rows(tmp_path / f"{n}.jsonl", [row]))[0] for n, row in enumerate((RATED, bare)))
+    assert digest_of_rows(Rows(one).digests()) == digest_of_rows(Rows(other).digests())
+
+
+def test_code_of_the_columns_is_part_of_the_caches_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [RATED])
+    load(path)
+    read_bytes = Path.read_bytes
+
+    def as_of_another_version(file: Path) -> bytes:
+        return read_bytes(file) + (b"#" if file.name == "dataset.py" else b"")
+
+    monkeypatch.setattr(Path, "read_bytes", as_of_another_version)
+    load(path)
+    assert len(list((tmp_path / "cache" / "notus").glob("rows-*"))) == 2
+
+
+# --- real data ---
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-tokenizer", "stories260K"])

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from toys import assets_dir, toy_config, toy_model, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from notus.model import publish
-from notus.model.adapter import export_adapter, load_adapter
-from notus.model.export import export_model, load_causal_lm, load_tokenizer, read_generation_config
+from notus.model import export
+from notus.model.adapter import load_adapter
+from notus.model.export import export_adapter, export_model, load_causal_lm, load_tokenizer, read_generation_config
 from notus.model.load import load_weights, materialise, resolve_model_folder, weight_files, weights_digest
 from notus.model.lora import LoRALinear, init_lora, inject_lora, lora_layers
 
@@ -131,7 +131,7 @@ def full_disk(*args):
 def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     folder = write(toy_model(), tmp_path / "out")
     before = weights_digest(folder)
-    monkeypatch.setattr(publish, "save_file", full_disk)
+    monkeypatch.setattr(export, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(toy_model(seed=1), folder)
     assert weights_digest(folder) == before
@@ -141,7 +141,7 @@ def test_an_export_that_died_between_its_renames_is_recovered(tmp_path, monkeypa
     folder = write(toy_model(), tmp_path / "out")
     folder.rename(tmp_path / ".out.old")  # the state after the first rename
     (tmp_path / ".out.partial").mkdir()
-    monkeypatch.setattr(publish, "save_file", full_disk)
+    monkeypatch.setattr(export, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write(toy_model(seed=1), folder)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder).eval()), logits(toy_model()))
@@ -149,8 +149,8 @@ def test_an_export_that_died_between_its_renames_is_recovered(tmp_path, monkeypa
 
 def test_files_reach_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     synced = []
-    sync = publish.sync
-    monkeypatch.setattr(publish, "sync", lambda path: (synced.append(path.name), sync(path)))
+    sync = export.sync
+    monkeypatch.setattr(export, "sync", lambda path: (synced.append(path.name), sync(path)))
     folder = write(toy_model(), tmp_path / "out")
     written = {path.name for path in folder.iterdir()}
     assert set(synced) == written | {".out.partial", tmp_path.name}

@@ -80,12 +80,12 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(config_file: Pa
     out, told = launched.communicate(timeout=240)
     assert launched.returncode != 0
     assert "SIGTERM: stopping after this step" in told
-    assert "all of it is saved, and the same command goes on" in out
+    assert "everything is saved, and the same command resumes the run" in out
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     again = _launch(config_file, run)
     out, told = again.communicate(timeout=240)
     assert again.returncode == 0, told
-    assert "going on from" in out
+    assert "resuming from" in out
     _same(run, undisturbed)
 
 
@@ -115,7 +115,7 @@ def test_torchrun_restarts_after_one_rank_was_told_to_stop(config_file: Path, un
     out, told = launched.communicate(timeout=240)
     assert launched.returncode == 0, told
     assert "stopped by a signal after step" in out
-    assert "going on from" in out
+    assert "resuming from" in out
     _same(run, undisturbed)
 
 

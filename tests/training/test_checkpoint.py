@@ -14,10 +14,12 @@ from notus.training import checkpoint
 from notus.training import checkpoint_writer as saving
 from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
 from notus.training.checkpoint_writer import Checkpoints
-from notus.training.optimizers import AdamW, InPieces, RMSprop
+from notus.training.optimizers import AdamW, PiecewiseOptimizer, RMSprop
 
 
-def _stepped(name: str, seed: int, state_dtype: str = "fp32") -> tuple[list[tuple[str, nn.Parameter]], InPieces]:
+def _stepped(
+    name: str, seed: int, state_dtype: str = "fp32"
+) -> tuple[list[tuple[str, nn.Parameter]], PiecewiseOptimizer]:
     torch.manual_seed(seed)
     parameters = [
         ("weight", nn.Parameter(torch.randn(3, 2))),
@@ -241,7 +243,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) 
     state = json.loads((path / "state.json").read_text()) | {"format": 9}
     del state["digest"]
     (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
-    with pytest.raises(ValueError, match="format 9, this version reads 2"):
+    with pytest.raises(ValueError, match="format 9, this version reads 3"):
         load_checkpoint(path, parameters, optimizer)
 
 

@@ -17,15 +17,16 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.tensor import DTensor
 from toys import toy_model_folder
 
+from notus.config import LoraConfig
 from notus.data.packing import Batch, Example, collate
 from notus.model import attention, compiled_attention
 from notus.model.compiled_attention import check_graph_attention
 from notus.model.policy import Policy
 from notus.runtime import switches
-from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.dpo import run
+from notus.training.parallelize import build_policy, read_model_config
 
-ADAPTER = Adapter(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "down_proj"], rslora=False)
+ADAPTER = LoraConfig(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "down_proj"], rslora=False)
 
 
 class _Compiler:
@@ -128,7 +129,7 @@ def attention_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 )
 def test_compiled_is_eager_and_other_rows_do_not_compile_again(
     mode: str,
-    adapter: Adapter | None,
+    adapter: LoraConfig | None,
     again: int,
     attention_kind: str,
     compiler: _Compiler,
@@ -136,7 +137,7 @@ def test_compiled_is_eager_and_other_rows_do_not_compile_again(
     device: torch.device,
 ) -> None:
     folder = toy_model_folder(tmp_path / "model", num_hidden_layers=3, head_dim=16)
-    options = {"activation_checkpointing": mode, "adapter": adapter}
+    options = {"activation_checkpointing": mode, "lora": adapter}
     policy, plain = _policy(folder, device, compile=True, **options), _policy(folder, device, **options)
     for number, batch in enumerate(_rows(25)):
         logps, gradients = _step(policy, batch)

@@ -9,13 +9,13 @@ import torch
 from runs import config, write_pairs
 from toys import toy_model_folder
 
-from notus.data import dataset as rows_module
-from notus.data.dataset import Rows, step_rows
-from notus.data.packing import StepPlan
+from notus.data import schedule
+from notus.data.dataset import Rows
+from notus.data.schedule import StepPlan, step_rows
 from notus.model.flops import dimensions, forward_flops
 from notus.training import dpo
 from notus.training import trainer as loop
-from notus.training.dataloader import Feed, row_costs
+from notus.training.dataloader import Dataloader, row_costs
 from notus.training.setup import start
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def tokens(batches) -> list[list[int]]:
     return [(batch[0] if isinstance(batch, tuple) else batch).input_ids.tolist() for batch in batches]
 
 
-def feed(rows: Rows, costs: np.ndarray, plan: StepPlan, steps: range) -> Feed:
-    return Feed(rows, costs, plan, steps, tokens_per_row=int(rows.lengths.max()), device=CPU)
+def feed(rows: Rows, costs: np.ndarray, plan: StepPlan, steps: range) -> Dataloader:
+    return Dataloader(rows, costs, plan, steps, tokens_per_row=int(rows.lengths.max()), device=CPU)
 
 
 def test_each_step_gets_its_rows_wherever_the_run_begins(job) -> None:
@@ -75,7 +75,7 @@ def test_idle_share_is_that_of_the_heavier_rank(job, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("notus.training.dataloader.world_size", lambda: 2)
     plan = StepPlan(3, 3, shuffle=False)
     costs = np.array([5, 3, 1] + [0] * 8)
-    with Feed(job.train_rows, costs, plan, range(1), tokens_per_row=1000, device=CPU) as one:
+    with Dataloader(job.train_rows, costs, plan, range(1), tokens_per_row=1000, device=CPU) as one:
         assert len(list(one.step())) == 1
         assert one.idle_share == pytest.approx(1 / 10)  # ranks of 5 and 4
 
@@ -109,14 +109,14 @@ def test_the_thread_ends_with_a_run_that_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_on_the_thread_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collate = rows_module.collate
+    collate = schedule.collate
 
     def broken(examples, num_branches):
         if threading.current_thread() in prefetching() and 7 in [example.index for example in examples]:
             raise KeyError("a broken row")
         return collate(examples, num_branches)
 
-    monkeypatch.setattr(rows_module, "collate", broken)
+    monkeypatch.setattr(schedule, "collate", broken)
     with pytest.raises(KeyError, match="a broken row"):
         run(tmp_path)
     assert prefetching() == []

@@ -274,14 +274,13 @@ def test_the_tolerance_at_step_0_follows_the_noise_of_bf16() -> None:
     task = object.__new__(dpo.DPOTask)
     task._precision = "bf16"
     # 4 pairs, chosen completions of 100 tokens: 5 * 0.05 * 0.03 * sqrt(400) / 4 = 0.0375
-    sums = [4.0, *[0.0] * 7, 4 * (math.log(2) + 0.037), 0.0, 400.0]
-    task.check_first_step(sums)
-    sums[8] = 4 * (math.log(2) + 0.038)
+    sums = dpo.PairSums(4.0, *[0.0] * 7, sigmoid_loss=4 * (math.log(2) + 0.037), chosen_tokens=400.0)
+    task.check_first_step(list(sums))
     with pytest.raises(ValueError, match="at step 0"):
-        task.check_first_step(sums)
+        task.check_first_step(list(sums._replace(sigmoid_loss=4 * (math.log(2) + 0.038))))
     # 4,096 pairs of 100: 0.0012 is below the least tolerance, 5e-3
     with pytest.raises(ValueError, match="at step 0"):
-        task.check_first_step([4096.0, *[0.0] * 7, 4096 * (math.log(2) + 0.006), 0.0, 409600.0])
+        task.check_first_step([4096.0, *[0.0] * 7, 4096 * (math.log(2) + 0.006), 409600.0])
 
 
 def test_resuming_on_other_data_or_another_model_is_refused(

@@ -27,7 +27,7 @@ def test_a_disk_that_fills_up_at_the_export_costs_nothing_but_the_export(
             dpo.run(settings)
     assert not (tmp_path / "run" / "model").exists()
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    dpo.run(settings)  # the same command goes on from the last checkpoint
+    dpo.run(settings)  # the same command resumes from the last checkpoint
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     dpo.run(config("dpo", tmp_path / "undisturbed", model_folder, pairs_file, training__max_steps=2))
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "undisturbed"))

@@ -18,9 +18,9 @@ from runs import at_call, config, read_metrics, terminate
 from notus.runtime.process import STOPPED
 from notus.training import dpo
 from notus.training import loggers as sinks
-from notus.training.loggers import TensorBoardSink, WandbSink, grouped
+from notus.training.loggers import MetricsFile, TensorBoardLogger, WandbLogger, grouped
 from notus.training.sampling import Sample
-from notus.training.tracking import MetricsFile, Tracker
+from notus.training.tracking import Tracker
 
 
 def test_metrics_in_groups() -> None:
@@ -53,7 +53,7 @@ def _texts(folder: Path, name: str) -> list[tuple[int, str]]:
 
 def test_tensorboard_files_hold_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    sink = TensorBoardSink(tmp_path, resume_step=-1, texts={})
+    sink = TensorBoardLogger(tmp_path, resume_step=-1, texts={})
     sink.log(3, {"rewards/margins": 1.5})
     sink.close()
     assert _scalars(tmp_path, "train/rewards/margins") == [(3, 1.5)]
@@ -62,7 +62,7 @@ def test_tensorboard_files_hold_the_metrics(tmp_path: Path) -> None:
 def test_tensorboard_shows_steps_that_are_taken_again_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     for resume_step, last in ((0, 4), (2, 5)):
-        sink = TensorBoardSink(tmp_path, resume_step=resume_step, texts={})
+        sink = TensorBoardLogger(tmp_path, resume_step=resume_step, texts={})
         for step in range(resume_step + 1, last + 1):
             sink.log(step, {"loss": step + resume_step / 4})
         sink.close()
@@ -73,7 +73,7 @@ def test_tensorboard_shows_texts_verbatim_and_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     # a launch, one that began anew before any checkpoint, one that goes on after step 2
     for resume_step, text in ((-1, "a: 1"), (-1, "a: 1\nb: *2*"), (2, "a: 3")):
-        sink = TensorBoardSink(tmp_path, resume_step=resume_step, texts={"config": text})
+        sink = TensorBoardLogger(tmp_path, resume_step=resume_step, texts={"config": text})
         for step in range(resume_step + 1, 5):
             sink.log(step, {"loss": 0.5})
             sink.log_samples(step, [Sample(0, "one\n# two", f"{text} at {step}"), Sample(1, "", "`")])
@@ -95,7 +95,7 @@ def test_tensorboard_on_a_full_disk_is_switched_off(
     told = threading.Event()
     monkeypatch.setattr(threading, "excepthook", lambda _: told.set())  # TensorBoard's thread has its say as well
     metrics = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
-    with Tracker([metrics, TensorBoardSink(tmp_path, resume_step=-1, texts={})]) as tracker, largest_file(1000):
+    with Tracker([metrics, TensorBoardLogger(tmp_path, resume_step=-1, texts={})]) as tracker, largest_file(1000):
         for step in range(1, 31):
             tracker.log(step, {"a": 0.5})
     assert told.wait(10)
@@ -128,8 +128,8 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         wandb.sdk.lib.module.unset_globals()  # the dead run
 
 
-def _sink(folder: Path, **options: Any) -> WandbSink:
-    return WandbSink(project="notus-test", name="toy", folder=folder, config={"dpo": {"beta": 0.1}}, **options)
+def _sink(folder: Path, **options: Any) -> WandbLogger:
+    return WandbLogger(project="notus-test", name="toy", folder=folder, config={"dpo": {"beta": 0.1}}, **options)
 
 
 def _records(file: Path) -> list[Any]:
@@ -300,7 +300,7 @@ def test_a_wandb_server_out_of_reach_leaves_the_run_offline(
 
 def test_settings_that_wandb_refuses_are_an_error_at_the_start(wandb_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"tracking\.wandb: Weights & Biases refuses the run \(Invalid project name"):
-        WandbSink(project="a/b", name=None, folder=wandb_folder, config={})
+        WandbLogger(project="a/b", name=None, folder=wandb_folder, config={})
 
 
 def test_a_resumed_run_asks_for_its_own_id(wandb_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ from transformers import MistralConfig
 
 from notus.data.packing import Example, collate
 from notus.model.size import model_size
-from notus.training import build
-from notus.training.build import build_policy
+from notus.training import parallelize as build
 from notus.training.memory_estimate import CHECKPOINTING, Job, footprint
-from notus.training.optim import build_optimizer
+from notus.training.optimizers import build_optimizer
+from notus.training.parallelize import build_policy
 
 pytestmark = [
     pytest.mark.gpu,

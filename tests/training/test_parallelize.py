@@ -7,12 +7,13 @@ from torch.distributed.tensor import DTensor
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from notus.data.dataset import Rows, step_rows
+from notus.config import LoraConfig
+from notus.data.dataset import Rows
+from notus.data.schedule import step_rows
 from notus.data.tokenize import load_pairs
 from notus.model.policy import Policy
 from notus.runtime import switches
-from notus.training.build import Adapter, build_policy, read_model_config
-from notus.training.parallelize import expect_last_row, hand_over_gradients
+from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients, read_model_config
 from notus.training.scoring import score
 
 
@@ -79,8 +80,8 @@ def test_scores_do_not_depend_on_the_rows_they_share(
 def test_a_fresh_adapter_changes_nothing_and_alone_is_trained(
     model_folder: Path, pairs_file: Path, device: torch.device
 ) -> None:
-    adapter = Adapter(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)
-    policy, rows = _policy(model_folder, device, adapter=adapter), _rows(model_folder, pairs_file)
+    adapter = LoraConfig(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)
+    policy, rows = _policy(model_folder, device, lora=adapter), _rows(model_folder, pairs_file)
     assert torch.equal(_score(policy, rows, device), _score(_policy(model_folder, device), rows, device))
     trainable = {name.rpartition(".")[2] for name, p in policy.named_parameters() if p.requires_grad}
     assert trainable == {"lora_A", "lora_B"}
@@ -120,8 +121,8 @@ def test_a_lone_rank_takes_over_the_gradients_that_fsdp_would_reduce(
 ) -> None:
     folder = toy_model_folder(tmp_path / "model", tie_word_embeddings=kind == "tied")
     rows = _rows(folder, pairs_file)
-    adapter = Adapter(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)
-    options = {"precision": precision, "adapter": adapter if kind == "lora" else None}
+    adapter = LoraConfig(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)
+    options = {"precision": precision, "lora": adapter if kind == "lora" else None}
     found = _step_gradients(_policy(folder, device, **options), rows)
     with switches.disabled("gradient_handover"):
         expected = _step_gradients(_policy(folder, device, **options), rows)

@@ -11,8 +11,7 @@ from disks import largest_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from notus.data.columns import FEATURES
-from notus.data.dataset import Rows
+from notus.data.dataset import FEATURES, Rows
 from notus.training import reference
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 

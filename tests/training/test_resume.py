@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     assert dpo.run(cut) == 0
     told = capsys.readouterr().out
     assert "this checkpoint is now damaged-step-00000008" in told
-    assert f"going on from {checkpoints / 'step-00000006'} (step 6 of 8)" in told
+    assert f"resuming from {checkpoints / 'step-00000006'} (step 6 of 8)" in told
     same(tmp_path / "whole", tmp_path / "cut")
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
-from notus.training import shared
-from notus.training.shared import check_shared
+from notus.training import run_folder as shared
+from notus.training.run_folder import check_shared
 
 
 def _worker(top: Path) -> None:

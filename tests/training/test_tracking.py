@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from disks import largest_file
 
-from notus.training.tracking import MetricsFile, ProgressBar, Tracker
+from notus.training.loggers import MetricsFile, ProgressBar
+from notus.training.tracking import Tracker
 
 
 def test_one_line_per_step(tmp_path: Path) -> None:
@@ -68,9 +69,7 @@ def test_a_full_device_is_told(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar(
-        total_steps=3, start_step=0, shown={"loss": "loss", "margin": "rewards/margins"}, seconds_between=60
-    )
+    bar = ProgressBar(total_steps=3, start_step=0, seconds_between=60)
     for step in (1, 2, 3):
         bar.log(step, {"loss": step / 10, "rewards/margins": 2.0})
     bar.close()
@@ -82,7 +81,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
 
 
 def test_evaluations_are_always_told(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar(total_steps=9, start_step=0, shown={}, seconds_between=60)
+    bar = ProgressBar(total_steps=9, start_step=0, seconds_between=60)
     bar.log(1, {})
     bar.log(2, {"eval_loss": 0.625})
     assert "eval_loss 0.625" in capsys.readouterr().out.splitlines()[1]

@@ -14,17 +14,18 @@ from fake_cuda import CUDA, fake_cuda, move
 from runs import config, write_pairs
 from toys import toy_model, toy_model_folder
 
-from notus.data.packing import StepPlan
+from notus.config import TrainingConfig
+from notus.data.schedule import StepPlan
 from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
 from notus.model.policy import Policy
 from notus.training import scoring
 from notus.training.checkpoint import Progress
 from notus.training.dpo import DPOTask, Preferences
-from notus.training.optim import build_optimizer
+from notus.training.optimizers import build_optimizer
 from notus.training.setup import start
 from notus.training.sft import SFTTask
-from notus.training.trainer import Settings, Trainer
+from notus.training.trainer import Trainer
 
 
 @pytest.fixture(params=["dpo", "sft"])
@@ -38,10 +39,12 @@ def job(request: pytest.FixtureRequest, tmp_path: Path):
 @pytest.fixture
 def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gloo takes no fake tensors, and CUDA no device of a machine without one."""
-    monkeypatch.setattr("notus.training.optim.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.optimizers.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr("notus.training.scoring.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr("notus.training.optimizers.InPieces._noise", lambda *_: None)  # a generator on the device
+    monkeypatch.setattr(
+        "notus.training.optimizers.PiecewiseOptimizer._noise", lambda *_: None
+    )  # a generator on the device
 
 
 def fast_policy(dtype: torch.dtype) -> Policy:
@@ -57,7 +60,7 @@ def task_of(job: Any, device: torch.device) -> DPOTask | SFTTask:
     if job.kind == "sft":
         return SFTTask(rows, None, **options)
     reference = torch.zeros(len(rows), 2)
-    return DPOTask(Preferences(rows, reference), None, settings=job.config.dpo, precision="bf16", **options)
+    return DPOTask(Preferences(rows, reference), None, config=job.config.dpo, precision="bf16", **options)
 
 
 def trainer_of(task: DPOTask | SFTTask, policy: Policy, optimizer: str, device: torch.device) -> Trainer:
@@ -66,7 +69,8 @@ def trainer_of(task: DPOTask | SFTTask, policy: Policy, optimizer: str, device: 
         policy,
         build_optimizer(policy.parameters(), name=optimizer, learning_rate=1e-3, weight_decay=0.0),
         task,
-        Settings(2, 0, 1e-3, "linear", 1.0, int(task.rows.lengths.max()), 0, 1, None, None),
+        TrainingConfig(output_dir="", learning_rate=1e-3, tokens_per_row=int(task.rows.lengths.max())),
+        total_steps=2,
         progress=Progress(),
         tracker=nothing,
         checkpoints=SimpleNamespace(failed=lambda: False, wait=lambda: None),  # type: ignore[arg-type]
@@ -92,9 +96,9 @@ def test_a_step_makes_the_host_wait_once(
     task = task_of(job, CUDA)  # its reference is real: the feed's thread reads it
     with fake_cuda() as waits:
         trainer = trainer_of(task, move(policy), optimizer, CUDA)
-        with trainer._feed() as feed:
+        with trainer._dataloader() as loader:
             waits.found.clear()
-            assert trainer._step(feed) is None  # a fake tensor's values are read as zeros
+            assert trainer._step(0, loader) is None  # a fake tensor's values are read as zeros
             assert waits.copies > 20  # there were rows, and they came over
             assert waits.found == ["tolist"]
 
@@ -119,7 +123,7 @@ def test_a_row_of_the_reference_pass_makes_the_host_wait_for_nothing(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_host_waits_once(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("notus.training.optim.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.optimizers.sum_across_ranks", lambda tensor: tensor)
     reads: list[int] = []
 
     def tolist(tensor: torch.Tensor) -> list[float]:
@@ -133,12 +137,12 @@ def test_the_host_waits_once(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     inner = torch.Tensor.tolist
     trainer = trainer_of(task_of(job, job.device), fast_policy(torch.float32).to(job.device), "rmsprop", job.device)
-    with trainer._feed() as feed:
-        trainer._step(feed)  # the first sets libraries up
+    with trainer._dataloader() as loader:
+        trainer._step(0, loader)  # the first sets libraries up
         monkeypatch.setattr(torch.Tensor, "tolist", tolist)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            trainer._step(feed)
+            trainer._step(0, loader)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert reads == [5]

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from notus.curation.command import read_file
+from notus.data.sources import read_file
 from notus.runtime.process import first_line
 
 HUB_ID = "tatsu-lab/alpaca_eval"

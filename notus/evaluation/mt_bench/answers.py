@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.data.chat import ChatEncoder, Message
+from notus.data.chat import ChatEncoder
+from notus.data.formats import Message
 from notus.evaluation.files import replacing
 from notus.evaluation.generation import generate_kept, model_digest
 from notus.evaluation.mt_bench.inputs import Answer, Question

@@ -1,7 +1,7 @@
 """`python -m notus evaluate MODEL --suite mt-bench`: answers to MT-Bench, a judge's verdicts on them, and the scores.
 
 With --answers FILE answers that are there already are judged, with --judgments FILE judgments are scored; both take no
-model. All files are FastChat's. Answers and verdicts are kept as they come: the same command goes on where it stopped.
+model. All files are FastChat's. Answers and verdicts are kept as they come: the same command resumes where it stopped.
 """
 
 import argparse
@@ -214,7 +214,7 @@ def _judge(
     try:
         judged = judging.judge(wanted, plan.endpoint, parallel=args.parallel, kept=kept)
     except KeyboardInterrupt:
-        tell(f"stopped: the verdicts that came are in {kept}; the same command goes on from there")
+        tell(f"stopped: the verdicts that came are in {kept}; the same command resumes from there")
         return STOPPED
     settings |= {
         "questions": args.questions or inputs.QUESTIONS,

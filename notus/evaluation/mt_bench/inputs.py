@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from notus.curation.command import read_file
+from notus.data.sources import read_file
 from notus.runtime.process import first_line
 
 # LMSYS's own 80 questions; the space has no reference answers and no prompts for the judge.

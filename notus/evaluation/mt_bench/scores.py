@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from notus.curation.command import read_file
+from notus.data.sources import read_file
 from notus.evaluation.mt_bench.inputs import HIGHEST, UNREAD
 from notus.evaluation.results import Figure
 

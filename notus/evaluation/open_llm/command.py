@@ -1,7 +1,7 @@
 """`python -m notus evaluate MODEL --suite open-llm`: the Open LLM Leaderboard's tasks, or any others of lm-eval.
 
 The tasks, their prompts and their measures are lm-eval's; what the model computes is this project's. Under torchrun the
-ranks share the work. What is done is kept in the output folder, so the same command goes on after an end.
+ranks share the work. What is done is kept in the output folder, so the same command resumes after an end.
 """
 
 import argparse
@@ -151,8 +151,7 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
     from notus.evaluation.open_llm.model import NotusLM
     from notus.model.export import load_causal_lm
     from notus.model.supported import check_supported
-    from notus.training.build import check_attention
-    from notus.training.parallelize import COMPUTE_DTYPES
+    from notus.training.parallelize import COMPUTE_DTYPES, check_attention
 
     dtype = COMPUTE_DTYPES[source.choose(args.precision, "training.precision", "bf16")]
     causal_lm, tokenizer = load_causal_lm(

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder
-from notus.data.columns import FEATURES
-from notus.data.dataset import Rows
+from notus.data.dataset import FEATURES, Rows
 from notus.evaluation import prompts as prompt_files
 from notus.evaluation.generation import context_of, encode_prompt, generate_ids
 from notus.evaluation.preferences.metrics import stderr

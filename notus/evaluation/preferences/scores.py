@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from notus.config import LoraConfig
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import Rows
 from notus.data.tokenize import load_pairs, split_holdout
@@ -18,8 +19,8 @@ from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
 from notus.model.policy import Policy
 from notus.runtime.distributed import main_first, on_main, say
-from notus.training.build import Adapter, build_policy, read_model_config
 from notus.training.checkpoint import checkpoints_in, read_identity
+from notus.training.parallelize import build_policy, read_model_config
 from notus.training.reference import digest_of_rows
 from notus.training.run_folder import CHECKPOINTS
 from notus.training.scoring import score_all, score_tokens
@@ -201,7 +202,7 @@ def _build(source: ModelSource, scoring: Scoring) -> Policy:
         config,
         device=scoring.device,
         precision=scoring.precision,
-        adapter=_adapter(source.folder) if source.base else None,
+        lora=_lora_config(source.folder) if source.base else None,
         trainable=False,
         trust_remote_code=trust,
     )
@@ -210,9 +211,9 @@ def _build(source: ModelSource, scoring: Scoring) -> Policy:
     return policy
 
 
-def _adapter(folder: Path) -> Adapter:
+def _lora_config(folder: Path) -> LoraConfig:
     settings = read_adapter_settings(folder)
-    return Adapter(
+    return LoraConfig(
         rank=settings["r"],
         alpha=settings["lora_alpha"],
         dropout=settings["lora_dropout"],

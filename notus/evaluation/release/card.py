@@ -1,36 +1,41 @@
-"""A model card from a run: the facts put into words, and into the template `card.md.jinja`."""
+"""A run's model card: its metadata as the hub reads it, and its text, from the template `card.md.jinja`."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jinja2
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from notus.evaluation.files import told
 from notus.evaluation.names import hub_id, public_name
-from notus.evaluation.release.citations import citations
-from notus.evaluation.release.facts import Facts, Variant, base_file, base_licence
-from notus.evaluation.release.metadata import card_metadata, evaluation_results, figure_label, other_model
-from notus.evaluation.results import EVALUATIONS, RESULT, Figure, Result
+from notus.evaluation.read_run import RESULT_FILES, Run
+from notus.evaluation.results import Figure, Result
 from notus.evaluation.unfinished import learned_chat
 from notus.model.load import read_json
-from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
-from notus.training.run_folder import CONFIG_FILE
-from notus.training.tracking import METRICS_FILE
+from notus.training.checkpoint import checkpoints_in, step_of
+from notus.training.inputs import DATA_FILE
+from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE
+from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
 
 T = TypeVar("T")
+Variant = Literal["full", "adapter", "merged"]
 
-_TEMPLATE = "card.md.jinja"
-_RESULTS = f"{EVALUATIONS}/*/{RESULT}"
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_SIGNED = "written by notus card; sha256 of what stands above: "
 _NOT_KNOWN = "–"
 _LAST = 10  # logged steps
-# What of `metrics.jsonl` a reader wants to see: the key, and its name.
+_STEP = re.compile(r"\(step (\d+)\)$")
+# Settings of the suites that score a file; the file says which model it is of.
+_SCORED_FILES = ("annotations", "judgments", "answers")
+# The metrics that the card shows, and their names.
 _COURSE = {
     "loss": "training loss",
     "rewards/accuracies": "reward accuracy, training",
@@ -44,149 +49,278 @@ _COURSE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
-    """What a user says of the model besides what its run knows.
+class Release:
+    """A run's model as it is published, and what the user says of it.
 
     Attributes:
-        name: the title, where there is no `repo_id`.
-        repo_id: where on the hub it will be; None: the card's example loads the folder `name`.
+        run: the run that trained it.
+        variant: all weights, the adapter alone, or the adapter merged into its base.
+        name: the title, if there is no `repo_id`.
+        step: of an unfinished run, the step of the exported checkpoint; None: the run is finished.
+        repo_id: where on the hub the model will be; None: the card's example loads the folder `name`.
         base_model: the base model's public id; None: what the run's config names, if that is one.
         licence: None: the base model's, if its own card says.
         languages: codes such as "en".
     """
 
+    run: Run
+    variant: Variant
     name: str
+    step: int | None = None
     repo_id: str | None = None
     base_model: str | None = None
     licence: str | None = None
     languages: Sequence[str] = ()
 
+    @property
+    def title(self) -> str:
+        """The model's name without its owner."""
+        return _one_space((self.repo_id or self.name).rpartition("/")[2])
 
-def model_card(facts: Facts, variant: Variant, choices: Choices, *, chat: bool) -> str:
-    """The card's text; `chat`: the tokenizer has a chat template.
+    @property
+    def public_base(self) -> str | None:
+        """The base model's hub id; None where it has none."""
+        return self.base_model or hub_id(self.run.base)
 
-    Raises ValueError as `base_licence` does, and, naming the file, where one of the run's holds something else.
+    @property
+    def metrics(self) -> list[Mapping[str, Any]]:
+        """The run's metrics, up to the exported step."""
+        return [line for line in self.run.metrics if self.step is None or line["step"] <= self.step]
+
+
+def variant_of(run: Run, *, merge: bool) -> Variant:
+    """Return how the run's model is written. Raises ValueError for a merge without LoRA."""
+    if run.settings["lora"]["rank"]:
+        return "merged" if merge else "adapter"
+    if merge:
+        raise ValueError(f"{run.folder}: a full fine-tuning run has nothing to merge; leave --merge out")
+    return "full"
+
+
+def exported_step(run: Path) -> int | None:
+    """Return None for a finished run, else its newest checkpoint's step. Raises ValueError if there is none."""
+    if (run / MODEL).is_dir():
+        return None
+    checkpoints = checkpoints_in(run / CHECKPOINTS)
+    if not checkpoints:
+        raise ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
+    return step_of(checkpoints[0])
+
+
+def model_card(release: Release, *, chat: bool) -> str:
+    """Return the card; `chat`: the tokenizer has a chat template.
+
+    Raises ValueError, naming the file, if one of the run's files or the base model's card is not as it should be.
     """
-    licence = {"license": choices.licence} if choices.licence else base_licence(facts.base)
-    base_model = choices.base_model or hub_id(facts.base)
-    name = " ".join((choices.repo_id or choices.name).rpartition("/")[2].split())
-    noted = _noted(facts)  # what is wrong after this is the settings'
+    run = release.run
+    licence = {"license": release.licence} if release.licence else _base_licence(run.base)
+
+    def of(files: str, make: Callable[[], T]) -> T:
+        return told(files, [run.folder], make)
+
+    evaluations = of(RESULT_FILES, lambda: list(_evaluation_results(release)))
+    noted = {
+        "counts": of(DATA_FILE, lambda: list(_counts(run.data))),
+        "machine": of(ENVIRONMENT_FILE, lambda: list(_machine(run.environment))),
+        "course": of(METRICS_FILE, lambda: list(_course(release.metrics))),
+        "results": of(RESULT_FILES, lambda: [_table(result, release) for result in run.results]),
+    }
 
     def render() -> str:
-        header = card_metadata(
-            facts, variant, name=name, base_model=base_model, licence=licence, languages=list(choices.languages)
-        )
-        return _template().render(
-            metadata=header.to_yaml(),
-            identifier=json.dumps(choices.repo_id or choices.name, ensure_ascii=False),  # as Python writes it, too
-            step=facts.step,
-            adapter=variant == "adapter",
-            name=one_line(name),
-            summary=_summary(facts, variant, one_line(name), base_model),
-            licence=licence,
-            licence_inherited=not choices.licence,
-            chat=chat,
-            **noted,
-            **_settings(facts),
-        )
+        sources = [Path(source["path"]).name for source in run.settings["data"]["train"]]
+        try:
+            return _template().render(
+                {**run.settings, **noted},
+                metadata=_metadata(release, licence, evaluations).to_yaml(),
+                identifier=json.dumps(release.repo_id or release.name, ensure_ascii=False),  # also as Python writes it
+                name=_one_line(release.title),
+                summary=_summary(release),
+                release=release,
+                licence=licence,
+                chat=chat,
+                ultrafeedback="ultrafeedback" in " ".join(sources).lower(),
+            )
+        except jinja2.UndefinedError as error:
+            raise LookupError(str(error)) from error
 
-    text = told(CONFIG_FILE, [facts.folder], render)
-    text = text.encode("utf-8", "replace").decode("utf-8")  # half a character alone in the data is no text for a file
+    text = of(CONFIG_FILE, render)
+    text = text.encode("utf-8", "replace").decode("utf-8")  # UTF-8 cannot hold half of a surrogate pair
     ModelCard(text)  # raises ValueError for a header that the hub's client could not read
     return text
 
 
-def _noted(facts: Facts) -> dict[str, Any]:
-    """What the template needs of the files that the run, and its evaluations, wrote. Raises ValueError, see `told`."""
-
-    def of(files: str, make: Callable[[], T]) -> T:
-        return told(files, [facts.folder], make)
-
-    of(_RESULTS, lambda: list(evaluation_results(facts)))  # which the header will have
-    return {
-        "counts": of(DATA_FILE, lambda: list(_counts(facts))),
-        "machine": of(ENVIRONMENT_FILE, lambda: list(_machine(facts))),
-        "course": of(METRICS_FILE, lambda: list(_course(facts))),
-        "results": of(_RESULTS, lambda: [_table(result, facts) for result in facts.results]),
-    }
+def signed(text: str) -> str:
+    """Return a card with a last line, invisible on the page, by which `is_untouched` recognises it."""
+    return f"{text}\n<!-- {_SIGNED}{digest(text)} -->\n"
 
 
-def _settings(facts: Facts) -> dict[str, Any]:
-    """What the template needs of the run's settings."""
-    data = facts.settings["data"]
-    return {
-        "dpo": facts.task == "dpo",
-        "empty_system": data["add_empty_system"],
-        "datasets": list(_datasets(facts)),
-        "eval_size": data["eval_size"],
-        "seed": facts.settings["training"]["seed"],
-        "hyperparameters": list(_hyperparameters(facts)),
-        "citations": citations(facts),
-    }
+def is_untouched(path: Path) -> bool:
+    """Return whether a file is a card as `signed` made it."""
+    text, found, end = path.read_text(encoding="utf-8", errors="replace").rpartition(f"\n<!-- {_SIGNED}")
+    return bool(found) and end == f"{digest(text)} -->\n"
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer in a folder has a chat template."""
+    """Return whether the tokenizer in a folder has a chat template."""
     config = folder / "tokenizer_config.json"
     return (folder / "chat_template.jinja").is_file() or (
         config.is_file() and bool(read_json(config).get("chat_template"))
     )
 
 
-def base_has_chat_template(facts: Facts) -> bool:
-    """The same, before there is a folder: by what the run learned, and the base model's files on this machine."""
-    found = base_file(facts.base, "tokenizer_config.json")
-    learned = told(DATA_FILE, [facts.folder], lambda: learned_chat(facts.settings, facts.data))
+def will_have_chat_template(run: Run) -> bool:
+    """Predict the same before a folder exists: by what the run learned, and the base model's files here."""
+    found = _base_file(run.base, "tokenizer_config.json")
+    learned = told(DATA_FILE, [run.folder], lambda: learned_chat(run.settings, run.data))
     return learned or (found is not None and has_chat_template(found.parent))
 
 
-def one_line(value: Any) -> str:
-    """A name, which may hold anything, as text within a line of Markdown: it starts no block, and no HTML tag."""
-    return " ".join(str(value).split()).replace("<", "&lt;")
+def _base_file(base: str, name: str) -> Path | None:
+    """Return a file of the base model, if it is on this machine; nothing is downloaded."""
+    if hub_id(base) is None:
+        path = Path(base).expanduser() / name
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(base, name)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _base_licence(base: str) -> dict[str, str]:
+    """Return `license`, `license_name` and `license_link` as far as the base model's own card states them.
+
+    Raises ValueError, naming the card, if it cannot be read.
+    """
+    path = _base_file(base, "README.md")
+    try:
+        stated = (metadata_load(path) if path else None) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata is no YAML; correct it, or state the licence with --license") from error
+    if not isinstance(stated.get("license"), str):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: _one_space(stated[key]) for key in keys if stated.get(key)}
+
+
+def _metadata(release: Release, licence: Mapping[str, str], results: list[EvalResult]) -> ModelCardData:
+    run, adapter, base = release.run, release.variant == "adapter", release.public_base
+    datasets = dict.fromkeys(filter(None, (hub_id(source["path"]) for source in run.settings["data"]["train"])))
+    tags = ["dpo", "alignment", "preference-optimization"] if run.task == "dpo" else ["sft"]
+    relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
+    optional: dict[str, Any] = {**licence, **relation}
+    return ModelCardData(
+        base_model=base,
+        datasets=list(datasets) or None,
+        eval_results=results or None,
+        language=list(release.languages) or None,
+        library_name="peft" if adapter else "transformers",
+        model_name=release.title if results else None,
+        pipeline_tag="text-generation",
+        tags=["notus", *tags, *(["lora"] if run.settings["lora"]["rank"] else [])],
+        **optional,
+    )
+
+
+def _evaluation_results(release: Release) -> Iterator[EvalResult]:
+    """Yield the figures for `model-index`.
+
+    The hub groups them by dataset and keeps one name for each group. A figure with another name than its group has
+    that name in its metric's name.
+    """
+    names: dict[str, str] = {}
+    for result in release.run.results:
+        for figure in () if _other_model(result, release) else result.figures:
+            if not math.isfinite(figure.value):
+                continue
+            kind, label = _dataset_type(figure), _figure_label(figure)
+            group = names.setdefault(kind, label)
+            yield EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_type=kind,
+                dataset_name=group,
+                metric_type=re.sub(r"\W+", "_", figure.metric.lower()).strip("_"),
+                metric_name=figure.metric if group == label else f"{label}: {figure.metric}",
+                metric_value=float(f"{figure.value:.6g}"),  # more digits say nothing about the model
+            )
+
+
+def _other_model(result: Result, release: Release) -> str | None:
+    """Return what a result is of, if not of the card's model: another step of the run, or what a scored file names."""
+    match = _STEP.search(result.model)
+    last = release.step if release.step is not None else max((line["step"] for line in release.metrics), default=None)
+    if match is not None and int(match[1]) != last:
+        return f"the model after step {match[1]}"
+    named = _STEP.sub("", result.model).rstrip()
+    scored = any(result.settings.get(name) for name in _SCORED_FILES)
+    if scored and Path(named).name != release.run.folder.resolve().name:
+        return f"`{public_name(named)}`, as its file has it"
+    return None
+
+
+def _figure_label(figure: Figure) -> str:
+    """Return a benchmark with its set-up, as "HellaSwag (10-shot)"."""
+    return _one_space(f"{figure.name} ({figure.setup})" if figure.setup else figure.name)
+
+
+def _dataset_type(figure: Figure) -> str:
+    """Return the hub id of the data; for a local file or a bare name, a word of the same form."""
+    name = figure.dataset or figure.name
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and hub_id(name):
+        return name
+    return re.sub(r"[^\w.-]+", "-", name.rstrip("/").rpartition("/")[2].lower()).strip("-.") or "unknown"
 
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["cell"] = lambda value: one_line(value).replace("|", "\\|")
-    return environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
+    environment.filters["cell"] = lambda value: _one_line(value).replace("|", "\\|")
+    environment.filters["number"] = lambda value: f"{value:g}"
+    environment.filters["public"] = public_name
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _summary(facts: Facts, variant: Variant, name: str, base_model: str | None) -> str:
-    local = f"`{_code(public_name(facts.base))}`"
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else local
+def _one_space(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _one_line(value: Any) -> str:
+    """Return any name as text within a line of Markdown: it starts no block, and no HTML tag."""
+    return _one_space(value).replace("<", "&lt;")
+
+
+def _summary(release: Release) -> str:
+    run, name, base = release.run, _one_line(release.title), release.public_base
+    link = f"[{base}](https://huggingface.co/{base})" if base else _code(public_name(run.base))
     how = {
-        "full": f"{name} is {base}, all of its weights trained",
-        "adapter": f"{name} is a LoRA adapter for {base}, trained",
-        "merged": f"{name} is {base} with a LoRA adapter merged into its weights, which was trained",
-    }[variant]
-    sources = dict.fromkeys(public_name(source["path"]) for source in facts.settings["data"]["train"])
-    what = "Direct Preference Optimization (DPO)" if facts.task == "dpo" else "supervised fine-tuning (SFT)"
-    return f"{how} by {what} on {', '.join(f'`{_code(source)}`' for source in sources)}."
+        "full": f"{name} is {link}, all of its weights trained",
+        "adapter": f"{name} is a LoRA adapter for {link}, trained",
+        "merged": f"{name} is {link} with a LoRA adapter merged into its weights, which was trained",
+    }[release.variant]
+    what = "Direct Preference Optimization (DPO)" if run.task == "dpo" else "supervised fine-tuning (SFT)"
+    sources = dict.fromkeys(_code(public_name(source["path"])) for source in run.settings["data"]["train"])
+    return f"{how} by {what} on {', '.join(sources)}."
 
 
 def _code(name: str) -> str:
-    """A name between backticks, which cannot hold one."""
-    return " ".join(name.split()).replace("`", "'")
+    """Return a name between backticks, which cannot hold one."""
+    return "`" + _one_space(name).replace("`", "'") + "`"
 
 
-def _datasets(facts: Facts) -> Iterator[dict[str, Any]]:
+def _counts(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each split's rows, their sources, and what was dropped."""
     for purpose, key in (("training", "train"), ("evaluation", "eval")):
-        for source in facts.settings["data"][key] or ():
-            yield {**source, "name": public_name(source["path"]), "purpose": purpose}
-
-
-def _counts(facts: Facts) -> Iterator[str]:
-    """Rows, where they come from, and the drop report, of each part of the data."""
-    for purpose, key in (("training", "train"), ("evaluation", "eval")):
-        noted = (facts.data or {}).get(key)
-        if not noted:
+        split = data.get(key)
+        if not split:
             continue
-        yield f"{purpose}: {noted['rows']:,} rows"
-        if noted.get("sources"):
-            yield f"{purpose}, rows by source: {_listed(noted['sources'])}"
-        report = noted.get("report")
+        yield f"{purpose}: {split['rows']:,} rows"
+        if split.get("sources"):
+            yield f"{purpose}, rows by source: {_listed(split['sources'])}"
+        report = split.get("report")
         if report:
             dropped = _listed(report["dropped"]) or "none"
             cut = f"{report['prompts_cut']:,} prompts, {report['completions_cut']:,} rows' completions"
@@ -194,60 +328,16 @@ def _counts(facts: Facts) -> Iterator[str]:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{one_line(name)} {number:,}" for name, number in counts.items())
+    return ", ".join(f"{_one_line(name)} {number:,}" for name, number in counts.items())
 
 
-def _hyperparameters(facts: Facts) -> Iterator[tuple[str, Any]]:
-    """The resolved settings that decide what the model learns, with those that are off left out."""
-    data, training, lora = (facts.settings[section] for section in ("data", "training", "lora"))
-    if facts.task == "dpo":
-        yield from _preference_settings(facts.settings["dpo"])
-    if lora["rank"]:
-        scale = "rank-stabilised LoRA" if lora["rslora"] else "LoRA"
-        modules = lora["target_modules"]
-        yield scale, f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}"
-        yield "LoRA on", modules if isinstance(modules, str) else ", ".join(modules)
-    yield ("pairs" if facts.task == "dpo" else "examples") + " per step", training["batch_size"]
-    yield "epochs", training["epochs"]
-    if training["max_steps"]:
-        yield "most steps", training["max_steps"]
-    yield "learning rate", f"{training['learning_rate']:g}"
-    yield "schedule", f"{training['lr_schedule']}, warm-up over {100 * training['warmup_ratio']:.4g} % of the steps"
-    yield "optimizer", f"{training['optimizer']}, states in {training['optimizer_dtype']}"
-    if training["weight_decay"]:
-        yield "weight decay", f"{training['weight_decay']:g}"
-    if training["max_grad_norm"]:
-        yield "gradient norm, at most", f"{training['max_grad_norm']:g}"
-    yield "precision", f"{training['precision']}, master weights and sums in fp32"
-    yield "tokens of prompt and completion, at most", data["max_length"]
-    if data["max_prompt_length"]:
-        yield "tokens of a prompt that is too long", f"the last {data['max_prompt_length']}"
-    if data["chat_template"]:
-        yield "chat template", public_name(data["chat_template"])
-    if data["add_empty_system"]:
-        yield "system turn", "an empty one in conversations without"
-    if not data["shuffle"]:
-        yield "order of the data", "as it is, in every epoch"
-    yield "seed", training["seed"]
-
-
-def _preference_settings(dpo: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield "loss", dpo["loss_type"]
-    yield "beta", f"{dpo['beta']:g}"
-    if dpo["label_smoothing"]:
-        yield "label smoothing", f"{dpo['label_smoothing']:g}"
-    if dpo["nll_weight"]:
-        yield "weight of the chosen completions' negative log-likelihood", f"{dpo['nll_weight']:g}"
-
-
-def _machine(facts: Facts) -> Iterator[tuple[str, str]]:
-    noted = facts.environment or {}
-    if noted.get("hardware"):
-        yield "hardware", f"{noted['hardware']} (processes: {noted['world_size']})"
-    if noted.get("seconds"):
-        yield "time", _duration(float(noted["seconds"]))
-    if noted.get("versions"):
-        yield "software", ", ".join(f"{name} {version}" for name, version in noted["versions"].items())
+def _machine(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if environment.get("hardware"):
+        yield "hardware", f"{environment['hardware']} (processes: {environment['world_size']})"
+    if environment.get("seconds"):
+        yield "time", _duration(float(environment["seconds"]))
+    if environment.get("versions"):
+        yield "software", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
 
 
 def _duration(seconds: float) -> str:
@@ -256,37 +346,37 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _course(facts: Facts) -> Iterator[dict[str, str]]:
+def _course(metrics: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
     for key, name in _COURSE.items():
-        lines = [line for line in facts.metrics if key in line and math.isfinite(line[key])]
+        lines = [line for line in metrics if key in line and math.isfinite(line[key])]
         if not lines:
             continue
         first, last = (f"{line[key]:.4g} (step {line['step']})" for line in (lines[0], lines[-1]))
-        if not key.startswith("eval_") and len(lines) > 2 * _LAST:  # of single steps, the last of them often small
+        if not key.startswith("eval_") and len(lines) > 2 * _LAST:  # single steps are noisy, the last one often small
             mean = fmean(line[key] for line in lines[-_LAST:])
             last = f"{mean:.4g} (mean of the last {_LAST}, to step {lines[-1]['step']})"
         yield {"name": name, "first": first, "last": last}
 
 
-def _table(result: Result, facts: Facts) -> dict[str, Any]:
+def _table(result: Result, release: Release) -> dict[str, Any]:
     peers = list(dict.fromkeys(peer for figure in result.figures for peer in figure.reference))
+    rows = [
+        {
+            "label": _figure_label(figure),
+            "metric": figure.metric,
+            "value": _number(figure.value, figure.unit),
+            "stderr": _number(figure.stderr, figure.unit),
+            "count": _NOT_KNOWN if figure.count is None else f"{figure.count:,}",
+            "peers": [_number(figure.reference.get(peer), figure.unit) for peer in peers],
+        }
+        for figure in result.figures
+    ]
     return {
         "suite": result.suite,
         "date": result.date,
-        "other": other_model(result, facts),
+        "other": _other_model(result, release),
         "peers": peers,
-        "rows": [_row(figure, peers) for figure in result.figures],
-    }
-
-
-def _row(figure: Figure, peers: Sequence[str]) -> dict[str, Any]:
-    return {
-        "label": figure_label(figure),
-        "metric": figure.metric,
-        "value": _number(figure.value, figure.unit),
-        "stderr": _number(figure.stderr, figure.unit),
-        "count": _NOT_KNOWN if figure.count is None else f"{figure.count:,}",
-        "peers": [_number(figure.reference.get(peer), figure.unit) for peer in peers],
+        "rows": rows,
     }
 
 

@@ -1,7 +1,7 @@
-"""An exported folder to the hub, in one commit; who may do that is asked before any work.
+"""Upload an exported folder to the hub, in one commit; login and access are checked before any work.
 
-The token is the hub client's own: `hf auth login`, or HF_TOKEN. Tested against a stand-in for the hub's API on this
-machine, with plain LFS uploads; against the hub itself, and its Xet storage: not run.
+The token is the hub client's own: `hf auth login`, or HF_TOKEN. Tested against a local stand-in for the hub's API, with
+plain LFS uploads; against the hub itself, and its Xet storage: not run.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from notus.evaluation.names import hub_id
+from notus.evaluation.read_run import Run
 from notus.runtime.process import first_line
 
 # Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
 _TEXTS = (".json", ".md", ".jinja", ".txt", ".py", ".yaml", ".yml", ".jsonl")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
-_HUBS_OWN = ".gitattributes"  # every repository has it from the start
 _REMEDIES = {
     401: "the hub does not accept the login: run `hf auth login`, or set HF_TOKEN to a token that is valid",
     403: "the token may not write there: make one with write access to that repository or organisation",
@@ -40,35 +40,44 @@ class Destination:
 
 
 def open_repository(destination: Destination) -> Destination:
-    """Log in and find or create the repository, before the export's work; returns its full id.
+    """Log in and find or create the repository, before the export's work; return the destination with its full id.
 
-    Says what files it holds already. Raises ValueError where there is no login or no write access, where what should
-    be private is public, or where the hub does not answer.
+    Prints which files the repository already holds. Raises ValueError without a login or write access, if what should
+    be private is public, or if the hub does not answer.
     """
     api = HfApi()
-    with _told("log in to the hub"):
-        user = api.whoami()
-    full = destination if "/" in destination.repo_id else _owned(destination, user["name"])
-    with _told(f"open {full.repo_id} on the hub"):
-        info = _find_or_create(api, full)
-        if full.revision is not None:
-            api.create_branch(full.repo_id, branch=full.revision, exist_ok=True)
-            info = api.model_info(full.repo_id, revision=full.revision)
-    _check_visibility(info, full)
-    held = [file.rfilename for file in info.siblings or () if file.rfilename != _HUBS_OWN]
-    if held:
-        print(
-            f"note: {full.repo_id} holds {_some(held)} already; what has the name of a new file is replaced, all else "
-            "stays",
-            flush=True,
+    with _hub_errors("log in to the hub"):
+        user = api.whoami()["name"]
+    repo_id = destination.repo_id if "/" in destination.repo_id else f"{user}/{destination.repo_id}"
+    with _hub_errors(f"open {repo_id} on the hub"):
+        api.create_repo(repo_id, private=destination.private, exist_ok=True)
+        api.auth_check(repo_id, write=True)
+        if destination.revision is not None:
+            api.create_branch(repo_id, branch=destination.revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=destination.revision)
+    if destination.private and not info.private:
+        raise ValueError(
+            f"{repo_id} is public, so everybody would see the model: give --public if they may, or make it private in "
+            "its settings on the hub"
         )
-    return full
+    if info.private and not destination.private:
+        print(f"note: {repo_id} is private, and stays so; its settings on the hub change that", flush=True)
+    held = [file.rfilename for file in info.siblings or () if file.rfilename != ".gitattributes"]  # every one has it
+    if held:
+        names = ", ".join(held[:5]) + (f" and {len(held) - 5} other files" if len(held) > 5 else "")
+        print(f"note: {repo_id} holds {names} already; files of the same name are replaced, others stay", flush=True)
+    return dataclasses.replace(destination, repo_id=repo_id)
 
 
 def upload(folder: Path, destination: Destination) -> str:
-    """Commit the folder's files, all or none; returns the repository's address. Raises ValueError if that fails."""
+    """Commit the folder's files, all or none, and return the repository's address. Raises ValueError if that fails.
+
+    `upload_folder` would make several commits of a large folder.
+    """
     api = HfApi()
-    with _told(f"upload to {destination.repo_id}", f"{folder} is complete: the same command pushes it, without export"):
+    with _hub_errors(
+        f"upload to {destination.repo_id}", f"{folder} is complete: the same command pushes it, without export"
+    ):
         api.create_commit(
             destination.repo_id,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files_of(folder)],
@@ -80,13 +89,13 @@ def upload(folder: Path, destination: Destination) -> str:
 
 
 def files_of(folder: Path) -> list[str]:
-    """What is uploaded: every file but hidden ones, by its path in the folder."""
+    """Return what is uploaded: every file but hidden ones, by its path in the folder."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
 def listing(folder: Path, destination: Destination) -> str:
-    """What `upload` would send, with sizes in bytes."""
+    """Return what `upload` would send, with sizes in bytes."""
     kind = "private" if destination.private else "public"
     lines = [f"  {(folder / name).stat().st_size:>15,}  {name}" for name in files_of(folder)]
     branch = f", branch {destination.revision}" if destination.revision else ""
@@ -105,37 +114,22 @@ def check_no_paths(folder: Path, paths: Iterable[str]) -> None:
             raise ValueError(f"{folder / name}: names {found}, a place on this machine; take that out before --push")
 
 
-def _owned(destination: Destination, user: str) -> Destination:
-    return dataclasses.replace(destination, repo_id=f"{user}/{destination.repo_id}")
-
-
-def _find_or_create(api: HfApi, destination: Destination) -> ModelInfo:
-    try:
-        info = api.model_info(destination.repo_id)
-    except RepositoryNotFoundError:
-        api.create_repo(destination.repo_id, private=destination.private)
-        return api.model_info(destination.repo_id)
-    api.auth_check(destination.repo_id, write=True)
-    return info
-
-
-def _check_visibility(info: ModelInfo, destination: Destination) -> None:
-    if destination.private and not info.private:
-        raise ValueError(
-            f"{destination.repo_id} is public, so everybody would see the model: give --public if they may, or make it "
-            "private in its settings on the hub"
-        )
-    if info.private and not destination.private:
-        print(f"note: {destination.repo_id} is private, and stays so; its settings on the hub change that", flush=True)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} other files" if len(names) > 5 else "")
+def private_paths(run: Run) -> list[str]:
+    """Return the places on this machine that a run names, and the user's home: no published file may hold them."""
+    data, settings = run.settings["data"], run.settings
+    names = [str(run.folder), run.base, *(source["path"] for source in [*data["train"], *(data["eval"] or [])])]
+    keys = (("data", "cache_dir"), ("training", "output_dir"), ("reference", "cache_dir"))
+    names += [str(name) for section, key in keys if (name := settings.get(section, {}).get(key))]
+    if str(data.get("chat_template")).endswith(".jinja"):
+        names.append(data["chat_template"])
+    paths = [Path(name).expanduser() for name in names if hub_id(name) is None]
+    found = {str(place) for path in paths for place in (path.absolute(), path.resolve())}  # as written, and its target
+    return sorted(path for path in {*found, str(Path.home())} if path != "/")
 
 
 @contextlib.contextmanager
-def _told(what: str, remedy: str | None = None) -> Iterator[None]:
-    """Turn whatever ends a talk with the hub into one line for the user."""
+def _hub_errors(what: str, remedy: str | None = None) -> Iterator[None]:
+    """Turn whatever goes wrong with the hub into one line for the user."""
     try:
         yield
     except Exception as error:  # the client, its HTTP library and its storage library raise errors of every kind

@@ -1,49 +1,84 @@
-"""The page: everything that the runs tell, set by the template into one file without links to anything outside."""
+"""`python -m notus report RUN [RUN ...]`: write what the runs' folders hold as one HTML file without links outside."""
 
+import argparse
 import base64
-import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
-from notus.evaluation.files import told
-from notus.evaluation.report import overview
-from notus.evaluation.report.data import data_panels, data_table, source_bars
-from notus.evaluation.report.evaluations import evaluation_tables
-from notus.evaluation.report.preferences import breakdown_bars, calibration_panels, detail_table
-from notus.evaluation.report.reading import RunRecord
-from notus.evaluation.report.samples import sample_groups
-from notus.evaluation.report.training import training_panels
-from notus.evaluation.results import EVALUATIONS, RESULT
-from notus.training.describe import DATA_FILE, ENVIRONMENT_FILE
-from notus.training.run_folder import CONFIG_FILE
-from notus.training.tracking import METRICS_FILE
+from notus.evaluation.files import check_output, told
+from notus.runtime.files import write_text
+from notus.runtime.process import tell
+
+if TYPE_CHECKING:
+    from notus.evaluation.read_run import Run
 
 T = TypeVar("T")
 
-GENERATOR = '<meta name="generator" content="notus report">'  # by which an earlier report is known
+REPORT = "report.html"
+GENERATOR = '<meta name="generator" content="notus report">'  # marks a file as an earlier report
 HERE = Path(__file__).parent
-RESULTS = f"{EVALUATIONS}/*/{RESULT}"
 COLOURS = 7  # --c0 to --c6 in page.css
 
 
-def render(runs: Sequence[RunRecord]) -> str:
-    """The report of runs as HTML. Every text from a run is escaped; only scripts of ours may run in the page."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, finished or not; several: overlaid")
+    parser.add_argument(
+        "--output",
+        metavar="FILE.html",
+        help=f"default: {REPORT} in the run's folder, or for several runs in the working folder; an earlier report is "
+        "replaced",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report. Raises ValueError for what is no run and without plotly, OSError if it cannot be written."""
+    try:
+        import plotly  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError("the report draws with plotly, which is not installed: pip install plotly") from error
+    from notus.evaluation.read_run import read_runs
+
+    default = Path(args.runs[0]).expanduser() / REPORT if len(args.runs) == 1 else Path(REPORT)
+    output = Path(args.output) if args.output else default
+    # UTF-8 cannot hold half of a surrogate pair, which the data may contain.
+    page = render(read_runs(args.runs)).encode("utf-8", "replace").decode("utf-8")
+    check_output(output, not_over=args.runs[0], remedy="choose another place with --output")
+    if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
+    write_text(output, page)
+    tell(f"report: {output} ({len(page.encode()) / 2**20:.1f} MiB)")
+    return 0
+
+
+def render(runs: "Sequence[Run]") -> str:
+    """Return the report as HTML. Every string from a run is escaped, and only our own scripts may run in the page."""
+    from plotly.offline import get_plotlyjs
+
+    from notus.evaluation.read_run import RESULT_FILES
+    from notus.evaluation.report import charts, tables
+    from notus.training.inputs import DATA_FILE
+    from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
+    from notus.training.run_folder import CONFIG_FILE
+
+    def made(files: str, make: Callable[["Sequence[Run]"], T]) -> T:
+        """Return what `make` makes of these files of the runs; see `told`."""
+        return told(files, [run.folder for run in runs], lambda: make(runs))
+
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breaks"] = _breaks
     scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text(encoding="utf-8"))]
-    made = functools.partial(_made, runs)
-    training = made(f"{CONFIG_FILE} or {METRICS_FILE}", training_panels)
-    data = made(DATA_FILE, data_panels)
-    calibration = made(RESULTS, calibration_panels)
+    training = made(f"{CONFIG_FILE} or {METRICS_FILE}", charts.training_panels)
+    data = made(DATA_FILE, charts.data_panels)
+    calibration = made(RESULT_FILES, charts.calibration_panels)
     return environment.get_template("page.html.j2").render(
         generator=Markup(GENERATOR),
         policy=_security_policy(scripts),
@@ -51,41 +86,36 @@ def render(runs: Sequence[RunRecord]) -> str:
         scripts=scripts,
         colours=COLOURS,
         runs=runs,
-        facts=made(f"{CONFIG_FILE} or {ENVIRONMENT_FILE}", lambda runs: [overview.facts(run) for run in runs]),
-        tiles=made(RESULTS, overview.tiles),
+        facts=made(f"{CONFIG_FILE} or {ENVIRONMENT_FILE}", lambda runs: [tables.facts(run) for run in runs]),
+        tiles=made(RESULT_FILES, tables.tiles),
         training=training,
-        last_values=overview.last_values(runs),
+        last_values=tables.last_values(runs),
         data=data,
-        data_table=made(DATA_FILE, data_table),
-        sources=made(DATA_FILE, source_bars),
-        evaluations=made(RESULTS, evaluation_tables),
+        data_table=made(DATA_FILE, tables.data_table),
+        sources=made(DATA_FILE, tables.source_bars),
+        evaluations=made(RESULT_FILES, tables.evaluation_tables),
         calibration=calibration,
-        breakdowns=made(RESULTS, breakdown_bars),
-        preference_table=made(RESULTS, detail_table),
-        samples=sample_groups(runs),
-        differing=overview.differing_settings(runs),
+        breakdowns=made(RESULT_FILES, tables.breakdown_bars),
+        preference_table=made(RESULT_FILES, tables.preference_table),
+        samples=made(SAMPLES_FILE, tables.sample_groups),
+        differing=tables.differing_settings(runs),
         figures={panel.name: panel.as_json() for panel in (*training, *data, *calibration)},
     )
 
 
-def _made(runs: Sequence[RunRecord], files: str, make: Callable[[Sequence[RunRecord]], T]) -> T:
-    """A part of the page, which shows what these files of the runs hold; see `told`."""
-    return told(files, [run.folder for run in runs], lambda: make(runs))
-
-
 def _breaks(text: str) -> Markup:
-    """A name as HTML that may go on in the next line after its / and _, rather than anywhere in a word."""
+    """Return a name as HTML that may break after its / and _, rather than anywhere in a word."""
     return Markup(re.sub(r"([/_])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def _script(text: str) -> Markup:
-    """A script as it stands in the page, where a carriage return would be read as a newline and change its digest."""
+    """Return a script for the page, where a carriage return would be read as a newline and change its digest."""
     assert "</script" not in text.lower()
     return Markup(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _security_policy(scripts: Sequence[str]) -> str:
-    """Nothing is loaded, and no script runs but these: what data might smuggle in stays text."""
+    """Allow these scripts and nothing else: what the data contains stays text, and nothing is loaded."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     closed = "default-src 'none'; base-uri 'none'; form-action 'none'"

@@ -191,7 +191,7 @@ def _compare(folder: Path, name: str, other: str, pairs: list["Pair"], judge: "J
     try:
         judged, failures, unread = judge_pairs(pairs, judge, folder / VERDICTS)
     except KeyboardInterrupt:
-        tell(f"stopped: the verdicts that came are in {folder / VERDICTS}; the same command goes on from there")
+        tell(f"stopped: the verdicts that came are in {folder / VERDICTS}; the same command resumes from there")
         return STOPPED
     _write_pairs(folder, judged)
     missing = failures + unread

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from notus.curation.command import read_file
-from notus.data.chat import Turns
+from notus.data.formats import Turns
+from notus.data.sources import read_file
 from notus.evaluation.prompts import read_prompt, read_prompts
 
 ANSWERS = ("completion", "output", "answer")

@@ -248,10 +248,10 @@ def test_a_model_or_annotations_are_needed(capsys):
     [
         ("", "the file is empty"),
         ("[]", "the file is empty"),
-        ('["a"]', "record 1: str, not an object"),
-        ('[{"instruction": "a"}, {"prompt": "b"}]', "record 2: no text under the key 'instruction'"),
-        ('[{"instruction": " "}]', "record 1: no text"),
-        ('[{"instruction": "a"}, {"instruction": "a"}]', "record 2: the instruction of"),
+        ('["a"]', "row 1 .*: str, not an object"),
+        ('[{"instruction": "a"}, {"prompt": "b"}]', "row 2 .*: no text under the key 'instruction'"),
+        ('[{"instruction": " "}]', "row 1 .*: no text"),
+        ('[{"instruction": "a"}, {"instruction": "a"}]', "row 2 .*: the instruction of"),
         ('{"instruction": "a"}\n{"instruction": 5}', "line 2: no text"),
     ],
 )

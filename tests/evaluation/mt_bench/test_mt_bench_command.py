@@ -248,7 +248,7 @@ def test_stopped_in_the_middle_and_resumed(number: signal.Signals, code: int, tm
         out, _ = process.communicate(timeout=240)
         release.set()
         assert process.returncode == code
-        assert ("the same command goes on from there" in out) == (number == signal.SIGTERM)
+        assert ("the same command resumes from there" in out) == (number == signal.SIGTERM)
     kept = [json.loads(line) for line in (tmp_path / "out" / "gpt-4_single.jsonl").read_text().split("\n")[:-1]]
     assert 1 <= len(kept) <= 4
     with serving(rate) as served:

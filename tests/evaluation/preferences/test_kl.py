@@ -13,8 +13,7 @@ from toys import toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from notus.__main__ import main
-from notus.data.columns import FEATURES
-from notus.data.dataset import Rows
+from notus.data.dataset import FEATURES, Rows
 from notus.data.tokenize import load_pairs
 from notus.evaluation.preferences.kl import Samples, choose, kl, prompts_of, read_prompts, sample
 

@@ -16,7 +16,7 @@ from notus.evaluation.preferences.command import DETAILS
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
 from notus.training import dpo
-from notus.training.build import build_policy
+from notus.training.parallelize import build_policy
 
 FP32 = ["--precision", "fp32", "--max-length", "120"]
 

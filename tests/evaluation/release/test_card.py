@@ -303,7 +303,7 @@ def test_an_unfinished_run_says_its_step(tmp_path, capsys):
     card(run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n")
-    assert "metrics.jsonl, line 4: not a line of metrics" in refused(capsys, run, "--output", "-")
+    assert "metrics.jsonl, line 4: not an object with a step" in refused(capsys, run, "--output", "-")
 
 
 @pytest.mark.parametrize(
@@ -359,12 +359,12 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert main(["card", str(run), "--output", "-"]) == 0
     assert capsys.readouterr().out == written.rpartition("\n<!--")[0]
     assert "nothing to merge" in refused(capsys, run, "--merge")
-    assert "no run's folder" in refused(capsys, tmp_path)
+    assert "not a run (it has no config.yaml)" in refused(capsys, tmp_path)
     for wrong in (["--license", "MIT license"], ["--language", "english"], ["--base-model", "/home/x"]):
         with pytest.raises(SystemExit):
             main(["card", str(run), *wrong])
     (run / "environment.json").write_text("[1]")
-    assert "environment.json: not what a run notes there" in refused(capsys, run, "--output", "-")
+    assert "environment.json: not a JSON object" in refused(capsys, run, "--output", "-")
 
 
 def run_example(folder, monkeypatch, capsys):

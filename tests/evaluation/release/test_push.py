@@ -12,7 +12,8 @@ import pytest
 from hub import TOKEN
 
 from notus.__main__ import main
-from notus.evaluation.release.facts import private_paths
+from notus.evaluation.read_run import Run
+from notus.evaluation.release.push import private_paths
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<:DeprecationWarning")  # the client's own
 
@@ -98,7 +99,7 @@ def test_an_export_that_is_there_goes_without_another(full_run, tmp_path, hub, m
     out = tmp_path / "out"
     assert export(full_run, out) == 0
     before = content(out)
-    monkeypatch.setattr("notus.evaluation.export_run._export", None)  # would fail if it were called
+    monkeypatch.setattr("notus.evaluation.release.export.load_causal_lm", None)  # fails if it is called
     assert export(full_run, out, "--push", "ada/tiny", "--revision", "v1/a", "--commit-message", "First") == 0
     assert "only its README.md was written anew" in capsys.readouterr().out
     after = content(out)
@@ -157,7 +158,7 @@ def test_a_path_as_the_config_writes_it_is_found(tmp_path):
         "data": {"train": [{"path": str(tmp_path / "link" / "p.jsonl")}], "eval": None, "chat_template": "zephyr"},
         "training": {"output_dir": str(tmp_path / "was-here")},
     }
-    found = private_paths(tmp_path / "run", settings)
+    found = private_paths(Run(tmp_path / "run", settings, [], {}, {}, []))
     for place in ("link/p.jsonl", "disk/p.jsonl", "was-here", "run"):
         assert str(tmp_path / place) in found
     assert not any("zephyr" in place or "org/base" in place for place in found)

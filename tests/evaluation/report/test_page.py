@@ -11,9 +11,9 @@ import pytest
 from report_runs import dpo_metrics, sft_metrics
 
 from notus.__main__ import main
-from notus.evaluation.report.numbers import duration, number, short_path
+from notus.evaluation.read_run import read_runs
 from notus.evaluation.report.page import COLOURS, render
-from notus.evaluation.report.reading import read_runs
+from notus.evaluation.report.tables import duration, number, short_path
 from notus.evaluation.results import Figure, Result, write_result
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -269,6 +269,7 @@ def test_numbers_as_they_are_written():
     told = [number(value) for value in (0.0, 3.0, -0.05927, 12345.678, 2.5e-5, 5e-7, 0.69314718)]
     assert told == ["0", "3", "−0.05927", "12,346", "2.5e-5", "5e-7", "0.6931"]
     assert [number(0.90625, "share"), number(64.586, "%")] == ["90.6%", "64.59%"]
+    assert [number(float("nan")), number(float("inf"), "share")] == ["–", "–"]
     assert [duration(s) for s in (59.4, 59.6, 3590.0, 3599.6, 6700.0)] == [
         "59 s", "1 min 0 s", "59 min 50 s", "1 h 0 min", "1 h 52 min"
     ]  # fmt: skip
@@ -306,10 +307,6 @@ def test_half_a_character_does_not_stop_the_report(make_run):
     folder = make_run(samples=[{"step": 0, "index": 0, "prompt": "p\ud800q", "completion": "a"}])
     assert main(["report", str(folder)]) == 0
     assert "p?q" in (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_a_figure_that_is_no_number_is_a_dash(make_run):
-    assert (number(float("nan")), number(float("inf"), "share")) == ("–", "–")
 
 
 def test_no_two_of_many_runs_share_colour_and_symbol(make_run):

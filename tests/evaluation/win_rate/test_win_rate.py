@@ -425,7 +425,7 @@ def test_options_that_do_not_go_together(capsys, options, told):
     ("text", "told"),
     [
         ("", "the file is empty"),
-        ("[1]", "record 1: int, not an object"),
+        ("[1]", "row 1 .*: int, not an object"),
         ('{"prompt": "a"}', "line 1: no text under one of the keys completion, output, answer"),
         ('{"prompt": "a", "completions": ["b"]}', "line 1: no text under one of the keys"),
         ('{"completion": "a"}', "line 1: holds no prompt"),

@@ -1,0 +1,192 @@
+"""A training run's folder as the report and the model card read it: finished or not, with the files that are there."""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from notus.evaluation.models import is_run, read_run_settings
+from notus.evaluation.results import EVALUATIONS, RESULT, Result, read_results
+from notus.runtime.files import is_locked
+from notus.training.inputs import DATA_FILE
+from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
+from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
+
+RESULT_FILES = f"{EVALUATIONS}/*/{RESULT}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One metric over the run: steps int64 [n] and values fp64 [n]; a value that is not finite is NaN."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def known(self) -> "Curve":
+        """The curve without the values that are not finite."""
+        finite = np.isfinite(self.values)
+        return Curve(self.steps[finite], self.values[finite])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What the model wrote at a step."""
+
+    step: int
+    prompt: str
+    completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's files.
+
+    Attributes:
+        folder: the run's folder.
+        settings: the resolved config by section.
+        metrics: the lines of `metrics.jsonl`, each with an integer `step`.
+        data, environment: `data.json` and `environment.json`; empty if they do not exist.
+        results: the evaluations, by suite.
+        label: a short name; see `read_runs`.
+    """
+
+    folder: Path
+    settings: dict[str, dict[str, Any]]
+    metrics: Sequence[Mapping[str, Any]]
+    data: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    results: Sequence[Result]
+    label: str = ""
+
+    @property
+    def task(self) -> Literal["dpo", "sft"]:
+        """What was trained; only DPO's config has a section of that name."""
+        return "dpo" if "dpo" in self.settings else "sft"
+
+    @property
+    def base(self) -> str:
+        """The model that the run started from, as its config names it."""
+        return str(self.settings["model"]["name_or_path"])
+
+    @functools.cached_property
+    def state(self) -> Literal["finished", "running", "unfinished"]:
+        """Whether the run has its final model; if not, whether a process holds its folder."""
+        if any((self.folder / MODEL / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return "finished"
+        return "running" if is_locked(self.folder / LOCK) else "unfinished"
+
+    @property
+    def config_text(self) -> str:
+        """The config file."""
+        return (self.folder / CONFIG_FILE).read_text(encoding="utf-8")
+
+    @functools.cached_property
+    def curves(self) -> dict[str, Curve]:
+        """The metrics by name, each with at least one finite value."""
+        columns: dict[str, list[tuple[int, float]]] = {}
+        for line in self.metrics:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float):
+                    finite = abs(value) <= sys.float_info.max  # an integer can be beyond all floats
+                    columns.setdefault(name, []).append((line["step"], float(value) if finite else math.nan))
+        curves = {name: Curve(*map(np.array, zip(*points, strict=True))) for name, points in columns.items()}
+        return {name: curve for name, curve in curves.items() if np.isfinite(curve.values).any()}
+
+    @functools.cached_property
+    def samples(self) -> list[list[Sample]]:
+        """The samples by the prompt's index, each in the order of steps."""
+        by_index: dict[int, dict[int, Sample]] = {}  # a step repeated after a crash may be there twice
+        for line in read_lines(self.folder / SAMPLES_FILE):
+            sample = Sample(line["step"], str(line["prompt"]), str(line["completion"]))
+            by_index.setdefault(line["index"], {})[sample.step] = sample
+        return [[steps[step] for step in sorted(steps)] for _, steps in sorted(by_index.items())]
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged; 0 before the first."""
+        return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps of the whole run; None before a logged line says how many steps an epoch has."""
+        epoch = self.curves["epoch"].known if "epoch" in self.curves else None
+        if epoch is None or epoch.values[-1] <= 0:
+            return None
+        training = self.settings["training"]
+        steps = training["epochs"] * round(float(epoch.steps[-1] / epoch.values[-1]))
+        return int(steps if training["max_steps"] is None else min(steps, training["max_steps"]))
+
+    def preference_details(self, name: str) -> Any:
+        """A part of the preferences suite's details; None if there is no such result, or it lacks this part."""
+        return next((result.details.get(name) for result in self.results if result.suite == "preferences"), None)
+
+
+def read_runs(names: Sequence[str]) -> list[Run]:
+    """Read several runs; the label of each is the shortest end of its path that no other has. Raises as `read_run`."""
+    folders = [Path(name).expanduser() for name in names]
+    labels = _labels([folder.resolve() for folder in folders])
+    return [read_run(folder, label) for folder, label in zip(folders, labels, strict=True)]
+
+
+def read_run(folder: Path, label: str = "") -> Run:
+    """Read a run's folder. Raises ValueError, naming the file, for what is no run or is damaged."""
+    if not is_run(folder):
+        raise ValueError(f"{folder}: not a run (it has no {CONFIG_FILE}); name the folder in training.output_dir")
+    return Run(
+        folder=folder,
+        settings=read_run_settings(folder),
+        metrics=read_lines(folder / METRICS_FILE),
+        data=_read_object(folder / DATA_FILE),
+        environment=_read_object(folder / ENVIRONMENT_FILE),
+        results=read_results(folder),
+        label=label,
+    )
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    if len(set(folders)) < len(folders):
+        raise ValueError("report: a run is given twice; name each once")
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        labels = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the JSON objects of a file's complete lines; none if there is no file.
+
+    A last line that the run is still writing is left out. Raises ValueError, naming file and line.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number}: not an object with a step; restore the file, or move it away")
+        records.append(record)
+    return records
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a file's JSON object; empty if there is no file. Raises ValueError, naming the file."""
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore the file, or remove it") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not a JSON object; restore the file, or remove it")
+    return tree

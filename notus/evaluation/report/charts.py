@@ -1,0 +1,315 @@
+"""The charts of the report: which there are, and how each is drawn, explained, and said in words."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from notus.evaluation.read_run import Curve, Run
+from notus.evaluation.report.tables import number
+
+MAX_POINTS = 1_500  # of a curve in the page
+SMOOTHED_FROM = 12  # points; a shorter curve shows its course by itself
+SMOOTHED_SHARE = 0.05  # of the points, on either side together
+# By a line's colour, which the style sheet has as --c0 and so on: a second sign, for readers who do not see colours.
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """What a chart of training shows; with several runs, each of its lines has a chart of its own.
+
+    Attributes:
+        lines: the name of each line by its metric; `eval_` and the metric is the same on held-out rows.
+        task: the only task that has the chart; None: any.
+        per_beta: divide the values by the run's β.
+        unit: of the values, as in `number`.
+        noisy: draw a moving mean as well.
+        from_zero: the y axis begins at 0.
+    """
+
+    name: str
+    title: str
+    note: str
+    lines: Mapping[str, str]
+    task: str | None = None
+    per_beta: bool = False
+    unit: str = ""
+    noisy: bool = True
+    from_zero: bool = False
+
+
+CHARTS = (
+    Chart("loss-sft", "SFT loss", "Negative log-likelihood per completion token, in nats. Lower is better.",
+          {"loss": ""}, task="sft"),
+    Chart("loss-dpo", "DPO loss", "Mean over pairs. The sigmoid loss starts at ln 2 = 0.693, where the policy still "
+          "is the reference.", {"loss": ""}, task="dpo"),
+    Chart("accuracy", "Reward accuracy", "Share of pairs whose chosen answer has the higher reward. 50% is chance.",
+          {"rewards/accuracies": ""}, unit="share"),
+    Chart("margins", "Reward margin", "Reward of the chosen minus that of the rejected answer, mean over pairs.",
+          {"rewards/margins": ""}),
+    Chart("logps", "Log-probability of the answers", "Sum over the answer's tokens under the policy, in nats, mean "
+          "over pairs.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    Chart("drift", "Drift from the reference", "Mean log-ratio of policy to reference on the data's own answers, in "
+          "nats (reward / β). Off-policy: a drift, not a KL divergence.",
+          {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, task="dpo", per_beta=True),
+    Chart("nll", "NLL of the chosen answers", "Per token, in nats; the extra term of the loss.", {"nll_loss": ""}),
+    Chart("learning-rate", "Learning rate", "As the schedule set it at each step.", {"learning_rate": ""},
+          noisy=False),
+    Chart("grad-norm", "Gradient norm", "Global norm before clipping.", {"grad_norm": ""}, from_zero=True),
+    Chart("pairs-per-second", "Throughput, pairs", "Pairs per second of the whole job, without evaluations.",
+          {"pairs_per_second": ""}, from_zero=True),
+    Chart("examples-per-second", "Throughput, examples", "Examples per second of the whole job, without evaluations.",
+          {"examples_per_second": ""}, from_zero=True),
+    Chart("tokens-per-second", "Throughput, tokens", "Tokens per second of the whole job.",
+          {"system/tokens_per_second": ""}, from_zero=True),
+    Chart("mfu", "Model FLOPs utilisation", "Share of the GPUs' peak that the necessary arithmetic takes.",
+          {"system/mfu": ""}, unit="share", from_zero=True),
+    Chart("memory", "Peak memory", "In GiB, of one process.",
+          {"system/gpu_memory_gib": "GPU", "system/host_memory_gib": "host"}, noisy=False, from_zero=True),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """An entry of the legend: its name, look, the places of its traces in the figure, and its last value."""
+
+    name: str
+    colour: int
+    dash: str
+    symbol: str
+    traces: Sequence[int]
+    value: str = ""
+
+
+@dataclasses.dataclass
+class Panel:
+    """A chart with its words.
+
+    Attributes:
+        name: its id in the page.
+        title, note: what it shows, and how to read it.
+        unit: of the values, as in `number`.
+        figure: traces and layout; each trace has the number of its colour in `meta`, and the page chooses the colour.
+        keys: the legend.
+        spoken: for screen readers, what each line does.
+    """
+
+    name: str
+    title: str
+    note: str
+    unit: str = ""
+    figure: go.Figure = dataclasses.field(default_factory=go.Figure)
+    keys: list[Key] = dataclasses.field(default_factory=list)
+    spoken: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The chart in words."""
+        return f"{self.title}. " + " ".join(self.spoken)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figure for the page's script."""
+        figure: dict[str, Any] = json.loads(self.figure.to_json())
+        figure["layout"].pop("template", None)
+        return figure
+
+    def set_axes(self, x: Mapping[str, Any], y: Mapping[str, Any]) -> None:
+        """Set plotly's x and y axes; y is written in the panel's unit."""
+        shares = {"tickformat": ".0%", "hoverformat": ".1%"} if self.unit == "share" else {"exponentformat": "e"}
+        self.figure.update_layout(xaxis=dict(x), yaxis={**shares, **y})
+
+    def add_line(self, curve: Curve, name: str, *, colour: int, held_out: bool, marked: bool, noisy: bool) -> None:
+        """Draw a metric over steps: thin, with its moving mean bold where the curve is long and noisy."""
+        symbol, dash = _symbol(colour), "dash" if held_out else "solid"
+        calm = smooth(curve) if noisy and not held_out else None
+        shows = held_out or marked or len(curve.steps) == 1
+        mode = "lines+markers" if shows else "lines"
+        marker = {"size": 8, "symbol": symbol, "maxdisplayed": 25 if held_out else 7}
+        x, y = _decimated(curve)
+        if calm is None:
+            drawn = [go.Scatter(x=x, y=y, opacity=1.0, mode=mode, line={"width": 2.5, "dash": dash}, marker=marker)]
+        else:
+            thin = go.Scatter(x=x, y=y, opacity=0.35, mode="lines", line={"width": 1, "dash": dash}, marker=marker)
+            x, y = _decimated(calm)
+            drawn = [thin, go.Scatter(x=x, y=y, hoverinfo="skip", mode=mode, line={"width": 2.5}, marker=marker)]
+        places = [self._add(trace, name, colour) for trace in drawn]
+        last = (curve if calm is None else calm).known.values[-1]  # where the bold line ends
+        self.keys.append(Key(name, colour, dash, symbol if shows else "", places, number(last, self.unit)))
+        self.spoken.append(_course(name, curve, self.unit))
+
+    def add_outline(self, edges: Sequence[float], counts: Sequence[int], name: str, *, colour: int) -> None:
+        """Draw a histogram's outline, as shares of all rows: `edges` [n + 1], `counts` [n]."""
+        dash = ("solid", "dash", "dot", "dashdot")[colour % 4]
+        shares = [count / sum(counts) for count in counts]
+        spans = [f"{number(low)} to {number(high)}" for low, high in itertools.pairwise(edges)]
+        trace = go.Scatter(
+            x=list(edges), y=[*shares, shares[-1]], text=[*spans, spans[-1]], hovertemplate="%{text}: %{y:.1%}",
+            mode="lines", fill="tozeroy", line={"width": 2, "dash": dash, "shape": "hv"},
+        )  # fmt: skip
+        self.keys.append(Key(name, colour, dash, "", [self._add(trace, name, colour)]))
+        top = int(np.argmax(shares))
+        self.spoken.append(f"{name}: most rows, {shares[top]:.0%}, are at {spans[top]}.")
+
+    def add_bins(self, bins: Sequence[Mapping[str, Any]], name: str, *, colour: int) -> None:
+        """Draw how often the model is right by its confidence, with intervals."""
+        x, y = np.array([b["confidence"] for b in bins]), np.array([b["frequency"] for b in bins])
+        low, high = np.array([b["interval"] for b in bins]).T
+        symbol = _symbol(colour)
+        trace = go.Scatter(
+            x=x, y=y, mode="lines+markers", line={"width": 2}, marker={"size": 9, "symbol": symbol},
+            error_y={"type": "data", "symmetric": False, "array": high - y, "arrayminus": y - low, "thickness": 1},
+        )  # fmt: skip
+        self.keys.append(Key(name, colour, "solid", symbol, [self._add(trace, name, colour)]))
+        pairs = ", ".join(f"{number(b, self.unit)} at {number(a, self.unit)}" for a, b in zip(x, y, strict=True))
+        self.spoken.append(f"{name}: {pairs}.")
+
+    def _add(self, trace: go.Scatter, name: str, colour: int) -> int:
+        """Add a trace and return its place in the figure."""
+        self.figure.add_trace(trace.update(name=escape(name), meta={"colour": colour}))
+        return len(self.figure.data) - 1
+
+
+def training_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Return the charts for which any of the runs has values."""
+    panels = []
+    for chart in CHARTS:
+        lines = {m: name for m, name in chart.lines.items() if any(_curves(run, chart, m) for run in runs)}
+        if len(runs) == 1 and lines:
+            panels.append(_training_panel(chart, lines, runs))
+        elif len(runs) > 1:
+            panels += [_training_panel(chart, {m: name}, runs, name * (len(lines) > 1)) for m, name in lines.items()]
+    return panels
+
+
+def _training_panel(chart: Chart, lines: Mapping[str, str], runs: Sequence[Run], part: str = "") -> Panel:
+    """Colours tell runs apart, or the lines of one run, or training from held-out of a single line."""
+    name, title = (f"{chart.name}-{part}", f"{chart.title}: {part}") if part else (chart.name, chart.title)
+    panel = Panel(name, title, chart.note, chart.unit)
+    last = 0
+    for place, run in enumerate(runs):
+        for index, (metric, line) in enumerate(lines.items()):
+            for curve, held_out in _curves(run, chart, metric):
+                last = max(last, run.step)
+                colour = place if len(runs) > 1 else index if len(lines) > 1 else int(held_out)
+                words = [run.label if len(runs) > 1 else line, "held-out" if held_out else "train"]
+                marked = len(runs) > 1 or len(lines) > 1
+                label = ", ".join(filter(None, words))
+                panel.add_line(curve, label, colour=colour, held_out=held_out, marked=marked, noisy=chart.noisy)
+    x_axis = {"title": {"text": "step"}, "range": [0, 1.03 * last]}
+    panel.set_axes(x_axis, {"rangemode": "tozero" if chart.from_zero else "normal"})
+    return panel
+
+
+def _curves(run: Run, chart: Chart, metric: str) -> list[tuple[Curve, bool]]:
+    """Return the metric's curves, and whether each is of held-out rows."""
+    if chart.task not in (None, run.task):
+        return []
+    scale = 1.0 / run.settings["dpo"]["beta"] if chart.per_beta else 1.0
+    found = [(run.curves.get(metric), False), (run.curves.get(f"eval_{metric}"), True)]
+    return [(Curve(curve.steps, scale * curve.values), held_out) for curve, held_out in found if curve is not None]
+
+
+def data_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Return histograms of lengths and ratings of the training rows."""
+    return [
+        *_histograms(runs, "lengths", "Lengths", "Training rows by their number of tokens.", "tokens"),
+        *_histograms(runs, "ratings", "Ratings", "Training pairs by the rating of their answers.", "rating"),
+    ]
+
+
+def _histograms(runs: Sequence[Run], group: str, title: str, note: str, axis: str) -> list[Panel]:
+    """Return a single chart of all parts (prompt, chosen, …) for one run; for several, a chart for each part."""
+    read = [(run.data.get("train") or {}).get(group) or {} for run in runs]
+    found = [{part: h for part, h in histograms.items() if any(h["counts"])} for histograms in read]
+    parts = list(dict.fromkeys(part for histograms in found for part in histograms))
+    single = len(runs) == 1
+    panels = []
+    for shown in [parts] if single and parts else [[part] for part in parts]:
+        name, heading = (group, title) if single else (f"{group}-{shown[0]}", f"{title}: {shown[0]}")
+        panel = Panel(name, heading, note, "share")
+        panel.set_axes({"title": {"text": axis}}, {"rangemode": "tozero"})
+        for place, (run, histograms) in enumerate(zip(runs, found, strict=True)):
+            for index, part in enumerate(shown):
+                if histogram := histograms.get(part):
+                    label, colour = (part, index) if single else (run.label, place)
+                    panel.add_outline(histogram["edges"], histogram["counts"], label, colour=colour)
+        panels.append(panel)
+    return panels
+
+
+def calibration_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Return a chart of confidence against frequency, with a line for each run; none if no run has it."""
+    panel = Panel(
+        "calibration", "Calibration", "σ(margin) of the answer that the model prefers, against how often that is the "
+        "chosen one, with 95% intervals. On the dotted line the model is as sure as it is right.", "share",
+    )  # fmt: skip
+    panel.set_axes({"title": {"text": "confidence"}, "tickformat": ".0%", "range": [0.49, 1.02]}, {"range": [0, 1.03]})
+    panel.figure.update_layout(hovermode="closest")
+    panel.figure.add_scatter(
+        x=[0.5, 1.0], y=[0.5, 1.0], mode="lines", line={"width": 1.5, "dash": "dot"}, hoverinfo="skip",
+        meta={"colour": None},
+    )  # fmt: skip
+    for colour, run in enumerate(runs):
+        if bins := (run.preference_details("calibration") or {}).get("bins"):
+            panel.add_bins(bins, run.label if len(runs) > 1 else "held-out pairs", colour=colour)
+    return [panel] if panel.keys else []
+
+
+def decimate(curve: Curve, limit: int = MAX_POINTS) -> Curve:
+    """Return at most `limit` (4 or more) of a curve's points: the first, the last, and each stretch's extremes.
+
+    Stretches without a finite value keep a gap of one point.
+    """
+    count = len(curve.steps)
+    if count <= limit:
+        return curve
+    bounds = np.linspace(1, count - 1, (limit - 2) // 2 + 1).astype(int)
+    kept = {0, count - 1}
+    for start, end in itertools.pairwise(bounds):
+        values = curve.values[start:end]
+        if np.isnan(values).all():
+            kept.add(int(start))
+        else:
+            kept |= {int(start + np.nanargmin(values)), int(start + np.nanargmax(values))}
+    order = sorted(kept)
+    return Curve(curve.steps[order], curve.values[order])
+
+
+def _decimated(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    few = decimate(curve)
+    return few.steps.astype(np.int32), few.values.astype(np.float32)  # half the size in the page
+
+
+def smooth(curve: Curve) -> Curve | None:
+    """Return the centred moving mean over `SMOOTHED_SHARE` of the points; None for a short curve."""
+    count = len(curve.steps)
+    if count < SMOOTHED_FROM:
+        return None
+    half = max(1, round(count * SMOOTHED_SHARE / 2))
+    known = np.isfinite(curve.values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, curve.values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(count)
+    reach = np.minimum(half, at)  # narrower at the start, where a run moves fastest and ln 2 should be seen
+    low, high = at - reach, np.minimum(at + reach, count - 1) + 1
+    seen = counts[high] - counts[low]
+    values = np.divide(sums[high] - sums[low], seen, out=np.full(count, np.nan), where=seen > 0)
+    return Curve(curve.steps, values)
+
+
+def _symbol(colour: int) -> str:
+    """Return a line's symbol; it shifts by one when the colours are used up, so that no two lines share both."""
+    return SYMBOLS[(colour + colour // len(SYMBOLS)) % len(SYMBOLS)]
+
+
+def _course(name: str, curve: Curve, unit: str) -> str:
+    steps, values = curve.known.steps, [number(value, unit) for value in curve.known.values[[0, -1]]]
+    if len(steps) == 1:
+        return f"{name}: {values[0]} at step {steps[0]}."
+    return f"{name}: from {values[0]} at step {steps[0]} to {values[1]} at step {steps[-1]}."

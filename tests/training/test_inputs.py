@@ -1,0 +1,159 @@
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from disks import largest_file
+from runs import config, write_messages
+
+from notus.data.dataset import FEATURES, Rows
+from notus.runtime import switches
+from notus.runtime.files import write_text
+from notus.training import dpo, inputs, loggers, sft
+from notus.training.inputs import data_summary, length_histogram
+from notus.training.loggers import EnvironmentFile, hardware
+
+
+@pytest.mark.parametrize(
+    ("lengths", "edges", "counts"),
+    [
+        ([5], [5, 6], [1]),
+        ([1, 2, 2, 4], [1, 2, 3, 4, 5], [1, 2, 0, 1]),
+        ([0, 47, 24, 25], list(range(0, 50, 2)), [1, *[0] * 11, 2, *[0] * 10, 1]),  # 48 values: 24 buckets of 2
+        ([10, 58], list(range(10, 62, 3)), [1, *[0] * 15, 1]),  # 49 values: buckets of 3
+    ],
+)
+def test_histograms_of_lengths(lengths: list[int], edges: list[int], counts: list[int]) -> None:
+    assert length_histogram(np.array(lengths)) == {"edges": edges, "counts": counts}
+
+
+def test_histograms_lose_nothing() -> None:
+    lengths = np.random.default_rng(0).integers(3, 5000, 10_000)
+    found = length_histogram(lengths)
+    assert len(found["counts"]) <= 24
+    assert len(found["edges"]) == len(found["counts"]) + 1
+    assert found["counts"] == np.histogram(lengths, bins=found["edges"])[0].tolist()
+    assert sum(found["counts"]) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (1, ["completion"]),
+        (2, ["chosen", "rejected"]),
+        (4, ["completion_1", "completion_2", "completion_3", "completion_4"]),
+    ],
+)
+def test_a_summary_of_rows_with_any_number_of_completions(count: int, names: list[str]) -> None:
+    branches = [[7] * length for length in range(1, count + 1)]
+    columns = {"trunk": [[5, 6]], "branches": [branches], "loss_mask": [[[1] * len(ids) for ids in branches]]}
+    summary = data_summary(Rows(datasets.Dataset.from_dict(columns, features=FEATURES)), None)
+    assert summary["rows"] == 1
+    assert list(summary["lengths"]) == ["prompt", *names]
+    assert [found["edges"][0] for found in summary["lengths"].values()] == [2, *range(1, count + 1)]
+
+
+def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> None:
+    rows = [
+        {"prompt": "a b", "chosen": " one two", "rejected": " b", "source": source, "chosen-rating": rating,
+         "rejected-rating": 1.0}
+        for source, rating in (("x", 5.0), ("y", 4.0), ("x", 3.0), (None, None), ("y", 3.4))
+    ]  # fmt: skip
+    rows += [{"prompt": "a", "chosen": " x", "rejected": " x"}] * 2  # identical
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dpo.run(config("dpo", tmp_path / "run", model_folder, data, data__eval_size=2))
+    told = json.loads((tmp_path / "run" / "data.json").read_text())
+    report = {
+        "read": 7,
+        "kept": 5,
+        "dropped": {"chosen and rejected identical": 2},
+        "prompts_cut": 0,
+        "completions_cut": 0,
+        "templated": 0,
+    }
+    assert told["train"]["report"] == report
+    assert told["eval"]["report"] == {}  # its rows were read with the others
+    ratings = [told[side]["ratings"] for side in ("train", "eval")]
+    counts = [sum(sum(each[name]["counts"]) for each in ratings) for name in ("chosen", "rejected")]
+    assert counts == [4, 5]  # one is not known
+    assert ratings[0]["chosen"]["edges"] == ratings[0]["rejected"]["edges"]
+    assert ratings[0]["rejected"]["counts"][0] == 3
+    named = [Counter(told[side]["sources"]) for side in ("train", "eval")]
+    assert named[0] + named[1] == {"x": 2, "y": 2, "(unknown)": 1}
+    assert [told[side]["rows"] for side in ("train", "eval")] == [3, 2]
+    lengths = told["train"]["lengths"]
+    assert list(lengths) == ["prompt", "chosen", "rejected"]
+    assert all(sum(histogram["counts"]) == 3 for histogram in lengths.values())
+    assert lengths["chosen"]["edges"][0] > lengths["rejected"]["edges"][0]
+
+
+def test_what_data_json_says_of_demonstrations(tmp_path: Path, model_folder: Path) -> None:
+    data = write_messages(tmp_path / "chats.jsonl", 6)
+    sft.run(config("sft", tmp_path / "run", model_folder, data))
+    told = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (told["train"]["ratings"], told["train"]["sources"]) == (None, None)
+    assert (told["eval"], list(told["train"]["lengths"])) == (None, ["prompt", "completion"])
+
+
+def test_many_sources_are_counted_together() -> None:
+    names = [str(number) for number in range(103) for _ in range(1 + (number == 50))]
+    counted = inputs._count(names)
+    assert (len(counted), next(iter(counted)), counted["50"], counted["(others)"]) == (101, "50", 2, 3)
+
+
+def test_hardware(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hardware(device) == f"CPU, {os.cpu_count()} cores"
+    monkeypatch.setattr(loggers, "gather_objects", lambda name: [name, name, "B", name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
+    assert hardware(torch.device("cuda", 0)) == "3 x A, 1 x B"
+
+
+def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now[0])
+    path = tmp_path / "environment.json"
+    first = EnvironmentFile(path, step=0, hardware="2 x A")
+    now[0] += 10
+    first.sync(4)
+    now[0] += 5  # lost: killed without a word
+    with switches.disabled("fp32_addmm"):
+        again = EnvironmentFile(path, step=4, hardware="1 x B")
+    now[0] += 7
+    again.sync(6)
+    now[0] += 1
+    again.close()
+    told = json.loads(path.read_text())
+    assert [(each["from_step"], each["to_step"], each["seconds"]) for each in told["launches"]] == [
+        (0, 4, 10.0),
+        (4, 6, 8.0),
+    ]
+    assert [each["disabled"] for each in told["launches"]] == [[], ["fp32_addmm"]]
+    assert (told["seconds"], told["hardware"], told["world_size"]) == (18.0, "1 x B", 1)
+    assert torch.__version__.startswith(told["versions"]["torch"])
+    assert told["launches"][0]["started"].endswith("+00:00")
+    EnvironmentFile(path, step=0, hardware="1 x B")
+    assert len(json.loads(path.read_text())["launches"]) == 1  # anew
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"launches": 3}', '{"launches": [1]}', '{"launches": [{}]}'])
+def test_a_damaged_environment_is_told_and_begun_again(
+    content: str, tmp_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "environment.json"
+    path.write_text(content)
+    EnvironmentFile(path, step=4, hardware="A")
+    assert "environment.json is damaged" in capsys.readouterr().out
+    assert [launch["from_step"] for launch in json.loads(path.read_text())["launches"]] == [4]
+
+
+def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_text(path, "before")
+    with largest_file(3), pytest.raises(OSError, match=r"file\.json: cannot be written \(File too large\)"):
+        write_text(path, "after this")
+    assert path.read_text() == "before"
