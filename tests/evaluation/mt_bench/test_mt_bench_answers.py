@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from notus.evaluation.generation import generate
-from notus.evaluation.mt_bench import answers, inputs
+from notus.evaluation.mt_bench import fastchat as inputs
+from notus.evaluation.mt_bench import suite
 from notus.model.export import load_causal_lm
 
 OPTIONS: dict[str, Any] = {
@@ -32,7 +33,7 @@ def questions(tmp_path: Path) -> list[inputs.Question]:
 
 
 def answer(loaded: Any, questions: Any, folder: Path, temperature: float | None = 0.0, **options: Any) -> Any:
-    return answers.generate_answers(
+    return suite.generate_answers(
         *loaded, questions, model="toy", kept=folder / "kept", temperature=temperature, **{**OPTIONS, **options}
     )
 
@@ -40,7 +41,7 @@ def answer(loaded: Any, questions: Any, folder: Path, temperature: float | None 
 def test_the_second_turn_is_answered_after_the_first(loaded: Any, questions: Any, tmp_path: Path) -> None:
     found, cut_off = answer(loaded, questions, tmp_path)
     assert cut_off == 0
-    assert [(each.question_id, each.model, len(each.turns)) for each in found] == [
+    assert [(each.question_id, each.model_id, len(each.turns)) for each in found] == [
         (81, "toy", 2),
         (101, "toy", 2),
         (111, "toy", 2),
@@ -66,7 +67,7 @@ def test_temperatures_are_fastchats_by_category(
         asked.append((temperature, [prompt[0]["content"] for prompt in prompts]))
         return ["x"] * len(prompts)
 
-    monkeypatch.setattr(answers, "generate_kept", record)
+    monkeypatch.setattr("notus.evaluation.generation.generate_kept", record)
     answer(loaded, questions, tmp_path, temperature=None)
     by_turn = [(0.7, ["first 81?"]), (0.0, ["first 101?", "first 111?"]), (0.1, ["first 151?"])]
     assert asked == by_turn * 2
@@ -100,8 +101,8 @@ def test_a_conversation_that_fills_the_context_has_an_empty_answer(loaded: Any, 
 
 def test_answers_are_written_as_fastchat_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "new" / "answers.jsonl"
-    given = [inputs.Answer(81, "toy", ["one\n", "twö"]), inputs.Answer("x", "toy", ["only"])]
-    answers.write_answers(path, given)
+    given = [inputs.Answer.of(81, "toy", ["one\n", "twö"]), inputs.Answer.of("x", "toy", ["only"])]
+    inputs.write_answers(path, given)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0].keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert lines[0]["choices"] == [{"index": 0, "turns": ["one\n", "twö"]}]
