@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, check_no_effect
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import hold_folder
+from notus.evaluation.json_entries import check_unique, read_entries
 from notus.evaluation.results import Figure, Result, model_name, result_folder, write_result
-from notus.evaluation.rows import check_unique, read_rows
 from notus.runtime.files import replacing, write_text
 from notus.runtime.process import first_line
 
@@ -66,16 +66,19 @@ class Output(Instruction):
     generator: str | None = None
 
 
+Name = Annotated[str, BeforeValidator(lambda value: value or "unknown")]
+
+
 class Annotation(BaseModel):
     """A judge's verdict on one pair: `preference` from 1 (the baseline is better) to 2; None: there is none."""
 
     instruction: str
     output_1: str | None = None
     output_2: str
-    generator_1: str = "unknown"
+    generator_1: Name = "unknown"
     generator_2: str
     dataset: str | None = None
-    annotator: str = "unknown"
+    annotator: Name = "unknown"
     preference: float | None
 
     @field_validator("preference", mode="before")
@@ -210,8 +213,8 @@ def read_instructions(path: Path | None) -> list[tuple[str, Instruction]]:
     Raises ValueError, naming file and entry, for what is no instruction, one that is there twice, or an empty file.
     """
     if path is None:
-        return read_rows(_hub_file(BASELINES["text_davinci_003"]), Instruction, "AlpacaEval's instructions")
-    rows = read_rows(path, Instruction, "at least one {instruction, dataset?}")
+        return read_entries(_hub_file(BASELINES["text_davinci_003"]), Instruction, "AlpacaEval's instructions")
+    rows = read_entries(path, Instruction, "at least one {instruction, dataset?}")
     check_unique([(place, row.instruction) for place, row in rows], "instruction")
     return [(place, row.model_copy(update={"dataset": row.dataset or path.stem})) for place, row in rows]
 
@@ -224,7 +227,7 @@ def baseline_outputs(name: str, asked: Sequence[tuple[str, Instruction]]) -> lis
     path = _hub_file(BASELINES[name]) if name in BASELINES else Path(name)
     outputs = {
         row.instruction: {**row.model_dump(exclude_unset=True), "generator": row.generator or path.stem}
-        for _, row in read_rows(path, Output, "outputs: {instruction, output, generator}")
+        for _, row in read_entries(path, Output, "outputs: {instruction, output, generator}")
     }
     for place, wanted in asked:
         if wanted.instruction not in outputs:
@@ -397,7 +400,7 @@ def read_annotations(path: Path) -> list[Annotation]:
     Raises ValueError, naming file and entry: a key is missing, a preference is out of range, two models, the same pair
     twice; or no entry has a preference.
     """
-    rows = read_rows(path, Annotation, "AlpacaEval's annotations.json")
+    rows = read_entries(path, Annotation, "AlpacaEval's annotations.json")
     entries = [entry for _, entry in rows]
     for place, entry in rows:
         if entry.generator_2 != entries[0].generator_2:

@@ -32,8 +32,8 @@ from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_en
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import hold_folder
 from notus.evaluation.intervals import wilson
+from notus.evaluation.json_entries import check_unique
 from notus.evaluation.results import Figure, Result, result_folder, write_result
-from notus.evaluation.rows import check_unique
 from notus.runtime.files import write_text
 from notus.runtime.process import STOPPED, first_line, tell
 
@@ -274,30 +274,25 @@ def _pairs(
     """Return both sides' answers, generated where a side is a model, and the settings. A collective."""
     from notus.runtime.distributed import on_main
 
-    asked, ours, theirs = on_main(lambda: _read_inputs(args))
-    prompts, places = [one.turns for one in asked], [one.place for one in asked]
-    settings: dict[str, Any] = {}
-    if source is not None:
-        answers = answer(source, prompts, places, args, kept=kept, device=device)
-        ours, settings["model"] = answers.texts, answers.settings
-    if other is not None:
-        answers = answer(other, prompts, places, args, kept=kept, device=device)
-        theirs, settings["against"] = answers.texts, answers.settings
-    return [Pair(one.text, *both) for one, *both in zip(asked, ours, theirs, strict=True)], settings
+    asked, files = on_main(lambda: _read_inputs(args))
+    sides, settings = [], {}
+    for side, model, texts in zip(("model", "against"), (source, other), files, strict=True):
+        if model is not None:
+            prompts, places = [one.turns for one in asked], [one.place for one in asked]
+            answers = answer(model, prompts, places, args, kept=kept, device=device)
+            texts, settings[side] = answers.texts, answers.settings
+        sides.append(texts)
+    return [Pair(one.text, ours, theirs) for one, ours, theirs in zip(asked, *sides, strict=True)], settings
 
 
-def _read_inputs(args: argparse.Namespace) -> tuple[list[Asked], list[str], list[str]]:
-    """Return the prompts, and the answers of the sides that are files; no answers of a model."""
-    if args.answers is None and args.against_answers is None:
-        return read_asked(Path(args.prompts)), [], []
-    if args.answers is None:
-        asked, theirs = read_answers(Path(args.against_answers))
-        return asked, [], theirs
-    asked, ours = read_answers(Path(args.answers))
-    if args.against_answers is None:
-        return asked, ours, []
-    others, theirs = read_answers(Path(args.against_answers))
-    return asked, ours, match(asked, others, theirs, args.against_answers)
+def _read_inputs(args: argparse.Namespace) -> tuple[list[Asked], list[list[str]]]:
+    """Return the prompts, and each side's answers where they are in a file."""
+    if args.prompts is not None:
+        return read_asked(Path(args.prompts)), [[], []]
+    names = (args.answers, args.against_answers)
+    files = [read_answers(Path(name)) if name else None for name in names]
+    asked = next(file[0] for file in files if file)
+    return asked, [match(asked, *file, name) if file else [] for file, name in zip(files, names, strict=True)]
 
 
 def read_asked(path: Path) -> list[Asked]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
-from notus.evaluation.rows import check_unique, parse_row, read_rows
+from notus.evaluation.json_entries import check_unique, parse_entry, read_entries
 from notus.runtime.files import write_text
 from notus.runtime.process import first_line
 
@@ -127,7 +127,7 @@ def read_questions(name: str, references: str | None = None) -> list[Question]:
     Raises ValueError, naming file and line, for what is no question, or one that is there twice.
     """
     of_file = {answer.question_id: answer.turns for answer in read_answers(references)} if references else {}
-    rows = read_rows(_find(name), Question, "FastChat's questions")
+    rows = read_entries(_find(name), Question, "FastChat's questions")
     check_unique([(place, row.question_id) for place, row in rows], "question_id")
     return [
         row.model_copy(update={"place": place, "reference": of_file.get(row.question_id) or row.reference})
@@ -151,7 +151,7 @@ def read_answers(name: str) -> list[Answer]:
 
     Raises ValueError, naming file and line, for what is no answer.
     """
-    rows = read_rows(_find(name), Answer, "FastChat's answers")
+    rows = read_entries(_find(name), Answer, "FastChat's answers")
     return list({(answer.question_id, answer.model_id): answer for _, answer in rows}.values())
 
 
@@ -181,13 +181,13 @@ class _AnyPrompt(BaseModel):
 def read_judge_prompts(name: str) -> Mapping[str, JudgePrompt]:
     """Read the four of `PROMPTS`, by name. Raises ValueError, naming file and prompt, for one that cannot be used."""
     wanted = "FastChat's judge_prompts.jsonl"
-    rows = {row.name: (place, row.model_dump()) for place, row in read_rows(_find(name), _AnyPrompt, wanted)}
+    rows = {row.name: (place, row.model_dump()) for place, row in read_entries(_find(name), _AnyPrompt, wanted)}
     prompts = {}
     for prompt_name, fields, judged in PROMPTS.values():
         if prompt_name not in rows:
             raise ValueError(f"{name}: has no prompt {prompt_name!r}; give FastChat's ({FASTCHAT}judge_prompts.jsonl)")
         place, row = rows[prompt_name]
-        prompts[prompt_name] = prompt = parse_row(row, JudgePrompt, place, wanted)
+        prompts[prompt_name] = prompt = parse_entry(row, JudgePrompt, place, wanted)
         _check_template(prompt.prompt_template, place, fields, judged)
     return prompts
 
@@ -211,7 +211,7 @@ def _check_template(template: str, place: str, fields: set[str], judged: str) ->
 
 def read_judgments(path: Path) -> list[Judgment]:
     """Read FastChat's `JUDGE_single.jsonl`. Raises ValueError, naming the line, for what is no such judgment."""
-    rows = read_rows(path, Judgment, "judgments of single answers, which FastChat calls JUDGE_single.jsonl")
+    rows = read_entries(path, Judgment, "judgments of single answers, which FastChat calls JUDGE_single.jsonl")
     return [row for _, row in rows]
 
 

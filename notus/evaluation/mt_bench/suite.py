@@ -7,11 +7,12 @@ files are FastChat's. Answers and verdicts are kept as they come: the same comma
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,31 +29,14 @@ from notus.evaluation.arguments import (
 from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.files import hold_folder
-from notus.evaluation.mt_bench.fastchat import (
-    FASTCHAT,
-    HIGHEST,
-    HUB_ID,
-    PROMPTS,
-    QUESTIONS,
-    UNREAD,
-    Answer,
-    JudgePrompt,
-    Judgment,
-    Question,
-    check_references,
-    read_answers,
-    read_judge_prompts,
-    read_judgments,
-    read_questions,
-    write_answers,
-)
+from notus.evaluation.json_entries import parse_entry
+from notus.evaluation.mt_bench import fastchat
+from notus.evaluation.mt_bench.fastchat import HIGHEST, UNREAD, Answer, JudgePrompt, Judgment, Question
 from notus.evaluation.results import Figure, Result, model_name, result_folder, write_result
-from notus.evaluation.rows import parse_row
 from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from notus.data.chat import Message
     from notus.evaluation.models import ModelSource
@@ -157,7 +141,9 @@ def _check_options(args: argparse.Namespace) -> None:
     elif args.judge_model is None:
         check_no_effect(args, _add_judging_arguments, "without a judge, whom --judge-model names")
     if args.judge_model is not None and args.judge_prompts is None:
-        raise ValueError(f"the judge needs its prompts: give --judge-prompts FILE ({FASTCHAT}judge_prompts.jsonl)")
+        raise ValueError(
+            f"the judge needs its prompts: give --judge-prompts FILE ({fastchat.FASTCHAT}judge_prompts.jsonl)"
+        )
     if args.temperature == 0 and args.seed != 42:
         raise ValueError("--seed has no effect on greedy answers: leave it or --temperature out")
 
@@ -172,12 +158,12 @@ class Judge:
 
 def _read_inputs(args: argparse.Namespace) -> tuple[list[Question], Judge | None]:
     """Read and check the questions, and what the judge needs if there is one; for rank 0."""
-    questions = read_questions(args.questions or QUESTIONS, args.references)
+    questions = fastchat.read_questions(args.questions or fastchat.QUESTIONS, args.references)
     print(f"{len(questions)} questions, {sum(len(question.turns) for question in questions)} turns", flush=True)
     if args.judge_model is None:
         return questions, None
-    check_references(questions)
-    return questions, Judge(judge_endpoint(args), read_judge_prompts(args.judge_prompts))
+    fastchat.check_references(questions)
+    return questions, Judge(judge_endpoint(args), fastchat.read_judge_prompts(args.judge_prompts))
 
 
 # The answers
@@ -187,7 +173,8 @@ def _answer(
     args: argparse.Namespace, source: "ModelSource", questions: Sequence[Question], folder: Path, device: "torch.device"
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Generate the answers, write them to the folder, and return them with the settings. A collective."""
-    from notus.data.chat import check_vocabulary
+    from notus.data.chat import ChatEncoder, check_vocabulary
+    from notus.evaluation.generation import generate_kept, model_digest
     from notus.model.export import load_causal_lm
     from notus.runtime.distributed import on_main, say
     from notus.training.parallelize import COMPUTE_DTYPES
@@ -199,22 +186,30 @@ def _answer(
         source.folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=args.trust_remote_code
     )
     check_vocabulary(tokenizer, causal_lm.config.vocab_size)
-    answers, cut_off = generate_answers(
+    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
+    context = getattr(causal_lm.config, "max_position_embeddings", None) or math.inf
+    complete = functools.partial(
+        generate_kept,
         causal_lm,
         tokenizer,
-        questions,
-        model=source.name.replace(args.model, model_name(args.model), 1),  # with the step of a run in progress
         kept=folder / GENERATION,
-        temperature=args.temperature,
+        identity=model_digest(causal_lm),
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         batch_size=args.batch_size,
         chat_template=chat_template,
         add_empty_system=add_empty_system,
     )
+    answers, cut_off = answer_turns(
+        questions,
+        complete,
+        lambda talk: len(encoder.encode_prompt(talk)) < context,
+        model=source.name.replace(args.model, model_name(args.model), 1),  # with the step of a run in progress
+        temperature=args.temperature,
+    )
     if cut_off:
         say(f"{cut_off} answers are empty: the conversation before them fills the model's context")
-    on_main(lambda: write_answers(folder / ANSWERS, answers))
+    on_main(lambda: fastchat.write_answers(folder / ANSWERS, answers))
     say(f"wrote the answers to {folder / ANSWERS}")
     return answers, {
         "precision": precision,
@@ -228,67 +223,42 @@ def _answer(
     }
 
 
-def generate_answers(
-    causal_lm: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+def answer_turns(
     questions: Sequence[Question],
+    complete: Callable[..., list[str]],
+    fits: Callable[[list["Message"]], bool],
     *,
     model: str,
-    kept: Path,
     temperature: float | None,
-    max_new_tokens: int,
-    seed: int,
-    batch_size: int,
-    chat_template: str | None,
-    add_empty_system: bool,
 ) -> tuple[list[Answer], int]:
-    """Answer both turns; the second turn's conversation holds the first answer. A collective, as `generate_kept`.
+    """Answer both turns; the second turn's conversation holds the first answer.
 
     Args:
-        causal_lm, tokenizer, max_new_tokens, seed, batch_size, chat_template, add_empty_system: as for `generate`.
         questions: what to answer.
+        complete: (conversations, places=, temperature=) -> the next message of each.
+        fits: whether a conversation leaves room for an answer.
         model: its name in the answers.
-        kept: a folder in which finished batches are kept.
         temperature: for all; None: FastChat's, by category.
 
     Returns:
-        The answers, without white space around them; and how many are empty because the conversation had filled the
-        model's context.
-
-    Raises:
-        ValueError: a first turn that is empty or that the chat template rejects.
+        The answers, without white space around them; and how many are empty because their conversation does not fit.
     """
-    from notus.data.chat import ChatEncoder
-    from notus.evaluation.generation import generate_kept, model_digest
-
-    identity = model_digest(causal_lm)
-    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    context = getattr(causal_lm.config, "max_position_embeddings", None) or math.inf
     talks: list[list[Message]] = [[] for _ in questions]
     cut_off = 0
     for turn in (0, 1):
         asked = [index for index, question in enumerate(questions) if len(question.turns) > turn]
+        groups: dict[float, list[int]] = {}
         for index in asked:
             talks[index].append({"role": "user", "content": questions[index].turns[turn]})
-        # A first answer that leaves no room for a second one must not end the whole.
-        answerable = [index for index in asked if len(encoder.encode_prompt(talks[index])) < context]
-        cut_off += len(asked) - len(answerable)
+            if not fits(talks[index]):  # a long first answer must not end the whole
+                cut_off += 1
+                continue
+            usual = TEMPERATURES.get(questions[index].category, OTHER_TEMPERATURE)
+            groups.setdefault(usual if temperature is None else temperature, []).append(index)
         texts = dict.fromkeys(asked, "")
-        for degree, indices in _by_temperature(questions, answerable, temperature).items():
-            completions = generate_kept(
-                causal_lm,
-                tokenizer,
-                [talks[index] for index in indices],
-                places=[questions[index].place for index in indices],
-                kept=kept,
-                identity=identity,
-                temperature=degree,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                batch_size=batch_size,
-                chat_template=chat_template,
-                add_empty_system=add_empty_system,
-            )
+        for degree, indices in groups.items():
+            places = [questions[index].place for index in indices]
+            completions = complete([talks[index] for index in indices], places=places, temperature=degree)
             texts.update(zip(indices, completions, strict=True))
         for index in asked:
             talks[index].append({"role": "assistant", "content": texts[index].strip()})
@@ -297,16 +267,6 @@ def generate_answers(
         for question, talk in zip(questions, talks, strict=True)
     ]
     return answers, cut_off
-
-
-def _by_temperature(
-    questions: Sequence[Question], indices: Iterable[int], temperature: float | None
-) -> dict[float, list[int]]:
-    groups: dict[float, list[int]] = {}
-    for index in indices:
-        usual = TEMPERATURES.get(questions[index].category, OTHER_TEMPERATURE)
-        groups.setdefault(usual if temperature is None else temperature, []).append(index)
-    return groups
 
 
 # The verdicts
@@ -372,14 +332,14 @@ def matches(
                     raise ValueError(
                         f"{model} has no answer to turn {turn} of question {question.question_id}; generate it anew"
                     )
-                prompt = prompts[PROMPTS[turn, question.needs_reference][0]]
+                prompt = prompts[fastchat.PROMPTS[turn, question.needs_reference][0]]
                 user_prompt = prompt.prompt_template.format(**_fields(question, answer))
                 found.append(Match(question.question_id, model, turn, prompt, user_prompt))
     return found
 
 
 def _fields(question: Question, answer: Answer) -> dict[str, str]:
-    """Return all that a template can hold: `read_judge_prompts` checked which of them it does."""
+    """Return all that a template can hold: `fastchat.read_judge_prompts` checked which of them it does."""
     fields = {"question": question.turns[0], "answer": answer.turns[0]}
     named = {"question": question.turns, "answer": answer.turns, "ref_answer": question.reference}
     for name, turns in named.items():
@@ -400,7 +360,7 @@ def judge(wanted: Sequence[Match], endpoint: Endpoint, *, parallel: int, kept: P
     from notus.evaluation.kept import keep, read_kept
 
     lines = [
-        parse_row(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
+        parse_entry(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
         for number, row in enumerate(read_kept(kept), start=1)
     ]
     known = {line.key: line for line in lines if line.score != UNREAD}
@@ -449,7 +409,7 @@ def read_rating(text: str) -> float:
 
 
 def _judge_file(args: argparse.Namespace) -> int:
-    answers, (questions, judge) = read_answers(args.answers), _read_inputs(args)
+    answers, (questions, judge) = fastchat.read_answers(args.answers), _read_inputs(args)
     models = sorted({answer.model_id for answer in answers})
     folder = _file_folder(args, models, args.answers)
     hold_folder(folder)
@@ -478,7 +438,7 @@ def _judge(
         tell(f"stopped: the verdicts that came are in {kept}; the same command resumes there")
         return STOPPED
     settings |= {
-        "questions": args.questions or QUESTIONS,
+        "questions": args.questions or fastchat.QUESTIONS,
         "references": args.references or "the questions' own",
         "judge": args.judge_model,
         "judge_url": args.judge_url,
@@ -594,8 +554,8 @@ def _score_model(
 
 
 def _score_file(args: argparse.Namespace) -> int:
-    judgments = read_judgments(Path(args.judgments))
-    questions = read_questions(args.questions) if args.questions else []
+    judgments = fastchat.read_judgments(Path(args.judgments))
+    questions = fastchat.read_questions(args.questions) if args.questions else []
     models = sorted({judgment.model for judgment in judgments})
     folder = _file_folder(args, models, args.judgments)
     _report(args, judgments, questions, ", ".join(models), folder, {"judgments": args.judgments})
@@ -616,7 +576,7 @@ def _report(
     settings: dict[str, Any],
 ) -> None:
     """Print the table and write the result."""
-    dataset = Path(args.questions).name if args.questions else None if args.judgments else HUB_ID
+    dataset = Path(args.questions).name if args.questions else None if args.judgments else fastchat.HUB_ID
     scores = score(judgments, {question.question_id: question.category for question in questions})
     found = figures(scores, dataset)
     if not found:

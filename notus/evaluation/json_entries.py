@@ -7,10 +7,10 @@ from pydantic import BaseModel, ValidationError
 
 from notus.curation.command import read_file
 
-Row = TypeVar("Row", bound=BaseModel)
+Entry = TypeVar("Entry", bound=BaseModel)
 
 
-def read_rows(path: Path, model: type[Row], wanted: str) -> list[tuple[str, Row]]:
+def read_entries(path: Path, model: type[Entry], wanted: str) -> list[tuple[str, Entry]]:
     """Read a .jsonl or .json file, and return each entry with the place where it stands.
 
     Args:
@@ -23,14 +23,14 @@ def read_rows(path: Path, model: type[Row], wanted: str) -> list[tuple[str, Row]
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; check the path")
-    rows = [(place, parse_row(value, model, place, wanted)) for place, value in read_file(path)]
-    if not rows:
+    entries = [(place, parse_entry(value, model, place, wanted)) for place, value in read_file(path)]
+    if not entries:
         raise ValueError(f"{path}: the file is empty; give {wanted}")
-    return rows
+    return entries
 
 
-def parse_row(value: Any, model: type[Row], place: str, wanted: str) -> Row:
-    """Check one entry; see `read_rows`."""
+def parse_entry(value: Any, model: type[Entry], place: str, wanted: str) -> Entry:
+    """Check one entry; see `read_entries`."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
