@@ -5,11 +5,13 @@ import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import functools
 import json
 import os
 import random
 import re
 import signal
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -110,7 +112,8 @@ class Endpoint:
         body = json.dumps({"model": self.model, "messages": list(messages), **sampling})
         try:
             # httpx's own timeouts are for each read: a server that sends a byte now and then would never meet them.
-            async with asyncio.timeout(self.timeout), httpx.AsyncClient(timeout=None) as client:
+            client = httpx.AsyncClient(timeout=None, verify=_certificates())
+            async with asyncio.timeout(self.timeout), client:
                 response = await client.post(url, content=body, headers=headers)
         except TimeoutError:
             raise _Transient(f"no whole answer in {self.timeout:g} s") from None
@@ -209,6 +212,12 @@ def ask_all(
         asyncio.run(work_in_parallel())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Return whom to trust. Reading it takes longer than a request to a server nearby, so it is read once."""
+    return httpx.create_ssl_context()
 
 
 def _wait(attempt: int, retry_after: float | None) -> float:
