@@ -337,7 +337,7 @@ def judge_outputs(config: str, outputs: list[dict[str, Any]], baseline: list[dic
     except Exception as error:  # whatever a judge and its client raise
         raise ValueError(
             f"the judge {config} failed ({type(error).__name__}: {first_line(error)}); outputs and verdicts so far "
-            f"are kept: mend the cause and run the same command again"
+            f"are kept: fix the cause and run the same command again"
         ) from error
     frame = package.utils.convert_to_dataframe(annotations)
     frame.to_json(folder / ANNOTATIONS, orient="records", indent=2)

@@ -81,7 +81,7 @@ class Endpoint:
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"{self.base_url!r}: not an endpoint's address; give one as http://host:8000/v1")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
-            raise ValueError("the API key holds characters that no key has; set its environment variable anew")
+            raise ValueError("the API key holds characters that no key has; set its environment variable again")
 
     async def ask(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the model's answer to a conversation (`role`, `content`); it is not empty.
@@ -131,7 +131,7 @@ class Endpoint:
         text = self._clean(text)
         answer = f"the server answers {status}" + (f" ({text})" if text else "")
         if status in (401, 403):
-            reason = "the key is refused" if self.api_key else "no key was sent"
+            reason = "the key is rejected" if self.api_key else "no key was sent"
             raise ValueError(
                 f"{self.base_url}: {answer}; {reason}: set the environment variable that --api-key-env names"
             )
@@ -216,7 +216,7 @@ def ask_all(
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Return whom to trust. Reading it takes longer than a request to a server nearby, so it is read once."""
+    """Return the trusted certificates. Reading them takes longer than a request to a server nearby, so they are read once."""
     return httpx.create_ssl_context()
 
 

@@ -539,7 +539,7 @@ def _compare(folder: Path, name: str, pairs: list[Pair], judge: Judge, settings:
     if scores is None:
         asked = sum(not one.same for one in judged)
         raise ValueError(
-            f"not one of {asked} pairs has both verdicts ({missing[0]}); mend the judge and run the same command "
+            f"not one of {asked} pairs has both verdicts ({missing[0]}); fix the judge and run the same command "
             f"again: answers and verdicts so far are kept in {folder}"
         )
     figures = figures_of(scores, settings["against"], judge.name, Path(settings["prompts"]).name)

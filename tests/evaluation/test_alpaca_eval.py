@@ -133,7 +133,7 @@ def test_the_package_judges(model_folder, asked, tmp_path, server, config, capsy
     assert main(command) == 1
     told = capsys.readouterr().err
     assert "no money left" in told
-    assert "outputs and verdicts so far are kept: mend the cause and run the same command again" in told
+    assert "outputs and verdicts so far are kept: fix the cause and run the same command again" in told
     assert [row["output"] for row in outputs(out)] == texts
     server.limit = 99
     assert main(command) == 0

@@ -219,7 +219,7 @@ def test_a_password_or_key_in_the_address_is_not_repeated(url: str) -> None:
 
 @pytest.mark.parametrize("key", ["sk-秘密", "sk-secret ", "sk secret", "sk-secret\n", ""])
 def test_a_key_that_no_header_can_hold_is_not_repeated(key: str) -> None:
-    with pytest.raises(ValueError, match="set its environment variable anew") as caught:
+    with pytest.raises(ValueError, match="set its environment variable again") as caught:
         Endpoint("http://host/v1", "judge", api_key=key)
     assert not any(part in str(caught.value) for part in ("秘密", "secret"))
 
@@ -331,10 +331,10 @@ def test_a_mistake_of_the_user_is_raised_at_once_but_not_once_answers_came() -> 
 
     async def call(item: int) -> int:
         if item:
-            raise ValueError("the key is refused")
+            raise ValueError("the key is rejected")
         return item
 
-    with pytest.raises(ValueError, match="the key is refused"):
+    with pytest.raises(ValueError, match="the key is rejected"):
         ask_all(call, range(1, 50), parallel=2, on_done=outcomes)
     assert outcomes == {}
     ask_all(call, range(50), parallel=1, on_done=outcomes, patience=3)

@@ -139,7 +139,7 @@ def _check_options(args: argparse.Namespace) -> None:
             "name a MODEL_OR_RUN, or answers to judge with --answers, or judgments to score with --judgments"
         )
     elif args.judge_model is None:
-        check_no_effect(args, _add_judging_arguments, "without a judge, whom --judge-model names")
+        check_no_effect(args, _add_judging_arguments, "without a judge, which --judge-model names")
     if args.judge_model is not None and args.judge_prompts is None:
         raise ValueError(
             f"the judge needs its prompts: give --judge-prompts FILE ({fastchat.FASTCHAT}judge_prompts.jsonl)"
@@ -330,7 +330,7 @@ def matches(
                 answer = by_key.get((model, question.question_id))
                 if answer is None or len(answer.turns) < turn:
                     raise ValueError(
-                        f"{model} has no answer to turn {turn} of question {question.question_id}; generate it anew"
+                        f"{model} has no answer to turn {turn} of question {question.question_id}; generate it again"
                     )
                 prompt = prompts[fastchat.PROMPTS[turn, question.needs_reference][0]]
                 user_prompt = prompt.prompt_template.format(**_fields(question, answer))
@@ -428,7 +428,7 @@ def _judge(
     """Have the answers judged and report; or print how, if there is no judge."""
     if judged_by is None:
         options = "--judge-model NAME --judge-prompts FILE [--judge-url URL]"
-        print(f"not judged: run again with {options}; the answers are not generated anew")
+        print(f"not judged: run again with {options}; the answers are not generated again")
         return 0
     wanted = matches(questions, answers, judged_by.prompts)
     kept = folder / f"{args.judge_model.replace('/', '--')}_single.jsonl"
@@ -457,7 +457,7 @@ def _report_failures(judged: Judged, wanted: int, kept: Path) -> None:
     again = "the same command asks again for those that failed, and for no others"
     if judged.missing + judged.unread == wanted:
         last = judged.reason or f"no verdict holds a rating, see {kept}"
-        raise ValueError(f"not one of {wanted} verdicts came: {last}; mend the judge, {again}")
+        raise ValueError(f"not one of {wanted} verdicts came: {last}; fix the judge, {again}")
     if judged.unread:
         print(f"{judged.unread} of {wanted} verdicts hold no rating and count nowhere; {again}")
     if judged.missing:
@@ -472,7 +472,7 @@ class Scores:
     """What one judge gave one model, out of 10.
 
     Attributes:
-        model, judge: who, by whom.
+        model, judge: their names.
         questions: the scores by question.
         turns: the same scores by turn.
         categories: the same scores by category; empty where the questions are not known.

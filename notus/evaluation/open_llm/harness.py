@@ -82,12 +82,12 @@ class NotusLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-sequence token."""
+        """Return the end-of-sequence token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """Return what stands before a string without context: BOS, or EOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -96,14 +96,14 @@ class NotusLM(TemplateLM):
         return str(self.tokenizer.decode(self.prefix_token_id))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with what the tokenizer puts around a text unless that begins with BOS itself."""
+        """Tokenize, with the special tokens that the tokenizer adds unless the string begins with BOS itself."""
         if add_special_tokens is None and string.startswith(self._prefix):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **options)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations after their contexts, and whether each is what the model would say."""
+        """Return log-likelihoods of continuations after their contexts, and whether each is what the model would say."""
         for request in requests:
             if request.args == ("", ""):  # lm-eval would look for its first token
                 raise _nothing(request.args)
@@ -126,7 +126,7 @@ class NotusLM(TemplateLM):
         return Text(ids[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, cut into windows that do not overlap in what they score."""
+        """Return log-likelihoods of whole strings, cut into windows that do not overlap in what they score."""
         windows: list[Encoded] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -140,7 +140,7 @@ class NotusLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions, cut before the first of a task's `until`."""
+        """Return completions, cut before the first of a task's `until`."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -180,7 +180,7 @@ class NotusLM(TemplateLM):
         ]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without a generation prompt, one whose last turn is to be continued."""
+        """Render a conversation; without a generation prompt, one whose last turn is to be continued."""
         if self.add_empty_system and chat_history[0]["role"] != "system":
             chat_history = [{"role": "system", "content": ""}, *chat_history]
         text = self.tokenizer.apply_chat_template(
@@ -193,16 +193,16 @@ class NotusLM(TemplateLM):
         return str(text)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for the results."""
+        """Return the template, for the results."""
         return self.template if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval calls requests made with a chat template."""
+        """Return what lm-eval calls requests made with a chat template."""
         return hashlib.sha256(f"{self.name} {self.template}".encode()).hexdigest()
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the results."""
+        """Return what the results say of the model."""
         return {
             "pretrained": self.name,
             "model_num_parameters": self.causal_lm.num_parameters(),
@@ -211,7 +211,9 @@ class NotusLM(TemplateLM):
 
 
 def _nothing(strings: tuple[str, str] | None) -> ValueError:
-    return ValueError(f"a task asks for the likelihood of nothing: {strings!r} has no tokens to score; mend it")
+    return ValueError(
+        f"a task asks for the likelihood of nothing: {strings!r} has no tokens to score; correct the task"
+    )
 
 
 @contextlib.contextmanager
@@ -244,7 +246,7 @@ def open_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskMana
     found = list(dict.fromkeys(task for name in names for task in matches[name]))
     opened = main_first(lambda: [task for name in found for task in _open(manager, name)])
     try:
-        manager.load(opened)  # refuses what is named twice
+        manager.load(opened)  # raises for what is named twice
     except ValueError as error:
         raise ValueError(f"--tasks: {error}") from error
     return manager, opened

@@ -65,7 +65,7 @@ Score = tuple[float, bool]  # log-prob of the scored tokens in nats; whether eac
 
 
 def plan_rows(texts: Sequence[Text], tokens_per_row: int) -> list[Row]:
-    """Rows of at most `tokens_per_row` tokens, the longest groups first: memory runs out at once or not at all."""
+    """Return rows of at most `tokens_per_row` tokens, the longest groups first: memory runs out at once or not at all."""
     rows: list[Row] = []
     left = 0
     for group in sorted(_groups(texts, tokens_per_row), key=lambda group: -group.tokens):
@@ -78,12 +78,12 @@ def plan_rows(texts: Sequence[Text], tokens_per_row: int) -> list[Row]:
 
 
 def texts_of(row: Row) -> list[int]:
-    """Which texts a row scores, in the order of its batch."""
+    """Return which texts a row scores, in the order of its batch."""
     return [text for group in row for wanted in group.wanted for text in wanted]
 
 
 def _inputs(texts: Sequence[Text]) -> list[tuple[np.ndarray, list[int]]]:
-    """Different inputs in sorted order, and the texts scored from each.
+    """Return different inputs in sorted order, and the texts scored from each.
 
     The last token of a text is never read. An input that another begins with is read there.
     """
@@ -130,14 +130,14 @@ def _groups(texts: Sequence[Text], tokens_per_row: int) -> list[Group]:
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Return how many tokens two sequences begin with in common."""
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length
 
 
 def collate_texts(row: Row, texts: Sequence[Text]) -> Batch:
-    """The row as a batch: an example of one branch per text, in the order of `texts_of`."""
+    """Return the row as a batch: an example of one branch per text, in the order of `texts_of`."""
     tokens, positions, sources, targets, lengths = [], [], [], [], []
     offset = 0
     for group in row:
@@ -180,12 +180,12 @@ class KeptScores:
         self.folder, self.identity = folder, identity.encode()
 
     def key(self, text: Text) -> str:
-        """What tells a text, and the model, from others."""
+        """Return a digest of the text and the model."""
         head = f"{text.scored} {len(text.ids)} ".encode()
         return hashlib.sha256(self.identity + head + text.ids.tobytes()).hexdigest()
 
     def find(self) -> dict[str, Score]:
-        """All scores. Raises ValueError, naming the file, if one holds something else."""
+        """Return all scores. Raises ValueError, naming the file, if one holds something else."""
         found = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for number, record in enumerate(read_kept(path), start=1):
@@ -201,7 +201,7 @@ class KeptScores:
 
 
 def score_texts(policy: Policy, texts: Sequence[Text], *, tokens_per_row: int | None, kept: KeptScores) -> list[Score]:
-    """Score texts, those that were not scored before; collective.
+    """Return the scores of texts, and compute those that are not kept yet; collective.
 
     Rows are planned from all texts, kept or not: what a resumed pass computes is what an undisturbed one would have.
 
@@ -260,7 +260,7 @@ def _room(texts: Sequence[Text], given: int | None) -> int:
 
 
 def _check_same(keys: list[str]) -> None:
-    """Ranks make the requests each for itself; were they different, scores would be mixed up."""
+    """Raise ValueError if the ranks, which make the requests each for itself, have different ones."""
     digest = hashlib.sha256("".join(keys).encode()).hexdigest()
     if len(set(gather_objects(digest))) > 1:
         raise ValueError(
