@@ -216,7 +216,7 @@ def ask_all(
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Return the trusted certificates. Reading them takes longer than a request to a server nearby, so they are read once."""
+    """Return the trusted certificates. Reading them takes longer than a request, so they are read once."""
     return httpx.create_ssl_context()
 
 

@@ -103,7 +103,7 @@ class NotusLM(TemplateLM):
         return self.tokenizer.encode(string, **options)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return log-likelihoods of continuations after their contexts, and whether each is what the model would say."""
+        """Return log-likelihoods of continuations after their contexts, and whether each is the likeliest one."""
         for request in requests:
             if request.args == ("", ""):  # lm-eval would look for its first token
                 raise _nothing(request.args)

@@ -65,7 +65,7 @@ Score = tuple[float, bool]  # log-prob of the scored tokens in nats; whether eac
 
 
 def plan_rows(texts: Sequence[Text], tokens_per_row: int) -> list[Row]:
-    """Return rows of at most `tokens_per_row` tokens, the longest groups first: memory runs out at once or not at all."""
+    """Return rows of at most `tokens_per_row` tokens, longest groups first: memory runs out at once or not at all."""
     rows: list[Row] = []
     left = 0
     for group in sorted(_groups(texts, tokens_per_row), key=lambda group: -group.tokens):
