@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
 
-from notus.evaluation.open_llm.model import NotusLM
+from notus.evaluation.open_llm.harness import NotusLM
 from notus.runtime.distributed import process_group
 
 VOCABULARY = 2000

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable, Collection
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -54,6 +55,26 @@ def add_output_argument(parser: argparse.ArgumentParser, suite: str) -> None:
         metavar="DIR",
         help=f"folder of the results (default: RUN/evaluations/{suite}, or evaluations/MODEL/{suite})",
     )
+
+
+def check_no_effect(
+    args: argparse.Namespace,
+    declare: Callable[[argparse.ArgumentParser], None],
+    reason: str,
+    *,
+    but: Collection[str] = (),
+) -> None:
+    """Raise ValueError if `args` change an argument that `declare` declares, other than those in `but`.
+
+    `reason` says why the argument has no effect, as "with --judgments".
+    """
+    parser = argparse.ArgumentParser()
+    declare(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(args, name)
+        if name not in but and value != default:
+            option = f"the model {value}" if name == "model" else "--" + name.replace("_", "-")
+            raise ValueError(f"{option} has no effect {reason}: leave it out")
 
 
 def count(text: str) -> int:

@@ -9,10 +9,10 @@ DEFAULT = "preferences"
 # By name: the module that has `add_arguments` and `run`, imported when it is asked for.
 SUITES = {
     "preferences": "notus.evaluation.preferences.command",
-    "open-llm": "notus.evaluation.open_llm.command",
-    "alpaca-eval": "notus.evaluation.alpaca_eval.command",
-    "mt-bench": "notus.evaluation.mt_bench.command",
-    "win-rate": "notus.evaluation.win_rate.command",
+    "open-llm": "notus.evaluation.open_llm.suite",
+    "alpaca-eval": "notus.evaluation.alpaca_eval",
+    "mt-bench": "notus.evaluation.mt_bench.suite",
+    "win-rate": "notus.evaluation.win_rate",
 }
 
 

@@ -1,19 +1,19 @@
-"""The endpoint's client against a real server on loopback that refuses, stalls and lies."""
+"""The judge's client against a real server on loopback that refuses, stalls and lies."""
 
 import argparse
+import asyncio
 import email.utils
 import os
-import re
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
-from judges import Reply, Served, completion, serving
+from judges import Reply, completion, serving
 from ranks import free_port
 
 from notus.evaluation.arguments import add_judge_arguments
@@ -36,8 +36,15 @@ def waits() -> list[float]:
     return []
 
 
-def endpoint(served: Served, waits: list[float], **options: Any) -> Endpoint:
-    return Endpoint(served.url, "judge", sleep=waits.append, **{"timeout": 10.0, "retries": 2, **options})
+def endpoint(url: str, waits: list[float], **options: Any) -> Endpoint:
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    return Endpoint(url, "judge", sleep=sleep, **{"timeout": 10.0, "retries": 2, **options})
+
+
+def ask(url: str, waits: list[float], **options: Any) -> str:
+    return asyncio.run(endpoint(url, waits, **options).ask(QUESTION))
 
 
 def once(reply: Reply) -> Callable[[dict[str, Any], int], Reply | str]:
@@ -47,7 +54,7 @@ def once(reply: Reply) -> Callable[[dict[str, Any], int], Reply | str]:
 
 def test_the_request_is_a_chat_completions_one(waits: list[float]) -> None:
     with serving(lambda request, number: "Rating: [[8]] 你好") as served:
-        answer = endpoint(served, waits, api_key=KEY, max_tokens=7, temperature=0.5).ask(QUESTION)
+        answer = ask(served.url + "/", waits, api_key=KEY, max_tokens=7, temperature=0.5)
     assert answer == "Rating: [[8]] 你好"
     assert served.requests == [
         {"model": "judge", "messages": QUESTION, "max_tokens": 7, "temperature": 0.5, "path": "/v1/chat/completions"}
@@ -56,122 +63,81 @@ def test_the_request_is_a_chat_completions_one(waits: list[float]) -> None:
     assert waits == []
 
 
-def test_without_a_key_none_is_sent_and_a_slash_at_the_end_is_the_same_address(waits: list[float]) -> None:
+def test_without_a_key_none_is_sent(waits: list[float]) -> None:
     with serving(lambda request, number: "yes") as served:
-        assert Endpoint(served.url + "/", "judge").ask(QUESTION) == "yes"
+        ask(served.url, waits)
     assert "Authorization" not in served.headers[0]
-    assert served.requests[0]["path"] == "/v1/chat/completions"
 
 
 def test_half_a_surrogate_pair_can_be_sent(waits: list[float]) -> None:
     with serving(lambda request, number: "yes") as served:
-        endpoint(served, waits).ask([{"role": "user", "content": "\ud83d"}])
+        asyncio.run(endpoint(served.url, waits).ask([{"role": "user", "content": "\ud83d"}]))
     assert served.requests[0]["messages"][0]["content"] == "\ud83d"
 
 
-def drip(served_closing: threading.Event, head: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
-    """Sends `head`, then a byte every few milliseconds for ever."""
-
-    def conduct(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(head)
-        while not served_closing.wait(0.02):
+def test_a_server_that_sends_bytes_forever_meets_the_timeout_of_the_whole_request(waits: list[float]) -> None:
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        while not served.closing.wait(0.02):
             handler.wfile.write(b"x")
 
-    return conduct
-
-
-@pytest.mark.parametrize(
-    "head", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "]
-)
-def test_a_server_that_drips_for_ever_meets_the_deadline_of_the_whole_request(head: bytes, waits: list[float]) -> None:
-    closing = threading.Event()
-    with serving(once(Reply(conduct=drip(closing, head)))) as served:
+    with serving(once(Reply(conduct=drip))) as served:
         started = time.monotonic()
-        assert endpoint(served, waits, timeout=1.5).ask(QUESTION) == "fine"
+        assert ask(served.url, waits, timeout=1.0) == "fine"
         took = time.monotonic() - started
-        closing.set()
-    assert 1.5 <= took < 30
+        served.closing.set()
+    assert 1.0 <= took < 30
     assert len(waits) == 1
 
 
-def test_a_server_that_says_nothing_at_all(waits: list[float]) -> None:
+def test_a_server_that_stalls_is_an_error_after_all_retries(waits: list[float]) -> None:
     with serving(lambda request, number: Reply(conduct=lambda handler: served.closing.wait())) as served:
-        with pytest.raises(EndpointError, match=r"no whole answer in 1 s \(3 requests\)"):
-            endpoint(served, waits, timeout=1.0).ask(QUESTION)
+        with pytest.raises(EndpointError, match=r"in 0\.5 s \(3 requests\)"):
+            ask(served.url, waits, timeout=0.5)
         served.closing.set()
     assert len(served.requests) == 3
 
 
-def test_a_name_that_is_looked_up_for_ever_meets_the_deadline(
-    waits: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked_up, asked = threading.Event(), Endpoint("http://localhost:9/v1", "judge", timeout=0.3, retries=0)
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: looked_up.wait(20) and [])
-    started = time.monotonic()
-    with pytest.raises(EndpointError, match=r"no whole answer in 0\.3 s"):
-        asked.ask(QUESTION)
-    took = time.monotonic() - started
-    looked_up.set()
-    assert took < 15
-
-
-def test_429_waits_as_long_as_the_server_says_in_seconds(waits: list[float]) -> None:
-    with serving(once(Reply("slow down", 429, {"Retry-After": "7"}))) as served:
-        assert endpoint(served, waits).ask(QUESTION) == "fine"
+@pytest.mark.parametrize(
+    ("value", "shortest", "longest"),
+    [
+        ("7", 7, 8),
+        (3600, 600, 601),
+        ("86400", 600, 601),
+        (-3600, 0, 1),
+        *((nonsense, 0.5, 1.5) for nonsense in ("soon", "-3", "nan", "inf", "Thu, 01 Foo 2020", "")),
+    ],
+)
+def test_429_waits_as_the_server_says(value: str | int, shortest: float, longest: float, waits: list[float]) -> None:
+    if isinstance(value, int):  # a date, so many seconds from now
+        value = email.utils.formatdate(time.time() + value, usegmt=True)
+    with serving(once(Reply("slow down", 429, {"Retry-After": value}))) as served:
+        assert ask(served.url, waits) == "fine"
     assert len(waits) == 1
-    assert 7 <= waits[0] <= 8
+    assert shortest <= waits[0] <= longest
 
 
-def test_429_waits_as_long_as_the_server_says_by_date(waits: list[float]) -> None:
-    at = email.utils.formatdate(time.time() + 30, usegmt=True)
-    with serving(once(Reply("", 429, {"Retry-After": at}))) as served:
-        endpoint(served, waits).ask(QUESTION)
-    assert 20 < waits[0] <= 31
+def test_a_long_wait_is_logged(waits: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(once(Reply("", 429, {"Retry-After": "300"}))) as served:
+        ask(served.url, waits)
+    assert "the server answers 429; asked again in 30" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", ["soon", "-3", "nan", "inf", "Thu, 01 Foo 2020", ""])
-def test_a_retry_after_that_means_nothing_is_left_aside(value: str, waits: list[float]) -> None:
-    with serving(once(Reply("", 503, {"Retry-After": value}))) as served:
-        endpoint(served, waits).ask(QUESTION)
-    assert 0.5 <= waits[0] <= 1.5
-
-
-def test_a_retry_after_of_a_day_is_cut_short_and_told_and_one_in_the_past_is_now(
-    waits: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    past = email.utils.formatdate(time.time() - 3600, usegmt=True)
-    values = ["86400", past]
-    with serving(
-        lambda request, number: Reply("", 429, {"Retry-After": values[number]}) if number < 2 else "fine"
-    ) as served:
-        endpoint(served, waits).ask(QUESTION)
-    assert 600 <= waits[0] <= 601
-    assert 0 <= waits[1] <= 1
-    (told,) = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"note: http.*/v1: the server answers 429; asked again in 60[01] s", told)
-
-
-def test_errors_of_the_server_are_retried_with_growing_waits_and_then_told(waits: list[float]) -> None:
+def test_errors_of_the_server_are_retried_with_growing_waits(waits: list[float]) -> None:
     reply = Reply({"error": {"message": "over\nloaded \x1b[31m"}}, 500)
-    told = r"the server answers 500 \(over loaded \[31m\) \(5 requests\)"
-    with serving(lambda request, number: reply) as served, pytest.raises(EndpointError, match=told):
-        endpoint(served, waits, retries=4).ask(QUESTION)
-    assert len(served.requests) == 5
+    with (
+        serving(lambda request, number: reply) as served,
+        pytest.raises(EndpointError, match=r"answers 500 \(over loaded \[31m\) \(9 requests\)"),
+    ):
+        ask(served.url, waits, retries=8)
+    assert len(served.requests) == 9
     for attempt, wait in enumerate(waits):
-        assert 0.5 * 2**attempt <= wait <= 1.5 * 2**attempt
-
-
-def test_the_longest_wait_is_a_minute_and_a_half(waits: list[float]) -> None:
-    with serving(lambda request, number: Reply("", 502)) as served, pytest.raises(EndpointError):
-        endpoint(served, waits, retries=9).ask(QUESTION)
-    assert len(waits) == 9
-    assert max(waits) <= 90
+        assert 0.5 * min(2**attempt, 60) <= wait <= 1.5 * min(2**attempt, 60)
 
 
 def test_nobody_listens(waits: list[float]) -> None:
-    dead = Endpoint(f"http://127.0.0.1:{free_port()}/v1", "judge", retries=2, sleep=waits.append)
     with pytest.raises(EndpointError, match=r"ConnectError.* \(3 requests\)"):
-        dead.ask(QUESTION)
+        ask(f"http://127.0.0.1:{free_port()}/v1", waits)
     assert len(waits) == 2
 
 
@@ -183,27 +149,19 @@ def nonsense(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
 
 
-def hang_up(handler: BaseHTTPRequestHandler) -> None:
-    pass
-
-
 BROKEN = {
     "cut in the middle": Reply(conduct=cut),
     "not HTTP": Reply(conduct=nonsense),
-    "no reply": Reply(conduct=hang_up),
+    "no reply": Reply(conduct=lambda handler: None),
     "garbage": Reply("<html>hello</html>"),
     "not UTF-8": Reply(b"\xff\xfe\x00"),
-    "half JSON": Reply('{"choices": [{"message"'),
     "deep JSON": Reply("[" * 200_000),
     "a list": Reply("[]"),
-    "a number": Reply("3"),
     "no choices": Reply({"choices": []}),
     "choices of text": Reply({"choices": "no"}),
-    "no message": Reply({"choices": [{}]}),
     "null message": Reply({"choices": [{"message": None}]}),
     "content of parts": Reply({"choices": [{"message": {"content": [{"text": "8"}]}}]}),
     "null content": Reply(completion(None)),
-    "empty content": Reply(completion("")),
     "blank content": Reply(completion(" \n")),
     "a gzip that is none": Reply("plain", headers={"Content-Encoding": "gzip"}),
 }
@@ -212,77 +170,48 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_answer_costs_a_retry(name: str, waits: list[float]) -> None:
     with serving(once(BROKEN[name])) as served:
-        assert endpoint(served, waits).ask(QUESTION) == "fine"
+        assert ask(served.url, waits) == "fine"
     assert len(served.requests) == 2
     assert len(waits) == 1
 
 
-@pytest.mark.parametrize("name", ["cut in the middle", "garbage", "no choices", "empty content"])
-def test_broken_answers_only_are_an_error(name: str, waits: list[float]) -> None:
-    with serving(lambda request, number: BROKEN[name]) as served, pytest.raises(EndpointError, match="3 requests"):
-        endpoint(served, waits).ask(QUESTION)
-    assert len(served.requests) == 3
-
-
-def test_an_answer_without_end_is_cut_off(waits: list[float]) -> None:
-    def flood(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        while True:
-            handler.wfile.write(b" " * (1 << 20))
-
-    with serving(once(Reply(conduct=flood))) as served:
-        assert endpoint(served, waits, timeout=60.0).ask(QUESTION) == "fine"
-    assert len(waits) == 1
-
-
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_is_told_at_once_and_never_shown(status: int, waits: list[float]) -> None:
+def test_a_rejected_key_is_an_error_at_once_and_never_shown(status: int, waits: list[float]) -> None:
     reply = Reply({"error": {"message": f"Incorrect API key provided: {KEY}"}}, status)
     with serving(lambda request, number: reply) as served:
-        asked = endpoint(served, waits, api_key=KEY)
-        with pytest.raises(ValueError, match=r"key provided: \*\*\*\); the key is refused: .* --api-key-env") as caught:
-            asked.ask(QUESTION)
-    assert len(served.requests) == 1
+        with pytest.raises(ValueError, match=r"key provided: \*\*\*.*--api-key-env") as caught:
+            ask(served.url, waits, api_key=KEY)
+        with pytest.raises(ValueError, match="no key was sent"):
+            ask(served.url, waits)
+    assert len(served.requests) == 2
     assert KEY not in str(caught.value)
-    assert KEY not in repr(asked)
-
-
-def test_a_missing_key_is_told_as_such(waits: list[float]) -> None:
-    with serving(lambda request, number: Reply("", 401)) as served, pytest.raises(ValueError, match="no key was sent"):
-        endpoint(served, waits).ask(QUESTION)
+    assert KEY not in repr(endpoint(served.url, waits, api_key=KEY))
 
 
 @pytest.mark.parametrize("status", [301, 307, 404, 405])
-def test_a_wrong_address_is_told_at_once(status: int, waits: list[float]) -> None:
+def test_a_wrong_address_is_an_error_at_once(status: int, waits: list[float]) -> None:
     reply = Reply("", status, {"Location": "http://127.0.0.1:9/"})
     with serving(lambda *_: reply) as served, pytest.raises(ValueError, match=r"check the address.*'judge'"):
-        endpoint(served, waits).ask(QUESTION)
+        ask(served.url, waits)
     assert len(served.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_refused_question_is_not_asked_again(status: int, waits: list[float]) -> None:
-    reply, told = Reply({"error": {"message": "too long"}}, status), rf"answers {status} \(too long\)"
-    with serving(lambda *_: reply) as served, pytest.raises(EndpointError, match=told):
-        endpoint(served, waits).ask(QUESTION)
+def test_a_rejected_question_is_not_asked_again(status: int, waits: list[float]) -> None:
+    reply = Reply({"error": {"message": "too long"}}, status)
+    with serving(lambda *_: reply) as served, pytest.raises(EndpointError, match=rf"{status} \(too long\)"):
+        ask(served.url, waits)
     assert len(served.requests) == 1
 
 
 @pytest.mark.parametrize("url", ["", "judge", "ftp://host/v1", "http://", "http://h:port/v1", "localhost:8000/v1"])
-def test_what_is_no_address_is_told_before_the_work(url: str) -> None:
+def test_what_is_no_address_is_an_error_before_the_work(url: str) -> None:
     with pytest.raises(ValueError, match=r"http://host:8000/v1"):
         Endpoint(url, "judge")
 
 
 @pytest.mark.parametrize(
-    "url",
-    [
-        "https://me:hunter2@host/v1",
-        "https://me:hunter2@host:port/v1",
-        "me:hunter2@host/v1",
-        "https://host/v1?key=hunter2",
-        "host:port/v1#hunter2",
-    ],
+    "url", ["https://me:hunter2@host/v1", "me:hunter2@host:port/v1", "https://host/v1?key=hunter2"]
 )
 def test_a_password_or_key_in_the_address_is_not_repeated(url: str) -> None:
     with pytest.raises(ValueError, match=r"holds a (password|\? or #)") as caught:
@@ -290,13 +219,11 @@ def test_a_password_or_key_in_the_address_is_not_repeated(url: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["sk-秘密", "sk-秘密 ", "sk-secret ", " sk-secret", "sk secret", "sk-secret\n", ""])
+@pytest.mark.parametrize("key", ["sk-秘密", "sk-secret ", "sk secret", "sk-secret\n", ""])
 def test_a_key_that_no_header_can_hold_is_not_repeated(key: str) -> None:
-    with pytest.raises(ValueError, match="set its environment variable anew") as caught:
+    with pytest.raises(ValueError, match="set its environment variable again") as caught:
         Endpoint("http://host/v1", "judge", api_key=key)
-    assert "秘密" not in str(caught.value)
-    assert "secret" not in str(caught.value)
-    assert caught.value.__cause__ is None
+    assert not any(part in str(caught.value) for part in ("秘密", "secret"))
 
 
 def bad_header(handler: BaseHTTPRequestHandler) -> None:
@@ -311,25 +238,24 @@ def bad_header(handler: BaseHTTPRequestHandler) -> None:
         Reply({"error": {"message": f"{KEY}\n" * 10_000}}, 400),
         Reply({"error": {"message": f"{KEY}\n" * 10_000}}, 503),
     ],
-    ids=["finish_reason", "header", "refusal", "fault"],
+    ids=["finish_reason", "header", "rejection", "fault"],
 )
-def test_a_server_that_repeats_the_key_at_length_is_told_in_one_short_line(reply: Reply, waits: list[float]) -> None:
+def test_a_server_that_repeats_the_key_is_quoted_in_one_short_line_without_it(reply: Reply, waits: list[float]) -> None:
     with serving(lambda request, number: reply) as served, pytest.raises(EndpointError) as caught:
-        endpoint(served, waits, api_key=KEY, retries=0).ask(QUESTION)
-    told = str(caught.value)
+        ask(served.url, waits, api_key=KEY, retries=0)
+    message = str(caught.value)
     assert KEY not in "".join(traceback.format_exception(caught.value))
-    assert "***" in told
-    assert len(told) < 500
-    assert told.isprintable()
-
-
-def judge(*options: str) -> Endpoint:
-    parser = argparse.ArgumentParser()
-    add_judge_arguments(parser)
-    return judge_endpoint(parser.parse_args(["--judge-model", "gpt-4", *options]))
+    assert "***" in message
+    assert len(message) < 500
+    assert message.isprintable()
 
 
 def test_the_judge_on_the_command_line_has_its_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(*options: str) -> Endpoint:
+        parser = argparse.ArgumentParser()
+        add_judge_arguments(parser)
+        return judge_endpoint(parser.parse_args(["--judge-model", "gpt-4", *options]))
+
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     monkeypatch.setenv("MY_KEY", f" {KEY}\n")
     monkeypatch.setenv("BLANK", " ")
@@ -340,146 +266,117 @@ def test_the_judge_on_the_command_line_has_its_key_in_the_environment(monkeypatc
     assert judge("--api-key-env", "NO_SUCH_KEY_AT_ALL").api_key is None
 
 
-class Outcomes:
-    """Collects what is handed over, and in which thread."""
+class Outcomes(dict[int, Any]):
+    """Collects what is handed over, each item once."""
 
-    def __init__(self) -> None:
-        self.answers: dict[int, Any] = {}
-        self.threads: set[threading.Thread] = set()
-
-    def __call__(self, item: int, answer: Any) -> None:
-        assert item not in self.answers
-        self.answers[item] = answer
-        self.threads.add(threading.current_thread())
+    def __call__(self, item: int, outcome: Any) -> None:
+        assert item not in self
+        self[item] = outcome
 
 
-@pytest.fixture
-def outcomes() -> Outcomes:
-    return Outcomes()
+def test_every_item_is_asked_once_a_bounded_number_at_a_time() -> None:
+    outcomes, now, most = Outcomes(), 0, 0
 
-
-def test_every_item_is_asked_once_a_bounded_number_at_a_time(outcomes: Outcomes) -> None:
-    lock, now, most = threading.Lock(), 0, 0
-
-    def call(item: int) -> int:
+    async def call(item: int) -> int:
         nonlocal now, most
-        with lock:
-            now, most = now + 1, max(most, now + 1)
-        time.sleep(0.01)
-        with lock:
-            now -= 1
+        now, most = now + 1, max(most, now + 1)
+        await asyncio.sleep(0.001)
+        now -= 1
         return item * item
 
     ask_all(call, range(20), parallel=3, on_done=outcomes)
-    assert outcomes.answers == {item: item * item for item in range(20)}
+    assert outcomes == {item: item * item for item in range(20)}
     assert most == 3
-    assert outcomes.threads == {threading.current_thread()}
+    ask_all(call, [], parallel=3, on_done=outcomes)
 
 
 def test_an_answer_is_handed_over_while_others_are_still_asked() -> None:
-    first_came = threading.Event()
+    handed_over: list[int] = []
 
-    def call(item: int) -> int:
-        # The second item is answered only after the first was handed over.
-        assert item == 0 or first_came.wait(10)
+    async def call(item: int) -> int:
+        while item and not handed_over:  # the second item is answered only after the first was handed over
+            await asyncio.sleep(0.001)
         return item
 
-    ask_all(call, range(2), parallel=2, on_done=lambda item, answer: first_came.set())
+    ask_all(call, range(2), parallel=2, on_done=lambda item, answer: handed_over.append(item))
+    assert handed_over == [0, 1]
 
 
-def test_nothing_to_ask(outcomes: Outcomes) -> None:
-    ask_all(lambda item: item, [], parallel=4, on_done=outcomes)
-    assert outcomes.answers == {}
+def test_an_item_that_fails_leaves_the_others() -> None:
+    outcomes = Outcomes()
 
-
-def test_an_item_that_fails_leaves_the_others(outcomes: Outcomes) -> None:
-    def call(item: int) -> int:
+    async def call(item: int) -> int:
         if item % 3 == 1:
             raise EndpointError("no answer")
         return item
 
     ask_all(call, range(9), parallel=2, on_done=outcomes, patience=5)
-    assert {item for item, answer in outcomes.answers.items() if isinstance(answer, EndpointError)} == {1, 4, 7}
-    assert {item for item, answer in outcomes.answers.items() if item == answer} == {0, 2, 3, 5, 6, 8}
+    assert {item for item, answer in outcomes.items() if isinstance(answer, EndpointError)} == {1, 4, 7}
+    assert {item for item, answer in outcomes.items() if item == answer} == {0, 2, 3, 5, 6, 8}
 
 
-def test_a_dead_endpoint_is_not_asked_for_ever(outcomes: Outcomes) -> None:
-    asked = []
+def test_a_dead_endpoint_is_not_asked_forever() -> None:
+    outcomes, asked = Outcomes(), []
 
-    def call(item: int) -> int:
+    async def call(item: int) -> int:
         asked.append(item)
-        time.sleep(0.02)
         raise EndpointError("refused")
 
     ask_all(call, range(100), parallel=1, on_done=outcomes, patience=4)
-    assert 4 <= len(asked) < 100  # the thread may run ahead of the counting
-    assert len(outcomes.answers) == 100
-    assert "not asked, because 4 in a row failed: refused" in str(outcomes.answers[99])
+    assert len(asked) == 4
+    assert len(outcomes) == 100
+    assert "4 in a row failed: refused" in str(outcomes[99])
 
 
-def test_a_mistake_of_the_user_is_raised_at_once(outcomes: Outcomes) -> None:
-    def call(item: int) -> int:
-        raise ValueError("the key is refused")
+def test_a_mistake_of_the_user_is_raised_at_once_but_not_once_answers_came() -> None:
+    outcomes = Outcomes()
 
-    with pytest.raises(ValueError, match="the key is refused"):
-        ask_all(call, range(50), parallel=2, on_done=outcomes)
-    assert outcomes.answers == {}
-
-
-def test_a_key_that_ends_in_the_middle_is_a_failure_like_others(outcomes: Outcomes) -> None:
-    def call(item: int) -> int:
+    async def call(item: int) -> int:
         if item:
-            raise ValueError("the key is refused")
+            raise ValueError("the key is rejected")
         return item
 
+    with pytest.raises(ValueError, match="the key is rejected"):
+        ask_all(call, range(1, 50), parallel=2, on_done=outcomes)
+    assert outcomes == {}
     ask_all(call, range(50), parallel=1, on_done=outcomes, patience=3)
-    assert outcomes.answers[0] == 0
-    assert sum(isinstance(answer, Exception) for answer in outcomes.answers.values()) == 49
+    assert outcomes.pop(0) == 0
+    assert len(outcomes) == 49
+    assert all(isinstance(answer, Exception) for answer in outcomes.values())
 
 
-def test_an_error_of_ours_is_raised(outcomes: Outcomes) -> None:
+def test_an_error_of_ours_is_raised() -> None:
+    async def call(item: int) -> float:
+        return 1 / item
+
     with pytest.raises(ZeroDivisionError):
-        ask_all(lambda item: 1 // item, [1, 0, 1], parallel=1, on_done=outcomes)
-
-
-def handled(numbers: tuple[signal.Signals, ...]) -> Iterator[Any]:
-    return (signal.getsignal(number) for number in numbers)
+        ask_all(call, [1, 0, 1], parallel=1, on_done=Outcomes())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_asking_and_loses_no_answer(number: signal.Signals, outcomes: Outcomes) -> None:
-    release = threading.Event()
-    before = list(handled((signal.SIGINT, signal.SIGTERM)))
+def test_a_signal_ends_the_asking_and_loses_no_answer(number: signal.Signals) -> None:
+    outcomes, handlers = Outcomes(), [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
-    def call(item: int) -> int:
+    async def call(item: int) -> int:
         if item == 2:
-            os.kill(os.getpid(), number)
-            assert release.wait(20)  # hangs; nobody waits for it
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            await asyncio.sleep(60)
         return item
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         ask_all(call, range(50), parallel=1, on_done=outcomes)
-    assert time.monotonic() - started < 10
-    release.set()
-    assert outcomes.answers == {0: 0, 1: 1}
-    assert list(handled((signal.SIGINT, signal.SIGTERM))) == before
+    assert outcomes == {0: 0, 1: 1}
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_a_thread_other_than_the_main_one_can_ask(outcomes: Outcomes) -> None:
-    thread = threading.Thread(target=lambda: ask_all(lambda item: item, range(5), parallel=2, on_done=outcomes))
-    thread.start()
-    thread.join(10)
-    assert outcomes.answers == {item: item for item in range(5)}
-
-
-def test_many_threads_ask_one_endpoint(waits: list[float], outcomes: Outcomes) -> None:
+def test_many_questions_at_a_time_to_one_endpoint(waits: list[float]) -> None:
     def respond(request: dict[str, Any], number: int) -> Reply | str:
         return Reply("", 429, {"Retry-After": "1"}) if number % 3 == 0 else request["messages"][0]["content"]
 
+    outcomes = Outcomes()
     with serving(respond) as served:
-        asked = endpoint(served, waits, retries=20)
+        asked = endpoint(served.url, waits, retries=20)
         ask_all(
             lambda item: asked.ask([{"role": "user", "content": str(item)}]), range(30), parallel=8, on_done=outcomes
         )
-    assert outcomes.answers == {item: str(item) for item in range(30)}
+    assert outcomes == {item: str(item) for item in range(30)}

@@ -1,5 +1,6 @@
 """Two-turn answers of a toy model."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import fastchat
 import pytest
 import torch
 
-from notus.evaluation.generation import generate
-from notus.evaluation.mt_bench import answers, inputs
+from notus.data.chat import ChatEncoder
+from notus.evaluation.generation import generate, generate_kept, model_digest
+from notus.evaluation.mt_bench import fastchat as inputs
+from notus.evaluation.mt_bench import suite
 from notus.model.export import load_causal_lm
 
 OPTIONS: dict[str, Any] = {
@@ -31,16 +34,24 @@ def questions(tmp_path: Path) -> list[inputs.Question]:
     return inputs.read_questions(str(fastchat.write_questions(tmp_path)))
 
 
-def answer(loaded: Any, questions: Any, folder: Path, temperature: float | None = 0.0, **options: Any) -> Any:
-    return answers.generate_answers(
-        *loaded, questions, model="toy", kept=folder / "kept", temperature=temperature, **{**OPTIONS, **options}
+def answer(loaded: Any, questions: Any, folder: Path, temperature: float | None = 0.0) -> Any:
+    causal_lm, tokenizer = loaded
+    identity = model_digest(causal_lm)
+    complete = functools.partial(generate_kept, *loaded, kept=folder / "kept", identity=identity, **OPTIONS)
+    encoder = ChatEncoder(tokenizer)
+    return suite.answer_turns(
+        questions,
+        complete,
+        lambda talk: len(encoder.encode_prompt(talk)) < causal_lm.config.max_position_embeddings,
+        model="toy",
+        temperature=temperature,
     )
 
 
 def test_the_second_turn_is_answered_after_the_first(loaded: Any, questions: Any, tmp_path: Path) -> None:
     found, cut_off = answer(loaded, questions, tmp_path)
     assert cut_off == 0
-    assert [(each.question_id, each.model, len(each.turns)) for each in found] == [
+    assert [(each.question_id, each.model_id, len(each.turns)) for each in found] == [
         (81, "toy", 2),
         (101, "toy", 2),
         (111, "toy", 2),
@@ -57,21 +68,18 @@ def test_the_second_turn_is_answered_after_the_first(loaded: Any, questions: Any
     assert any(second)
 
 
-def test_temperatures_are_fastchats_by_category(
-    loaded: Any, questions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temperatures_are_fastchats_by_category(questions: Any) -> None:
     asked = []
 
-    def record(model: Any, tokenizer: Any, prompts: Any, *, temperature: float, **options: Any) -> list[str]:
-        asked.append((temperature, [prompt[0]["content"] for prompt in prompts]))
-        return ["x"] * len(prompts)
+    def complete(talks: Any, *, places: list[str], temperature: float) -> list[str]:
+        asked.append((temperature, [talk[0]["content"] for talk in talks]))
+        return ["x"] * len(talks)
 
-    monkeypatch.setattr(answers, "generate_kept", record)
-    answer(loaded, questions, tmp_path, temperature=None)
+    suite.answer_turns(questions, complete, lambda talk: True, model="toy", temperature=None)
     by_turn = [(0.7, ["first 81?"]), (0.0, ["first 101?", "first 111?"]), (0.1, ["first 151?"])]
     assert asked == by_turn * 2
     asked.clear()
-    answer(loaded, questions, tmp_path, temperature=0.3)
+    suite.answer_turns(questions, complete, lambda talk: True, model="toy", temperature=0.3)
     assert [temperature for temperature, _ in asked] == [0.3, 0.3]
 
 
@@ -100,8 +108,8 @@ def test_a_conversation_that_fills_the_context_has_an_empty_answer(loaded: Any, 
 
 def test_answers_are_written_as_fastchat_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "new" / "answers.jsonl"
-    given = [inputs.Answer(81, "toy", ["one\n", "twö"]), inputs.Answer("x", "toy", ["only"])]
-    answers.write_answers(path, given)
+    given = [inputs.Answer.of(81, "toy", ["one\n", "twö"]), inputs.Answer.of("x", "toy", ["only"])]
+    inputs.write_answers(path, given)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0].keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert lines[0]["choices"] == [{"index": 0, "turns": ["one\n", "twö"]}]

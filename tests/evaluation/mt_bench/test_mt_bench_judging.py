@@ -11,8 +11,8 @@ import pytest
 from judges import Reply, Served, serving
 
 from notus.evaluation.endpoint import Endpoint
-from notus.evaluation.mt_bench import inputs
-from notus.evaluation.mt_bench.judging import Judged, Match, judge, matches, read_rating
+from notus.evaluation.mt_bench import fastchat as inputs
+from notus.evaluation.mt_bench.suite import Judged, Match, judge, matches, read_rating
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,11 @@ def find(folder: Path, mark: str = "") -> list[Match]:
 def ask(served: Served, wanted: list[Match], folder: Path, **options: Any) -> Judged:
     options = {"timeout": 20.0, "retries": 2, **options}
     parallel = options.pop("parallel", 3)
-    endpoint = Endpoint(served.url, options.pop("model", "gpt-4"), sleep=lambda seconds: None, **options)
+
+    async def sleep(seconds: float) -> None:
+        pass
+
+    endpoint = Endpoint(served.url, options.pop("model", "gpt-4"), sleep=sleep, **options)
     return judge(wanted, endpoint, parallel=parallel, kept=folder / "gpt-4_single.jsonl")
 
 
@@ -90,7 +94,7 @@ def test_a_question_of_one_turn_is_judged_once(tmp_path: Path, wanted: list[Matc
     row = {**fastchat.question(81), "turns": ["only?"]}
     questions = inputs.read_questions(str(fastchat.write_lines(tmp_path / "one.jsonl", [row])))
     prompts = inputs.read_judge_prompts(str(fastchat.write_prompts(tmp_path)))
-    found = matches(questions, [inputs.Answer(81, "toy", ["mine {question}"])], prompts)
+    found = matches(questions, [inputs.Answer.of(81, "toy", ["mine {question}"])], prompts)
     assert [match.user_prompt for match in found] == ["Q only? A mine {question}"]
 
 
@@ -98,7 +102,7 @@ def test_an_answer_that_is_not_there_is_told(tmp_path: Path) -> None:
     questions = inputs.read_questions(str(fastchat.write_questions(tmp_path)))
     prompts = inputs.read_judge_prompts(str(fastchat.write_prompts(tmp_path)))
     with pytest.raises(ValueError, match="toy has no answer to turn 1 of question 101"):
-        matches(questions, [inputs.Answer(81, "toy", ["a", "b"])], prompts)
+        matches(questions, [inputs.Answer.of(81, "toy", ["a", "b"])], prompts)
 
 
 def test_the_judge_is_told_and_its_verdicts_are_kept_in_fastchats_format(tmp_path: Path, wanted: list[Match]) -> None:
@@ -133,7 +137,7 @@ def test_a_garbage_verdict_is_asked_again(tmp_path: Path, wanted: list[Match]) -
 
     with serving(respond) as served:
         judged = ask(served, wanted, tmp_path)
-    assert [verdict["score"] for verdict in judged.verdicts] == [5] * 8
+    assert [verdict.score for verdict in judged.verdicts] == [5] * 8
     assert len(served.requests) == 24
 
 
@@ -150,7 +154,7 @@ def test_garbage_for_ever_is_a_counted_failure_that_a_later_call_asks_again(
     with serving(lambda request, number: "[[7]]") as served:
         judged = ask(served, wanted, tmp_path)
     assert [said(request) for request in served.requests] == [hard]
-    assert sorted(verdict["score"] for verdict in judged.verdicts) == [5] * 7 + [7]
+    assert sorted(verdict.score for verdict in judged.verdicts) == [5] * 7 + [7]
 
 
 def test_what_was_judged_is_not_asked_again(tmp_path: Path, wanted: list[Match]) -> None:
@@ -173,14 +177,15 @@ def test_new_answers_and_another_judge_are_judged_anew(tmp_path: Path, wanted: l
 
 def test_another_system_prompt_is_judged_anew(tmp_path: Path, wanted: list[Match]) -> None:
     stern = [
-        dataclasses.replace(match, prompt=dataclasses.replace(match.prompt, system="Be stern.")) for match in wanted
+        dataclasses.replace(match, prompt=match.prompt.model_copy(update={"system_prompt": "Be stern."}))
+        for match in wanted
     ]
     with serving(lambda request, number: f"[[{len(request['messages'][0]['content']) % 10}]]") as served:
         ask(served, wanted, tmp_path)
         judged = ask(served, stern, tmp_path)
         assert len(ask(served, wanted, tmp_path).verdicts) == 8
     assert len(served.requests) == 16
-    assert [verdict["score"] for verdict in judged.verdicts] == [len("Be stern.")] * 8
+    assert [verdict.score for verdict in judged.verdicts] == [len("Be stern.")] * 8
 
 
 def test_a_line_that_was_cut_off_is_asked_again(tmp_path: Path, wanted: list[Match]) -> None:
@@ -200,7 +205,10 @@ UNRATED = {"judge": ["a", "b"], "user_prompt": "", "question_id": 1, "model": "m
 @pytest.mark.parametrize("line", ["{}", '{"judge": 3}', '{"judge": ["a", "b", "c"]}', json.dumps(UNRATED)])
 def test_a_file_of_something_else_is_told(line: str, tmp_path: Path, wanted: list[Match]) -> None:
     (tmp_path / "gpt-4_single.jsonl").write_text(line + "\n")
-    with serving(lambda request, number: "[[5]]") as served, pytest.raises(ValueError, match="line 1: not a judgment"):
+    with (
+        serving(lambda request, number: "[[5]]") as served,
+        pytest.raises(ValueError, match=r"line 1: .*remove the line or the file"),
+    ):
         ask(served, wanted, tmp_path)
     assert served.requests == []
 
@@ -216,16 +224,8 @@ def test_a_judge_that_refuses_stalls_and_lies_still_judges(tmp_path: Path, wante
     ]
     with serving(lambda request, number: misconduct[number] if number < len(misconduct) else "[[6]]") as served:
         judged = ask(served, wanted, tmp_path, timeout=0.5, retries=6)
-    assert [verdict["score"] for verdict in judged.verdicts] == [6] * 8
+    assert [verdict.score for verdict in judged.verdicts] == [6] * 8
     assert (judged.unread, judged.missing) == (0, 0)
-
-
-def test_a_judge_that_dies_leaves_what_it_gave(tmp_path: Path, wanted: list[Match]) -> None:
-    with serving(lambda request, number: "[[6]]" if number < 3 else Reply("", 503)) as served:
-        judged = ask(served, wanted, tmp_path, parallel=1)
-    assert (len(judged.verdicts), judged.missing) == (3, 5)
-    assert "the server answers 503" in str(judged.reason)
-    assert len((tmp_path / "gpt-4_single.jsonl").read_text().splitlines()) == 3
 
 
 def test_an_answer_that_the_judge_refuses_is_the_only_one_missing(tmp_path: Path, wanted: list[Match]) -> None:
@@ -236,9 +236,3 @@ def test_an_answer_that_the_judge_refuses_is_the_only_one_missing(tmp_path: Path
         judged = ask(served, wanted, tmp_path, parallel=1)
     assert (len(judged.verdicts), judged.missing) == (7, 1)
     assert len(served.requests) == 9
-
-
-def test_a_refused_key_is_told_at_once(tmp_path: Path, wanted: list[Match]) -> None:
-    with serving(lambda request, number: Reply("", 401)) as served, pytest.raises(ValueError, match="--api-key-env"):
-        ask(served, wanted, tmp_path, parallel=1)
-    assert len(served.requests) == 1

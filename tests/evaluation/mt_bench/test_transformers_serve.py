@@ -1,11 +1,11 @@
 """The judge behind transformers' own server, `transformers serve`; needs its extra, transformers[serving]."""
 
+import asyncio
 import contextlib
 import itertools
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,8 +64,8 @@ def test_a_judge_that_transformers_serves(tmp_path: Path, monkeypatch: pytest.Mo
     model = str(kind_judge(tmp_path / "judge"))
     answers, questions = str(fastchat.write_answers(tmp_path)), str(fastchat.write_questions(tmp_path))
     with served(tmp_path / "log") as url:
-        waiting = Endpoint(url, model, max_tokens=8, retries=120, sleep=lambda _: time.sleep(0.5))
-        assert waiting.ask([{"role": "user", "content": "hello"}]) == "[7]"
+        waiting = Endpoint(url, model, max_tokens=8, retries=120, sleep=lambda _: asyncio.sleep(0.5))
+        assert asyncio.run(waiting.ask([{"role": "user", "content": "hello"}])) == "[7]"
         command = ["evaluate", "--suite", "mt-bench", "--answers", answers, "--questions", questions]
         judge = ["--judge-model", model, "--judge-url", url, "--judge-prompts", str(fastchat.write_prompts(tmp_path))]
         assert main([*command, *judge, "--output", str(tmp_path / "out")]) == 0

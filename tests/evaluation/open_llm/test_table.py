@@ -1,7 +1,6 @@
 """lm-eval's results as figures and as a table beside Zephyr and Notus."""
 
-from notus.evaluation.open_llm.benchmarks import BENCHMARKS
-from notus.evaluation.open_llm.table import figures, markdown
+from notus.evaluation.open_llm.suite import BENCHMARKS, figures, markdown
 
 RESULTS = {
     "results": {
@@ -58,7 +57,7 @@ def test_what_is_no_share_of_one_is_not_made_percent_of():
 
 
 def test_table():
-    table = markdown("mine", figures(RESULTS, ["arc_challenge", "truthfulqa_mc2"]), ["A remark."])
+    table = markdown("mine", figures(RESULTS, ["arc_challenge", "truthfulqa_mc2"]), limit=4)
     assert table.splitlines()[:4] == [
         "| benchmark | measure | examples | mine | Zephyr-7B-beta | Notus 7B v1 |",
         "|---|---|---:|---:|---:|---:|",
@@ -66,8 +65,8 @@ def test_table():
         "| TruthfulQA\\* | acc, 0-shot | 8 | 55.00 % | 57.45 | 54.37 |",
     ]
     assert "\\* TruthfulQA is contaminated: UltraFeedback" in table
-    assert table.endswith("A remark.\n")
-    assert "contaminated" not in markdown("mine", figures(RESULTS, ["arc_challenge"]), [])
+    assert table.endswith("the first 4 examples of each task alone.\n")
+    assert "contaminated" not in markdown("mine", figures(RESULTS, ["arc_challenge"]))
 
 
 def test_shots_measures_and_names_are_the_leaderboards():

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,12 @@ from judges import Reply, completion, serving
 
 from notus.__main__ import main
 from notus.evaluation import generation
-from notus.evaluation.alpaca_eval import judge, prompts
+from notus.evaluation.alpaca_eval import (
+    Instruction,
+    baseline_outputs,
+    length_controlled,
+    read_instructions,
+)
 from notus.evaluation.generation import generate
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
@@ -129,7 +133,7 @@ def test_the_package_judges(model_folder, asked, tmp_path, server, config, capsy
     assert main(command) == 1
     told = capsys.readouterr().err
     assert "no money left" in told
-    assert "outputs and verdicts so far are kept: mend the cause and run the same command again" in told
+    assert "outputs and verdicts so far are kept: fix the cause and run the same command again" in told
     assert [row["output"] for row in outputs(out)] == texts
     server.limit = 99
     assert main(command) == 0
@@ -178,13 +182,13 @@ def test_length_controlled_win_rate_is_the_packages(tmp_path, monkeypatch):
     gamed += [f"m,{i},{(i % 3) - 1.0},0.5,{(i % 5) - 2.0},False" for i in range(40)]
     (tmp_path / "df_gamed.csv").write_text("\n".join(gamed))
     monkeypatch.setattr(glm, "hf_hub_download", lambda **_: tmp_path / "df_gamed.csv")
-    found = judge.length_controlled(path)
-    assert 60 < found["win_rate"] < 90
-    assert found["stderr"] >= 0
+    found = length_controlled(path)
+    assert 60 < found[0] < 90
+    assert found[1] >= 0
     assert (tmp_path / "weights").is_dir()  # not in the package's own folder
     monkeypatch.setattr(glm, "hf_hub_download", lambda **_: tmp_path / "none.csv")
     with pytest.raises(ValueError, match="no length-controlled win rate"):
-        judge.length_controlled(path)
+        length_controlled(path)
 
 
 def test_the_hubs_files_are_the_default(model_folder, tmp_path, config, monkeypatch, capsys):
@@ -196,8 +200,8 @@ def test_the_hubs_files_are_the_default(model_folder, tmp_path, config, monkeypa
         (tmp_path / name).write_text(json.dumps(baselines))
         return tmp_path / name
 
-    monkeypatch.setattr(prompts, "hf_hub_download", fetch)
-    monkeypatch.setattr(judge, "length_controlled", lambda path: {"win_rate": 12.5, "stderr": 1.0})
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("notus.evaluation.alpaca_eval.length_controlled", lambda path: (12.5, 1.0))
     command = [*SUITE, str(model_folder), *OPTIONS, "--output", str(tmp_path / "o"), "--judge", str(config)]
     assert main(command) == 0
     assert set(fetched) == {("tatsu-lab/alpaca_eval", "alpaca_eval.json", "dataset")}
@@ -211,7 +215,7 @@ def test_the_hubs_files_are_the_default(model_folder, tmp_path, config, monkeypa
     def refuse(repo, name, repo_type):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(prompts, "hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     assert main(command) == 1
     assert "cannot fetch alpaca_eval.json from the hub (no network); give files of your own" in capsys.readouterr().err
 
@@ -248,25 +252,24 @@ def test_a_model_or_annotations_are_needed(capsys):
     [
         ("", "the file is empty"),
         ("[]", "the file is empty"),
-        ('["a"]', "row 1 .*: str, not an object"),
-        ('[{"instruction": "a"}, {"prompt": "b"}]', "row 2 .*: no text under the key 'instruction'"),
-        ('[{"instruction": " "}]', "row 1 .*: no text"),
-        ('[{"instruction": "a"}, {"instruction": "a"}]', "row 2 .*: the instruction of"),
-        ('{"instruction": "a"}\n{"instruction": 5}', "line 2: no text"),
+        ('["a"]', "row 1 .*: Input should be"),
+        ('[{"instruction": "a"}, {"prompt": "b"}]', "row 2 .*: key 'instruction': Field required"),
+        ('[{"instruction": " "}]', "row 1 .*: key 'instruction': the instruction is blank"),
+        ('[{"instruction": "a"}, {"instruction": "a"}]', "row 2 .*: the same instruction as"),
+        ('{"instruction": "a"}\n{"instruction": 5}', "line 2: key 'instruction'"),
     ],
 )
 def test_wrong_prompts_are_named(tmp_path, text, told):
     path = tmp_path / "asked.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=told):
-        prompts.read_instructions(path)
+        read_instructions(path)
 
 
-def test_a_baseline_without_an_output_is_refused(tmp_path):
-    (tmp_path / "base.json").write_text('[{"instruction": "a", "output": ""}]')
-    found = prompts.read_outputs(Path(tmp_path / "base.json"))
-    assert found[0]["generator"] == "base"
-    asked = [prompts.Instruction("here", text, "d") for text in ("a", "b")]
-    assert prompts.match_outputs(found, asked[:1], "base.json") == found
+def test_a_baseline_without_an_output_is_rejected(tmp_path):
+    path = tmp_path / "base.json"
+    path.write_text('[{"instruction": "a", "output": ""}]')
+    asked = [("here", Instruction(instruction=text)) for text in ("a", "b")]
+    assert baseline_outputs(str(path), asked[:1]) == [{"instruction": "a", "output": "", "generator": "base"}]
     with pytest.raises(ValueError, match=r"base.json: holds no output for the instruction of here"):
-        prompts.match_outputs(found, asked, "base.json")
+        baseline_outputs(str(path), asked)

@@ -6,14 +6,13 @@ from typing import Any
 import fastchat
 import pytest
 
-from notus.evaluation.mt_bench import inputs
-from notus.evaluation.mt_bench.inputs import Answer
+from notus.evaluation.mt_bench import fastchat as inputs
 
 
 def test_questions_as_fastchat_has_them(tmp_path: Path) -> None:
     path = fastchat.write_questions(tmp_path)
     questions = inputs.read_questions(str(path))
-    assert [question.id for question in questions] == [81, 101, 111, 151]
+    assert [question.question_id for question in questions] == [81, 101, 111, 151]
     assert [question.needs_reference for question in questions] == [False, True, True, False]
     assert questions[1].turns == ["first 101?", "second 101?"]
     assert questions[1].reference == ["right 101 one", "right 101 two"]
@@ -24,7 +23,7 @@ def test_questions_as_fastchat_has_them(tmp_path: Path) -> None:
 def test_references_of_a_file_stand_in_the_place_of_the_questions_own(tmp_path: Path) -> None:
     path = fastchat.write_questions(tmp_path)
     references = fastchat.write_lines(tmp_path / "gpt-4.jsonl", [fastchat.answer(111, "gpt-4")])
-    by_id = {question.id: question for question in inputs.read_questions(str(path), str(references))}
+    by_id = {question.question_id: question for question in inputs.read_questions(str(path), str(references))}
     assert by_id[111].reference == ["answer 111 one", "answer 111 two"]
     assert by_id[101].reference == ["right 101 one", "right 101 two"]
 
@@ -46,15 +45,15 @@ def test_a_missing_reference_is_told_with_the_file_to_give(tmp_path: Path) -> No
 GOOD = fastchat.question(81)
 OTHER = fastchat.question(151)
 BAD_QUESTIONS = {
-    "is no JSON object": 3,
-    "has no question_id": {**OTHER, "question_id": None},
-    "key 'category' holds no text": {**OTHER, "category": 7},
-    "key 'turns' is null": {**OTHER, "turns": None},
-    "key 'turns' is": {**OTHER, "turns": ["a", ["b"]]},
-    "has 0 turns": {**OTHER, "turns": []},
-    "has 3 turns": {**OTHER, "turns": ["a", "b", "c"]},
-    "key 'reference' is": {**OTHER, "reference": "text"},
-    "question 81 is there twice": GOOD,
+    "Input should be": 3,
+    "key 'question_id": {**OTHER, "question_id": None},
+    "key 'category'": {**OTHER, "category": 7},
+    "key 'turns'": {**OTHER, "turns": None},
+    "key 'turns.1'": {**OTHER, "turns": ["a", ["b"]]},
+    "key 'turns': List should have at least": {**OTHER, "turns": []},
+    "key 'turns': List should have at most": {**OTHER, "turns": ["a", "b", "c"]},
+    "key 'reference'": {**OTHER, "reference": "text"},
+    "the same question_id": GOOD,
 }
 
 
@@ -76,8 +75,8 @@ def test_the_last_answer_of_a_model_to_a_question_counts(tmp_path: Path) -> None
     rows = [fastchat.answer(81, "a"), fastchat.answer(81, "b"), fastchat.answer(81, "a", mark="!")]
     answers = inputs.read_answers(str(fastchat.write_lines(tmp_path / "a.jsonl", rows)))
     assert answers == [
-        Answer(81, "a", ["answer 81 one!", "answer 81 two!"]),
-        Answer(81, "b", ["answer 81 one", "answer 81 two"]),
+        inputs.Answer.of(81, "a", ["answer 81 one!", "answer 81 two!"]),
+        inputs.Answer.of(81, "b", ["answer 81 one", "answer 81 two"]),
     ]
 
 
@@ -91,20 +90,20 @@ def test_what_is_no_answer_is_told_with_its_line(choices: Any, tmp_path: Path) -
 def test_the_four_prompts_are_found_among_others(tmp_path: Path) -> None:
     prompts = inputs.read_judge_prompts(str(fastchat.write_prompts(tmp_path)))
     assert set(prompts) == {"single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"}
-    assert prompts["single-v1"].system == "You are a helpful assistant."
-    assert prompts["single-math-v1"].template == "Q {question} R {ref_answer_1} A {answer}"
+    assert prompts["single-v1"].system_prompt == "You are a helpful assistant."
+    assert prompts["single-math-v1"].prompt_template == "Q {question} R {ref_answer_1} A {answer}"
 
 
 BAD_PROMPTS = {
-    "does not ask for": {"output_format": "[[A]]"},
+    "key 'output_format'": {"output_format": "[[A]]"},
     "holds {ref_answer_1}; it can hold answer, question": {"prompt_template": "{question} {answer} {ref_answer_1}"},
     "holds {question.__class__}": {"prompt_template": "{question.__class__}"},
     "holds {0}": {"prompt_template": "{0}"},
     "cannot be filled in": {"prompt_template": "{question"},
-    "cannot be filled in; write {answer} with nothing": {"prompt_template": "{question} {answer:{answer}}"},
-    "cannot be filled in; write {question} with nothing": {"prompt_template": "{question!s} {answer}"},
+    "holds {answer:{answer}}": {"prompt_template": "{question} {answer:{answer}}"},
+    "holds {question!s}": {"prompt_template": "{question!s} {answer}"},
     "does not hold {answer}, so the judge": {"prompt_template": "{question}"},
-    "key 'prompt_template' holds no text": {"prompt_template": ""},
+    "key 'prompt_template'": {"prompt_template": ""},
 }
 
 

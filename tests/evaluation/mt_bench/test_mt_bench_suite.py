@@ -29,7 +29,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(endpoint, "_pause", lambda *_: 0.0)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_stopped_in_the_middle_and_resumed(number: signal.Signals, code: int, tm
         out, _ = process.communicate(timeout=240)
         release.set()
         assert process.returncode == code
-        assert ("the same command resumes from there" in out) == (number == signal.SIGTERM)
+        assert ("the same command resumes there" in out) == (number == signal.SIGTERM)
     kept = [json.loads(line) for line in (tmp_path / "out" / "gpt-4_single.jsonl").read_text().split("\n")[:-1]]
     assert 1 <= len(kept) <= 4
     with serving(rate) as served:

@@ -1,34 +1,44 @@
-"""lm-eval's view of a model: log-likelihoods in packed rows that share prefixes, generation, chat format.
+"""EleutherAI's lm-evaluation-harness (`lm_eval`): its tasks, its view of a model, and its run.
 
-Texts become tokens exactly as lm-eval's own class for transformers models (HFLM) makes them, whose figures the
-published ones are. Every rank holds the whole model, since generation needs it so: then rows need no collectives, and a
-rank waits for the others at the end alone. lm-eval sees one process; requests are dealt to the ranks in here.
+Strings become tokens exactly as lm-eval's own class for transformers models (HFLM) makes them, which measured the
+published figures. Every rank holds the whole model, since generation needs it so: then rows need no collectives, and a
+rank waits for the others only at the end. lm-eval sees one process; requests are dealt to the ranks in here.
 """
 
+import contextlib
+import difflib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.evaluation.generation import generate_ids
 from notus.evaluation.kept import KeptTokens
-from notus.evaluation.open_llm.rows import Text
-from notus.evaluation.open_llm.scores import KeptScores, score_texts
+from notus.evaluation.open_llm.scoring import KeptScores, Text, score_texts
 from notus.model.attention import IMPLEMENTATION
 from notus.model.policy import Policy
+from notus.runtime.distributed import is_main, main_first
+from notus.runtime.process import first_line
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # (context, continuation), then both as ids
 _DRAWN = {"temperature", "top_p", "top_k"}
 _MAX_NEW_TOKENS = 256  # where a task names none; lm-eval's
+_BOOTSTRAP = 100_000  # lm-eval's own number, for the standard errors of what is no mean
+_SHOWN = 12  # similar names of tasks
 
 
 class NotusLM(TemplateLM):
@@ -57,7 +67,7 @@ class NotusLM(TemplateLM):
             max_length: tokens of context; longer texts lose their beginning.
             tokens_per_row: the most tokens of a forward pass; None: 4096, or the longest text's.
             batch_size: completions generated at a time.
-            kept: a folder for what is done, to go on from.
+            kept: a folder for what is done, to resume from.
             identity: says which weights these are.
             template: Jinja text of the chat template; for tasks run with one.
             add_empty_system: an empty system turn in front of conversations without one.
@@ -72,12 +82,12 @@ class NotusLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-sequence token."""
+        """Return the end-of-sequence token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """Return what stands before a string without context: BOS, or EOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -86,14 +96,14 @@ class NotusLM(TemplateLM):
         return str(self.tokenizer.decode(self.prefix_token_id))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with what the tokenizer puts around a text unless that begins with BOS itself."""
+        """Tokenize, with the special tokens that the tokenizer adds unless the string begins with BOS itself."""
         if add_special_tokens is None and string.startswith(self._prefix):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **options)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations after their contexts, and whether each is what the model would say."""
+        """Return log-likelihoods of continuations after their contexts, and whether each is the likeliest one."""
         for request in requests:
             if request.args == ("", ""):  # lm-eval would look for its first token
                 raise _nothing(request.args)
@@ -116,7 +126,7 @@ class NotusLM(TemplateLM):
         return Text(ids[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, cut into windows that do not overlap in what they score."""
+        """Return log-likelihoods of whole strings, cut into windows that do not overlap in what they score."""
         windows: list[Encoded] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -130,7 +140,7 @@ class NotusLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions, cut before the first of a task's `until`."""
+        """Return completions, cut before the first of a task's `until`."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -170,7 +180,7 @@ class NotusLM(TemplateLM):
         ]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without a generation prompt, one whose last turn is to be continued."""
+        """Render a conversation; without a generation prompt, one whose last turn is to be continued."""
         if self.add_empty_system and chat_history[0]["role"] != "system":
             chat_history = [{"role": "system", "content": ""}, *chat_history]
         text = self.tokenizer.apply_chat_template(
@@ -183,16 +193,16 @@ class NotusLM(TemplateLM):
         return str(text)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for the results."""
+        """Return the template, for the results."""
         return self.template if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval calls requests made with a chat template."""
+        """Return what lm-eval calls requests made with a chat template."""
         return hashlib.sha256(f"{self.name} {self.template}".encode()).hexdigest()
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the results."""
+        """Return what the results say of the model."""
         return {
             "pretrained": self.name,
             "model_num_parameters": self.causal_lm.num_parameters(),
@@ -201,10 +211,12 @@ class NotusLM(TemplateLM):
 
 
 def _nothing(strings: tuple[str, str] | None) -> ValueError:
-    return ValueError(f"a task asks for the likelihood of nothing: {strings!r} has no tokens to score; mend it")
+    return ValueError(
+        f"a task asks for the likelihood of nothing: {strings!r} has no tokens to score; correct the task"
+    )
 
 
-@contextmanager
+@contextlib.contextmanager
 def packed(causal_lm: PreTrainedModel) -> Iterator[Policy]:
     """The model as a policy, which reads packed rows; afterwards as it was."""
     before = causal_lm.config._attn_implementation
@@ -213,3 +225,101 @@ def packed(causal_lm: PreTrainedModel) -> Iterator[Policy]:
         yield Policy(causal_lm)
     finally:
         causal_lm.set_attn_implementation(before)
+
+
+def open_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, list[Task | Group]]:
+    """Load tasks and groups, each with its data; a wildcard stands for many.
+
+    Raises:
+        ValueError: a name that nothing has, with those near it; or a task whose files or data cannot be loaded.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"--include-path {include_path}: there is no such folder; name the one of your task files")
+    manager = _manager(names, include_path)
+    matches = {name: sorted(manager.match_tasks([name])) for name in names}
+    wrong = [_near(manager, name) for name, found in matches.items() if not found]
+    if wrong:
+        raise ValueError(
+            f"--tasks: {'; '.join(wrong)}; `lm-eval ls tasks` lists all {len(manager.all_tasks)}, --include-path names "
+            "a folder of your own"
+        )
+    found = list(dict.fromkeys(task for name in names for task in matches[name]))
+    opened = main_first(lambda: [task for name in found for task in _open(manager, name)])
+    try:
+        manager.load(opened)  # raises for what is named twice
+    except ValueError as error:
+        raise ValueError(f"--tasks: {error}") from error
+    return manager, opened
+
+
+def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
+    """The user's files alone if all tasks are there: lm-eval's own are many thousand, and take a while to read."""
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=include_path)
+
+
+def _near(manager: TaskManager, name: str) -> str:
+    near = difflib.get_close_matches(name, manager.all_tasks, n=_SHOWN, cutoff=0.6)
+    return f"lm-eval has no task {name!r}" + (f", near it are {', '.join(near)}" if near else "")
+
+
+def _open(manager: TaskManager, name: str) -> list[Task | Group]:
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # data sets and task files raise errors of every kind
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"the task {name} or its data cannot be loaded ({reason})") from error
+    if name in loaded.get("groups", {}):
+        return [loaded["groups"][name]]
+    return list(loaded["tasks"].values())
+
+
+def set_shots(opened: Sequence[Task | Group], shots: Mapping[str, int]) -> None:
+    """Set the number of examples in the prompt of the tasks and groups that `shots` names."""
+    for item in opened:
+        number = shots.get(name_of(item))
+        if number is not None:
+            for task in item.get_all_tasks() if isinstance(item, Group) else [item]:
+                task.set_config(key="num_fewshot", value=number)
+
+
+def name_of(item: Task | Group) -> str:
+    """Return lm-eval's name of a task or group."""
+    return str(item.name if isinstance(item, Group) else item.task_name)
+
+
+def evaluate(
+    lm: NotusLM,
+    manager: TaskManager,
+    opened: list[Task | Group],
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    chat: bool,
+    multiturn: bool,
+    system: str | None,
+) -> dict[str, Any]:
+    """Run lm-eval, a collective, and return its results on rank 0; {} on the others."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR if is_main() else logging.CRITICAL)
+    with contextlib.ExitStack() as stack:
+        if not is_main():  # its progress bars
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        results = simple_evaluate(
+            model=lm,
+            model_args={"pretrained": lm.name},
+            tasks=opened,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=lm.batch_size,
+            device=str(lm.device),
+            bootstrap_iters=_BOOTSTRAP if is_main() else 0,
+            log_samples=False,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=multiturn,
+            system_instruction=system,
+        )
+    return results or {}

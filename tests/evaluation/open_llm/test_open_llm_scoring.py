@@ -3,9 +3,8 @@
 import random
 
 import numpy as np
-import pytest
 
-from notus.evaluation.open_llm.rows import Text, collate_texts, plan_rows, share, texts_of
+from notus.evaluation.open_llm.scoring import Text, collate_texts, plan_rows, texts_of
 
 
 def text(ids, scored=1):
@@ -71,11 +70,3 @@ def test_keys_gathered_in_a_row_are_bounded():
     texts = [text([*shots, index, 0]) for index in range(20)]
     rows = plan_rows(texts, 90)  # a row has room for ten branches of one token, but eight times its keys: 8 branches
     assert [[len(group.inputs) for group in row] for row in rows] == [[8], [8], [4]]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_rows_are_dealt_by_cost(ranks):
-    costs = [5.0, 1.0, 4.0, 3.0, 2.0, 1.0]
-    shares = [share(costs, rank, ranks) for rank in range(ranks)]
-    assert sorted(row for mine in shares for row in mine) == list(range(6))
-    assert sorted(sum(costs[row] for row in mine) for mine in shares) == {1: [16], 2: [8, 8], 3: [5, 5, 6]}[ranks]

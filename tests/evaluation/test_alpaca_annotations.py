@@ -6,7 +6,7 @@ import random
 import pytest
 
 from notus.__main__ import main
-from notus.evaluation.alpaca_eval.annotations import read_annotations, score
+from notus.evaluation.alpaca_eval import read_annotations, score
 from notus.evaluation.results import read_result
 
 
@@ -100,20 +100,26 @@ TWICE = [entry(1, 2), entry(2, 1), entry(1, 1)]
 @pytest.mark.parametrize(
     ("entries", "told"),
     [
-        ({"a": 1}, "holds no JSON list but one dict"),
-        ([], "an empty list"),
-        (["text"], "entry 1: str, not an object"),
-        ([entry(1, 2), {"instruction": "a", "output_2": "b", "generator_2": "c"}], "entry 2: has no key 'preference'"),
-        ([{"output_2": "b", "preference": 1, "generator_2": "c"}], "entry 1: has no key 'instruction'"),
-        ([entry(1, 2, output_2=None)], "entry 1: output_2 is no text but NoneType"),
-        ([entry(1, 2), entry(2, 2.5)], "entry 2: the preference 2.5 is out of range"),
-        ([entry(1, -1)], "entry 1: the preference -1 is out of range"),
+        ({"a": 1}, "line 1: key 'instruction'"),
+        ([], "the file is empty"),
+        (["text"], "record 1: Input should be"),
+        (
+            [entry(1, 2), {"instruction": "a", "output_2": "b", "generator_2": "c"}],
+            "record 2: key 'preference': Field required",
+        ),
+        ([{"output_2": "b", "preference": 1, "generator_2": "c"}], "record 1: key 'instruction': Field required"),
+        ([entry(1, 2, output_2=None)], "record 1: key 'output_2'"),
+        ([entry(1, 2), entry(2, 2.5)], "record 2: key 'preference': the preference 2.5 is out of range"),
+        ([entry(1, -1)], "the preference -1 is out of range"),
         ([entry(1, 10**400)], "the preference 10000000000000000000 is out of range"),
-        ([entry(1, float("inf"))], "entry 1: the preference inf is out of range"),
-        ([entry(1, "2")], "entry 1: the preference is no number but str"),
-        ([entry(1, True)], "entry 1: the preference is no number but bool"),
-        ([entry(1, 2), entry(2, 2, generator_2="his")], "entry 2: generator_2 is 'his', that of entry 1 is 'mine'"),
-        (TWICE, "entry 3: repeats entry 1"),
+        ([entry(1, float("inf"))], "the preference inf is out of range"),
+        ([entry(1, "2")], "the preference 2 is out of range"),
+        ([entry(1, True)], "the preference True is out of range"),
+        (
+            [entry(1, 2), entry(2, 2, generator_2="his")],
+            "record 2: generator_2 is 'his', that of the first entry is 'mine'",
+        ),
+        (TWICE, "record 3: the same pair as"),
         ([entry(1, None), entry(2, None)], "none of its 2 entries has a preference"),
     ],
 )
@@ -128,9 +134,9 @@ def test_wrong_files_are_named(tmp_path, capsys, entries, told):
 
 def test_files_that_are_no_json(tmp_path):
     (tmp_path / "a.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"a.json: not readable as JSON"):
+    with pytest.raises(ValueError, match=r"a.json: not valid JSON"):
         read_annotations(tmp_path / "a.json")
-    with pytest.raises(ValueError, match=r"b.json: cannot be read \(No such file or directory\)"):
+    with pytest.raises(ValueError, match=r"b.json: there is no such file"):
         read_annotations(tmp_path / "b.json")
 
 

@@ -14,10 +14,21 @@ from notus.evaluation.endpoint import Endpoint
 from notus.evaluation.generation import generate
 from notus.evaluation.intervals import wilson
 from notus.evaluation.results import read_result
-from notus.evaluation.win_rate.command import _figures
-from notus.evaluation.win_rate.judges import PROMPT, Judge, endpoint_judge, function_judge, parse_verdict
-from notus.evaluation.win_rate.pairs import Pair, match, read_answers, read_asked
-from notus.evaluation.win_rate.verdicts import Judged, judge_pairs, score
+from notus.evaluation.win_rate import (
+    PROMPT,
+    Judge,
+    Judged,
+    Pair,
+    endpoint_judge,
+    figures_of,
+    function_judge,
+    judge_pairs,
+    match,
+    parse_verdict,
+    read_answers,
+    read_asked,
+    score,
+)
 from notus.model.export import load_causal_lm
 
 SUITE = ["evaluate", "--suite", "win-rate"]
@@ -134,7 +145,7 @@ def test_figures_name_the_other_and_the_judge_without_the_way_to_them(tmp_path, 
     (tmp_path / "run" / "config.yaml").touch()
     verdicts = score([Judged(Pair("q", "a", "b"), "A", "B")])
     for other, told in ((tmp_path / "run", "run"), (f"{tmp_path}/run (step 20)", "run (step 20)"), ("o/m", "o/m")):
-        rate, _ = _figures(verdicts, str(other), "gpt-4", "prompts.jsonl")
+        rate, _ = figures_of(verdicts, str(other), "gpt-4", "prompts.jsonl")
         assert rate.setup == f"against {told}, judged by gpt-4 in both orders"
 
 
@@ -162,7 +173,7 @@ def test_nobody_waits_in_the_process_group_while_the_judge_is_asked(tmp_path, ju
         grouped.append(torch.distributed.is_initialized())
         return [Judged(Pair("q", "a", "b"), "A", "B")], [], []
 
-    monkeypatch.setattr("notus.evaluation.win_rate.verdicts.judge_pairs", judging)
+    monkeypatch.setattr("notus.evaluation.win_rate.judge_pairs", judging)
     assert compare(tmp_path, ["a"], ["b"], "--judge-function", f"{judge_file}:first") == 0
     assert grouped == [False]
 
@@ -213,7 +224,7 @@ def counting(verdict):
     """A judge that counts its calls."""
     calls = []
 
-    def ask(prompt, a, b):
+    async def ask(prompt, a, b):
         calls.append((prompt, a, b))
         return verdict(prompt, a, b)
 
@@ -426,10 +437,10 @@ def test_options_that_do_not_go_together(capsys, options, told):
     [
         ("", "the file is empty"),
         ("[1]", "row 1 .*: int, not an object"),
-        ('{"prompt": "a"}', "line 1: no text under one of the keys completion, output, answer"),
-        ('{"prompt": "a", "completions": ["b"]}', "line 1: no text under one of the keys"),
+        ('{"prompt": "a"}', "line 1: no string under one of the keys completion, output, answer"),
+        ('{"prompt": "a", "completions": ["b"]}', "line 1: no string under one of the keys"),
         ('{"completion": "a"}', "line 1: holds no prompt"),
-        ('{"prompt": "a", "output": "b"}\n{"instruction": "a", "output": "c"}', "line 2: the prompt of .*line 1 again"),
+        ('{"prompt": "a", "output": "b"}\n{"instruction": "a", "output": "c"}', "line 2: the same prompt as .*line 1"),
     ],
 )
 def test_wrong_answer_files_are_named(tmp_path, text, told):
@@ -452,7 +463,7 @@ def test_files_of_different_prompts_are_refused(tmp_path):
 
 def test_prompts_may_be_there_once(tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\na\n")
-    with pytest.raises(ValueError, match=r"line 3: the prompt of .*line 1 again"):
+    with pytest.raises(ValueError, match=r"line 3: the same prompt as .*line 1"):
         read_asked(tmp_path / "p.txt")
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns}))

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("lm_eval")
 
 from notus.__main__ import main
-from notus.evaluation.open_llm import command, tasks
-from notus.evaluation.open_llm.benchmarks import BY_TASK
+from notus.evaluation.open_llm import harness, suite
+from notus.evaluation.open_llm.suite import BY_TASK
 from notus.evaluation.results import read_result
 
 ALL = "toy_choice,toy_generate,toy_rolling"
@@ -96,7 +96,7 @@ def test_same_command_again_computes_nothing(model_folder, task_folder, tmp_path
 
 
 def test_limit_shots_and_chat_format(model_folder, task_folder, tmp_path, monkeypatch):
-    from notus.evaluation.open_llm.model import NotusLM
+    from notus.evaluation.open_llm.harness import NotusLM
 
     seen = []
     encode = NotusLM._encode_pair
@@ -173,14 +173,14 @@ def told(capsys, *arguments):
 @pytest.fixture(scope="module")
 def manager(task_folder):
     """All of lm-eval's tasks and those of the tests; reading the files takes a while."""
-    return tasks._manager(["toy_group"], str(task_folder))
+    return harness._manager(["toy_group"], str(task_folder))
 
 
 def test_wrong_names_are_told_before_the_model_is_loaded(task_folder, manager, tmp_path, capsys, monkeypatch):
     assert set(BY_TASK) <= set(manager.all_tasks)
     local = ["--include-path", task_folder]
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "_manager", lambda *_: manager)
+        patch.setattr(harness, "_manager", lambda *_: manager)
         error = told(capsys, tmp_path / "none", "--tasks", "toy_choise,toy_choice,hellaswaq", *local)
         assert "no task 'toy_choise', near it are toy_choice" in error
         assert "no task 'hellaswaq', near it are" in error
@@ -194,7 +194,7 @@ def test_wrong_names_are_told_before_the_model_is_loaded(task_folder, manager, t
 
 
 def test_a_group_stands_for_its_tasks(model_folder, task_folder, manager, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_manager", lambda *_: manager)
+    monkeypatch.setattr(harness, "_manager", lambda *_: manager)
     evaluate(model_folder, task_folder, tmp_path, tasks="toy_gr*")
     names = [figure.name for figure in read_result(tmp_path / "result.json").figures]
     assert names == ["toy_choice", "toy_choice", "toy_generate"]
@@ -216,7 +216,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(model_folder, ta
     (tmp_path / "file").write_text("")
     local = ["--include-path", task_folder, "--tasks", "toy_choice", "--output", tmp_path / "file" / "out"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_load", lambda *_: pytest.fail("it was loaded first"))
+        patch.setattr(suite, "_load", lambda *_: pytest.fail("it was loaded first"))
         assert "no results can be written there (Not a directory); name another" in told(capsys, model_folder, *local)
 
 

@@ -1,1 +1,0 @@
-"""AlpacaEval (Li et al. 2023, github.com/tatsu-lab/alpaca_eval): outputs, their judging by the package, and scores."""

@@ -1,0 +1,649 @@
+"""`python -m notus evaluate MODEL --suite mt-bench`: answers to MT-Bench, a judge's verdicts on them, and the scores.
+
+With --answers FILE existing answers are judged, with --judgments FILE judgments are scored; neither takes a model. All
+files are FastChat's. Answers and verdicts are kept as they come: the same command resumes where it stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm import tqdm
+
+from notus.evaluation.arguments import (
+    add_judge_arguments,
+    add_model_arguments,
+    add_output_argument,
+    check_no_effect,
+    count,
+    temperature,
+)
+from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
+from notus.evaluation.evaluate import add_suite_argument
+from notus.evaluation.files import hold_folder
+from notus.evaluation.json_entries import parse_entry
+from notus.evaluation.mt_bench import fastchat
+from notus.evaluation.mt_bench.fastchat import HIGHEST, UNREAD, Answer, JudgePrompt, Judgment, Question
+from notus.evaluation.results import Figure, Result, model_name, result_folder, write_result
+from notus.runtime.process import STOPPED, tell
+
+if TYPE_CHECKING:
+    import torch
+
+    from notus.data.formats import Message
+    from notus.evaluation.models import ModelSource
+
+SUITE, NAME = "mt-bench", "MT-Bench"
+ANSWERS, GENERATION = "answers.jsonl", "generation"
+# FastChat's temperature_config, by category, and what it takes for others.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "arena-hard-200": 0.0,
+}
+OTHER_TEMPERATURE = 0.7
+ASKED = 3  # times at most for one verdict, if it cannot be read
+_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+# Mean scores, of how many turns of how many questions, and the judges that count as the one that gave them.
+PUBLISHED = {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
+PUBLISHED_QUESTIONS, PUBLISHED_TURNS = 80, 160
+PUBLISHED_BY = ("gpt-4", "gpt-4-0314", "gpt-4-0613")
+_ANYWHERE = {"suite", "questions", "output"}
+_JUDGING = {"references", "judge_prompts", "judge_model", "judge_url", "api_key_env", "judge_timeout", "parallel"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    add_suite_argument(parser)
+    add_model_arguments(parser, optional=True)
+    parser.add_argument(
+        "--questions", metavar="FILE", help="FastChat's question.jsonl (default: LMSYS's 80, on the hub)"
+    )
+    parser.add_argument("--max-new-tokens", type=count, default=1024, help="of an answer (default: 1024)")
+    parser.add_argument(
+        "--temperature", type=temperature, help="0 is greedy (default: FastChat's, 0 to 0.7 by the question's category)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the draws (default: 42)")
+    parser.add_argument("--batch-size", type=count, default=8, help="answers at a time (default: 8)")
+    _add_judging_arguments(parser)
+    parser.add_argument("--answers", metavar="FILE", help="judge these answers; takes no model")
+    parser.add_argument("--judgments", metavar="FILE", help="score FastChat's JUDGE_single.jsonl; takes no model")
+    add_output_argument(parser, SUITE)
+
+
+def _add_judging_arguments(parser: argparse.ArgumentParser) -> None:
+    add_judge_arguments(parser)
+    parser.add_argument("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl")
+    parser.add_argument(
+        "--references",
+        metavar="FILE",
+        help="FastChat's reference_answer/gpt-4.jsonl (default: the questions' own reference)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate as `args` say; under torchrun the ranks share the answers, and the first one asks the judge.
+
+    Returns 0, 1 if the judge's endpoint left verdicts open, 75 if a signal did. Raises ValueError or OSError with a
+    message for the user.
+    """
+    _check_options(args)
+    if args.judgments is not None:
+        return _score_file(args)
+    if args.answers is not None:
+        return _judge_file(args)
+    from notus.evaluation.models import find_together
+    from notus.runtime import distributed
+
+    with distributed.process_group() as device:
+        source = find_together(args.model, trust_remote_code=args.trust_remote_code)
+        folder = result_folder(args.output, source.run, args.model, SUITE)
+        # What the judge needs is looked at before the hours of generation.
+        questions, judge = distributed.on_main(lambda: _read_inputs(args))
+        distributed.on_main(lambda: hold_folder(folder))
+        answers, settings = _answer(args, source, questions, folder, device)
+        speaks = distributed.is_main()
+    # Judging can take hours, and the other ranks have no part in it.
+    return _judge(args, questions, judge, answers, source.name, folder, settings) if speaks else 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that exclude each other or have no effect."""
+    for name in ("answers", "judgments"):
+        if getattr(args, name) is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"--{name} works in one process: leave torchrun out")
+    if args.judgments is not None:
+        reason = "with --judgments, which are scored as they are"
+        check_no_effect(args, add_arguments, reason, but=_ANYWHERE | {"judgments"})
+    elif args.answers is not None:
+        if args.judge_model is None:
+            raise ValueError("--answers are there to be judged: name the judge with --judge-model")
+        reason = "with --answers, which are there already"
+        check_no_effect(args, add_arguments, reason, but=_ANYWHERE | _JUDGING | {"answers"})
+    elif args.model is None:
+        raise ValueError(
+            "name a MODEL_OR_RUN, or answers to judge with --answers, or judgments to score with --judgments"
+        )
+    elif args.judge_model is None:
+        check_no_effect(args, _add_judging_arguments, "without a judge, which --judge-model names")
+    if args.judge_model is not None and args.judge_prompts is None:
+        raise ValueError(
+            f"the judge needs its prompts: give --judge-prompts FILE ({fastchat.FASTCHAT}judge_prompts.jsonl)"
+        )
+    if args.temperature == 0 and args.seed != 42:
+        raise ValueError("--seed has no effect on greedy answers: leave it or --temperature out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The judge's endpoint and its prompts, by name."""
+
+    endpoint: Endpoint
+    prompts: Mapping[str, JudgePrompt]
+
+
+def _read_inputs(args: argparse.Namespace) -> tuple[list[Question], Judge | None]:
+    """Read and check the questions, and what the judge needs if there is one; for rank 0."""
+    questions = fastchat.read_questions(args.questions or fastchat.QUESTIONS, args.references)
+    print(f"{len(questions)} questions, {sum(len(question.turns) for question in questions)} turns", flush=True)
+    if args.judge_model is None:
+        return questions, None
+    fastchat.check_references(questions)
+    return questions, Judge(judge_endpoint(args), fastchat.read_judge_prompts(args.judge_prompts))
+
+
+# The answers
+
+
+def _answer(
+    args: argparse.Namespace, source: "ModelSource", questions: Sequence[Question], folder: Path, device: "torch.device"
+) -> tuple[list[Answer], dict[str, Any]]:
+    """Generate the answers, write them to the folder, and return them with the settings. A collective."""
+    from notus.data.chat import ChatEncoder, check_vocabulary
+    from notus.evaluation.generation import generate_kept, model_digest
+    from notus.model.export import load_causal_lm
+    from notus.runtime.distributed import on_main, say
+    from notus.training.parallelize import COMPUTE_DTYPES
+
+    precision = source.choose(args.precision, "training.precision", "bf16")
+    chat_template = source.choose(args.chat_template, "data.chat_template", None)
+    add_empty_system = source.choose(args.add_empty_system, "data.add_empty_system", False)
+    causal_lm, tokenizer = load_causal_lm(
+        source.folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=args.trust_remote_code
+    )
+    check_vocabulary(tokenizer, causal_lm.config.vocab_size)
+    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
+    context = getattr(causal_lm.config, "max_position_embeddings", None) or math.inf
+    complete = functools.partial(
+        generate_kept,
+        causal_lm,
+        tokenizer,
+        kept=folder / GENERATION,
+        identity=model_digest(causal_lm),
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        chat_template=chat_template,
+        add_empty_system=add_empty_system,
+    )
+    answers, cut_off = answer_turns(
+        questions,
+        complete,
+        lambda talk: len(encoder.encode_prompt(talk)) < context,
+        model=source.name.replace(args.model, model_name(args.model), 1),  # with the step of a run in progress
+        temperature=args.temperature,
+    )
+    if cut_off:
+        say(f"{cut_off} answers are empty: the conversation before them fills the model's context")
+    on_main(lambda: fastchat.write_answers(folder / ANSWERS, answers))
+    say(f"wrote the answers to {folder / ANSWERS}")
+    return answers, {
+        "precision": precision,
+        "temperature": "FastChat's, by category" if args.temperature is None else args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "chat_template": chat_template,
+        "add_empty_system": add_empty_system,
+        "empty_answers": cut_off,
+    }
+
+
+def answer_turns(
+    questions: Sequence[Question],
+    complete: Callable[..., list[str]],
+    fits: Callable[[list["Message"]], bool],
+    *,
+    model: str,
+    temperature: float | None,
+) -> tuple[list[Answer], int]:
+    """Answer both turns; the second turn's conversation holds the first answer.
+
+    Args:
+        questions: what to answer.
+        complete: (conversations, places=, temperature=) -> the next message of each.
+        fits: whether a conversation leaves room for an answer.
+        model: its name in the answers.
+        temperature: for all; None: FastChat's, by category.
+
+    Returns:
+        The answers, without white space around them; and how many are empty because their conversation does not fit.
+    """
+    talks: list[list[Message]] = [[] for _ in questions]
+    cut_off = 0
+    for turn in (0, 1):
+        asked = [index for index, question in enumerate(questions) if len(question.turns) > turn]
+        groups: dict[float, list[int]] = {}
+        for index in asked:
+            talks[index].append({"role": "user", "content": questions[index].turns[turn]})
+            if not fits(talks[index]):  # a long first answer must not end the whole
+                cut_off += 1
+                continue
+            usual = TEMPERATURES.get(questions[index].category, OTHER_TEMPERATURE)
+            groups.setdefault(usual if temperature is None else temperature, []).append(index)
+        texts = dict.fromkeys(asked, "")
+        for degree, indices in groups.items():
+            places = [questions[index].place for index in indices]
+            completions = complete([talks[index] for index in indices], places=places, temperature=degree)
+            texts.update(zip(indices, completions, strict=True))
+        for index in asked:
+            talks[index].append({"role": "assistant", "content": texts[index].strip()})
+    answers = [
+        Answer.of(question.question_id, model, [message["content"] for message in talk[1::2]])
+        for question, talk in zip(questions, talks, strict=True)
+    ]
+    return answers, cut_off
+
+
+# The verdicts
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A turn of an answer to judge: `turn` 1 or 2, and what the judge is asked."""
+
+    question_id: int | str
+    model: str
+    turn: Literal[1, 2]
+    prompt: JudgePrompt
+    user_prompt: str
+
+    def judgment(self, judge: str, score: float = UNREAD, text: str | None = None) -> Judgment:
+        """Return the verdict of this match as a line of FastChat's file."""
+        return Judgment(
+            question_id=self.question_id,
+            model=self.model,
+            judge=[judge, self.prompt.name],
+            system_prompt=self.prompt.system_prompt,
+            user_prompt=self.user_prompt,
+            judgment=text,
+            score=score,
+            turn=self.turn,
+        )
+
+
+@dataclasses.dataclass
+class Judged:
+    """What came of the judging.
+
+    Attributes:
+        verdicts: of every match that was answered, with a score of -1 where no rating could be read.
+        missing: how many matches got no answer from the endpoint.
+        reason: the last of the endpoint's errors; None if there was none.
+    """
+
+    verdicts: list[Judgment] = dataclasses.field(default_factory=list)
+    missing: int = 0
+    reason: str | None = None
+
+    @property
+    def unread(self) -> int:
+        """How many verdicts could not be read."""
+        return sum(verdict.score == UNREAD for verdict in self.verdicts)
+
+
+def matches(
+    questions: Sequence[Question], answers: Sequence[Answer], prompts: Mapping[str, JudgePrompt]
+) -> list[Match]:
+    """Return all that is to judge, first turns first. Raises ValueError for a question that a model left out."""
+    models = list(dict.fromkeys(answer.model_id for answer in answers))
+    by_key = {(answer.model_id, answer.question_id): answer for answer in answers}
+    found = []
+    turns: tuple[Literal[1, 2], ...] = (1, 2)
+    for turn in turns:
+        for question in (question for question in questions if len(question.turns) >= turn):
+            for model in models:
+                answer = by_key.get((model, question.question_id))
+                if answer is None or len(answer.turns) < turn:
+                    raise ValueError(
+                        f"{model} has no answer to turn {turn} of question {question.question_id}; generate it again"
+                    )
+                prompt = prompts[fastchat.PROMPTS[turn, question.needs_reference][0]]
+                user_prompt = prompt.prompt_template.format(**_fields(question, answer))
+                found.append(Match(question.question_id, model, turn, prompt, user_prompt))
+    return found
+
+
+def _fields(question: Question, answer: Answer) -> dict[str, str]:
+    """Return all that a template can hold: `fastchat.read_judge_prompts` checked which of them it does."""
+    fields = {"question": question.turns[0], "answer": answer.turns[0]}
+    named = {"question": question.turns, "answer": answer.turns, "ref_answer": question.reference}
+    for name, turns in named.items():
+        fields |= {f"{name}_{number}": text for number, text in enumerate(turns, start=1)}
+    return fields
+
+
+def judge(wanted: Sequence[Match], endpoint: Endpoint, *, parallel: int, kept: Path) -> Judged:
+    """Ask for the verdicts that the file `kept` does not hold yet, and append each as it comes.
+
+    A verdict that cannot be read after `ASKED` requests is a line with score -1, which a later call asks for again.
+
+    Raises:
+        ValueError: the endpoint rejects every request, or the file holds something else.
+        OSError: the disk fails.
+        KeyboardInterrupt: SIGINT or SIGTERM; what has come is kept.
+    """
+    from notus.evaluation.kept import keep, read_kept
+
+    lines = [
+        parse_entry(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
+        for number, row in enumerate(read_kept(kept), start=1)
+    ]
+    known = {line.key: line for line in lines if line.score != UNREAD}
+    keys = [match.judgment(endpoint.model).key for match in wanted]
+    left = [match for match, key in zip(wanted, keys, strict=True) if key not in known]
+    judged = Judged([known[key] for key in keys if key in known])
+    if judged.verdicts:
+        print(f"{len(judged.verdicts)} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
+    with tqdm(total=len(wanted), initial=len(judged.verdicts), desc="judging", disable=None) as bar:
+
+        def on_done(match: Match, reply: str | Exception) -> None:
+            bar.update()
+            if isinstance(reply, Exception):
+                judged.missing, judged.reason = judged.missing + 1, str(reply)
+                return
+            verdict = match.judgment(endpoint.model, read_rating(reply), reply)
+            keep(kept, [verdict.model_dump()])
+            judged.verdicts.append(verdict)
+
+        ask_all(lambda match: _ask(endpoint, match), left, parallel=parallel, on_done=on_done)
+    return judged
+
+
+async def _ask(endpoint: Endpoint, match: Match) -> str:
+    """Return a reply that holds a rating, or the last one if none of several does."""
+    messages = [{"role": "user", "content": match.user_prompt}]
+    if match.prompt.system_prompt:
+        messages.insert(0, {"role": "system", "content": match.prompt.system_prompt})
+    reply = await endpoint.ask(messages)
+    for _ in range(ASKED - 1):
+        if read_rating(reply) != UNREAD:
+            break
+        with contextlib.suppress(EndpointError):  # the reply that came is a verdict, though it cannot be read
+            reply = await endpoint.ask(messages)
+    return reply
+
+
+def read_rating(text: str) -> float:
+    """Return the first [[8]] of a judgment, else the first [8], as FastChat does; -1 if there is none up to 10."""
+    for pattern in _RATINGS:
+        found = pattern.search(text)
+        if found:
+            rating = float(found[1])
+            return (int(rating) if rating.is_integer() else rating) if rating <= HIGHEST else UNREAD
+    return UNREAD
+
+
+def _judge_file(args: argparse.Namespace) -> int:
+    answers, (questions, judge) = fastchat.read_answers(args.answers), _read_inputs(args)
+    models = sorted({answer.model_id for answer in answers})
+    folder = _file_folder(args, models, args.answers)
+    hold_folder(folder)
+    return _judge(args, questions, judge, answers, ", ".join(models), folder, {"answers": args.answers})
+
+
+def _judge(
+    args: argparse.Namespace,
+    questions: list[Question],
+    judged_by: Judge | None,
+    answers: list[Answer],
+    model: str,
+    folder: Path,
+    settings: dict[str, Any],
+) -> int:
+    """Have the answers judged and report; or print how, if there is no judge."""
+    if judged_by is None:
+        options = "--judge-model NAME --judge-prompts FILE [--judge-url URL]"
+        print(f"not judged: run again with {options}; the answers are not generated again")
+        return 0
+    wanted = matches(questions, answers, judged_by.prompts)
+    kept = folder / f"{args.judge_model.replace('/', '--')}_single.jsonl"
+    try:
+        judged = judge(wanted, judged_by.endpoint, parallel=args.parallel, kept=kept)
+    except KeyboardInterrupt:
+        tell(f"stopped: the verdicts that came are in {kept}; the same command resumes there")
+        return STOPPED
+    settings |= {
+        "questions": args.questions or fastchat.QUESTIONS,
+        "references": args.references or "the questions' own",
+        "judge": args.judge_model,
+        "judge_url": args.judge_url,
+        "judge_prompts": args.judge_prompts,
+        "verdicts": len(wanted),
+        "unread": judged.unread,
+        "missing": judged.missing,
+    }
+    _report_failures(judged, len(wanted), kept)
+    _report(args, judged.verdicts, questions, model, folder, settings)
+    return 1 if judged.missing else 0
+
+
+def _report_failures(judged: Judged, wanted: int, kept: Path) -> None:
+    """Print which verdicts are not there, and why. Raises ValueError if that is all of them."""
+    again = "the same command asks again for those that failed, and for no others"
+    if judged.missing + judged.unread == wanted:
+        last = judged.reason or f"no verdict holds a rating, see {kept}"
+        raise ValueError(f"not one of {wanted} verdicts came: {last}; fix the judge, {again}")
+    if judged.unread:
+        print(f"{judged.unread} of {wanted} verdicts hold no rating and count nowhere; {again}")
+    if judged.missing:
+        print(f"{judged.missing} of {wanted} verdicts did not come: {judged.reason}; {again}")
+
+
+# The scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What one judge gave one model, out of 10.
+
+    Attributes:
+        model, judge: their names.
+        questions: the scores by question.
+        turns: the same scores by turn.
+        categories: the same scores by category; empty where the questions are not known.
+        unread: verdicts that could not be read; they count nowhere else.
+    """
+
+    model: str
+    judge: str
+    questions: Mapping[int | str, list[float]]
+    turns: Mapping[int, list[float]]
+    categories: Mapping[str, list[float]]
+    unread: int
+
+    @property
+    def count(self) -> int:
+        """How many turns have a score."""
+        return sum(map(len, self.turns.values()))
+
+    @property
+    def mean(self) -> float:
+        """The score of all turns together, as FastChat has it; NaN of none."""
+        return _mean([value for values in self.turns.values() for value in values])
+
+    @property
+    def stderr(self) -> float:
+        """Of `mean`, over questions, whose turns are not independent; NaN of a single one.
+
+        Some questions have a turn less, so this is the error of a ratio of two means, to first order.
+        """
+        if len(self.questions) < 2:
+            return math.nan
+        excess = [sum(values) - self.mean * len(values) for values in self.questions.values()]
+        return statistics.stdev(excess) * math.sqrt(len(excess)) / self.count
+
+    @property
+    def is_like_published(self) -> bool:
+        """Whether published scores may stand beside these."""
+        whole = (len(self.questions), self.count) == (PUBLISHED_QUESTIONS, PUBLISHED_TURNS)
+        return self.judge in PUBLISHED_BY and whole
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def score(judgments: Iterable[Judgment], categories: Mapping[int | str, str] | None = None) -> list[Scores]:
+    """Return the scores of each model by each judge, the best first.
+
+    Of several judgments of the same turn the last one with a score counts; FastChat's `show_result` averages them all.
+
+    Args:
+        judgments: of any models, by any judges.
+        categories: of the questions, by their ids.
+    """
+    last: dict[tuple[str, str], dict[tuple[int | str, int], float]] = {}
+    for judgment in judgments:
+        by_turn = last.setdefault((judgment.model, judgment.judge[0]), {})
+        turn = (judgment.question_id, judgment.turn)
+        if judgment.score != UNREAD or turn not in by_turn:
+            by_turn[turn] = judgment.score
+    found = [_score_model(*key, by_turn, categories or {}) for key, by_turn in last.items()]
+    return sorted(found, key=lambda scores: (math.isnan(scores.mean), -scores.mean, scores.model))
+
+
+def _score_model(
+    model: str, judge: str, scores: Mapping[tuple[int | str, int], float], categories: Mapping[int | str, str]
+) -> Scores:
+    questions: dict[int | str, list[float]] = {}
+    by_category: dict[str, list[float]] = {name: [] for name in categories.values()}
+    turns: dict[int, list[float]] = {1: [], 2: []}
+    read = {key: value for key, value in scores.items() if value != UNREAD}
+    for (question, turn), value in read.items():
+        questions.setdefault(question, []).append(value)
+        turns[turn].append(value)
+        if question in categories:
+            by_category[categories[question]].append(value)
+    by_category = {name: values for name, values in by_category.items() if values}
+    return Scores(model, judge, questions, turns, by_category, len(scores) - len(read))
+
+
+def _score_file(args: argparse.Namespace) -> int:
+    judgments = fastchat.read_judgments(Path(args.judgments))
+    questions = fastchat.read_questions(args.questions) if args.questions else []
+    models = sorted({judgment.model for judgment in judgments})
+    folder = _file_folder(args, models, args.judgments)
+    _report(args, judgments, questions, ", ".join(models), folder, {"judgments": args.judgments})
+    return 0
+
+
+def _file_folder(args: argparse.Namespace, models: Sequence[str], file: str) -> Path:
+    """Return where results of the models in a file go: under the model, or for several under the file's name."""
+    return result_folder(args.output, None, models[0] if len(models) == 1 else Path(file).stem, SUITE)
+
+
+def _report(
+    args: argparse.Namespace,
+    judgments: Sequence[Judgment],
+    questions: Sequence[Question],
+    model: str,
+    folder: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Print the table and write the result."""
+    dataset = Path(args.questions).name if args.questions else None if args.judgments else fastchat.HUB_ID
+    scores = score(judgments, {question.question_id: question.category for question in questions})
+    found = figures(scores, dataset)
+    if not found:
+        raise ValueError("no judgment holds a score, all are -1; judge the answers again")
+    details = {"scores": [_as_json(each) for each in scores]}
+    path = write_result(folder, Result(SUITE, model, found, settings, details))
+    print(f"{table(scores)}\nwrote {path}")
+
+
+def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure]:
+    """Return the overall score of each model, then its turns and categories; none of a model without any score.
+
+    Published scores stand beside those by the same judge of as many questions and turns. Of several models the setup
+    names the one that a figure is of. `dataset`: of the questions, as `Figure` has it.
+    """
+    from notus.evaluation.names import public_name
+
+    found = []
+    for each in scores:
+        if not each.count:
+            continue
+        setup = f"{public_name(each.model)}, " if len(scores) > 1 else ""
+        setup += f"judged by {public_name(each.judge)}"  # a server of one's own names a model by its folder
+        setup += f", {each.unread} verdicts not readable" if each.unread else ""
+        questions = len(each.questions)
+        setup += "" if questions == PUBLISHED_QUESTIONS else f", {questions} questions"
+        stderr = None if math.isnan(each.stderr) else each.stderr
+        published = PUBLISHED if each.is_like_published else {}
+        found.append(Figure(NAME, "score", each.mean, "", stderr, each.count, setup, dataset, published))
+        for part, values in {**{f"turn {turn}": each.turns[turn] for turn in each.turns}, **each.categories}.items():
+            if values:
+                found.append(Figure(NAME, f"score, {part}", _mean(values), "", None, len(values), setup, dataset))
+    return found
+
+
+def _as_json(scores: Scores) -> dict[str, Any]:
+    """Return scores as JSON, in which there is no NaN."""
+
+    def means(parts: Mapping[Any, list[float]]) -> dict[str, Any]:
+        return {str(key): {"score": _mean(parts[key]), "count": len(parts[key])} for key in parts if parts[key]}
+
+    return {
+        "model": scores.model,
+        "judge": scores.judge,
+        "score": scores.mean if scores.count else None,
+        "scored": scores.count,
+        "unread": scores.unread,
+        "turns": means(scores.turns),
+        "categories": means(scores.categories),
+    }
+
+
+def table(scores: Sequence[Scores]) -> str:
+    """Return the scores for a terminal, a line for every model."""
+    categories = list(dict.fromkeys(name for each in scores for name in each.categories))
+    rows = [["model", "judge", "all", "s.e.", "turn 1", "turn 2", *categories, "scored", "unread"]]
+    for each in scores:
+        parts = [*each.turns.values(), *(each.categories.get(name, []) for name in categories)]
+        values = [each.mean, each.stderr, *map(_mean, parts)]
+        cells = ["-" if math.isnan(value) else f"{value:.2f}" for value in values]
+        rows.append([each.model, each.judge, *cells, str(each.count), str(each.unread)])
+    widths = [max(8, *map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for model, judge, *cells in rows:
+        numbers = [f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True)]
+        lines.append("  ".join([f"{model:{widths[0]}}", f"{judge:{widths[1]}}", *numbers]))
+    if any(each.is_like_published for each in scores):
+        published = ", ".join(f"{name} {value:.2f}" for name, value in PUBLISHED.items())
+        lines.append(f"published, judged by GPT-4: {published}")
+    return "\n".join(lines)
