@@ -19,7 +19,7 @@ from notus.config import Task, config_from_dict
 from notus.curation import synthetic
 from notus.curation.command import write_rows
 from notus.curation.ultrafeedback import Report, curate
-from notus.evaluation.files import replacing
+from notus.runtime.files import write_text
 
 Rows = list[dict[str, Any]]
 SFT: dict[str, Any] = {**demo.SFT, "save_every": 100}
@@ -255,9 +255,7 @@ def _kept(folder: Path, inputs: dict[str, Any], make: Callable[[], dict[str, Any
     if begun.exists() and json.loads(begun.read_text()) != inputs:
         raise ValueError(f"{folder} holds a run of other data or settings: remove it, or name another --work")
     if not path.exists():
-        with replacing(begun) as file:
-            file.write(json.dumps(inputs, indent=1))
+        write_text(begun, json.dumps(inputs, indent=1))
         result = make()
-        with replacing(path) as file:
-            file.write(json.dumps(result))
+        write_text(path, json.dumps(result))
     return dict(json.loads(path.read_text()))

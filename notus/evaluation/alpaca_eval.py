@@ -20,12 +20,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
-from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, check_no_effect
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import hold_folder
+from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.json_entries import check_unique, read_entries
-from notus.evaluation.results import Figure, Result, model_name, result_folder, write_result
+from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
 from notus.runtime.files import replacing, write_text
 from notus.runtime.process import first_line
 

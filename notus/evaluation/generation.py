@@ -235,11 +235,6 @@ class _Stop(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def generate_kept(*arguments: Any, kept: Path, identity: str, **options: Any) -> list[str]:
-    """Removed once mt_bench calls `generate(..., kept=KeptTokens(kept, identity))`."""
-    return generate(*arguments, kept=KeptTokens(kept, identity), **options)
-
-
 def model_digest(causal_lm: PreTrainedModel) -> str:
     """Return the sha256 (hex) of a model as it was loaded: its tensors, and the settings that alter its computation."""
     config = {k: v for k, v in causal_lm.config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(k)}

@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from notus.data.sources import read_file
-from notus.evaluation.answers import add_answer_arguments, answer, answer_settings
 from notus.evaluation.arguments import (
     add_judge_arguments,
     add_model_arguments,
@@ -30,10 +29,10 @@ from notus.evaluation.arguments import (
 )
 from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import hold_folder
+from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.intervals import wilson
 from notus.evaluation.json_entries import check_unique
-from notus.evaluation.results import Figure, Result, result_folder, write_result
+from notus.evaluation.results import Figure, Result, hold_folder, result_folder, write_result
 from notus.runtime.files import write_text
 from notus.runtime.process import STOPPED, first_line, tell
 
@@ -453,7 +452,7 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
     Raises:
         ValueError: the endpoint rejects every request, or the file holds something else.
     """
-    from notus.evaluation.kept import keep
+    from notus.evaluation.results import append_records
 
     verdicts = _read_verdicts(kept)
     questions = dict.fromkeys(order for pair in pairs if pair.answer != pair.against for order in pair.orders)
@@ -464,12 +463,12 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
         key = judge.key(question)
         if isinstance(outcome, Exception):
             failures.append(str(outcome))
-            keep(kept, [{"key": key, "verdict": None, "failure": str(outcome)}])
+            append_records(kept, [{"key": key, "verdict": None, "failure": str(outcome)}])
             return
         verdicts[key] = parse_verdict(outcome)
         if verdicts[key] is None:
             unread.append(f"a reply without a verdict: {outcome[:200]!r}")
-        keep(kept, [{"key": key, "verdict": verdicts[key], "reply": outcome}])
+        append_records(kept, [{"key": key, "verdict": verdicts[key], "reply": outcome}])
 
     left = [question for question in questions if verdicts.get(judge.key(question)) is None]
     ask_all(lambda question: judge.ask(*question), left, parallel=judge.parallel, on_done=on_done)
@@ -478,10 +477,10 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
 
 
 def _read_verdicts(path: Path) -> dict[str, str | None]:
-    from notus.evaluation.kept import read_kept
+    from notus.evaluation.results import read_records
 
     verdicts: dict[str, str | None] = {}
-    for number, record in enumerate(read_kept(path), start=1):
+    for number, record in enumerate(read_records(path), start=1):
         key, verdict = record.get("key"), record.get("verdict")
         if not isinstance(key, str) or (verdict is not None and verdict not in VERDICTS):
             raise ValueError(f"{path}, line {number}: not a kept verdict; remove the line, or the file")
@@ -551,7 +550,7 @@ def _compare(folder: Path, name: str, pairs: list[Pair], judge: Judge, settings:
 
 def figures_of(scores: Scores, other: str, judge: str, dataset: str) -> list[Figure]:
     """Return the win rate and, where the judge was asked, its position bias."""
-    from notus.evaluation.names import public_name
+    from notus.evaluation.models import public_name
 
     model, step, rest = other.partition(" (step ")
     setup = f"against {public_name(model)}{step}{rest}, judged by {public_name(judge)} in both orders"

@@ -28,11 +28,10 @@ from notus.evaluation.arguments import (
 )
 from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import hold_folder
 from notus.evaluation.json_entries import parse_entry
 from notus.evaluation.mt_bench import fastchat
 from notus.evaluation.mt_bench.fastchat import HIGHEST, UNREAD, Answer, JudgePrompt, Judgment, Question
-from notus.evaluation.results import Figure, Result, model_name, result_folder, write_result
+from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
 from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ def _answer(
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Generate the answers, write them to the folder, and return them with the settings. A collective."""
     from notus.data.chat import ChatEncoder, check_vocabulary
-    from notus.evaluation.generation import generate_kept, model_digest
+    from notus.evaluation.generation import KeptTokens, generate, model_digest
     from notus.model.export import load_causal_lm
     from notus.runtime.distributed import on_main, say
     from notus.training.parallelize import COMPUTE_DTYPES
@@ -189,11 +188,10 @@ def _answer(
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
     context = getattr(causal_lm.config, "max_position_embeddings", None) or math.inf
     complete = functools.partial(
-        generate_kept,
+        generate,
         causal_lm,
         tokenizer,
-        kept=folder / GENERATION,
-        identity=model_digest(causal_lm),
+        kept=KeptTokens(folder / GENERATION, model_digest(causal_lm)),
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         batch_size=args.batch_size,
@@ -357,11 +355,11 @@ def judge(wanted: Sequence[Match], endpoint: Endpoint, *, parallel: int, kept: P
         OSError: the disk fails.
         KeyboardInterrupt: SIGINT or SIGTERM; what has come is kept.
     """
-    from notus.evaluation.kept import keep, read_kept
+    from notus.evaluation.results import append_records, read_records
 
     lines = [
         parse_entry(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
-        for number, row in enumerate(read_kept(kept), start=1)
+        for number, row in enumerate(read_records(kept), start=1)
     ]
     known = {line.key: line for line in lines if line.score != UNREAD}
     keys = [match.judgment(endpoint.model).key for match in wanted]
@@ -377,7 +375,7 @@ def judge(wanted: Sequence[Match], endpoint: Endpoint, *, parallel: int, kept: P
                 judged.missing, judged.reason = judged.missing + 1, str(reply)
                 return
             verdict = match.judgment(endpoint.model, read_rating(reply), reply)
-            keep(kept, [verdict.model_dump()])
+            append_records(kept, [verdict.model_dump()])
             judged.verdicts.append(verdict)
 
         ask_all(lambda match: _ask(endpoint, match), left, parallel=parallel, on_done=on_done)
@@ -592,7 +590,7 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
     Published scores stand beside those by the same judge of as many questions and turns. Of several models the setup
     names the one that a figure is of. `dataset`: of the questions, as `Figure` has it.
     """
-    from notus.evaluation.names import public_name
+    from notus.evaluation.models import public_name
 
     found = []
     for each in scores:

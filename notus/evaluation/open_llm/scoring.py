@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from notus.data.packing import Batch, build_layout
-from notus.evaluation.kept import keep, read_kept
+from notus.evaluation.results import append_records, read_records
 from notus.model.policy import Policy
 from notus.runtime.distributed import gather_objects, is_main, on_main, rank, say, world_size
 
@@ -188,7 +188,7 @@ class KeptScores:
         """Return all scores. Raises ValueError, naming the file, if one holds something else."""
         found = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for number, record in enumerate(read_kept(path), start=1):
+            for number, record in enumerate(read_records(path), start=1):
                 if [type(record.get(name)) for name in ("key", "logp", "greedy")] != [str, float, bool]:
                     raise ValueError(f"{path}, line {number}: not a kept log-likelihood; remove the file")
                 found[record["key"]] = (record["logp"], record["greedy"])
@@ -197,7 +197,7 @@ class KeptScores:
     def add(self, scores: dict[str, Score]) -> None:
         """Keep some. Raises OSError."""
         records = ({"key": key, "logp": logp, "greedy": greedy} for key, (logp, greedy) in scores.items())
-        keep(self.folder / f"rank-{rank()}.jsonl", records)
+        append_records(self.folder / f"rank-{rank()}.jsonl", records)
 
 
 def score_texts(policy: Policy, texts: Sequence[Text], *, tokens_per_row: int | None, kept: KeptScores) -> list[Score]:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, count
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.files import hold_folder
-from notus.evaluation.results import Figure, Result, result_folder, write_result
+from notus.evaluation.results import Figure, Result, hold_folder, result_folder, write_result
 from notus.runtime.files import write_text
 from notus.runtime.process import first_line
 

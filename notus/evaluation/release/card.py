@@ -14,11 +14,9 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
-from notus.evaluation.files import told
-from notus.evaluation.names import hub_id, public_name
+from notus.evaluation.models import hub_id, learned_chat, public_name
 from notus.evaluation.read_run import RESULT_FILES, Run
-from notus.evaluation.results import Figure, Result
-from notus.evaluation.unfinished import learned_chat
+from notus.evaluation.results import Figure, Result, parse_files
 from notus.model.load import read_json
 from notus.training.checkpoint import checkpoints_in, step_of
 from notus.training.inputs import DATA_FILE
@@ -116,7 +114,7 @@ def model_card(release: Release, *, chat: bool) -> str:
     licence = {"license": release.licence} if release.licence else _base_licence(run.base)
 
     def of(files: str, make: Callable[[], T]) -> T:
-        return told(files, [run.folder], make)
+        return parse_files(files, [run.folder], make)
 
     evaluations = of(RESULT_FILES, lambda: list(_evaluation_results(release)))
     noted = {
@@ -176,7 +174,7 @@ def has_chat_template(folder: Path) -> bool:
 def will_have_chat_template(run: Run) -> bool:
     """Predict the same before a folder exists: by what the run learned, and the base model's files here."""
     found = _base_file(run.base, "tokenizer_config.json")
-    learned = told(DATA_FILE, [run.folder], lambda: learned_chat(run.settings, run.data))
+    learned = parse_files(DATA_FILE, [run.folder], lambda: learned_chat(run.settings, run.data))
     return learned or (found is not None and has_chat_template(found.parent))
 
 

@@ -53,9 +53,9 @@ def release_of(args: argparse.Namespace, run: "Run", *, name: str, repo_id: str 
 
 def run(args: argparse.Namespace) -> int:
     """Write the card, return 0. Raises ValueError or OSError with a message for the user."""
-    from notus.evaluation.files import check_output
     from notus.evaluation.read_run import read_run
     from notus.evaluation.release import card
+    from notus.evaluation.results import check_output
     from notus.runtime.files import write_text
     from notus.training.run_folder import MODEL
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from notus.evaluation.names import hub_id
+from notus.evaluation.models import hub_id
 from notus.evaluation.read_run import Run
 from notus.runtime.process import first_line
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from notus.evaluation.files import check_output, told
+from notus.evaluation.results import check_output, parse_files
 from notus.runtime.files import write_text
 from notus.runtime.process import tell
 
@@ -69,7 +69,7 @@ def render(runs: "Sequence[Run]") -> str:
 
     def made(files: str, make: Callable[["Sequence[Run]"], T]) -> T:
         """Return what `make` makes of these files of the runs; see `told`."""
-        return told(files, [run.folder for run in runs], lambda: make(runs))
+        return parse_files(files, [run.folder for run in runs], lambda: make(runs))
 
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

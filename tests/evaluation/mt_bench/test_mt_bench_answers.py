@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from notus.data.chat import ChatEncoder
-from notus.evaluation.generation import generate, generate_kept, model_digest
+from notus.evaluation.generation import KeptTokens, generate, model_digest
 from notus.evaluation.mt_bench import fastchat as inputs
 from notus.evaluation.mt_bench import suite
 from notus.model.export import load_causal_lm
@@ -36,8 +36,8 @@ def questions(tmp_path: Path) -> list[inputs.Question]:
 
 def answer(loaded: Any, questions: Any, folder: Path, temperature: float | None = 0.0) -> Any:
     causal_lm, tokenizer = loaded
-    identity = model_digest(causal_lm)
-    complete = functools.partial(generate_kept, *loaded, kept=folder / "kept", identity=identity, **OPTIONS)
+    kept = KeptTokens(folder / "kept", model_digest(causal_lm))
+    complete = functools.partial(generate, *loaded, kept=kept, **OPTIONS)
     encoder = ChatEncoder(tokenizer)
     return suite.answer_turns(
         questions,
