@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
-from gpu_rows import Row, necessary_rate, peaks, rates, release, steps_of, synchronize, timed
-from gpu_shapes import LONGEST, Scale, fitting, parameters
+from common import synchronize
+from gpu_rows import (
+    LONGEST,
+    Row,
+    Scale,
+    fitting,
+    necessary_rate,
+    parameters,
+    peaks,
+    rates,
+    release,
+    steps_of,
+    timed,
+)
 from notus.data.packing import Example
 from notus.losses import dpo_loss
 from notus.training.optim import build_optimizer

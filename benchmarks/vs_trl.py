@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -25,19 +24,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
-
-import trl_fastest
-from job import Job, Machine, Outcome
-from report import Comparison, Measured, check_losses, check_tokens, table
-from synthetic_pairs import make_pairs
-from trl_fastest import Options, RunFailed, Search, TimedOut, Work
+import trl_search
+from common import Job, Outcome, make_pairs, write_json
+from trl_search import Options, RunFailed, Search, TimedOut, Work
+from vs_trl_report import Comparison, Machine, Measured, check_losses, check_tokens, table
 
 HERE = Path(__file__).resolve().parent
 # In the order in which the table has them. `trl` is TRL as it comes; its loss is always fused with the head (log-probs
-# in tiles, no logits). `trl-fastest` has the options that a search finds (trl_fastest.py). `trl-best` has one pair at a
+# in tiles, no logits). `trl-fastest` has the options that a search finds (trl_search.py). `trl-best` has one pair at a
 # time, which leaves the least padding; `trl-liger` has Liger's fused layers.
-PRECOMPUTED = trl_fastest.BASE
+PRECOMPUTED = trl_search.BASE
 OPTIONS: dict[str, Options] = {
     "notus": {},
     "trl-fastest": {},
@@ -45,7 +41,7 @@ OPTIONS: dict[str, Options] = {
     "trl": {},
     "trl-precomputed": PRECOMPUTED,
     "trl-best": {**PRECOMPUTED, "per_device_train_batch_size": 1, "precompute_ref_batch_size": 1},
-    "trl-liger": {**PRECOMPUTED, **trl_fastest.LIGER},
+    "trl-liger": {**PRECOMPUTED, **trl_search.LIGER},
 }
 # The largest difference of two losses at the same step. In bf16 each side rounds its log-probs in its own way, and
 # beta times that is in the loss; 1.2e-3 was seen over six steps of the made pairs.
@@ -116,9 +112,7 @@ class Bench:
     scratch: Path
     model: Path
     pairs: Path
-    tokens_per_row: int = (
-        4096  # the default of `training.tokens_per_row`  # short rows save Notus memory and cost nothing
-    )
+    tokens_per_row: int = 4096  # the default of `training.tokens_per_row`
     old: Path | None = None
 
     def options(self, side: str, epochs: int) -> Options | None:
@@ -146,7 +140,7 @@ class Bench:
         def run(options: Options, limit: float | None) -> Outcome:
             return self._run(HERE / "trl_side.py", pairs, work.probe_epochs, options, limit)
 
-        return Search(run, work, trl_fastest.extras_here(liger=missing("trl-liger") is None))
+        return Search(run, work, trl_search.extras_here(liger=missing("trl-liger") is None))
 
     def _run(self, script: Path, pairs: Path, epochs: int, options: Options, limit: float | None = None) -> Outcome:
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
@@ -212,7 +206,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
     """Make or read the model and the pairs."""
     model, pairs = args.model or scratch / "model", scratch / "pairs.jsonl"
     if args.model is None:
-        call(scratch, HERE / "synthetic_setup.py", model, args.seed, args.size)
+        call(scratch, HERE / "common.py", model, args.seed, args.size)
     if args.pairs is None:
         make_pairs(pairs, args.num_pairs, args.seed)
     else:
@@ -243,7 +237,7 @@ def compare(bench: Bench, with_rate: bool = True) -> Comparison:
     args = bench.args
     sides, not_run = able(args.sides)
     options = {(side, epochs): bench.options(side, epochs) for side in sides for epochs in args.epochs}
-    found = trl_fastest.tried(bench.search, args.epochs) if "trl-fastest" in sides else []
+    found = trl_search.tried(bench.search, args.epochs) if "trl-fastest" in sides else []
     if None in options.values():
         sides, not_run["trl-fastest"] = [side for side in sides if side != "trl-fastest"], "no configuration works"
     if not sides:
@@ -282,7 +276,7 @@ def write_results(path: Path, args: argparse.Namespace, comparison: Comparison, 
     results = {"table": shown.splitlines(), "settings": settings_of(args), **dataclasses.asdict(comparison)}
     for run in results["runs"]:
         del run["outcome"]["tokens"]
-    path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    write_json(path, results)
 
 
 def main() -> None:
@@ -292,7 +286,7 @@ def main() -> None:
         comparison = compare(prepare(args, Path(scratch)))
     shown = table(comparison, args.precision)
     if comparison.tried:
-        shown = f"{trl_fastest.table(comparison.tried, args.epochs)}\n\n{shown}"
+        shown = f"{trl_search.table(comparison.tried, args.epochs)}\n\n{shown}"
     print(shown)
     if args.results:
         write_results(args.results, args, comparison, shown)

@@ -403,7 +403,7 @@ def test_the_decisive_rows_come_first_and_names_are_unique(module):
 
 
 def test_a_row_is_measured_without_its_optimisations_and_those_of_the_call(module, monkeypatch, tmp_path):
-    rows, shapes = module("gpu_rows"), module("gpu_shapes")
+    rows = shapes = module("gpu_rows")
     seen = []
     monkeypatch.setattr(rows, "_measured", lambda *_: {"off": seen.append(sorted(switches.disabled_names()))})
     row = rows.Row("dpo", 0, "shared", without=("fp32_addmm",))
@@ -455,7 +455,7 @@ def test_what_a_change_saves_by_hand(module):
 
 
 def test_a_row_keeps_what_it_measured_when_the_profiler_or_the_prediction_fails(module, monkeypatch):
-    rows, shapes = module("gpu_rows"), module("gpu_shapes")
+    rows = shapes = module("gpu_rows")
 
     def broken(*_):
         raise RuntimeError("CUPTI")
@@ -478,9 +478,10 @@ def test_wrong_logprobs_fail_the_check(module, monkeypatch):
 @pytest.mark.parametrize("variant", ["shared", "packed", "padded"])
 @pytest.mark.parametrize(("rank", "checkpointing"), [*((0, mode) for mode in MODES), (4, "full")])
 def test_the_operations_of_a_step_are_those_that_torch_counts(module, rank, checkpointing, variant):
-    shapes, step, rows = module("gpu_shapes"), module("gpu_step"), module("gpu_rows")
+    shapes = rows = module("gpu_rows")
+    step = module("step")
     examples = shapes.pairs(4, shapes.CPU, 400)
-    batches = shapes.rows(variant, examples, 256, 64)
+    batches = module("step").rows(variant, examples, 256, 64)
     with process_group() as device:
         policy, work = step.build(shapes.TOY, device, rank=rank, checkpointing=checkpointing, compile=False)
         take = step.Step(policy, "dpo", 400)
@@ -499,7 +500,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(module, rank, chec
 
 
 def test_rows_are_halved_until_they_fit_or_else_memory_is_out(module, monkeypatch):
-    rows, shapes = module("gpu_rows"), module("gpu_shapes")
+    rows = shapes = module("gpu_rows")
     device, row = CPU, rows.Row("dpo", 0, "shared", "full")
     tried = []
 
@@ -517,7 +518,7 @@ def test_rows_are_halved_until_they_fit_or_else_memory_is_out(module, monkeypatc
 
 
 def test_the_shape_follows_from_the_memory(module):
-    shapes = module("gpu_shapes")
+    shapes = module("gpu_rows")
     assert shapes.parameters(shapes.MISTRAL_7B) == 7_241_732_096
     assert shapes.fitting(shapes.GPU, 150_000_000_000, lora=False)[0] == "Mistral-7B"
     name, config = shapes.fitting(shapes.GPU, 85_000_000_000, lora=False)
@@ -529,7 +530,7 @@ def test_the_shape_follows_from_the_memory(module):
 
 
 def test_lengths_are_ultrafeedbacks_and_variants_hold_the_same_scored_tokens(module):
-    shapes = module("gpu_shapes")
+    shapes = module("gpu_rows")
     examples = shapes.pairs(2000, shapes.GPU, 32000)
     means = [sum(len(part(item)) for item in examples) / 2000 for part in (
         lambda item: item.trunk, lambda item: item.branches[0], lambda item: item.branches[1])]  # fmt: skip
@@ -539,12 +540,12 @@ def test_lengths_are_ultrafeedbacks_and_variants_hold_the_same_scored_tokens(mod
     scored = {
         variant: sorted(
             branch[mask].tolist()
-            for row in shapes.rows(variant, few, 4096, 1024)
+            for row in module("step").rows(variant, few, 4096, 1024)
             for item in row
             for branch, mask in zip(item.branches, item.loss_masks, strict=True)
         )
         for variant in ("shared", "packed", "padded")
     }
     assert scored["shared"] == scored["packed"] == scored["padded"]
-    padded = shapes.rows("padded", few, 4096, 1024)
+    padded = module("step").rows("padded", few, 4096, 1024)
     assert all(len({len(branch) for item in row for branch in item.branches}) == 1 for row in padded)

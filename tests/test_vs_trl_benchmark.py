@@ -74,7 +74,7 @@ def stored() -> dict[str, Any]:
 
 
 def test_the_table_of_stored_results() -> None:
-    from sweep_report import table
+    from vs_trl_sweep import table
 
     lines = table(stored()).splitlines()
     assert lines[:2] == [
@@ -97,7 +97,7 @@ def test_the_plot_of_stored_results_is_the_same_each_time(tmp_path: Path) -> Non
 
 
 def test_made_pairs_have_the_lengths_asked_for(tmp_path: Path) -> None:
-    from synthetic_pairs import make_pairs
+    from common import make_pairs
     from vs_trl_sweep import longest_pair, split
 
     assert split("4:1", 1000) == (800, 200)
@@ -113,7 +113,7 @@ def test_made_pairs_have_the_lengths_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "millions"), [("15m", 15.6), ("100m", 100.1), ("1b", 1100.0)])
 def test_a_made_model_is_as_large_as_it_says(size: str, millions: float) -> None:
-    from synthetic_setup import model_config
+    from common import model_config
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(size))
@@ -121,7 +121,7 @@ def test_a_made_model_is_as_large_as_it_says(size: str, millions: float) -> None
 
 
 def outcome(losses: list[float], step_seconds: list[float], ids: str = "x", reference: float = 1.0) -> Any:
-    from job import Outcome
+    from common import Outcome
 
     seconds = sum(step_seconds) + reference
     return Outcome(
@@ -131,9 +131,8 @@ def outcome(losses: list[float], step_seconds: list[float], ids: str = "x", refe
 
 def comparison(*others: Any, side: str = "trl", mine: tuple[list[float], ...] = ([3.0, 0.5],)) -> Any:
     """Two sides, two steps of one pair each; a reference pass of a second ahead. One round per outcome."""
-    from job import Machine
     from notus.model.flops import Dimensions
-    from report import Comparison, Measured
+    from vs_trl_report import Comparison, Machine, Measured
 
     runs = []
     for seconds, other in zip(mine, others, strict=True):
@@ -154,7 +153,7 @@ def test_what_is_counted() -> None:
 
 
 def test_each_round_is_compared_with_itself() -> None:
-    from report import table
+    from vs_trl_report import table
 
     # Notus takes 2, 4 and 8 seconds, the other 4, 20 and 24: ratios of 2, 5 and 3. The medians alone would give 20 / 4.
     others = [outcome([0.69, 0.6], [seconds - 2, 1.0]) for seconds in (4.0, 20.0, 24.0)]
@@ -170,7 +169,7 @@ def test_each_round_is_compared_with_itself() -> None:
 
 
 def test_one_round_has_no_range_and_one_step_no_steady_rate() -> None:
-    from report import spread
+    from vs_trl_report import spread
 
     assert spread([2.0], "x") == "2.00x"
     assert spread([float("nan")]) == "-"
@@ -193,7 +192,7 @@ def made_search(steady: Any, batch_size: int = 8, extras: tuple[dict[str, Any], 
 
     The reference pass of a probe's 16 pairs takes 2 seconds, where there is one, and the first step a second more.
     """
-    from trl_fastest import Search, Work
+    from trl_search import Search, Work
 
     def train(options: dict[str, Any], limit: float | None) -> Any:
         found = steady(options)
@@ -205,7 +204,7 @@ def made_search(steady: Any, batch_size: int = 8, extras: tuple[dict[str, Any], 
 
 
 def test_a_probe_says_what_a_whole_run_would_cost() -> None:
-    from trl_fastest import Work
+    from trl_search import Work
 
     work = Work(num_pairs=32, batch_size=8, probe_steps=2)
     assert (work.probe_pairs, work.probe_epochs) == (24, 1)
@@ -225,7 +224,7 @@ def made_seconds(options: dict[str, Any]) -> float:
 
 
 def test_the_fastest_options_are_found_and_far_ones_are_not_refined() -> None:
-    from trl_fastest import PAIRS
+    from trl_search import PAIRS
 
     eager = {"model_init_kwargs": {"attn_implementation": "eager"}}
     search = made_search(made_seconds, extras=(eager, {"torch_compile": True}))
@@ -247,7 +246,7 @@ def test_a_precomputed_reference_pays_with_the_epochs() -> None:
 
 
 def test_what_fails_is_recorded_and_memory_is_saved_by_checkpointing() -> None:
-    from trl_fastest import PAIRS, RunFailed, TimedOut, table, tried
+    from trl_search import PAIRS, RunFailed, TimedOut, table, tried
 
     def steady(options: dict[str, Any]) -> float | BaseException:
         if options[PAIRS] == 4:
@@ -267,13 +266,13 @@ def test_what_fails_is_recorded_and_memory_is_saved_by_checkpointing() -> None:
 
 
 def test_nothing_works() -> None:
-    from trl_fastest import RunFailed
+    from trl_search import RunFailed
 
     assert made_search(lambda _: RunFailed("", "no")).fastest(epochs=1) is None
 
 
 def test_a_probe_is_stopped_when_it_is_far_behind() -> None:
-    from trl_fastest import Search, Work
+    from trl_search import Search, Work
 
     limits = []
 
@@ -286,7 +285,7 @@ def test_a_probe_is_stopped_when_it_is_far_behind() -> None:
 
 
 def test_a_run_that_takes_too_long_ends_with_its_children(tmp_path: Path) -> None:
-    from trl_fastest import RunFailed, TimedOut
+    from trl_search import RunFailed, TimedOut
     from vs_trl import call
 
     script = tmp_path / "scripts" / "script.py"
@@ -349,11 +348,11 @@ CHATML = (
 
 @pytest.mark.parametrize("template", [CHATML, None])
 def test_real_pairs_give_both_sides_the_same_tokens(template: str | None, tmp_path: Path) -> None:
+    from common import word_tokenizer
     from notus.data.chat import ChatEncoder
     from real_pairs import usable_pairs
-    from synthetic_setup import _tokenizer
 
-    tokenizer = _tokenizer()
+    tokenizer = word_tokenizer()
     tokenizer.chat_template = template
     rows = [
         {"conversations": turns("human", "w5 w6"), "chosen": turn("gpt", "w7 w8"), "rejected": turn("gpt", "w9")},
@@ -387,11 +386,11 @@ def turns(role: str, text: str) -> list[dict[str, str]]:
 
 
 def test_new_notus_beside_old_on_real_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import synthetic_setup
+    import common
 
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    monkeypatch.setitem(synthetic_setup.SIZES, "15m", {**synthetic_setup.SIZES["15m"], **small})
-    synthetic_setup.make_model(tmp_path / "model", seed=0)
+    monkeypatch.setitem(common.SIZES, "15m", {**common.SIZES["15m"], **small})
+    common.make_model(tmp_path / "model", seed=0)
     rows = [{"prompt": turns("user", f"w{n}"), "chosen": turns("assistant", "w7"), "rejected": "w8"} for n in (1, 2, 3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = run(
@@ -409,7 +408,7 @@ def test_new_notus_beside_old_on_real_pairs(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_sides_that_did_other_work_are_found() -> None:
-    from report import check_losses, check_tokens
+    from vs_trl_report import check_losses, check_tokens
 
     good = comparison(outcome([0.69, 0.6005], [1.0, 1.0]))
     assert check_tokens(good, 10) == check_losses(good, 1e-3) == []

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job import Outcome
+from common import Outcome
 
 Options = dict[str, Any]
 PAIRS = "per_device_train_batch_size"

@@ -1,4 +1,4 @@
-"""A randomly initialised policy, the project's own training step on it, and the arithmetic of that step."""
+"""A training step on a randomly initialised policy: its rows, the policy, the step itself, and its arithmetic."""
 
 import dataclasses
 import math
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 
+import common  # noqa: F401  (the project's path)
 from notus.data.packing import Batch, Example, collate
 from notus.data.prefetch import Prefetch
+from notus.data.schedule import deal
 from notus.losses import dpo_loss, nll_loss
 from notus.model.attention import IMPLEMENTATION
 from notus.model.flops import Dimensions, dimensions, forward_flops
@@ -25,8 +27,62 @@ from notus.training.memory_estimate import Job, footprint
 from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
 from notus.training.parallelize import COMPUTE_DTYPES, expect_last_row, hand_over_gradients, parallelize
 
-PRECISION = "bf16"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+# ---- examples, and how they become rows ----
+
+
+def random_example(
+    generator: np.random.Generator, vocabulary: int, trunk: int, *branches: int, number: int = 0
+) -> Example:
+    """Random tokens of these lengths; every token of a branch is learned."""
+    tokens = [generator.integers(0, vocabulary, length) for length in (trunk, *branches)]
+    masks = tuple(np.ones(length, dtype=bool) for length in branches)
+    return Example(number, tokens[0], tuple(tokens[1:]), masks)
+
+
+def rows(variant: str, examples: Sequence[Example], tokens_per_row: int, longest: int) -> list[list[Example]]:
+    """A step's rows.
+
+    Args:
+        variant: "shared": packed, a trunk once; "packed": a trunk before each of its branches; "padded": sequences
+            apart, each as long as the longest of its micro-batch, in the order of the data.
+        examples: of the step.
+        tokens_per_row: the most tokens of a row.
+        longest: sequence there may be, which says how many fit into a padded micro-batch.
+    """
+    if variant == "padded":
+        size = max(1, tokens_per_row // (len(examples[0].branches) * longest))
+        batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        return [[_apart(item, _longest(batch)) for item in batch] for batch in batches]
+    whole = list(examples) if variant == "shared" else [_apart(item, 0) for item in examples]
+    lengths = [num_tokens(item) for item in whole]
+    positions = deal(lengths, lengths, 1, tokens_per_row)[0]
+    return [[whole[position] for position in row] for row in positions]
+
+
+def num_tokens(example: Example) -> int:
+    """Tokens of an example as it stands in a row."""
+    return len(example.trunk) + sum(len(branch) for branch in example.branches)
+
+
+def _longest(examples: Sequence[Example]) -> int:
+    return max(len(item.trunk) + len(branch) for item in examples for branch in item.branches)
+
+
+def _apart(example: Example, length: int) -> Example:
+    """The trunk copied into every branch, and further tokens that carry no loss up to `length`."""
+    branches, masks = [], []
+    for branch, mask in zip(example.branches, example.loss_masks, strict=True):
+        padding = max(0, length - len(example.trunk) - len(branch))
+        branches.append(np.concatenate([example.trunk, branch, np.zeros(padding, dtype=np.int64)]))
+        unscored = (np.zeros(len(example.trunk), dtype=bool), np.zeros(padding, dtype=bool))
+        masks.append(np.concatenate([unscored[0], mask, unscored[1]]))
+    return Example(example.index, example.trunk[:0], tuple(branches), tuple(masks))
+
+
+# ---- its arithmetic ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +129,7 @@ class Work:
 
 
 def _tokens(examples: Sequence[Example]) -> int:
-    return sum(len(item.trunk) + sum(len(branch) for branch in item.branches) for item in examples)
+    return sum(map(num_tokens, examples))
 
 
 def model_dimensions(config: MistralConfig) -> Dimensions:
@@ -109,7 +165,7 @@ def _again(products: list[tuple[int, bool]], checkpointing: str) -> int:
     return sum(weights for weights, _ in products) - kept
 
 
-def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Example]]) -> int:
+def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Example]], precision: str = "bf16") -> int:
     """What `notus.training.memory_estimate` says of the fullest of these rows, without the runtime's margin."""
     fullest = max(rows, key=_tokens)
     keys = sum(len(item.trunk) * len(item.branches) + sum(map(len, item.branches)) for item in fullest)
@@ -117,7 +173,7 @@ def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Exam
         shard_size=1,
         tokens_per_row=_tokens(fullest),
         scored_per_row=sum(int(mask.sum()) for item in fullest for mask in item.loss_masks),
-        precision=PRECISION,
+        precision=precision,
         activation_checkpointing=checkpointing,
         key_ratio=keys / _tokens(fullest),
     )
@@ -129,7 +185,13 @@ def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Exam
 
 
 def build(
-    config: MistralConfig, device: torch.device, *, rank: int, checkpointing: str, compile: bool
+    config: MistralConfig,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    checkpointing: str = "none",
+    compile: bool = False,
+    precision: str = "bf16",
 ) -> tuple[Policy, Work]:
     """As `notus.training.build.build_policy` has it, with random weights in the place of a folder's.
 
@@ -139,18 +201,20 @@ def build(
         rank: of the LoRA adapters; 0: every parameter is trained.
         checkpointing: a mode of `notus.training.activation_checkpointing`.
         compile: each block.
+        precision: "bf16" or "fp32".
     """
+    dtype = COMPUTE_DTYPES[precision]
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION, dtype=torch.float32)
     disable_dropout(causal_lm)
-    fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[PRECISION], compile=compile)
+    fuse_or_check_graph(causal_lm, device, dtype, compile=compile)
     size = dimensions(causal_lm)
     if rank:
         inject_lora(causal_lm, rank=rank, alpha=rank, dropout=0.0, target_modules=LORA_TARGETS)
-    cast_frozen(causal_lm, COMPUTE_DTYPES[PRECISION])
+    cast_frozen(causal_lm, dtype)
     policy = Policy(causal_lm)
     arithmetic = work(policy, size, checkpointing)
-    parallelize(policy, mesh(device), precision=PRECISION, activation_checkpointing=checkpointing, compile=compile)
+    parallelize(policy, mesh(device), precision=precision, activation_checkpointing=checkpointing, compile=compile)
     materialise(policy, device)
     _randomise(policy)
     if rank:
@@ -203,11 +267,11 @@ class Step:
         hand_over_gradients(self.policy)
         gradients = local_gradients(self._trainable)
         with torch.profiler.record_function("clip"):
-            told = gradient_norm(gradients, bad[None])
-            norm, losses_bad = told.tolist()
+            sums = gradient_norm(gradients, bad[None])
+            norm, losses_bad = sums.tolist()
             if losses_bad or not math.isfinite(norm):
                 raise ValueError(f"{losses_bad:.0f} rows with a loss that is not finite, gradient norm {norm}")
-        clipped_update(self._optimizer, gradients, told[0], 1.0)
+        clipped_update(self._optimizer, gradients, sums[0], 1.0)
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
