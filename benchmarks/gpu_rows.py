@@ -1,4 +1,4 @@
-"""The rows of the table of `gpu.py`: the model for the memory at hand, pairs, configurations, and how they are measured."""
+"""The rows of the table of `gpu.py`: the model for the memory at hand, pairs, and how a configuration is measured."""
 
 import dataclasses
 import gc

@@ -1,8 +1,8 @@
-"""The machine's own matmul rate at a model's shapes: `python matmul_rate.py MODEL TOKENS SCORED PRECISION OUTPUT_FILE`.
+"""The machine's matmul rate at a model's shapes: `python matmul_rate.py MODEL TOKENS SCORED PRECISION OUTPUT_FILE`.
 
-For every linear layer, the three products of a training step (output, gradient of the input, gradient of the weight) are
-timed alone, at the number of tokens of one step (the head: of its scored tokens). The rate is the arithmetic of one
-step's products over their time.
+For every linear layer, the three products of a training step (output, gradient of the input, gradient of the weight)
+are timed alone, at the number of tokens of one step (the head: of its scored tokens). The rate is the arithmetic of
+one step's products over their time.
 """
 
 import dataclasses

@@ -42,7 +42,9 @@ def random_example(
     return Example(number, tokens[0], tuple(tokens[1:]), masks)
 
 
-def rows(variant: str, examples: Sequence[Example], tokens_per_row: int, longest: int) -> list[list[Example]]:
+def rows(
+    variant: str, examples: Sequence[Example], tokens_per_row: int, longest: int, rank: int = 0, ranks: int = 1
+) -> list[list[Example]]:
     """A step's rows.
 
     Args:
@@ -51,15 +53,15 @@ def rows(variant: str, examples: Sequence[Example], tokens_per_row: int, longest
         examples: of the step.
         tokens_per_row: the most tokens of a row.
         longest: sequence there may be, which says how many fit into a padded micro-batch.
+        rank: whose rows; of `ranks` (packed rows alone).
     """
     if variant == "padded":
         size = max(1, tokens_per_row // (len(examples[0].branches) * longest))
         batches = [examples[start : start + size] for start in range(0, len(examples), size)]
         return [[_apart(item, _longest(batch)) for item in batch] for batch in batches]
     whole = list(examples) if variant == "shared" else [_apart(item, 0) for item in examples]
-    lengths = [num_tokens(item) for item in whole]
-    positions = deal(lengths, lengths, 1, tokens_per_row)[0]
-    return [[whole[position] for position in row] for row in positions]
+    lengths = list(map(num_tokens, whole))
+    return [[whole[position] for position in row] for row in deal(lengths, lengths, ranks, tokens_per_row)[rank]]
 
 
 def num_tokens(example: Example) -> int:
@@ -73,13 +75,12 @@ def _longest(examples: Sequence[Example]) -> int:
 
 def _apart(example: Example, length: int) -> Example:
     """The trunk copied into every branch, and further tokens that carry no loss up to `length`."""
-    branches, masks = [], []
+    trunk, branches, masks = example.trunk, [], []
     for branch, mask in zip(example.branches, example.loss_masks, strict=True):
-        padding = max(0, length - len(example.trunk) - len(branch))
-        branches.append(np.concatenate([example.trunk, branch, np.zeros(padding, dtype=np.int64)]))
-        unscored = (np.zeros(len(example.trunk), dtype=bool), np.zeros(padding, dtype=bool))
-        masks.append(np.concatenate([unscored[0], mask, unscored[1]]))
-    return Example(example.index, example.trunk[:0], tuple(branches), tuple(masks))
+        padding = max(0, length - len(trunk) - len(branch))
+        branches.append(np.concatenate([trunk, branch, np.zeros(padding, dtype=np.int64)]))
+        masks.append(np.pad(mask, (len(trunk), padding)))
+    return Example(example.index, trunk[:0], tuple(branches), tuple(masks))
 
 
 # ---- its arithmetic ----

@@ -39,7 +39,7 @@ def test_two_checkouts_stand_side_by_side(house, capsys, tmp_path):
     assert shown.splitlines()[0] == "|  | old | new |"
     assert "| notus/a: files, lines | 1, 2 |  |" in shown
     assert "| notus/b: files, lines |  | 3, 4 |" in shown
-    with pytest.raises(SystemExit, match="has no train_dpo.py"):
+    with pytest.raises(SystemExit, match="has no train_dpo"):
         house.main([str(tmp_path)])
 
 
