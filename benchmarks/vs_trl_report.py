@@ -108,10 +108,6 @@ class Comparison:
         """Return pairs per second, the median of the rounds."""
         return statistics.median(self.rates(side, epochs)[0])
 
-    def steady(self, side: str, epochs: int) -> float:
-        """Return pairs per second of the steps after the first, the median of the rounds; NaN if there was one step."""
-        return statistics.median(self.rates(side, epochs)[1])
-
     def ratios(self, first: str, other: str, epochs: int) -> list[list[float]]:
         """Return how many times faster `first` is in each round than `other` is in the same, for each of `RATES`."""
         both = zip(self.rates(first, epochs), self.rates(other, epochs), strict=True)

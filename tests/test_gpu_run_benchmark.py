@@ -37,7 +37,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one_with_the_losses_of_fp32(tmp_pat
     assert losses["bf16 here"][0] == pytest.approx(0.693147, abs=1e-5)
     (step,) = found["killed_at_step"].values()
     assert 5 < step < 30
-    assert "| largest difference | |" in done.stdout
+    assert "| largest difference |" in done.stdout
 
 
 def _run_folder(folder, *, weights=b"w", loss=0.5, speed=1.0):
@@ -119,7 +119,7 @@ def test_a_run_is_killed_after_its_first_checkpoint_and_resumed(gpu_run, bench):
 
 def test_a_run_that_begins_anew_is_not_resumed(gpu_run, bench):
     bench.settings["ANEW"] = True
-    assert gpu_run.resumed(bench, "dpo") == "the run began anew in place of going on from its checkpoint"
+    assert gpu_run.resumed(bench, "dpo") == "the run began anew in place of resuming from its checkpoint"
 
 
 def test_a_run_that_cannot_be_killed_in_time_or_fails_is_told(gpu_run, bench, monkeypatch):

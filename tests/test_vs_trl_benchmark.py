@@ -1,4 +1,4 @@
-"""Small runs of `benchmarks/vs_trl.py` and `vs_trl_sweep.py`: Notus alone, as TRL is not among the tests' packages."""
+"""Small runs of `benchmarks/vs_trl.py`: Notus alone, as TRL is not among the tests' packages."""
 
 import json
 import subprocess
@@ -26,89 +26,30 @@ def run(script: str, *options: object) -> str:
     return done.stdout
 
 
-def test_a_sweep_of_notus_alone(tmp_path: Path) -> None:
-    sizes = ["--ratios", "3:1", "--lengths", 32, "--tokens", 128, "--batch-size", 2]
-    shown = run("vs_trl_sweep.py", "--sides", "notus", "trl-liger", *sizes, "--results", tmp_path / "found.json")
-    results = json.loads((tmp_path / "found.json").read_text())
-    [point] = results["points"]
-    assert (point["prompt"], point["completion"], point["num_pairs"]) == (24, 8, 2)
-    [losses], [seconds] = point["sides"]["notus"]["losses"], point["sides"]["notus"]["step_seconds"]
-    assert len(losses) == len(seconds) == 3
+def test_notus_alone_on_pairs_of_two_shapes(tmp_path: Path) -> None:
+    sizes = ["--ratios", "3:1", "1:1", "--length", 32, "--spread", 0, "--num-pairs", 2, "--batch-size", 2]
+    results = ["--epochs", 3, "--results", tmp_path / "found.json"]
+    shown = run("vs_trl.py", "--sides", "notus", "trl-liger", *sizes, *results)
+    first, second = json.loads((tmp_path / "found.json").read_text())["shapes"]
+    assert first["name"] == "prompts of 24 tokens, completions of 8"
+    assert second["name"] == "prompts of 16 tokens, completions of 16"
+    [measured] = first["runs"]
+    assert len(measured["outcome"]["losses"]) == len(measured["outcome"]["step_seconds"]) == 3
     # the reference pass is counted in all, and in no step
-    assert point["sides"]["notus"]["seconds"][0] > sum(seconds)
-    assert point["sides"]["notus"]["steady_pairs_per_second"] == pytest.approx(4 / (seconds[1] + seconds[2]))
-    assert list(results["not_run"]) == ["trl-liger"]
+    assert measured["outcome"]["seconds"] > sum(measured["outcome"]["step_seconds"])
+    assert list(first["not_run"]) == ["trl-liger"]
     assert "trl-liger: not run" in shown
-    assert "| 24 | 8 | 2 |" in shown
-
-
-def side(rate: float, losses: list[float], difference: float) -> dict[str, Any]:
-    return {
-        "pairs_per_second": rate,
-        "steady_pairs_per_second": 2 * rate,
-        "above_imports_mib": 100 * rate,
-        "loss_difference": difference,
-        "losses": [losses],
-    }
-
-
-def stored() -> dict[str, Any]:
-    """Two points; Notus has 4 and 6 pairs per second, TRL 2 and 1."""
-    points = [
-        {
-            "ratio": ratio,
-            "length": 100,
-            "prompt": prompt,
-            "completion": 100 - prompt,
-            "num_pairs": 8,
-            "sides": {"notus": side(mine, [0.7, 0.5], 0.0), "trl": side(other, [0.7, 0.5], 2e-6)},
-        }
-        for ratio, prompt, mine, other in (("1:4", 20, 4.0, 2.0), ("4:1", 80, 6.0, 1.0))
-    ]
-    return {
-        "machine": "CPU, 2 threads",
-        "not_run": {"trl-liger": "no CUDA"},
-        "settings": {"size": "15m", "precision": "fp32", "epochs": 3, "batch_size": 4, "spread": 0.0},
-        "points": points,
-    }
-
-
-def test_the_table_of_stored_results() -> None:
-    from vs_trl_sweep import table
-
-    lines = table(stored()).splitlines()
-    assert lines[:2] == [
-        "15m parameters, fp32, epochs: 3, 4 pairs per step, spread of the lengths: 0.0; CPU, 2 threads",
-        "trl-liger: not run (no CUDA)",
-    ]
-    assert lines[5] == "| 20 | 80 | 8 | 4.00 | 2.00 | 2.0x | 2.0x | 2.00x | 2.0e-06 of 2.0e-01 |"
-    assert lines[6] == "| 80 | 20 | 8 | 6.00 | 1.00 | 6.0x | 6.0x | 6.00x | 2.0e-06 of 2.0e-01 |"
-
-
-def test_the_plot_of_stored_results_is_the_same_each_time(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="only the benchmarks' plot needs matplotlib")
-    (tmp_path / "stored.json").write_text(json.dumps(stored()))
-    for name in ("a.svg", "b.svg"):
-        run("vs_trl_sweep.py", "--stored", tmp_path / "stored.json", "--plot", tmp_path / name)
-    drawn = (tmp_path / "a.svg").read_text()
-    assert drawn == (tmp_path / "b.svg").read_text()
-    assert "prompt + completion: 100 tokens" in drawn
-    assert all(f">{label}<" in drawn for label in ("1:4", "4:1", "2.0", "6.0", "trl"))
 
 
 def test_made_pairs_have_the_lengths_asked_for(tmp_path: Path) -> None:
     from common import make_pairs
-    from vs_trl_sweep import longest_pair, split
+    from vs_trl import split
 
     assert split("4:1", 1000) == (800, 200)
     pairs = tmp_path / "pairs.jsonl"
     make_pairs(pairs, 3, seed=0, prompt=80, completion=20, spread=0.0)
     # <s> and </s> are of the 80 and the 20
     assert {len(json.loads(line)["prompt"].split()) for line in pairs.read_text().splitlines()} == {79}
-    assert longest_pair(pairs) == 80 + 20 + 20
-    make_pairs(pairs, 2, seed=0, prompt=1500, completion=600, spread=0.0)
-    with pytest.raises(SystemExit, match="2100 tokens, the model 2048 positions"):
-        longest_pair(pairs)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("15m", 15.6), ("100m", 100.1), ("1b", 1100.0)])
@@ -145,7 +86,7 @@ def comparison(*others: Any, side: str = "trl", mine: tuple[list[float], ...] = 
 def test_what_is_counted() -> None:
     both = comparison(outcome([0.69, 0.6], [4.0, 1.0]))
     assert both.speed("notus", 1) == pytest.approx(2 / 4.5)  # the reference pass and the first step are in it
-    assert both.steady("notus", 1) == pytest.approx(1 / 0.5)
+    assert both.rates("notus", 1)[1] == [pytest.approx(1 / 0.5)]
     assert both.rates("notus", 1)[2] == [pytest.approx(2 / 5.5)]  # loading takes another second
     # A = 3*4/2 + (2*3 + 2*3/2) + (1*3 + 1*2/2) = 19; forward = 2*10*6 + 2*5*3 + 4*1*2*19 = 302;
     # two pairs, forward + backward + reference = 4 forwards: 2416 operations in 4.5 seconds at 1000 a second
@@ -187,12 +128,12 @@ def test_another_side_begins_in_each_round() -> None:
 PRECOMPUTED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
 
 
-def made_search(steady: Any, batch_size: int = 8, extras: tuple[dict[str, Any], ...] = ()) -> Any:
+def made_search(steady: Any, changes: tuple[dict[str, Any], ...] | None = None) -> Any:
     """A search over 4 steps of 8 pairs, where `steady(options)` has the seconds of a step or an error to raise.
 
     The reference pass of a probe's 16 pairs takes 2 seconds, where there is one, and the first step a second more.
     """
-    from trl_search import Search, Work
+    from trl_search import CHANGES, Search, Work
 
     def train(options: dict[str, Any], limit: float | None) -> Any:
         found = steady(options)
@@ -200,7 +141,7 @@ def made_search(steady: Any, batch_size: int = 8, extras: tuple[dict[str, Any], 
             raise found
         return outcome([0.69, 0.69], [found + 1, found], reference=2.0 if options["precompute_ref_log_probs"] else 0.0)
 
-    return Search(train, Work(num_pairs=4 * batch_size, batch_size=batch_size), extras)
+    return Search(train, Work(num_pairs=32, batch_size=8), CHANGES[:2] if changes is None else changes)
 
 
 def test_a_probe_says_what_a_whole_run_would_cost() -> None:
@@ -223,17 +164,16 @@ def made_seconds(options: dict[str, Any]) -> float:
     return seconds if options["precompute_ref_log_probs"] else seconds + 0.5
 
 
-def test_the_fastest_options_are_found_and_far_ones_are_not_refined() -> None:
-    from trl_search import PAIRS
+def test_the_fastest_value_of_each_option_is_kept() -> None:
+    from trl_search import CHANGES, PAIRS
 
     eager = {"model_init_kwargs": {"attn_implementation": "eager"}}
-    search = made_search(made_seconds, extras=(eager, {"torch_compile": True}))
+    search = made_search(made_seconds, changes=(*CHANGES[:2], eager, {"torch_compile": True}))
     best = search.fastest(epochs=3)
     assert best == {"precompute_ref_log_probs": True, "gradient_checkpointing": True, PAIRS: 2, **eager}
     tried = [probe.options for probe in search.probes.values()]
-    assert [options for options in tried if options[PAIRS] == 8] == [{**PRECOMPUTED, PAIRS: 8}]  # three times as slow
-    assert {options[PAIRS] for options in tried if options["gradient_checkpointing"]} == {2, 4}
     assert {**best, "torch_compile": True} in tried
+    assert {**best, PAIRS: 8} in tried  # sizes are tried again when the other options have changed
 
 
 def test_a_precomputed_reference_pays_with_the_epochs() -> None:
@@ -253,11 +193,10 @@ def test_what_fails_is_recorded_and_memory_is_saved_by_checkpointing() -> None:
             return TimedOut("too slow", "stopped after 9 s")
         if options[PAIRS] == 8 and not options["gradient_checkpointing"]:
             return RunFailed("a long log", "killed by signal 9")
-        return 1.0 if options[PAIRS] == 8 and options["precompute_ref_log_probs"] else 2.0
+        return 1.0 if options[PAIRS] == 8 else 2.0 if options["gradient_checkpointing"] else 2.1
 
     search = made_search(steady)
     assert search.fastest(epochs=3) == {**PRECOMPUTED, "gradient_checkpointing": True, PAIRS: 8}
-    assert sum(probe.options[PAIRS] == 4 for probe in search.probes.values()) == 1  # far behind: no second chance
     shown = table(tried(search, [1, 3]), [1, 3]).splitlines()
     # 2 seconds per 16 pairs: 4 for all; a first step of 2, then 3 of 1 in an epoch and 11 in three
     assert shown[1] == "  8 pairs per device, reference precomputed, checkpointing: 9.0, 17.0"
@@ -340,58 +279,13 @@ def test_old_notus_is_a_folder_or_a_revision(tmp_path: Path) -> None:
         old_checkout("no-such-revision", tmp_path)
 
 
-CHATML = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize("template", [CHATML, None])
-def test_real_pairs_give_both_sides_the_same_tokens(template: str | None, tmp_path: Path) -> None:
-    from common import word_tokenizer
-    from notus.data.chat import ChatEncoder
-    from real_pairs import usable_pairs
-
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = template
-    rows = [
-        {"conversations": turns("human", "w5 w6"), "chosen": turn("gpt", "w7 w8"), "rejected": turn("gpt", "w9")},
-        {"prompt": turns("user", "w5"), "chosen": turns("assistant", "w7"), "rejected": turns("assistant", " ")},
-        {"prompt": "w5", "chosen": "w7 " * 40, "rejected": " w8"},
-        {"prompt": "w5", "chosen": "w7", "rejected": " w8"},  # "w5w7" is another word
-        {"prompt": "w5", "chosen": " w7", "rejected": "  w7"},
-        {"prompt": "w5", "chosen": " w7", "rejected": " w8 w9"},
-    ]
-    (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    chat, empty, long, merged, same, plain = usable_pairs(str(tmp_path / "pairs.json"), tokenizer, 30)
-    assert (empty, long) == ("empty answer", "longer than 30 tokens")
-    assert (merged, same) == ("prompt ends in the middle of a token", "chosen and rejected identical")
-    assert isinstance(chat, dict)
-    assert isinstance(plain, dict)
-    assert (chat["chosen"], chat["rejected"]) == ("w7 w8</s>", "w9</s>")  # without the template's line break
-    for pair in (chat, plain):
-        whole = tokenizer(pair["prompt"] + pair["chosen"])["input_ids"]  # as TRL reads them
-        [encoded] = ChatEncoder(tokenizer).encode([(pair["prompt"], pair["chosen"])])
-        assert encoded.ids.tolist() == whole
-        assert whole[0] == tokenizer.bos_token_id not in whole[1:]
-        assert whole[-1] == tokenizer.eos_token_id
-
-
-def turn(role: str, text: str) -> dict[str, str]:
-    return {"from": role, "value": text} if role in ("human", "gpt") else {"role": role, "content": text}
-
-
-def turns(role: str, text: str) -> list[dict[str, str]]:
-    return [turn(role, text)]
-
-
-def test_new_notus_beside_old_on_real_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_notus_beside_old_on_given_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import common
 
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     monkeypatch.setitem(common.SIZES, "15m", {**common.SIZES["15m"], **small})
     common.make_model(tmp_path / "model", seed=0)
-    rows = [{"prompt": turns("user", f"w{n}"), "chosen": turns("assistant", "w7"), "rejected": "w8"} for n in (1, 2, 3)]
+    rows = [{"prompt": f"w{n}", "chosen": " w7", "rejected": " w8"} for n in (1, 2, 3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = run(
         "vs_trl.py", "--sides", "notus", "--against", ROOT, "--model", tmp_path / "model", "--epochs", 1,
