@@ -21,7 +21,7 @@ from notus.runtime.switches import OPTIMISATIONS, disabled, disabled_names
 from notus.training.activation_checkpointing import MODES
 from notus.training.optimizers import RMSprop
 from profile_step import profiled
-from step import Step, Work, build, model_dimensions, num_tokens, predicted_bytes, random_example
+from step import Step, build, num_tokens, predicted_bytes, random_example, work_of
 from step import rows as rows_of
 
 # ---- the model and the pairs ----
@@ -262,7 +262,7 @@ def _measured(
         found["notes"] = unused
     extra(found, "done_flops_per_second", lambda: median(work.done(batches[number]) / took for number, took in times))
     fullest = [each for batch in batches for each in batch]
-    extra(found, "predicted_gib", lambda: predicted_bytes(work, row.checkpointing, fullest) / GIB)
+    extra(found, "predicted_gib", lambda: predicted_bytes(work, fullest) / GIB)
     if row.profile:
         extra(found, "shares", lambda: profiled(lambda: step(batches[0])))
     return found
@@ -320,7 +320,7 @@ def necessary_rate(
     config: MistralConfig, steps: Sequence[Sequence[Example]], times: Sequence[tuple[int, float]]
 ) -> float:
     """Necessary operations per second of full fine-tuning, whoever does it."""
-    work = Work(model_dimensions(config), adapters=0, recomputed=0, attention_again=False)
+    work = work_of(config, "none")
     return median(work.necessary(steps[number]) / took for number, took in times)
 
 

@@ -13,11 +13,13 @@ import common  # noqa: F401  (the project's path)
 from notus.data.packing import Batch, Example, collate
 from notus.data.prefetch import Prefetch
 from notus.data.schedule import deal
+from notus.estimate.lengths import Lengths
+from notus.estimate.timing import Arithmetic, arithmetic
 from notus.losses import dpo_loss, nll_loss
 from notus.model.attention import IMPLEMENTATION
-from notus.model.flops import Dimensions, dimensions, forward_flops
+from notus.model.flops import Dimensions, dimensions
 from notus.model.load import materialise
-from notus.model.lora import LoRALinear, cast_frozen, init_lora, inject_lora
+from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.size import ModelSize, model_size
 from notus.model.supported import disable_dropout
@@ -88,85 +90,52 @@ def _apart(example: Example, length: int) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The arithmetic of a model's linear layers and attention, in weights per token.
+    """The operations of a model's steps, as `notus.estimate` counts them.
 
     Attributes:
-        size: of the model without adapters.
-        adapters: weights of all LoRA matrices.
-        recomputed: weights of the products that the backward pass computes again.
-        attention_again: whether it computes attention again.
-        memory: what its footprint follows from, adapters included.
+        dimensions: of the model without adapters.
+        size: what its memory and its recomputation follow from, adapters included.
+        checkpointing: a mode of `notus.training.activation_checkpointing`.
     """
 
-    size: Dimensions
-    adapters: int
-    recomputed: int
-    attention_again: bool
-    memory: ModelSize | None = None
+    dimensions: Dimensions
+    size: ModelSize
+    checkpointing: str
 
-    def necessary(self, examples: Sequence[Example]) -> int:
+    def necessary(self, examples: Sequence[Example]) -> float:
         """Operations of one step on these examples, each trunk once, nothing computed twice, nothing padded."""
-        linear, attention, adapters = self._forward(examples)
-        return (2 if self.adapters else 3) * linear + 3 * (attention + adapters)
+        lengths = [(len(item.trunk), *map(len, item.branches)) for item in examples]
+        return self._arithmetic(lengths).necessary * len(lengths)
 
-    def done(self, rows: Sequence[Sequence[Example]]) -> int:
+    def done(self, rows: Sequence[Sequence[Example]]) -> float:
         """Operations of one step as the rows have it: with copies, padding and recomputation.
 
         The head's logits are computed again as well, but for one chunk of a row, which is left out of account.
         """
-        examples = [item for row in rows for item in row]
-        linear, attention, adapters = self._forward(examples)
-        tokens, scored = _tokens(examples), sum(int(mask.sum()) for item in examples for mask in item.loss_masks)
-        again = 2 * self.recomputed * tokens + 2 * self.size.head_weights * scored + self.attention_again * attention
-        return (2 if self.adapters else 3) * linear + 3 * (attention + adapters) + again
+        lengths = [each for row in rows for item in row for each in _as_computed(item)]
+        return self._arithmetic(lengths).hardware * len(lengths)
 
-    def _forward(self, examples: Sequence[Example]) -> tuple[int, int, int]:
-        trunks = np.array([len(item.trunk) for item in examples])
-        branches = np.array([[len(branch) for branch in item.branches] for item in examples])
-        scored = np.array([sum(int(mask.sum()) for mask in item.loss_masks) for item in examples])
-        linear = int(forward_flops(dataclasses.replace(self.size, layers=0), trunks, branches, scored).sum())
-        attention = int(forward_flops(self.size, trunks, branches, scored).sum()) - linear
-        return linear, attention, 2 * self.adapters * _tokens(examples)
+    def _arithmetic(self, lengths: Sequence[Sequence[int]]) -> Arithmetic:
+        trunks, branches = np.split(np.array(lengths), [1], axis=1)
+        return arithmetic(self.size, self.dimensions, Lengths(trunks[:, 0], branches, "a step's"), self.checkpointing)
 
 
-def _tokens(examples: Sequence[Example]) -> int:
-    return sum(map(num_tokens, examples))
+def _as_computed(item: Example) -> list[tuple[int, ...]]:
+    """Tokens of the trunk, and of each branch; branches that stand apart are examples of one scored branch each."""
+    if len(item.trunk):
+        return [(len(item.trunk), *map(len, item.branches))]
+    scored = [int(mask.sum()) for mask in item.loss_masks]
+    return [(len(branch) - count, count) for branch, count in zip(item.branches, scored, strict=True)]
 
 
-def model_dimensions(config: MistralConfig) -> Dimensions:
-    """Of a model of this shape."""
+def work_of(config: MistralConfig, checkpointing: str) -> Work:
+    """Of full fine-tuning of a model of this shape."""
     with torch.device("meta"):
-        return dimensions(AutoModelForCausalLM.from_config(config))
+        causal_lm = AutoModelForCausalLM.from_config(config)
+    return Work(dimensions(causal_lm), model_size(causal_lm), checkpointing)
 
 
-def work(policy: Policy, size: Dimensions, checkpointing: str) -> Work:
-    """What a step of `policy` comes to; its blocks compute `checkpointing` again."""
-    again = sum(_again(_products(block), checkpointing) for block in policy.blocks)
-    adapters = sum(p.numel() for m in policy.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B))
-    return Work(size, adapters, again, checkpointing == "full", model_size(policy.causal_lm))
-
-
-def _products(block: torch.nn.Module) -> list[tuple[int, bool]]:
-    """(weights, whether they are an adapter's) of a block's matrix products, in the order of its forward pass."""
-    found = []
-    for module in block.modules():
-        if isinstance(module, torch.nn.Linear):
-            found.append((module.weight.numel(), False))
-        if isinstance(module, LoRALinear):
-            found += [(module.lora_A.numel(), True), (module.lora_B.numel(), True)]
-    return found
-
-
-def _again(products: list[tuple[int, bool]], checkpointing: str) -> int:
-    """Weights of those that are computed again: nobody needs the last one's output, and torch stops before it."""
-    if checkpointing == "none":
-        return 0
-    base = [weights for weights, adapter in products if not adapter]
-    kept = {"products": sum(base), "selective": sum(base[::2]), "full": products[-1][0]}[checkpointing]
-    return sum(weights for weights, _ in products) - kept
-
-
-def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Example]], precision: str = "bf16") -> int:
+def predicted_bytes(work: Work, rows: Sequence[Sequence[Example]], precision: str = "bf16") -> int:
     """What `notus.training.memory_estimate` says of the fullest of these rows, without the runtime's margin."""
     fullest = max(rows, key=_tokens)
     keys = sum(len(item.trunk) * len(item.branches) + sum(map(len, item.branches)) for item in fullest)
@@ -175,11 +144,14 @@ def predicted_bytes(work: Work, checkpointing: str, rows: Sequence[Sequence[Exam
         tokens_per_row=_tokens(fullest),
         scored_per_row=sum(int(mask.sum()) for item in fullest for mask in item.loss_masks),
         precision=precision,
-        activation_checkpointing=checkpointing,
+        activation_checkpointing=work.checkpointing,
         key_ratio=keys / _tokens(fullest),
     )
-    assert work.memory is not None
-    return footprint(work.memory, job).total
+    return footprint(work.size, job).total
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(map(num_tokens, examples))
 
 
 # ---- the policy ----
@@ -214,13 +186,13 @@ def build(
         inject_lora(causal_lm, rank=rank, alpha=rank, dropout=0.0, target_modules=LORA_TARGETS)
     cast_frozen(causal_lm, dtype)
     policy = Policy(causal_lm)
-    arithmetic = work(policy, size, checkpointing)
+    work = Work(size, model_size(causal_lm), checkpointing)
     parallelize(policy, mesh(device), precision=precision, activation_checkpointing=checkpointing, compile=compile)
     materialise(policy, device)
     _randomise(policy)
     if rank:
         init_lora(causal_lm, seed=0)
-    return policy.train(), arithmetic
+    return policy.train(), work
 
 
 @torch.no_grad()

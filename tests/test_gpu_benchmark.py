@@ -1,6 +1,7 @@
 """`benchmarks/gpu.py`: what it needs, what it counts, that it notices what is wrong, and that nothing ends it early."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import signal
@@ -491,10 +492,12 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(module, rank, chec
     products = ("mm", "addmm", "bmm")
     counts = {op.__name__.split(".")[0]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
     found = sum(flops for name, flops in counts.items() if name in products)
-    no_attention = shapes.dataclasses.replace(work, size=shapes.dataclasses.replace(work.size, layers=0))
+    no_attention = dataclasses.replace(work, dimensions=dataclasses.replace(work.dimensions, layers=0))
     # the head's last chunk is not computed again; the embedding of a LoRA policy needs no gradient below its adapters
     expected = no_attention.done(batches)
-    last_chunks = 2 * work.size.head_weights * sum(mask.sum() for row in batches for i in row for mask in i.loss_masks)
+    last_chunks = (
+        2 * work.dimensions.head_weights * sum(mask.sum() for row in batches for i in row for mask in i.loss_masks)
+    )
     assert found == pytest.approx(expected - last_chunks, rel=0.06 if rank else 1e-6)
     assert work.necessary(examples) <= work.done(batches)
 
