@@ -15,7 +15,6 @@ with digests of what went into it, and is not repeated: a launch that was killed
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -134,46 +133,47 @@ def _share(verdicts: Iterable[bool]) -> float:
 def start_run(folder: Path, data: Data) -> dict[str, Any]:
     """The model that both rules start from: SFT on the demonstrations, once per seed."""
     text = _lines(data.demonstrations)
-    inputs = {"data": _digest(text), "prompts": _digest(_prompts(data)), "recipe": SFT}
-    return _kept(folder, inputs, functools.partial(_sft, folder, data, text))
 
+    def make() -> dict[str, Any]:
+        demo.make_base(folder / "base", data.seed)
+        _train("sft", folder, text, {"model": {"name_or_path": str(folder / "base")}, "training": SFT}, data.seed)
+        weights = _digest((folder / "run" / "model" / "model.safetensors").read_bytes())
+        return {"seed": data.seed, "start": weights, **_verdicts(folder, data)}
 
-def _sft(folder: Path, data: Data, text: str) -> dict[str, Any]:
-    (folder / "train.jsonl").write_text(text)
-    demo.make_base(folder / "base", data.seed)
-    _train("sft", folder, folder / "base", SFT, data.seed, {})
-    weights = _digest((folder / "run" / "model" / "model.safetensors").read_bytes())
-    return {"seed": data.seed, "start": weights, **_verdicts(folder, data)}
+    return _kept(folder, {"data": _digest(text), "prompts": _digest(_prompts(data)), "recipe": SFT}, make)
 
 
 def dpo_run(
-    folder: Path, data: Data, pairs: Rows, start: Path, start_digest: str, steps: int, **names: Any
+    folder: Path, data: Data, pairs: Rows, start: Path, start_digest: str, steps: int, fault_rate: float | None = None
 ) -> dict[str, Any]:
-    """DPO on `pairs` from the start; `names` go into the result.
+    """DPO on `pairs` from the start.
 
-    Raises ValueError if the pairs that the trainer keeps do not last for `steps` without a repetition.
+    Raises:
+        ValueError: the pairs that the trainer keeps do not last for `steps` without a repetition.
     """
     kept, needed = len(_differing(pairs)), steps * DPO["batch_size"]
     if kept < needed:
         raise ValueError(f"{folder.name}: {kept} pairs do not last for {needed}: take more prompts or fewer steps")
     text, recipe = _lines(pairs), {**DPO, "max_steps": steps}
+    tree = {
+        "model": {"name_or_path": str(start)},
+        "data": {"eval": str(folder / "eval.jsonl")},
+        "dpo": {"beta": 0.1, "loss_type": "sigmoid"},
+        "training": recipe,
+    }
+
+    def make() -> dict[str, Any]:
+        (folder / "eval.jsonl").write_text(_lines([_right_against_mistake(prompt) for prompt in data.held_out]))
+        _train("dpo", folder, text, tree, data.seed)
+        metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        first, last = metrics[0], metrics[-1]
+        assert last["step"] == steps
+        found = {"seed": data.seed, "fault_rate": fault_rate, "first_loss": first["loss"], "steps": steps}
+        rewards = {"reward_accuracy": last["eval_rewards/accuracies"], "reward_margin": last["eval_rewards/margins"]}
+        return {**found, **rewards, **_verdicts(folder, data)}
+
     inputs = {"pairs": _digest(text), "prompts": _digest(_prompts(data)), "start": start_digest, "recipe": recipe}
-    return _kept(folder, inputs, functools.partial(_dpo, folder, data, text, start, recipe, names))
-
-
-def _dpo(
-    folder: Path, data: Data, text: str, start: Path, recipe: dict[str, Any], names: dict[str, Any]
-) -> dict[str, Any]:
-    (folder / "train.jsonl").write_text(text)
-    (folder / "eval.jsonl").write_text(_lines([_right_against_mistake(prompt) for prompt in data.held_out]))
-    own = {"data": {"eval": str(folder / "eval.jsonl")}, "dpo": {"beta": 0.1, "loss_type": "sigmoid"}}
-    _train("dpo", folder, start, recipe, data.seed, own)
-    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["step"] == recipe["max_steps"]
-    last = metrics[-1]
-    rewards = {"reward_accuracy": last["eval_rewards/accuracies"], "reward_margin": last["eval_rewards/margins"]}
-    found = {"first_loss": metrics[0]["loss"], "steps": last["step"], **rewards}
-    return {"seed": data.seed, **names, **found, **_verdicts(folder, data)}
+    return _kept(folder, inputs, make)
 
 
 def _right_against_mistake(prompt: synthetic.Prompt) -> dict[str, Any]:
@@ -189,23 +189,19 @@ def _right_against_mistake(prompt: synthetic.Prompt) -> dict[str, Any]:
     }
 
 
-def _train(task: Task, folder: Path, model: Path, recipe: dict[str, Any], seed: int, own: dict[str, Any]) -> None:
+def _train(task: Task, folder: Path, text: str, tree: dict[str, dict[str, Any]], seed: int) -> None:
     """Run `train_sft.py`'s or `train_dpo.py`'s path into `folder/run`; ends the process if a signal ended that."""
     import torch
 
     from notus.training import dpo, sft
 
     torch.set_num_threads(1)  # as the demo: the matrices are too small to gain from more
+    (folder / "train.jsonl").write_text(text)
+    data = {"train": str(folder / "train.jsonl"), "max_length": demo.MAX_LENGTH, "cache_dir": str(folder / "cache")}
     tree = {
-        **own,
-        "model": {"name_or_path": str(model)},
-        "data": {
-            "train": str(folder / "train.jsonl"),
-            "max_length": demo.MAX_LENGTH,
-            "cache_dir": str(folder / "cache"),
-            **own.get("data", {}),
-        },
-        "training": {**recipe, "output_dir": str(folder / "run"), "seed": seed},
+        **tree,
+        "data": {**data, **tree.get("data", {})},
+        "training": {**tree["training"], "output_dir": str(folder / "run"), "seed": seed},
     }
     code = {"sft": sft, "dpo": dpo}[task].run(config_from_dict(tree, task, source="the benchmark's settings"))
     if code:
@@ -285,9 +281,8 @@ def run_seed(size: Size, seed: int, fault_rates: list[float], work: Path) -> dic
 
     def dpo(name: str, pairs: list[dict[str, Any]], fault_rate: float | None) -> dict[str, Any]:
         print(f"\n== seed {seed}: {name}", file=sys.stderr, flush=True)
-        return dpo_run(
-            folder / f"{size.steps}-steps" / name, data, pairs, model, start["start"], size.steps, fault_rate=fault_rate
-        )
+        place = folder / f"{size.steps}-steps" / name
+        return dpo_run(place, data, pairs, model, start["start"], size.steps, fault_rate)
 
     ratings = dpo("ratings", pairs_by_ratings(data)[0], None)
     critique = [dpo(f"overall-score-{rate:g}", pairs_by_score(data, rate)[0], rate) for rate in fault_rates]

@@ -1,10 +1,12 @@
 """How long a run's examples are: as tokenised, or drawn from statistics."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from notus.data.dataset import Rows
+if TYPE_CHECKING:  # it needs `datasets`, which a machine that checks a GPU may lack
+    from notus.data.dataset import Rows
 
 # UltraFeedback through Zephyr's template: means of trunk, chosen and rejected; the spread of their logarithms is an
 # assumption. SFT sees the trunk and the chosen branch.
@@ -69,6 +71,6 @@ def draw(means: tuple[float, ...], *, max_length: int, max_prompt_length: int, s
     )
 
 
-def tokenised(rows: Rows) -> Lengths:
+def tokenised(rows: "Rows") -> Lengths:
     """The true lengths."""
     return Lengths(rows.trunk_lengths, rows.branch_lengths, f"{len(rows)} examples of the data, tokenised")
