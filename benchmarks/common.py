@@ -1,6 +1,6 @@
 """What several benchmarks share: made models and pairs, the machine, stopwatches, tables.
 
-Importing this module imports no torch, as some benchmarks must stay without it.
+Importing this module imports the standard library alone, since a supervisor must stay light and without torch.
 `python common.py MODEL_FOLDER SEED SIZE` writes a made model.
 """
 
@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import MistralConfig, PreTrainedTokenizerFast
 
@@ -37,16 +36,18 @@ LONGEST_PROMPT, LONGEST_COMPLETION = 512, 256
 
 
 def made_lengths(
-    generator: np.random.Generator,
+    generator: "np.random.Generator",
     count: int,
     prompt: int = MEAN_PROMPT,
     completion: int = MEAN_COMPLETION,
     spread: float = LOG_SPREAD,
-) -> np.ndarray:
+) -> "np.ndarray":
     """Words of prompt, chosen and rejected, int64 [count, 3]: log-normal, or all the same at a `spread` of 0.
 
     `<s>` and `</s>` are tokens of the means too.
     """
+    import numpy as np
+
     covariance = np.array([[1, 0, 0], [0, 1, CORRELATION], [0, CORRELATION, 1]])
     normal = generator.multivariate_normal(np.zeros(3), covariance, size=count)
     means = np.array([prompt, completion, completion]) - 1
@@ -65,6 +66,8 @@ def make_pairs(
     spread: float = LOG_SPREAD,
 ) -> None:
     """Write `count` pairs of random words as JSONL, with lengths by `made_lengths`."""
+    import numpy as np
+
     generator = np.random.default_rng(seed)
     with path.open("w") as file:
         for lengths in made_lengths(generator, count, prompt, completion, spread):

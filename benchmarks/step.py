@@ -23,7 +23,7 @@ from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.size import ModelSize, model_size
 from notus.model.supported import disable_dropout
-from notus.runtime.distributed import mesh
+from notus.runtime.distributed import mesh, world_size
 from notus.training.build import fuse_or_check_graph
 from notus.training.memory_estimate import Job, footprint
 from notus.training.optim import build_optimizer, clipped_update, gradient_norm, local_gradients
@@ -217,7 +217,7 @@ class Step:
         """`task`: "dpo" or "sft"; `vocab`: size of the vocabulary."""
         self.policy, self._task, self._log_vocab = policy, task, float(np.log(vocab))
         self._trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self._device = self._trainable[0].device
+        self._device, self._whole = self._trainable[0].device, world_size() == 1
         self._optimizer = build_optimizer(self._trainable, name="rmsprop", learning_rate=5e-7, weight_decay=0.0)
 
     def __call__(self, rows: Sequence[Sequence[Example]]) -> float:
@@ -231,13 +231,15 @@ class Step:
         bad = torch.zeros((), device=self._device)
         with Prefetch(self._batches(rows)) as batches:
             for number, batch in enumerate(batches):
-                expect_last_row(self.policy, number == len(rows) - 1)
+                if self._whole:
+                    expect_last_row(self.policy, number == len(rows) - 1)
                 batch = batch.to(self._device)
                 logps = self.policy(batch)
                 loss = nll_loss(logps[:, 0], tokens).sum() if self._task == "sft" else self._dpo(logps, batch, examples)
                 loss.backward()
                 bad += ~torch.isfinite(loss.detach())
-        hand_over_gradients(self.policy)
+        if self._whole:
+            hand_over_gradients(self.policy)
         gradients = local_gradients(self._trainable)
         with torch.profiler.record_function("clip"):
             sums = gradient_norm(gradients, bad[None])

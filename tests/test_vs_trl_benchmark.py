@@ -26,6 +26,7 @@ def run(script: str, *options: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_notus_alone_on_pairs_of_two_shapes(tmp_path: Path) -> None:
     sizes = ["--ratios", "3:1", "1:1", "--length", 32, "--spread", 0, "--num-pairs", 2, "--batch-size", 2]
     results = ["--epochs", 3, "--results", tmp_path / "found.json"]
@@ -280,6 +281,7 @@ def test_old_notus_is_a_folder_or_a_revision(tmp_path: Path) -> None:
         old_checkout("no-such-revision", tmp_path)
 
 
+@pytest.mark.slow
 def test_new_notus_beside_old_on_given_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import common
 
