@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401  (the project's path)
 from notus.curation import command as curate
 
 ASPECTS = {"instruction_following": False, "honesty": False, "truthfulness": True, "helpfulness": True}
@@ -34,33 +35,25 @@ def record(rng: random.Random, pool: list[str], number: int) -> dict[str, Any]:
 
     def annotation(quality: int, aspect: str, typed: bool) -> dict[str, Any]:
         rating = str(min(5, max(1, quality + rng.randint(-1, 1))))
-        if aspect == "honesty" and rng.random() < 0.05:
-            rating = "N/A"
+        rating = "N/A" if aspect == "honesty" and rng.random() < 0.05 else rating
         plain = {"Rating": rating, "Rationale": text(3)}
         return {"Type": ["1"], **plain, "Rationale For Rating": text(2)} if typed else plain
 
-    def completion(index: int) -> dict[str, Any]:
+    def completion(model: str) -> dict[str, Any]:
         quality = rng.randint(1, 5)
         score = 10.0 if quality == 1 and rng.random() < 0.2 else 2.0 * quality - rng.choice((0.5, 1.0))
+        annotations = {aspect: annotation(quality, aspect, typed) for aspect, typed in ASPECTS.items()}
         return {
-            "annotations": {aspect: annotation(quality, aspect, typed) for aspect, typed in ASPECTS.items()},
-            "custom_system_prompt": text(2),
-            "model": f"model-{(number + index) % 17}",
-            "principle": "helpfulness",
-            "response": text(14),
-            "critique": text(8),
-            "overall_score": score,
-            "fine-grained_score": float(quality),
-        }
+            "annotations": annotations, "custom_system_prompt": text(2), "model": model, "principle": "helpfulness",
+            "response": text(14), "critique": text(8), "overall_score": score, "fine-grained_score": float(quality),
+        }  # fmt: skip
 
+    models = [f"model-{(number + index) % 17}" for index in range(4)]
     return {
-        "source": rng.choice(SOURCES),
-        "instruction": f"{number}: {text(4)}",
-        "models": [f"model-{(number + index) % 17}" for index in range(4)],
-        "completions": [completion(index) for index in range(4)],
-        "correct_answers": ["None"],
+        "source": rng.choice(SOURCES), "instruction": f"{number}: {text(4)}", "models": models,
+        "completions": [completion(model) for model in models], "correct_answers": ["None"],
         "incorrect_answers": ["None"],
-    }
+    }  # fmt: skip
 
 
 def write_records(path: Path, count: int, seed: int) -> None:

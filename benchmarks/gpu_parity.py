@@ -65,18 +65,18 @@ class Check:
 Comparison = tuple[str, Callable[[], Iterable[Check]]]
 
 
-def comparisons(device: torch.device) -> list[Comparison]:
+def comparisons(device: torch.device) -> Iterator[Comparison]:
     """Everything that is compared on `device`."""
-    found = [
-        *_attention_comparisons(device),
-        ("log-probs", lambda: _logprob_checks(device)),
-        *((f"policy, {kind}", partial(_policy_checks, kind, device)) for kind in POLICIES),
-        ("policy, all cases", lambda: _bf16_checks(device)),
-    ]
-    for precision, dtype in DTYPES.items():
-        found.append((f"{REPEATS}, {precision}", partial(_repeats, device, precision)))
-        found.append((f"fused, {precision}", partial(_fused_checks, device, precision, dtype)))
-    return found
+    for row, heads, window, precision in itertools.product(ROWS, HEADS, WINDOWS, DTYPES):
+        name = f"attention, {row}, {heads}, {f'window {window}, ' if window else ''}{precision}"
+        yield name, partial(_attention_check, name, row, heads, window, precision, device)
+    yield "log-probs", partial(_logprob_checks, device)
+    for kind in POLICIES:
+        yield f"policy, {kind}", partial(_policy_checks, kind, device)
+    yield "policy, all cases", partial(_bf16_checks, device)
+    for precision in DTYPES:
+        yield f"{REPEATS}, {precision}", partial(_repeats, device, precision)
+        yield f"fused, {precision}", partial(_fused_checks, device, precision)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -84,21 +84,19 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# ---- attention ----
-
-
-def _attention_comparisons(device: torch.device) -> Iterator[Comparison]:
-    for row, heads, window, precision in itertools.product(ROWS, HEADS, WINDOWS, DTYPES):
-        name = f"attention, {row}, {heads}, {f'window {window}, ' if window else ''}{precision}"
-        yield name, partial(_attention_check, name, row, heads, window, precision, device)
+# ---- attention and fused functions ----
 
 
 def _attention_check(
     name: str, row: str, heads: str, window: int | None, precision: str, device: torch.device
-) -> list[Check]:
+) -> Iterator[Check]:
+    """The largest relative error among the output and the gradients of query, key and value."""
     layout = build_layout(*ROWS[row]).to(device)
-    error = _attention_error(layout, HEADS[heads], window, DTYPES[precision], device)
-    return [Check(name, error, ATTENTION_TOLERANCE[precision])]
+    leaves, upstream = _inputs(layout, HEADS[heads], DTYPES[precision], device)
+    found = _attend(None, leaves, upstream, layout, window)
+    expected = _attend(attention.dense_kernel, [leaf.float() for leaf in leaves], upstream, layout, window)
+    errors = [relative(got, wanted) for got, wanted in zip(found, expected, strict=True)]
+    yield Check(name, _largest(errors), ATTENTION_TOLERANCE[precision])
 
 
 def _repeats(device: torch.device, precision: str) -> Iterator[Check]:
@@ -111,20 +109,10 @@ def _repeats(device: torch.device, precision: str) -> Iterator[Check]:
     yield Check(f"{REPEATS}, {precision}", float(unequal), 0.0)
 
 
-def _fused_checks(device: torch.device, precision: str, dtype: torch.dtype) -> Iterator[Check]:
+def _fused_checks(device: torch.device, precision: str) -> Iterator[Check]:
     """The fused elementwise functions against their plain twins."""
-    for name, error, tolerance in fused.fused_checks(device, dtype):
+    for name, error, tolerance in fused.fused_checks(device, DTYPES[precision]):
         yield Check(f"fused, {name}, {precision}", error, tolerance)
-
-
-def _attention_error(
-    layout: Layout, counts: tuple[int, int], window: int | None, dtype: torch.dtype, device: torch.device
-) -> float:
-    """The largest relative error among the output and the gradients of query, key and value."""
-    leaves, upstream = _inputs(layout, counts, dtype, device)
-    found = _attend(None, leaves, upstream, layout, window)
-    expected = _attend(attention.dense_kernel, [leaf.float() for leaf in leaves], upstream, layout, window)
-    return _largest(relative(got, wanted) for got, wanted in zip(found, expected, strict=True))
 
 
 def _inputs(
@@ -148,9 +136,9 @@ def _attend(
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
 
 
-def _largest(errors: Iterator[float]) -> float:
+def _largest(errors: list[float]) -> float:
     """NaN if there is one: max() would pass over it."""
-    return float(np.max(list(errors)))
+    return float(np.max(errors))
 
 
 # ---- log-probs ----
@@ -190,14 +178,6 @@ def _logprobs(
 # ---- the whole policy ----
 
 
-def _policy_checks(kind: str, device: torch.device) -> Iterator[Check]:
-    model = _toy(POLICIES[kind]).to(device)
-    for num_branches in (1, 2, 3):
-        examples = _examples(num_branches)
-        exact, packed = _outcome(_alone, model, examples), _outcome(_packed, model, examples)
-        yield from _fp32_checks(f"policy, {kind}, K={num_branches}", packed, exact)
-
-
 @dataclasses.dataclass
 class _Outcome:
     logps: Tensor
@@ -208,10 +188,14 @@ class _Outcome:
         return torch.cat([gradient.flatten().float() for gradient in self.gradients.values()])
 
 
-def _fp32_checks(name: str, packed: _Outcome, exact: _Outcome) -> Iterator[Check]:
-    yield Check(f"{name}, log-probs, fp32", relative(packed.logps, exact.logps), 1e-5)
-    errors = (relative(packed.gradients[key], wanted) for key, wanted in exact.gradients.items())
-    yield Check(f"{name}, gradient of each parameter, fp32", _largest(errors), 1e-5)
+def _policy_checks(kind: str, device: torch.device) -> Iterator[Check]:
+    model = _toy(POLICIES[kind]).to(device)
+    for num_branches in (1, 2, 3):
+        examples, name = _examples(num_branches), f"policy, {kind}, K={num_branches}"
+        exact, packed = _outcome(_alone, model, examples), _outcome(_packed, model, examples)
+        errors = [relative(packed.gradients[key], wanted) for key, wanted in exact.gradients.items()]
+        yield Check(f"{name}, log-probs, fp32", relative(packed.logps, exact.logps), 1e-5)
+        yield Check(f"{name}, gradient of each parameter, fp32", _largest(errors), 1e-5)
 
 
 def _bf16_checks(device: torch.device) -> Iterator[Check]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
-from gpu_rows import Row, necessary_rate, peaks, rates, release, steps_of, synchronize, timed
-from gpu_shapes import LONGEST, Scale, fitting, parameters
+from common import synchronize, word_tokenizer
+from gpu_rows import LONGEST, Row, Scale, fitting, necessary_rate, parameters, peaks, rates, release, steps_of, timed
 from notus.data.packing import Example
 from notus.losses import dpo_loss
 from notus.training.optimizers import build_optimizer
@@ -165,7 +165,8 @@ def _trl(
         def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
             return dataset
 
-    watch = _Stopwatch(device, seconds)
+    watch, tokenizer = _Stopwatch(device, seconds), word_tokenizer()
+    tokenizer.pad_token = "</s>"
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             output_dir=folder, per_device_train_batch_size=peer.pairs, bf16=True, optim="rmsprop", learning_rate=5e-7,
@@ -178,7 +179,7 @@ def _trl(
             _model(config, device),
             args=args,
             train_dataset=Dataset.from_list([_columns(item, config.vocab_size) for step in steps for item in step]),
-            processing_class=_tokenizer(),
+            processing_class=tokenizer,  # never asked to tokenise
             callbacks=[watch],
         )
         trainer.train()
@@ -192,12 +193,3 @@ def _columns(item: Example, vocab: int) -> dict[str, Any]:
         "ref_chosen_logps": -float(np.log(vocab)) * len(chosen),
         "ref_rejected_logps": -float(np.log(vocab)) * len(rejected),
     }  # fmt: skip
-
-
-def _tokenizer() -> Any:
-    """One that is never asked to tokenise."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    known = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=known, pad_token="<pad>", eos_token="</s>")

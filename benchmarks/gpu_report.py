@@ -2,9 +2,11 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from common import markdown as table
+from notus.runtime.files import write_text
 
 Report = dict[str, Any]
 
@@ -32,6 +34,7 @@ PREDICTED = {
     "fp32_addmm": "0.2%",
     "all of these optimisations": "",
 }
+HEADS = ("configuration", "pairs/s", "tokens/s", "s/step", "MFU", "hardware use", "peak GiB", "reserved", "predicted")
 CONFIGURATION = ("task", "rank", "variant", "checkpointing", "compile")
 
 
@@ -46,9 +49,7 @@ def read(path: Path) -> Report:
 
 def write(report: Report, path: Path) -> None:
     """Replace the file by this report in one step. JSON knows neither NaN nor infinity: null stands for both."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -193,57 +194,45 @@ def _measured(report: Report) -> str:
 
 
 def _rows(report: Report) -> str:
-    lines = [
-        "| configuration | pairs/s | tokens/s | s/step | MFU | hardware use | peak GiB | reserved | predicted |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_row(row) for row in report["rows"] if "graphs" not in row]
     rates = [found["name"] for found in report["rates"]]
-    lines += [_row({"name": name, "status": OUT_OF_TIME}) for name in _not_run(report, "rows") if name not in rates]
-    if len(lines) == 2:
+    cells = [_cells(row) for row in report["rows"] if "graphs" not in row]
+    cells += [_cells({"name": name, "status": OUT_OF_TIME}) for name in _not_run(report, "rows") if name not in rates]
+    if not cells:
         return ""
     shapes = sorted({row["shape"] for row in report["rows"] if "shape" in row})
     sheet = (report["hardware"] or {}).get("peak_bf16_flops_per_second")
     over = "the data sheet's peak" if sheet else "the rate of matrix products measured here"
-    note = (
+    return f"{table(HEADS, cells)}\n\n" + (
         f"Model: {'; '.join(shapes)}. MFU: necessary operations (shared tokens once, no padding, no recomputation) "
         f"over {over}; hardware use: with padding, copies and recomputation. Tokens: of pairs with shared trunks."
     )
-    return "\n".join([*lines, "", note])
 
 
-def _row(row: dict[str, Any]) -> str:
+def _cells(row: dict[str, Any]) -> list[str]:
     if row["status"] != "measured":
-        return f"| {row['name']} | {row['status']} | | | | | | | |"
-    cells = [
-        row["name"], f"{row['pairs_per_second']:.2f}", f"{row['tokens_per_second']:,.0f}",
-        f"{row['seconds_per_step']:.3f}", _percent(row.get("mfu")), _percent(row.get("hardware_utilisation")),
-        _number(row.get("peak_allocated_gib")), _number(row.get("peak_reserved_gib")),
-        _number(row.get("predicted_gib")),
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+        return [row["name"], row["status"], *[""] * 7]
+    rates = [f"{row['pairs_per_second']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['seconds_per_step']:.3f}"]
+    shares = [_or_empty(row.get(key), ".1%") for key in ("mfu", "hardware_utilisation")]
+    memory = [_or_empty(row.get(key), ".3g") for key in ("peak_allocated_gib", "peak_reserved_gib", "predicted_gib")]
+    return [row["name"], *rates, *shares, *memory]
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def _or_empty(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 # ---- what each change saves ----
 
 
 def _changes(report: Report) -> str:
-    lines = ["| change | predicted share of a step | measured |", "|---|---|---|"]
-    for change, predicted in PREDICTED.items():
-        lines.append(f"| {change} | {predicted} | {_saving(report, change)} |")
+    if not report["rows"]:
+        return ""
+    rows = [(change, predicted, _saving(report, change)) for change, predicted in PREDICTED.items()]
     note = (
         "Measured: 1 - (seconds with the change) / (seconds without it), over the steps that both timed; "
         "once for each time that the row with all changes was measured."
     )
-    return "\n".join([*lines, "", note]) if report["rows"] else ""
+    return f"{table(('change', 'predicted share of a step', 'measured'), rows)}\n\n{note}"
 
 
 def _saving(report: Report, change: str) -> str:
@@ -288,8 +277,5 @@ def _shares(report: Report) -> str:
     if not found:
         return ""
     kinds = list(found[0]["shares"])
-    lines = [f"| share of the step | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
-    for row in found:
-        cells = [f"{row['shares'][kind]:.1%}" for kind in kinds]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [[row["name"], *(f"{row['shares'][kind]:.1%}" for kind in kinds)] for row in found]
+    return table(["share of the step", *kinds], rows)

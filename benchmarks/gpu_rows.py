@@ -1,4 +1,4 @@
-"""The rows of the table: which configurations are measured, in which order, and how."""
+"""The rows of the table of `gpu.py`: the model for the memory at hand, pairs, and how a configuration is measured."""
 
 import dataclasses
 import gc
@@ -12,9 +12,8 @@ import torch
 import torch._dynamo.utils
 from transformers import MistralConfig
 
+from common import GIB, synchronize
 from gpu_report import in_words
-from gpu_shapes import LONGEST, Scale, fitting, pairs, parameters, rows
-from gpu_step import Step, Work, build, model_dimensions, predicted_bytes
 from notus.data.packing import Example, collate
 from notus.model.fused import KERNELS
 from notus.model.kernels import failures
@@ -22,8 +21,109 @@ from notus.runtime.switches import OPTIMISATIONS, disabled, disabled_names
 from notus.training.activation_checkpointing import MODES
 from notus.training.optimizers import RMSprop
 from profile_step import profiled
+from step import Step, build, num_tokens, predicted_bytes, random_example, work_of
+from step import rows as rows_of
 
-GIB = 2**30
+# ---- the model and the pairs ----
+
+PAIRS_PER_STEP = 64
+LONGEST = 1024  # prompt and completion, as `data.max_length`
+# Means of trunk, chosen and rejected, and the spread of their logarithms.
+LENGTHS = ((176, 0.9), (300, 0.7), (280, 0.7))
+# Per parameter, on one rank: master, gradient, RMSprop's state, and either the gathered bf16 copy or the optimizer's
+# temporaries; with a frozen bf16 base the weight and its gathered copy.
+BYTES_FULL, BYTES_LORA = 4 + 4 + 4 + 4, 2 + 2
+SHARE_FOR_ACTIVATIONS = 0.15
+
+MISTRAL_7B = MistralConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=4096, pad_token_id=None,
+)  # fmt: skip
+SMALL = MistralConfig(
+    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=32768, sliding_window=4096, pad_token_id=None,
+)  # fmt: skip
+TOY = MistralConfig(
+    vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=None, pad_token_id=None,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        shapes: by name, the largest first; layers are left out until one fits.
+        pairs_per_step: of an optimizer step.
+        divisor: lengths are UltraFeedback's divided by this.
+        tokens_per_row: to begin with, by activation checkpointing; halved while memory does not suffice.
+        least_tokens_per_row: below which it is not halved.
+    """
+
+    shapes: dict[str, MistralConfig]
+    pairs_per_step: int
+    divisor: int
+    tokens_per_row: dict[str, int]
+    least_tokens_per_row: int
+
+
+GPU = Scale(
+    shapes={"Mistral-7B": MISTRAL_7B, "Mistral, width 2048": SMALL},
+    pairs_per_step=PAIRS_PER_STEP,
+    divisor=1,
+    tokens_per_row={"full": 16384, "selective": 8192, "products": 8192, "none": 4096},
+    least_tokens_per_row=2048,
+)
+CPU = Scale(
+    shapes={"toy": TOY},
+    pairs_per_step=8,
+    divisor=16,
+    tokens_per_row={"full": 512, "selective": 256, "products": 256, "none": 256},
+    least_tokens_per_row=128,
+)
+
+
+def parameters(config: MistralConfig) -> int:
+    """Of a model with an untied head."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * config.hidden_size * heads * config.head_dim
+    layer = attention + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+    return config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size + config.hidden_size
+
+
+def fitting(scale: Scale, memory: int | None, *, lora: bool) -> tuple[str, MistralConfig]:
+    """The name and the largest shape whose weights and optimizer fit into `memory` bytes (None: any fits).
+
+    Raises:
+        ValueError: not even four layers of the smallest shape do.
+    """
+    per_parameter = BYTES_LORA if lora else BYTES_FULL
+    for name, whole in scale.shapes.items():
+        for layers in sorted({whole.num_hidden_layers, 24, 16, 12, 8, 4}, reverse=True):
+            config = MistralConfig(**{**whole.to_dict(), "num_hidden_layers": min(layers, whole.num_hidden_layers)})
+            if memory is None or parameters(config) * per_parameter <= (1 - SHARE_FOR_ACTIVATIONS) * memory:
+                cut = layers < whole.num_hidden_layers
+                return f"{name}, {layers} of {whole.num_hidden_layers} layers" if cut else name, config
+    raise ValueError("less than 4 GB of memory: run with --cpu")
+
+
+def pairs(count: int, scale: Scale, vocab: int, *, num_branches: int = 2, seed: int = 0) -> list[Example]:
+    """`count` examples of random tokens with UltraFeedback's lengths; with one branch, the chosen one alone."""
+    rng = np.random.default_rng(seed)
+    longest, found = LONGEST // scale.divisor, []
+    for number in range(count):
+        trunk, *branches = (
+            max(1, int(rng.lognormal(np.log(mean / scale.divisor) - spread**2 / 2, spread))) for mean, spread in LENGTHS
+        )
+        trunk = min(trunk, longest // 2)
+        branches = [min(branch, longest - trunk) for branch in branches][:num_branches]
+        found.append(random_example(rng, vocab, trunk, *branches, number=number))
+    return found
+
+
+# ---- the configurations ----
+
 LEAST_STEPS, MOST_STEPS, STEPS_OF_DATA = 2, 8, 4
 
 
@@ -44,7 +144,7 @@ class Row:
     Attributes:
         task: "dpo" or "sft".
         rank: of LoRA; 0: every parameter is trained.
-        variant: "shared", "packed" or "padded", see `gpu_shapes.rows`.
+        variant: "shared", "packed" or "padded", see `step.rows`.
         checkpointing: one of `MODES`.
         compile: each block.
         profile: find the shares of its time, too.
@@ -148,7 +248,7 @@ def _measured(
     step = Step(policy, row.task, config.vocab_size)
     steps = steps_of(row, scale, config.vocab_size)
     longest = LONGEST // scale.divisor
-    batches = [rows(row.variant, examples, tokens_per_row, longest) for examples in steps]
+    batches = [rows_of(row.variant, examples, tokens_per_row, longest) for examples in steps]
     times = timed(lambda number: step(batches[number]), seconds, device, warm_up=2 if row.compile else 1)
     found: dict[str, Any] = {
         "tokens_per_row": tokens_per_row,
@@ -162,7 +262,7 @@ def _measured(
         found["notes"] = unused
     extra(found, "done_flops_per_second", lambda: median(work.done(batches[number]) / took for number, took in times))
     fullest = [each for batch in batches for each in batch]
-    extra(found, "predicted_gib", lambda: predicted_bytes(work, row.checkpointing, fullest) / GIB)
+    extra(found, "predicted_gib", lambda: predicted_bytes(work, fullest) / GIB)
     if row.profile:
         extra(found, "shares", lambda: profiled(lambda: step(batches[0])))
     return found
@@ -204,15 +304,9 @@ def _seconds(step: Callable[[int], object], number: int, device: torch.device) -
     return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def rates(times: Sequence[tuple[int, float]], steps: Sequence[Sequence[Example]]) -> dict[str, Any]:
     """Medians over the timed steps; tokens are those of packed rows with sharing, whatever the variant."""
-    tokens = [sum(len(item.trunk) + sum(map(len, item.branches)) for item in step) for step in steps]
+    tokens = [sum(map(num_tokens, step)) for step in steps]
     return {
         "steps": len(times),
         "times": [list(item) for item in times],
@@ -226,7 +320,7 @@ def necessary_rate(
     config: MistralConfig, steps: Sequence[Sequence[Example]], times: Sequence[tuple[int, float]]
 ) -> float:
     """Necessary operations per second of full fine-tuning, whoever does it."""
-    work = Work(model_dimensions(config), adapters=0, recomputed=0, attention_again=False)
+    work = work_of(config, "none")
     return median(work.necessary(steps[number]) / took for number, took in times)
 
 

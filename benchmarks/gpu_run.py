@@ -22,7 +22,6 @@ The target's name must contain "site-packages": dill pickles functions by name o
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -37,20 +36,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import yaml
 
 import gpu_report
+from common import ROOT, markdown
 from notus import demo
 from notus.curation import synthetic
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY = 30, 5
-PROMPTS = {"sft": 1200, "preferences": 1200}
 ATTEMPTS = 3  # to kill a run before it ends by itself
-# What differs between equal runs.
-TIMINGS = ("pairs_per_second", "examples_per_second")
 # The largest difference of two losses at the same step, from the same weights and data. With seed 1 on a CPU, bf16 and
 # fp32 were 4e-3 (SFT), 1.1e-2 (DPO) and 1.5e-3 (LoRA) apart: RMSprop's first updates are all of the same size, so that
 # rounding decides the direction of some.
@@ -142,15 +136,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_inputs(scratch: Path, seed: int) -> None:
     """Make the base model, the demonstrations and the preference pairs."""
     demo.make_base(scratch / "base", seed)
-    for_sft, for_preferences = synthetic.make_prompts(list(PROMPTS.values()), seed=seed)
-    _write_rows(scratch / "sft.jsonl", synthetic.demonstrations(for_sft, seed=seed))
-    _write_rows(scratch / "records.jsonl", synthetic.ultrafeedback_records(for_preferences, seed=seed))
+    for_sft, for_preferences = synthetic.make_prompts([1200, 1200], seed=seed)
+    rows = {"sft": synthetic.demonstrations(for_sft, seed=seed)}
+    rows["records"] = synthetic.ultrafeedback_records(for_preferences, seed=seed)
+    for name, made in rows.items():
+        (scratch / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     curate = [sys.executable, "-m", "notus", "curate", str(scratch / "records.jsonl"), str(scratch / "dpo.jsonl")]
     subprocess.run([*curate, "--seed", str(seed)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_config(bench: Bench, case: str) -> Path:
@@ -183,14 +175,9 @@ class OutOfTime(Exception):
 
 def start(bench: Bench, case: str, name: str, *words: str, cpu: bool = False) -> "subprocess.Popen[bytes]":
     """Start the entry of a case; its output goes to NAME.log and the run to the folder NAME."""
-    entry, folder = f"train_{'sft' if case == 'sft' else 'dpo'}.py", bench.scratch / name
-    command = [
-        sys.executable,
-        str(ROOT / entry),
-        str(bench.scratch / f"{case}.yaml"),
-        f"--training.output_dir={folder}",
-    ]
-    command += [f"--data.cache_dir={bench.scratch / f'{name}-cache'}", *words]
+    entry = ROOT / f"train_{'sft' if case == 'sft' else 'dpo'}.py"
+    places = (f"--training.output_dir={bench.scratch / name}", f"--data.cache_dir={bench.scratch / name}-cache")
+    command = [sys.executable, str(entry), str(bench.scratch / f"{case}.yaml"), *places, *words]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if cpu:  # two threads: the model is small, and runs go on beside each other
         environment = {"OMP_NUM_THREADS": "2", **environment, "CUDA_VISIBLE_DEVICES": ""}
@@ -252,16 +239,14 @@ def kill_after_a_checkpoint(bench: Bench, case: str) -> str:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of `metrics.jsonl` without what differs between equal runs."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                record = json.loads(line)
-                found.append(
-                    {key: record[key] for key in record if key not in TIMINGS and not key.startswith("system/")}
-                )
-    return found
+    """Return the whole lines of `metrics.jsonl` without the timings, which differ between equal runs."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [
+        {key: value for key, value in record.items() if not key.endswith("per_second") and "system/" not in key}
+        for record in records
+    ]
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -292,31 +277,29 @@ def check_case(bench: Bench, case: str, pool: concurrent.futures.ThreadPoolExecu
         precision: pool.submit(run, bench, case, name, f"--training.precision={precision}", cpu=True)
         for precision, name in others.items()
     }
-    if bench.check(f"{case}: runs to its end", lambda: _ended(run(bench, case, undisturbed, cpu=bench.cpu))):
+
+    def ends() -> str | None:
+        steps = len(run(bench, case, undisturbed, cpu=bench.cpu))
+        return None if steps == STEPS else f"{steps} steps in place of {STEPS}"
+
+    if bench.check(f"{case}: runs to its end", ends):
         bench.check(f"{case}: killed and resumed, equal bit for bit", lambda: resumed(bench, case))
     for precision, future in beside.items():
         name = f"{case}: losses as on the CPU in {precision}"
         bench.check(name, lambda p=precision, f=future: compare(bench, case, p, f.result()))
-    for line in table(bench.report["losses"].get(case, {})):
-        print(line, flush=True)
-
-
-def _ended(found: list[float]) -> str | None:
-    return None if len(found) == STEPS else f"{len(found)} steps in place of {STEPS}"
+    if found := bench.report["losses"].get(case):
+        print(table(found), flush=True)
 
 
 def resumed(bench: Bench, case: str) -> str | None:
     """Kill a run, start it again with the same command, and say what differs from the undisturbed one."""
     name = kill_after_a_checkpoint(bench, case)
-    first_line = _first_line(bench.scratch / name)
+    log = bench.scratch / name / "metrics.jsonl"
+    first_line = log.read_text().splitlines()[0]
     finish(bench, name, start(bench, case, name, cpu=bench.cpu))
-    if _first_line(bench.scratch / name) != first_line:  # it says how fast the step was, which no second run repeats
+    if log.read_text().splitlines()[0] != first_line:  # it says how fast the step was, which no second run repeats
         return "the run began anew in place of resuming from its checkpoint"
     return difference(bench.scratch / f"{case}-undisturbed", bench.scratch / name)
-
-
-def _first_line(folder: Path) -> str:
-    return (folder / "metrics.jsonl").read_text().splitlines()[0]
 
 
 def difference(expected: Path, found: Path) -> str | None:
@@ -326,14 +309,12 @@ def difference(expected: Path, found: Path) -> str | None:
         return f"{len(got_lines)} lines of metrics in place of {len(wanted_lines)}"
     for wanted, got in zip(wanted_lines, got_lines, strict=True):
         if wanted != got:
-            keys = [key for key in sorted(wanted.keys() | got.keys()) if wanted.get(key) != got.get(key)]
-            values = f"{keys[0]} is {got.get(keys[0])!r} in place of {wanted.get(keys[0])!r}"
-            return f"step {wanted.get('step')}: {values}"
+            key = min(key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key))
+            return f"step {wanted.get('step')}: {key} is {got.get(key)!r} in place of {wanted.get(key)!r}"
     wanted_files, got_files = digests(expected), digests(found)
     if not wanted_files:
         return f"{expected}/model holds no file"
-    files = sorted(wanted_files.keys() | got_files.keys())
-    unlike = [name for name in files if wanted_files.get(name) != got_files.get(name)]
+    unlike = sorted(name for name, _ in wanted_files.items() ^ got_files.items())
     return f"{unlike[0]} differs" if unlike else None
 
 
@@ -355,16 +336,14 @@ def too_far(found: list[float], expected: list[float], tolerance: float) -> str 
     return None if errors[worst] <= tolerance else f"{message}, at most {tolerance:.0e}"
 
 
-def table(columns: dict[str, list[float]]) -> list[str]:
-    """Return the lines of a markdown table: every fifth step, and the largest differences from the first column."""
-    if not columns:
-        return []
-    first, *others = columns
-    lines = ["", f"| step | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+def table(columns: dict[str, list[float]]) -> str:
+    """Return a markdown table: every fifth step, and the largest differences from the first column."""
+    first, *others = columns.values()
     steps = range(0, min(map(len, columns.values())), SAVE_EVERY)
-    lines += [f"| {step + 1} | {' | '.join(f'{columns[name][step]:.6f}' for name in columns)} |" for step in steps]
-    apart = [max(abs(a - b) for a, b in zip(columns[first], columns[name], strict=False)) for name in others]
-    return [*lines, f"| largest difference | | {' | '.join(f'{value:.2e}' for value in apart)} |", ""]
+    rows = [[step + 1, *(f"{values[step]:.6f}" for values in columns.values())] for step in steps]
+    apart = [max(abs(a - b) for a, b in zip(first, other, strict=False)) for other in others]
+    rows.append(["largest difference", "", *(f"{value:.2e}" for value in apart)])
+    return f"\n{markdown(['step', *columns], rows)}\n"
 
 
 if __name__ == "__main__":

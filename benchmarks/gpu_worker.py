@@ -2,32 +2,40 @@
 
 import argparse
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import os
+import platform
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import MistralConfig
 
-import gpu_device
 import gpu_report
+from common import GIB, fastest, matmul_rate
 from gpu_parity import comparisons
 from gpu_peers import measure_peer, peers
-from gpu_rows import Row, measure, plan, recompiles, release
-from gpu_shapes import CPU, GPU, Scale, fitting
+from gpu_rows import CPU, GPU, Row, Scale, fitting, measure, plan, recompiles, release
+from notus.model.flops import gpu_of_driver
 from notus.runtime.distributed import process_group
 from notus.runtime.switches import disabled, disabled_names
 
 # Exit code: a new process must go on. This one's CUDA context is broken, or it cannot free what a row allocated.
 START_ANEW = 77
-MOST_LEFT = 2 * 2**30
+MOST_LEFT = 2 * GIB
 # The timed steps of a row may take this share of the time that there is for everything.
 SHARE_PER_ROW = 1 / 60
+SECONDS_PER_PRODUCT = 0.1
+PACKAGES = ("torch", "transformers", "numpy", "safetensors", "trl", "liger-kernel")
 
 Found = Iterable[dict[str, Any]]
 
@@ -59,7 +67,7 @@ def work(options: argparse.Namespace) -> int:
             return gpu_report.USAGE
         tasks = parity_tasks(device) if options.only == "parity" else [*rate_tasks(device), *rows]
         report = gpu_report.read(options.output)
-        report["hardware"] = report["hardware"] or gpu_device.describe(device)
+        report["hardware"] = report["hardware"] or describe(device)
         report["planned"][options.only] = [task.name for task in tasks]
         with disabled(*disabled_names(), *options.without):
             healthy = Worker(report, options, device).run(tasks)
@@ -108,7 +116,7 @@ class Worker:
                 self.report["rows"][-1]["took"] = time.time() - began
             self.report["running"] = None
             gpu_report.write(self.report, self._output)
-            self._tell(task)
+            self._print(task)
             if not healthy:
                 return False
         return True
@@ -148,13 +156,13 @@ class Worker:
                 return not failed or usable(self._device)
             left = torch.cuda.memory_allocated()
             if left > MOST_LEFT:
-                self.report["problems"].append(f"{task.name}: {left / 2**30:.1f} GiB are still allocated after it")
+                self.report["problems"].append(f"{task.name}: {left / GIB:.1f} GiB are still allocated after it")
             return left <= MOST_LEFT and usable(self._device)
         except Exception as broken:  # a CUDA error that the task caused may be reported only now
             self.report["problems"].append(f"{task.name}: memory was not released: {gpu_report.in_words(broken)}")
             return usable(self._device)
 
-    def _tell(self, task: Task) -> None:
+    def _print(self, task: Task) -> None:
         elapsed = f"[{time.time() - self._began:4.0f} s]"
         count = len(self.report["parity"])
         if task.section == "parity" and count % 25 == 0:
@@ -172,6 +180,69 @@ def usable(device: torch.device) -> bool:
         return torch.zeros(1, device=device).add_(1).item() == 1.0
     except Exception:
         return False
+
+
+# ---- the device ----
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, date and commit."""
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+    if device.type == "cpu":
+        return {"device": f"CPU, {torch.get_num_threads()} threads", **found}
+    properties = torch.cuda.get_device_properties(device)
+    gpu = gpu_of_driver(properties.name)
+    return {
+        "device": properties.name,
+        "memory_gib": properties.total_memory / GIB,
+        "multiprocessors": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "power_limit": _output("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "peak_bf16_flops_per_second": gpu.teraflops * 1e12 if gpu else None,
+        **found,
+    }
+
+
+def _output(*command: str) -> str | None:
+    """The first line that a command prints; None where there is no such command, or it fails."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0].strip() if lines else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ---- what the device does when it does nothing else ----
+
+
+def block_rate(config: MistralConfig, tokens: int, device: torch.device) -> float:
+    """FLOP/s of the products of each linear layer of a block, in bf16."""
+    hidden, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes = {(queries, hidden): 1, (keys, hidden): 2, (hidden, queries): 1, (mlp, hidden): 2, (hidden, mlp): 1}
+    layers = [(shape, tokens, count) for shape, count in shapes.items()]
+    return matmul_rate(layers, device, torch.bfloat16, SECONDS_PER_PRODUCT)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / fastest(lambda: target.copy_(source), device, SECONDS_PER_PRODUCT)
 
 
 # ---- the tasks, the most important first ----
@@ -192,10 +263,10 @@ def rate_tasks(device: torch.device) -> list[Task]:
 
     def products() -> Found:
         config = fitting(scale, memory, lora=False)[1]
-        yield {"flops_per_second": gpu_device.matmul_rate(config, scale.tokens_per_row["full"], device)}
+        yield {"flops_per_second": block_rate(config, scale.tokens_per_row["full"], device)}
 
     def copy() -> Found:
-        yield {"bytes_per_second": gpu_device.bandwidth(device)}
+        yield {"bytes_per_second": bandwidth(device)}
 
     return [Task("rates", "matrix products", products), Task("rates", "copy", copy)]
 

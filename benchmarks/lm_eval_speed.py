@@ -9,7 +9,6 @@ accelerate:
 
 import argparse
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,11 +17,9 @@ from pathlib import Path
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
-
+from common import word_tokenizer
 from notus.evaluation.open_llm.harness import NotusLM
 from notus.runtime.distributed import process_group
 
@@ -44,30 +41,14 @@ def requests(questions: int, shots: int, options: int) -> list[Instance]:
     return found
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token."""
-    words = {name: index for index, name in enumerate(["<unk>", "<s>", "</s>", "<pad>"])}
-    words |= {f"w{index}": len(words) + index for index in range(VOCABULARY - 4)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
 def model(width: int, layers: int, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """A Llama at its random start, with weights that tell tokens apart."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        max_position_embeddings=4096,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 128, max_position_embeddings=4096,
         initializer_range=0.05,
-    )
+    )  # fmt: skip
     return LlamaForCausalLM(config).to(device, dtype).eval()
 
 
@@ -81,19 +62,14 @@ def timed(work: Callable[[], list[tuple[float, bool]]]) -> tuple[float, list[tup
 def main() -> None:
     """Measure both, three times each in turn; print the best of each and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {
-        "questions": 8,
-        "shots": 25,
-        "options": 4,
-        "width": 256,
-        "layers": 4,
-        "batch-size": 4,
-    }.items():
+    defaults = {"questions": 8, "shots": 25, "options": 4, "width": 256, "layers": 4, "batch-size": 4}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     asked = requests(args.questions, args.shots, args.options)
-    words, causal_lm = tokenizer(), model(args.width, args.layers, device, dtype)
+    words, causal_lm = word_tokenizer(VOCABULARY), model(args.width, args.layers, device, dtype)
+    words.pad_token = "</s>"
     peer = HFLM(pretrained=causal_lm, tokenizer=words, batch_size=args.batch_size)
 
     def ours(folder: Path) -> list[tuple[float, bool]]:

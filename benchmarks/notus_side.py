@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from job import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, describe_tokens
-from memory import PeakMemory, describe_machine
+from common import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, PeakMemory, describe_machine, describe_tokens
 from notus.config import config_from_dict
 from notus.data.dataset import Rows
 from notus.training import setup as training

@@ -1,20 +1,30 @@
 """Where a training step's time goes, by kind of work, from torch's profiler; on CPU and on CUDA.
 
+    python benchmarks/profile_step.py [--size 15m|100m] [--precision fp32|bf16]    # a DPO step on this CPU
+
     from profile_step import profiled
     print(profiled(step, steps=2))    # {"matmul": 0.61, "attention": 0.12, ..., "host": 0.03}
+
+The command takes a made model and pairs of the made lengths, as vs_trl.py does: two steps to warm up, then two under
+the profiler.
 
 On CPU a kind's time is the time of its operations themselves. On CUDA it is the time of the kernels that they launch,
 and what is left of the wall clock is the device's idle time, for which the host (or the data) is to blame.
 """
 
+import argparse
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from common import SIZES, made_lengths, markdown, model_config
 
 # A range around the operation decides first, whatever the operation is. torch names optimizer steps itself.
 RANGES = {
@@ -78,8 +88,8 @@ def shares(events: Iterable[Any]) -> dict[str, float]:
 
 def table(found: dict[str, float]) -> str:
     """A markdown table of shares, the largest first."""
-    lines = [f"| {kind} | {share:.1%} |" for kind, share in sorted(found.items(), key=lambda item: -item[1])]
-    return "\n".join(["| kind | share of the step |", "|---|---|", *lines])
+    rows = sorted(found.items(), key=lambda item: -item[1])
+    return markdown(("kind", "share of the step"), [(kind, f"{share:.1%}") for kind, share in rows])
 
 
 def _is_kernel(event: Any) -> bool:
@@ -132,3 +142,41 @@ def _union(events: list[Any]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+# ---- the command ----
+
+WARM_UP, STEPS, PAIRS_PER_STEP, TOKENS_PER_ROW = 2, 2, 16, 1280
+
+
+def measure(size: str, precision: str) -> dict[str, float]:
+    """Shares of a step's time on this CPU."""
+    from notus.runtime.distributed import process_group
+    from step import Step, build, random_example, rows
+
+    generator, config = np.random.default_rng(0), model_config(size)
+    lengths = 1 + made_lengths(generator, (WARM_UP + STEPS) * PAIRS_PER_STEP)
+    examples = [random_example(generator, config.vocab_size, *each) for each in lengths]
+    with process_group() as device:
+        step = Step(build(config, device, precision=precision)[0], "dpo", config.vocab_size)
+        numbers = itertools.count()
+
+        def take() -> None:
+            start = next(numbers) * PAIRS_PER_STEP
+            step(rows("shared", examples[start : start + PAIRS_PER_STEP], TOKENS_PER_ROW, TOKENS_PER_ROW))
+
+        for _ in range(WARM_UP):
+            take()
+        return profiled(take, STEPS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where the time of a DPO step goes: see the head of this file.")
+    parser.add_argument("--size", choices=list(SIZES), default="15m")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    args = parser.parse_args()
+    print(table(measure(args.size, args.precision)))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,11 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from memory import describe_machine
+from common import describe_machine, make_model, make_pairs
 from notus.config import load_config
 from notus.training import dpo
-from synthetic_pairs import make_pairs
-from synthetic_setup import make_model
 
 
 def main() -> None:

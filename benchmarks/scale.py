@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import MIB, markdown, process_memory, write_json
+
 if TYPE_CHECKING:
     from notus.data.dataset import Rows
 
-ROOT = Path(__file__).resolve().parents[1]
 MEAN_TOKENS = (176, 300, 280)  # prompt, chosen, rejected
 SPREADS = (1.0, 0.8, 0.8)  # standard deviation of the lengths' logarithm
 CORRELATIONS = ((1.0, 0.3, 0.3), (0.3, 1.0, 0.5), (0.3, 0.5, 1.0))
@@ -32,7 +33,6 @@ MAX_LENGTH, MAX_PROMPT = 1024, 512
 RANKS, BATCH_SIZE, TOKENS_PER_ROW = 8, 64, 8192
 WORKERS = 2
 _VOCABULARY, _DISTINCT_WORDS, _TOKENS_PER_WORD = 8000, 20_000, 2.3
-_MIB = 2**20
 
 
 def random_lengths(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -102,31 +102,24 @@ class Measured:
     notes: str
 
 
-class _PrivateMemory:
+class _PrivateMemory(threading.Thread):
     """The most anonymous memory of this process, looked at every 20 ms: Linux keeps no record of it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._ended = threading.Event()
-        self._before = self._most = _anonymous()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
+        self._before = self._most = process_memory("RssAnon")
+        self.start()
 
-    def _watch(self) -> None:
+    def run(self) -> None:
         while not self._ended.wait(0.02):
-            self._most = max(self._most, _anonymous())
+            self._most = max(self._most, process_memory("RssAnon"))
 
     def end(self) -> float:
         """MiB at the most, less what was there at the beginning."""
         self._ended.set()
-        self._thread.join()
-        return max(self._most, _anonymous()) - self._before
-
-
-def _anonymous() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no RssAnon")
+        self.join()
+        return max(self._most, process_memory("RssAnon")) - self._before
 
 
 def measure(phase: str, folder: Path, files: list[Path]) -> Measured:
@@ -162,7 +155,7 @@ PHASES = ("tokenise", "open", "digest", "plan", "pack")
 
 
 def _digest(rows: "Rows") -> str:
-    return f"{rows.digests().nbytes / _MIB:.1f} MiB of digests"
+    return f"{rows.digests().nbytes / MIB:.1f} MiB of digests"
 
 
 def _steps(rows: "Rows") -> Iterator[tuple[np.ndarray, list[float], list[list[list[int]]]]]:
@@ -201,12 +194,13 @@ def _pack(rows: "Rows") -> str:
 
 def table(results: list[Measured]) -> str:
     """The results as Markdown."""
-    lines = ["| pairs | phase | seconds | private memory | largest worker | found |", "|---|---|---|---|---|---|"]
+    heads = ("pairs", "phase", "seconds", "private memory", "largest worker", "found")
+    rows = []
     for found in results:
         worker = f"{found.worker_mib:,.0f} MiB" if found.worker_mib else "-"
-        cells = [f"{found.pairs:,}", found.phase, f"{found.seconds:,.1f}", f"{found.private_mib:,.0f} MiB", worker]
-        lines.append(f"| {' | '.join([*cells, found.notes])} |")
-    return "\n".join(lines)
+        memory = f"{found.private_mib:,.0f} MiB"
+        rows.append((f"{found.pairs:,}", found.phase, f"{found.seconds:,.1f}", memory, worker, found.notes))
+    return markdown(heads, rows)
 
 
 def run_phase(phase: str, folder: Path, files: list[Path]) -> Measured:
@@ -255,10 +249,8 @@ def main() -> None:
             results += run_all(Path(folder), pairs, args.per_file, args.seed)
     print(table(results))
     if args.results:
-        found = [dataclasses.asdict(result) for result in results]
-        args.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(args.results, [dataclasses.asdict(result) for result in results])
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -1,33 +1,25 @@
 """How time and memory of a DPO step grow: `python benchmarks/scale_growth.py [pairs length vocabulary model ranks]`.
 
 One quantity at a time is doubled or more; the others stay at those of the base point. Every point is a process of its
-own, or two joined by gloo, with one thread each. The pairs are random tokens, all of one length; the policy is dealt,
-packed and trained by the trainer's own parts, and its reference log-probs are made up. Memory is the largest resident
-set during the steps, less what the imports alone take; with two ranks, that of the larger one.
+own, or two joined by gloo, with one thread each. The pairs are random tokens, all of one length; the step is that of
+step.py, in fp32. Memory is the largest resident set during the steps, less what the imports alone take; with two ranks,
+that of the larger one.
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
+from common import PeakMemory, markdown, write_json
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from notus.data.dataset import Rows
-
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4  # the first one warms up
+TOKENS_PER_ROW = 768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +51,7 @@ AXES = {
 
 
 @dataclasses.dataclass
-class Step:
+class Growth:
     """What a rank measured: parameters of the model, seconds of the median step, MiB, and necessary operations."""
 
     parameters: int
@@ -68,119 +60,71 @@ class Step:
     flops: float
 
 
-def measure(point: Point, folder: Path) -> Step:
+def measure(point: Point) -> Growth:
     """Train a few steps at a point; a rank's part."""
-    sys.path.insert(0, str(ROOT))
+    import numpy as np
     import torch
-    from transformers import AutoConfig
+    from transformers import MistralConfig
 
-    from memory import PeakMemory
-    from notus.data.schedule import StepPlan
-    from notus.runtime.distributed import process_group
-    from notus.training.dataloader import Dataloader, row_costs
-    from notus.training.optimizers import build_optimizer, clip_gradients, gradient_norm, local_gradients
-    from notus.training.parallelize import build_policy
-
-    torch.set_num_threads(1)
-    with process_group() as device:
-        rows = _rows(point)
-        memory = PeakMemory()
-        policy = build_policy(folder, AutoConfig.from_pretrained(folder), device=device, precision="fp32")
-        optimizer = build_optimizer(policy.parameters(), name="rmsprop", learning_rate=1e-6, weight_decay=0.0)
-        plan, costs = StepPlan(len(rows), point.pairs), row_costs(policy, rows)
-        seconds = []
-        with Dataloader(rows, costs, plan, range(STEPS), tokens_per_row=3 * 4 * 64, device=device) as feed:
-            for _ in range(STEPS):
-                began = time.perf_counter()
-                for batch, _ in feed.step():
-                    _loss(policy(batch), point.pairs).backward()
-                gradients = local_gradients(policy.parameters())
-                clip_gradients(gradients, gradient_norm(gradients, torch.zeros(0))[0], 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                seconds.append(time.perf_counter() - began)
-        parameters = sum(parameter.numel() for parameter in policy.parameters())
-        flops = 3 * float(costs[: point.pairs].sum())
-        return Step(parameters, statistics.median(seconds[1:]), memory.peak_mib() - memory.baseline_mib, flops)
-
-
-def _loss(logps: "Tensor", pairs: int) -> "Tensor":
-    """The step's share of the sigmoid loss; the reference is the policy itself, so it is ln 2 throughout."""
-    from notus.losses import dpo_loss
-
-    chosen, rejected = logps.unbind(1)
-    losses, _, _ = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach())
-    return losses.sum() / pairs
-
-
-def _rows(point: Point) -> "Rows":
-    import datasets
-
-    from notus.data.dataset import FEATURES, Rows
-
-    count, length = point.pairs * STEPS, point.length
-    ids = np.random.default_rng(0).integers(3, point.vocabulary, size=(count, 3, length))
-    columns = {"trunk": ids[:, 0], "branches": ids[:, 1:], "loss_mask": np.ones((count, 2, length), dtype=int)}
-    lists = {name: column.tolist() for name, column in columns.items()}
-    return Rows(datasets.Dataset.from_dict(lists, features=FEATURES))
-
-
-def make_model(point: Point, folder: Path) -> None:
-    """Write a randomly initialised Mistral of the point's width and vocabulary to `folder`."""
-    from transformers import MistralConfig, MistralForCausalLM
+    from notus.runtime.distributed import process_group, rank
+    from step import Step, build, random_example, rows
 
     config = MistralConfig(
-        vocab_size=point.vocabulary,
-        hidden_size=point.width,
-        intermediate_size=3 * point.width,
-        num_hidden_layers=max(1, point.width // 64),
-        num_attention_heads=point.width // 32,
-        num_key_value_heads=point.width // 64,
-        head_dim=32,
-        max_position_embeddings=4096,
-        sliding_window=None,
-        tie_word_embeddings=False,
-    )
-    MistralForCausalLM(config).save_pretrained(folder)
+        vocab_size=point.vocabulary, hidden_size=point.width, intermediate_size=3 * point.width, head_dim=32,
+        num_hidden_layers=max(1, point.width // 64), num_attention_heads=point.width // 32,
+        num_key_value_heads=point.width // 64, max_position_embeddings=4096, sliding_window=None,
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    generator, seconds = np.random.default_rng(0), []
+    with process_group() as device:
+        memory = PeakMemory()
+        policy, work = build(config, device, precision="fp32")
+        step = Step(policy, "dpo", point.vocabulary)
+        for _ in range(STEPS):
+            examples = [random_example(generator, point.vocabulary, *[point.length] * 3) for _ in range(point.pairs)]
+            began = time.perf_counter()
+            step(rows("shared", examples, TOKENS_PER_ROW, 0, rank(), point.ranks))
+            seconds.append(time.perf_counter() - began)
+        parameters = sum(parameter.numel() for parameter in policy.parameters())
+        peak = memory.peak_mib() - memory.baseline_mib
+        return Growth(parameters, statistics.median(seconds[1:]), peak, work.necessary(examples))
 
 
-def run_point(point: Point, folder: Path) -> Step:
+def run_point(point: Point) -> Growth:
     """Measure a point in processes of its own."""
-    described = json.dumps(dataclasses.asdict(point))
-    command = [sys.executable, __file__, "--point", described, "--folder", str(folder)]
-    subprocess.run([*command, "--make"], check=True, capture_output=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = os.environ | {
-        "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(point.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(point.ranks)
-    ]
-    told = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError(f"{point}: a rank failed")
-    steps = [Step(**json.loads(text.splitlines()[-1])) for text in told]
-    return dataclasses.replace(steps[0], peak_mib=max(step.peak_mib for step in steps))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={point.ranks}"]
+    command = [*launcher, __file__, "--point", json.dumps(dataclasses.asdict(point))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    ranks = [Growth(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dataclasses.replace(ranks[0], peak_mib=max(each.peak_mib for each in ranks))
 
 
-def table(results: dict[str, list[tuple[Point, Step]]]) -> str:
+def table(results: dict[str, list[tuple[Point, Growth]]]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| grows | pairs | tokens of a pair | vocabulary | parameters | ranks | ms per step | peak MiB | GFLOP/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for axis, points in results.items():
-        for point, step in points:
-            cells = [
-                axis, str(point.pairs), str(3 * point.length), f"{point.vocabulary:,}",
-                f"{step.parameters / 1e6:.1f}M", str(point.ranks), f"{1e3 * step.seconds:,.0f}",
-                f"{step.peak_mib:,.0f}", f"{step.flops / step.seconds / 1e9:.1f}",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    heads = (
+        "grows",
+        "pairs",
+        "tokens of a pair",
+        "vocabulary",
+        "parameters",
+        "ranks",
+        "ms per step",
+        "peak MiB",
+        "GFLOP/s",
+    )
+    return markdown(
+        heads,
+        [
+            (
+                axis, point.pairs, 3 * point.length, f"{point.vocabulary:,}", f"{found.parameters / 1e6:.1f}M",
+                point.ranks, f"{1e3 * found.seconds:,.0f}", f"{found.peak_mib:,.0f}",
+                f"{found.flops / found.seconds / 1e9:.1f}",
+            )
+            for axis, points in results.items()
+            for point, found in points
+        ],
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -188,26 +132,15 @@ def main() -> None:
     parser.add_argument("axes", nargs="*", default=list(AXES), help=f"some of {', '.join(AXES)}")
     parser.add_argument("--results", type=Path, help="write what was measured to this JSON file")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.make:
-        make_model(Point(**args.point), args.folder)
-    elif args.point:
-        print(json.dumps(dataclasses.asdict(measure(Point(**args.point), args.folder))))
-    else:
-        results: dict[str, list[tuple[Point, Step]]] = {}
-        for axis in args.axes:
-            with tempfile.TemporaryDirectory() as folder:
-                results[axis] = [(point, run_point(point, Path(folder))) for point in AXES[axis]]
-        print(table(results))
-        if args.results:
-            found = [
-                {"axis": axis, **dataclasses.asdict(point), **dataclasses.asdict(step)}
-                for axis, points in results.items()
-                for point, step in points
-            ]
-            args.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.point:
+        print(json.dumps(dataclasses.asdict(measure(Point(**args.point)))), flush=True)
+        return
+    results = {axis: [(point, run_point(point)) for point in AXES[axis]] for axis in args.axes}
+    print(table(results))
+    if args.results:
+        found = [(axis, *pair) for axis, points in results.items() for pair in points]
+        write_json(args.results, [{"axis": axis, **vars(point), **vars(growth)} for axis, point, growth in found])
 
 
 if __name__ == "__main__":

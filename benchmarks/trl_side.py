@@ -10,8 +10,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from job import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, describe_tokens
-from memory import PeakMemory, describe_machine
+from common import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, PeakMemory, describe_machine, describe_tokens
 
 
 class TimedTrainer(DPOTrainer):

@@ -4,6 +4,7 @@
     python benchmarks/vs_trl.py [--model FOLDER --pairs FILE] [--repeats 3] [--results FILE.json]
     python benchmarks/vs_trl.py --sides notus --size 100m --num-pairs 32 --epochs 1
     python benchmarks/vs_trl.py --sides notus --against REVISION      # old Notus and new
+    python benchmarks/vs_trl.py --ratios 1:4 1:1 4:1 --length 256     # pairs of several shapes
 
 Prints pairs per second, memory, and how many times faster Notus is than each other side, with the range over the
 rounds. The first ratio is that to the fastest TRL, whose options a short search finds. Ends with exit code 1 if the
@@ -16,36 +17,34 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, installed or not
-
-import trl_fastest
-from job import Job, Machine, Outcome
-from report import Comparison, Measured, check_losses, check_tokens, table
-from synthetic_pairs import make_pairs
-from trl_fastest import Options, RunFailed, Search, TimedOut, Work
+import trl_search
+from common import LOG_SPREAD, MEAN_COMPLETION, MEAN_PROMPT, Job, Outcome, make_pairs, write_json
+from trl_search import Options, RunFailed, Search, TimedOut, Work
+from vs_trl_report import Comparison, Machine, Measured, check_losses, check_tokens, table
 
 HERE = Path(__file__).resolve().parent
 # In the order in which the table has them. `trl` is TRL as it comes; its loss is always fused with the head (log-probs
-# in tiles, no logits). `trl-fastest` has the options that a search finds (trl_fastest.py). `trl-best` has one pair at a
+# in tiles, no logits). `trl-fastest` has the options that a search finds (trl_search.py). `trl-best` has one pair at a
 # time, which leaves the least padding; `trl-liger` has Liger's fused layers.
-PRECOMPUTED = trl_fastest.BASE
+PRECOMPUTED = trl_search.BASE
 OPTIONS: dict[str, Options] = {
-    "notus": {},
+    "notus": {"tokens_per_row": 4096},  # the default of `training.tokens_per_row`
     "trl-fastest": {},
-    "notus-old": {},
+    "notus-old": {"tokens_per_row": 4096},
     "trl": {},
     "trl-precomputed": PRECOMPUTED,
     "trl-best": {**PRECOMPUTED, "per_device_train_batch_size": 1, "precompute_ref_batch_size": 1},
-    "trl-liger": {**PRECOMPUTED, **trl_fastest.LIGER},
+    "trl-liger": {**PRECOMPUTED, **trl_search.LIGER},
 }
 # The largest difference of two losses at the same step. In bf16 each side rounds its log-probs in its own way, and
 # beta times that is in the loss; 1.2e-3 was seen over six steps of the made pairs.
@@ -64,48 +63,44 @@ def missing(side: str) -> str | None:
     return None
 
 
-def parser_of_both(description: str) -> argparse.ArgumentParser:
-    """Return a parser of what `vs_trl.py` and `vs_trl_sweep.py` both take."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32")
+def parse_arguments() -> argparse.Namespace:
+    sides = [side for side in OPTIONS if side != "notus-old"]
+    parser = argparse.ArgumentParser(description="Notus beside TRL: see the head of this file.")
+    parser.add_argument("--model", type=Path, help="model folder (default: made here)")
     parser.add_argument("--size", choices=["15m", "100m", "1b"], default="15m", help="of the made model")
+    parser.add_argument("--pairs", type=Path, help="JSONL with strings: prompt, chosen, rejected (default: made here)")
+    parser.add_argument("--num-pairs", type=int, default=128, help="to make, or to take from --pairs")
+    parser.add_argument("--ratios", nargs="+", metavar="P:C", help="made pairs of these ratios of prompt to completion")
+    parser.add_argument("--length", type=int, default=256, help="with --ratios: mean of a prompt and a completion")
+    parser.add_argument("--spread", type=float, default=LOG_SPREAD, help="of the logarithm of made lengths")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3], help="one run per side and number")
+    parser.add_argument("--learning-rate", type=float, default=5e-7)
+    parser.add_argument("--max-length", type=int, default=1024, help="a pair longer than this is an error")
+    parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32")
     parser.add_argument("--tolerance", type=float, help="largest difference of two losses (fp32: 1e-3, bf16: 1e-2)")
     parser.add_argument("--repeats", type=int, default=1, help="rounds; in each, another side begins")
-    sides = [side for side in OPTIONS if side != "notus-old"]
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--against", help="also run the Notus of this checkout or git revision, as `notus-old`")
     parser.add_argument("--probe-steps", type=int, default=1, help="steps that a probe of trl-fastest measures")
     parser.add_argument("--seed", type=int, default=0, help="of the made model and pairs")
     parser.add_argument("--results", type=Path, help="write everything measured to this JSON file")
-    return parser
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = parser_of_both("Notus beside TRL: see the head of this file.")
-    parser.add_argument("--model", type=Path, help="model folder (default: made here, 15.6M parameters)")
-    parser.add_argument("--pairs", type=Path, help="real pairs, in any form that data.train takes (default: made here)")
-    parser.add_argument("--num-pairs", type=int, default=128, help="to make, or to take from --pairs")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3], help="one run per side and number")
-    parser.add_argument("--learning-rate", type=float, default=5e-7)
-    parser.add_argument("--max-length", type=int, default=1024, help="a pair longer than this is an error")
-    args = parse(parser)
+    args = parser.parse_args()
+    if min(args.repeats, args.probe_steps, args.batch_size) < 1:
+        parser.error("--repeats, --probe-steps and --batch-size are 1 or more")
     if args.num_pairs % args.batch_size:
         parser.error(f"--num-pairs {args.num_pairs} is no multiple of --batch-size {args.batch_size}")
     if args.pairs and not args.model:
         parser.error("--pairs needs --model: the made model knows made words alone")
-    return args
-
-
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse what both scripts take; the sides come in the order of `OPTIONS`."""
-    args = parser.parse_args()
-    if min(args.repeats, args.probe_steps, args.batch_size) < 1:
-        parser.error("--repeats, --probe-steps and --batch-size are 1 or more")
+    if args.pairs and args.ratios:
+        parser.error("--ratios has no effect with --pairs: remove one of them")
     wanted = {*args.sides, *(["notus-old"] if args.against else [])}
     args.sides = [side for side in OPTIONS if side in wanted]
     args.tolerance = args.tolerance or TOLERANCE[args.precision]
     return args
+
+
+# ---- running ----
 
 
 @dataclass(frozen=True)
@@ -116,22 +111,16 @@ class Bench:
     scratch: Path
     model: Path
     pairs: Path
-    tokens_per_row: int = (
-        4096  # the default of `training.tokens_per_row`  # short rows save Notus memory and cost nothing
-    )
     old: Path | None = None
 
     def options(self, side: str, epochs: int) -> Options | None:
         """Return what is particular to a side; None if the search for the fastest TRL found nothing that works."""
-        if side == "trl-fastest":
-            return self.search.fastest(epochs)
-        return {"tokens_per_row": self.tokens_per_row} if side.startswith("notus") else OPTIONS[side]
+        return self.search.fastest(epochs) if side == "trl-fastest" else OPTIONS[side]
 
     def run(self, side: str, epochs: int, options: Options) -> Measured:
-        """Run one side once."""
-        source = self.old if side == "notus-old" else HERE.parent
+        """Run one side once; `notus-old` runs its own checkout's script."""
+        source = self.old if side == "notus-old" and self.old else HERE.parent
         script = "notus_side.py" if side.startswith("notus") else "trl_side.py"
-        assert source is not None
         outcome = self._run(source / "benchmarks" / script, self.pairs, epochs, options)
         print(f"{side}, epochs: {epochs}, seconds: {outcome.seconds:.1f}", file=sys.stderr)
         return Measured(side, epochs, outcome, options)
@@ -146,11 +135,10 @@ class Bench:
         def run(options: Options, limit: float | None) -> Outcome:
             return self._run(HERE / "trl_side.py", pairs, work.probe_epochs, options, limit)
 
-        return Search(run, work, trl_fastest.extras_here(liger=missing("trl-liger") is None))
+        return Search(run, work, trl_search.changes_here(liger=missing("trl-liger") is None))
 
     def _run(self, script: Path, pairs: Path, epochs: int, options: Options, limit: float | None = None) -> Outcome:
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        args = self.args
+        folder, args = Path(tempfile.mkdtemp(dir=self.scratch)), self.args
         job = Job(
             model=str(self.model),
             pairs=str(pairs),
@@ -208,17 +196,30 @@ def call(folder: Path, script: Path, *arguments: object, limit: float | None = N
         raise RunFailed(f"{script.name} ended with exit code {code}:\n{text[-4000:]}", reason)
 
 
-def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
-    """Make or read the model and the pairs."""
-    model, pairs = args.model or scratch / "model", scratch / "pairs.jsonl"
+def benches(args: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Bench]]:
+    """Make or read the model and the pairs; yield a bench for each ratio, after a line that names it."""
+    model, old, pairs = args.model or scratch / "model", old_checkout(args.against, scratch), scratch / "pairs.jsonl"
     if args.model is None:
-        call(scratch, HERE / "synthetic_setup.py", model, args.seed, args.size)
-    if args.pairs is None:
-        make_pairs(pairs, args.num_pairs, args.seed)
-    else:
-        call(scratch, HERE / "real_pairs.py", args.pairs, args.num_pairs, model, args.max_length, pairs)
-        print((scratch / "log.txt").read_text().splitlines()[-1], file=sys.stderr)
-    return Bench(args, scratch, model, pairs, old=old_checkout(args.against, scratch))
+        call(scratch, HERE / "common.py", model, args.seed, args.size)
+    if args.pairs:
+        lines = args.pairs.read_text(encoding="utf-8").splitlines(keepends=True)[: args.num_pairs]
+        if len(lines) < args.num_pairs:
+            sys.exit(f"--pairs {args.pairs} has {len(lines)} pairs: lower --num-pairs {args.num_pairs}")
+        pairs.write_text("".join(lines), encoding="utf-8")
+        yield "", Bench(args, scratch, model, pairs, old)
+        return
+    for ratio in args.ratios or [None]:
+        prompt, completion = split(ratio, args.length) if ratio else (MEAN_PROMPT, MEAN_COMPLETION)
+        make_pairs(pairs, args.num_pairs, args.seed, prompt=prompt, completion=completion, spread=args.spread)
+        name = f"prompts of {prompt} tokens, completions of {completion}"
+        yield name if ratio else "", Bench(args, Path(tempfile.mkdtemp(dir=scratch)), model, pairs, old)
+
+
+def split(ratio: str, length: int) -> tuple[int, int]:
+    """Tokens of a prompt and of a completion: `split("4:1", 1000) == (800, 200)`."""
+    prompt, completion = map(int, ratio.split(":"))
+    scored = round(length * completion / (prompt + completion))
+    return length - scored, scored
 
 
 def old_checkout(against: str | None, scratch: Path) -> Path | None:
@@ -238,12 +239,13 @@ def old_checkout(against: str | None, scratch: Path) -> Path | None:
     return folder
 
 
-def compare(bench: Bench, with_rate: bool = True) -> Comparison:
+def compare(bench: Bench) -> Comparison:
     """Run every side for every number of epochs, round by round; in each round another side begins."""
     args = bench.args
-    sides, not_run = able(args.sides)
+    not_run = {side: why for side in args.sides if (why := missing(side))}
+    sides = [side for side in args.sides if side not in not_run]
     options = {(side, epochs): bench.options(side, epochs) for side in sides for epochs in args.epochs}
-    found = trl_fastest.tried(bench.search, args.epochs) if "trl-fastest" in sides else []
+    found = trl_search.tried(bench.search, args.epochs) if "trl-fastest" in sides else []
     if None in options.values():
         sides, not_run["trl-fastest"] = [side for side in sides if side != "trl-fastest"], "no configuration works"
     if not sides:
@@ -253,17 +255,8 @@ def compare(bench: Bench, with_rate: bool = True) -> Comparison:
     for turn in range(args.repeats):
         for epochs in args.epochs:
             runs += [bench.run(side, epochs, options[side, epochs] or {}) for side in rotated(sides, turn)]
-            if with_rate:
-                machines.append(bench.machine(runs[0].outcome.tokens))
+            machines.append(bench.machine(runs[0].outcome.tokens))
     return Comparison(runs, machines, args.num_pairs, args.batch_size, not_run, found)
-
-
-def able(sides: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the sides that can run here, and why the others cannot."""
-    not_run = {side: why for side in sides if (why := missing(side))}
-    if len(not_run) == len(sides):
-        sys.exit(f"nothing can run here: {not_run}")
-    return [side for side in sides if side not in not_run], not_run
 
 
 def rotated(sides: list[str], turn: int) -> list[str]:
@@ -272,31 +265,31 @@ def rotated(sides: list[str], turn: int) -> list[str]:
     return sides[start:] + sides[:start]
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """Return what a result follows from: not where it is written."""
-    return {name: value for name, value in vars(args).items() if name not in ("results", "plot", "stored", "old")}
-
-
-def write_results(path: Path, args: argparse.Namespace, comparison: Comparison, shown: str) -> None:
-    """Write the table, the settings and every outcome; token digests, which only the check needs, are left out."""
-    results = {"table": shown.splitlines(), "settings": settings_of(args), **dataclasses.asdict(comparison)}
-    for run in results["runs"]:
+def kept(name: str, comparison: Comparison, shown: str) -> dict[str, Any]:
+    """What the results keep: the table and every outcome, without token digests, which only the check needs."""
+    found = {"name": name, "table": shown.splitlines(), **dataclasses.asdict(comparison)}
+    for run in found["runs"]:
         del run["outcome"]["tokens"]
-    path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    return found
 
 
 def main() -> None:
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run at hand ends too
+    results, faults = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        comparison = compare(prepare(args, Path(scratch)))
-    shown = table(comparison, args.precision)
-    if comparison.tried:
-        shown = f"{trl_fastest.table(comparison.tried, args.epochs)}\n\n{shown}"
-    print(shown)
+        for name, bench in benches(args, Path(scratch)):
+            comparison = compare(bench)
+            shown = table(comparison, args.precision)
+            if comparison.tried:
+                shown = f"{trl_search.table(comparison.tried, args.epochs)}\n\n{shown}"
+            print(f"{name}\n{shown}\n" if name else shown, flush=True)
+            results.append(kept(name, comparison, shown))
+            faults += check_tokens(comparison, args.max_length) + check_losses(comparison, args.tolerance)
     if args.results:
-        write_results(args.results, args, comparison, shown)
-    faults = check_tokens(comparison, args.max_length) + check_losses(comparison, args.tolerance)
+        settings = {name: value for name, value in vars(args).items() if name != "results"}
+        found = {"shapes": results} if args.ratios else results[0]
+        write_json(args.results, {"settings": settings, **found})
     if faults:
         sys.exit("\n".join(faults))
 

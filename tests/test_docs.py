@@ -65,6 +65,7 @@ def test_the_rows_that_the_data_formats_show_are_read():
     assert completions == [([{"role": "assistant", "content": "Hello!"}],), (" Paris.",)]
 
 
+@pytest.mark.slow
 def test_the_example_scores_pairs(tmp_path):
     model, other = toy_model_folder(tmp_path / "a"), toy_model_folder(tmp_path / "b", seed=1)
     pairs = write_pairs(tmp_path / "pairs.jsonl", 7)

@@ -32,6 +32,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_ranks_by_torchrun_log_the_same_losses_as_plain_python(config_file: Path) -> None:
     folder = config_file.parent
     losses = []

@@ -1,6 +1,7 @@
 """`benchmarks/gpu.py`: what it needs, what it counts, that it notices what is wrong, and that nothing ends it early."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import signal
@@ -70,6 +71,14 @@ def module(monkeypatch):
 # ---- the whole check ----
 
 
+def test_the_worker_needs_torch_and_transformers_alone():
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); sys.path.insert(0, 'benchmarks'); import gpu_worker"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.slow
 def test_the_whole_check_on_a_toy_with_torch_and_transformers_alone(tmp_path):
     output, driver = tmp_path / "found.json", tmp_path / "driver.py"
     driver.write_text(WITHOUT_THEM)
@@ -403,7 +412,7 @@ def test_the_decisive_rows_come_first_and_names_are_unique(module):
 
 
 def test_a_row_is_measured_without_its_optimisations_and_those_of_the_call(module, monkeypatch, tmp_path):
-    rows, shapes = module("gpu_rows"), module("gpu_shapes")
+    rows = shapes = module("gpu_rows")
     seen = []
     monkeypatch.setattr(rows, "_measured", lambda *_: {"off": seen.append(sorted(switches.disabled_names()))})
     row = rows.Row("dpo", 0, "shared", without=("fp32_addmm",))
@@ -455,7 +464,7 @@ def test_what_a_change_saves_by_hand(module):
 
 
 def test_a_row_keeps_what_it_measured_when_the_profiler_or_the_prediction_fails(module, monkeypatch):
-    rows, shapes = module("gpu_rows"), module("gpu_shapes")
+    rows = shapes = module("gpu_rows")
 
     def broken(*_):
         raise RuntimeError("CUPTI")
@@ -478,9 +487,10 @@ def test_wrong_logprobs_fail_the_check(module, monkeypatch):
 @pytest.mark.parametrize("variant", ["shared", "packed", "padded"])
 @pytest.mark.parametrize(("rank", "checkpointing"), [*((0, mode) for mode in MODES), (4, "full")])
 def test_the_operations_of_a_step_are_those_that_torch_counts(module, rank, checkpointing, variant):
-    shapes, step, rows = module("gpu_shapes"), module("gpu_step"), module("gpu_rows")
+    shapes = rows = module("gpu_rows")
+    step = module("step")
     examples = shapes.pairs(4, shapes.CPU, 400)
-    batches = shapes.rows(variant, examples, 256, 64)
+    batches = module("step").rows(variant, examples, 256, 64)
     with process_group() as device:
         policy, work = step.build(shapes.TOY, device, rank=rank, checkpointing=checkpointing, compile=False)
         take = step.Step(policy, "dpo", 400)
@@ -490,16 +500,18 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(module, rank, chec
     products = ("mm", "addmm", "bmm")
     counts = {op.__name__.split(".")[0]: flops for op, flops in counter.get_flop_counts()["Global"].items()}
     found = sum(flops for name, flops in counts.items() if name in products)
-    no_attention = shapes.dataclasses.replace(work, size=shapes.dataclasses.replace(work.size, layers=0))
+    no_attention = dataclasses.replace(work, dimensions=dataclasses.replace(work.dimensions, layers=0))
     # the head's last chunk is not computed again; the embedding of a LoRA policy needs no gradient below its adapters
     expected = no_attention.done(batches)
-    last_chunks = 2 * work.size.head_weights * sum(mask.sum() for row in batches for i in row for mask in i.loss_masks)
+    last_chunks = (
+        2 * work.dimensions.head_weights * sum(mask.sum() for row in batches for i in row for mask in i.loss_masks)
+    )
     assert found == pytest.approx(expected - last_chunks, rel=0.06 if rank else 1e-6)
     assert work.necessary(examples) <= work.done(batches)
 
 
 def test_rows_are_halved_until_they_fit_or_else_memory_is_out(module, monkeypatch):
-    rows, shapes = module("gpu_rows"), module("gpu_shapes")
+    rows = shapes = module("gpu_rows")
     device, row = CPU, rows.Row("dpo", 0, "shared", "full")
     tried = []
 
@@ -517,7 +529,7 @@ def test_rows_are_halved_until_they_fit_or_else_memory_is_out(module, monkeypatc
 
 
 def test_the_shape_follows_from_the_memory(module):
-    shapes = module("gpu_shapes")
+    shapes = module("gpu_rows")
     assert shapes.parameters(shapes.MISTRAL_7B) == 7_241_732_096
     assert shapes.fitting(shapes.GPU, 150_000_000_000, lora=False)[0] == "Mistral-7B"
     name, config = shapes.fitting(shapes.GPU, 85_000_000_000, lora=False)
@@ -529,7 +541,7 @@ def test_the_shape_follows_from_the_memory(module):
 
 
 def test_lengths_are_ultrafeedbacks_and_variants_hold_the_same_scored_tokens(module):
-    shapes = module("gpu_shapes")
+    shapes = module("gpu_rows")
     examples = shapes.pairs(2000, shapes.GPU, 32000)
     means = [sum(len(part(item)) for item in examples) / 2000 for part in (
         lambda item: item.trunk, lambda item: item.branches[0], lambda item: item.branches[1])]  # fmt: skip
@@ -539,12 +551,12 @@ def test_lengths_are_ultrafeedbacks_and_variants_hold_the_same_scored_tokens(mod
     scored = {
         variant: sorted(
             branch[mask].tolist()
-            for row in shapes.rows(variant, few, 4096, 1024)
+            for row in module("step").rows(variant, few, 4096, 1024)
             for item in row
             for branch, mask in zip(item.branches, item.loss_masks, strict=True)
         )
         for variant in ("shared", "packed", "padded")
     }
     assert scored["shared"] == scored["packed"] == scored["padded"]
-    padded = shapes.rows("padded", few, 4096, 1024)
+    padded = module("step").rows("padded", few, 4096, 1024)
     assert all(len({len(branch) for item in row for branch in item.branches}) == 1 for row in padded)

@@ -37,7 +37,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one_with_the_losses_of_fp32(tmp_pat
     assert losses["bf16 here"][0] == pytest.approx(0.693147, abs=1e-5)
     (step,) = found["killed_at_step"].values()
     assert 5 < step < 30
-    assert "| largest difference | |" in done.stdout
+    assert "| largest difference |" in done.stdout
 
 
 def _run_folder(folder, *, weights=b"w", loss=0.5, speed=1.0):

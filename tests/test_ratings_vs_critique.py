@@ -17,7 +17,7 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import critique_runs
+    import ratings_vs_critique as critique_runs
     from ratings_vs_critique import main
 
     out = tmp_path / "out.json"
@@ -55,7 +55,7 @@ def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_how_the_rules_choose() -> None:
-    from critique_runs import Size, choices, described, make_data, pairs_by_ratings, records_at
+    from ratings_vs_critique import Size, choices, described, make_data, pairs_by_ratings, records_at
 
     data = make_data(Size(sft=4, preferences=300, held_out=4), 0)
     honest, faulty = choices(data, 0.0), choices(data, 1.0)
@@ -80,7 +80,7 @@ def test_how_the_rules_choose() -> None:
 
 
 def test_too_few_pairs_for_the_steps_are_refused(tmp_path: Path) -> None:
-    from critique_runs import Size, dpo_run, make_data, pairs_by_ratings
+    from ratings_vs_critique import Size, dpo_run, make_data, pairs_by_ratings
 
     data = make_data(Size(sft=4, preferences=40, held_out=4), 0)
     with pytest.raises(ValueError, match="do not last for 64"):
@@ -97,7 +97,7 @@ def test_head_to_head_counts_the_prompts_whose_answers_differ() -> None:
 
 
 def test_intervals() -> None:
-    from critique_report import over_seeds, paired
+    from ratings_vs_critique_report import over_seeds, paired
 
     # three won, one lost of eight: 2/8, variance (4 - 4/8) / 64
     assert paired("11110000", "00011000") == pytest.approx((0.25, 1.959964 * (3.5 / 64) ** 0.5))
@@ -107,7 +107,7 @@ def test_intervals() -> None:
 
 @pytest.mark.parametrize("name", ["ratings-vs-critique", "ratings-vs-critique-32-steps"])
 def test_the_page_and_the_tables_are_those_of_the_results(name: str) -> None:
-    from critique_report import RATE_HEADS, table
+    from ratings_vs_critique_report import RATE_HEADS, table
 
     results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert not results["quick"]

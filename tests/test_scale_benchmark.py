@@ -30,13 +30,12 @@ def test_lengths_are_ultrafeedbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lengths.mean(axis=0) == pytest.approx([176, 300, 280], rel=0.01)
 
 
-def test_a_point_of_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_of_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from scale_growth import Point, make_model, measure, table
+    from scale_growth import Point, measure, table
 
     point = Point(pairs=2, length=8, vocabulary=50, width=64)
-    make_model(point, tmp_path)
-    step = measure(point, tmp_path)
+    step = measure(point)
     # embedding and head 50 x 64; a block: queries and output 64 x 64, keys and values 64 x 32, three of 64 x 192, norms
     assert step.parameters == 2 * 50 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192 + 3 * 64
     # 24 tokens and 16 scored ones a pair; a trunk of 8 sees 36 pairs, a branch 64 + 36; width of attention 64

@@ -218,6 +218,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     pairs, model, run = write_pairs(tmp_path / "pairs.jsonl", 8), toy_model_folder(tmp_path / "model"), tmp_path / "run"

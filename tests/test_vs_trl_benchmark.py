@@ -1,4 +1,4 @@
-"""Small runs of `benchmarks/vs_trl.py` and `vs_trl_sweep.py`: Notus alone, as TRL is not among the tests' packages."""
+"""Small runs of `benchmarks/vs_trl.py`: Notus alone, as TRL is not among the tests' packages."""
 
 import json
 import subprocess
@@ -26,94 +26,36 @@ def run(script: str, *options: object) -> str:
     return done.stdout
 
 
-def test_a_sweep_of_notus_alone(tmp_path: Path) -> None:
-    sizes = ["--ratios", "3:1", "--lengths", 32, "--tokens", 128, "--batch-size", 2]
-    shown = run("vs_trl_sweep.py", "--sides", "notus", "trl-liger", *sizes, "--results", tmp_path / "found.json")
-    results = json.loads((tmp_path / "found.json").read_text())
-    [point] = results["points"]
-    assert (point["prompt"], point["completion"], point["num_pairs"]) == (24, 8, 2)
-    [losses], [seconds] = point["sides"]["notus"]["losses"], point["sides"]["notus"]["step_seconds"]
-    assert len(losses) == len(seconds) == 3
+@pytest.mark.slow
+def test_notus_alone_on_pairs_of_two_shapes(tmp_path: Path) -> None:
+    sizes = ["--ratios", "3:1", "1:1", "--length", 32, "--spread", 0, "--num-pairs", 2, "--batch-size", 2]
+    results = ["--epochs", 3, "--results", tmp_path / "found.json"]
+    shown = run("vs_trl.py", "--sides", "notus", "trl-liger", *sizes, *results)
+    first, second = json.loads((tmp_path / "found.json").read_text())["shapes"]
+    assert first["name"] == "prompts of 24 tokens, completions of 8"
+    assert second["name"] == "prompts of 16 tokens, completions of 16"
+    [measured] = first["runs"]
+    assert len(measured["outcome"]["losses"]) == len(measured["outcome"]["step_seconds"]) == 3
     # the reference pass is counted in all, and in no step
-    assert point["sides"]["notus"]["seconds"][0] > sum(seconds)
-    assert point["sides"]["notus"]["steady_pairs_per_second"] == pytest.approx(4 / (seconds[1] + seconds[2]))
-    assert list(results["not_run"]) == ["trl-liger"]
+    assert measured["outcome"]["seconds"] > sum(measured["outcome"]["step_seconds"])
+    assert list(first["not_run"]) == ["trl-liger"]
     assert "trl-liger: not run" in shown
-    assert "| 24 | 8 | 2 |" in shown
-
-
-def side(rate: float, losses: list[float], difference: float) -> dict[str, Any]:
-    return {
-        "pairs_per_second": rate,
-        "steady_pairs_per_second": 2 * rate,
-        "above_imports_mib": 100 * rate,
-        "loss_difference": difference,
-        "losses": [losses],
-    }
-
-
-def stored() -> dict[str, Any]:
-    """Two points; Notus has 4 and 6 pairs per second, TRL 2 and 1."""
-    points = [
-        {
-            "ratio": ratio,
-            "length": 100,
-            "prompt": prompt,
-            "completion": 100 - prompt,
-            "num_pairs": 8,
-            "sides": {"notus": side(mine, [0.7, 0.5], 0.0), "trl": side(other, [0.7, 0.5], 2e-6)},
-        }
-        for ratio, prompt, mine, other in (("1:4", 20, 4.0, 2.0), ("4:1", 80, 6.0, 1.0))
-    ]
-    return {
-        "machine": "CPU, 2 threads",
-        "not_run": {"trl-liger": "no CUDA"},
-        "settings": {"size": "15m", "precision": "fp32", "epochs": 3, "batch_size": 4, "spread": 0.0},
-        "points": points,
-    }
-
-
-def test_the_table_of_stored_results() -> None:
-    from sweep_report import table
-
-    lines = table(stored()).splitlines()
-    assert lines[:2] == [
-        "15m parameters, fp32, epochs: 3, 4 pairs per step, spread of the lengths: 0.0; CPU, 2 threads",
-        "trl-liger: not run (no CUDA)",
-    ]
-    assert lines[5] == "| 20 | 80 | 8 | 4.00 | 2.00 | 2.0x | 2.0x | 2.00x | 2.0e-06 of 2.0e-01 |"
-    assert lines[6] == "| 80 | 20 | 8 | 6.00 | 1.00 | 6.0x | 6.0x | 6.00x | 2.0e-06 of 2.0e-01 |"
-
-
-def test_the_plot_of_stored_results_is_the_same_each_time(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="only the benchmarks' plot needs matplotlib")
-    (tmp_path / "stored.json").write_text(json.dumps(stored()))
-    for name in ("a.svg", "b.svg"):
-        run("vs_trl_sweep.py", "--stored", tmp_path / "stored.json", "--plot", tmp_path / name)
-    drawn = (tmp_path / "a.svg").read_text()
-    assert drawn == (tmp_path / "b.svg").read_text()
-    assert "prompt + completion: 100 tokens" in drawn
-    assert all(f">{label}<" in drawn for label in ("1:4", "4:1", "2.0", "6.0", "trl"))
 
 
 def test_made_pairs_have_the_lengths_asked_for(tmp_path: Path) -> None:
-    from synthetic_pairs import make_pairs
-    from vs_trl_sweep import longest_pair, split
+    from common import make_pairs
+    from vs_trl import split
 
     assert split("4:1", 1000) == (800, 200)
     pairs = tmp_path / "pairs.jsonl"
     make_pairs(pairs, 3, seed=0, prompt=80, completion=20, spread=0.0)
     # <s> and </s> are of the 80 and the 20
     assert {len(json.loads(line)["prompt"].split()) for line in pairs.read_text().splitlines()} == {79}
-    assert longest_pair(pairs) == 80 + 20 + 20
-    make_pairs(pairs, 2, seed=0, prompt=1500, completion=600, spread=0.0)
-    with pytest.raises(SystemExit, match="2100 tokens, the model 2048 positions"):
-        longest_pair(pairs)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("15m", 15.6), ("100m", 100.1), ("1b", 1100.0)])
 def test_a_made_model_is_as_large_as_it_says(size: str, millions: float) -> None:
-    from synthetic_setup import model_config
+    from common import model_config
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(size))
@@ -121,7 +63,7 @@ def test_a_made_model_is_as_large_as_it_says(size: str, millions: float) -> None
 
 
 def outcome(losses: list[float], step_seconds: list[float], ids: str = "x", reference: float = 1.0) -> Any:
-    from job import Outcome
+    from common import Outcome
 
     seconds = sum(step_seconds) + reference
     return Outcome(
@@ -131,9 +73,8 @@ def outcome(losses: list[float], step_seconds: list[float], ids: str = "x", refe
 
 def comparison(*others: Any, side: str = "trl", mine: tuple[list[float], ...] = ([3.0, 0.5],)) -> Any:
     """Two sides, two steps of one pair each; a reference pass of a second ahead. One round per outcome."""
-    from job import Machine
     from notus.model.flops import Dimensions
-    from report import Comparison, Measured
+    from vs_trl_report import Comparison, Machine, Measured
 
     runs = []
     for seconds, other in zip(mine, others, strict=True):
@@ -146,7 +87,7 @@ def comparison(*others: Any, side: str = "trl", mine: tuple[list[float], ...] = 
 def test_what_is_counted() -> None:
     both = comparison(outcome([0.69, 0.6], [4.0, 1.0]))
     assert both.speed("notus", 1) == pytest.approx(2 / 4.5)  # the reference pass and the first step are in it
-    assert both.steady("notus", 1) == pytest.approx(1 / 0.5)
+    assert both.rates("notus", 1)[1] == [pytest.approx(1 / 0.5)]
     assert both.rates("notus", 1)[2] == [pytest.approx(2 / 5.5)]  # loading takes another second
     # A = 3*4/2 + (2*3 + 2*3/2) + (1*3 + 1*2/2) = 19; forward = 2*10*6 + 2*5*3 + 4*1*2*19 = 302;
     # two pairs, forward + backward + reference = 4 forwards: 2416 operations in 4.5 seconds at 1000 a second
@@ -154,7 +95,7 @@ def test_what_is_counted() -> None:
 
 
 def test_each_round_is_compared_with_itself() -> None:
-    from report import table
+    from vs_trl_report import table
 
     # Notus takes 2, 4 and 8 seconds, the other 4, 20 and 24: ratios of 2, 5 and 3. The medians alone would give 20 / 4.
     others = [outcome([0.69, 0.6], [seconds - 2, 1.0]) for seconds in (4.0, 20.0, 24.0)]
@@ -170,7 +111,7 @@ def test_each_round_is_compared_with_itself() -> None:
 
 
 def test_one_round_has_no_range_and_one_step_no_steady_rate() -> None:
-    from report import spread
+    from vs_trl_report import spread
 
     assert spread([2.0], "x") == "2.00x"
     assert spread([float("nan")]) == "-"
@@ -188,12 +129,12 @@ def test_another_side_begins_in_each_round() -> None:
 PRECOMPUTED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
 
 
-def made_search(steady: Any, batch_size: int = 8, extras: tuple[dict[str, Any], ...] = ()) -> Any:
+def made_search(steady: Any, changes: tuple[dict[str, Any], ...] | None = None) -> Any:
     """A search over 4 steps of 8 pairs, where `steady(options)` has the seconds of a step or an error to raise.
 
     The reference pass of a probe's 16 pairs takes 2 seconds, where there is one, and the first step a second more.
     """
-    from trl_fastest import Search, Work
+    from trl_search import CHANGES, Search, Work
 
     def train(options: dict[str, Any], limit: float | None) -> Any:
         found = steady(options)
@@ -201,11 +142,11 @@ def made_search(steady: Any, batch_size: int = 8, extras: tuple[dict[str, Any], 
             raise found
         return outcome([0.69, 0.69], [found + 1, found], reference=2.0 if options["precompute_ref_log_probs"] else 0.0)
 
-    return Search(train, Work(num_pairs=4 * batch_size, batch_size=batch_size), extras)
+    return Search(train, Work(num_pairs=32, batch_size=8), CHANGES[:2] if changes is None else changes)
 
 
 def test_a_probe_says_what_a_whole_run_would_cost() -> None:
-    from trl_fastest import Work
+    from trl_search import Work
 
     work = Work(num_pairs=32, batch_size=8, probe_steps=2)
     assert (work.probe_pairs, work.probe_epochs) == (24, 1)
@@ -224,17 +165,16 @@ def made_seconds(options: dict[str, Any]) -> float:
     return seconds if options["precompute_ref_log_probs"] else seconds + 0.5
 
 
-def test_the_fastest_options_are_found_and_far_ones_are_not_refined() -> None:
-    from trl_fastest import PAIRS
+def test_the_fastest_value_of_each_option_is_kept() -> None:
+    from trl_search import CHANGES, PAIRS
 
     eager = {"model_init_kwargs": {"attn_implementation": "eager"}}
-    search = made_search(made_seconds, extras=(eager, {"torch_compile": True}))
+    search = made_search(made_seconds, changes=(*CHANGES[:2], eager, {"torch_compile": True}))
     best = search.fastest(epochs=3)
     assert best == {"precompute_ref_log_probs": True, "gradient_checkpointing": True, PAIRS: 2, **eager}
     tried = [probe.options for probe in search.probes.values()]
-    assert [options for options in tried if options[PAIRS] == 8] == [{**PRECOMPUTED, PAIRS: 8}]  # three times as slow
-    assert {options[PAIRS] for options in tried if options["gradient_checkpointing"]} == {2, 4}
     assert {**best, "torch_compile": True} in tried
+    assert {**best, PAIRS: 8} in tried  # sizes are tried again when the other options have changed
 
 
 def test_a_precomputed_reference_pays_with_the_epochs() -> None:
@@ -247,18 +187,18 @@ def test_a_precomputed_reference_pays_with_the_epochs() -> None:
 
 
 def test_what_fails_is_recorded_and_memory_is_saved_by_checkpointing() -> None:
-    from trl_fastest import PAIRS, RunFailed, TimedOut, table, tried
+    from trl_search import PAIRS, RunFailed, TimedOut, table, tried
 
     def steady(options: dict[str, Any]) -> float | BaseException:
         if options[PAIRS] == 4:
             return TimedOut("too slow", "stopped after 9 s")
         if options[PAIRS] == 8 and not options["gradient_checkpointing"]:
             return RunFailed("a long log", "killed by signal 9")
-        return 1.0 if options[PAIRS] == 8 and options["precompute_ref_log_probs"] else 2.0
+        seconds = 1.0 if options[PAIRS] == 8 else 2.0 if options["gradient_checkpointing"] else 2.1
+        return seconds if options["precompute_ref_log_probs"] else seconds + 1
 
     search = made_search(steady)
     assert search.fastest(epochs=3) == {**PRECOMPUTED, "gradient_checkpointing": True, PAIRS: 8}
-    assert sum(probe.options[PAIRS] == 4 for probe in search.probes.values()) == 1  # far behind: no second chance
     shown = table(tried(search, [1, 3]), [1, 3]).splitlines()
     # 2 seconds per 16 pairs: 4 for all; a first step of 2, then 3 of 1 in an epoch and 11 in three
     assert shown[1] == "  8 pairs per device, reference precomputed, checkpointing: 9.0, 17.0"
@@ -267,13 +207,13 @@ def test_what_fails_is_recorded_and_memory_is_saved_by_checkpointing() -> None:
 
 
 def test_nothing_works() -> None:
-    from trl_fastest import RunFailed
+    from trl_search import RunFailed
 
     assert made_search(lambda _: RunFailed("", "no")).fastest(epochs=1) is None
 
 
 def test_a_probe_is_stopped_when_it_is_far_behind() -> None:
-    from trl_fastest import Search, Work
+    from trl_search import Search, Work
 
     limits = []
 
@@ -286,7 +226,7 @@ def test_a_probe_is_stopped_when_it_is_far_behind() -> None:
 
 
 def test_a_run_that_takes_too_long_ends_with_its_children(tmp_path: Path) -> None:
-    from trl_fastest import RunFailed, TimedOut
+    from trl_search import RunFailed, TimedOut
     from vs_trl import call
 
     script = tmp_path / "scripts" / "script.py"
@@ -341,58 +281,14 @@ def test_old_notus_is_a_folder_or_a_revision(tmp_path: Path) -> None:
         old_checkout("no-such-revision", tmp_path)
 
 
-CHATML = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.mark.parametrize("template", [CHATML, None])
-def test_real_pairs_give_both_sides_the_same_tokens(template: str | None, tmp_path: Path) -> None:
-    from notus.data.chat import ChatEncoder
-    from real_pairs import usable_pairs
-    from synthetic_setup import _tokenizer
-
-    tokenizer = _tokenizer()
-    tokenizer.chat_template = template
-    rows = [
-        {"conversations": turns("human", "w5 w6"), "chosen": turn("gpt", "w7 w8"), "rejected": turn("gpt", "w9")},
-        {"prompt": turns("user", "w5"), "chosen": turns("assistant", "w7"), "rejected": turns("assistant", " ")},
-        {"prompt": "w5", "chosen": "w7 " * 40, "rejected": " w8"},
-        {"prompt": "w5", "chosen": "w7", "rejected": " w8"},  # "w5w7" is another word
-        {"prompt": "w5", "chosen": " w7", "rejected": "  w7"},
-        {"prompt": "w5", "chosen": " w7", "rejected": " w8 w9"},
-    ]
-    (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    chat, empty, long, merged, same, plain = usable_pairs(str(tmp_path / "pairs.json"), tokenizer, 30)
-    assert (empty, long) == ("empty answer", "longer than 30 tokens")
-    assert (merged, same) == ("prompt ends in the middle of a token", "chosen and rejected identical")
-    assert isinstance(chat, dict)
-    assert isinstance(plain, dict)
-    assert (chat["chosen"], chat["rejected"]) == ("w7 w8</s>", "w9</s>")  # without the template's line break
-    for pair in (chat, plain):
-        whole = tokenizer(pair["prompt"] + pair["chosen"])["input_ids"]  # as TRL reads them
-        [encoded] = ChatEncoder(tokenizer).encode([(pair["prompt"], pair["chosen"])])
-        assert encoded.ids.tolist() == whole
-        assert whole[0] == tokenizer.bos_token_id not in whole[1:]
-        assert whole[-1] == tokenizer.eos_token_id
-
-
-def turn(role: str, text: str) -> dict[str, str]:
-    return {"from": role, "value": text} if role in ("human", "gpt") else {"role": role, "content": text}
-
-
-def turns(role: str, text: str) -> list[dict[str, str]]:
-    return [turn(role, text)]
-
-
-def test_new_notus_beside_old_on_real_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import synthetic_setup
+@pytest.mark.slow
+def test_new_notus_beside_old_on_given_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import common
 
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    monkeypatch.setitem(synthetic_setup.SIZES, "15m", {**synthetic_setup.SIZES["15m"], **small})
-    synthetic_setup.make_model(tmp_path / "model", seed=0)
-    rows = [{"prompt": turns("user", f"w{n}"), "chosen": turns("assistant", "w7"), "rejected": "w8"} for n in (1, 2, 3)]
+    monkeypatch.setitem(common.SIZES, "15m", {**common.SIZES["15m"], **small})
+    common.make_model(tmp_path / "model", seed=0)
+    rows = [{"prompt": f"w{n}", "chosen": " w7", "rejected": " w8"} for n in (1, 2, 3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = run(
         "vs_trl.py", "--sides", "notus", "--against", ROOT, "--model", tmp_path / "model", "--epochs", 1,
@@ -409,7 +305,7 @@ def test_new_notus_beside_old_on_real_pairs(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_sides_that_did_other_work_are_found() -> None:
-    from report import check_losses, check_tokens
+    from vs_trl_report import check_losses, check_tokens
 
     good = comparison(outcome([0.69, 0.6005], [1.0, 1.0]))
     assert check_tokens(good, 10) == check_losses(good, 1e-3) == []

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from notus.data.dataset import Rows
 from notus.model.flops import Dimensions, dimensions
 from notus.model.lora import inject_lora
 from notus.model.size import ModelSize, model_size
 from notus.model.supported import check_supported, disable_dropout
 from notus.runtime.process import first_line
+
+if TYPE_CHECKING:  # `datasets` is not needed to estimate from statistics
+    from notus.data.dataset import Rows
 
 
 def _config(
@@ -198,6 +200,6 @@ def draw(means: tuple[float, ...], *, max_length: int, max_prompt_length: int, s
     )
 
 
-def tokenised(rows: Rows) -> Lengths:
+def tokenised(rows: "Rows") -> Lengths:
     """The true lengths."""
     return Lengths(rows.trunk_lengths, rows.branch_lengths, f"{len(rows)} examples of the data, tokenised")

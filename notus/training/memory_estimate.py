@@ -16,19 +16,22 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from notus.config import TrainingConfig
-from notus.data.dataset import Rows
 from notus.model.logprobs import CHUNK_TOKENS
 from notus.model.size import ATTENTION, Linear, ModelSize, model_size
 from notus.runtime.distributed import gather_objects, ranks_per_node, say, world_size
 from notus.runtime.switches import enabled
 from notus.training.activation_checkpointing import MODES
 from notus.training.optimizers import CHUNK
+
+if TYPE_CHECKING:
+    from notus.config import TrainingConfig
+    from notus.data.dataset import Rows
 
 CHECKPOINTING = MODES  # the faster ones first
 OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
@@ -291,7 +294,7 @@ def _batch(job: Job) -> int:
 
 
 def checkpointing_of(
-    training: TrainingConfig, rows: Rows, device: torch.device
+    training: "TrainingConfig", rows: "Rows", device: torch.device
 ) -> str | Callable[[PreTrainedModel], str]:
     """Return the mode of activation checkpointing, or for "auto" what chooses it once the model is known; collective.
 

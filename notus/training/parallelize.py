@@ -20,7 +20,7 @@ Activation offload is not built: "full" leaves little to move, 1 GiB for 7B para
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,7 +36,6 @@ from torch.distributed.fsdp import (
 from torch.fx.experimental import _config as symbols
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from notus.config import LoraConfig
 from notus.model.attention import IMPLEMENTATION, check_kernel
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
@@ -48,6 +47,9 @@ from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, mesh, say
 from notus.runtime.process import first_line
 from notus.training.activation_checkpointing import checkpointed
+
+if TYPE_CHECKING:
+    from notus.config import LoraConfig
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -78,7 +80,7 @@ def build_policy(
     activation_checkpointing: str | Callable[[PreTrainedModel], str] = "none",
     compile: bool = False,
     cpu_offload: bool = False,
-    lora: LoraConfig | None = None,
+    lora: "LoraConfig | None" = None,
     trainable: bool = True,
     seed: int = 0,
     sharding: str = "full",

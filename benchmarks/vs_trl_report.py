@@ -1,14 +1,44 @@
 """From what the runs measured to the table, and the checks that both sides did the same work."""
 
 import itertools
+import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-from arithmetic import Lengths, padded_tokens, run_flops, separate_tokens, shared_tokens
-from job import Machine, Outcome
-from trl_fastest import describe
+import numpy as np
+
+from common import Outcome, Stored
+from notus.model.flops import Dimensions, forward_flops
+from trl_search import describe
+
+# prompt, chosen and rejected tokens of one pair
+Lengths = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Machine(Stored):
+    """The model's sizes and the machine's rate at them.
+
+    Attributes:
+        flops_per_second: of the matrix products of a training step.
+        size: what the arithmetic follows from.
+        parameters: of the whole model.
+        description: device, threads and version of torch.
+    """
+
+    flops_per_second: float
+    size: Dimensions
+    parameters: int
+    description: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        stored = json.loads(Path(path).read_text())
+        return cls(**{**stored, "size": Dimensions(**stored["size"])})
 
 
 @dataclass(frozen=True)
@@ -77,10 +107,6 @@ class Comparison:
     def speed(self, side: str, epochs: int) -> float:
         """Return pairs per second, the median of the rounds."""
         return statistics.median(self.rates(side, epochs)[0])
-
-    def steady(self, side: str, epochs: int) -> float:
-        """Return pairs per second of the steps after the first, the median of the rounds; NaN if there was one step."""
-        return statistics.median(self.rates(side, epochs)[1])
 
     def ratios(self, first: str, other: str, epochs: int) -> list[list[float]]:
         """Return how many times faster `first` is in each round than `other` is in the same, for each of `RATES`."""
@@ -207,3 +233,33 @@ def check_losses(comparison: Comparison, tolerance: float) -> list[str]:
         for a, b in zip(comparison.outcomes(first, epochs), comparison.outcomes(other, epochs), strict=True)
         if not _distance(a, b) <= tolerance
     ]
+
+
+# ---- arithmetic ----
+
+
+def run_flops(size: Dimensions, pairs: Sequence[Lengths], epochs: int) -> int:
+    """The arithmetic that a run cannot do without: `notus/model/flops.py` counts a forward pass of a pair.
+
+    A backward pass is twice a forward pass; the reference is one more forward pass, once. All tokens but the prompts'
+    are scored. A shared prompt counts once, padding and recomputation not at all.
+    """
+    lengths = np.array(pairs)
+    trunks, branches = lengths[:, 0], lengths[:, 1:]
+    return (3 * epochs + 1) * int(forward_flops(size, trunks, branches, branches.sum(axis=1)).sum())
+
+
+def shared_tokens(pairs: Sequence[Lengths]) -> int:
+    """Tokens with every prompt once."""
+    return sum(sum(lengths) for lengths in pairs)
+
+
+def separate_tokens(pairs: Sequence[Lengths]) -> int:
+    """Tokens with every prompt twice, without padding."""
+    return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in pairs)
+
+
+def padded_tokens(pairs: Sequence[Lengths], rows: int) -> int:
+    """Tokens of batches of `rows` pairs, chosen and rejected apart, padded to each batch's longest."""
+    batches = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
+    return sum(2 * len(batch) * max(p + max(c, r) for p, c, r in batch) for batch in batches)

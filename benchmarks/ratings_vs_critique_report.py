@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import markdown
 from notus.evaluation.intervals import normal, student, wilson
 
 RULES = {"ratings": ("mean ratings", "#0072b2"), "overall_score": ("overall score", "#d55e00")}
@@ -41,6 +42,7 @@ def table(results: dict[str, Any]) -> str:
     """The tables in Markdown, under a line that says what ran."""
     size, seeds = results["size"], results["seeds"]
     start = statistics.mean(seed["start"]["win_rate"] for seed in seeds)
+    numbers = range(len(results["fault_rates"]))
     return "\n".join(
         [
             f"Seeds {', '.join(str(seed['seed']) for seed in seeds)}; {size['preferences']:,} rated prompts, "
@@ -51,19 +53,17 @@ def table(results: dict[str, Any]) -> str:
             "its answers have one; of the pairs, those whose two texts differ are trained on, and hard and right are "
             "shares of these; differs: of the prompts where both rules give a pair)",
             "",
-            *_markdown(
-                _CHOICE_HEADS, [_choice_cells(results, number) for number in range(len(results["fault_rates"]))]
-            ),
+            markdown(_CHOICE_HEADS, [_choice_cells(results, number) for number in numbers], "--:"),
             "",
             "What the models learn (means over seeds; difference: with Student's 95% interval over the seeds; "
             "head-to-head: prompts of all seeds to which the two models answer differently)",
             "",
-            *_markdown(RATE_HEADS, [_rate_cells(results, number) for number in range(len(results["fault_rates"]))]),
+            markdown(RATE_HEADS, [_rate_cells(results, number) for number in numbers], "--:"),
             "",
             "Every run (win rate with Wilson's 95% interval, difference with the paired one over prompts; reward "
             "accuracy: right answer over usual mistake, held-out prompts)",
             "",
-            *_markdown(_RUN_HEADS, [row for seed in seeds for row in _run_rows(seed)]),
+            markdown(_RUN_HEADS, [row for seed in seeds for row in _run_rows(seed)], "--:"),
         ]
     )
 
@@ -78,10 +78,6 @@ RATE_HEADS = (
     "ratings' model wins / ties / loses", "its win rate, ties half",
 )  # fmt: skip
 _RUN_HEADS = ("seed", "run", "win rate", "ratings less this", "repeat", "largest", "count", "sort", "reward accuracy")
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["--:"] * len(heads), *rows)]
 
 
 def _choice_cells(results: dict[str, Any], number: int) -> list[str]:
@@ -173,13 +169,8 @@ def _draw_rates(panel: Any, results: dict[str, Any]) -> None:
     """A line of means per rule, a dot per seed; the start's mean dashed."""
     places = [100 * rate for rate in results["fault_rates"]]
     for rule, (name, colour) in RULES.items():
-        rows = [
-            [
-                100 * (seed[rule] if rule == "ratings" else seed[rule][number])["win_rate"]
-                for number in range(len(places))
-            ]
-            for seed in results["seeds"]
-        ]
+        runs = [[seed[rule]] * len(places) if rule == "ratings" else seed[rule] for seed in results["seeds"]]
+        rows = [[100 * run["win_rate"] for run in of_seed] for of_seed in runs]
         panel.plot(places, [statistics.mean(values) for values in zip(*rows, strict=True)], color=colour, label=name)
         for row in rows:
             panel.plot(places, row, linestyle="none", marker="o", markersize=4, alpha=0.6, color=colour)
