@@ -16,7 +16,7 @@ from toys import toy_model_folder
 
 from notus.runtime.process import STOPPED
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,7 @@ def test_a_signal_while_python_imports_is_a_preemption_too(config_file: Path, tm
     launched = _launch(config_file, tmp_path / "run", ranks=0)
     maps = Path(f"/proc/{launched.pid}/maps")
     while "libtorch" not in maps.read_text():  # by then the entry is under way
+        assert launched.poll() is None, launched.communicate()
         time.sleep(0.005)
     launched.send_signal(signal.SIGINT)
     _, told = launched.communicate(timeout=240)
