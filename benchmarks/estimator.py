@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 import common  # noqa: F401  (the project's path)
 from notus.config import LoraConfig
 from notus.data.packing import Batch, Example, collate
-from notus.estimate.inputs import Lengths
 from notus.estimate.plan import arithmetic
+from notus.estimate.sizes import Lengths
 from notus.losses import dpo_loss
 from notus.model import attention
 from notus.model import load as weights
@@ -43,8 +43,9 @@ from notus.model.flops import dimensions, visible_pairs
 from notus.model.lora import inject_lora
 from notus.model.size import ModelSize, model_size
 from notus.training import optimizers, parallelize
+from notus.training.gradient_clipping import clip_gradients, local_gradients
 from notus.training.memory_estimate import CHECKPOINTING, Footprint, Job, moments
-from notus.training.optimizers import build_optimizer, clip_gradients, local_gradients
+from notus.training.optimizers import build_optimizer
 from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -11,7 +11,7 @@ import numpy as np
 
 from common import BETA, MAX_GRAD_NORM, WARMUP_RATIO, Job, Outcome, PeakMemory, describe_machine, describe_tokens
 from notus.config import config_from_dict
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.training import setup as training
 from notus.training.dpo import build_task
 from notus.training.setup import start
@@ -91,7 +91,7 @@ def _settings(job: Job) -> dict[str, dict[str, Any]]:
     }
 
 
-def _tokens(rows: Rows) -> list[list[Any]]:
+def _tokens(rows: TokenizedDataset) -> list[list[Any]]:
     described = []
     for example in rows(np.arange(len(rows))):
         chosen, rejected = (branch.tolist() for branch in example.branches)

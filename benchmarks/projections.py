@@ -13,8 +13,8 @@ import dataclasses
 from pathlib import Path
 
 from common import GIB, markdown
-from notus.estimate.inputs import TYPICAL, draw, find_config, sizes
 from notus.estimate.plan import Plan, Setting, fastest, make_plan
+from notus.estimate.sizes import TYPICAL, draw, find_config, sizes
 from notus.model.flops import PER_NODE, find_gpu
 from notus.training.memory_estimate import CHECKPOINTING, RUNTIME_MARGIN
 

@@ -24,7 +24,7 @@ import numpy as np
 from common import MIB, markdown, process_memory, write_json
 
 if TYPE_CHECKING:
-    from notus.data.dataset import Rows
+    from notus.data.dataset import TokenizedDataset
 
 MEAN_TOKENS = (176, 300, 280)  # prompt, chosen, rejected
 SPREADS = (1.0, 0.8, 0.8)  # standard deviation of the lengths' logarithm
@@ -126,7 +126,7 @@ def measure(phase: str, folder: Path, files: list[Path]) -> Measured:
     """Run a phase here, on the pairs of these files; those before it have run."""
     from transformers import AutoTokenizer
 
-    from notus.data.dataset import Rows
+    from notus.data.dataset import TokenizedDataset
     from notus.data.tokenize import load_pairs
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -141,7 +141,7 @@ def measure(phase: str, folder: Path, files: list[Path]) -> Measured:
     )
     notes = f"{report.kept:,} rows"
     if phase != "tokenise":
-        rows = Rows(dataset)
+        rows = TokenizedDataset(dataset)
         notes = f"{rows.lengths.mean():.0f} tokens a pair"
         if phase != "open":
             began = time.perf_counter()
@@ -154,13 +154,13 @@ def measure(phase: str, folder: Path, files: list[Path]) -> Measured:
 PHASES = ("tokenise", "open", "digest", "plan", "pack")
 
 
-def _digest(rows: "Rows") -> str:
+def _digest(rows: "TokenizedDataset") -> str:
     return f"{rows.digests().nbytes / MIB:.1f} MiB of digests"
 
 
-def _steps(rows: "Rows") -> Iterator[tuple[np.ndarray, list[float], list[list[list[int]]]]]:
+def _steps(rows: "TokenizedDataset") -> Iterator[tuple[np.ndarray, list[float], list[list[list[int]]]]]:
     """A step's rows, their costs and how they are dealt, for one epoch."""
-    from notus.data.schedule import StepPlan, deal
+    from notus.data.batching import StepPlan, balance
     from notus.model.flops import Dimensions, forward_flops
 
     mistral = Dimensions(layers=32, attention_width=4096, body_weights=6_979_321_856, head_weights=131_072_000)
@@ -169,25 +169,25 @@ def _steps(rows: "Rows") -> Iterator[tuple[np.ndarray, list[float], list[list[li
     for step in range(plan.steps_per_epoch):
         indices = plan.indices(step)
         of_step = costs[indices].tolist()
-        yield indices, of_step, deal(rows.lengths[indices].tolist(), of_step, RANKS, TOKENS_PER_ROW)
+        yield indices, of_step, balance(rows.lengths[indices].tolist(), of_step, RANKS, TOKENS_PER_ROW)
 
 
-def _plan(rows: "Rows") -> str:
-    from notus.data.schedule import time_of
+def _plan(rows: "TokenizedDataset") -> str:
+    from notus.data.batching import lockstep_cost
 
     began, steps, cost, paid = time.perf_counter(), 0, 0.0, 0.0
-    for _, costs, dealt in _steps(rows):
-        steps, cost, paid = steps + 1, cost + sum(costs), paid + RANKS * time_of(dealt, costs)
+    for _, costs, balanced in _steps(rows):
+        steps, cost, paid = steps + 1, cost + sum(costs), paid + RANKS * lockstep_cost(balanced, costs)
     each = (time.perf_counter() - began) / steps
     return f"{steps:,} steps, {1e3 * each:.2f} ms each; {RANKS} ranks idle {1 - cost / paid:.2%} by cost"
 
 
-def _pack(rows: "Rows") -> str:
-    from notus.data.schedule import packed
+def _pack(rows: "TokenizedDataset") -> str:
+    from notus.data.batching import packed
 
     began, steps, made = time.perf_counter(), 0, 0
-    for indices, _, dealt in _steps(rows):
-        made += sum(1 for _ in packed(rows, indices, dealt[0]))
+    for indices, _, balanced in _steps(rows):
+        made += sum(1 for _ in packed(rows, indices, balanced[0]))
         steps += 1
     return f"{made:,} rows of one rank, {1e3 * (time.perf_counter() - began) / steps:.2f} ms a step"
 

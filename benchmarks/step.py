@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 
 import common  # noqa: F401  (the project's path)
+from notus.data.batching import balance
 from notus.data.packing import Batch, Example, collate
-from notus.data.schedule import deal
-from notus.estimate.inputs import Lengths
 from notus.estimate.plan import Arithmetic, arithmetic
+from notus.estimate.sizes import Lengths
 from notus.losses import dpo_loss, nll_loss
 from notus.model.attention import IMPLEMENTATION
 from notus.model.flops import Dimensions, dimensions
@@ -24,8 +24,9 @@ from notus.model.size import ModelSize, model_size
 from notus.model.supported import disable_dropout
 from notus.runtime.distributed import mesh, world_size
 from notus.training.dataloader import Prefetch
+from notus.training.gradient_clipping import clipped_update, gradient_norm, local_gradients
 from notus.training.memory_estimate import Job, footprint
-from notus.training.optimizers import build_optimizer, clipped_update, gradient_norm, local_gradients
+from notus.training.optimizers import build_optimizer
 from notus.training.parallelize import (
     COMPUTE_DTYPES,
     expect_last_row,
@@ -68,7 +69,7 @@ def rows(
         return [[_apart(item, _longest(batch)) for item in batch] for batch in batches]
     whole = list(examples) if variant == "shared" else [_apart(item, 0) for item in examples]
     lengths = list(map(num_tokens, whole))
-    return [[whole[position] for position in row] for row in deal(lengths, lengths, ranks, tokens_per_row)[rank]]
+    return [[whole[position] for position in row] for row in balance(lengths, lengths, ranks, tokens_per_row)[rank]]
 
 
 def num_tokens(example: Example) -> int:

@@ -2,10 +2,10 @@
 
 import sys
 
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs
-from notus.evaluation.models import find_source
 from notus.evaluation.preferences.scores import Scoring, score_model
+from notus.evaluation.resolve_model import find_source
 from notus.losses import dpo_loss
 from notus.model.export import load_tokenizer
 from notus.runtime.distributed import process_group
@@ -13,7 +13,7 @@ from notus.runtime.distributed import process_group
 policy, reference = (find_source(name) for name in sys.argv[1:3])  # folders of runs, models or adapters, or hub ids
 tokenizer = load_tokenizer(policy.folder, trust_remote_code=False)
 dataset, report = load_pairs(sys.argv[3], tokenizer, max_length=1024, max_prompt_length=512)
-rows = Rows(dataset)
+rows = TokenizedDataset(dataset)
 with process_group() as device:  # under torchrun, the ranks share the models and the work
     scoring = Scoring(rows, tokenizer, precision="fp32", device=device)
     policy_logps, reference_logps = (score_model(model, scoring).pairs for model in (policy, reference))

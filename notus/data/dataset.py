@@ -4,7 +4,7 @@ A row holds `trunk`, the longest token prefix that its K conversations have in c
 rest of each; and `loss_mask`, 1 where a branch's token is learned. SFT has K = 1, DPO K = 2: chosen, rejected. Beside
 them stands where the row came from, as far as the data say.
 
-`Rows` reads the Arrow memory itself, which is mapped from disk. What it keeps of a row is its lengths.
+`TokenizedDataset` reads the Arrow memory itself, which is mapped from disk. What it keeps of a row is its lengths.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class _Chunk:
     row_starts: np.ndarray
 
 
-class Rows:
+class TokenizedDataset:
     """A tokenised dataset (columns as `FEATURES`, and if known as `PROVENANCE`) as examples.
 
     Attributes:

@@ -11,8 +11,8 @@ from notus.evaluation.arguments import count, positive
 from notus.training.memory_estimate import BYTES, OPTIMIZER_STATES, RUNTIME_MARGIN
 
 if TYPE_CHECKING:
-    from notus.estimate.inputs import Lengths
     from notus.estimate.plan import Setting
+    from notus.estimate.sizes import Lengths
 
 # Rows after curation, of data sets that the project's configs name.
 KNOWN_ROWS = {"argilla/ultrafeedback-binarized-preferences": 63619}
@@ -97,8 +97,8 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
 
 
 def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "tuple[Setting, str]":
-    from notus.estimate.inputs import find_config, sizes
     from notus.estimate.plan import Setting
+    from notus.estimate.sizes import find_config, sizes
     from notus.model.flops import PER_NODE, find_gpu
 
     gpu, training, lora = find_gpu(args.gpu), config.training, config.lora
@@ -129,7 +129,7 @@ def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "t
 
 def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | None]":
     """How long examples are, and how many there are, as far as it is known without the network."""
-    from notus.estimate.inputs import TYPICAL, draw, parse_means
+    from notus.estimate.sizes import TYPICAL, draw, parse_means
 
     branches = 2 if config.task == "dpo" else 1
     for source in config.data.train:
@@ -166,9 +166,9 @@ def _tokenised(config: Config) -> "Lengths | None":
         return None
     if sum(path.stat().st_size for path in paths) > SMALL_DATA:
         return None
-    from notus.data.dataset import Rows
+    from notus.data.dataset import TokenizedDataset
     from notus.data.tokenize import load_pairs, load_sft
-    from notus.estimate.inputs import tokenised
+    from notus.estimate.sizes import tokenised
     from notus.model.export import load_tokenizer
 
     data, tokenizer = config.data, load_tokenizer(folder, config.model.trust_remote_code)
@@ -178,7 +178,7 @@ def _tokenised(config: Config) -> "Lengths | None":
         dataset, _ = load_pairs(data.train, tokenizer, max_prompt_length=data.max_prompt_length or 1, **options)
     else:
         dataset, _ = load_sft(data.train, tokenizer, **options)
-    return tokenised(Rows(dataset))
+    return tokenised(TokenizedDataset(dataset))
 
 
 NAMES = {

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from notus.data.batching import balance
 from notus.data.packing import check_fits
-from notus.data.schedule import deal
-from notus.estimate.inputs import Lengths
+from notus.estimate.sizes import Lengths
 from notus.model.flops import GPU, LINK_EFFICIENCY, PER_NODE, Dimensions, forward_flops, visible_pairs
 from notus.model.size import ModelSize
 from notus.training.memory_estimate import (
@@ -56,7 +56,7 @@ def pack(lengths: Lengths, *, batch_size: int, world_size: int, tokens_per_row: 
     for _ in range(STEPS if batch_size <= SMALL_STEP else 2):
         chosen = generator.integers(0, len(totals), batch_size)
         tokens = totals[chosen].tolist()
-        ranks = deal(tokens, tokens, world_size, tokens_per_row)
+        ranks = balance(tokens, tokens, world_size, tokens_per_row)
         loads = [sum(int(totals[chosen[item]]) for row in rank for item in row) for rank in ranks]
         rows.append(len(ranks[0]))
         imbalance.append(max(loads) * world_size / sum(loads))

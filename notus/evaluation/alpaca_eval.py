@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, check_no_effect
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
-from notus.evaluation.json_entries import check_unique, read_entries
+from notus.evaluation.input_files import check_unique, read_entries
 from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
 from notus.runtime.files import replacing, write_text
 from notus.runtime.process import first_line
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     if args.reference_outputs is not None and args.judge is None:
         raise ValueError("--reference-outputs has no effect without a judge: set --judge as well")
     answer_settings(args)
-    from notus.evaluation.models import find_together
+    from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
     with distributed.process_group() as device:

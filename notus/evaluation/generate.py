@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from notus.data.formats import Turns
-    from notus.evaluation.models import ModelSource
     from notus.evaluation.prompts import Prompt
+    from notus.evaluation.resolve_model import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _check_out(path: Path, args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace, settings: Decoding, device: "torch.device") -> tuple[list["Prompt"], list[str]]:
     """Return the prompts, and num_samples completions of each, one after the other."""
-    from notus.evaluation.models import find_together
+    from notus.evaluation.resolve_model import find_together
     from notus.runtime.distributed import on_main
 
     model = _Model(find_together(args.model, trust_remote_code=args.trust_remote_code), args)
@@ -123,7 +123,7 @@ class _Model:
         kept: Path | None = None,
     ) -> list[str]:
         from notus.data.chat import check_vocabulary
-        from notus.evaluation.generation import KeptTokens, generate, model_digest
+        from notus.evaluation.decoding import KeptTokens, generate, model_digest
         from notus.model.export import load_causal_lm
         from notus.runtime.distributed import on_main
         from notus.training.parallelize import COMPUTE_DTYPES

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from notus.evaluation.models import is_run, read_run_settings
+from notus.evaluation.resolve_model import is_run, read_run_settings
 from notus.evaluation.results import EVALUATIONS, RESULT, Result, read_results
 from notus.runtime.files import is_locked
-from notus.training.inputs import DATA_FILE
-from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
+from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
+from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 
 RESULT_FILES = f"{EVALUATIONS}/*/{RESULT}"
 

@@ -30,8 +30,8 @@ from notus.evaluation.arguments import (
 from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
+from notus.evaluation.input_files import check_unique
 from notus.evaluation.intervals import wilson
-from notus.evaluation.json_entries import check_unique
 from notus.evaluation.results import Figure, Result, hold_folder, result_folder, write_result
 from notus.runtime.files import write_text
 from notus.runtime.process import STOPPED, first_line, tell
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from notus.data.formats import Turns
-    from notus.evaluation.models import ModelSource
+    from notus.evaluation.resolve_model import ModelSource
 
 SUITE = "win-rate"
 VERDICTS_FILE, PAIRS_FILE, GENERATION = "verdicts.jsonl", "pairs.jsonl", "generation"
@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     _check_sides(args)
     answer_settings(args)
     judge = _find_judge(args)
-    from notus.evaluation.models import find_together
+    from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
     def find(name: str | None) -> "ModelSource | None":
@@ -550,7 +550,7 @@ def _compare(folder: Path, name: str, pairs: list[Pair], judge: Judge, settings:
 
 def figures_of(scores: Scores, other: str, judge: str, dataset: str) -> list[Figure]:
     """Return the win rate and, where the judge was asked, its position bias."""
-    from notus.evaluation.models import public_name
+    from notus.evaluation.resolve_model import public_name
 
     model, step, rest = other.partition(" (step ")
     setup = f"against {public_name(model)}{step}{rest}, judged by {public_name(judge)} in both orders"

@@ -29,7 +29,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from notus.model.adapter import (
+from notus.model.load import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
+from notus.model.lora import inject_lora, lora_layers, merge_lora
+from notus.model.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_settings,
@@ -37,9 +39,7 @@ from notus.model.adapter import (
     load_adapter,
     read_adapter_settings,
 )
-from notus.model.load import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
-from notus.model.lora import inject_lora, lora_layers, merge_lora
-from notus.model.shards import gather, is_rank_zero, local_rows
+from notus.model.sharded_tensors import gather, is_rank_zero, local_rows
 from notus.runtime.files import disk_error, sync
 from notus.runtime.process import first_line
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from notus.model.lora import LoRALinear
-from notus.model.shards import fill_rows
+from notus.model.sharded_tensors import fill_rows
 from notus.runtime.process import first_line
 
 WEIGHTS = "model.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from notus.model.shards import fill_rows
+from notus.model.sharded_tensors import fill_rows
 
 ALL_LINEAR = "all-linear"
 

@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from notus.data.dataset import Rows
+from notus.data.batching import StepPlan, balance, lockstep_cost, packed
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
-from notus.data.schedule import StepPlan, deal, packed, time_of
 from notus.model.flops import dimensions, forward_flops
 from notus.model.policy import Policy
 from notus.runtime.distributed import rank, world_size
@@ -72,7 +72,7 @@ class Prefetch(Generic[T]):
         return []
 
 
-def row_costs(policy: Policy, rows: Rows, indices: np.ndarray | None = None) -> np.ndarray:
+def row_costs(policy: Policy, rows: TokenizedDataset, indices: np.ndarray | None = None) -> np.ndarray:
     """What the policy computes for each example: necessary operations of a forward pass, int64 [n].
 
     Args:
@@ -119,7 +119,7 @@ class Dataloader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TokenizedDataset,
         costs: np.ndarray,
         plan: StepPlan,
         steps: range,
@@ -179,7 +179,7 @@ class Dataloader:
         for step in self._steps:
             indices = self._plan.indices(step)
             costs = self._costs[indices].tolist()
-            dealt = deal(self._rows.lengths[indices].tolist(), costs, ranks, self._tokens_per_row)
-            for batch in packed(self._rows, indices, dealt[rank()]):
+            balanced = balance(self._rows.lengths[indices].tolist(), costs, ranks, self._tokens_per_row)
+            for batch in packed(self._rows, indices, balanced[rank()]):
                 yield batch if self._prepare is None else self._prepare(batch)
-            yield _StepEnd(sum(costs), ranks * time_of(dealt, costs))
+            yield _StepEnd(sum(costs), ranks * lockstep_cost(balanced, costs))

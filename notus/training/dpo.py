@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from notus.config import Config, DPOConfig
-from notus.data.dataset import Rows
+from notus.data.batching import StepPlan
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
-from notus.data.schedule import StepPlan
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
-from notus.training.metrics import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 from notus.training.scoring import score
 from notus.training.setup import Run, start
 from notus.training.trainer import RowLoss
+from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 
 # By how much ln 2 may be missed at step 0: policy and reference differ by rounding alone, but rows are packed
 # differently in the reference pass, and matrix products of another shape may round differently. In bf16 that moves a
@@ -35,7 +35,7 @@ _PROBE_BETA = 0.1
 class Preferences:
     """Tokenised pairs with the reference's log-probs, fp32 [n, 2] in nats."""
 
-    rows: Rows
+    rows: TokenizedDataset
     reference: Tensor
 
 
@@ -230,7 +230,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
     )
 
 
-def _with_reference(job: Run, config: Config, name: str, rows: Rows) -> Preferences:
+def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Preferences:
     """Attach the reference's log-probs, from the cache or by a pass of the untrained policy."""
     digests = rows.digests()
     key = ReferenceKey(

@@ -31,7 +31,7 @@ from notus.training.optimizers import CHUNK
 
 if TYPE_CHECKING:
     from notus.config import TrainingConfig
-    from notus.data.dataset import Rows
+    from notus.data.dataset import TokenizedDataset
 
 CHECKPOINTING = MODES  # the faster ones first
 OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
@@ -294,7 +294,7 @@ def _batch(job: Job) -> int:
 
 
 def checkpointing_of(
-    training: "TrainingConfig", rows: "Rows", device: torch.device
+    training: "TrainingConfig", rows: "TokenizedDataset", device: torch.device
 ) -> str | Callable[[PreTrainedModel], str]:
     """Return the mode of activation checkpointing, or for "auto" what chooses it once the model is known; collective.
 

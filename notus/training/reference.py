@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.model.export import write_tensors
 from notus.runtime.distributed import on_main
 from notus.runtime.files import replacing
@@ -55,7 +55,12 @@ def digest_of_rows(digests: np.ndarray) -> str:
 
 
 def reference_logps(
-    score: Callable[[np.ndarray], Tensor], rows: Rows, *, key: ReferenceKey, digests: np.ndarray, folder: Path
+    score: Callable[[np.ndarray], Tensor],
+    rows: TokenizedDataset,
+    *,
+    key: ReferenceKey,
+    digests: np.ndarray,
+    folder: Path,
 ) -> tuple[Tensor, bool]:
     """Read the cache, or fill it; collective.
 
@@ -118,7 +123,7 @@ def _read_part(path: Path, expected: Tensor) -> Tensor | None:
     return tensors["logps"] if torch.equal(tensors["digests"], expected) else None
 
 
-def _write_cache(path: Path, logps: Tensor, rows: Rows, key: ReferenceKey, digests: np.ndarray) -> None:
+def _write_cache(path: Path, logps: Tensor, rows: TokenizedDataset, key: ReferenceKey, digests: np.ndarray) -> None:
     tensors = {
         "logps": logps,
         "token_counts": torch.from_numpy(rows.loss_tokens),
@@ -164,7 +169,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read(path: Path, rows: Rows, key: ReferenceKey, digests: np.ndarray) -> Tensor:
+def _read(path: Path, rows: TokenizedDataset, key: ReferenceKey, digests: np.ndarray) -> Tensor:
     remedy = f"delete {path} to compute it again"
     try:
         tensors, metadata = _open(path)

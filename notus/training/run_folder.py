@@ -21,7 +21,7 @@ from notus.runtime.distributed import gather_objects, on_main, rank
 from notus.runtime.files import lock, replacing
 from notus.runtime.process import first_line, tell
 from notus.training.checkpoint import checkpoints_in
-from notus.training.loggers import METRICS_FILE
+from notus.training.tracking import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.model.policy import Policy
 from notus.runtime.distributed import gather_objects, rank, sum_across_ranks, world_size
 from notus.training.parallelize import reshard
@@ -182,7 +182,7 @@ class Sampler:
 def build_sampler(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    rows: TokenizedDataset,
     *,
     count: int,
     max_new_tokens: int,
@@ -206,7 +206,7 @@ def build_sampler(
     )
 
 
-def first_prompts(rows: Rows, count: int, longest: int) -> list[np.ndarray]:
+def first_prompts(rows: TokenizedDataset, count: int, longest: int) -> list[np.ndarray]:
     """Token ids of the first `count` different prompts (trunks) that leave room below `longest` tokens.
 
     Of `SEARCHED` such rows: where a million rows share one prompt, there is no other to wait for.

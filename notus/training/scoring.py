@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from notus.data.dataset import Rows
+from notus.data.batching import step_rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
-from notus.data.schedule import step_rows
 from notus.model.policy import Policy
 from notus.runtime.distributed import rank, sum_across_ranks, world_size
 from notus.training.dataloader import prefetched, row_costs
@@ -22,7 +22,7 @@ from notus.training.parallelize import reshard
 @torch.no_grad()
 def score(
     policy: Policy,
-    rows: Rows,
+    rows: TokenizedDataset,
     indices: np.ndarray,
     *,
     tokens_per_row: int,
@@ -58,7 +58,7 @@ def score(
 
 
 @torch.no_grad()
-def score_tokens(policy: Policy, rows: Rows, *, tokens_per_row: int, device: torch.device) -> Tensor:
+def score_tokens(policy: Policy, rows: TokenizedDataset, *, tokens_per_row: int, device: torch.device) -> Tensor:
     """Score a whole dataset token by token; collective, every rank takes a share and gets the whole.
 
     Arguments as in `score`. Returns fp32 [rows.loss_tokens.sum()] on the host: the log-prob of every completion token,
@@ -81,7 +81,7 @@ def score_tokens(policy: Policy, rows: Rows, *, tokens_per_row: int, device: tor
 
 def _pass(
     policy: Policy,
-    rows: Rows,
+    rows: TokenizedDataset,
     indices: np.ndarray,
     keep: Callable[[Batch], None],
     places: Callable[[list[int]], np.ndarray],
@@ -122,7 +122,7 @@ def _placed(batch: Batch, places: Callable[[list[int]], np.ndarray]) -> Batch:
 
 def score_all(
     policy: Policy,
-    rows: Rows,
+    rows: TokenizedDataset,
     *,
     tokens_per_row: int,
     device: torch.device,

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from notus.config import Config, Task
+from notus.data.batching import StepPlan, packing_report
 from notus.data.chat import check_vocabulary
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import check_fits
-from notus.data.schedule import StepPlan, packing_report
 from notus.model.attention import kernel_for
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
@@ -27,16 +27,15 @@ from notus.runtime.process import STOPPED
 from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
-from notus.training.inputs import Inputs, load_inputs
-from notus.training.loggers import hardware
 from notus.training.memory_estimate import checkpointing_of
-from notus.training.metrics import Meter
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
 from notus.training.reference import digest_of_rows
+from notus.training.run_data import Inputs, load_inputs
 from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder
 from notus.training.sampling import Sampler, build_sampler
-from notus.training.tracking import Tracker, open_tracker
+from notus.training.throughput import Meter
+from notus.training.tracking import Tracker, hardware, open_tracker
 from notus.training.trainer import Ending, Trainer
 from notus.training.trainer import Task as LoopTask
 
@@ -73,12 +72,12 @@ class Run:
     hardware: str
 
     @property
-    def train_rows(self) -> Rows:
+    def train_rows(self) -> TokenizedDataset:
         """What the model learns from."""
         return self.inputs.train
 
     @property
-    def eval_rows(self) -> Rows | None:
+    def eval_rows(self) -> TokenizedDataset | None:
         """What it is evaluated on."""
         return self.inputs.eval
 

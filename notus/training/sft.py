@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from notus.config import Config
-from notus.data.dataset import Rows
+from notus.data.batching import StepPlan
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
-from notus.data.schedule import StepPlan
 from notus.losses import nll_loss
 from notus.model.policy import Policy
-from notus.training.metrics import Guard
 from notus.training.scoring import score
 from notus.training.setup import start
 from notus.training.trainer import RowLoss
+from notus.training.warnings import Guard
 
 
 class SFTTask:
@@ -25,7 +25,13 @@ class SFTTask:
     guards: tuple[Guard, ...] = ()
 
     def __init__(
-        self, train: Rows, held_out: Rows | None, *, plan: StepPlan, tokens_per_row: int, device: torch.device
+        self,
+        train: TokenizedDataset,
+        held_out: TokenizedDataset | None,
+        *,
+        plan: StepPlan,
+        tokens_per_row: int,
+        device: torch.device,
     ) -> None:
         self.rows, self.plan = train, plan
         self._held_out, self._tokens_per_row, self._device = held_out, tokens_per_row, device

@@ -1,31 +1,432 @@
-"""The tracker hands metrics and samples to every logger that the config asks for; `loggers.py` has the loggers."""
+"""Where a run's metrics and samples go: its own files, the terminal, Weights & Biases, TensorBoard.
+
+`metrics.jsonl` is the run's own record: if it cannot be written, the run ends. Every other logger is a courtesy: if it
+fails, it is switched off with a warning, and training continues.
+"""
 
 import contextlib
 import dataclasses
+import datetime
+import functools
+import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import platform
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
 from notus.config import Config, to_yaml
-from notus.runtime.files import write_text
+from notus.runtime.distributed import gather_objects, world_size
+from notus.runtime.files import disk_error, replacing, write_text
 from notus.runtime.process import first_line, tell
+from notus.runtime.switches import disabled_names
 from notus.training.checkpoint import Progress
-from notus.training.inputs import DATA_FILE
-from notus.training.loggers import (
-    ENVIRONMENT_FILE,
-    METRICS_FILE,
-    SAMPLES_FILE,
-    EnvironmentFile,
-    Logger,
-    MetricsFile,
-    ProgressBar,
-    SamplesFile,
-    TensorBoardLogger,
-    WandbLogger,
-)
+from notus.training.run_data import DATA_FILE
 from notus.training.sampling import Sample
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+ENVIRONMENT_FILE = "environment.json"
+# What the terminal shows: a label for each metric.
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "pairs/s": "pairs_per_second",
+    "examples/s": "examples_per_second",
+}
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+
+
+class Logger:
+    """One place that metrics and samples go to; a subclass takes what it has a use for.
+
+    Attributes:
+        remedy: what the warning says if the logger fails and is switched off; None: its failure ends the run.
+    """
+
+    remedy: str | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take a line of metrics."""
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Take what the model generates after `step` steps."""
+
+    def sync(self, step: int) -> None:
+        """Put everything on disk, before the checkpoint of `step`."""
+
+    def state(self) -> dict[str, str]:
+        """Return what a resumed run needs to continue in the same place."""
+        return {}
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class StepLines:
+    """One JSON object per line, each with `step`, in the order of the steps."""
+
+    def __init__(self, path: Path, *, resume_step: int, last_logged: int = 0) -> None:
+        """Open `path` for appending; lines after `resume_step` are from steps that will be taken again, and go.
+
+        Warns if the line of the step `last_logged` is not there.
+
+        Raises:
+            ValueError: the file holds something else than such lines.
+            OSError: the file cannot be written; `append` and `sync` raise it, too.
+        """
+        self._path = path
+        kept = _lines_until(path, resume_step) if path.exists() else []
+        if last_logged and not (kept and _step_of(kept[-1]) == last_logged):
+            tell(f"warning: {path} has lost lines: step {last_logged} was logged, and is not there")
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write one line per record."""
+        text = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        try:
+            while text:  # a disk that fills up takes a part first, and says why on the next attempt
+                text = text[self._file.write(text) :]
+        except OSError as error:
+            raise disk_error(self._path, error) from error
+
+    def sync(self) -> None:
+        """Wait until all lines are on disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise disk_error(self._path, error) from error
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[bytes]:
+    """Whole lines up to and including `step`; a last line that a crash cut short is left out."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        found = _step_of(line)
+        if found is None and number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a line of {path.stem}; restore the file, or move it away")
+        if found is None or found > step:
+            break
+        kept.append(line)
+    return kept
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None for anything else, and for a line without its end."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) and line.endswith(b"\n") else None
+    return step if isinstance(step, int) else None
+
+
+class MetricsFile(Logger):
+    """One JSON object per line of metrics."""
+
+    def __init__(self, path: Path, *, resume_step: int, last_logged: int = 0) -> None:
+        """See `StepLines`."""
+        self._lines = StepLines(path, resume_step=resume_step, last_logged=last_logged)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._lines.append([{"step": step, **metrics}])
+
+    def sync(self, step: int) -> None:
+        self._lines.sync()
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class SamplesFile(Logger):
+    """One JSON object per sample."""
+
+    remedy = "samples are not kept from here on"
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """See `StepLines`."""
+        self._lines = StepLines(path, resume_step=resume_step)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self._lines.append({"step": step, **dataclasses.asdict(sample)} for sample in samples)
+
+    def sync(self, step: int) -> None:
+        self._lines.sync()
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class ProgressBar(Logger):
+    """A bar where there is a terminal, a line every few seconds where there is none."""
+
+    remedy = f"{METRICS_FILE} has every line"
+
+    def __init__(self, *, total_steps: int, start_step: int, seconds_between: float = 5.0) -> None:
+        self._total, self._start, self._began = total_steps, start_step, time.monotonic()
+        self._between, self._last = seconds_between, float("-inf")
+        interactive = sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if interactive else None
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        figures = {label: f"{metrics[key]:.4g}" for label, key in SHOWN.items() if key in metrics}
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        evaluated = any(key.startswith("eval_") for key in metrics)
+        if now - self._last < self._between and step != self._total and not evaluated:
+            return
+        self._last = now
+        left = (now - self._began) / max(1, step - self._start) * (self._total - step)
+        figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
+        shown = "  ".join(f"{label} {value}" for label, value in figures.items())
+        tell(f"step {step}/{self._total}  {shown}  left {_clock(left)}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def hardware(device: torch.device) -> str:
+    """The job's devices, such as "8 x NVIDIA A100-SXM4-40GB" or "CPU, 16 cores"; collective."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    found = Counter(gather_objects(name))
+    if device.type != "cuda":
+        return ", ".join(found)
+    return ", ".join(f"{count} x {each}" for each, count in found.items())
+
+
+class EnvironmentFile(Logger):
+    """`environment.json`: hardware, versions, and each launch: its seconds, and what `NOTUS_DISABLE` switched off."""
+
+    remedy = f"{ENVIRONMENT_FILE} is not kept from here on"
+
+    def __init__(self, path: Path, *, step: int, hardware: str) -> None:
+        """Begin a launch that continues after `step`; at 0, earlier launches left nothing and are forgotten."""
+        self._path, self._began = path, time.monotonic()
+        self._earlier = _launches(path) if step else []
+        self._launch: dict[str, Any] = {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "from_step": step,
+            "disabled": sorted(disabled_names()),
+            "seconds": 0.0,
+            "to_step": step,
+        }
+        versions = {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+        self._facts = {"hardware": hardware, "world_size": world_size(), "versions": versions}
+        self._write()
+
+    def sync(self, step: int) -> None:
+        self._launch["to_step"] = step
+        self._write()
+
+    def close(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        self._launch["seconds"] = time.monotonic() - self._began
+        launches = [*self._earlier, self._launch]
+        total = sum(launch["seconds"] for launch in launches)
+        write_text(self._path, json.dumps({**self._facts, "launches": launches, "seconds": total}, indent=1) + "\n")
+
+
+def _launches(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        launches = list(json.loads(path.read_text(encoding="utf-8"))["launches"])
+        sum(launch["seconds"] for launch in launches)
+    except (ValueError, KeyError, TypeError):
+        tell(f"warning: {path} is damaged: the earlier launches are not listed")
+        return []
+    return launches
+
+
+# Seconds in which Weights & Biases must answer at the start, and have the last metrics at the end. Its own waits are
+# 90 s and for ever; what it does not get in time stays in files beside the run.
+WANDB_INIT_TIMEOUT = 30.0
+WANDB_FINISH_TIMEOUT = 60.0
+
+
+def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics as dashboards show them: under `train/`, `eval/` and `system/`."""
+    return {_grouped(name): value for name, value in metrics.items()}
+
+
+def _grouped(name: str) -> str:
+    if name.startswith("system/"):
+        return name
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+class WandbLogger(Logger):
+    """A Weights & Biases run; offline unless a key is set and the server answers.
+
+    Attributes:
+        run_id: by which a later process resumes the same run.
+    """
+
+    def __init__(
+        self, *, project: str, name: str | None, folder: Path, config: Mapping[str, Any], run_id: str | None = None
+    ) -> None:
+        """Start a run, or go on with `run_id`; where the server cannot be reached, offline, with a warning.
+
+        Raises:
+            ValueError: Weights & Biases rejects the settings or the key.
+        """
+        import wandb
+
+        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        self._folder = folder
+        self.run_id = run_id or secrets.token_hex(4)
+        begin: Callable[..., Any] = functools.partial(
+            wandb.init, project=project, name=name, dir=folder, config=dict(config), id=self.run_id,
+            settings=wandb.Settings(
+                init_timeout=WANDB_INIT_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT, finish_timeout_raises=True
+            ),
+        )  # fmt: skip
+        try:
+            # Offline there is nothing to look up: what is there of the run is added to when the files are uploaded.
+            self._run = begin(mode=mode, resume="allow" if run_id and mode == "online" else None)
+        except Exception as error:  # of many kinds: time-outs, what a proxy answers in its place, a service that dies
+            if mode != "online" or isinstance(error, (wandb.errors.UsageError, wandb.errors.AuthenticationError)):
+                raise ValueError(
+                    f"tracking.wandb: Weights & Biases rejects the run ({first_line(error)}); WANDB_MODE=offline or "
+                    "tracking.wandb=false trains without it"
+                ) from error
+            tell(f"warning: Weights & Biases is out of reach ({first_line(error)}): the run is kept offline")
+            wandb.teardown()  # or the id would count as taken
+            self._run = begin(mode="offline")
+
+    @property
+    def remedy(self) -> str:  # type: ignore[override]
+        folder = self._run.settings.sync_dir
+        return f"what it has got is in {folder}, and `wandb sync {folder}` uploads it"
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(grouped(metrics), step=step)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        import wandb
+
+        rows = [[step, *dataclasses.astuple(sample)] for sample in samples]
+        table = wandb.Table(columns=["step", *(field.name for field in dataclasses.fields(Sample))], data=rows)
+        with self._staged():
+            self._run.log({"samples": table}, step=step)
+
+    @contextlib.contextmanager
+    def _staged(self) -> Iterator[None]:
+        """Keep a copy of each table, which goes to the server, with the run: the home folder may be another's then."""
+        kept = os.environ.get("WANDB_DATA_DIR")
+        os.environ["WANDB_DATA_DIR"] = kept or str(self._folder.absolute() / "wandb")
+        try:
+            yield
+        finally:
+            del os.environ["WANDB_DATA_DIR"]
+            if kept is not None:
+                os.environ["WANDB_DATA_DIR"] = kept
+
+    def state(self) -> dict[str, str]:
+        return {"wandb": self.run_id}
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardLogger(Logger):
+    """Event files under `OUTPUT_DIR/tensorboard`."""
+
+    remedy = f"{METRICS_FILE} and {SAMPLES_FILE} have everything"
+
+    def __init__(self, folder: Path, *, resume_step: int, texts: Mapping[str, str]) -> None:
+        """Open a writer; events after `resume_step` are from steps that will be taken again, and go.
+
+        Args:
+            folder: the run's.
+            resume_step: -1 for a run that begins.
+            texts: what is shown from then on, verbatim, by title.
+
+        Raises:
+            ValueError: the tensorboard package is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "tracking.tensorboard=true needs the tensorboard package: pip install tensorboard"
+            ) from error
+        for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
+            _forget_after(path, resume_step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        for title, text in texts.items():
+            self._writer.add_text(title, _verbatim(text), resume_step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in grouped(metrics).items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # its thread writes: only then is it known whether the disk took them
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        parts = [
+            f"**{sample.index}: {name}**\n\n{_verbatim(text)}"
+            for sample in samples
+            for name, text in (("prompt", sample.prompt), ("completion", sample.completion))
+        ]
+        self._writer.add_text("samples", "\n\n".join(parts), step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop later steps from a file of events. TensorBoard's own purge would keep texts and only hide scalars."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    events = [(raw, Event.FromString(raw)) for raw in RawEventFileLoader(str(path)).Load()]
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        records = RecordWriter(file)
+        for raw, event in events:
+            if event.step <= step or event.HasField("file_version"):
+                records.write(raw)
+
+
+def _verbatim(text: str) -> str:
+    """Markdown that shows a string as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 class Tracker:

@@ -15,28 +15,22 @@ import torch
 from torch import Tensor
 
 from notus.config import TrainingConfig
-from notus.data.dataset import Rows
+from notus.data.batching import StepPlan
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
-from notus.data.schedule import StepPlan
 from notus.model.policy import Policy
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
 from notus.training.checkpoint import Progress
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import Dataloader, row_costs
-from notus.training.metrics import Guard, Guards, Meter
-from notus.training.optimizers import (
-    PiecewiseOptimizer,
-    clipped_update,
-    gradient_norm,
-    is_first_replica,
-    learning_rate_factor,
-    local_gradients,
-    set_learning_rate,
-)
+from notus.training.gradient_clipping import clipped_update, gradient_norm, is_first_replica, local_gradients
+from notus.training.optimizers import PiecewiseOptimizer, learning_rate_factor, set_learning_rate
 from notus.training.parallelize import expect_last_row, hand_over_gradients
 from notus.training.sampling import Sample
+from notus.training.throughput import Meter
 from notus.training.tracking import Tracker
+from notus.training.warnings import Guard, Guards
 
 
 class NonFiniteError(ValueError):
@@ -76,7 +70,7 @@ class Task(Protocol):
         guards: metrics to warn about.
     """
 
-    rows: Rows
+    rows: TokenizedDataset
     plan: StepPlan
     num_sums: int
     guards: tuple[Guard, ...]

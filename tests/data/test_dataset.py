@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from notus.data.dataset import PROVENANCE, Rows
+from notus.data.dataset import PROVENANCE, TokenizedDataset
 
 
 def features(ids="int32", mask="int8", sequence=datasets.List):
@@ -88,7 +88,7 @@ def concatenate(source):
 )
 def test_rows_read_as_plain_python_does(arrange, num_branches):
     source = arrange(dataset(random_records(23, num_branches)))
-    rows = Rows(source)
+    rows = TokenizedDataset(source)
     assert rows.num_branches == num_branches
     assert_same_reading(rows, source)
     assert_same_lengths(rows, source)
@@ -101,7 +101,7 @@ def test_lengths_by_hand():
         ([], [[1, 7, 8], [1]], [[1, 0, 1], [1]]),
         ([], [[1, 7], []], [[1, 1], []]),
     ]
-    rows = Rows(dataset(records))
+    rows = TokenizedDataset(dataset(records))
     assert rows.lengths.tolist() == [6, 4, 2]
     assert rows.trunk_lengths.tolist() == [3, 0, 0]
     assert rows.branch_lengths.tolist() == [[2, 1], [3, 1], [2, 0]]
@@ -111,10 +111,10 @@ def test_lengths_by_hand():
 
 def test_an_empty_dataset_and_mixed_numbers_of_branches_are_refused():
     with pytest.raises(ValueError, match="holds no rows"):
-        Rows(dataset([]))
+        TokenizedDataset(dataset([]))
     one, two = random_records(9, 1), random_records(1, 2)
     with pytest.raises(ValueError, match="differ in their number of completions"):
-        Rows(dataset([*one, *two]))
+        TokenizedDataset(dataset([*one, *two]))
 
 
 # --- provenance ---
@@ -135,8 +135,8 @@ def with_provenance(source):
 @pytest.mark.parametrize("arrange", [lambda source: source, concatenate], ids=["whole", "chunks"])
 def test_provenance_follows_the_rows(arrange):
     source = arrange(with_provenance(dataset(random_records(24))))
-    rows = Rows(source.select([7, 7, 0, 23]))
-    assert rows.sources == ["b", "b", "a", Rows.UNKNOWN_SOURCE]
+    rows = TokenizedDataset(source.select([7, 7, 0, 23]))
+    assert rows.sources == ["b", "b", "a", TokenizedDataset.UNKNOWN_SOURCE]
     assert rows.ratings.dtype == np.float32
     np.testing.assert_array_equal(rows.ratings, [[7, 0], [7, 0], [0, np.nan], [23, 0]])
 
@@ -144,7 +144,7 @@ def test_provenance_follows_the_rows(arrange):
 def test_provenance_that_nobody_gave_is_none():
     bare = dataset(random_records(2))
     told = datasets.Dataset.from_dict({name: [None, None] for name in PROVENANCE}, features=PROVENANCE)
-    for rows in (Rows(bare), Rows(datasets.concatenate_datasets([bare, told], axis=1))):
+    for rows in (TokenizedDataset(bare), TokenizedDataset(datasets.concatenate_datasets([bare, told], axis=1))):
         assert rows.sources is None
         assert rows.ratings is None
 
@@ -158,7 +158,7 @@ def test_provenance_is_no_part_of_the_digests():
 
 
 def digests(source):
-    found = Rows(source).digests()
+    found = TokenizedDataset(source).digests()
     assert found.shape == (len(source), 16)
     assert found.dtype == np.uint8
     return [row.tobytes() for row in found]
@@ -212,7 +212,7 @@ def test_three_branches_are_not_two():
 
 def test_examples_are_views_of_the_file(tmp_path):
     dataset(random_records(23)).save_to_disk(tmp_path)
-    rows = Rows(datasets.load_from_disk(str(tmp_path)))
+    rows = TokenizedDataset(datasets.load_from_disk(str(tmp_path)))
     first, again = (rows(np.array([5]))[0] for _ in range(2))
     assert len(first.branches[0])
     assert np.shares_memory(first.branches[0], again.branches[0])

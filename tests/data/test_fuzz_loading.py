@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from toys import toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from notus.data.dataset import Rows
-from notus.data.schedule import StepPlan, step_rows
+from notus.data.batching import StepPlan, step_rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs, load_sft
 
 CHATML = (
@@ -98,7 +98,7 @@ def check(dataset: datasets.Dataset, report: Any, read: int, max_length: int) ->
 
 def check_epoch(dataset: datasets.Dataset, world_size: int, batch_size: int) -> None:
     """Every kept token once, over all steps and ranks."""
-    rows = Rows(dataset)
+    rows = TokenizedDataset(dataset)
     plan = StepPlan(len(rows), batch_size)
     expected = [sum(map(len, row["branches"]), len(row["trunk"])) for row in dataset]
     learned = [[sum(mask) for mask in row["loss_mask"]] for row in dataset]

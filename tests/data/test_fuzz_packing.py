@@ -9,9 +9,9 @@ from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notus.data.dataset import FEATURES, Rows
+from notus.data.batching import StepPlan, packing_report, step_rows
+from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.data.packing import Batch
-from notus.data.schedule import StepPlan, packing_report, step_rows
 from notus.data.tokenize import split_holdout
 
 tokens = st.lists(st.integers(0, 399), max_size=12)
@@ -36,8 +36,8 @@ def tables(draw: st.DrawFn) -> list[dict[str, Any]]:
     return found
 
 
-def as_rows(table: list[dict[str, Any]]) -> Rows:
-    return Rows(datasets.Dataset.from_list(table, features=FEATURES))
+def as_rows(table: list[dict[str, Any]]) -> TokenizedDataset:
+    return TokenizedDataset(datasets.Dataset.from_list(table, features=FEATURES))
 
 
 def whole(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:

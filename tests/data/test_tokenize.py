@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from notus.data import tokenize as dataset_module
 from notus.data.chat import ChatEncoder, Encoded
-from notus.data.dataset import FEATURES, PROVENANCE, Rows
+from notus.data.dataset import FEATURES, PROVENANCE, TokenizedDataset
 from notus.data.formats import find_form
 from notus.data.tokenize import (
     COMPLETION_CUT,
@@ -409,15 +409,15 @@ def test_mixed_with_rows_that_have_none(tmp_path: Path) -> None:
         write_rows(tmp_path / "rated.jsonl", [RATED]),
         write_rows(tmp_path / "plain.jsonl", [{"prompt": "Q", "chosen": "X", "rejected": "Y"}]),
     ]
-    rows = Rows(load([{"path": str(path)} for path in paths])[0])
-    assert rows.sources == ["flan", Rows.UNKNOWN_SOURCE]
+    rows = TokenizedDataset(load([{"path": str(path)} for path in paths])[0])
+    assert rows.sources == ["flan", TokenizedDataset.UNKNOWN_SOURCE]
     np.testing.assert_array_equal(rows.ratings, [[4.5, 2.0], [np.nan, np.nan]])
 
 
 def test_no_part_of_what_is_computed(tmp_path: Path) -> None:
     bare = {key: value for key, value in RATED.items() if key in find_form(RATED, "dpo")}
     one, other = (load(write_rows(tmp_path / f"{n}.jsonl", [row]))[0] for n, row in enumerate((RATED, bare)))
-    assert digest_of_rows(Rows(one).digests()) == digest_of_rows(Rows(other).digests())
+    assert digest_of_rows(TokenizedDataset(one).digests()) == digest_of_rows(TokenizedDataset(other).digests())
 
 
 def test_code_of_the_columns_is_part_of_the_caches_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,14 @@ import torch
 from judges import Reply, completion, serving
 
 from notus.__main__ import main
-from notus.evaluation import generation
+from notus.evaluation import decoding as generation
 from notus.evaluation.alpaca_eval import (
     Instruction,
     baseline_outputs,
     length_controlled,
     read_instructions,
 )
-from notus.evaluation.generation import generate
+from notus.evaluation.decoding import generate
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
 

@@ -9,9 +9,9 @@ import torch
 from judges import Reply, serving
 
 from notus.__main__ import main
-from notus.evaluation import generation
+from notus.evaluation import decoding as generation
+from notus.evaluation.decoding import generate
 from notus.evaluation.endpoint import Endpoint
-from notus.evaluation.generation import generate
 from notus.evaluation.intervals import wilson
 from notus.evaluation.results import read_result
 from notus.evaluation.win_rate import (

@@ -16,10 +16,10 @@ from toys import assets_dir, toy_config, toy_model, toy_model_folder, toy_tokeni
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from notus.model import export
-from notus.model.adapter import load_adapter
 from notus.model.export import export_adapter, export_model, load_causal_lm, load_tokenizer, read_generation_config
 from notus.model.load import load_weights, materialise, resolve_model_folder, weight_files, weights_digest
 from notus.model.lora import LoRALinear, init_lora, inject_lora, lora_layers
+from notus.model.peft_format import load_adapter
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
 CPU = {"dtype": torch.float32, "device": "cpu"}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from notus.model import load as weights
 from notus.model.load import load_weights, materialise, resolve_model_folder, weights_digest
 from notus.model.lora import cast_frozen, init_lora, inject_lora, lora_layers
-from notus.model.shards import fill_rows, gather, local_rows
+from notus.model.sharded_tensors import fill_rows, gather, local_rows
 from notus.model.supported import check_supported, disable_dropout
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])

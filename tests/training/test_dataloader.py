@@ -9,9 +9,9 @@ import torch
 from runs import config, write_pairs
 from toys import toy_model_folder
 
-from notus.data import schedule
-from notus.data.dataset import Rows
-from notus.data.schedule import StepPlan, step_rows
+from notus.data import batching as schedule
+from notus.data.batching import StepPlan, step_rows
+from notus.data.dataset import TokenizedDataset
 from notus.model.flops import dimensions, forward_flops
 from notus.training import dpo
 from notus.training import trainer as loop
@@ -33,7 +33,7 @@ def tokens(batches) -> list[list[int]]:
     return [(batch[0] if isinstance(batch, tuple) else batch).input_ids.tolist() for batch in batches]
 
 
-def feed(rows: Rows, costs: np.ndarray, plan: StepPlan, steps: range) -> Dataloader:
+def feed(rows: TokenizedDataset, costs: np.ndarray, plan: StepPlan, steps: range) -> Dataloader:
     return Dataloader(rows, costs, plan, steps, tokens_per_row=int(rows.lengths.max()), device=CPU)
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from notus.model.kernels import Kernel
 from notus.runtime import switches
 from notus.training import optimizers
-from notus.training.optimizers import build_optimizer, clipped_update, round_at_random
+from notus.training.gradient_clipping import clipped_update
+from notus.training.optimizers import build_optimizer, round_at_random
 
 
 def _parameters() -> list[nn.Parameter]:

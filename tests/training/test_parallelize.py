@@ -8,8 +8,8 @@ from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.config import LoraConfig
-from notus.data.dataset import Rows
-from notus.data.schedule import step_rows
+from notus.data.batching import step_rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs
 from notus.model.policy import Policy
 from notus.runtime import switches
@@ -22,12 +22,12 @@ def _policy(folder: Path, device: torch.device, **options: object) -> Policy:
     return build_policy(folder, read_model_config(folder), **settings)  # type: ignore[arg-type]
 
 
-def _rows(folder: Path, pairs: Path) -> Rows:
+def _rows(folder: Path, pairs: Path) -> TokenizedDataset:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Rows(load_pairs(pairs, tokenizer, max_length=120, max_prompt_length=60)[0])
+    return TokenizedDataset(load_pairs(pairs, tokenizer, max_length=120, max_prompt_length=60)[0])
 
 
-def _score(policy: Policy, rows: Rows, device: torch.device) -> torch.Tensor:
+def _score(policy: Policy, rows: TokenizedDataset, device: torch.device) -> torch.Tensor:
     return score(policy, rows, np.arange(6), tokens_per_row=100, device=device)
 
 
@@ -95,7 +95,7 @@ def test_masters_are_fp32_and_a_frozen_policy_is_not(
     assert {parameter.dtype for parameter in policy.parameters()} == {dtype}
 
 
-def _step_gradients(policy: Policy, rows: Rows, steps: int = 2) -> list[dict[str, torch.Tensor]]:
+def _step_gradients(policy: Policy, rows: TokenizedDataset, steps: int = 2) -> list[dict[str, torch.Tensor]]:
     """The gradients of some steps of several rows, as the loop takes them; a plain update between the steps."""
     found = []
     for _ in range(steps):

@@ -11,16 +11,16 @@ from disks import largest_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from notus.data.dataset import FEATURES, Rows
+from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.training import reference
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 
 
-def _rows(count: int = 5) -> Rows:
+def _rows(count: int = 5) -> TokenizedDataset:
     table = [
         {"trunk": [1, 5], "branches": [[6 + i, 2], [7, 8, 2]], "loss_mask": [[1, 1], [1, 1, 1]]} for i in range(count)
     ]
-    return Rows(datasets.Dataset.from_list(table, features=FEATURES))
+    return TokenizedDataset(datasets.Dataset.from_list(table, features=FEATURES))
 
 
 class _Scorer:
@@ -34,11 +34,13 @@ class _Scorer:
         return -torch.tensor([[row, row + 0.1] for row in indices.tolist()])
 
 
-def _key(rows: Rows) -> ReferenceKey:
+def _key(rows: TokenizedDataset) -> ReferenceKey:
     return ReferenceKey("weights", digest_of_rows(rows.digests()), "fp32", "sdpa")
 
 
-def _call(score: _Scorer, rows: Rows, folder: Path, key: ReferenceKey | None = None) -> tuple[torch.Tensor, bool]:
+def _call(
+    score: _Scorer, rows: TokenizedDataset, folder: Path, key: ReferenceKey | None = None
+) -> tuple[torch.Tensor, bool]:
     return reference_logps(score, rows, key=key or _key(rows), digests=rows.digests(), folder=folder)
 
 

@@ -20,7 +20,7 @@ from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from notus.config import LoraConfig, config_from_dict
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Example, collate
 from notus.data.tokenize import load_pairs, load_sft
 from notus.model.lora import inject_lora, merge_lora
@@ -28,9 +28,9 @@ from notus.model.policy import Policy
 from notus.runtime.process import STOPPED
 from notus.training import dpo, sampling, sft
 from notus.training import parallelize as parallel
-from notus.training.metrics import Meter
 from notus.training.parallelize import build_policy, read_model_config
 from notus.training.sampling import Sample, Sampler, build_sampler, first_prompts
+from notus.training.throughput import Meter
 
 LORA = {"lora__rank": 2, "lora__dropout": 0.3}
 SAMPLED = {"tracking__samples": 3, "tracking__sample_tokens": 5}
@@ -265,10 +265,12 @@ def test_a_model_without_sdpa_takes_its_eager_attention(model_folder: Path, devi
     assert found == _completions(model_folder, expected, PROMPTS)
 
 
-def _rows(folder: Path, records: list[dict[str, str]], load: Callable[..., Any], path: Path, **options: Any) -> Rows:
+def _rows(
+    folder: Path, records: list[dict[str, str]], load: Callable[..., Any], path: Path, **options: Any
+) -> TokenizedDataset:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Rows(load(path, tokenizer, max_length=40, cache_dir=path.parent / "cache", **options)[0])
+    return TokenizedDataset(load(path, tokenizer, max_length=40, cache_dir=path.parent / "cache", **options)[0])
 
 
 def test_prompts_are_the_first_different_ones_up_to_the_completion(

@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 from disks import largest_file
 
-from notus.training.loggers import MetricsFile, ProgressBar
-from notus.training.tracking import Tracker
+from notus.training.tracking import MetricsFile, ProgressBar, Tracker
 
 
 def test_one_line_per_step(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
-from notus.evaluation.json_entries import check_unique, parse_entry, read_entries
+from notus.evaluation.input_files import check_unique, parse_entry, read_entries
 from notus.runtime.files import write_text
 from notus.runtime.process import first_line
 

@@ -28,7 +28,7 @@ from notus.evaluation.arguments import (
 )
 from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.json_entries import parse_entry
+from notus.evaluation.input_files import parse_entry
 from notus.evaluation.mt_bench import fastchat
 from notus.evaluation.mt_bench.fastchat import HIGHEST, UNREAD, Answer, JudgePrompt, Judgment, Question
 from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from notus.data.formats import Message
-    from notus.evaluation.models import ModelSource
+    from notus.evaluation.resolve_model import ModelSource
 
 SUITE, NAME = "mt-bench", "MT-Bench"
 ANSWERS, GENERATION = "answers.jsonl", "generation"
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         return _score_file(args)
     if args.answers is not None:
         return _judge_file(args)
-    from notus.evaluation.models import find_together
+    from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
     with distributed.process_group() as device:
@@ -173,7 +173,7 @@ def _answer(
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Generate the answers, write them to the folder, and return them with the settings. A collective."""
     from notus.data.chat import ChatEncoder, check_vocabulary
-    from notus.evaluation.generation import KeptTokens, generate, model_digest
+    from notus.evaluation.decoding import KeptTokens, generate, model_digest
     from notus.model.export import load_causal_lm
     from notus.runtime.distributed import on_main, say
     from notus.training.parallelize import COMPUTE_DTYPES
@@ -590,7 +590,7 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
     Published scores stand beside those by the same judge of as many questions and turns. Of several models the setup
     names the one that a figure is of. `dataset`: of the questions, as `Figure` has it.
     """
-    from notus.evaluation.models import public_name
+    from notus.evaluation.resolve_model import public_name
 
     found = []
     for each in scores:

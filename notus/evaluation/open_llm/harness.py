@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.evaluation.generation import KeptTokens, generate_ids
+from notus.evaluation.decoding import KeptTokens, generate_ids
 from notus.evaluation.open_llm.scoring import KeptScores, Text, score_texts
 from notus.model.attention import IMPLEMENTATION
 from notus.model.policy import Policy

@@ -21,8 +21,8 @@ from notus.runtime.process import first_line
 if TYPE_CHECKING:
     import torch
 
-    from notus.evaluation.models import ModelSource
     from notus.evaluation.open_llm.harness import NotusLM
+    from notus.evaluation.resolve_model import ModelSource
 
 SUITE, TRIAL = "open-llm", "open-llm-trial"
 RESULTS, TABLE, KEPT = "lm-eval.json", "table.md", "kept"
@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
     Raises ValueError or OSError with a message for the user.
     """
     _check(args)
-    from notus.evaluation.models import find_together
     from notus.evaluation.open_llm import harness
+    from notus.evaluation.resolve_model import find_together
     from notus.runtime.distributed import on_main, process_group, say
 
     with process_group() as device:
@@ -183,7 +183,7 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
     from lm_eval.models.utils import resolve_max_length
 
     from notus.data.chat import check_vocabulary, resolve_template
-    from notus.evaluation.generation import model_digest
+    from notus.evaluation.decoding import model_digest
     from notus.evaluation.open_llm.harness import NotusLM
     from notus.model.export import load_causal_lm
     from notus.model.supported import check_supported

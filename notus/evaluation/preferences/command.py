@@ -33,9 +33,9 @@ from notus.runtime.files import write_text
 if TYPE_CHECKING:
     import torch
 
-    from notus.evaluation.models import ModelSource
     from notus.evaluation.preferences.kl import Samples
     from notus.evaluation.preferences.scores import Scores, Scoring, Tokenization
+    from notus.evaluation.resolve_model import ModelSource
 
 SUITE = "preferences"
 DETAILS = ("overall", "by_source", "by_length", "by_longer", "length_bias", "calibration", "kl")
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError or OSError with a message for the user.
     """
-    from notus.evaluation.models import find_together
+    from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
     with distributed.process_group() as device:
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_base(args: argparse.Namespace, model: "ModelSource") -> "ModelSource | None":
-    from notus.evaluation.models import find_together
+    from notus.evaluation.resolve_model import find_together
 
     start = model.settings["model"]["name_or_path"] if "dpo" in model.settings else None
     name = args.base or model.base or start
@@ -271,7 +271,7 @@ def _write(args: argparse.Namespace, model: "ModelSource", result: dict[str, Any
 
 
 def _figures(result: dict[str, Any]) -> Iterator[Figure]:
-    from notus.evaluation.models import public_name
+    from notus.evaluation.resolve_model import public_name
 
     overall, kl, known = result["overall"], result["kl"], result["calibration"]
     what = _MEASURES[result["ranked_by"]]

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder
-from notus.data.dataset import FEATURES, Rows
+from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.evaluation import prompts as prompt_files
-from notus.evaluation.generation import context_of, encode_prompt, generate_ids
+from notus.evaluation.decoding import context_of, encode_prompt, generate_ids
 from notus.evaluation.preferences.metrics import stderr
 from notus.evaluation.preferences.scores import free_memory
 from notus.model.export import load_causal_lm
@@ -34,12 +34,12 @@ class Samples:
         max_new_tokens: at how many tokens, unless the context ended first.
     """
 
-    rows: Rows
+    rows: TokenizedDataset
     cut: np.ndarray
     max_new_tokens: int
 
 
-def prompts_of(rows: Rows) -> list[list[int]]:
+def prompts_of(rows: TokenizedDataset) -> list[list[int]]:
     """The different prompts of tokenised pairs: what stands before the first learned token of the chosen completion."""
     found: dict[tuple[int, ...], None] = {}
     for index in range(len(rows)):
@@ -95,13 +95,13 @@ def sample(
     return Samples(_as_rows(prompts, completions), cut, max_new_tokens)
 
 
-def _as_rows(prompts: list[list[int]], completions: list[list[int]]) -> Rows:
+def _as_rows(prompts: list[list[int]], completions: list[list[int]]) -> TokenizedDataset:
     columns = {
         "trunk": prompts,
         "branches": [[ids] for ids in completions],
         "loss_mask": [[[1] * len(ids)] for ids in completions],
     }
-    return Rows(datasets.Dataset.from_dict(columns, features=FEATURES))
+    return TokenizedDataset(datasets.Dataset.from_dict(columns, features=FEATURES))
 
 
 def kl(policy: Tensor, base: Tensor, samples: Samples) -> dict[str, Any]:

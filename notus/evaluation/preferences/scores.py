@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from notus.config import LoraConfig
 from notus.data.chat import check_vocabulary
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs, split_holdout
-from notus.evaluation.models import ModelSource
-from notus.model.adapter import load_adapter, read_adapter_settings
+from notus.evaluation.resolve_model import ModelSource
 from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
+from notus.model.peft_format import load_adapter, read_adapter_settings
 from notus.model.policy import Policy
 from notus.runtime.distributed import main_first, on_main, say
 from notus.training.checkpoint import checkpoints_in, read_identity
@@ -58,7 +58,7 @@ def load_pairs_of(
     split: str | None,
     tokenizer: PreTrainedTokenizerBase,
     tokenization: Tokenization,
-) -> Rows:
+) -> TokenizedDataset:
     """Read and tokenise the pairs; within a process group, rank 0 first.
 
     Raises ValueError as `load_pairs` does, or if what the run held out is not there any more.
@@ -82,14 +82,14 @@ def load_pairs_of(
     )
     if given is None and not data.get("eval"):
         dataset = split_holdout(dataset, data["eval_size"], seed)[1]
-    rows = Rows(dataset)
+    rows = TokenizedDataset(dataset)
     if given is None:
         on_main(lambda: _check_held_out(rows, model))
     say(f"{name} {report}")
     return rows
 
 
-def _check_held_out(rows: Rows, model: ModelSource) -> None:
+def _check_held_out(rows: TokenizedDataset, model: ModelSource) -> None:
     """From data that changed since, others would be held out, which the model may have learned from."""
     assert model.run is not None
     known = [read_identity(path).get("data.eval") for path in checkpoints_in(model.run / CHECKPOINTS)]
@@ -113,7 +113,7 @@ class Scoring:
         trust_remote_code: run model code that comes with a folder.
     """
 
-    pairs: Rows
+    pairs: TokenizedDataset
     tokenizer: PreTrainedTokenizerBase
     precision: str
     device: torch.device
@@ -128,7 +128,7 @@ class Scores(NamedTuple):
     samples: Tensor | None
 
 
-def score_model(source: ModelSource, scoring: Scoring, samples: Rows | None = None) -> Scores:
+def score_model(source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None) -> Scores:
     """Score under a model, which is loaded, sharded, for this and freed again; collective.
 
     Args:
@@ -147,7 +147,9 @@ def score_model(source: ModelSource, scoring: Scoring, samples: Rows | None = No
     return scores
 
 
-def score_adapter(source: ModelSource, scoring: Scoring, samples: Rows | None = None) -> tuple[Scores, Scores]:
+def score_adapter(
+    source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None
+) -> tuple[Scores, Scores]:
     """Score under an adapter and, with it switched off, under its own base, which is loaded once for both."""
     _check_fits(scoring)
     policy = _build(source, scoring)
@@ -168,7 +170,7 @@ def _check_fits(scoring: Scoring) -> None:
         )
 
 
-def _score(policy: Policy, name: str, scoring: Scoring, samples: Rows | None) -> Scores:
+def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDataset | None) -> Scores:
     pairs, device = scoring.pairs, scoring.device
     room = scoring.tokens_per_row or DEFAULT_TOKENS_PER_ROW
     logps = score_all(

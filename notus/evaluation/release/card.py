@@ -14,14 +14,14 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
-from notus.evaluation.models import hub_id, learned_chat, public_name
 from notus.evaluation.read_run import RESULT_FILES, Run
+from notus.evaluation.resolve_model import hub_id, learned_chat, public_name
 from notus.evaluation.results import Figure, Result, parse_files
 from notus.model.load import read_json
 from notus.training.checkpoint import checkpoints_in, step_of
-from notus.training.inputs import DATA_FILE
-from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE
+from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
+from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE
 
 T = TypeVar("T")
 Variant = Literal["full", "adapter", "merged"]

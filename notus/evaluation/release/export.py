@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from notus.evaluation.models import DEFAULT_SHARD, load_unfinished, public_name, write_model
 from notus.evaluation.read_run import Run, read_run
 from notus.evaluation.release.card import Release, digest, exported_step, has_chat_template, model_card
 from notus.evaluation.release.card_command import release_of
 from notus.evaluation.release.push import Destination, check_no_paths, listing, open_repository, private_paths, upload
-from notus.model.adapter import ADAPTER_CONFIG
+from notus.evaluation.resolve_model import DEFAULT_SHARD, load_unfinished, public_name, write_model
 from notus.model.export import NewFolder, load_causal_lm, write_json
 from notus.model.load import read_json
+from notus.model.peft_format import ADAPTER_CONFIG
 from notus.runtime.distributed import process_group
 from notus.runtime.files import write_text
 from notus.training.checkpoint import step_of

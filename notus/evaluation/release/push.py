@@ -13,8 +13,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from notus.evaluation.models import hub_id
 from notus.evaluation.read_run import Run
+from notus.evaluation.resolve_model import hub_id
 from notus.runtime.process import first_line
 
 # Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.

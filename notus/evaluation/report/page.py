@@ -63,9 +63,9 @@ def render(runs: "Sequence[Run]") -> str:
 
     from notus.evaluation.read_run import RESULT_FILES
     from notus.evaluation.report import charts, tables
-    from notus.training.inputs import DATA_FILE
-    from notus.training.loggers import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
+    from notus.training.run_data import DATA_FILE
     from notus.training.run_folder import CONFIG_FILE
+    from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 
     def made(files: str, make: Callable[["Sequence[Run]"], T]) -> T:
         """Return what `make` makes of these files of the runs; see `told`."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from notus.data.chat import ChatEncoder
-from notus.evaluation.generation import KeptTokens, generate, model_digest
+from notus.evaluation.decoding import KeptTokens, generate, model_digest
 from notus.evaluation.mt_bench import fastchat as inputs
 from notus.evaluation.mt_bench import suite
 from notus.model.export import load_causal_lm

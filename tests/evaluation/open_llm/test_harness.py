@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from notus.evaluation.generation import model_digest
+from notus.evaluation.decoding import model_digest
 from notus.evaluation.open_llm.harness import NotusLM
 from notus.runtime import distributed
 

@@ -84,7 +84,7 @@ def test_three_kinds_of_tasks(model_folder, task_folder, tmp_path, capsys):
 
 
 def test_same_command_again_computes_nothing(model_folder, task_folder, tmp_path, monkeypatch):
-    from notus.evaluation import generation
+    from notus.evaluation import decoding as generation
     from notus.model.policy import Policy
 
     evaluate(model_folder, task_folder, tmp_path)

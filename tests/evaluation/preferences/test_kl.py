@@ -13,7 +13,7 @@ from toys import toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from notus.__main__ import main
-from notus.data.dataset import FEATURES, Rows
+from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.data.tokenize import load_pairs
 from notus.evaluation.preferences.kl import Samples, choose, kl, prompts_of, read_prompts, sample
 
@@ -22,7 +22,7 @@ FP32 = ["--precision", "fp32", "--max-length", "120"]
 
 def rows(*records):
     columns = dict(zip(("trunk", "branches", "loss_mask"), zip(*records, strict=True), strict=True))
-    return Rows(datasets.Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=FEATURES))
+    return TokenizedDataset(datasets.Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=FEATURES))
 
 
 def test_estimates_by_hand():
@@ -61,7 +61,7 @@ def test_prompts_of_a_file_are_those_of_the_pairs(tmp_path):
     for system in (False, True):
         chat = {"chat_template": None, "add_empty_system": system}
         pairs, _ = load_pairs(tmp_path / "pairs.jsonl", toy_tokenizer(), max_length=120, max_prompt_length=60, **chat)
-        (prompt,) = prompts_of(Rows(pairs))
+        (prompt,) = prompts_of(TokenizedDataset(pairs))
         assert read_prompts(tmp_path / "prompts.jsonl", toy_tokenizer(), **chat) == [prompt]
 
 

@@ -27,16 +27,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from notus.data.chat import resolve_template
 from notus.data.sources import SUFFIXES
 from notus.evaluation.results import check_folder
-from notus.model.adapter import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.export import export_adapter, export_model, load_causal_lm
 from notus.model.load import find_folder, read_json, resolve_model_folder
 from notus.model.lora import inject_lora, lora_layers, merge_lora
+from notus.model.peft_format import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.policy import Policy
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.process import follow_parent, leave, tell
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
-from notus.training.inputs import DATA_FILE
 from notus.training.parallelize import COMPUTE_DTYPES
+from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -218,7 +218,7 @@ def _export_apart(run: Path, folder: Path, trust_remote_code: bool) -> Path:
     """Run `_main` as a process of one rank, on the CPU: this one may be one of several ranks, or fill a GPU."""
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-m", "notus.evaluation.models", str(run), str(folder), str(trust_remote_code)]
+    command = [sys.executable, "-m", "notus.evaluation.resolve_model", str(run), str(folder), str(trust_remote_code)]
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip() or f"{run}: exporting its newest checkpoint ended with code {done.returncode}"

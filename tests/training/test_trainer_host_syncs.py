@@ -15,7 +15,7 @@ from runs import config, write_pairs
 from toys import toy_model, toy_model_folder
 
 from notus.config import TrainingConfig
-from notus.data.schedule import StepPlan
+from notus.data.batching import StepPlan
 from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
 from notus.model.policy import Policy

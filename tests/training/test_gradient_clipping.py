@@ -4,13 +4,8 @@ import pytest
 import torch
 import transformers
 
-from notus.training.optimizers import (
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    learning_rate_factor,
-    local_gradients,
-)
+from notus.training.gradient_clipping import clip_gradients, gradient_norm, local_gradients
+from notus.training.optimizers import build_optimizer, learning_rate_factor
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import torch
 from disks import largest_file
 from runs import config, write_messages
 
-from notus.data.dataset import FEATURES, Rows
+from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.runtime import switches
 from notus.runtime.files import write_text
-from notus.training import dpo, inputs, loggers, sft
-from notus.training.inputs import data_summary, length_histogram
-from notus.training.loggers import EnvironmentFile, hardware
+from notus.training import dpo, run_data, sft, tracking
+from notus.training.run_data import data_summary, length_histogram
+from notus.training.tracking import EnvironmentFile, hardware
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_histograms_lose_nothing() -> None:
 def test_a_summary_of_rows_with_any_number_of_completions(count: int, names: list[str]) -> None:
     branches = [[7] * length for length in range(1, count + 1)]
     columns = {"trunk": [[5, 6]], "branches": [branches], "loss_mask": [[[1] * len(ids) for ids in branches]]}
-    summary = data_summary(Rows(datasets.Dataset.from_dict(columns, features=FEATURES)), None)
+    summary = data_summary(TokenizedDataset(datasets.Dataset.from_dict(columns, features=FEATURES)), None)
     assert summary["rows"] == 1
     assert list(summary["lengths"]) == ["prompt", *names]
     assert [found["edges"][0] for found in summary["lengths"].values()] == [2, *range(1, count + 1)]
@@ -102,20 +102,20 @@ def test_what_data_json_says_of_demonstrations(tmp_path: Path, model_folder: Pat
 
 def test_many_sources_are_counted_together() -> None:
     names = [str(number) for number in range(103) for _ in range(1 + (number == 50))]
-    counted = inputs._count(names)
+    counted = run_data._count(names)
     assert (len(counted), next(iter(counted)), counted["50"], counted["(others)"]) == (101, "50", 2, 3)
 
 
 def test_hardware(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware(device) == f"CPU, {os.cpu_count()} cores"
-    monkeypatch.setattr(loggers, "gather_objects", lambda name: [name, name, "B", name])
+    monkeypatch.setattr(tracking, "gather_objects", lambda name: [name, name, "B", name])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
     assert hardware(torch.device("cuda", 0)) == "3 x A, 1 x B"
 
 
 def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(loggers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
     path = tmp_path / "environment.json"
     first = EnvironmentFile(path, step=0, hardware="2 x A")
     now[0] += 10

@@ -7,7 +7,7 @@ from runs import config, read_metrics
 from transformers import AutoTokenizer
 
 from notus.training import dpo
-from notus.training.metrics import CHOSEN_CHANGE, SUMMED_MARGINS, Guards
+from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guards
 
 
 def test_each_guard_speaks_once_and_names_its_metric() -> None:

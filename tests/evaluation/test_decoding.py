@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 from toys import assets_dir, toy_model, toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from notus.evaluation import generation
-from notus.evaluation.generation import KeptTokens, generate, model_digest
+from notus.evaluation import decoding as generation
+from notus.evaluation.decoding import KeptTokens, generate, model_digest
 from notus.model.export import load_causal_lm
 
 PROMPTS = [

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import resolve_template
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import DropReport, load_pairs, load_sft, split_holdout
 from notus.runtime import distributed
 
@@ -26,8 +26,8 @@ class Inputs:
         reports: what reading "train" and "eval" dropped and cut; rows held out of "train" were read with it.
     """
 
-    train: Rows
-    eval: Rows | None
+    train: TokenizedDataset
+    eval: TokenizedDataset | None
     reports: dict[str, DropReport]
 
     def summary(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def load_inputs(
         held_out = read("eval")
     elif eval_size:
         train, held_out = split_holdout(train, eval_size, seed)
-    return Inputs(Rows(train), None if held_out is None else Rows(held_out), reports)
+    return Inputs(TokenizedDataset(train), None if held_out is None else TokenizedDataset(held_out), reports)
 
 
 DATA_FILE = "data.json"
@@ -101,7 +101,7 @@ BUCKETS = 24
 NAMED_SOURCES = 100
 
 
-def data_summary(rows: Rows, report: DropReport | None) -> dict[str, Any]:
+def data_summary(rows: TokenizedDataset, report: DropReport | None) -> dict[str, Any]:
     """How many rows there are, what reading them dropped and cut, and histograms of their lengths in tokens."""
     count = rows.num_branches
     named = {1: ["completion"], 2: ["chosen", "rejected"]}

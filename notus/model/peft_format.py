@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from notus.model.load import check_shape, open_safetensors, read_json
 from notus.model.lora import lora_layers
-from notus.model.shards import fill_rows
+from notus.model.sharded_tensors import fill_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

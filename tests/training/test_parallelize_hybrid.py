@@ -20,7 +20,7 @@ from notus.model.load import weights_digest
 from notus.model.policy import Policy
 from notus.runtime.distributed import ranks_per_node
 from notus.training import dpo
-from notus.training.optimizers import is_first_replica
+from notus.training.gradient_clipping import is_first_replica
 from notus.training.parallelize import build_policy, read_model_config
 
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora__rank": 3}}

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notus.data.dataset import FEATURES, Rows
+from notus.data.batching import StepPlan, balance, lockstep_cost, packing_report, step_rows
+from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.data.packing import check_fits
-from notus.data.schedule import StepPlan, deal, packing_report, step_rows, time_of
 
 # --- step plan ---
 
@@ -47,49 +47,49 @@ def test_without_shuffling_every_epoch_has_the_datas_order():
 # --- balance over ranks and rows ---
 
 
-def flat(dealt):
-    return [item for rank in dealt for row in rank for item in row]
+def flat(balanced):
+    return [item for rank in balanced for row in rank for item in row]
 
 
 def test_deal_by_hand():
     # Rows of at most 9, two on each of two ranks. 9, 7, 5, 4 open a row each; 3 goes to the 4 (7), 1 to the 5 (6).
     # The rows cost 9, 7, 7, 6: the first two are the ranks' first.
     lengths = [1, 3, 4, 5, 7, 9]
-    dealt = deal(lengths, lengths, world_size=2, tokens_per_row=9)
-    assert dealt == [[[5], [2, 1]], [[4], [3, 0]]]
-    assert time_of(dealt, lengths) == 9 + 7
+    balanced = balance(lengths, lengths, world_size=2, tokens_per_row=9)
+    assert balanced == [[[5], [2, 1]], [[4], [3, 0]]]
+    assert lockstep_cost(balanced, lengths) == 9 + 7
     # Rows of 15, one each: 9; 7 and 5 (12); 4 to the 9 (13), 3 to the 12 (15), 1 to the 13 (14).
-    dealt = deal(lengths, lengths, world_size=2, tokens_per_row=15)
-    assert dealt == [[[4, 3, 1]], [[5, 2, 0]]]
-    assert time_of(dealt, lengths) == 15
+    balanced = balance(lengths, lengths, world_size=2, tokens_per_row=15)
+    assert balanced == [[[4, 3, 1]], [[5, 2, 0]]]
+    assert lockstep_cost(balanced, lengths) == 15
 
 
 def test_costs_decide_where_lengths_leave_room():
     # one that costs as much as the three others together, which are as long as it is
-    assert deal([4] * 4, [9, 3, 3, 3], world_size=2, tokens_per_row=12) == [[[0]], [[1, 2, 3]]]
+    assert balance([4] * 4, [9, 3, 3, 3], world_size=2, tokens_per_row=12) == [[[0]], [[1, 2, 3]]]
     # two rows of 8 hold two each, whatever they cost
-    assert deal([4] * 4, [9, 3, 3, 3], world_size=2, tokens_per_row=8) == [[[0, 3]], [[1, 2]]]
+    assert balance([4] * 4, [9, 3, 3, 3], world_size=2, tokens_per_row=8) == [[[0, 3]], [[1, 2]]]
 
 
 def test_rows_of_like_cost_meet():
     costs = [1, 10, 10, 1]
-    dealt = deal([5] * 4, costs, world_size=2, tokens_per_row=5)
-    assert dealt == [[[1], [0]], [[2], [3]]]
-    assert time_of(dealt, costs) == 11  # were a dear row to meet a cheap one, 20
+    balanced = balance([5] * 4, costs, world_size=2, tokens_per_row=5)
+    assert balanced == [[[1], [0]], [[2], [3]]]
+    assert lockstep_cost(balanced, costs) == 11  # were a dear row to meet a cheap one, 20
 
 
 def test_deal_takes_more_rows_than_the_tokens_alone_would_need():
     # 3 x 6 = 18 tokens would fill 2 rows of 10, but only one example fits into a row.
-    assert deal([6, 6, 6], [6, 6, 6], world_size=1, tokens_per_row=10) == [[[0], [1], [2]]]
+    assert balance([6, 6, 6], [6, 6, 6], world_size=1, tokens_per_row=10) == [[[0], [1], [2]]]
 
 
 def test_more_ranks_than_examples_get_empty_rows():
-    assert deal([5, 8], [5, 8], world_size=4, tokens_per_row=8) == [[[1]], [[0]], [[]], [[]]]
+    assert balance([5, 8], [5, 8], world_size=4, tokens_per_row=8) == [[[1]], [[0]], [[]], [[]]]
 
 
 def test_an_example_that_fits_into_no_row_is_an_error():
     with pytest.raises(ValueError, match=r"training\.tokens_per_row=7 .*\(8 tokens\): set .* at least 8, or lower"):
-        deal([3, 8], [3, 8], world_size=2, tokens_per_row=7)
+        balance([3, 8], [3, 8], world_size=2, tokens_per_row=7)
     check_fits(8, 8)
     with pytest.raises(ValueError, match=r"at least 9"):
         check_fits(9, 8)
@@ -103,16 +103,16 @@ examples = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 99)), min_size=
 def test_deal_loses_nothing_doubles_nothing_and_keeps_within_the_limit(examples, world_size, spare):
     lengths, costs = zip(*examples, strict=True)
     limit = max(lengths) + spare
-    dealt = deal(lengths, costs, world_size, limit)
-    assert sorted(flat(dealt)) == list(range(len(lengths)))
-    assert len(dealt) == world_size
-    assert len({len(rank) for rank in dealt}) == 1
-    assert all(sum(lengths[item] for item in row) <= limit for rank in dealt for row in rank)
-    assert dealt == deal(lengths, costs, world_size, limit)
+    balanced = balance(lengths, costs, world_size, limit)
+    assert sorted(flat(balanced)) == list(range(len(lengths)))
+    assert len(balanced) == world_size
+    assert len({len(rank) for rank in balanced}) == 1
+    assert all(sum(lengths[item] for item in row) <= limit for rank in balanced for row in rank)
+    assert balanced == balance(lengths, costs, world_size, limit)
     # the dearest rows first, on every rank
-    per_row = [[sum(costs[item] for item in row) for row in rows] for rows in zip(*dealt, strict=True)]
+    per_row = [[sum(costs[item] for item in row) for row in rows] for rows in zip(*balanced, strict=True)]
     assert all(min(before) >= max(after) for before, after in itertools.pairwise(per_row))
-    assert time_of(dealt, costs) == sum(max(found) for found in per_row)
+    assert lockstep_cost(balanced, costs) == sum(max(found) for found in per_row)
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,7 +122,7 @@ def test_one_row_each_takes_within_four_thirds_of_the_best_possible(costs, world
         max(sum(cost for cost, rank in zip(costs, ranks, strict=True) if rank == own) for own in range(world_size))
         for ranks in itertools.product(range(world_size), repeat=len(costs))
     )
-    taken = time_of(deal([1] * len(costs), costs, world_size, 1000), costs)
+    taken = lockstep_cost(balance([1] * len(costs), costs, world_size, 1000), costs)
     assert taken <= (4 / 3 - 1 / (3 * world_size)) * best + 1e-9  # Graham 1969: longest processing time first
 
 
@@ -134,7 +134,7 @@ def test_realistic_lengths_leave_the_ranks_hardly_idle(tokens_per_row):
         lengths = np.clip(generator.lognormal(6.4, 0.6, size=64), 8, 2000).astype(int)
         costs = lengths + lengths**2 / 20_000  # attention makes the longest dearer than their tokens
         cost += costs.sum()
-        paid += 8 * time_of(deal(lengths, costs, 8, tokens_per_row), costs)
+        paid += 8 * lockstep_cost(balance(lengths, costs, 8, tokens_per_row), costs)
     assert 1 - cost / paid < 0.02
 
 
@@ -158,7 +158,7 @@ def random_records(count, num_branches=2, seed=0):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_the_ranks_rows_of_a_step_hold_its_examples_once(world_size):
-    rows = Rows(dataset(random_records(20)))
+    rows = TokenizedDataset(dataset(random_records(20)))
     indices = StepPlan(20, 6, seed=1).indices(0)
     shares = [
         list(step_rows(rows, indices, rank=rank, world_size=world_size, tokens_per_row=30))
@@ -179,7 +179,7 @@ def torch_list(tensors):
 
 def test_costs_decide_which_rank_takes_what():
     records = [([1], [[2] * 3, [3]], [[1] * 3, [1]])] * 4
-    rows, costs = Rows(dataset(records)), np.array([3, 3, 9, 3])
+    rows, costs = TokenizedDataset(dataset(records)), np.array([3, 3, 9, 3])
     shares = [
         [batch.indices.tolist() for batch in step_rows(rows, np.arange(4), rank=rank, costs=costs, **common)]
         for common in [{"world_size": 2, "tokens_per_row": 15}]
@@ -189,7 +189,7 @@ def test_costs_decide_which_rank_takes_what():
 
 
 def test_loss_tokens_are_what_a_batch_counts():
-    rows = Rows(dataset(random_records(30)))
+    rows = TokenizedDataset(dataset(random_records(30)))
     for batch in step_rows(rows, np.arange(30), rank=0, world_size=1, tokens_per_row=60):
         assert batch.lengths.tolist() == rows.loss_tokens[batch.indices].tolist()
 
@@ -205,7 +205,7 @@ REPORTED = [
 
 
 def test_packing_report_by_hand():
-    rows = Rows(dataset(REPORTED))
+    rows = TokenizedDataset(dataset(REPORTED))
     plan = StepPlan(3, 2, shuffle=False)
     report = packing_report(rows, plan, np.array([9, 7, 4]), world_size=2, tokens_per_row=10)
     # Step 0: ranks cost 9 and 7, so 2 of 18 are idle. Step 1: ranks 4 and 0, 4 of 8 are idle, and a filler of 3 tokens.
@@ -220,7 +220,7 @@ def test_packing_report_by_hand():
 
 
 def test_packing_report_on_one_rank_has_no_padding_and_stops_at_max_steps():
-    rows = Rows(dataset(REPORTED))
+    rows = TokenizedDataset(dataset(REPORTED))
     plan = StepPlan(3, 1, shuffle=False)
     report = packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=10, max_steps=1)
     assert (report.steps, report.padding_share, report.idle_share) == (1, 0, 0)
@@ -228,7 +228,7 @@ def test_packing_report_on_one_rank_has_no_padding_and_stops_at_max_steps():
 
 
 def test_packing_report_refuses_a_row_too_long_in_a_step_that_it_does_not_look_at():
-    rows = Rows(dataset(REPORTED[::-1]))
+    rows = TokenizedDataset(dataset(REPORTED[::-1]))
     plan = StepPlan(3, 1, shuffle=False)
     with pytest.raises(ValueError, match=r"training\.tokens_per_row=9 is less than .* \(10 tokens\)"):
         packing_report(rows, plan, rows.lengths, world_size=1, tokens_per_row=9, max_steps=1)

@@ -18,9 +18,8 @@ from runs import at_call, config, read_metrics, terminate
 from notus.runtime.process import STOPPED
 from notus.training import dpo
 from notus.training import loggers as sinks
-from notus.training.loggers import MetricsFile, TensorBoardLogger, WandbLogger, grouped
 from notus.training.sampling import Sample
-from notus.training.tracking import Tracker
+from notus.training.tracking import MetricsFile, TensorBoardLogger, Tracker, WandbLogger, grouped
 
 
 def test_metrics_in_groups() -> None:

@@ -20,7 +20,7 @@ from notus.model.supported import check_supported, disable_dropout
 from notus.runtime.process import first_line
 
 if TYPE_CHECKING:  # `datasets` is not needed to estimate from statistics
-    from notus.data.dataset import Rows
+    from notus.data.dataset import TokenizedDataset
 
 
 def _config(
@@ -200,6 +200,6 @@ def draw(means: tuple[float, ...], *, max_length: int, max_prompt_length: int, s
     )
 
 
-def tokenised(rows: "Rows") -> Lengths:
+def tokenised(rows: "TokenizedDataset") -> Lengths:
     """The true lengths."""
     return Lengths(rows.trunk_lengths, rows.branch_lengths, f"{len(rows)} examples of the data, tokenised")

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from notus.data.dataset import Rows
+from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch, check_fits, collate
 
-Dealt = list[list[list[int]]]
+Balanced = list[list[list[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def deal(lengths: Sequence[int], costs: Sequence[float], world_size: int, tokens_per_row: int) -> Dealt:
-    """Deal a step's examples to ranks and packed rows.
+def balance(lengths: Sequence[int], costs: Sequence[float], world_size: int, tokens_per_row: int) -> Balanced:
+    """Balance a step's examples over ranks and packed rows.
 
     Examples are taken by falling cost, and each goes to the cheapest row so far that has room for it. Then the rows are
     sorted by cost, so that row r costs about the same on every rank. Every rank gets the same number of rows, the
@@ -84,9 +84,9 @@ def deal(lengths: Sequence[int], costs: Sequence[float], world_size: int, tokens
     return [bins[rank::world_size] for rank in range(world_size)]
 
 
-def time_of(dealt: Dealt, costs: Sequence[float]) -> float:
+def lockstep_cost(balanced: Balanced, costs: Sequence[float]) -> float:
     """The cost of a step for ranks in lock-step: the sum over rows of the heaviest rank's."""
-    return sum(max(_total(costs, row) for row in rows) for rows in zip(*dealt, strict=True))
+    return sum(max(_total(costs, row) for row in rows) for rows in zip(*balanced, strict=True))
 
 
 def _counts(fewest: int) -> Iterator[int]:
@@ -122,14 +122,14 @@ def _spread(
     return bins
 
 
-def packed(rows: Rows, indices: np.ndarray, dealt: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """Yield a rank's packed rows of a step. `dealt` says which of the step's `indices` each holds; see `deal`."""
-    for row in dealt:
+def packed(rows: TokenizedDataset, indices: np.ndarray, balanced: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    """Yield a rank's packed rows of a step. `balanced` says which of the step's `indices` each holds; see `balance`."""
+    for row in balanced:
         yield collate(rows(indices[row]), rows.num_branches)
 
 
 def step_rows(
-    rows: Rows,
+    rows: TokenizedDataset,
     indices: np.ndarray,
     *,
     rank: int,
@@ -147,13 +147,13 @@ def step_rows(
         costs: what each of the step's examples takes to compute, in any unit; None: as many as its tokens.
     """
     lengths = rows.lengths[indices]
-    dealt = deal(lengths.tolist(), (lengths if costs is None else costs).tolist(), world_size, tokens_per_row)
-    return packed(rows, indices, dealt[rank])
+    balanced = balance(lengths.tolist(), (lengths if costs is None else costs).tolist(), world_size, tokens_per_row)
+    return packed(rows, indices, balanced[rank])
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingReport:
-    """What packing, sharing and dealing do to a step plan.
+    """What packing, sharing and balancing do to a step plan.
 
     Attributes:
         steps: optimizer steps looked at.
@@ -175,7 +175,13 @@ class PackingReport:
 
 
 def packing_report(
-    rows: Rows, plan: StepPlan, costs: np.ndarray, *, world_size: int, tokens_per_row: int, max_steps: int = 200
+    rows: TokenizedDataset,
+    plan: StepPlan,
+    costs: np.ndarray,
+    *,
+    world_size: int,
+    tokens_per_row: int,
+    max_steps: int = 200,
 ) -> PackingReport:
     """Measure the first epoch's plan, at most `max_steps` steps of it; `costs` [n]: what each row takes to compute.
 
@@ -188,10 +194,10 @@ def packing_report(
     for step in range(steps):
         indices = plan.indices(step)
         of_step = costs[indices].tolist()
-        ranks = deal(rows.lengths[indices].tolist(), of_step, world_size, tokens_per_row)
+        ranks = balance(rows.lengths[indices].tolist(), of_step, world_size, tokens_per_row)
         empty += sum(1 + rows.num_branches for rank in ranks for row in rank if not row)
         cost += sum(of_step)
-        paid += world_size * time_of(ranks, of_step)
+        paid += world_size * lockstep_cost(ranks, of_step)
         packed += int(rows.lengths[indices].sum())
         separate += int(rows.separate_lengths(indices).sum())
     return PackingReport(steps, empty / (packed + empty), separate / packed, 1 - cost / paid)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from notus.data.chat import ZEPHYR_TEMPLATE
-from notus.evaluation import models
-from notus.evaluation.models import ModelSource, find_source, find_together, load_unfinished
+from notus.evaluation import resolve_model as models
+from notus.evaluation.resolve_model import ModelSource, find_source, find_together, load_unfinished
 from notus.model.export import load_causal_lm
 from notus.runtime import distributed
 from notus.training.checkpoint import DamagedCheckpointError, Progress, describe

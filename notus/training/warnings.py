@@ -1,0 +1,59 @@
+"""Warnings while a run goes wrong in a way that its loss does not show."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Watches one metric.
+
+    Attributes:
+        metric: its name in a line of metrics.
+        trips: whether a value is out of bounds.
+        meaning: what that says of the run, and what to change.
+    """
+
+    metric: str
+    trips: Callable[[float], bool]
+    meaning: str
+
+
+# Beyond 20 the logistic function is within 2.1e-9 of its end: pairs on the right side have a gradient that fp32 sums
+# lose beside any other's, and on the wrong side the policy has run away from the reference.
+MARGIN_LIMIT = 20.0
+
+
+# Losses that average over tokens aim at margins per token; the sum over a long completion passes 20 by design.
+SUMMED_MARGINS = Guard(
+    "rewards/margins",
+    lambda margin: abs(margin) > MARGIN_LIMIT,
+    f"is beyond {MARGIN_LIMIT:g} either way: the sigmoid is saturated, and where the margin is positive its gradient "
+    "is below 2.1e-9 and teaches nothing more. Lower training.learning_rate, train fewer epochs, or take a loss with a "
+    "bounded target (dpo.loss_type=ipo)",
+)
+
+
+# One nat per token: every token of the preferred answers has become e times less likely, on average.
+CHANGE_LIMIT = -1.0
+
+
+CHOSEN_CHANGE = Guard(
+    "logps/chosen_change",
+    lambda change: change < CHANGE_LIMIT,
+    f"is below {CHANGE_LIMIT:g} nat per token: the chosen answers have become e times less likely at every token than "
+    "under the reference. Lower training.learning_rate, raise dpo.beta, or set dpo.nll_weight",
+)
+
+
+class Guards:
+    """Tells of each guard once per run."""
+
+    def __init__(self, guards: Iterable[Guard]) -> None:
+        self._armed = list(guards)
+
+    def check(self, metrics: Mapping[str, float]) -> list[str]:
+        """The warnings that a line of metrics gives cause for, each naming its metric."""
+        tripped = [guard for guard in self._armed if guard.metric in metrics and guard.trips(metrics[guard.metric])]
+        self._armed = [guard for guard in self._armed if guard not in tripped]
+        return [f"warning: {guard.metric} = {metrics[guard.metric]:.3g} {guard.meaning}" for guard in tripped]
