@@ -17,7 +17,7 @@ from runs import at_call, config, read_metrics, terminate
 
 from notus.runtime.process import STOPPED
 from notus.training import dpo
-from notus.training import loggers as sinks
+from notus.training import tracking as sinks
 from notus.training.sampling import Sample
 from notus.training.tracking import MetricsFile, TensorBoardLogger, Tracker, WandbLogger, grouped
 

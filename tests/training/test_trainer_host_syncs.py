@@ -39,7 +39,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path):
 @pytest.fixture
 def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gloo takes no fake tensors, and CUDA no device of a machine without one."""
-    monkeypatch.setattr("notus.training.optimizers.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.gradient_clipping.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr("notus.training.scoring.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(
@@ -123,7 +123,7 @@ def test_a_row_of_the_reference_pass_makes_the_host_wait_for_nothing(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_host_waits_once(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("notus.training.optimizers.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.gradient_clipping.sum_across_ranks", lambda tensor: tensor)
     reads: list[int] = []
 
     def tolist(tensor: torch.Tensor) -> list[float]:
