@@ -162,7 +162,10 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not whole:
         raise DamagedCheckpointError(f"{file} is damaged: its content does not match its digest")
     if state["format"] != _FORMAT:
-        raise ValueError(f"{path} has format {state['format']}, this version reads {_FORMAT}")
+        raise ValueError(
+            f"{path} has format {state['format']}, this version reads {_FORMAT}: finish the run with the version that "
+            "began it, or set training.resume=never to start over"
+        )
     return state
 
 

@@ -16,6 +16,7 @@ from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
 from notus.losses import dpo_loss, nll_loss
 from notus.model.policy import Policy
+from notus.runtime.distributed import say
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 from notus.training.scoring import score
 from notus.training.setup import Run, start
@@ -243,7 +244,7 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
 
     def pass_over(indices: np.ndarray) -> Tensor:
         logps = score(job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device)
-        job.say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
+        say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
         return logps
 
     try:
@@ -253,5 +254,5 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
     job.identity[f"reference.{name}"] = key.name
-    job.say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
+    say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
     return Preferences(rows, logps)

@@ -1,4 +1,4 @@
-"""A run's folder: who may use it, where to go on, and when it is finished.
+"""A run's folder: who may use it, where to resume, and when it is finished.
 
 OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  model/
            data.json  environment.json  samples.jsonl
@@ -44,7 +44,7 @@ FREE_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """What `open_folder` found: whether the run is finished, and the checkpoints to go on from, the newest first."""
+    """What `open_folder` found: whether the run is finished, and the checkpoints to resume from, the newest first."""
 
     finished: bool
     checkpoints: list[Path]
@@ -60,7 +60,7 @@ def open_folder(config: Config) -> Opening:
     folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # torchrun's restart of a launch that began anew is to go on
+        # torchrun's restart of a launch that began anew is to resume it
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         resume = "auto" if restarted and config.training.resume == "never" else config.training.resume
         if resume == "never":
@@ -159,7 +159,7 @@ def _check_same_run(path: Path, config: Config) -> None:
         content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({first_line(error)}): remove it to go on with this launch's config"
+            f"{path} is damaged ({first_line(error)}): remove it to resume with this launch's config"
         ) from error
     task = "dpo" if "dpo" in content else "sft"  # SFT's has no such section
     if task != config.task:

@@ -53,7 +53,7 @@ class Run:
         policy: sharded, with the starting weights.
         inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
-        checkpoints: where to go on from: the first that is whole, the newest first.
+        checkpoints: where to resume: the first that is whole, the newest first.
         stop: requests to end before the last step.
         hardware: the job's devices.
     """
@@ -99,10 +99,6 @@ class Run:
         steps = self.plan.steps_per_epoch * training.epochs
         return steps if training.max_steps is None else min(steps, training.max_steps)
 
-    def say(self, text: object) -> None:
-        """Print on rank 0."""
-        distributed.say(text)
-
     def train(self, task: LoopTask) -> int:
         """Train to the end and export the model, or until the run is to stop; returns the exit code. Collective."""
         training = self.config.training
@@ -116,7 +112,9 @@ class Run:
         progress = self._progress(optimizer)
         tracker = distributed.main_first(lambda: self._tracker(progress))
         if self.total_steps == 1 and training.warmup_ratio:
-            self.say("warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0")
+            distributed.say(
+                "warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0"
+            )
         checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,
             self.device,
@@ -142,7 +140,7 @@ class Run:
         if ending is Ending.FINISHED:
             self._export()
             return 0
-        self.say(
+        distributed.say(
             f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; everything is saved, "
             "and the same command resumes the run"
         )
@@ -167,7 +165,7 @@ class Run:
         if progress.step > self.total_steps:
             raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
         progress.identity = self.identity
-        self.say(f"resuming from {path} (step {progress.step} of {self.total_steps})")
+        distributed.say(f"resuming from {path} (step {progress.step} of {self.total_steps})")
         return progress
 
     def _sampler(self) -> Sampler | None:
@@ -213,7 +211,7 @@ class Run:
                 generation_config=read_generation_config(self.model_folder),
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
             )
-        self.say(f"finished: {target}")
+        distributed.say(f"finished: {target}")
 
 
 @contextlib.contextmanager

@@ -299,7 +299,7 @@ class WandbLogger(Logger):
     def __init__(
         self, *, project: str, name: str | None, folder: Path, config: Mapping[str, Any], run_id: str | None = None
     ) -> None:
-        """Start a run, or go on with `run_id`; where the server cannot be reached, offline, with a warning.
+        """Start a run, or resume `run_id`; where the server cannot be reached, offline, with a warning.
 
         Raises:
             ValueError: Weights & Biases rejects the settings or the key.

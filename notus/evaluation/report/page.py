@@ -68,7 +68,7 @@ def render(runs: "Sequence[Run]") -> str:
     from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 
     def made(files: str, make: Callable[["Sequence[Run]"], T]) -> T:
-        """Return what `make` makes of these files of the runs; see `told`."""
+        """Return what `make` makes of these files of the runs; see `parse_files`."""
         return parse_files(files, [run.folder for run in runs], lambda: make(runs))
 
     environment = Environment(
