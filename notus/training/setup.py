@@ -234,7 +234,7 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         if training.cpu_offload and device.type == "cpu":
             raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
-            distributed.ranks_per_node()  # it raises what forbids it: before hours of tokenising
+            distributed.ranks_per_node()  # raises now what would stop the run after hours of tokenising
         checkpoints: list[Path] = []
         if train:
 
