@@ -102,14 +102,14 @@ TWICE = [entry(1, 2), entry(2, 1), entry(1, 1)]
     [
         ({"a": 1}, "line 1: key 'instruction'"),
         ([], "the file is empty"),
-        (["text"], "row 1 .*: Input should be"),
+        (["text"], "row 1 (line 1): Input should be"),
         (
             [entry(1, 2), {"instruction": "a", "output_2": "b", "generator_2": "c"}],
-            "row 2 .*: key 'preference': Field required",
+            "row 2 (line 1): key 'preference': Field required",
         ),
-        ([{"output_2": "b", "preference": 1, "generator_2": "c"}], "row 1 .*: key 'instruction': Field required"),
-        ([entry(1, 2, output_2=None)], "row 1 .*: key 'output_2'"),
-        ([entry(1, 2), entry(2, 2.5)], "row 2 .*: key 'preference': the preference 2.5 is out of range"),
+        ([{"output_2": "b", "preference": 1, "generator_2": "c"}], "row 1 (line 1): key 'instruction': Field required"),
+        ([entry(1, 2, output_2=None)], "row 1 (line 1): key 'output_2'"),
+        ([entry(1, 2), entry(2, 2.5)], "row 2 (line 1): key 'preference': the preference 2.5 is out of range"),
         ([entry(1, -1)], "the preference -1 is out of range"),
         ([entry(1, 10**400)], "the preference 10000000000000000000 is out of range"),
         ([entry(1, float("inf"))], "the preference inf is out of range"),
@@ -117,9 +117,9 @@ TWICE = [entry(1, 2), entry(2, 1), entry(1, 1)]
         ([entry(1, True)], "the preference True is out of range"),
         (
             [entry(1, 2), entry(2, 2, generator_2="his")],
-            "row 2 .*: generator_2 is 'his', that of the first entry is 'mine'",
+            "row 2 (line 1): generator_2 is 'his', that of the first entry is 'mine'",
         ),
-        (TWICE, "row 3 .*: the same pair as"),
+        (TWICE, "row 3 (line 1): the same pair as"),
         ([entry(1, None), entry(2, None)], "none of its 2 entries has a preference"),
     ],
 )
@@ -134,7 +134,7 @@ def test_wrong_files_are_named(tmp_path, capsys, entries, told):
 
 def test_files_that_are_no_json(tmp_path):
     (tmp_path / "a.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"a.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"a.json, line 1: not JSON"):
         read_annotations(tmp_path / "a.json")
     with pytest.raises(ValueError, match=r"b.json: there is no such file"):
         read_annotations(tmp_path / "b.json")
