@@ -266,7 +266,6 @@ SECTIONS: dict[str, Any] = {
     "tracking": TrackingConfig,
 }
 DPO_SECTIONS = ("dpo", "reference")
-OPTIONAL_SECTIONS = (*DPO_SECTIONS, "lora", "tracking")
 
 
 # ---- loading and saving ----

@@ -72,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
     with replacing(output) as temporary:
         with temporary.open("wb") as file:
             write_rows(file, curator.pairs(read_records(args.input, args.split)), output.suffix)
-        print(curator.report)
         if not curator.report.pairs:
+            print(curator.report)
             raise ValueError(f"{args.input}: no pair is left, for the reasons above; {output} is not written")
+    print(curator.report)
     print(f"wrote {output}")
     return 0
 
@@ -85,7 +86,7 @@ def read_records(source: str, split: str | None = None) -> Iterator[Placed]:
     Raises ValueError, naming file and line, for what cannot be read and for a file without records.
     """
     path = Path(source)
-    if not path.exists() and is_hub_id(source):
+    if not path.exists() and "/" in source and is_hub_id(source):
         yield from read_hub(source, split or "train", COLUMNS)
         return
     if split is not None:

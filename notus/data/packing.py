@@ -1,7 +1,7 @@
 """Examples to packed batches.
 
 `collate` lays the examples of a packed row end to end: `[trunk branch_1 ... branch_K][trunk ...]...`, without padding.
-Which examples a packed row holds is decided in `schedule`.
+Which examples a packed row holds is decided in `batching`.
 """
 
 import dataclasses

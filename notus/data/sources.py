@@ -14,13 +14,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from datasets.exceptions import DatasetsError
+
+if TYPE_CHECKING:  # imported where it is used: curation and judges start without it
+    import datasets
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
@@ -52,7 +53,7 @@ class Source:
 
     name: str
     digest: str
-    rows: datasets.Dataset
+    rows: "datasets.Dataset"
     json_path: Path | None = None
     numbered_by_line: bool = False
 
@@ -184,6 +185,8 @@ def _decoded(data: bytes, place: str) -> Any:
 
 
 def _open_file(path: Path, split: str) -> Source:
+    import datasets
+
     if split != "train":
         raise ValueError(f"{path}: has no split {split!r}, a file is the split 'train'; leave split out")
     _check_suffix(path)
@@ -253,14 +256,19 @@ def _past_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _load_parquet(path: Path) -> datasets.Dataset:
+def _load_parquet(path: Path) -> "datasets.Dataset":
+    import datasets
+    from datasets.exceptions import DatasetsError
+
     try:
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
     except (DatasetsError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error.__cause__ or error})") from error
 
 
-def _load_folder(path: Path, split: str) -> datasets.Dataset:
+def _load_folder(path: Path, split: str) -> "datasets.Dataset":
+    from datasets.exceptions import DatasetsError
+
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _load_saved(path, split)
@@ -269,7 +277,9 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
         raise ValueError(f"{path}: cannot be read as a dataset, split {split!r} ({error})") from error
 
 
-def _load_hub(name: str, split: str) -> datasets.Dataset:
+def _load_hub(name: str, split: str) -> "datasets.Dataset":
+    from datasets.exceptions import DatasetsError
+
     try:
         return _load_described(name, split)
     except (OSError, ValueError, DatasetsError) as error:
@@ -279,7 +289,9 @@ def _load_hub(name: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-def _load_saved(path: Path, split: str) -> datasets.Dataset:
+def _load_saved(path: Path, split: str) -> "datasets.Dataset":
+    import datasets
+
     loaded = datasets.load_from_disk(str(path))
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
     if split not in splits:
@@ -288,12 +300,14 @@ def _load_saved(path: Path, split: str) -> datasets.Dataset:
     return splits[split]
 
 
-def _load_described(name: str, split: str) -> datasets.Dataset:
+def _load_described(name: str, split: str) -> "datasets.Dataset":
     """The split of a folder or hub dataset, of the files that its card names, or else of all its data files.
 
     Raises ValueError, before any of them is read, for files outside of it, and for archives; and what
     `datasets.load_dataset` does.
     """
+    import datasets
+
     files = [file for found in (datasets.load_dataset_builder(name).config.data_files or {}).values() for file in found]
     archives = [file for file in files if "::" in file or file.endswith(_ARCHIVES)]
     if archives:

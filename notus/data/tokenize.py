@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder, Encoded, Rendered
 from notus.data.dataset import FEATURES, PROVENANCE
-from notus.data.formats import Task, normalize, read_provenance
+from notus.data.formats import Provenance, Task, normalize, read_provenance
 from notus.data.sources import Part, Source, open_source, parts, read_rows
 from notus.runtime.files import disk_error, sync
 
@@ -250,23 +250,41 @@ class _Tokenize:
                 raise ValueError(f"{place}: {error}") from error
             provenances.append(read_provenance(row))
         encoded = iter(self.rule.encoder.tokenize([text for row in rendered for text in row]))
-        stored = []
-        for row, provenance in zip(rendered, provenances, strict=True):
-            kept, outcome = self.rule.finish([next(encoded) for _ in row])
-            if kept and row[0].templated:
-                outcome |= TEMPLATED
-            stored.append({**_tokens(kept), **provenance._asdict(), "outcome": outcome})
-        return pa.Table.from_pylist(stored, schema=_COLUMNS.arrow_schema)
+        kept, outcomes = [], []
+        for row in rendered:
+            found, outcome = self.rule.finish([next(encoded) for _ in row])
+            kept.append(found)
+            outcomes.append(outcome | TEMPLATED if found and row[0].templated else outcome)
+        return _table(kept, outcomes, provenances)
 
 
-def _tokens(encoded: Sequence[Encoded]) -> dict[str, Any]:
-    """A row's token columns; empty for a dropped row."""
-    shared = split_trunk(encoded) if encoded else 0
-    return {
-        "trunk": encoded[0].ids[:shared] if encoded else [],
-        "branches": [item.ids[shared:] for item in encoded],
-        "loss_mask": [item.mask[shared:] for item in encoded],
+def _table(rows: Sequence[Sequence[Encoded]], outcomes: Sequence[int], provenances: Sequence[Provenance]) -> pa.Table:
+    """Store rows of K conversations each, none of a dropped row, as `_COLUMNS`.
+
+    Arrow's arrays are made from flat ones: from Python lists they would take as long as the tokenizer.
+    """
+    shared = [split_trunk(row) if row else 0 for row in rows]
+    trunks = [row[0].ids[:start] if row else np.empty(0, np.int32) for row, start in zip(rows, shared, strict=True)]
+    branches = [(item.ids[start:], item.mask[start:]) for row, start in zip(rows, shared, strict=True) for item in row]
+    per_row = _offsets([len(row) for row in rows])
+    columns = {
+        "trunk": _lists(trunks),
+        "branches": pa.ListArray.from_arrays(per_row, _lists([ids for ids, _ in branches])),
+        "loss_mask": pa.ListArray.from_arrays(per_row, _lists([mask for _, mask in branches])),
+        "outcome": pa.array(outcomes),
     }
+    columns |= {name: pa.array([getattr(each, name) for each in provenances]) for name in Provenance._fields}
+    schema = _COLUMNS.arrow_schema
+    return pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
+
+
+def _lists(items: Sequence[np.ndarray]) -> pa.ListArray:
+    values = np.concatenate(items) if items else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(_offsets([len(item) for item in items]), pa.array(values))
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
 
 
 def _load(

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -28,15 +29,22 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield the path of a temporary file; at the end of the block, sync it and rename it to `path`.
 
     If the block or the disk fails, `path` is as it was and the temporary file is gone.
 
+    Args:
+        path: the file to replace, or to make.
+        shared: several processes may write `path` at once, each to a temporary file of its own. Else its name is
+            fixed, so that what a killed process left is overwritten.
+
     Raises:
         OSError: the disk fails; see `disk_error`.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # unique: several runs may write one cache
+    # The name does not hold that of `path`: TensorBoard reads every file with "tfevents" in its name.
+    name = uuid.uuid4().hex if shared else f"{zlib.crc32(path.name.encode()):08x}"
+    temporary = path.with_name(f".{name}.partial")
     try:
         yield temporary
         sync(temporary)

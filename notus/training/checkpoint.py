@@ -24,6 +24,7 @@ from notus.training.optimizers import PiecewiseOptimizer
 
 STATE_FILE = "state.json"
 _FORMAT = 3
+_FORMAT_0_1 = 2  # of Notus 0.1, whose DPO runs kept one metric sum more
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -161,7 +162,10 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
     if not whole:
         raise DamagedCheckpointError(f"{file} is damaged: its content does not match its digest")
-    if state["format"] != _FORMAT:
+    if state["format"] == _FORMAT_0_1:
+        sums = state["progress"]["window_sums"]
+        state["progress"]["window_sums"] = [each[:9] + each[10:] for each in sums]  # SFT has three: nothing to drop
+    elif state["format"] != _FORMAT:
         raise ValueError(
             f"{path} has format {state['format']}, this version reads {_FORMAT}: finish the run with the version that "
             "began it, or set training.resume=never to start over"

@@ -139,13 +139,13 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replacing(path) as temporary:
+            with replacing(path, shared=True) as temporary:
                 write_tensors(temporary, tensors, metadata)
             return
-        except OSError:
-            if path.parent.is_dir():
+        except OSError as error:
+            # another run, done with the same cache, removes the parts, folder and all: then write this one again
+            if path.parent.is_dir() and not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            # another run, done with the same cache, has removed the folder of its parts meanwhile: write it again
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
