@@ -1,7 +1,9 @@
 import errno
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,11 +242,34 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) 
     with pytest.raises(ValueError, match=r"not a checkpoint, or not a whole one: it has no state\.json"):
         load_checkpoint(tmp_path, parameters, optimizer)
     path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
-    state = json.loads((path / "state.json").read_text()) | {"format": 9}
-    del state["digest"]
-    (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
+    _rewritten(path, lambda state: state.update(format=9))
     with pytest.raises(ValueError, match="format 9, this version reads 3"):
         load_checkpoint(path, parameters, optimizer)
+
+
+def _rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a checkpoint's state as another version would have written it, digest and all."""
+    state = json.loads((path / "state.json").read_text())
+    del state["digest"]
+    change(state)
+    (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
+
+
+def test_a_checkpoint_of_0_1_is_read(tmp_path: Path, device: torch.device) -> None:
+    """Its DPO runs kept the chosen answers' NLL as the tenth of eleven sums; SFT's three are as they were."""
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    path = save_checkpoint(
+        tmp_path, Progress(1, window_sums=[[1.0, 2.0, 3.0]], identity={"a": "b"}), parameters, optimizer
+    )
+
+    def change(state: dict[str, Any]) -> None:
+        state["format"] = 2
+        state["progress"]["window_sums"].append([float(number) for number in range(11)])
+
+    _rewritten(path, change)
+    expected = [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0]]
+    assert load_checkpoint(path, parameters, optimizer).window_sums == expected
+    assert checkpoint.read_identity(path) == {"a": "b"}
 
 
 def test_a_damaged_tensor_file_is_named_and_nothing_is_filled(tmp_path: Path, device: torch.device) -> None:

@@ -1,0 +1,66 @@
+"""Files that are replaced whole or not at all, and their lock."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from notus.runtime.files import is_locked, lock, replacing, write_text
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "found.json"
+    write_text(path, "before")
+
+    def fail() -> None:
+        with replacing(path, shared=shared) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.1"
+    code = (
+        "import os, sys, pathlib\nfrom notus.runtime.files import replacing\n"
+        "with replacing(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n    os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert "tfevents" not in left.name  # TensorBoard would read it
+    write_text(path, "whole")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_writers_of_a_shared_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 250)
+    with replacing(path, shared=True) as first, replacing(path, shared=True) as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert path.read_text() == "1"  # the one that ended last
+
+
+def test_a_lock_keeps_other_processes_away_until_its_file_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    code = (
+        "import pathlib, sys\nfrom notus.runtime.files import is_locked, lock\npath = pathlib.Path(sys.argv[1])\n"
+        "print(is_locked(path))\ntry:\n    lock(path.open('a'))\nexcept BlockingIOError:\n    print('held')"
+    )
+
+    def elsewhere() -> list[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True
+        ).stdout.split()
+
+    assert not is_locked(path)
+    with path.open("a") as file:
+        lock(file)
+        assert elsewhere() == ["True", "held"]
+    assert elsewhere() == ["False"]
