@@ -182,7 +182,7 @@ def run_row(policy: Any, batch: Batch) -> None:
 def tracked_step(config: PreTrainedConfig, case: Case, row: Row, world_size: int = 8) -> Tracked:
     """Two optimizer steps, of one row and of two; the state that the first makes is kept for the second."""
     with fake_world(world_size):
-        adapter = LoraConfig(rank=case.rank, target_modules=TARGETS) if case.rank else None
+        adapter = LoraConfig(rank=case.rank, target_modules=list(TARGETS)) if case.rank else None
         policy = build_policy(
             Path("."),
             config,
@@ -235,7 +235,7 @@ def size_of(config: PreTrainedConfig, rank: int) -> ModelSize:
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if rank:
-        inject_lora(causal_lm, rank=rank, alpha=16.0, dropout=0.0, target_modules=TARGETS)
+        inject_lora(causal_lm, rank=rank, alpha=16.0, dropout=0.0, target_modules=list(TARGETS))
     return model_size(causal_lm)
 
 

@@ -13,11 +13,14 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch, check_fits, collate
+
+if TYPE_CHECKING:  # balancing needs no `datasets`
+    from notus.data.dataset import TokenizedDataset
 
 Balanced = list[list[list[int]]]
 
@@ -122,14 +125,14 @@ def _spread(
     return bins
 
 
-def packed(rows: TokenizedDataset, indices: np.ndarray, balanced: Sequence[Sequence[int]]) -> Iterator[Batch]:
+def packed(rows: "TokenizedDataset", indices: np.ndarray, balanced: Sequence[Sequence[int]]) -> Iterator[Batch]:
     """Yield a rank's packed rows of a step. `balanced` says which of the step's `indices` each holds; see `balance`."""
     for row in balanced:
         yield collate(rows(indices[row]), rows.num_branches)
 
 
 def step_rows(
-    rows: TokenizedDataset,
+    rows: "TokenizedDataset",
     indices: np.ndarray,
     *,
     rank: int,
@@ -175,7 +178,7 @@ class PackingReport:
 
 
 def packing_report(
-    rows: TokenizedDataset,
+    rows: "TokenizedDataset",
     plan: StepPlan,
     costs: np.ndarray,
     *,

@@ -7,17 +7,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from notus.data.batching import StepPlan, balance, lockstep_cost, packed
-from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
 from notus.model.flops import dimensions, forward_flops
 from notus.model.policy import Policy
 from notus.runtime.distributed import rank, world_size
+
+if TYPE_CHECKING:  # `datasets` is not needed to load what is tokenised
+    from notus.data.dataset import TokenizedDataset
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ class Prefetch(Generic[T]):
         return []
 
 
-def row_costs(policy: Policy, rows: TokenizedDataset, indices: np.ndarray | None = None) -> np.ndarray:
+def row_costs(policy: Policy, rows: "TokenizedDataset", indices: np.ndarray | None = None) -> np.ndarray:
     """What the policy computes for each example: necessary operations of a forward pass, int64 [n].
 
     Args:
@@ -119,7 +121,7 @@ class Dataloader:
 
     def __init__(
         self,
-        rows: TokenizedDataset,
+        rows: "TokenizedDataset",
         costs: np.ndarray,
         plan: StepPlan,
         steps: range,

@@ -7,8 +7,8 @@ import torch
 
 from notus.config import LoraConfig
 from notus.data.batching import StepPlan
-from notus.evaluation.preferences import metrics as metering
 from notus.model.flops import dimensions, forward_flops, training_flops
+from notus.training import throughput as metering
 from notus.training.parallelize import build_policy, read_model_config
 from notus.training.throughput import Meter, peak_rate
 

@@ -298,7 +298,7 @@ def test_a_wandb_server_out_of_reach_leaves_the_run_offline(
 
 
 def test_settings_that_wandb_refuses_are_an_error_at_the_start(wandb_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"tracking\.wandb: Weights & Biases refuses the run \(Invalid project name"):
+    with pytest.raises(ValueError, match=r"tracking\.wandb: Weights & Biases rejects the run \(Invalid project name"):
         WandbLogger(project="a/b", name=None, folder=wandb_folder, config={})
 
 

@@ -69,7 +69,7 @@ def trainer_of(task: DPOTask | SFTTask, policy: Policy, optimizer: str, device: 
         policy,
         build_optimizer(policy.parameters(), name=optimizer, learning_rate=1e-3, weight_decay=0.0),
         task,
-        TrainingConfig(output_dir="", learning_rate=1e-3, tokens_per_row=int(task.rows.lengths.max())),
+        TrainingConfig(output_dir="run", learning_rate=1e-3, tokens_per_row=int(task.rows.lengths.max())),
         total_steps=2,
         progress=Progress(),
         tracker=nothing,
