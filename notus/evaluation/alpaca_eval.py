@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 from types import ModuleType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, check_no_effect
 from notus.evaluation.evaluate import add_suite_argument
@@ -42,11 +42,15 @@ PACKAGE = "pip install alpaca-eval 'setuptools<81'"
 CHUNK = 32  # pairs between two saves of what has been judged
 
 
+Id = Annotated[str, Field(coerce_numbers_to_str=True)]  # files may number their data sets and models
+Name = Annotated[Id, BeforeValidator(lambda value: value or "unknown")]
+
+
 class Instruction(BaseModel):
     """An instruction to answer, and the dataset that it comes from."""
 
     instruction: str
-    dataset: str | None = None
+    dataset: Id | None = None
 
     @field_validator("instruction")
     @classmethod
@@ -62,10 +66,7 @@ class Output(Instruction):
     model_config = ConfigDict(extra="allow")
 
     output: str
-    generator: str | None = None
-
-
-Name = Annotated[str, BeforeValidator(lambda value: value or "unknown")]
+    generator: Id | None = None
 
 
 class Annotation(BaseModel):
@@ -76,7 +77,7 @@ class Annotation(BaseModel):
     output_2: str
     generator_1: Name = "unknown"
     generator_2: str
-    dataset: str | None = None
+    dataset: Id | None = None
     annotator: Name = "unknown"
     preference: float | None
 

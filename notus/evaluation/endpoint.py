@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import email.utils
@@ -12,9 +13,10 @@ import random
 import re
 import signal
 import ssl
+import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import NoReturn, ParamSpec, TypeVar
 
 try:
     import httpx2 as httpx  # huggingface_hub 2 brings it
@@ -25,9 +27,11 @@ from notus.runtime.process import tell
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
 
 FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 1.0, 60.0, 600.0  # seconds
 LOGGED_WAIT = 100.0  # a longer wait is logged, because it would look like a hang
+MAX_BYTES = 16 << 20  # of one answer, decompressed
 MESSAGE = 300  # characters of a server's message that are shown
 
 
@@ -51,7 +55,7 @@ class Endpoint:
         base_url: the address without `/chat/completions`, as "https://api.openai.com/v1".
         model: the model's name there.
         api_key: sent as a bearer token, never shown; None: none is sent.
-        timeout: seconds for one whole request.
+        timeout: seconds for one whole request, from the name's lookup to the last byte.
         retries: requests after the first one, for failures that may pass.
         max_tokens: most tokens of an answer.
         temperature: 0 is greedy.
@@ -113,21 +117,22 @@ class Endpoint:
         try:
             # httpx's own timeouts are for each read: a server that sends a byte now and then would never meet them.
             client = httpx.AsyncClient(timeout=None, verify=_certificates())
-            async with asyncio.timeout(self.timeout), client:
-                response = await client.post(url, content=body, headers=headers)
+            request = client.stream("POST", url, content=body, headers=headers)
+            async with asyncio.timeout(self.timeout), client, request as response:
+                answer = await _read(response)
         except TimeoutError:
             raise _Transient(f"no whole answer in {self.timeout:g} s") from None
         except httpx.RequestError as error:  # may quote what the server sent, at any length
             raise _Transient(f"{type(error).__name__}: {self._clean(str(error))}".rstrip(": ")) from None
         if not response.is_success:
-            self._fail(response)
-        return self._content(response)
+            self._fail(response, answer)
+        return self._content(answer)
 
-    def _fail(self, response: "httpx.Response") -> NoReturn:
+    def _fail(self, response: "httpx.Response", body: bytes) -> NoReturn:
         """Raise what a status that is not 2xx means."""
-        status, text = response.status_code, response.text
+        status, text = response.status_code, body.decode("utf-8", "replace")
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            text = str(response.json()["error"]["message"])
+            text = str(json.loads(text)["error"]["message"])
         text = self._clean(text)
         answer = f"the server answers {status}" + (f" ({text})" if text else "")
         if status in (401, 403):
@@ -142,14 +147,16 @@ class Endpoint:
             raise _Transient(answer, _retry_after(response.headers.get("Retry-After")))
         raise EndpointError(f"{self.base_url}: {answer}")  # 400, 413, 422: too long, or an unknown parameter
 
-    def _content(self, response: "httpx.Response") -> str:
+    def _content(self, body: bytes) -> str:
         """Return the text of the first choice."""
         try:
-            choice = response.json()["choices"][0]
+            choice = json.loads(body)["choices"][0]
             content = choice["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise _Transient(f"an answer that is no chat completion ({type(error).__name__})") from error
-        if not isinstance(content, str) or not content.strip():
+        if content is not None and not isinstance(content, str):
+            raise _Transient("an answer that is no chat completion (its content is no string)")
+        if not content or not content.strip():
             raise _Transient(f"an empty answer (finish_reason {self._clean(str(choice.get('finish_reason')))})")
         return content
 
@@ -178,11 +185,12 @@ def ask_all(
     """Await `ask(item)` for every item, `parallel` at a time, and call `on_done(item, outcome)` as each one is done.
 
     An outcome is an answer, an EndpointError, or a ValueError that came after a first answer. Other errors are raised.
-    After `patience` failures in a row, the items that are left fail without being asked.
+    After `patience` failures in a row, the items that are left fail without being asked. What `ask` runs in the
+    loop's default executor, as `asyncio.to_thread` does, keeps neither this call nor the process waiting.
 
     Raises:
         ValueError: `ask` raised it before any item was answered.
-        KeyboardInterrupt: SIGINT or SIGTERM came; requests in flight are cancelled.
+        KeyboardInterrupt: SIGINT or SIGTERM came, where this is the main thread; requests in flight are cancelled.
     """
     pending, answered, failures = iter(items), False, 0
 
@@ -203,15 +211,73 @@ def ask_all(
                     on_done(left, EndpointError(f"not asked, because {failures} in a row failed: {outcome}"))
 
     async def work_in_parallel() -> None:
-        task = asyncio.current_task()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as asyncio.run does for SIGINT
-        await asyncio.gather(*(work() for _ in range(min(parallel, len(items)))))
+        loop.set_default_executor(_DaemonThreads())
+        with _first_signal_calls(functools.partial(loop.call_soon_threadsafe, task.cancel)):
+            await asyncio.gather(*(work() for _ in range(min(parallel, len(items)))))
 
     try:
         asyncio.run(work_in_parallel())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
+    """A thread for each call, which nobody joins: neither the loop nor the interpreter at their ends.
+
+    A name's lookup and a user's judge function know of no deadline and cannot be cancelled.
+    """
+
+    def submit(
+        self, fn: Callable[Arguments, Answer], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> concurrent.futures.Future[Answer]:
+        future = concurrent.futures.Future[Answer]()
+        future.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except StopIteration as error:  # which a coroutine cannot raise: whoever awaits it would wait forever
+                future.set_exception(RuntimeError(f"StopIteration: {error}"))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Leave the threads alone."""
+
+
+@contextlib.contextmanager
+def _first_signal_calls(stop: Callable[[], object]) -> Iterator[None]:
+    """Have the first SIGINT or SIGTERM call `stop`, and a second one raise KeyboardInterrupt wherever it comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_first(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
+        stop()
+
+    before = {number: signal.signal(number, on_first) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def _read(response: "httpx.Response") -> bytes:
+    """Return a body, decompressed, of at most `MAX_BYTES`."""
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise _Transient(f"an answer of more than {MAX_BYTES >> 20} MiB")
+    return bytes(body)
 
 
 @functools.cache

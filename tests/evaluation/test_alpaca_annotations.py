@@ -144,6 +144,13 @@ def test_the_same_text_in_two_data_sets_is_no_repetition(tmp_path):
     assert len(read_annotations(write(tmp_path, [entry(1, 2), entry(1, 2, dataset="vicuna")]))) == 2
 
 
+def test_data_sets_and_models_may_be_numbers(tmp_path):
+    path = write(tmp_path, [entry(1, 2, dataset=7, generator_1=3, annotator=1.5), entry(2, 2, generator_1=0)])
+    first, second = read_annotations(path)
+    assert (first.dataset, first.generator_1, first.annotator) == ("7", "3", "1.5")
+    assert second.generator_1 == "unknown"
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

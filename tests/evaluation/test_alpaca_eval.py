@@ -266,6 +266,15 @@ def test_wrong_prompts_are_named(tmp_path, text, told):
         read_instructions(path)
 
 
+def test_data_sets_and_models_may_be_numbers(tmp_path):
+    path = tmp_path / "base.json"
+    path.write_text('[{"instruction": "a", "output": "b", "dataset": 7, "generator": 3}]')
+    ((_, asked),) = read_instructions(path)
+    assert asked.dataset == "7"
+    (row,) = baseline_outputs(str(path), [("here", asked)])
+    assert row["generator"] == "3"
+
+
 def test_a_baseline_without_an_output_is_rejected(tmp_path):
     path = tmp_path / "base.json"
     path.write_text('[{"instruction": "a", "output": ""}]')

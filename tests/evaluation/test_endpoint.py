@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import email.utils
+import gzip
 import os
 import signal
 import threading
@@ -98,6 +99,18 @@ def test_a_server_that_stalls_is_an_error_after_all_retries(waits: list[float]) 
     assert len(served.requests) == 3
 
 
+def test_a_name_that_is_looked_up_forever_meets_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, outcomes = threading.Event(), Outcomes()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: release.wait(20) and [])
+    asked = Endpoint("http://localhost:9/v1", "judge", timeout=0.3, retries=0)
+    started = time.monotonic()
+    ask_all(lambda item: asked.ask(QUESTION), [0], parallel=1, on_done=outcomes)
+    took = time.monotonic() - started
+    release.set()
+    assert "no whole answer in 0.3 s" in str(outcomes[0])
+    assert took < 10
+
+
 @pytest.mark.parametrize(
     ("value", "shortest", "longest"),
     [
@@ -173,6 +186,31 @@ def test_a_broken_answer_costs_a_retry(name: str, waits: list[float]) -> None:
         assert ask(served.url, waits) == "fine"
     assert len(served.requests) == 2
     assert len(waits) == 1
+
+
+def flood(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        handler.wfile.write(b" " * (1 << 20))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [Reply(conduct=flood), Reply(gzip.compress(b" " * (17 << 20)), headers={"Content-Encoding": "gzip"})],
+    ids=["without end", "compressed"],
+)
+def test_an_answer_without_end_is_cut_off(reply: Reply, waits: list[float]) -> None:
+    with (
+        serving(lambda request, number: reply) as served,
+        pytest.raises(EndpointError, match="an answer of more than 16 MiB"),
+    ):
+        ask(served.url, waits, timeout=60.0, retries=0)
+
+
+def test_content_that_is_no_string_is_no_chat_completion(waits: list[float]) -> None:
+    reply = BROKEN["content of parts"]
+    with serving(lambda *_: reply) as served, pytest.raises(EndpointError, match="its content is no string"):
+        ask(served.url, waits, retries=0)
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -355,18 +393,65 @@ def test_an_error_of_ours_is_raised() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_asking_and_loses_no_answer(number: signal.Signals) -> None:
-    outcomes, handlers = Outcomes(), [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    outcomes, release = Outcomes(), threading.Event()
+
+    def handler(number: int, frame: object) -> None:
+        raise AssertionError("the handler from before is set again only after the asking")
 
     async def call(item: int) -> int:
         if item == 2:
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-            await asyncio.sleep(60)
+            await asyncio.to_thread(release.wait, 20)  # hangs; nobody waits for it
         return item
 
-    with pytest.raises(KeyboardInterrupt):
-        ask_all(call, range(50), parallel=1, on_done=outcomes)
+    before = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM)}
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask_all(call, range(50), parallel=1, on_done=outcomes)
+        took = time.monotonic() - started
+        assert [signal.getsignal(each) for each in before] == [handler, handler]
+    finally:
+        release.set()
+        for each, handler_before in before.items():
+            signal.signal(each, handler_before)
     assert outcomes == {0: 0, 1: 1}
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert took < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_even_what_is_done_with_an_answer(number: signal.Signals) -> None:
+    async def call(item: int) -> int:
+        return item
+
+    def on_done(item: int, outcome: object) -> None:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        raise AssertionError("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(call, range(3), parallel=1, on_done=on_done)
+
+
+def test_a_thread_other_than_the_main_one_can_ask() -> None:
+    async def call(item: int) -> int:
+        return item
+
+    outcomes = Outcomes()
+    thread = threading.Thread(target=lambda: ask_all(call, range(5), parallel=2, on_done=outcomes))
+    thread.start()
+    thread.join(10)
+    assert outcomes == {item: item for item in range(5)}
+
+
+@pytest.mark.parametrize("error", [KeyError, StopIteration])
+def test_what_a_function_in_a_thread_raises_arrives(error: type[Exception]) -> None:
+    def function() -> None:
+        raise error("no idea")
+
+    with pytest.raises((KeyError, RuntimeError), match=r"no idea"):
+        ask_all(lambda item: asyncio.to_thread(function), [0], parallel=1, on_done=Outcomes())
 
 
 def test_many_questions_at_a_time_to_one_endpoint(waits: list[float]) -> None:

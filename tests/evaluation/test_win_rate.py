@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -164,6 +167,24 @@ def test_a_signal_keeps_the_verdicts_and_says_how_to_go_on(tmp_path, capsys, num
         assert not (tmp_path / "o" / "result.json").exists()
         assert compare(tmp_path, ["a", "b", "c"], ["d", "e", "f"], *options) == 0
         assert len(served.requests) == 7
+
+
+def test_a_signal_ends_the_process_while_a_judge_function_hangs(tmp_path):
+    judge, came = tmp_path / "slow.py", tmp_path / "came"
+    judge.write_text(
+        f"import pathlib, time\ndef slow(*_):\n    pathlib.Path({str(came)!r}).touch()\n    time.sleep(60)\n"
+    )
+    options = ["--answers", write(tmp_path / "a.jsonl", ["a"]), "--against-answers", write(tmp_path / "b.jsonl", ["b"])]
+    command = [sys.executable, "-m", "notus", *SUITE, *options, "--judge-function", f"{judge}:slow"]
+    with subprocess.Popen([*command, "--output", tmp_path / "o"]) as process:
+        try:
+            deadline = time.monotonic() + 240
+            while not came.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 75
+        finally:
+            process.kill()
 
 
 def test_nobody_waits_in_the_process_group_while_the_judge_is_asked(tmp_path, judge_file, monkeypatch):

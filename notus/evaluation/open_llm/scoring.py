@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from notus.data.batching import balance
 from notus.data.packing import Batch, build_layout
 from notus.evaluation.results import append_records, read_records
+from notus.model.flops import Dimensions, dimensions, forward_flops
 from notus.model.policy import Policy
 from notus.runtime.distributed import gather_objects, is_main, on_main, rank, say, world_size
 
@@ -80,6 +82,21 @@ def plan_rows(texts: Sequence[Text], tokens_per_row: int) -> list[Row]:
 def texts_of(row: Row) -> list[int]:
     """Return which texts a row scores, in the order of its batch."""
     return [text for group in row for wanted in group.wanted for text in wanted]
+
+
+def share(rows: Sequence[Row], size: Dimensions, rank: int, world_size: int) -> list[Row]:
+    """Return the rows that a rank computes: the costliest first, each to the rank with the least to do so far."""
+    if not rows:
+        return []
+    costs = [float(sum(_cost(group, size) for group in row)) for row in rows]
+    (mine,) = balance([1] * len(rows), costs, world_size, tokens_per_row=len(rows))[rank]  # a bin of rows for each rank
+    return [rows[number] for number in mine]
+
+
+def _cost(group: Group, size: Dimensions) -> int:
+    branches = np.array([[len(ids) - group.trunk for ids in group.inputs]])
+    # the head computes little, and nearly the same for every group
+    return int(forward_flops(size, np.array([group.trunk]), branches, np.zeros(1))[0])
 
 
 def _inputs(texts: Sequence[Text]) -> list[tuple[np.ndarray, list[int]]]:
@@ -228,7 +245,8 @@ def score_texts(policy: Policy, texts: Sequence[Text], *, tokens_per_row: int | 
         f"computed once, in {len(rows)} rows; {len(done)} texts are done already"
     )
     new: dict[str, Score] = {}
-    for row in tqdm(open_rows[rank() :: world_size()], disable=None if is_main() else True):
+    mine = share(open_rows, dimensions(policy.causal_lm), rank(), world_size())
+    for row in tqdm(mine, disable=None if is_main() else True):
         found = {names[text]: score for text, score in _score_row(policy, row, different).items()}
         kept.add(found)
         new.update(found)

@@ -228,6 +228,14 @@ def test_a_judge_that_refuses_stalls_and_lies_still_judges(tmp_path: Path, wante
     assert (judged.unread, judged.missing) == (0, 0)
 
 
+def test_a_judge_that_dies_leaves_the_verdicts_it_gave(tmp_path: Path, wanted: list[Match]) -> None:
+    with serving(lambda request, number: "[[6]]" if number < 3 else Reply("", 503)) as served:
+        judged = ask(served, wanted, tmp_path, parallel=1)
+    assert (len(judged.verdicts), judged.missing) == (3, 5)
+    assert "the server answers 503" in str(judged.reason)
+    assert len((tmp_path / "gpt-4_single.jsonl").read_text().splitlines()) == 3
+
+
 def test_an_answer_that_the_judge_refuses_is_the_only_one_missing(tmp_path: Path, wanted: list[Match]) -> None:
     long = wanted[0].user_prompt
     with serving(lambda request, number: Reply("too long", 400) if said(request) == long else "[[6]]") as served:

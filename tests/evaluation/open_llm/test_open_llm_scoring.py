@@ -3,8 +3,10 @@
 import random
 
 import numpy as np
+import pytest
 
-from notus.evaluation.open_llm.scoring import Text, collate_texts, plan_rows, texts_of
+from notus.evaluation.open_llm.scoring import Text, collate_texts, plan_rows, share, texts_of
+from notus.model.flops import Dimensions
 
 
 def text(ids, scored=1):
@@ -70,3 +72,14 @@ def test_keys_gathered_in_a_row_are_bounded():
     texts = [text([*shots, index, 0]) for index in range(20)]
     rows = plan_rows(texts, 90)  # a row has room for ten branches of one token, but eight times its keys: 8 branches
     assert [[len(group.inputs) for group in row] for row in rows] == [[8], [8], [4]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens"), [(1, [[50, 40, 30, 21]]), (2, [[50, 21], [40, 30]]), (3, [[30, 21], [50], [40]])]
+)
+def test_rows_are_shared_by_cost(ranks, tokens):
+    rows = plan_rows([text([length] * (length + 1)) for length in (30, 50, 21, 40)], 50)
+    size = Dimensions(layers=1, attention_width=1, body_weights=10**6, head_weights=1)
+    shares = [share(rows, size, rank, ranks) for rank in range(ranks)]
+    assert [[group.tokens for row in mine for group in row] for mine in shares] == tokens
+    assert [share([], size, rank, ranks) for rank in range(ranks)] == [[]] * ranks
