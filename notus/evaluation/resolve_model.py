@@ -45,7 +45,8 @@ SNAPSHOTS = "snapshots"
 DEFAULT_SHARD = 5 * 10**9
 _SOURCE = "checkpoint.json"  # in a snapshot: the `state.json` of the checkpoint that it was exported from
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
-# `_main` in a process that ends with its parent, of which the first argument is the number. Ctrl-C is for the parent.
+# Runs `_main` in a process that ends with its parent, whose id is the first argument, even while it imports torch.
+# Ctrl-C is for the parent to report.
 _START = """
 import os, signal, sys
 from notus.runtime.process import follow_parent, leave
@@ -273,7 +274,7 @@ def _is_of(out: Path, state: Path) -> bool:
 def _export_apart(run: Path, folder: Path, trust_remote_code: bool) -> Path:
     """Run `_main` as a process of one rank, on the CPU: this one may be one of several ranks, or fill a GPU.
 
-    Raises ValueError with its message; after any other end with its exit code, which its traceback came before.
+    Raises ValueError: with the message of a ValueError or OSError there; else, after the traceback, with how it ended.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
