@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.peft_format import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.policy import Policy
 from notus.runtime.distributed import on_main, process_group
-from notus.runtime.process import follow_parent, leave, tell
+from notus.runtime.files import is_locked, lock
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_data import DATA_FILE
@@ -44,8 +44,22 @@ Settings = Mapping[str, Mapping[str, Any]]
 SNAPSHOTS = "snapshots"
 DEFAULT_SHARD = 5 * 10**9
 _SOURCE = "checkpoint.json"  # in a snapshot: the `state.json` of the checkpoint that it was exported from
-_KEPT_SECONDS = 24 * 3600
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+# Runs `_main` in a process that ends with its parent, whose id is the first argument, even while it imports torch.
+# Ctrl-C is for the parent to report.
+_START = """
+import os, signal, sys
+from notus.runtime.process import follow_parent, leave
+
+follow_parent(signal.SIGKILL)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if os.getppid() == int(sys.argv[1]):  # else it is gone already
+    from notus.evaluation.resolve_model import _main
+
+    leave(_main(*sys.argv[2:]))
+"""
+
+_reading: dict[Path, IO[str]] = {}  # by snapshot: the file that this process keeps locked until it ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,27 +179,78 @@ def public_name(name: str) -> str:
 def export_newest(run: Path, *, trust_remote_code: bool = False) -> Path:
     """Export the newest whole checkpoint of an unfinished run to `RUN/snapshots/step-00000100`; return that folder.
 
-    An earlier export of the same checkpoint is used again. Several evaluations may export at the same time: each
-    writes a folder of its own, and the first to finish renames it into place.
+    An earlier export of the same checkpoint is used again. Of several evaluations one exports, and the others wait for
+    it. The folder stays at least until this process has ended.
 
     Raises:
         ValueError: the run has no whole checkpoint, or its model cannot be made.
         OSError: nothing can be written there.
     """
-    checkpoints = checkpoints_in(run / CHECKPOINTS)
-    if not checkpoints:
-        raise _no_checkpoint(run)
-    out = run / SNAPSHOTS / checkpoints[0].name
-    if not _is_of(out, checkpoints[0] / STATE_FILE):
-        check_folder(run / SNAPSHOTS, remedy="make it writable, or write the model elsewhere with `notus export`")
-        _remove_unused(run / SNAPSHOTS)
-        with tempfile.TemporaryDirectory(dir=run / SNAPSHOTS, prefix=".export-") as temporary:
-            made = _export_apart(run, Path(temporary), trust_remote_code)
-            out = run / SNAPSHOTS / made.name
-            _publish(made, out)
-    with contextlib.suppress(OSError):
-        os.utime(out)  # see `_remove_unused`
+    with _locked(run / SNAPSHOTS) as locked:
+        checkpoints = checkpoints_in(run / CHECKPOINTS)
+        if not checkpoints:
+            raise _no_checkpoint(run)
+        out = run / SNAPSHOTS / checkpoints[0].name
+        if not _is_of(out, checkpoints[0] / STATE_FILE):
+            out = _export(run, trust_remote_code, clean=locked)
+        with contextlib.suppress(OSError):  # no locks, or somebody else's folder
+            _keep(out)
     return out
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a run's snapshots for the block; yield False where that is impossible: no locks, or nothing can be written.
+
+    Another evaluation may hold the lock for as long as an export takes.
+    """
+    with contextlib.ExitStack() as stack:
+        locked = False
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            lock(stack.enter_context((folder / ".lock").open("a")), wait=True)
+            locked = True
+        yield locked
+
+
+def _export(run: Path, trust_remote_code: bool, *, clean: bool) -> Path:
+    """Export the newest whole checkpoint. `clean`: the snapshots are locked, so what nobody needs can be removed."""
+    folder = run / SNAPSHOTS
+    check_folder(folder, remedy="make it writable, or write the model elsewhere with `notus export`")
+    if clean:
+        for killed in folder.glob(".export-*"):  # whoever writes one holds the lock
+            _remove(killed)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        made = _export_apart(run, Path(temporary), trust_remote_code)
+        out = folder / made.name
+        _publish(made, out)
+    if clean:
+        for old in checkpoints_in(folder):
+            if step_of(old) < step_of(out) and not _is_read(old):
+                _remove(old)
+    return out
+
+
+def _keep(out: Path) -> None:
+    """Lock a new file in a snapshot until this process ends. Raises OSError if that is impossible."""
+    file = (out / f".read-by-{uuid.uuid4().hex}").open("a")
+    lock(file)
+    _reading[out.resolve()] = file
+
+
+def _is_read(snapshot: Path) -> bool:
+    if snapshot.resolve() in _reading:  # `is_locked` would release this process's own lock
+        return True
+    return any(is_locked(file) for file in snapshot.glob(".read-by-*"))
+
+
+def _remove(folder: Path) -> None:
+    """Remove what is as large as the model; print a warning if that fails."""
+    try:
+        (folder / _SOURCE).unlink(missing_ok=True)  # what is half removed is a snapshot of nothing
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"warning: {folder}: cannot be removed ({error.strerror}); it is not needed any more", flush=True)
 
 
 def _publish(made: Path, out: Path) -> None:
@@ -206,38 +271,36 @@ def _is_of(out: Path, state: Path) -> bool:
         return False
 
 
-def _remove_unused(folder: Path) -> None:
-    """Remove snapshots, each as large as the model, that no evaluation has asked for in a day, and partial ones."""
-    for path in [*folder.glob("step-*"), *folder.glob(".export-*")]:
-        with contextlib.suppress(OSError):  # another evaluation was faster, or it is somebody else's
-            if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
-                shutil.rmtree(path)
-
-
 def _export_apart(run: Path, folder: Path, trust_remote_code: bool) -> Path:
-    """Run `_main` as a process of one rank, on the CPU: this one may be one of several ranks, or fill a GPU."""
+    """Run `_main` as a process of one rank, on the CPU: this one may be one of several ranks, or fill a GPU.
+
+    Raises ValueError: with the message of a ValueError or OSError there; else, after the traceback, with how it ended.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-m", "notus.evaluation.resolve_model", str(run), str(folder), str(trust_remote_code)]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    arguments = [str(os.getpid()), str(run), str(folder), str(trust_remote_code)]
+    command = [sys.executable, "-P", "-c", _START, *arguments]  # -P: no code from the working folder
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        reason = done.stderr.strip() or f"{run}: exporting its newest checkpoint ended with code {done.returncode}"
-        raise ValueError(reason.splitlines()[-1])
+        number = -done.returncode
+        ended = f"signal {number} ({signal.strsignal(number)})" if number > 0 else f"code {done.returncode}"
+        raise ValueError(done.stdout.strip() or f"{run}: exporting its newest checkpoint ended with {ended}")
     return next(folder.glob("step-*"))
 
 
-def _main(run: Path, folder: Path, trust_remote_code: bool) -> int:
-    follow_parent(signal.SIGKILL)
-    settings = read_run_settings(run)
+def _main(run_folder: str, folder: str, trust_remote_code: str) -> int:
+    """Export the newest whole checkpoint into `folder`; only the message of a failure goes to the standard output."""
+    run = Path(run_folder)
     try:
-        with process_group():
-            causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust_remote_code)
-            out, dtype = folder / checkpoint.name, COMPUTE_DTYPES[settings["training"]["precision"]]
+        with contextlib.redirect_stdout(sys.stderr), process_group():
+            settings, trust = read_run_settings(run), trust_remote_code == "True"
+            causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust)
+            out, dtype = Path(folder) / checkpoint.name, COMPUTE_DTYPES[settings["training"]["precision"]]
             write_model(causal_lm, tokenizer, out, base=settings["model"]["name_or_path"], dtype=dtype)
             with contextlib.suppress(FileNotFoundError):  # the run has removed the checkpoint meanwhile
                 shutil.copyfile(checkpoint / STATE_FILE, out / _SOURCE)
     except (ValueError, OSError) as error:
-        tell(error, sys.stderr)
+        print(error)
         return 1
     return 0
 
@@ -321,7 +384,3 @@ def write_model(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
-
-
-if __name__ == "__main__":
-    leave(_main(Path(sys.argv[1]), Path(sys.argv[2]), trust_remote_code=sys.argv[3] == "True"))

@@ -1,9 +1,13 @@
 """What MODEL_OR_RUN may be; an unfinished run stands for its newest whole checkpoint."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +24,8 @@ from notus.evaluation.resolve_model import ModelSource, find_source, find_togeth
 from notus.model.export import load_causal_lm
 from notus.runtime import distributed
 from notus.training.checkpoint import DamagedCheckpointError, Progress, describe
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_model_adapter_and_run(model_folder, full_run, lora_run):
@@ -138,20 +144,156 @@ def test_the_snapshot_of_an_older_checkpoint_is_not_written_again(full_run, in_p
     assert (first.folder / "config.json").stat().st_ino == before  # others may be reading it
 
 
-def test_what_nobody_used_for_a_day_is_removed(full_run, in_progress):
+def export_quickly(run, folder, trust_remote_code):
+    newest = models.checkpoints_in(run / "checkpoints")[0]
+    (folder / newest.name).mkdir()
+    shutil.copyfile(newest / "state.json", folder / newest.name / "checkpoint.json")
+    return folder / newest.name
+
+
+READER = """
+import sys
+from pathlib import Path
+from notus.evaluation.resolve_model import export_newest
+export_newest(Path(sys.argv[1]))
+print("reads", flush=True)
+input()
+"""
+
+
+def test_older_snapshots_go_when_nobody_reads_them(full_run, in_progress, monkeypatch, capsys):
+    run, reading = in_progress(full_run), {}
+    monkeypatch.setattr(models, "_reading", reading)
+    monkeypatch.setattr(models, "_export_apart", export_quickly)
+
+    def snapshots_after(step):
+        newest = run / "checkpoints" / f"step-{step:08d}"
+        if not newest.exists():
+            shutil.copytree(run / "checkpoints" / "step-00000002", newest)
+        assert models.export_newest(run).name == newest.name
+        return [models.step_of(path) for path in reversed(models.checkpoints_in(run / "snapshots"))]
+
+    def stop_reading():
+        while reading:
+            reading.popitem()[1].close()
+
+    assert snapshots_after(2) == [2]
+    assert snapshots_after(3) == [2, 3]  # this process still reads the first
+    command = [sys.executable, "-c", READER, str(run)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "reads\n"
+        stop_reading()
+        assert snapshots_after(4) == [3, 4]  # another process reads the second
+        other.communicate("\n")
+    assert snapshots_after(4) == [3, 4]  # nothing written, nothing removed
+    stop_reading()
+    assert snapshots_after(5) == [5]
+    stop_reading()
+
+    def fail(path, **options):
+        if Path(path).name.startswith("step-"):
+            raise PermissionError(13, "Permission denied")
+        return rmtree(path, **options)
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        snapshots_after(6)
+    assert "step-00000005: cannot be removed (Permission denied)" in capsys.readouterr().out
+    shutil.rmtree(run / "checkpoints" / "step-00000006")  # moved away, to go back to what may be half removed
+    before = (run / "snapshots" / "step-00000005").stat().st_ino
+    snapshots_after(5)
+    assert (run / "snapshots" / "step-00000005").stat().st_ino != before
+
+
+def test_what_a_killed_writer_left_goes(full_run, in_progress, monkeypatch):
+    monkeypatch.setattr(models, "_export_apart", export_quickly)
     run = in_progress(full_run)
-    two_days_ago = time.time() - 2 * 24 * 3600
-    names = ("step-00000000", ".export-killed", "step-00000001", ".export-now")
-    for name in names:
+    (run / "snapshots" / ".export-killed" / "step-00000001").mkdir(parents=True)
+    models.export_newest(run)
+    assert {path.name for path in (run / "snapshots").iterdir()} == {".lock", "step-00000002"}
+
+
+def test_without_locks_nothing_is_removed(full_run, in_progress, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(models, "lock", fail)
+    monkeypatch.setattr(models, "_export_apart", export_quickly)
+    run = in_progress(full_run)
+    others = {".export-now", "step-00000001"}
+    for name in others:
         (run / "snapshots" / name).mkdir(parents=True)
-        (run / "snapshots" / name / "model.safetensors").touch()
-    for name in names[:2]:
-        os.utime(run / "snapshots" / name, (two_days_ago, two_days_ago))
-    used = find_source(str(run)).folder
-    assert {path.name for path in (run / "snapshots").iterdir()} == {"step-00000001", ".export-now", "step-00000002"}
-    os.utime(used, (two_days_ago, two_days_ago))
-    find_source(str(run))
-    assert time.time() - used.stat().st_mtime < 3600
+    assert models.export_newest(run).name == "step-00000002"
+    assert {path.name for path in (run / "snapshots").iterdir()} == {*others, "step-00000002", ".lock"}
+
+
+EXPORTER = """
+import shutil, sys, time
+from pathlib import Path
+from notus.runtime.files import lock
+made, out = map(Path, sys.argv[1:])
+with (out.parent / ".lock").open("a") as file:
+    lock(file)
+    print("exports", flush=True)
+    time.sleep(1)
+    shutil.copytree(made, out)
+"""
+
+
+def test_one_of_several_evaluations_exports(full_run, in_progress, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_export_apart", export_quickly)
+        out = models.export_newest(in_progress(full_run))
+    made = out.rename(tmp_path / "made")
+    monkeypatch.setattr(models, "_export_apart", lambda *_: pytest.fail("exported a second time"))
+    command = [sys.executable, "-c", EXPORTER, str(made), str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "exports\n"
+        assert models.export_newest(tmp_path / "run") == out
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def writers_of(pid: int) -> list[int]:
+    """Child processes that have begun to export."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if is_writer(int(child))]
+
+
+def is_writer(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"follow_parent" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_who_writes_a_snapshot_goes_with_the_evaluation(full_run, in_progress):
+    """Else it would write on without the lock, beside the next evaluation's writer."""
+    run = in_progress(full_run)
+    with subprocess.Popen([sys.executable, "-c", READER, str(run)], cwd=ROOT) as evaluation:
+        (writer,) = wait_for(lambda: writers_of(evaluation.pid))
+        evaluation.kill()
+    wait_for(lambda: not is_writer(writer))
+    assert not list((run / "snapshots").rglob("step-*"))
+
+
+def test_who_would_write_a_snapshot_for_an_evaluation_that_is_gone_ends(full_run, tmp_path):
+    command = [sys.executable, "-c", models._START, "1", str(full_run), str(tmp_path), "False"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_code_in_the_working_folder_does_not_run(full_run, in_progress, tmp_path, monkeypatch):
+    (tmp_path / "yaml.py").write_text("raise SystemExit('in the working folder')")
+    monkeypatch.chdir(tmp_path)
+    assert find_source(str(in_progress(full_run))).name.endswith("(step 2)")
 
 
 def test_the_first_of_two_exports_stays(full_run, in_progress, tmp_path):
@@ -184,7 +326,25 @@ def test_a_failed_export_says_why(full_run, in_progress):
     (run / "checkpoints" / "step-00000002" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="no checkpoint is whole"):
         find_source(str(run))
-    assert not list((run / "snapshots").iterdir())
+    assert [path.name for path in (run / "snapshots").iterdir()] == [".lock"]
+
+
+def test_a_failed_export_says_all(full_run, in_progress, tmp_path, monkeypatch, capfd):
+    run = in_progress(full_run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("a: [\nb: 1")
+    with pytest.raises(ValueError, match=r"(?s)config\.yaml: not readable as YAML \(.*\n.*; restore the file$"):
+        models._export_apart(run, tmp_path, False)
+    assert "Traceback" not in capfd.readouterr().err
+    (run / "config.yaml").write_text(config.replace("rank: 0", "rank: 3").replace("alpha:", "beta:"))
+    with pytest.raises(ValueError, match=r"run: exporting its newest checkpoint ended with code 1$"):
+        models._export_apart(run, tmp_path, False)
+    shown = capfd.readouterr().err
+    assert "Traceback" in shown
+    assert "KeyError: 'alpha'" in shown
+    monkeypatch.setattr(models, "_START", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ValueError, match=r"ended with signal 9 \(Killed\)$"):
+        models._export_apart(run, tmp_path, False)
 
 
 def settings(model_folder):
