@@ -181,15 +181,15 @@ def run(args: argparse.Namespace) -> int:
         distributed.on_main(lambda: hold_folder(folder))
         places, instructions = zip(*asked, strict=True)
         texts = [instruction.instruction for instruction in instructions]
-        answers = answer(source, texts, places, args, kept=folder / GENERATION, device=device)
+        answers, described = answer(source, texts, places, args, kept=folder / GENERATION, device=device)
         speaks = distributed.is_main()
     if not speaks:  # judging can take hours, and the other ranks have no part in it
         return 0
     outputs = [
         {**instruction.model_dump(), "output": text, "generator": model_name(args.model)}
-        for instruction, text in zip(instructions, answers.texts, strict=True)
+        for instruction, text in zip(instructions, answers, strict=True)
     ]
-    settings = {**answers.settings, "prompts": args.prompts or HUB_ID, "judge": args.judge}
+    settings = {**described, "prompts": args.prompts or HUB_ID, "judge": args.judge}
     _finish(folder, source.name, outputs, judge, settings)
     return 0
 

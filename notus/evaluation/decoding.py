@@ -10,7 +10,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from transformers import (
 
 from notus.data.chat import ChatEncoder
 from notus.data.formats import Turns
-from notus.evaluation.results import append_records, read_records
+from notus.evaluation.results import KeptRecords
 from notus.model.load import WITHOUT_EFFECT
-from notus.runtime.distributed import gather_objects, on_main
+from notus.runtime.distributed import gather_objects
 from notus.training.sampling import end_tokens
 
 
@@ -49,65 +48,26 @@ class Batch:
     seed: int | None
 
 
-class KeptTokens:
-    """Finished completions, as token ids, in one file per rank of a folder that all ranks see.
+class KeptTokens(KeptRecords):
+    """Finished completions, as token ids.
 
-    The same call of `generate`, on any number of ranks, resumes where it stopped. A greedy completion is found again by
-    its prompt's tokens and the settings, a sampled one also by its batch, so `batch_size` and the other prompts may
-    change between greedy calls, but not between sampled ones. Calls with other prompts, settings or models may share
-    the folder.
+    A greedy completion is found again by its prompt's tokens and the settings, a sampled one also by its batch, so
+    `batch_size` and the other prompts may change between greedy calls, but not between sampled ones.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        """`folder` is made if need be; `identity` says which weights these are, as `model_digest` does."""
-        self.folder, self.identity = folder, identity
-        self._keys: list[list[str]] = []
+    what = "completion"
 
-    def find(self, batches: list[Batch], settings: dict[str, Any]) -> dict[int, list[list[int]]]:
-        """Return the batches that are complete already, by number; collective, before the first `add`.
+    def is_valid(self, record: dict[str, Any]) -> bool:
+        """Return whether `ids` are token ids."""
+        ids = record.get("ids")
+        return isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
 
-        Raises ValueError, naming the file, if one in the folder holds anything else; or if the ranks have different
-        prompts or models, whose completions would be mixed up.
-        """
-        self._keys = [self._keys_of(batch, settings) for batch in batches]
-        if dist.is_initialized() and len(set(gather_objects(_digest(self._keys)))) > 1:
-            raise ValueError(
-                "the ranks have different prompts or weights: their data or files differ, or a task draws its examples "
-                "at random without a seed; run in one process"
-            )
-        wanted = {key for keys in self._keys for key in keys}
-        found = on_main(lambda: self._read(wanted)) if dist.is_initialized() else self._read(wanted)
-        return {
-            number: [found[key] for key in keys] for number, keys in enumerate(self._keys) if found.keys() >= set(keys)
-        }
-
-    def add(self, number: int, new: list[list[int]]) -> None:
-        """Save the batch of that number. Raises OSError."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        records = ({"key": key, "ids": ids} for key, ids in zip(self._keys[number], new, strict=True))
-        append_records(self.folder / f"rank-{rank}.jsonl", records)
-
-    def _read(self, wanted: set[str]) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for number, record in enumerate(read_records(path), start=1):
-                if not _is_completion(record):
-                    raise ValueError(f"{path}, line {number}: not a kept completion; remove the file")
-                if record["key"] in wanted:
-                    found[record["key"]] = record["ids"]
-        return found
-
-    def _keys_of(self, batch: Batch, settings: dict[str, Any]) -> list[str]:
-        """A digest per prompt of all that decides its completion; where it is drawn, so do its neighbours."""
+    def keys(self, batch: Batch, settings: dict[str, Any]) -> list[str]:
+        """Return a digest per prompt of all that decides its completion; where it is drawn, so do its neighbours."""
         drawn = None if batch.seed is None else [batch.seed, batch.prompts, batch.room]
         of_batch = _digest([self.identity, settings, drawn])
         rows = enumerate(zip(batch.prompts, batch.room, strict=True))
         return [_digest([of_batch, prompt, room, row if drawn else None]) for row, (prompt, room) in rows]
-
-
-def _is_completion(record: dict[str, Any]) -> bool:
-    key, ids = record.get("key"), record.get("ids")
-    return isinstance(key, str) and isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
 
 
 def _digest(value: Any) -> str:
@@ -200,7 +160,13 @@ def generate_ids(
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
     batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
     settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
-    done = kept.find(batches, settings) if kept else {}
+    keys = [kept.keys(batch, settings) for batch in batches] if kept else []
+    found = kept.find([key for of_batch in keys for key in of_batch]) if kept else {}
+    done = {
+        number: [found[key]["ids"] for key in of_batch]
+        for number, of_batch in enumerate(keys)
+        if found.keys() >= set(of_batch)
+    }
     new: dict[int, list[list[int]]] = {}
     for number in _share([number for number in range(len(batches)) if number not in done]):
         batch = batches[number]
@@ -208,7 +174,7 @@ def generate_ids(
         with _seeded(batch.seed or 0, causal_lm.device):
             new[number] = _complete(causal_lm, batch, config, stopping, with_end)
         if kept:
-            kept.add(number, new[number])
+            kept.add({"key": key, "ids": ids} for key, ids in zip(keys[number], new[number], strict=True))
     for share in gather_objects(new) if dist.is_initialized() else [new]:
         done |= share
     completed = {

@@ -14,13 +14,15 @@ import signal
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 try:
     import httpx2 as httpx  # huggingface_hub 2 brings it
 except ModuleNotFoundError:
     import httpx  # type: ignore[no-redef]  # huggingface_hub 1 brings this one
 
+from notus.evaluation.results import append_records
 from notus.runtime.process import tell
 
 Item = TypeVar("Item")
@@ -29,6 +31,7 @@ Answer = TypeVar("Answer")
 FIRST_WAIT, LONGEST_WAIT, LONGEST_RETRY_AFTER = 1.0, 60.0, 600.0  # seconds
 LOGGED_WAIT = 100.0  # a longer wait is logged, because it would look like a hang
 MESSAGE = 300  # characters of a server's message that are shown
+LONGEST_ANSWER = 16 * 2**20  # bytes of an answer's body that are read
 
 
 class EndpointError(Exception):
@@ -112,22 +115,34 @@ class Endpoint:
         body = json.dumps({"model": self.model, "messages": list(messages), **sampling})
         try:
             # httpx's own timeouts are for each read: a server that sends a byte now and then would never meet them.
-            client = httpx.AsyncClient(timeout=None, verify=_certificates())
-            async with asyncio.timeout(self.timeout), client:
-                response = await client.post(url, content=body, headers=headers)
+            async with (
+                asyncio.timeout(self.timeout),
+                httpx.AsyncClient(timeout=None, verify=_certificates()) as client,
+                client.stream("POST", url, content=body, headers=headers) as response,
+            ):
+                content = await self._read(response)
         except TimeoutError:
             raise _Transient(f"no whole answer in {self.timeout:g} s") from None
         except httpx.RequestError as error:  # may quote what the server sent, at any length
             raise _Transient(f"{type(error).__name__}: {self._clean(str(error))}".rstrip(": ")) from None
         if not response.is_success:
-            self._fail(response)
-        return self._content(response)
+            self._fail(response.status_code, content, response.headers.get("Retry-After"))
+        return self._content(content)
 
-    def _fail(self, response: "httpx.Response") -> NoReturn:
+    async def _read(self, response: "httpx.Response") -> bytes:
+        """Return the whole body, decompressed; a server that sends too much is not read to the end."""
+        content = bytearray()
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > LONGEST_ANSWER:
+                raise _Transient(f"an answer of more than {LONGEST_ANSWER // 2**20} MiB")
+        return bytes(content)
+
+    def _fail(self, status: int, content: bytes, retry_after: str | None) -> NoReturn:
         """Raise what a status that is not 2xx means."""
-        status, text = response.status_code, response.text
+        text = content.decode(errors="replace")
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            text = str(response.json()["error"]["message"])
+            text = str(json.loads(content)["error"]["message"])
         text = self._clean(text)
         answer = f"the server answers {status}" + (f" ({text})" if text else "")
         if status in (401, 403):
@@ -139,19 +154,19 @@ class Endpoint:
             check = f"the address, which ends before /chat/completions, and the model's name, {self.model!r}"
             raise ValueError(f"{self.base_url}: {answer}; check {check}")
         if status in (408, 409, 425, 429) or status >= 500:
-            raise _Transient(answer, _retry_after(response.headers.get("Retry-After")))
+            raise _Transient(answer, _retry_after(retry_after))
         raise EndpointError(f"{self.base_url}: {answer}")  # 400, 413, 422: too long, or an unknown parameter
 
-    def _content(self, response: "httpx.Response") -> str:
+    def _content(self, content: bytes) -> str:
         """Return the text of the first choice."""
         try:
-            choice = response.json()["choices"][0]
-            content = choice["message"]["content"]
+            choice = json.loads(content)["choices"][0]
+            text = choice["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise _Transient(f"an answer that is no chat completion ({type(error).__name__})") from error
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(text, str) or not text.strip():
             raise _Transient(f"an empty answer (finish_reason {self._clean(str(choice.get('finish_reason')))})")
-        return content
+        return text
 
     def _clean(self, text: str) -> str:
         """Return a server's words as one short line, without the key if they repeat it."""
@@ -212,6 +227,30 @@ def ask_all(
         asyncio.run(work_in_parallel())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+def collect_verdicts(
+    ask: Callable[[Item], Awaitable[Answer]],
+    items: Sequence[Item],
+    record: Callable[[Item, Answer | Exception], dict[str, Any] | None],
+    *,
+    parallel: int,
+    kept: Path,
+) -> list[str]:
+    """Call `ask_all`, append each outcome's `record` to the file `kept` as it comes, and return the failures' messages.
+
+    Raises ValueError and KeyboardInterrupt as `ask_all`, OSError if the disk fails.
+    """
+    failures = []
+
+    def on_done(item: Item, outcome: Answer | Exception) -> None:
+        if isinstance(outcome, Exception):
+            failures.append(str(outcome))
+        if (line := record(item, outcome)) is not None:
+            append_records(kept, [line])
+
+    ask_all(ask, items, parallel=parallel, on_done=on_done)
+    return failures
 
 
 @functools.cache

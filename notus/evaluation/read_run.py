@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from notus.evaluation.resolve_model import is_run, read_run_settings
-from notus.evaluation.results import EVALUATIONS, RESULT, Result, read_results
+from notus.evaluation.resolve_model import read_run_settings
+from notus.evaluation.results import EVALUATIONS, RESULT, Result, is_run, read_results
 from notus.runtime.files import is_locked
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL

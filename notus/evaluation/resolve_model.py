@@ -4,6 +4,7 @@ An unfinished run stands for its newest whole checkpoint, which is exported into
 training at that moment. It is not disturbed: checkpoints appear whole and are only read here.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -20,13 +21,10 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.data.chat import resolve_template
-from notus.data.sources import SUFFIXES
-from notus.evaluation.results import check_folder
+from notus.data.chat import check_vocabulary, resolve_template
+from notus.evaluation.results import check_folder, is_run
 from notus.model.export import export_adapter, export_model, load_causal_lm
 from notus.model.load import find_folder, read_json, resolve_model_folder
 from notus.model.lora import inject_lora, lora_layers, merge_lora
@@ -74,6 +72,41 @@ class ModelSource:
         value = self.settings.get(section, {}).get(name)
         return default if value is None else value
 
+    def options(self, args: argparse.Namespace) -> "ModelOptions":
+        """Return the options of `add_model_arguments`."""
+        return ModelOptions(
+            precision=self.choose(args.precision, "training.precision", "bf16"),
+            chat_template=self.choose(args.chat_template, "data.chat_template", None),
+            add_empty_system=self.choose(args.add_empty_system, "data.add_empty_system", False),
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    def load(self, options: "ModelOptions", device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the whole model and its tokenizer. Raises ValueError if that fails, or if they do not fit together."""
+        causal_lm, tokenizer = load_causal_lm(
+            self.folder, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
+        )
+        check_vocabulary(tokenizer, causal_lm.config.vocab_size)
+        return causal_lm, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a model is computed and prompted: as the user says, else as its run was.
+
+    `chat_template` is as `ChatEncoder` takes it; None: the tokenizer's own, if it has one.
+    """
+
+    precision: str
+    chat_template: str | None
+    add_empty_system: bool
+    trust_remote_code: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return COMPUTE_DTYPES[self.precision]
+
 
 def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
     """Find a model, an adapter or a run; for one process, see `find_together`.
@@ -116,11 +149,6 @@ def _source(name: str, folder: Path, settings: Settings | None = None, run: Path
     return ModelSource(name, folder if base else resolve_model_folder(folder), base, settings or {}, run)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a training run's."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
-
-
 def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
     """Read a run's resolved settings, by section. Raises ValueError, naming the file, if they cannot be read."""
     path = run / CONFIG_FILE
@@ -141,25 +169,6 @@ def _are_settings(tree: Any) -> bool:
     sources = data.get("train")
     named = isinstance(model.get("name_or_path"), str) and isinstance(sources, list)
     return named and {"precision", "seed"} <= training.keys() and {"chat_template"} <= data.keys() and "rank" in lora
-
-
-def hub_id(name: str) -> str | None:
-    """Return a model's or dataset's name if it is one of the hub and no file or folder here; else None."""
-    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def public_name(name: str) -> str:
-    """Return a name without local folders: the hub id, or a path's last part; for a run's model, the run's name."""
-    if hub_id(name):
-        return name
-    path = Path(name).expanduser()
-    return path.parent.name if path.name == MODEL and is_run(path.parent) else path.name
 
 
 def export_newest(run: Path, *, trust_remote_code: bool = False) -> Path:

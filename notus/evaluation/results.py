@@ -6,11 +6,12 @@ Every suite writes its result in the one form that the report and the model card
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -98,6 +99,39 @@ def read_results(run: Path) -> list[Result]:
 def model_name(model: str) -> str:
     """Return what others call a model: a folder's last part, or the hub id."""
     return Path(model).resolve().name if Path(model).exists() else model
+
+
+def hub_id(name: str) -> str | None:
+    """Return a model's or dataset's name if it is one of the hub and no file or folder here; else None."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from notus.data.sources import SUFFIXES
+
+    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a training run's."""
+    from notus.training.run_folder import CONFIG_FILE
+
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def public_name(name: str) -> str:
+    """Return a name without local folders: the hub id, or a path's last part; for a run's model, the run's name."""
+    from notus.training.run_folder import MODEL
+
+    if hub_id(name):
+        return name
+    path = Path(name).expanduser()
+    return path.parent.name if path.name == MODEL and is_run(path.parent) else path.name
 
 
 def result_folder(given: str | None, run: Path | None, model: str, suite: str) -> Path:
@@ -211,6 +245,59 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: not a record of finished work; remove the line, or the file")
         records.append(record)
     return records
+
+
+class KeptRecords:
+    """Finished work by its key, in one JSONL file per rank of a folder that all ranks see.
+
+    The same command, on any number of ranks, resumes where it stopped. Work on other keys may share the folder.
+    """
+
+    what: str  # a record, for error messages
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """`folder` is made if need be; `identity` says which weights these are, as `decoding.model_digest` does."""
+        self.folder, self.identity = folder, identity
+
+    def is_valid(self, record: dict[str, Any]) -> bool:
+        """Return whether a record holds what `add` writes; a string under `key` is checked already."""
+        raise NotImplementedError
+
+    def find(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the records of `keys` that exist; collective within a process group.
+
+        Raises ValueError, naming the file, if one in the folder holds anything else; or if the ranks, each of which
+        makes its own keys, have different ones.
+        """
+        import torch.distributed as dist
+
+        from notus.runtime.distributed import gather_objects, on_main
+
+        if not dist.is_initialized():
+            return self._read(set(keys))
+        if len(set(gather_objects(hashlib.sha256("".join(keys).encode()).hexdigest()))) > 1:
+            raise ValueError(
+                "the ranks have different prompts or weights: their data or files differ, or a task draws its examples "
+                "at random without a seed; run in one process"
+            )
+        return on_main(lambda: self._read(set(keys)))
+
+    def _read(self, keys: Collection[str]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            for number, record in enumerate(read_records(path), start=1):
+                if not isinstance(record.get("key"), str) or not self.is_valid(record):
+                    raise ValueError(f"{path}, line {number}: not a kept {self.what}; remove the file")
+                if record["key"] in keys:
+                    found[record["key"]] = record
+        return found
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append this rank's records, each with its `key`. Raises OSError."""
+        import torch.distributed as dist
+
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        append_records(self.folder / f"rank-{rank}.jsonl", records)
 
 
 def parse_files(files: str, folders: Sequence[Path], parse: Callable[[], T]) -> T:

@@ -27,12 +27,20 @@ from notus.evaluation.arguments import (
     add_output_argument,
     check_no_effect,
 )
-from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
+from notus.evaluation.endpoint import Endpoint, EndpointError, collect_verdicts, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.input_files import check_unique
 from notus.evaluation.intervals import wilson
-from notus.evaluation.results import Figure, Result, hold_folder, result_folder, write_result
+from notus.evaluation.results import (
+    Figure,
+    Result,
+    hold_folder,
+    public_name,
+    read_records,
+    result_folder,
+    write_result,
+)
 from notus.runtime.files import write_text
 from notus.runtime.process import STOPPED, first_line, tell
 
@@ -278,8 +286,7 @@ def _pairs(
     for side, model, texts in zip(("model", "against"), (source, other), files, strict=True):
         if model is not None:
             prompts, places = [one.turns for one in asked], [one.place for one in asked]
-            answers = answer(model, prompts, places, args, kept=kept, device=device)
-            texts, settings[side] = answers.texts, answers.settings
+            texts, settings[side] = answer(model, prompts, places, args, kept=kept, device=device)
         sides.append(texts)
     return [Pair(one.text, ours, theirs) for one, ours, theirs in zip(asked, *sides, strict=True)], settings
 
@@ -452,33 +459,26 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
     Raises:
         ValueError: the endpoint rejects every request, or the file holds something else.
     """
-    from notus.evaluation.results import append_records
-
     verdicts = _read_verdicts(kept)
     questions = dict.fromkeys(order for pair in pairs if pair.answer != pair.against for order in pair.orders)
-    failures: list[str] = []
     unread: list[str] = []
 
-    def on_done(question: tuple[str, str, str], outcome: str | Exception) -> None:
+    def record(question: tuple[str, str, str], outcome: str | Exception) -> dict[str, Any]:
         key = judge.key(question)
         if isinstance(outcome, Exception):
-            failures.append(str(outcome))
-            append_records(kept, [{"key": key, "verdict": None, "failure": str(outcome)}])
-            return
+            return {"key": key, "verdict": None, "failure": str(outcome)}
         verdicts[key] = parse_verdict(outcome)
         if verdicts[key] is None:
             unread.append(f"a reply without a verdict: {outcome[:200]!r}")
-        append_records(kept, [{"key": key, "verdict": verdicts[key], "reply": outcome}])
+        return {"key": key, "verdict": verdicts[key], "reply": outcome}
 
     left = [question for question in questions if verdicts.get(judge.key(question)) is None]
-    ask_all(lambda question: judge.ask(*question), left, parallel=judge.parallel, on_done=on_done)
+    failures = collect_verdicts(lambda question: judge.ask(*question), left, record, parallel=judge.parallel, kept=kept)
     judged = [Judged(pair, *(verdicts.get(judge.key(order)) for order in pair.orders)) for pair in pairs]
     return judged, failures, unread
 
 
 def _read_verdicts(path: Path) -> dict[str, str | None]:
-    from notus.evaluation.results import read_records
-
     verdicts: dict[str, str | None] = {}
     for number, record in enumerate(read_records(path), start=1):
         key, verdict = record.get("key"), record.get("verdict")
@@ -550,8 +550,6 @@ def _compare(folder: Path, name: str, pairs: list[Pair], judge: Judge, settings:
 
 def figures_of(scores: Scores, other: str, judge: str, dataset: str) -> list[Figure]:
     """Return the win rate and, where the judge was asked, its position bias."""
-    from notus.evaluation.resolve_model import public_name
-
     model, step, rest = other.partition(" (step ")
     setup = f"against {public_name(model)}{step}{rest}, judged by {public_name(judge)} in both orders"
     setup += f", {scores.failed} pairs without both verdicts" if scores.failed else ""

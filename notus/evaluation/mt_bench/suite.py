@@ -8,10 +8,12 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,12 +28,21 @@ from notus.evaluation.arguments import (
     count,
     temperature,
 )
-from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
+from notus.evaluation.endpoint import Endpoint, EndpointError, collect_verdicts, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.input_files import parse_entry
 from notus.evaluation.mt_bench import fastchat
 from notus.evaluation.mt_bench.fastchat import HIGHEST, UNREAD, Answer, JudgePrompt, Judgment, Question
-from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
+from notus.evaluation.results import (
+    Figure,
+    Result,
+    hold_folder,
+    model_name,
+    public_name,
+    read_records,
+    result_folder,
+    write_result,
+)
 from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
@@ -172,21 +183,14 @@ def _answer(
     args: argparse.Namespace, source: "ModelSource", questions: Sequence[Question], folder: Path, device: "torch.device"
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Generate the answers, write them to the folder, and return them with the settings. A collective."""
-    from notus.data.chat import ChatEncoder, check_vocabulary
-    from notus.evaluation.decoding import KeptTokens, generate, model_digest
-    from notus.model.export import load_causal_lm
+    from notus.data.chat import ChatEncoder
+    from notus.evaluation.decoding import KeptTokens, context_of, generate, model_digest
     from notus.runtime.distributed import on_main, say
-    from notus.training.parallelize import COMPUTE_DTYPES
 
-    precision = source.choose(args.precision, "training.precision", "bf16")
-    chat_template = source.choose(args.chat_template, "data.chat_template", None)
-    add_empty_system = source.choose(args.add_empty_system, "data.add_empty_system", False)
-    causal_lm, tokenizer = load_causal_lm(
-        source.folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=args.trust_remote_code
-    )
-    check_vocabulary(tokenizer, causal_lm.config.vocab_size)
-    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    context = getattr(causal_lm.config, "max_position_embeddings", None) or math.inf
+    options = source.options(args)
+    causal_lm, tokenizer = source.load(options, device)
+    encoder = ChatEncoder(tokenizer, chat_template=options.chat_template, add_empty_system=options.add_empty_system)
+    context = context_of(causal_lm)
     complete = functools.partial(
         generate,
         causal_lm,
@@ -195,8 +199,8 @@ def _answer(
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         batch_size=args.batch_size,
-        chat_template=chat_template,
-        add_empty_system=add_empty_system,
+        chat_template=options.chat_template,
+        add_empty_system=options.add_empty_system,
     )
     answers, cut_off = answer_turns(
         questions,
@@ -210,13 +214,13 @@ def _answer(
     on_main(lambda: fastchat.write_answers(folder / ANSWERS, answers))
     say(f"wrote the answers to {folder / ANSWERS}")
     return answers, {
-        "precision": precision,
+        "precision": options.precision,
         "temperature": "FastChat's, by category" if args.temperature is None else args.temperature,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "batch_size": args.batch_size,
-        "chat_template": chat_template,
-        "add_empty_system": add_empty_system,
+        "chat_template": options.chat_template,
+        "add_empty_system": options.add_empty_system,
         "empty_answers": cut_off,
     }
 
@@ -270,123 +274,86 @@ def answer_turns(
 # The verdicts
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """A turn of an answer to judge: `turn` 1 or 2, and what the judge is asked."""
-
-    question_id: int | str
-    model: str
-    turn: Literal[1, 2]
-    prompt: JudgePrompt
-    user_prompt: str
-
-    def judgment(self, judge: str, score: float = UNREAD, text: str | None = None) -> Judgment:
-        """Return the verdict of this match as a line of FastChat's file."""
-        return Judgment(
-            question_id=self.question_id,
-            model=self.model,
-            judge=[judge, self.prompt.name],
-            system_prompt=self.prompt.system_prompt,
-            user_prompt=self.user_prompt,
-            judgment=text,
-            score=score,
-            turn=self.turn,
-        )
-
-
-@dataclasses.dataclass
-class Judged:
-    """What came of the judging.
-
-    Attributes:
-        verdicts: of every match that was answered, with a score of -1 where no rating could be read.
-        missing: how many matches got no answer from the endpoint.
-        reason: the last of the endpoint's errors; None if there was none.
-    """
-
-    verdicts: list[Judgment] = dataclasses.field(default_factory=list)
-    missing: int = 0
-    reason: str | None = None
-
-    @property
-    def unread(self) -> int:
-        """How many verdicts could not be read."""
-        return sum(verdict.score == UNREAD for verdict in self.verdicts)
-
-
 def matches(
-    questions: Sequence[Question], answers: Sequence[Answer], prompts: Mapping[str, JudgePrompt]
-) -> list[Match]:
-    """Return all that is to judge, first turns first. Raises ValueError for a question that a model left out."""
+    questions: Sequence[Question], answers: Sequence[Answer], prompts: Mapping[str, JudgePrompt], judge: str
+) -> list[Judgment]:
+    """Return all that the judge of this name is to judge, first turns first, as judgments without a verdict.
+
+    Raises ValueError for a question that a model left out.
+    """
     models = list(dict.fromkeys(answer.model_id for answer in answers))
     by_key = {(answer.model_id, answer.question_id): answer for answer in answers}
-    found = []
     turns: tuple[Literal[1, 2], ...] = (1, 2)
-    for turn in turns:
-        for question in (question for question in questions if len(question.turns) >= turn):
-            for model in models:
-                answer = by_key.get((model, question.question_id))
-                if answer is None or len(answer.turns) < turn:
-                    raise ValueError(
-                        f"{model} has no answer to turn {turn} of question {question.question_id}; generate it again"
-                    )
-                prompt = prompts[fastchat.PROMPTS[turn, question.needs_reference][0]]
-                user_prompt = prompt.prompt_template.format(**_fields(question, answer))
-                found.append(Match(question.question_id, model, turn, prompt, user_prompt))
+    found = []
+    for turn, question, model in itertools.product(turns, questions, models):
+        if len(question.turns) < turn:
+            continue
+        answer = by_key.get((model, question.question_id))
+        if answer is None or len(answer.turns) < turn:
+            raise ValueError(
+                f"{model} has no answer to turn {turn} of question {question.question_id}; generate it again"
+            )
+        # All that a template can hold: `fastchat.read_judge_prompts` checked which of it each does.
+        fields = {"question": question.turns[0], "answer": answer.turns[0]}
+        named = {"question": question.turns, "answer": answer.turns, "ref_answer": question.reference}
+        for name, texts in named.items():
+            fields |= {f"{name}_{number}": text for number, text in enumerate(texts, start=1)}
+        prompt = prompts[fastchat.PROMPTS[turn, question.needs_reference][0]]
+        found.append(
+            Judgment(
+                question_id=question.question_id,
+                model=model,
+                judge=[judge, prompt.name],
+                system_prompt=prompt.system_prompt,
+                user_prompt=prompt.prompt_template.format(**fields),
+                score=UNREAD,
+                turn=turn,
+            )
+        )
     return found
 
 
-def _fields(question: Question, answer: Answer) -> dict[str, str]:
-    """Return all that a template can hold: `fastchat.read_judge_prompts` checked which of them it does."""
-    fields = {"question": question.turns[0], "answer": answer.turns[0]}
-    named = {"question": question.turns, "answer": answer.turns, "ref_answer": question.reference}
-    for name, turns in named.items():
-        fields |= {f"{name}_{number}": text for number, text in enumerate(turns, start=1)}
-    return fields
-
-
-def judge(wanted: Sequence[Match], endpoint: Endpoint, *, parallel: int, kept: Path) -> Judged:
+def judge(
+    wanted: Sequence[Judgment], endpoint: Endpoint, *, parallel: int, kept: Path
+) -> tuple[list[Judgment], list[str]]:
     """Ask for the verdicts that the file `kept` does not hold yet, and append each as it comes.
 
     A verdict that cannot be read after `ASKED` requests is a line with score -1, which a later call asks for again.
 
+    Returns:
+        The verdicts that came, and the endpoint's errors for the others.
+
     Raises:
         ValueError: the endpoint rejects every request, or the file holds something else.
-        OSError: the disk fails.
         KeyboardInterrupt: SIGINT or SIGTERM; what has come is kept.
     """
-    from notus.evaluation.results import append_records, read_records
-
     lines = [
         parse_entry(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
         for number, row in enumerate(read_records(kept), start=1)
     ]
     known = {line.key: line for line in lines if line.score != UNREAD}
-    keys = [match.judgment(endpoint.model).key for match in wanted]
-    left = [match for match, key in zip(wanted, keys, strict=True) if key not in known]
-    judged = Judged([known[key] for key in keys if key in known])
-    if judged.verdicts:
-        print(f"{len(judged.verdicts)} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
-    with tqdm(total=len(wanted), initial=len(judged.verdicts), desc="judging", disable=None) as bar:
+    left = [match for match in wanted if match.key not in known]
+    verdicts = [known[match.key] for match in wanted if match.key in known]
+    if verdicts:
+        print(f"{len(verdicts)} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
+    with tqdm(total=len(wanted), initial=len(verdicts), desc="judging", disable=None) as bar:
 
-        def on_done(match: Match, reply: str | Exception) -> None:
+        def record(match: Judgment, reply: str | Exception) -> dict[str, Any] | None:
             bar.update()
             if isinstance(reply, Exception):
-                judged.missing, judged.reason = judged.missing + 1, str(reply)
-                return
-            verdict = match.judgment(endpoint.model, read_rating(reply), reply)
-            append_records(kept, [verdict.model_dump()])
-            judged.verdicts.append(verdict)
+                return None
+            verdict = {"judgment": reply, "score": read_rating(reply), "tstamp": time.time()}
+            verdicts.append(match.model_copy(update=verdict))
+            return verdicts[-1].model_dump()
 
-        ask_all(lambda match: _ask(endpoint, match), left, parallel=parallel, on_done=on_done)
-    return judged
+        failures = collect_verdicts(lambda match: _ask(endpoint, match), left, record, parallel=parallel, kept=kept)
+    return verdicts, failures
 
 
-async def _ask(endpoint: Endpoint, match: Match) -> str:
+async def _ask(endpoint: Endpoint, match: Judgment) -> str:
     """Return a reply that holds a rating, or the last one if none of several does."""
-    messages = [{"role": "user", "content": match.user_prompt}]
-    if match.prompt.system_prompt:
-        messages.insert(0, {"role": "system", "content": match.prompt.system_prompt})
+    parts = {"system": match.system_prompt, "user": match.user_prompt}
+    messages = [{"role": role, "content": text} for role, text in parts.items() if text]
     reply = await endpoint.ask(messages)
     for _ in range(ASKED - 1):
         if read_rating(reply) != UNREAD:
@@ -428,13 +395,14 @@ def _judge(
         options = "--judge-model NAME --judge-prompts FILE [--judge-url URL]"
         print(f"not judged: run again with {options}; the answers are not generated again")
         return 0
-    wanted = matches(questions, answers, judged_by.prompts)
+    wanted = matches(questions, answers, judged_by.prompts, judged_by.endpoint.model)
     kept = folder / f"{args.judge_model.replace('/', '--')}_single.jsonl"
     try:
-        judged = judge(wanted, judged_by.endpoint, parallel=args.parallel, kept=kept)
+        verdicts, failures = judge(wanted, judged_by.endpoint, parallel=args.parallel, kept=kept)
     except KeyboardInterrupt:
         tell(f"stopped: the verdicts that came are in {kept}; the same command resumes there")
         return STOPPED
+    unread = sum(verdict.score == UNREAD for verdict in verdicts)
     settings |= {
         "questions": args.questions or fastchat.QUESTIONS,
         "references": args.references or "the questions' own",
@@ -442,24 +410,19 @@ def _judge(
         "judge_url": args.judge_url,
         "judge_prompts": args.judge_prompts,
         "verdicts": len(wanted),
-        "unread": judged.unread,
-        "missing": judged.missing,
+        "unread": unread,
+        "missing": len(failures),
     }
-    _report_failures(judged, len(wanted), kept)
-    _report(args, judged.verdicts, questions, model, folder, settings)
-    return 1 if judged.missing else 0
-
-
-def _report_failures(judged: Judged, wanted: int, kept: Path) -> None:
-    """Print which verdicts are not there, and why. Raises ValueError if that is all of them."""
     again = "the same command asks again for those that failed, and for no others"
-    if judged.missing + judged.unread == wanted:
-        last = judged.reason or f"no verdict holds a rating, see {kept}"
-        raise ValueError(f"not one of {wanted} verdicts came: {last}; fix the judge, {again}")
-    if judged.unread:
-        print(f"{judged.unread} of {wanted} verdicts hold no rating and count nowhere; {again}")
-    if judged.missing:
-        print(f"{judged.missing} of {wanted} verdicts did not come: {judged.reason}; {again}")
+    if len(failures) + unread == len(wanted):
+        last = failures[-1] if failures else f"no verdict holds a rating, see {kept}"
+        raise ValueError(f"not one of {len(wanted)} verdicts came: {last}; fix the judge, {again}")
+    if unread:
+        print(f"{unread} of {len(wanted)} verdicts hold no rating and count nowhere; {again}")
+    if failures:
+        print(f"{len(failures)} of {len(wanted)} verdicts did not come: {failures[-1]}; {again}")
+    _report(args, verdicts, questions, model, folder, settings)
+    return 1 if failures else 0
 
 
 # The scores
@@ -590,8 +553,6 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
     Published scores stand beside those by the same judge of as many questions and turns. Of several models the setup
     names the one that a figure is of. `dataset`: of the questions, as `Figure` has it.
     """
-    from notus.evaluation.resolve_model import public_name
-
     found = []
     for each in scores:
         if not each.count:

@@ -182,28 +182,21 @@ def _suite(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "torch.device") -> "NotusLM":
     from lm_eval.models.utils import resolve_max_length
 
-    from notus.data.chat import check_vocabulary, resolve_template
+    from notus.data.chat import resolve_template
     from notus.evaluation.decoding import model_digest
     from notus.evaluation.open_llm.harness import NotusLM
-    from notus.model.export import load_causal_lm
     from notus.model.supported import check_supported
-    from notus.training.parallelize import COMPUTE_DTYPES, check_attention
+    from notus.training.parallelize import check_attention
 
-    dtype = COMPUTE_DTYPES[source.choose(args.precision, "training.precision", "bf16")]
-    causal_lm, tokenizer = load_causal_lm(
-        source.folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code
-    )
+    options = source.options(args)
+    causal_lm, tokenizer = source.load(options, device)
     check_supported(causal_lm.config)
-    check_attention(causal_lm.config, device, dtype)
-    check_vocabulary(tokenizer, causal_lm.config.vocab_size)
+    check_attention(causal_lm.config, device, options.dtype)
     longest = resolve_max_length(causal_lm.config, tokenizer)
     if args.max_length is not None and args.max_length > longest:
         raise ValueError(
             f"--max-length {args.max_length} is more than the model's context of {longest} tokens: lower it"
         )
-    template = None
-    if args.apply_chat_template:
-        template = resolve_template(tokenizer, source.choose(args.chat_template, "data.chat_template", None))
     return NotusLM(
         causal_lm,
         tokenizer,
@@ -213,8 +206,8 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
         batch_size=args.batch_size,
         kept=kept,
         identity=model_digest(causal_lm),
-        template=template,
-        add_empty_system=source.choose(args.add_empty_system, "data.add_empty_system", False),
+        template=resolve_template(tokenizer, options.chat_template) if args.apply_chat_template else None,
+        add_empty_system=options.add_empty_system,
     )
 
 

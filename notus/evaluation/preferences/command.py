@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 from notus.evaluation.arguments import add_model_arguments, count, positive
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.results import EVALUATIONS, Figure, Result, check_folder, check_output, write_result
+from notus.evaluation.results import (
+    EVALUATIONS,
+    Figure,
+    Result,
+    check_folder,
+    check_output,
+    public_name,
+    write_result,
+)
 from notus.runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -271,8 +279,6 @@ def _write(args: argparse.Namespace, model: "ModelSource", result: dict[str, Any
 
 
 def _figures(result: dict[str, Any]) -> Iterator[Figure]:
-    from notus.evaluation.resolve_model import public_name
-
     overall, kl, known = result["overall"], result["kl"], result["calibration"]
     what = _MEASURES[result["ranked_by"]]
     shared: dict[str, Any] = {
