@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, check_no_effect
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
-from notus.evaluation.input_files import check_unique, read_entries
+from notus.evaluation.input_files import check_unique, fetch, read_entries
 from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
 from notus.runtime.files import replacing, write_text
 from notus.runtime.process import first_line
@@ -120,18 +120,6 @@ class Scores:
     average_length: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """An annotator's config, and the baseline's outputs in the order of the instructions.
-
-    `standard`: the instructions are AlpacaEval's own, for which there is a length-controlled win rate.
-    """
-
-    config: str
-    baseline: list[dict[str, Any]]
-    standard: bool
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add_suite_argument(parser)
@@ -177,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         source = find_together(args.model, trust_remote_code=args.trust_remote_code)
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked up before the hours of generation.
-        asked, judge = distributed.on_main(lambda: _prepare(args))
+        asked, judge, baseline = distributed.on_main(lambda: _prepare(args))
         distributed.on_main(lambda: hold_folder(folder))
         places, instructions = zip(*asked, strict=True)
         texts = [instruction.instruction for instruction in instructions]
@@ -190,20 +178,32 @@ def run(args: argparse.Namespace) -> int:
         for instruction, text in zip(instructions, answers, strict=True)
     ]
     settings = {**described, "prompts": args.prompts or HUB_ID, "judge": args.judge}
-    _finish(folder, source.name, outputs, judge, settings)
+    write_text(folder / OUTPUTS, json.dumps(outputs, indent=2) + "\n")
+    print(f"{len(outputs)} outputs of {source.name}: {folder / OUTPUTS}", flush=True)
+    if judge is None:
+        print("not judged: run again with --judge CONFIG, or score annotations of them with --annotations FILE")
+        length = sum(map(len, answers)) // len(answers)
+        write_result(folder, Result(SUITE, source.name, [_length(length, len(outputs), settings)], settings))
+        return 0
+    annotations = judge_outputs(judge, outputs, baseline, folder / f"judge-{Path(judge).name}")
+    controlled = None
+    if args.prompts is None:  # AlpacaEval's own instructions
+        try:
+            controlled = length_controlled(annotations)
+        except ValueError as error:  # the win rate itself stands
+            print(error)
+    _report(folder, read_annotations(annotations), source.name, settings, controlled)
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> tuple[list[tuple[str, Instruction]], Judge | None]:
-    """Return the instructions with their places, and the judge if there is one; for rank 0."""
-    config = find_judge(args.judge) if args.judge else None
+def _prepare(args: argparse.Namespace) -> tuple[list[tuple[str, Instruction]], str | None, list[dict[str, Any]]]:
+    """Return the instructions with their places; the judge's config, if there is one; and the baseline's outputs."""
+    judge = find_judge(args.judge) if args.judge else None
     asked = read_instructions(Path(args.prompts) if args.prompts else None)
-    if config is None:
-        return asked, None
-    name = args.reference_outputs
-    if name is None:
-        name = "gpt4_1106_preview" if Path(config).name.startswith("weighted_") else "text_davinci_003"
-    return asked, Judge(config, baseline_outputs(name, asked), standard=args.prompts is None)
+    if judge is None:
+        return asked, None, []
+    usual = "gpt4_1106_preview" if Path(judge).name.startswith("weighted_") else "text_davinci_003"
+    return asked, judge, baseline_outputs(args.reference_outputs or usual, asked)
 
 
 def read_instructions(path: Path | None) -> list[tuple[str, Instruction]]:
@@ -238,37 +238,8 @@ def baseline_outputs(name: str, asked: Sequence[tuple[str, Instruction]]) -> lis
 
 
 def _hub_file(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(HUB_ID, name, repo_type="dataset"))
-    except Exception as error:  # the hub's client raises errors of many kinds
-        raise ValueError(
-            f"{HUB_ID}: cannot fetch {name} from the hub ({first_line(error)}); give files of your own: "
-            "--prompts FILE, and --reference-outputs FILE for a judge"
-        ) from error
-
-
-def _finish(
-    folder: Path, model: str, outputs: list[dict[str, Any]], judge: Judge | None, settings: dict[str, Any]
-) -> None:
-    """Write the outputs, have them judged, write the result; for rank 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / OUTPUTS, json.dumps(outputs, indent=2) + "\n")
-    print(f"{len(outputs)} outputs of {model}: {folder / OUTPUTS}", flush=True)
-    if judge is None:
-        print("not judged: run again with --judge CONFIG, or score annotations of them with --annotations FILE")
-        length = sum(len(output["output"]) for output in outputs) // len(outputs)
-        write_result(folder, Result(SUITE, model, [_length(length, len(outputs), settings)], settings))
-        return
-    annotations = judge_outputs(judge.config, outputs, judge.baseline, folder / f"judge-{Path(judge.config).name}")
-    controlled = None
-    if judge.standard:
-        try:
-            controlled = length_controlled(annotations)
-        except ValueError as error:  # the win rate itself stands
-            print(error)
-    _report(folder, read_annotations(annotations), model, settings, controlled)
+    remedy = "files of your own: --prompts FILE, and --reference-outputs FILE for a judge"
+    return fetch(HUB_ID, name, "dataset", remedy)
 
 
 def find_judge(name: str) -> str:
@@ -299,19 +270,11 @@ def _package() -> ModuleType:
 
 
 def judge_outputs(config: str, outputs: list[dict[str, Any]], baseline: list[dict[str, Any]], folder: Path) -> Path:
-    """Have the package compare `outputs` with `baseline`, and return its annotations file in `folder`.
+    """Have the package compare `outputs` with `baseline`, in the same order, and return its annotations file.
 
-    Verdicts are kept in `folder`, chunk by chunk. After a failure the same call resumes, and asks again for those that
-    are missing.
-
-    Args:
-        config: as `find_judge` returns it.
-        outputs: the model's: {instruction, output, generator, dataset}.
-        baseline: the same for the baseline, in the same order.
-        folder: for all files of the package.
-
-    Raises:
-        ValueError: the judge failed; holds the package's message.
+    All files of the package are in `folder`. Verdicts are kept there, chunk by chunk: after a failure the same call
+    resumes, and asks again for those that are missing. Raises ValueError, with the package's message, if the judge
+    failed.
     """
     package = _package()
     folder.mkdir(parents=True, exist_ok=True)

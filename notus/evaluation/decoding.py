@@ -110,13 +110,8 @@ def generate(
         places: what errors call each prompt; None: by its number.
         kept: where finished batches are saved and found again.
 
-    Returns:
-        The completions in the order of `prompts`, without special tokens.
-
-    Raises:
-        ValueError: a prompt that is empty, fills the context, or that the chat template rejects; a file in `kept`'s
-            folder that holds something else.
-        OSError: a finished batch cannot be saved.
+    Returns the completions in the order of `prompts`, without special tokens. Raises ValueError for a prompt that is
+    empty, fills the context, or that the chat template rejects; OSError if a finished batch cannot be saved.
     """
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]

@@ -89,9 +89,8 @@ class Endpoint:
     async def ask(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the model's answer to a conversation (`role`, `content`); it is not empty.
 
-        Raises:
-            EndpointError: no answer came in `retries` + 1 requests, or the server rejected this conversation.
-            ValueError: the server rejects every request (key, address, model's name); says what to change.
+        Raises EndpointError if no answer came in `retries` + 1 requests, or the server rejected this conversation;
+        ValueError if the server rejects every request (key, address, model's name), saying what to change.
         """
         for attempt in range(self.retries + 1):
             try:
@@ -192,12 +191,9 @@ def ask_all(
 ) -> None:
     """Await `ask(item)` for every item, `parallel` at a time, and call `on_done(item, outcome)` as each one is done.
 
-    An outcome is an answer, an EndpointError, or a ValueError that came after a first answer. Other errors are raised.
-    After `patience` failures in a row, the items that are left fail without being asked.
-
-    Raises:
-        ValueError: `ask` raised it before any item was answered.
-        KeyboardInterrupt: SIGINT or SIGTERM came; requests in flight are cancelled.
+    An outcome is an answer, an EndpointError, or a ValueError that came after a first answer. Other errors are raised,
+    as is a ValueError before any item was answered. After `patience` failures in a row, the items that are left fail
+    without being asked. SIGINT and SIGTERM cancel the requests in flight and raise KeyboardInterrupt.
     """
     pending, answered, failures = iter(items), False, 0
 

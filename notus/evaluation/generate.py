@@ -199,22 +199,12 @@ def answer(
     kept: Path,
     device: "torch.device",
 ) -> tuple[list[str], dict[str, Any]]:
-    """Let a model answer each prompt of a suite; collective.
+    """Let a model answer each prompt of a suite, and return the answers with the settings that bear on them; collective.
 
-    Args:
-        source: the model.
-        prompts: messages that end before the answer; or strings, which are the user's turn if the model has a chat
-            format, else text to continue.
-        places: what errors call each prompt.
-        args: as `add_model_arguments` and `add_answer_arguments` declare them.
-        kept: a folder for finished batches; the same call resumes where it stopped.
-        device: this rank's.
-
-    Returns:
-        The answers, without the white space around them; and the settings that bear on them.
-
-    Raises:
-        ValueError: the model cannot be loaded, or a prompt fills its context.
+    Prompts are messages that end before the answer; or strings, which are the user's turn if the model has a chat
+    format, else text to continue. `places` is what errors call each. Finished batches are saved in the folder `kept`,
+    so the same call resumes where it stopped. Raises ValueError if the model cannot be loaded, or a prompt fills its
+    context.
     """
     options, settings = source.options(args), answer_settings(args)
     has_chat_format = _has_chat_format(source, options)

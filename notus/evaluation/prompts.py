@@ -30,13 +30,9 @@ class Prompt:
 def read_prompts(path: Path, *, strings_are_turns: bool, system: str | None = None) -> list[Prompt]:
     """Read a .txt file, one prompt a line, or a .jsonl or .json file of objects with one of `KEYS`.
 
-    Args:
-        path: the file.
-        strings_are_turns: a string is the user's turn; False: text to continue.
-        system: text of a system turn for conversations without one.
-
-    Raises:
-        ValueError: naming file and line, for what is no prompt, and for a file without any.
+    A string is the user's turn if `strings_are_turns`, else text to continue. `system` is the text of a system turn for
+    conversations without one. Raises ValueError, naming file and line, for what is no prompt, and for a file without
+    any.
     """
     prompts = []
     for place, row in _rows(path):

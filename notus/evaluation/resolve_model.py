@@ -109,15 +109,11 @@ class ModelOptions:
 
 
 def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """Find a model, an adapter or a run; for one process, see `find_together`.
+    """Find the model, adapter or run of a folder or hub id; for one process, see `find_together`.
 
-    Args:
-        name: a folder or a hub id.
-        trust_remote_code: run code that comes with the base model, where a checkpoint is exported.
-
-    Raises:
-        ValueError: naming the folder, if it is none of them, or a run without a whole checkpoint.
-        OSError: the checkpoint cannot be exported to the disk.
+    `trust_remote_code`: run code that comes with the base model, where a checkpoint is exported. Raises ValueError,
+    naming the folder, if it is none of them, or a run without a whole checkpoint; OSError if the export cannot be
+    written.
     """
     folder = find_folder(name)
     if not is_run(folder):
@@ -171,21 +167,24 @@ def _are_settings(tree: Any) -> bool:
     return named and {"precision", "seed"} <= training.keys() and {"chat_template"} <= data.keys() and "rank" in lora
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """Return an unfinished run's newest checkpoint, which may be damaged. Raises ValueError if there is none."""
+    checkpoints = checkpoints_in(run / CHECKPOINTS)
+    if not checkpoints:
+        raise ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
+    return checkpoints[0]
+
+
 def export_newest(run: Path, *, trust_remote_code: bool = False) -> Path:
     """Export the newest whole checkpoint of an unfinished run to `RUN/snapshots/step-00000100`; return that folder.
 
     An earlier export of the same checkpoint is used again. Several evaluations may export at the same time: each
-    writes a folder of its own, and the first to finish renames it into place.
-
-    Raises:
-        ValueError: the run has no whole checkpoint, or its model cannot be made.
-        OSError: nothing can be written there.
+    writes a folder of its own, and the first to finish renames it into place. Raises ValueError if the run has no whole
+    checkpoint or its model cannot be made, OSError if nothing can be written there.
     """
-    checkpoints = checkpoints_in(run / CHECKPOINTS)
-    if not checkpoints:
-        raise _no_checkpoint(run)
-    out = run / SNAPSHOTS / checkpoints[0].name
-    if not _is_of(out, checkpoints[0] / STATE_FILE):
+    newest = newest_checkpoint(run)
+    out = run / SNAPSHOTS / newest.name
+    if not _is_of(out, newest / STATE_FILE):
         check_folder(run / SNAPSHOTS, remedy="make it writable, or write the model elsewhere with `notus export`")
         _remove_unused(run / SNAPSHOTS)
         with tempfile.TemporaryDirectory(dir=run / SNAPSHOTS, prefix=".export-") as temporary:
@@ -258,8 +257,7 @@ def load_unfinished(
 
     All is on the CPU, in fp32. In a process group of one. Raises ValueError if there is no whole checkpoint.
     """
-    if not checkpoints_in(run / CHECKPOINTS):
-        raise _no_checkpoint(run)
+    newest_checkpoint(run)
     load = functools.partial(load_causal_lm, dtype=torch.float32, device="cpu", trust_remote_code=trust_remote_code)
     causal_lm, tokenizer = load(settings["model"]["name_or_path"])
     lora = settings["lora"]
@@ -276,10 +274,6 @@ def load_unfinished(
     if learned_chat(settings, data):  # at the end of a run, the run does the same
         tokenizer.chat_template = resolve_template(tokenizer, settings["data"]["chat_template"])
     return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
-
-
-def _no_checkpoint(run: Path) -> ValueError:
-    return ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
 
 
 def learned_chat(settings: Settings, data: Mapping[str, Any] | None) -> bool:

@@ -149,10 +149,8 @@ def result_folder(given: str | None, run: Path | None, model: str, suite: str) -
 def check_output(path: Path, *, not_over: str, remedy: str = "choose another place") -> None:
     """Make the parent folder of a result's file, before the work that fills it.
 
-    Raises:
-        ValueError: the result would replace a folder, a device (for root, /dev/null itself would become a file) or the
-            input `not_over`.
-        OSError: nothing can be written there.
+    Raises ValueError if the result would replace a folder, a device (for root, /dev/null itself would become a file) or
+    the input `not_over`; OSError if nothing can be written there.
     """
     if path.is_dir():
         raise ValueError(f"{path}: there is a folder of that name; choose another")
@@ -178,11 +176,7 @@ def hold_folder(folder: Path) -> None:
     """Call `check_folder`, and lock the folder until this process ends.
 
     A second evaluation there would request and pay for the same work again. A file system without locks is used
-    without one.
-
-    Raises:
-        ValueError: another process holds the lock.
-        OSError: as `check_folder`.
+    without one. Raises ValueError if another process holds the lock, OSError as `check_folder`.
     """
     check_folder(folder)
     place = folder.resolve()

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
@@ -451,13 +451,9 @@ def parse_verdict(reply: str) -> str | None:
 def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[Judged], list[str], list[str]]:
     """Ask for the verdicts that are not in the file `kept` yet, and append each one to it as it comes.
 
-    Failures and replies without a verdict are noted there as well; the next call asks for them again.
-
-    Returns:
-        The pairs with their verdicts; the messages of failed requests; and the replies that held no verdict.
-
-    Raises:
-        ValueError: the endpoint rejects every request, or the file holds something else.
+    Failures and replies without a verdict are noted there as well; the next call asks for them again. Returns the pairs
+    with their verdicts; the messages of failed requests; and the replies that held no verdict. Raises ValueError if the
+    endpoint rejects every request, or the file holds something else.
     """
     verdicts = _read_verdicts(kept)
     questions = dict.fromkeys(order for pair in pairs if pair.answer != pair.against for order in pair.orders)
@@ -512,13 +508,9 @@ def score(judged: Sequence[Judged]) -> Scores | None:
         failed=len(judged) - count,
         flip_rate=100 * flips / len(asked) if asked else None,
         first_rate=100 * winners.count("A") / len(winners) if winners else None,
-        length=_mean_length(one.pair.answer for one in judged),
-        against_length=_mean_length(one.pair.against for one in judged),
+        length=fmean(len(one.pair.answer) for one in judged),
+        against_length=fmean(len(one.pair.against) for one in judged),
     )
-
-
-def _mean_length(texts: Iterable[str]) -> float:
-    return fmean(len(text) for text in texts)
 
 
 def _compare(folder: Path, name: str, pairs: list[Pair], judge: Judge, settings: dict[str, Any]) -> int:

@@ -112,10 +112,8 @@ def run(args: argparse.Namespace) -> int:
     message for the user.
     """
     _check_options(args)
-    if args.judgments is not None:
-        return _score_file(args)
-    if args.answers is not None:
-        return _judge_file(args)
+    if args.judgments is not None or args.answers is not None:
+        return _score_or_judge_file(args)
     from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
@@ -235,15 +233,10 @@ def answer_turns(
 ) -> tuple[list[Answer], int]:
     """Answer both turns; the second turn's conversation holds the first answer.
 
-    Args:
-        questions: what to answer.
-        complete: (conversations, places=, temperature=) -> the next message of each.
-        fits: whether a conversation leaves room for an answer.
-        model: its name in the answers.
-        temperature: for all; None: FastChat's, by category.
-
-    Returns:
-        The answers, without white space around them; and how many are empty because their conversation does not fit.
+    `complete` makes (conversations, places=, temperature=) into the next message of each, `fits` says whether a
+    conversation leaves room for an answer. `model` is its name in the answers. `temperature` is for all; None:
+    FastChat's, by category. Returns the answers, without white space around them; and how many are empty because their
+    conversation does not fit.
     """
     talks: list[list[Message]] = [[] for _ in questions]
     cut_off = 0
@@ -319,13 +312,8 @@ def judge(
     """Ask for the verdicts that the file `kept` does not hold yet, and append each as it comes.
 
     A verdict that cannot be read after `ASKED` requests is a line with score -1, which a later call asks for again.
-
-    Returns:
-        The verdicts that came, and the endpoint's errors for the others.
-
-    Raises:
-        ValueError: the endpoint rejects every request, or the file holds something else.
-        KeyboardInterrupt: SIGINT or SIGTERM; what has come is kept.
+    Returns the verdicts that came, and the endpoint's errors for the others. Raises ValueError if the endpoint rejects
+    every request, or the file holds something else; KeyboardInterrupt as `ask_all`.
     """
     lines = [
         parse_entry(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
@@ -371,14 +359,6 @@ def read_rating(text: str) -> float:
             rating = float(found[1])
             return (int(rating) if rating.is_integer() else rating) if rating <= HIGHEST else UNREAD
     return UNREAD
-
-
-def _judge_file(args: argparse.Namespace) -> int:
-    answers, (questions, judge) = fastchat.read_answers(args.answers), _read_inputs(args)
-    models = sorted({answer.model_id for answer in answers})
-    folder = _file_folder(args, models, args.answers)
-    hold_folder(folder)
-    return _judge(args, questions, judge, answers, ", ".join(models), folder, {"answers": args.answers})
 
 
 def _judge(
@@ -468,6 +448,16 @@ class Scores:
         excess = [sum(values) - self.mean * len(values) for values in self.questions.values()]
         return statistics.stdev(excess) * math.sqrt(len(excess)) / self.count
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the scores as JSON, in which there is no NaN."""
+
+        def means(parts: Mapping[Any, list[float]]) -> dict[str, Any]:
+            return {str(key): {"score": _mean(each), "count": len(each)} for key, each in parts.items() if each}
+
+        own = {"model": self.model, "judge": self.judge, "score": self.mean if self.count else None}
+        counts = {"scored": self.count, "unread": self.unread}
+        return {**own, **counts, "turns": means(self.turns), "categories": means(self.categories)}
+
     @property
     def is_like_published(self) -> bool:
         """Whether published scores may stand beside these."""
@@ -480,13 +470,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def score(judgments: Iterable[Judgment], categories: Mapping[int | str, str] | None = None) -> list[Scores]:
-    """Return the scores of each model by each judge, the best first.
+    """Return the scores of each model by each judge, the best first; `categories` are the questions', by their ids.
 
     Of several judgments of the same turn the last one with a score counts; FastChat's `show_result` averages them all.
-
-    Args:
-        judgments: of any models, by any judges.
-        categories: of the questions, by their ids.
     """
     last: dict[tuple[str, str], dict[tuple[int | str, int], float]] = {}
     for judgment in judgments:
@@ -514,18 +500,23 @@ def _score_model(
     return Scores(model, judge, questions, turns, by_category, len(scores) - len(read))
 
 
-def _score_file(args: argparse.Namespace) -> int:
-    judgments = fastchat.read_judgments(Path(args.judgments))
-    questions = fastchat.read_questions(args.questions) if args.questions else []
-    models = sorted({judgment.model for judgment in judgments})
-    folder = _file_folder(args, models, args.judgments)
-    _report(args, judgments, questions, ", ".join(models), folder, {"judgments": args.judgments})
-    return 0
-
-
-def _file_folder(args: argparse.Namespace, models: Sequence[str], file: str) -> Path:
-    """Return where results of the models in a file go: under the model, or for several under the file's name."""
-    return result_folder(args.output, None, models[0] if len(models) == 1 else Path(file).stem, SUITE)
+def _score_or_judge_file(args: argparse.Namespace) -> int:
+    """Score --judgments, or judge --answers; results go under the model, or for several under the file's name."""
+    if args.judgments:
+        judgments = fastchat.read_judgments(Path(args.judgments))
+        models = sorted({judgment.model for judgment in judgments})
+        questions = fastchat.read_questions(args.questions) if args.questions else []
+    else:
+        answers = fastchat.read_answers(args.answers)
+        models = sorted({answer.model_id for answer in answers})
+        questions, judged_by = _read_inputs(args)
+    name = models[0] if len(models) == 1 else Path(args.judgments or args.answers).stem
+    folder, model = result_folder(args.output, None, name, SUITE), ", ".join(models)
+    if args.judgments:
+        _report(args, judgments, questions, model, folder, {"judgments": args.judgments})
+        return 0
+    hold_folder(folder)
+    return _judge(args, questions, judged_by, answers, model, folder, {"answers": args.answers})
 
 
 def _report(
@@ -542,7 +533,7 @@ def _report(
     found = figures(scores, dataset)
     if not found:
         raise ValueError("no judgment holds a score, all are -1; judge the answers again")
-    details = {"scores": [_as_json(each) for each in scores]}
+    details = {"scores": [each.as_json() for each in scores]}
     path = write_result(folder, Result(SUITE, model, found, settings, details))
     print(f"{table(scores)}\nwrote {path}")
 
@@ -569,23 +560,6 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
             if values:
                 found.append(Figure(NAME, f"score, {part}", _mean(values), "", None, len(values), setup, dataset))
     return found
-
-
-def _as_json(scores: Scores) -> dict[str, Any]:
-    """Return scores as JSON, in which there is no NaN."""
-
-    def means(parts: Mapping[Any, list[float]]) -> dict[str, Any]:
-        return {str(key): {"score": _mean(parts[key]), "count": len(parts[key])} for key in parts if parts[key]}
-
-    return {
-        "model": scores.model,
-        "judge": scores.judge,
-        "score": scores.mean if scores.count else None,
-        "scored": scores.count,
-        "unread": scores.unread,
-        "turns": means(scores.turns),
-        "categories": means(scores.categories),
-    }
 
 
 def table(scores: Sequence[Scores]) -> str:

@@ -191,15 +191,9 @@ def score_texts(policy: Policy, texts: Sequence[Text], *, tokens_per_row: int | 
     """Return the scores of texts, and compute those that are not kept yet; collective.
 
     Rows are planned from all texts, kept or not: what a resumed pass computes is what an undisturbed one would have.
-
-    Args:
-        policy: whole on every rank.
-        texts: the same on every rank, repeats allowed.
-        tokens_per_row: the most tokens of a row; None: 4096, or the longest text's.
-        kept: where scores are found and kept.
-
-    Raises:
-        ValueError: a text is longer than `tokens_per_row`, or its score is not finite.
+    `policy` is whole on every rank, `texts` are the same on every rank, repeats allowed. A row has at most
+    `tokens_per_row` tokens; None: 4096, or the longest text's. Raises ValueError if a text is longer, or its score is
+    not finite.
     """
     keys = [kept.key(text) for text in texts]
     unique = dict(zip(keys, texts, strict=True))

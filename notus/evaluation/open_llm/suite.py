@@ -144,16 +144,7 @@ def run(args: argparse.Namespace) -> int:
         folder = result_folder(args.output, source.run, source.name, _suite(args))
         on_main(lambda: hold_folder(folder))
         lm = _load(args, source, folder / KEPT, device)
-        results = harness.evaluate(
-            lm,
-            manager,
-            opened,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            chat=args.apply_chat_template,
-            multiturn=args.fewshot_as_multiturn is not False,
-            system=args.system_instruction,
-        )
+        results = harness.evaluate(lm, manager, opened, args)
         say(on_main(lambda: _write(args, lm, results, list(map(harness.name_of, opened)), folder)))
         say(f"results are in {folder}")
     return 0
@@ -237,10 +228,8 @@ def _write(args: argparse.Namespace, lm: "NotusLM", results: dict[str, Any], nam
 def figures(results: dict[str, Any], names: Sequence[str], *, limit: int | None = None) -> list[Figure]:
     """Return the figures of tasks and groups: for the leaderboard's seven its own measure, for others all they have.
 
-    Args:
-        results: as lm-eval's `simple_evaluate` returns them.
-        names: which, in order.
-        limit: of a trial, how many examples of each task were taken; None: all.
+    `results` are lm-eval's `simple_evaluate`'s, `names` says which, in order. `limit`: of a trial, how many examples of
+    each task were taken.
     """
     found = []
     for name in names:

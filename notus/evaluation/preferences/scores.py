@@ -1,7 +1,9 @@
 """Held-out pairs, and their log-probs under a model, an adapter or its base."""
 
+import contextlib
 import dataclasses
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,43 +133,35 @@ class Scores(NamedTuple):
 def score_model(source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None) -> Scores:
     """Score under a model, which is loaded, sharded, for this and freed again; collective.
 
-    Args:
-        source: the model.
-        scoring: the pairs, and how to score them.
-        samples: other rows, scored token by token.
-
-    Raises:
-        ValueError: a model that cannot be loaded, rows that do not fit, log-probs that are not finite.
+    `samples` are other rows, scored token by token. Raises ValueError for a model that cannot be loaded, rows that do
+    not fit, and log-probs that are not finite.
     """
-    _check_fits(scoring)
-    policy = _build(source, scoring)
-    scores = _score(policy, source.name, scoring, samples)
-    del policy
-    free_memory()
-    return scores
+    with _loaded(source, scoring) as policy:
+        return _score(policy, source.name, scoring, samples)
 
 
 def score_adapter(
     source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None
 ) -> tuple[Scores, Scores]:
     """Score under an adapter and, with it switched off, under its own base, which is loaded once for both."""
-    _check_fits(scoring)
-    policy = _build(source, scoring)
-    adapted = _score(policy, source.name, scoring, samples)
-    with adapters_off(policy.causal_lm):
-        base = _score(policy, str(source.base), scoring, samples)
-    del policy
-    free_memory()
-    return adapted, base
+    with _loaded(source, scoring) as policy:
+        adapted = _score(policy, source.name, scoring, samples)
+        with adapters_off(policy.causal_lm):
+            return adapted, _score(policy, str(source.base), scoring, samples)
 
 
-def _check_fits(scoring: Scoring) -> None:
+@contextlib.contextmanager
+def _loaded(source: ModelSource, scoring: Scoring) -> Iterator[Policy]:
     longest = int(scoring.pairs.lengths.max())
     if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
         raise ValueError(
             f"--tokens-per-row {scoring.tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
             "or lower --max-length"
         )
+    policy = _build(source, scoring)
+    yield policy
+    del policy
+    free_memory()
 
 
 def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDataset | None) -> Scores:
@@ -199,29 +193,28 @@ def _build(source: ModelSource, scoring: Scoring) -> Policy:
     folder: Path = main_first(lambda: resolve_model_folder(source.base or source.folder))
     config = read_model_config(folder, trust_remote_code=trust)
     check_vocabulary(scoring.tokenizer, config.vocab_size)
+    lora = None
+    if source.base:
+        adapter = read_adapter_settings(source.folder)
+        lora = LoraConfig(
+            rank=adapter["r"],
+            alpha=adapter["lora_alpha"],
+            dropout=adapter["lora_dropout"],
+            target_modules=adapter["target_modules"],
+            rslora=adapter["use_rslora"],
+        )
     policy = build_policy(
         folder,
         config,
         device=scoring.device,
         precision=scoring.precision,
-        lora=_lora_config(source.folder) if source.base else None,
+        lora=lora,
         trainable=False,
         trust_remote_code=trust,
     )
     if source.base:
         load_adapter(policy.causal_lm, source.folder)
     return policy
-
-
-def _lora_config(folder: Path) -> LoraConfig:
-    settings = read_adapter_settings(folder)
-    return LoraConfig(
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
-        dropout=settings["lora_dropout"],
-        target_modules=settings["target_modules"],
-        rslora=settings["use_rslora"],
-    )
 
 
 def free_memory() -> None:

@@ -177,15 +177,11 @@ def _matching(pattern: str, wanted: str) -> Callable[[str], str]:
 
 def exported_step(run: Path) -> int | None:
     """Return None for a finished run, else its newest checkpoint's step. Raises ValueError if there is none."""
-    from notus.training.checkpoint import checkpoints_in, step_of
-    from notus.training.run_folder import CHECKPOINTS, MODEL
+    from notus.evaluation.resolve_model import newest_checkpoint
+    from notus.training.checkpoint import step_of
+    from notus.training.run_folder import MODEL
 
-    if (run / MODEL).is_dir():
-        return None
-    checkpoints = checkpoints_in(run / CHECKPOINTS)
-    if not checkpoints:
-        raise ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
-    return step_of(checkpoints[0])
+    return None if (run / MODEL).is_dir() else step_of(newest_checkpoint(run))
 
 
 def model_card(release: Release, *, chat: bool) -> str:
