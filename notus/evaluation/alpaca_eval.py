@@ -94,30 +94,22 @@ class Annotation(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a file of annotations says.
+    """What a file of annotations says."""
 
-    Attributes:
-        win_rate: mean of preference - 1 in percent, as the package has it.
-        standard_error: of `win_rate`, in percent: the sample's standard deviation over √count, as the package has it.
-        discrete_win_rate: wins and half of the ties in percent of `count`, the package's too. The same where every
-            preference is 1, 1.5 or 2, as the judges of AlpacaEval 1 give them; those of AlpacaEval 2 weigh.
-        discrete_standard_error: of `discrete_win_rate`, in percent.
-        wins, losses, ties: preferences above, below and at 1.5.
-        count: annotated entries, the sum of these three.
-        left_out: entries without a preference.
-        average_length: mean of all the model's outputs in characters, cut to an integer as the package does.
-    """
-
-    win_rate: float
+    win_rate: float  # mean of preference - 1 in percent, as the package has it
+    # of `win_rate`, in percent: the sample's standard deviation over √count, as the package has it.
     standard_error: float | None
+    # wins and half of the ties in percent of `count`, the package's too. The same where every preference is 1, 1.5 or
+    # 2, as the judges of AlpacaEval 1 give them; those of AlpacaEval 2 weigh.
     discrete_win_rate: float
-    discrete_standard_error: float | None
+    discrete_standard_error: float | None  # of `discrete_win_rate`, in percent
+    # wins, losses, ties: preferences above, below and at 1.5.
     wins: int
     losses: int
     ties: int
-    count: int
-    left_out: int
-    average_length: int
+    count: int  # annotated entries, the sum of these three
+    left_out: int  # entries without a preference
+    average_length: int  # mean of all the model's outputs in characters, cut to an integer as the package does
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,19 +33,12 @@ from notus.training.sampling import end_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Prompts that are completed together.
+    """Prompts that are completed together."""
 
-    Attributes:
-        indices: which prompts of the call these are.
-        prompts: their token ids.
-        room: for each, the most tokens that it may get.
-        seed: of the batch's draws; None: greedy.
-    """
-
-    indices: list[int]
-    prompts: list[list[int]]
-    room: list[int]
-    seed: int | None
+    indices: list[int]  # which prompts of the call these are
+    prompts: list[list[int]]  # their token ids
+    room: list[int]  # for each, the most tokens that it may get
+    seed: int | None  # of the batch's draws; None: greedy
 
 
 class KeptTokens(KeptRecords):

@@ -48,27 +48,18 @@ class _Transient(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """A chat model behind an OpenAI-compatible endpoint.
+    """A chat model behind an OpenAI-compatible endpoint."""
 
-    Attributes:
-        base_url: the address without `/chat/completions`, as "https://api.openai.com/v1".
-        model: the model's name there.
-        api_key: sent as a bearer token, never shown; None: none is sent.
-        timeout: seconds for one whole request.
-        retries: requests after the first one, for failures that may pass.
-        max_tokens: most tokens of an answer.
-        temperature: 0 is greedy.
-        sleep: how to wait, given seconds.
-    """
-
-    base_url: str
-    model: str
+    base_url: str  # the address without `/chat/completions`, as "https://api.openai.com/v1"
+    model: str  # the model's name there
     _: dataclasses.KW_ONLY
+    # sent as a bearer token, never shown; None: none is sent.
     api_key: str | None = dataclasses.field(default=None, repr=False)
-    timeout: float = 120.0
-    retries: int = 5
-    max_tokens: int = 2048
-    temperature: float = 0.0
+    timeout: float = 120.0  # seconds for one whole request
+    retries: int = 5  # requests after the first one, for failures that may pass
+    max_tokens: int = 2048  # most tokens of an answer
+    temperature: float = 0.0  # 0 is greedy
+    # how to wait, given seconds.
     sleep: Callable[[float], Awaitable[None]] = dataclasses.field(default=asyncio.sleep, repr=False)
 
     def __post_init__(self) -> None:

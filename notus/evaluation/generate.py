@@ -199,7 +199,7 @@ def answer(
     kept: Path,
     device: "torch.device",
 ) -> tuple[list[str], dict[str, Any]]:
-    """Let a model answer each prompt of a suite, and return the answers with the settings that bear on them; collective.
+    """Let a model answer each prompt of a suite; return the answers, and the settings that bear on them; collective.
 
     Prompts are messages that end before the answer; or strings, which are the user's turn if the model has a chat
     format, else text to continue. `places` is what errors call each. Finished batches are saved in the folder `kept`,

@@ -14,17 +14,11 @@ RESULTS = ("completion", "completions")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt to complete.
+    """A prompt to complete."""
 
-    Attributes:
-        place: where it stands, for errors.
-        row: the entry as it was read.
-        turns: messages that end before the answer, or text to continue.
-    """
-
-    place: str
-    row: dict[str, Any]
-    turns: Turns
+    place: str  # where it stands, for errors
+    row: dict[str, Any]  # the entry as it was read
+    turns: Turns  # messages that end before the answer, or text to continue
 
 
 def read_prompts(path: Path, *, strings_are_turns: bool, system: str | None = None) -> list[Prompt]:

@@ -46,24 +46,16 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's files.
+    """A run's files."""
 
-    Attributes:
-        folder: the run's folder.
-        settings: the resolved config by section.
-        metrics: the lines of `metrics.jsonl`, each with an integer `step`.
-        data, environment: `data.json` and `environment.json`; empty if they do not exist.
-        results: the evaluations, by suite.
-        label: a short name; see `read_runs`.
-    """
-
-    folder: Path
-    settings: dict[str, dict[str, Any]]
-    metrics: Sequence[Mapping[str, Any]]
+    folder: Path  # the run's folder
+    settings: dict[str, dict[str, Any]]  # the resolved config by section
+    metrics: Sequence[Mapping[str, Any]]  # the lines of `metrics.jsonl`, each with an integer `step`
+    # data, environment: `data.json` and `environment.json`; empty if they do not exist.
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
-    results: Sequence[Result]
-    label: str = ""
+    results: Sequence[Result]  # the evaluations, by suite
+    label: str = ""  # a short name; see `read_runs`
 
     @property
     def task(self) -> Literal["dpo", "sft"]:

@@ -48,21 +48,14 @@ _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model's weights are.
+    """Where a model's weights are."""
 
-    Attributes:
-        name: as the user wrote it; of an unfinished run with the step, as "runs/dpo (step 100)".
-        folder: a model's folder, or an adapter's.
-        base: of an adapter, the model that it adapts, as its config names it; None for a full model.
-        settings: a run's settings by section; empty for anything but a run.
-        run: a run's folder; None for anything but a run.
-    """
-
-    name: str
-    folder: Path
-    base: str | None = None
+    name: str  # as the user wrote it; of an unfinished run with the step, as "runs/dpo (step 100)"
+    folder: Path  # a model's folder, or an adapter's
+    base: str | None = None  # of an adapter, the model that it adapts, as its config names it; None for a full model
+    # a run's settings by section; empty for anything but a run.
     settings: Settings = dataclasses.field(default_factory=dict)
-    run: Path | None = None
+    run: Path | None = None  # a run's folder; None for anything but a run
 
     def choose(self, given: Any, key: str, default: Any) -> Any:
         """Return what the user gave; else what the run's setting `section.name` says; else `default`."""

@@ -29,49 +29,30 @@ _appending = threading.Lock()  # file locks exclude other processes only
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One number of an evaluation, with what a model card's metadata needs to say of it.
+    """One number of an evaluation, with what a model card's metadata needs to say of it."""
 
-    Attributes:
-        name: what people call the benchmark, as "AI2 Reasoning Challenge" or "reward accuracy".
-        metric: the measure's name, as "acc_norm".
-        value: the figure, in `unit`.
-        unit: "%" (0 to 100), or "" for a plain number.
-        stderr: its standard error, in `unit`; None: not known.
-        count: how many examples it stands on; None: not known.
-        setup: how it was measured, in a few words, as "25-shot".
-        dataset: a hub id or a file's name; None: as `name`.
-        reference: the figures of published models by their name, in `unit`.
-    """
-
-    name: str
-    metric: str
-    value: float
-    unit: str = ""
-    stderr: float | None = None
-    count: int | None = None
-    setup: str = ""
-    dataset: str | None = None
+    name: str  # what people call the benchmark, as "AI2 Reasoning Challenge" or "reward accuracy"
+    metric: str  # the measure's name, as "acc_norm"
+    value: float  # the figure, in `unit`
+    unit: str = ""  # "%" (0 to 100), or "" for a plain number
+    stderr: float | None = None  # its standard error, in `unit`; None: not known
+    count: int | None = None  # how many examples it stands on; None: not known
+    setup: str = ""  # how it was measured, in a few words, as "25-shot"
+    dataset: str | None = None  # a hub id or a file's name; None: as `name`
+    # the figures of published models by their name, in `unit`.
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An evaluation of one model by one suite.
+    """An evaluation of one model by one suite."""
 
-    Attributes:
-        suite: its name on the command line.
-        model: the model as the user named it; of an unfinished run with the step, as "runs/dpo (step 100)".
-        date: ISO date of the evaluation.
-        figures: the headline figures, the most important first.
-        settings: how it was computed: flat, JSON values.
-        details: whatever else the suite reports; JSON.
-    """
-
-    suite: str
-    model: str
-    figures: Sequence[Figure]
-    settings: Mapping[str, Any]
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    suite: str  # its name on the command line
+    model: str  # the model as the user named it; of an unfinished run with the step, as "runs/dpo (step 100)"
+    figures: Sequence[Figure]  # the headline figures, the most important first
+    settings: Mapping[str, Any]  # how it was computed: flat, JSON values
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # whatever else the suite reports; JSON
+    # ISO date of the evaluation.
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 

@@ -107,19 +107,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Asks for a verdict.
+    """Asks for a verdict."""
 
-    Attributes:
-        name: for people.
-        identity: all that decides its verdicts; kept verdicts of another identity are not used.
-        ask: (prompt, answer_a, answer_b) -> the reply. Raises EndpointError if there is none.
-        parallel: how many questions at a time.
-    """
-
-    name: str
-    identity: str
+    name: str  # for people
+    identity: str  # all that decides its verdicts; kept verdicts of another identity are not used
+    # (prompt, answer_a, answer_b) -> the reply. Raises EndpointError if there is none.
     ask: Callable[[str, str, str], Awaitable[str]]
-    parallel: int
+    parallel: int  # how many questions at a time
 
     def key(self, question: tuple[str, str, str]) -> str:
         """Return what a verdict is kept under."""
@@ -156,34 +150,23 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What the verdicts add up to.
+    """What the verdicts add up to."""
 
-    Attributes:
-        win_rate: wins and half of the ties in percent of `count`.
-        interval: 95% (Wilson), in percent.
-        standard_error: the sample's, in percent; None for a single pair.
-        wins, losses, ties: pairs; a tie is also what the judge sees differently in the two orders.
-        flips: of the ties, those where it preferred the same place in both orders.
-        same: of the ties, those with equal answers, about which the judge was not asked.
-        count: pairs with both verdicts, and those with equal answers.
-        failed: pairs that lack a verdict, and do not count.
-        flip_rate: flips in percent of the pairs with both verdicts: the position bias; None: there are none.
-        first_rate: how often place A won, in percent of the verdicts that name a winner; 50 is fair.
-        length, against_length: mean of the answers in characters, over all pairs.
-    """
-
-    win_rate: float
-    interval: tuple[float, float]
-    standard_error: float | None
+    win_rate: float  # wins and half of the ties in percent of `count`
+    interval: tuple[float, float]  # 95% (Wilson), in percent
+    standard_error: float | None  # the sample's, in percent; None for a single pair
+    # wins, losses, ties: pairs; a tie is also what the judge sees differently in the two orders.
     wins: int
     losses: int
     ties: int
-    flips: int
-    same: int
-    count: int
-    failed: int
+    flips: int  # of the ties, those where it preferred the same place in both orders
+    same: int  # of the ties, those with equal answers, about which the judge was not asked
+    count: int  # pairs with both verdicts, and those with equal answers
+    failed: int  # pairs that lack a verdict, and do not count
+    # flips in percent of the pairs with both verdicts: the position bias; None: there are none.
     flip_rate: float | None
-    first_rate: float | None
+    first_rate: float | None  # how often place A won, in percent of the verdicts that name a winner; 50 is fair
+    # length, against_length: mean of the answers in characters, over all pairs.
     length: float
     against_length: float
 

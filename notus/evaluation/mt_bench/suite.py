@@ -410,22 +410,15 @@ def _judge(
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What one judge gave one model, out of 10.
+    """What one judge gave one model, out of 10."""
 
-    Attributes:
-        model, judge: their names.
-        questions: the scores by question.
-        turns: the same scores by turn.
-        categories: the same scores by category; empty where the questions are not known.
-        unread: verdicts that could not be read; they count nowhere else.
-    """
-
+    # model, judge: their names.
     model: str
     judge: str
-    questions: Mapping[int | str, list[float]]
-    turns: Mapping[int, list[float]]
-    categories: Mapping[str, list[float]]
-    unread: int
+    questions: Mapping[int | str, list[float]]  # the scores by question
+    turns: Mapping[int, list[float]]  # the same scores by turn
+    categories: Mapping[str, list[float]]  # the same scores by category; empty where the questions are not known
+    unread: int  # verdicts that could not be read; they count nowhere else
 
     @property
     def count(self) -> int:

@@ -29,30 +29,19 @@ _KEYS_PER_TOKEN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A sequence of tokens of which the last `scored` are scored.
+    """A sequence of tokens of which the last `scored` are scored."""
 
-    Attributes:
-        ids: int32 [T].
-        scored: how many, 1 to T - 1.
-    """
-
-    ids: np.ndarray
-    scored: int
+    ids: np.ndarray  # int32 [T]
+    scored: int  # how many, 1 to T - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Texts that share a trunk.
+    """Texts that share a trunk."""
 
-    Attributes:
-        trunk: tokens that all inputs begin with; 0 for a lone input.
-        inputs: what the model reads, each longer than the trunk, none the beginning of another.
-        wanted: per input, which texts are scored from it.
-    """
-
-    trunk: int
-    inputs: list[np.ndarray]
-    wanted: list[list[int]]
+    trunk: int  # tokens that all inputs begin with; 0 for a lone input
+    inputs: list[np.ndarray]  # what the model reads, each longer than the trunk, none the beginning of another
+    wanted: list[list[int]]  # per input, which texts are scored from it
 
     @property
     def tokens(self) -> int:

@@ -31,24 +31,15 @@ ZEPHYR, NOTUS = "Zephyr-7B-beta", "Notus 7B v1"
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One of the seven benchmarks of the Open LLM Leaderboard, as Notus 7B v1 was measured.
+    """One of the seven benchmarks of the Open LLM Leaderboard, as Notus 7B v1 was measured."""
 
-    Attributes:
-        task: lm-eval's name of the task or group.
-        title: what people call it.
-        shots: examples in the prompt.
-        metric: lm-eval's name of the measure.
-        filter: which of the task's readings of an answer counts; "none" where it has only one.
-        dataset: hub id.
-        zephyr, notus: figures of Zephyr-7B-beta and of Notus 7B v1, in %.
-    """
-
-    task: str
-    title: str
-    shots: int
-    metric: str
-    filter: str
-    dataset: str
+    task: str  # lm-eval's name of the task or group
+    title: str  # what people call it
+    shots: int  # examples in the prompt
+    metric: str  # lm-eval's name of the measure
+    filter: str  # which of the task's readings of an answer counts; "none" where it has only one
+    dataset: str  # hub id
+    # zephyr, notus: figures of Zephyr-7B-beta and of Notus 7B v1, in %.
     zephyr: float
     notus: float
 

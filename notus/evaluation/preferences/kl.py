@@ -25,17 +25,12 @@ SEED = 42
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Completions that a model drew.
+    """Completions that a model drew."""
 
-    Attributes:
-        rows: prompt and completion of each; every token of the completion counts, the one that ends it too.
-        cut: bool [n], whether it was stopped before its end.
-        max_new_tokens: at how many tokens, unless the context ended first.
-    """
-
+    # prompt and completion of each; every token of the completion counts, the one that ends it too.
     rows: TokenizedDataset
-    cut: np.ndarray
-    max_new_tokens: int
+    cut: np.ndarray  # bool [n], whether it was stopped before its end
+    max_new_tokens: int  # at how many tokens, unless the context ended first
 
 
 def prompts_of(rows: TokenizedDataset) -> list[list[int]]:

@@ -104,23 +104,14 @@ def _check_held_out(rows: TokenizedDataset, model: ModelSource) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """What to score, and how.
+    """What to score, and how."""
 
-    Attributes:
-        pairs: tokenised pairs.
-        tokenizer: what made the rows; its ids must fit the model's vocabulary.
-        precision: "bf16" or "fp32".
-        device: this rank's device.
-        tokens_per_row: the most tokens of a packed row; None: 4096, or the longest pair's.
-        trust_remote_code: run model code that comes with a folder.
-    """
-
-    pairs: TokenizedDataset
-    tokenizer: PreTrainedTokenizerBase
-    precision: str
-    device: torch.device
-    tokens_per_row: int | None = None
-    trust_remote_code: bool = False
+    pairs: TokenizedDataset  # tokenised pairs
+    tokenizer: PreTrainedTokenizerBase  # what made the rows; its ids must fit the model's vocabulary
+    precision: str  # "bf16" or "fp32"
+    device: torch.device  # this rank's device
+    tokens_per_row: int | None = None  # the most tokens of a packed row; None: 4096, or the longest pair's
+    trust_remote_code: bool = False  # run model code that comes with a folder
 
 
 class Scores(NamedTuple):

@@ -48,27 +48,16 @@ _COURSE = {
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A run's model as it is published, and what the user says of it.
+    """A run's model as it is published, and what the user says of it."""
 
-    Attributes:
-        run: the run that trained it.
-        variant: all weights, the adapter alone, or the adapter merged into its base.
-        name: the title, if there is no `repo_id`.
-        step: of an unfinished run, the step of the exported checkpoint; None: the run is finished.
-        repo_id: where on the hub the model will be; None: the card's example loads the folder `name`.
-        base_model: the base model's public id; None: what the run's config names, if that is one.
-        licence: None: the base model's, if its own card says.
-        languages: codes such as "en".
-    """
-
-    run: "Run"
-    variant: Variant
-    name: str
-    step: int | None = None
-    repo_id: str | None = None
-    base_model: str | None = None
-    licence: str | None = None
-    languages: Sequence[str] = ()
+    run: "Run"  # the run that trained it
+    variant: Variant  # all weights, the adapter alone, or the adapter merged into its base
+    name: str  # the title, if there is no `repo_id`
+    step: int | None = None  # of an unfinished run, the step of the exported checkpoint; None: the run is finished
+    repo_id: str | None = None  # where on the hub the model will be; None: the card's example loads the folder `name`
+    base_model: str | None = None  # the base model's public id; None: what the run's config names, if that is one
+    licence: str | None = None  # None: the base model's, if its own card says
+    languages: Sequence[str] = ()  # codes such as "en"
 
     @property
     def title(self) -> str:

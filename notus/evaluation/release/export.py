@@ -40,19 +40,12 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What was exported into a folder.
+    """What was exported into a folder."""
 
-    Attributes:
-        run: identifies the run; see `run_digest`.
-        step: of the checkpoint; None for a finished run's model.
-        options: everything that decides the files besides the card.
-        card: the digest of the card as it was written.
-    """
-
-    run: str
-    step: int | None
-    options: dict[str, Any]
-    card: str = ""
+    run: str  # identifies the run; see `run_digest`
+    step: int | None  # of the checkpoint; None for a finished run's model
+    options: dict[str, Any]  # everything that decides the files besides the card
+    card: str = ""  # the digest of the card as it was written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
