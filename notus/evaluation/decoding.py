@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -147,7 +147,11 @@ def generate_ids(
     assert not (with_end and kept), "saved completions have no ends"
     config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
     batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
-    settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
+    # What decides completions beside weights, prompts and room.
+    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
+    settings: dict[str, Any] = {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
+    if stop:
+        settings["stop"] = list(stop)
     keys = [kept.keys(batch, settings) for batch in batches] if kept else []
     found = kept.find([key for of_batch in keys for key in of_batch]) if kept else {}
     done = {
@@ -156,7 +160,10 @@ def generate_ids(
         if found.keys() >= set(of_batch)
     }
     new: dict[int, list[list[int]]] = {}
-    for number in _share([number for number in range(len(batches)) if number not in done]):
+    # This rank's batches; a progress bar on rank 0, if there is a terminal.
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    left = [number for number in range(len(batches)) if number not in done][rank::ranks]
+    for number in tqdm(left, desc="generating", disable=True if rank else None):
         batch = batches[number]
         stopping = _Stop(tokenizer, stop, max(map(len, batch.prompts))) if stop else None
         with _seeded(batch.seed or 0, causal_lm.device):
@@ -237,12 +244,6 @@ def _generation_config(
     return config
 
 
-def _settings(causal_lm: PreTrainedModel, config: GenerationConfig) -> dict[str, Any]:
-    """What decides completions beside weights, prompts and room."""
-    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
-    return {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
-
-
 def _batches(encoded: list[list[int]], room: list[int], batch_size: int, seed: int | None) -> list[Batch]:
     """Batches of prompts of similar lengths, the longest first: memory runs out at once or not at all."""
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
@@ -252,14 +253,6 @@ def _batches(encoded: list[list[int]], room: list[int], batch_size: int, seed: i
         own = None if seed is None else (seed << 20) + number
         batches.append(Batch(indices, [encoded[i] for i in indices], [room[i] for i in indices], own))
     return batches
-
-
-def _share(numbers: list[int]) -> Iterable[int]:
-    """This rank's batches; a progress bar on rank 0, if there is a terminal."""
-    if not dist.is_initialized():
-        return tqdm(numbers, desc="generating", disable=None)
-    share = numbers[dist.get_rank() :: dist.get_world_size()]
-    return share if dist.get_rank() else tqdm(share, desc="generating", disable=None)
 
 
 def _complete(

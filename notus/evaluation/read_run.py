@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from notus.evaluation.resolve_model import read_run_settings
-from notus.evaluation.results import EVALUATIONS, RESULT, Result, is_run, read_results
+from notus.evaluation.results import EVALUATIONS, RESULT, Result, is_run, read_records, read_results
 from notus.runtime.files import is_locked
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
@@ -153,22 +153,9 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a file's complete lines; none if there is no file.
-
-    A last line that the run is still writing is left out. Raises ValueError, naming file and line.
-    """
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}, line {number}: not an object with a step; restore the file, or move it away")
-        records.append(record)
-    return records
+    """Read the lines of a run's log, but for one that the run is still writing; see `read_records`."""
+    wrong = "not an object with a step; restore the file, or move it away"
+    return read_records(path, wrong, lambda record: isinstance(record.get("step"), int))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

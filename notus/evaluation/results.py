@@ -202,22 +202,26 @@ def _drop_partial_line(descriptor: int) -> None:
     os.ftruncate(descriptor, end)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read what `append_records` wrote; nothing if there is no file. A last line that was cut off is left out.
+def read_records(
+    path: Path,
+    wrong: str = "not a record of finished work; remove the line, or the file",
+    is_valid: Callable[[dict[str, Any]], bool] = lambda record: True,
+) -> list[dict[str, Any]]:
+    """Read the JSON objects of a file's complete lines; nothing if there is no file.
 
-    Raises ValueError, naming file and line, for any other line that is no JSON object.
+    A last line that was cut off, or is still being written, is left out. Raises ValueError, naming file and line and
+    saying what is `wrong`, for any other line that is no JSON object or not `is_valid`.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last newline was cut off, or is empty
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a record of finished work; remove the line, or the file")
+        if not isinstance(record, dict) or not is_valid(record):
+            raise ValueError(f"{path}, line {number}: {wrong}")
         records.append(record)
     return records
 
@@ -258,14 +262,12 @@ class KeptRecords:
         return on_main(lambda: self._read(set(keys)))
 
     def _read(self, keys: Collection[str]) -> dict[str, dict[str, Any]]:
-        found = {}
-        for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for number, record in enumerate(read_records(path), start=1):
-                if not isinstance(record.get("key"), str) or not self.is_valid(record):
-                    raise ValueError(f"{path}, line {number}: not a kept {self.what}; remove the file")
-                if record["key"] in keys:
-                    found[record["key"]] = record
-        return found
+        def is_valid(record: dict[str, Any]) -> bool:
+            return isinstance(record.get("key"), str) and self.is_valid(record)
+
+        paths = sorted(self.folder.glob("rank-*.jsonl"))
+        records = [read_records(path, f"not a kept {self.what}; remove the file", is_valid) for path in paths]
+        return {record["key"]: record for of_rank in records for record in of_rank if record["key"] in keys}
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append this rank's records, each with its `key`. Raises OSError."""

@@ -84,11 +84,19 @@ _ALONE = re.compile(r"\W*(tie|A|B)\W*", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A prompt: where it stands, for errors; as a model gets it; and as a judge reads it."""
+    """A prompt as a model gets it, and where it stands, for errors."""
 
     place: str
     turns: "Turns"
-    text: str
+
+    @property
+    def text(self) -> str:
+        """The prompt as a judge reads it: a single turn as it is, several with their roles."""
+        if isinstance(self.turns, str):
+            return self.turns
+        if len(self.turns) == 1:
+            return self.turns[0]["content"]
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +227,11 @@ def run(args: argparse.Namespace) -> int:
     from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
-    def find(name: str | None) -> "ModelSource | None":
-        return None if name is None else find_together(name, trust_remote_code=args.trust_remote_code)
-
     with distributed.process_group() as device:
-        source, other = find(args.model), find(args.against)
+        source, other = (
+            find_together(name, trust_remote_code=args.trust_remote_code) if name else None
+            for name in (args.model, args.against)
+        )
         given = args.model or Path(args.answers).stem
         folder = result_folder(args.output, source.run if source else None, given, SUITE)
         distributed.on_main(lambda: hold_folder(folder))
@@ -288,8 +296,7 @@ def read_asked(path: Path) -> list[Asked]:
     """Read the prompts of a .txt, .jsonl or .json file, as `read_prompts` does; each may be there once."""
     from notus.evaluation.prompts import read_prompts
 
-    prompts = read_prompts(path, strings_are_turns=False)
-    asked = [Asked(prompt.place, prompt.turns, _as_text(prompt.turns)) for prompt in prompts]
+    asked = [Asked(prompt.place, prompt.turns) for prompt in read_prompts(path, strings_are_turns=False)]
     check_unique([(one.place, one.text) for one in asked], "prompt")
     return asked
 
@@ -312,8 +319,7 @@ def read_answers(path: Path) -> tuple[list[Asked], list[str]]:
             raise ValueError(f"{place}: no string under one of the keys {', '.join(ANSWER_KEYS)}; give an answer")
         answers.append(row[key].strip())  # as answers that are generated here
         value, messages = read_prompt({name: row[name] for name in row if name != key}, place)
-        turns = value if isinstance(value, str) else messages
-        asked.append(Asked(place, turns, _as_text(turns)))
+        asked.append(Asked(place, value if isinstance(value, str) else messages))
     if not asked:
         raise ValueError(f"{path}: the file is empty; give at least one answer")
     check_unique([(one.place, one.text) for one in asked], "prompt")
@@ -331,15 +337,6 @@ def match(asked: list[Asked], others: list[Asked], answers: list[str], name: str
         if other.text not in texts:
             raise ValueError(f"{other.place}: the other side has no such prompt; give both models the same prompts")
     return [by_text[one.text] for one in asked]
-
-
-def _as_text(turns: "Turns") -> str:
-    """Return a single turn as it is, several with their roles."""
-    if isinstance(turns, str):
-        return turns
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _find_judge(args: argparse.Namespace) -> Judge:
@@ -458,13 +455,14 @@ def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[J
 
 
 def _read_verdicts(path: Path) -> dict[str, str | None]:
-    verdicts: dict[str, str | None] = {}
-    for number, record in enumerate(read_records(path), start=1):
-        key, verdict = record.get("key"), record.get("verdict")
-        if not isinstance(key, str) or (verdict is not None and verdict not in VERDICTS):
-            raise ValueError(f"{path}, line {number}: not a kept verdict; remove the line, or the file")
+    def is_valid(record: dict[str, Any]) -> bool:
+        verdict = record.get("verdict")
+        return isinstance(record.get("key"), str) and (verdict is None or verdict in VERDICTS)
+
+    verdicts = {}
+    for record in read_records(path, "not a kept verdict; remove the line, or the file", is_valid):
         reply = record.get("reply")  # parsed again: an earlier version may have read replies differently
-        verdicts[key] = parse_verdict(reply) if isinstance(reply, str) else verdict
+        verdicts[record["key"]] = parse_verdict(reply) if isinstance(reply, str) else record.get("verdict")
     return verdicts
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,8 +112,10 @@ def run(args: argparse.Namespace) -> int:
     message for the user.
     """
     _check_options(args)
-    if args.judgments is not None or args.answers is not None:
-        return _score_or_judge_file(args)
+    if args.judgments is not None:
+        return _score_file(args)
+    if args.answers is not None:
+        return _judge_file(args)
     from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
@@ -473,43 +475,41 @@ def score(judgments: Iterable[Judgment], categories: Mapping[int | str, str] | N
         turn = (judgment.question_id, judgment.turn)
         if judgment.score != UNREAD or turn not in by_turn:
             by_turn[turn] = judgment.score
-    found = [_score_model(*key, by_turn, categories or {}) for key, by_turn in last.items()]
+    found = []
+    for (model, judge), by_turn in last.items():
+        questions: dict[int | str, list[float]] = {}
+        turns: dict[int, list[float]] = {1: [], 2: []}
+        of_category: dict[str, list[float]] = {name: [] for name in (categories or {}).values()}  # in their order
+        read = {key: value for key, value in by_turn.items() if value != UNREAD}
+        for (question, turn), value in read.items():
+            questions.setdefault(question, []).append(value)
+            turns[turn].append(value)
+            if categories and question in categories:
+                of_category[categories[question]].append(value)
+        of_category = {name: values for name, values in of_category.items() if values}
+        found.append(Scores(model, judge, questions, turns, of_category, len(by_turn) - len(read)))
     return sorted(found, key=lambda scores: (math.isnan(scores.mean), -scores.mean, scores.model))
 
 
-def _score_model(
-    model: str, judge: str, scores: Mapping[tuple[int | str, int], float], categories: Mapping[int | str, str]
-) -> Scores:
-    questions: dict[int | str, list[float]] = {}
-    by_category: dict[str, list[float]] = {name: [] for name in categories.values()}
-    turns: dict[int, list[float]] = {1: [], 2: []}
-    read = {key: value for key, value in scores.items() if value != UNREAD}
-    for (question, turn), value in read.items():
-        questions.setdefault(question, []).append(value)
-        turns[turn].append(value)
-        if question in categories:
-            by_category[categories[question]].append(value)
-    by_category = {name: values for name, values in by_category.items() if values}
-    return Scores(model, judge, questions, turns, by_category, len(scores) - len(read))
+def _score_file(args: argparse.Namespace) -> int:
+    judgments = fastchat.read_judgments(Path(args.judgments))
+    questions = fastchat.read_questions(args.questions) if args.questions else []
+    model, folder = _model_and_folder(args, {judgment.model for judgment in judgments}, args.judgments)
+    _report(args, judgments, questions, model, folder, {"judgments": args.judgments})
+    return 0
 
 
-def _score_or_judge_file(args: argparse.Namespace) -> int:
-    """Score --judgments, or judge --answers; results go under the model, or for several under the file's name."""
-    if args.judgments:
-        judgments = fastchat.read_judgments(Path(args.judgments))
-        models = sorted({judgment.model for judgment in judgments})
-        questions = fastchat.read_questions(args.questions) if args.questions else []
-    else:
-        answers = fastchat.read_answers(args.answers)
-        models = sorted({answer.model_id for answer in answers})
-        questions, judged_by = _read_inputs(args)
-    name = models[0] if len(models) == 1 else Path(args.judgments or args.answers).stem
-    folder, model = result_folder(args.output, None, name, SUITE), ", ".join(models)
-    if args.judgments:
-        _report(args, judgments, questions, model, folder, {"judgments": args.judgments})
-        return 0
+def _judge_file(args: argparse.Namespace) -> int:
+    answers, (questions, judge) = fastchat.read_answers(args.answers), _read_inputs(args)
+    model, folder = _model_and_folder(args, {answer.model_id for answer in answers}, args.answers)
     hold_folder(folder)
-    return _judge(args, questions, judged_by, answers, model, folder, {"answers": args.answers})
+    return _judge(args, questions, judge, answers, model, folder, {"answers": args.answers})
+
+
+def _model_and_folder(args: argparse.Namespace, models: Collection[str], file: str) -> tuple[str, Path]:
+    """Return the models' names, and where results go: under the model, or for several under the file's name."""
+    name = next(iter(models)) if len(models) == 1 else Path(file).stem
+    return ", ".join(sorted(models)), result_folder(args.output, None, name, SUITE)
 
 
 def _report(
@@ -535,7 +535,7 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
     """Return the overall score of each model, then its turns and categories; none of a model without any score.
 
     Published scores stand beside those by the same judge of as many questions and turns. Of several models the setup
-    names the one that a figure is of. `dataset`: of the questions, as `Figure` has it.
+    names the one that a figure is of.
     """
     found = []
     for each in scores:
@@ -549,7 +549,7 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
         stderr = None if math.isnan(each.stderr) else each.stderr
         published = PUBLISHED if each.is_like_published else {}
         found.append(Figure(NAME, "score", each.mean, "", stderr, each.count, setup, dataset, published))
-        for part, values in {**{f"turn {turn}": each.turns[turn] for turn in each.turns}, **each.categories}.items():
+        for part, values in [*((f"turn {turn}", each.turns[turn]) for turn in each.turns), *each.categories.items()]:
             if values:
                 found.append(Figure(NAME, f"score, {part}", _mean(values), "", None, len(values), setup, dataset))
     return found
