@@ -20,6 +20,15 @@ class Prompt:
     row: dict[str, Any]  # the entry as it was read
     turns: Turns  # messages that end before the answer, or text to continue
 
+    @property
+    def text(self) -> str:
+        """The prompt as a judge reads it: a single turn as it is, several with their roles."""
+        if isinstance(self.turns, str):
+            return self.turns
+        if len(self.turns) == 1:
+            return self.turns[0]["content"]
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
+
 
 def read_prompts(path: Path, *, strings_are_turns: bool, system: str | None = None) -> list[Prompt]:
     """Read a .txt file, one prompt a line, or a .jsonl or .json file of objects with one of `KEYS`.

@@ -123,7 +123,13 @@ class Run:
 def read_runs(names: Sequence[str]) -> list[Run]:
     """Read several runs; the label of each is the shortest end of its path that no other has. Raises as `read_run`."""
     folders = [Path(name).expanduser() for name in names]
-    labels = _labels([folder.resolve() for folder in folders])
+    ends = [folder.resolve().parts for folder in folders]
+    if len(set(ends)) < len(ends):
+        raise ValueError("report: a run is given twice; name each once")
+    for length in range(1, max(map(len, ends)) + 1):
+        labels = ["/".join(parts[-length:]) for parts in ends]
+        if len(set(labels)) == len(labels):
+            break
     return [read_run(folder, label) for folder, label in zip(folders, labels, strict=True)]
 
 
@@ -140,16 +146,6 @@ def read_run(folder: Path, label: str = "") -> Run:
         results=read_results(folder),
         label=label,
     )
-
-
-def _labels(folders: Sequence[Path]) -> list[str]:
-    if len(set(folders)) < len(folders):
-        raise ValueError("report: a run is given twice; name each once")
-    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
-        labels = ["/".join(folder.parts[-length:]) for folder in folders]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

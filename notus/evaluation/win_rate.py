@@ -32,6 +32,7 @@ from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.input_files import check_unique
 from notus.evaluation.intervals import wilson
+from notus.evaluation.prompts import Prompt, read_prompt, read_prompts
 from notus.evaluation.results import (
     Figure,
     Result,
@@ -47,7 +48,6 @@ from notus.runtime.process import STOPPED, first_line, tell
 if TYPE_CHECKING:
     import torch
 
-    from notus.data.formats import Turns
     from notus.evaluation.resolve_model import ModelSource
 
 SUITE = "win-rate"
@@ -80,23 +80,6 @@ _AFTER_VERDICT = re.compile(
     r"\bverdict\W*:\W*(?:a[ \t]+(?=tie))?(tie|[AB](?![ \t]*/|[ \t]+(?!is\b|wins\b)\w))\b", re.IGNORECASE
 )
 _ALONE = re.compile(r"\W*(tie|A|B)\W*", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A prompt as a model gets it, and where it stands, for errors."""
-
-    place: str
-    turns: "Turns"
-
-    @property
-    def text(self) -> str:
-        """The prompt as a judge reads it: a single turn as it is, several with their roles."""
-        if isinstance(self.turns, str):
-            return self.turns
-        if len(self.turns) == 1:
-            return self.turns[0]["content"]
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +265,7 @@ def _pairs(
     return [Pair(one.text, ours, theirs) for one, ours, theirs in zip(asked, *sides, strict=True)], settings
 
 
-def _read_inputs(args: argparse.Namespace) -> tuple[list[Asked], list[list[str]]]:
+def _read_inputs(args: argparse.Namespace) -> tuple[list[Prompt], list[list[str]]]:
     """Return the prompts, and each side's answers where they are in a file."""
     if args.prompts is not None:
         return read_asked(Path(args.prompts)), [[], []]
@@ -292,22 +275,18 @@ def _read_inputs(args: argparse.Namespace) -> tuple[list[Asked], list[list[str]]
     return asked, [match(asked, *file, name) if file else [] for file, name in zip(files, names, strict=True)]
 
 
-def read_asked(path: Path) -> list[Asked]:
+def read_asked(path: Path) -> list[Prompt]:
     """Read the prompts of a .txt, .jsonl or .json file, as `read_prompts` does; each may be there once."""
-    from notus.evaluation.prompts import read_prompts
-
-    asked = [Asked(prompt.place, prompt.turns) for prompt in read_prompts(path, strings_are_turns=False)]
+    asked = read_prompts(path, strings_are_turns=False)
     check_unique([(one.place, one.text) for one in asked], "prompt")
     return asked
 
 
-def read_answers(path: Path) -> tuple[list[Asked], list[str]]:
+def read_answers(path: Path) -> tuple[list[Prompt], list[str]]:
     """Read a .jsonl or .json file of prompts and answers: what `notus generate` writes, or AlpacaEval's outputs.
 
     Raises ValueError, naming file and line, for an entry without an answer or a prompt, and for a repeated prompt.
     """
-    from notus.evaluation.prompts import read_prompt
-
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; check the path")
     asked, answers = [], []
@@ -319,14 +298,14 @@ def read_answers(path: Path) -> tuple[list[Asked], list[str]]:
             raise ValueError(f"{place}: no string under one of the keys {', '.join(ANSWER_KEYS)}; give an answer")
         answers.append(row[key].strip())  # as answers that are generated here
         value, messages = read_prompt({name: row[name] for name in row if name != key}, place)
-        asked.append(Asked(place, value if isinstance(value, str) else messages))
+        asked.append(Prompt(place, row, value if isinstance(value, str) else messages))
     if not asked:
         raise ValueError(f"{path}: the file is empty; give at least one answer")
     check_unique([(one.place, one.text) for one in asked], "prompt")
     return asked, answers
 
 
-def match(asked: list[Asked], others: list[Asked], answers: list[str], name: str) -> list[str]:
+def match(asked: list[Prompt], others: list[Prompt], answers: list[str], name: str) -> list[str]:
     """Return the answers to `others` in the order of `asked`. Raises ValueError unless the prompts are the same."""
     by_text = {other.text: answer for other, answer in zip(others, answers, strict=True)}
     texts = {one.text for one in asked}

@@ -72,6 +72,7 @@ _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 PUBLISHED = {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
 PUBLISHED_QUESTIONS, PUBLISHED_TURNS = 80, 160
 PUBLISHED_BY = ("gpt-4", "gpt-4-0314", "gpt-4-0613")
+Judge = tuple[Endpoint, Mapping[str, JudgePrompt]]  # and its prompts, by name
 _ANYWHERE = {"suite", "questions", "output"}
 _JUDGING = {"references", "judge_prompts", "judge_model", "judge_url", "api_key_env", "judge_timeout", "parallel"}
 
@@ -158,14 +159,6 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--seed has no effect on greedy answers: leave it or --temperature out")
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """The judge's endpoint and its prompts, by name."""
-
-    endpoint: Endpoint
-    prompts: Mapping[str, JudgePrompt]
-
-
 def _read_inputs(args: argparse.Namespace) -> tuple[list[Question], Judge | None]:
     """Read and check the questions, and what the judge needs if there is one; for rank 0."""
     questions = fastchat.read_questions(args.questions or fastchat.QUESTIONS, args.references)
@@ -173,7 +166,7 @@ def _read_inputs(args: argparse.Namespace) -> tuple[list[Question], Judge | None
     if args.judge_model is None:
         return questions, None
     fastchat.check_references(questions)
-    return questions, Judge(judge_endpoint(args), fastchat.read_judge_prompts(args.judge_prompts))
+    return questions, (judge_endpoint(args), fastchat.read_judge_prompts(args.judge_prompts))
 
 
 # The answers
@@ -377,10 +370,11 @@ def _judge(
         options = "--judge-model NAME --judge-prompts FILE [--judge-url URL]"
         print(f"not judged: run again with {options}; the answers are not generated again")
         return 0
-    wanted = matches(questions, answers, judged_by.prompts, judged_by.endpoint.model)
+    endpoint, prompts = judged_by
+    wanted = matches(questions, answers, prompts, endpoint.model)
     kept = folder / f"{args.judge_model.replace('/', '--')}_single.jsonl"
     try:
-        verdicts, failures = judge(wanted, judged_by.endpoint, parallel=args.parallel, kept=kept)
+        verdicts, failures = judge(wanted, endpoint, parallel=args.parallel, kept=kept)
     except KeyboardInterrupt:
         tell(f"stopped: the verdicts that came are in {kept}; the same command resumes there")
         return STOPPED

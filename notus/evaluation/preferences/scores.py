@@ -85,21 +85,17 @@ def load_pairs_of(
     if given is None and not data.get("eval"):
         dataset = split_holdout(dataset, data["eval_size"], seed)[1]
     rows = TokenizedDataset(dataset)
-    if given is None:
-        on_main(lambda: _check_held_out(rows, model))
+    if model.run is not None and given is None:
+        # From data that changed since, others would be held out, which the model may have learned from.
+        run = model.run
+        known = on_main(lambda: [read_identity(path).get("data.eval") for path in checkpoints_in(run / CHECKPOINTS)])
+        if any(known) and digest_of_rows(rows.digests()) not in known:
+            raise ValueError(
+                f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
+                "tokens, changed since; restore them, or name held-out pairs with --pairs"
+            )
     say(f"{name} {report}")
     return rows
-
-
-def _check_held_out(rows: TokenizedDataset, model: ModelSource) -> None:
-    """From data that changed since, others would be held out, which the model may have learned from."""
-    assert model.run is not None
-    known = [read_identity(path).get("data.eval") for path in checkpoints_in(model.run / CHECKPOINTS)]
-    if any(known) and digest_of_rows(rows.digests()) not in known:
-        raise ValueError(
-            f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
-            "tokens, changed since; restore them, or name held-out pairs with --pairs"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,14 +157,23 @@ def _export(args: argparse.Namespace, release: Release) -> None:
 def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Callable[[Path], None]]:
     """Load the final model, or that of the newest checkpoint; return its step, and how to write it into a folder."""
     from notus.evaluation.resolve_model import DEFAULT_SHARD, load_unfinished, write_model
-    from notus.model.export import load_causal_lm
+    from notus.model.export import load_causal_lm, write_json
+    from notus.model.load import read_json
+    from notus.model.peft_format import ADAPTER_CONFIG
     from notus.training.checkpoint import step_of
     from notus.training.run_folder import MODEL
 
     run, dtype, trust, step = release.run, _dtype(args, release.run), args.trust_remote_code, None
     final = run.folder / MODEL
     if final.is_dir() and release.variant == "adapter":
-        return None, lambda partial: _copy_adapter(final, partial, args.base_model)
+
+        def copy(partial: Path) -> None:  # which already has PEFT's layout
+            shutil.copytree(final, partial, dirs_exist_ok=True)
+            if args.base_model:
+                config = {**read_json(final / ADAPTER_CONFIG), "base_model_name_or_path": args.base_model}
+                write_json(partial / ADAPTER_CONFIG, config)
+
+        return None, copy
     if final.is_dir():
         causal_lm, tokenizer = load_causal_lm(final, dtype=dtype, device="cpu", trust_remote_code=trust)
     else:
@@ -184,18 +193,6 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
         )
 
     return step, fill
-
-
-def _copy_adapter(source: Path, partial: Path, base_model: str | None) -> None:
-    """Copy a finished run's adapter, which already has PEFT's layout."""
-    shutil.copytree(source, partial, dirs_exist_ok=True)
-    if base_model:
-        from notus.model.export import write_json
-        from notus.model.load import read_json
-        from notus.model.peft_format import ADAPTER_CONFIG
-
-        settings = read_json(partial / ADAPTER_CONFIG)
-        write_json(partial / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_model})
 
 
 def _dtype(args: argparse.Namespace, run: "Run") -> Any:
