@@ -11,10 +11,9 @@ import hashlib
 import importlib
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ from notus.evaluation.arguments import add_model_arguments, add_output_argument,
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.input_files import check_unique, fetch, read_entries
+from notus.evaluation.intervals import stderr
 from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
 from notus.runtime.files import replacing, write_text
 from notus.runtime.process import first_line
@@ -375,9 +375,9 @@ def score(annotations: Sequence[Annotation]) -> Scores:
     wins = [1.0 if preference > 1.5 else 0.5 if preference == 1.5 else 0.0 for preference in preferences]
     return Scores(
         win_rate=100 * fmean(preference - 1 for preference in preferences),
-        standard_error=_standard_error(preferences),
+        standard_error=stderr([100 * preference for preference in preferences]),
         discrete_win_rate=100 * fmean(wins),
-        discrete_standard_error=_standard_error(wins),
+        discrete_standard_error=stderr([100 * win for win in wins]),
         wins=wins.count(1.0),
         losses=wins.count(0.0),
         ties=wins.count(0.5),
@@ -385,11 +385,6 @@ def score(annotations: Sequence[Annotation]) -> Scores:
         left_out=len(annotations) - len(wins),
         average_length=int(fmean(len(entry.output_2) for entry in annotations)),
     )
-
-
-def _standard_error(values: list[float]) -> float | None:
-    """In percent; None for a single value."""
-    return 100 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _report(

@@ -11,12 +11,11 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import math
 import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from notus.evaluation.endpoint import Endpoint, EndpointError, collect_verdicts,
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.input_files import check_unique
-from notus.evaluation.intervals import wilson
+from notus.evaluation.intervals import stderr, wilson
 from notus.evaluation.prompts import Prompt, read_prompt, read_prompts
 from notus.evaluation.results import (
     Figure,
@@ -458,7 +457,7 @@ def score(judged: Sequence[Judged]) -> Scores | None:
     return Scores(
         win_rate=100 * fmean(points),
         interval=(100 * low, 100 * high),
-        standard_error=100 * stdev(points) / math.sqrt(count) if count > 1 else None,
+        standard_error=stderr([100 * point for point in points]),
         wins=points.count(1.0),
         losses=points.count(0.0),
         ties=points.count(0.5),

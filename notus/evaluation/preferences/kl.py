@@ -14,7 +14,7 @@ from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.evaluation import prompts as prompt_files
 from notus.evaluation.decoding import context_of, encode_prompt, generate_ids
-from notus.evaluation.preferences.metrics import stderr
+from notus.evaluation.intervals import stderr
 from notus.evaluation.preferences.scores import Scoring, Tokenization, free_memory
 from notus.model.export import load_causal_lm
 from notus.training.parallelize import COMPUTE_DTYPES

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from notus.evaluation.intervals import bootstrap_mean, wilson
+from notus.evaluation.intervals import bootstrap_mean, stderr, wilson
 from notus.losses import dpo_loss
 
 BINS = 10
@@ -67,11 +67,6 @@ def compare(margins: np.ndarray) -> dict[str, Any]:
         "margin_stderr": stderr(margins),
         "margin_interval": bootstrap_mean(margins),
     }
-
-
-def stderr(values: np.ndarray) -> float | None:
-    """The standard error of the mean of `values` [n]; None for one value."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def by_source(margins: np.ndarray, sources: Sequence[str]) -> list[dict[str, Any]]:
