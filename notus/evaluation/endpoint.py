@@ -105,11 +105,9 @@ class Endpoint:
         body = json.dumps({"model": self.model, "messages": list(messages), **sampling})
         try:
             # httpx's own timeouts are for each read: a server that sends a byte now and then would never meet them.
-            async with (
-                asyncio.timeout(self.timeout),
-                httpx.AsyncClient(timeout=None, verify=_certificates()) as client,
-                client.stream("POST", url, content=body, headers=headers) as response,
-            ):
+            client = httpx.AsyncClient(timeout=None, verify=_certificates())
+            request = client.stream("POST", url, content=body, headers=headers)
+            async with asyncio.timeout(self.timeout), client, request as response:
                 content = await self._read(response)
         except TimeoutError:
             raise _Transient(f"no whole answer in {self.timeout:g} s") from None
