@@ -32,6 +32,18 @@ from notus.training.sampling import end_tokens
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How completions are generated."""
+
+    max_new_tokens: int = 512  # most tokens of a completion
+    temperature: float = 0.0  # 0 is greedy; else logits are divided by it, and tokens are drawn
+    top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability; 1: from all
+    top_k: int = 0  # draw from the k likeliest tokens; 0: from all
+    seed: int = 42  # of the draws; the state of torch's own generators is left as it was
+    batch_size: int = 32  # prompts computed together
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Prompts that are completed together."""
 
@@ -71,13 +83,8 @@ def generate(
     causal_lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Turns],
+    decoding: Decoding,
     *,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 42,
-    batch_size: int = 32,
     chat_template: str | None = None,
     add_empty_system: bool = False,
     places: Sequence[str] | None = None,
@@ -89,19 +96,9 @@ def generate(
     the model's own generation config only the EOS tokens are used. Within a process group this is a collective: the
     batches are dealt to the ranks, each of which holds the model, and every rank gets all completions.
 
-    Args:
-        causal_lm: an unsharded model in evaluation mode, as `load_causal_lm` returns it.
-        tokenizer: its tokenizer.
-        prompts: message lists, which get the generation prompt, or strings, which are continued as they are.
-        max_new_tokens: most tokens of a completion.
-        temperature: 0 is greedy; else logits are divided by it, and tokens are drawn.
-        top_p: draw from the likeliest tokens that hold this share of the probability; 1: from all.
-        top_k: draw from the k likeliest tokens; 0: from all.
-        seed: of the draws; the state of torch's own generators is left as it was.
-        batch_size: prompts computed together.
-        chat_template, add_empty_system: see `ChatEncoder`.
-        places: what errors call each prompt; None: by its number.
-        kept: where finished batches are saved and found again.
+    `causal_lm` is an unsharded model in evaluation mode, as `load_causal_lm` returns it. Prompts are message lists,
+    which get the generation prompt (`chat_template` and `add_empty_system` are `ChatEncoder`'s), or strings, which are
+    continued as they are; `places` is what errors call each. Finished batches are saved and found again in `kept`.
 
     Returns the completions in the order of `prompts`, without special tokens. Raises ValueError for a prompt that is
     empty, fills the context, or that the chat template rejects; OSError if a finished batch cannot be saved.
@@ -110,18 +107,8 @@ def generate(
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     context = context_of(causal_lm)
     encoded = [encode_prompt(encoder, prompt, at, context) for prompt, at in zip(prompts, places, strict=True)]
-    completed = generate_ids(
-        causal_lm,
-        tokenizer,
-        encoded,
-        [min(max_new_tokens, context - len(ids)) for ids in encoded],
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        batch_size=batch_size,
-        kept=kept,
-    )
+    room = [min(decoding.max_new_tokens, context - len(ids)) for ids in encoded]
+    completed = generate_ids(causal_lm, tokenizer, encoded, room, decoding, kept=kept)
     return [_decode(tokenizer, ids, new) for ids, new in zip(encoded, completed, strict=True)]
 
 
@@ -130,12 +117,8 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     room: list[int],
+    decoding: Decoding,
     *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 42,
-    batch_size: int = 32,
     stop: Sequence[str] = (),
     with_end: bool = False,
     kept: KeptTokens | None = None,
@@ -145,8 +128,8 @@ def generate_ids(
     A completion also ends where its text holds one of `stop`; that, and what the batch took to end, stays in it.
     """
     assert not (with_end and kept), "saved completions have no ends"
-    config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
-    batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
+    config = _generation_config(causal_lm, tokenizer, decoding)
+    batches = _batches(prompts, room, decoding)
     # What decides completions beside weights, prompts and room.
     names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
     settings: dict[str, Any] = {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
@@ -225,32 +208,28 @@ def encode_prompt(encoder: ChatEncoder, prompt: Turns, place: str, context: int 
 
 
 def _generation_config(
-    causal_lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
     """Greedy or sampled, up to one of `end_tokens`."""
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
-        do_sample=temperature > 0,
+        do_sample=decoding.temperature > 0,
         eos_token_id=end_tokens(tokenizer, causal_lm.generation_config),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         use_cache=True,
     )
-    if temperature > 0:
-        config.update(temperature=temperature, top_p=top_p, top_k=top_k)
+    if decoding.temperature > 0:
+        config.update(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k)
     return config
 
 
-def _batches(encoded: list[list[int]], room: list[int], batch_size: int, seed: int | None) -> list[Batch]:
+def _batches(encoded: list[list[int]], room: list[int], decoding: Decoding) -> list[Batch]:
     """Batches of prompts of similar lengths, the longest first: memory runs out at once or not at all."""
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
     batches = []
-    for number, start in enumerate(range(0, len(order), batch_size)):
-        indices = order[start : start + batch_size]
-        own = None if seed is None else (seed << 20) + number
+    for number, start in enumerate(range(0, len(order), decoding.batch_size)):
+        indices = order[start : start + decoding.batch_size]
+        own = (decoding.seed << 20) + number if decoding.temperature > 0 else None
         batches.append(Batch(indices, [encoded[i] for i in indices], [room[i] for i in indices], own))
     return batches
 

@@ -20,20 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from notus.data.formats import Turns
+    from notus.evaluation.decoding import Decoding
     from notus.evaluation.prompts import Prompt
     from notus.evaluation.resolve_model import ModelOptions, ModelSource
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How completions are generated; see `generation.generate`."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    batch_size: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +77,9 @@ def _check_out(path: Path, args: argparse.Namespace) -> None:
         raise ValueError(f"{path}: exists already; name another file, or replace it with --overwrite")
 
 
-def _generate(args: argparse.Namespace, settings: Decoding, device: "torch.device") -> tuple[list["Prompt"], list[str]]:
+def _generate(
+    args: argparse.Namespace, settings: "Decoding", device: "torch.device"
+) -> tuple[list["Prompt"], list[str]]:
     """Return the prompts, and num_samples completions of each, one after the other."""
     from notus.evaluation.resolve_model import find_together
     from notus.runtime.distributed import on_main
@@ -114,7 +105,7 @@ def _complete(
     options: "ModelOptions",
     prompts: "Sequence[Turns]",
     places: Sequence[str],
-    settings: Decoding,
+    settings: "Decoding",
     device: "torch.device",
     kept: Path | None = None,
 ) -> list[str]:
@@ -126,12 +117,7 @@ def _complete(
         causal_lm,
         tokenizer,
         prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
+        settings,
         chat_template=options.chat_template,
         add_empty_system=options.add_empty_system,
         places=places,
@@ -174,12 +160,14 @@ def add_answer_arguments(parser: argparse.ArgumentParser, what: str = "answer", 
     parser.add_argument("--batch-size", type=count, help=f"{what}s at a time (default: 32)")
 
 
-def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tokens: int = 2048) -> Decoding:
+def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tokens: int = 2048) -> "Decoding":
     """Return how `args` let the model complete prompts. Raises ValueError for options without effect."""
     top_k = getattr(args, "top_k", None)  # suites have no such option
     for option, value in (("--top-p", args.top_p), ("--top-k", top_k), ("--seed", args.seed)):
         if not args.temperature and value is not None:
             raise ValueError(f"{option} has no effect on greedy {what}: set --temperature as well")
+    from notus.evaluation.decoding import Decoding
+
     return Decoding(
         max_new_tokens=args.max_new_tokens or max_new_tokens,
         temperature=args.temperature or 0.0,

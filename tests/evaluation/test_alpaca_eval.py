@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from decoded import generate
 from judges import Reply, completion, serving
 
 from notus.__main__ import main
@@ -15,7 +16,6 @@ from notus.evaluation.alpaca_eval import (
     length_controlled,
     read_instructions,
 )
-from notus.evaluation.decoding import generate
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
 

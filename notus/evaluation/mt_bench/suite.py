@@ -7,7 +7,6 @@ files are FastChat's. Answers and verdicts are kept as they come: the same comma
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -177,24 +176,27 @@ def _answer(
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Generate the answers, write them to the folder, and return them with the settings. A collective."""
     from notus.data.chat import ChatEncoder
-    from notus.evaluation.decoding import KeptTokens, context_of, generate, model_digest
+    from notus.evaluation.decoding import Decoding, KeptTokens, context_of, generate, model_digest
     from notus.runtime.distributed import on_main, say
 
     options = source.options(args)
     causal_lm, tokenizer = source.load(options, device)
     encoder = ChatEncoder(tokenizer, chat_template=options.chat_template, add_empty_system=options.add_empty_system)
     context = context_of(causal_lm)
-    complete = functools.partial(
-        generate,
-        causal_lm,
-        tokenizer,
-        kept=KeptTokens(folder / GENERATION, model_digest(causal_lm)),
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        chat_template=options.chat_template,
-        add_empty_system=options.add_empty_system,
-    )
+    kept = KeptTokens(folder / GENERATION, model_digest(causal_lm))
+
+    def complete(talks: Sequence[list["Message"]], places: Sequence[str], temperature: float) -> list[str]:
+        return generate(
+            causal_lm,
+            tokenizer,
+            talks,
+            Decoding(args.max_new_tokens, temperature, seed=args.seed, batch_size=args.batch_size),
+            chat_template=options.chat_template,
+            add_empty_system=options.add_empty_system,
+            places=places,
+            kept=kept,
+        )
+
     answers, cut_off = answer_turns(
         questions,
         complete,

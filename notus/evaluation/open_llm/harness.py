@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.evaluation.decoding import KeptTokens, generate_ids
+from notus.evaluation.decoding import Decoding, KeptTokens, generate_ids
 from notus.evaluation.open_llm.scoring import KeptScores, Text, score_texts
 from notus.model.attention import IMPLEMENTATION
 from notus.model.policy import Policy
@@ -162,10 +162,9 @@ class NotusLM(TemplateLM):
             self.tokenizer,
             prompts,
             [length] * len(prompts),
+            Decoding(batch_size=self.batch_size, **drawn),
             stop=until,
-            batch_size=self.batch_size,
             kept=self._tokens,
-            **drawn,
         )
         return [
             postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), until, None) for ids in new

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.evaluation import prompts as prompt_files
-from notus.evaluation.decoding import context_of, encode_prompt, generate_ids
+from notus.evaluation.decoding import Decoding, context_of, encode_prompt, generate_ids
 from notus.evaluation.intervals import stderr
 from notus.evaluation.preferences.scores import Scoring, Tokenization, free_memory
 from notus.model.export import load_causal_lm
@@ -69,7 +69,8 @@ def sample(folder: Path, scoring: Scoring, prompts: list[list[int]], max_new_tok
     room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     if min(room) < 1:
         raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
-    drawn = generate_ids(causal_lm, scoring.tokenizer, prompts, room, temperature=1.0, seed=SEED, with_end=True)
+    drawing = Decoding(temperature=1.0, seed=SEED)
+    drawn = generate_ids(causal_lm, scoring.tokenizer, prompts, room, drawing, with_end=True)
     ends = end_tokens(scoring.tokenizer, causal_lm.generation_config)
     del causal_lm
     free_memory()
