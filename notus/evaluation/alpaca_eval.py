@@ -336,12 +336,8 @@ def length_controlled(annotations: Path) -> tuple[float, float]:
 
 
 def _score_file(args: argparse.Namespace) -> int:
-    check_no_effect(
-        args,
-        add_arguments,
-        "with --annotations, which are scored as they are",
-        but={"suite", "annotations", "output"},
-    )
+    reason = "with --annotations, which are scored as they are"
+    check_no_effect(args, add_arguments, reason, but={"suite", "annotations", "output"})
     entries = read_annotations(Path(args.annotations))
     model = entries[0].generator_2
     _report(result_folder(args.output, None, model, SUITE), entries, model, {"annotations": args.annotations})
@@ -398,8 +394,8 @@ def _report(
     scores = score(entries)
     judges = sorted({entry.annotator for entry in entries})
     baselines = sorted({entry.generator_1 for entry in entries})
-    figures = _figures(scores, judges, baselines, controlled, settings)
     settings = {**settings, "annotators": judges, "baselines": baselines}
+    figures = _figures(scores, controlled, settings)
     path = write_result(folder, Result(SUITE, model, figures, settings, dataclasses.asdict(scores)))
     print(f"{model} against {', '.join(baselines)}, judged by {', '.join(judges)}")
     for figure in figures:
@@ -414,14 +410,9 @@ def _report(
     print(f"wrote {path}")
 
 
-def _figures(
-    scores: Scores,
-    judges: list[str],
-    baselines: list[str],
-    controlled: tuple[float, float] | None,
-    settings: dict[str, Any],
-) -> list[Figure]:
+def _figures(scores: Scores, controlled: tuple[float, float] | None, settings: dict[str, Any]) -> list[Figure]:
     """Return win rates in percent and the average length; published ones only beside the same judge and baseline."""
+    judges, baselines = settings["annotators"], settings["baselines"]
     setup = f"judged by {', '.join(judges)} against {', '.join(baselines)}"
     prompts = scores.count + scores.left_out
     setup += "" if prompts == PROMPTS else f", {prompts} prompts"

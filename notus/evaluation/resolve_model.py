@@ -47,6 +47,24 @@ _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a model is computed and prompted: as the user says, else as its run was.
+
+    `chat_template` is as `ChatEncoder` takes it; None: the tokenizer's own, if it has one.
+    """
+
+    precision: str
+    chat_template: str | None
+    add_empty_system: bool
+    trust_remote_code: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return COMPUTE_DTYPES[self.precision]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSource:
     """Where a model's weights are."""
 
@@ -65,7 +83,7 @@ class ModelSource:
         value = self.settings.get(section, {}).get(name)
         return default if value is None else value
 
-    def options(self, args: argparse.Namespace) -> "ModelOptions":
+    def options(self, args: argparse.Namespace) -> ModelOptions:
         """Return the options of `add_model_arguments`."""
         return ModelOptions(
             precision=self.choose(args.precision, "training.precision", "bf16"),
@@ -74,31 +92,13 @@ class ModelSource:
             trust_remote_code=args.trust_remote_code,
         )
 
-    def load(self, options: "ModelOptions", device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, options: ModelOptions, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the whole model and its tokenizer. Raises ValueError if that fails, or if they do not fit together."""
         causal_lm, tokenizer = load_causal_lm(
             self.folder, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
         )
         check_vocabulary(tokenizer, causal_lm.config.vocab_size)
         return causal_lm, tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """How a model is computed and prompted: as the user says, else as its run was.
-
-    `chat_template` is as `ChatEncoder` takes it; None: the tokenizer's own, if it has one.
-    """
-
-    precision: str
-    chat_template: str | None
-    add_empty_system: bool
-    trust_remote_code: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return COMPUTE_DTYPES[self.precision]
 
 
 def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:

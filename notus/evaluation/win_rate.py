@@ -221,11 +221,8 @@ def run(args: argparse.Namespace) -> int:
         speaks = distributed.is_main()
     if not speaks:  # judging can take hours, and the other ranks have no part in it
         return 0
-    settings |= {
-        "prompts": args.prompts or args.answers or args.against_answers,
-        "judge": judge.name,
-        "against": other.name if other else args.against_answers,
-    }
+    prompts = args.prompts or args.answers or args.against_answers
+    settings |= {"prompts": prompts, "judge": judge.name, "against": other.name if other else args.against_answers}
     return _compare(folder, source.name if source else args.answers, pairs, judge, settings)
 
 

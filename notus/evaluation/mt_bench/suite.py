@@ -477,9 +477,9 @@ def score(judgments: Iterable[Judgment], categories: Mapping[int | str, str] | N
         turns: dict[int, list[float]] = {1: [], 2: []}
         of_category: dict[str, list[float]] = {name: [] for name in (categories or {}).values()}  # in their order
         read = {key: value for key, value in by_turn.items() if value != UNREAD}
-        for (question, turn), value in read.items():
+        for (question, number), value in read.items():
             questions.setdefault(question, []).append(value)
-            turns[turn].append(value)
+            turns[number].append(value)
             if categories and question in categories:
                 of_category[categories[question]].append(value)
         of_category = {name: values for name, values in of_category.items() if values}
