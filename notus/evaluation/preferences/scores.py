@@ -1,9 +1,7 @@
 """Held-out pairs, and their log-probs under a model, an adapter or its base."""
 
-import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,32 +121,24 @@ def score_model(source: ModelSource, scoring: Scoring, samples: TokenizedDataset
     `samples` are other rows, scored token by token. Raises ValueError for a model that cannot be loaded, rows that do
     not fit, and log-probs that are not finite.
     """
-    with _loaded(source, scoring) as policy:
-        return _score(policy, source.name, scoring, samples)
+    policy = _build(source, scoring)
+    scores = _score(policy, source.name, scoring, samples)
+    del policy
+    free_memory()
+    return scores
 
 
 def score_adapter(
     source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None
 ) -> tuple[Scores, Scores]:
     """Score under an adapter and, with it switched off, under its own base, which is loaded once for both."""
-    with _loaded(source, scoring) as policy:
-        adapted = _score(policy, source.name, scoring, samples)
-        with adapters_off(policy.causal_lm):
-            return adapted, _score(policy, str(source.base), scoring, samples)
-
-
-@contextlib.contextmanager
-def _loaded(source: ModelSource, scoring: Scoring) -> Iterator[Policy]:
-    longest = int(scoring.pairs.lengths.max())
-    if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
-        raise ValueError(
-            f"--tokens-per-row {scoring.tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
-            "or lower --max-length"
-        )
     policy = _build(source, scoring)
-    yield policy
+    adapted = _score(policy, source.name, scoring, samples)
+    with adapters_off(policy.causal_lm):
+        base = _score(policy, str(source.base), scoring, samples)
     del policy
     free_memory()
+    return adapted, base
 
 
 def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDataset | None) -> Scores:
@@ -176,6 +166,12 @@ def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDatase
 
 
 def _build(source: ModelSource, scoring: Scoring) -> Policy:
+    longest = int(scoring.pairs.lengths.max())
+    if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
+        raise ValueError(
+            f"--tokens-per-row {scoring.tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
+            "or lower --max-length"
+        )
     trust = scoring.trust_remote_code
     folder: Path = main_first(lambda: resolve_model_folder(source.base or source.folder))
     config = read_model_config(folder, trust_remote_code=trust)
