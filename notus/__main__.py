@@ -32,8 +32,8 @@ MODULES = {
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
     "report": "notus.evaluation.report.page",
-    "card": "notus.evaluation.release.card_command",
-    "export": "notus.evaluation.release.export_command",
+    "card": "notus.evaluation.release.card",
+    "export": "notus.evaluation.release.export",
 }
 
 Declare = Callable[[argparse.ArgumentParser], None]

@@ -11,10 +11,9 @@ import hashlib
 import importlib
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -23,7 +22,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from notus.evaluation.arguments import add_model_arguments, add_output_argument, check_no_effect
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
-from notus.evaluation.input_files import check_unique, read_entries
+from notus.evaluation.input_files import check_unique, fetch, read_entries
+from notus.evaluation.intervals import stderr
 from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
 from notus.runtime.files import replacing, write_text
 from notus.runtime.process import first_line
@@ -95,42 +95,22 @@ class Annotation(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a file of annotations says.
+    """What a file of annotations says."""
 
-    Attributes:
-        win_rate: mean of preference - 1 in percent, as the package has it.
-        standard_error: of `win_rate`, in percent: the sample's standard deviation over √count, as the package has it.
-        discrete_win_rate: wins and half of the ties in percent of `count`, the package's too. The same where every
-            preference is 1, 1.5 or 2, as the judges of AlpacaEval 1 give them; those of AlpacaEval 2 weigh.
-        discrete_standard_error: of `discrete_win_rate`, in percent.
-        wins, losses, ties: preferences above, below and at 1.5.
-        count: annotated entries, the sum of these three.
-        left_out: entries without a preference.
-        average_length: mean of all the model's outputs in characters, cut to an integer as the package does.
-    """
-
-    win_rate: float
+    win_rate: float  # mean of preference - 1 in percent, as the package has it
+    # of `win_rate`, in percent: the sample's standard deviation over √count, as the package has it.
     standard_error: float | None
+    # wins and half of the ties in percent of `count`, the package's too. The same where every preference is 1, 1.5 or
+    # 2, as the judges of AlpacaEval 1 give them; those of AlpacaEval 2 weigh.
     discrete_win_rate: float
-    discrete_standard_error: float | None
+    discrete_standard_error: float | None  # of `discrete_win_rate`, in percent
+    # wins, losses, ties: preferences above, below and at 1.5.
     wins: int
     losses: int
     ties: int
-    count: int
-    left_out: int
-    average_length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """An annotator's config, and the baseline's outputs in the order of the instructions.
-
-    `standard`: the instructions are AlpacaEval's own, for which there is a length-controlled win rate.
-    """
-
-    config: str
-    baseline: list[dict[str, Any]]
-    standard: bool
+    count: int  # annotated entries, the sum of these three
+    left_out: int  # entries without a preference
+    average_length: int  # mean of all the model's outputs in characters, cut to an integer as the package does
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,33 +158,45 @@ def run(args: argparse.Namespace) -> int:
         source = find_together(args.model, trust_remote_code=args.trust_remote_code)
         folder = result_folder(args.output, source.run, args.model, SUITE)
         # What the judge needs is looked up before the hours of generation.
-        asked, judge = distributed.on_main(lambda: _prepare(args))
+        asked, judge, baseline = distributed.on_main(lambda: _prepare(args))
         distributed.on_main(lambda: hold_folder(folder))
         places, instructions = zip(*asked, strict=True)
         texts = [instruction.instruction for instruction in instructions]
-        answers = answer(source, texts, places, args, kept=folder / GENERATION, device=device)
+        answers, described = answer(source, texts, places, args, kept=folder / GENERATION, device=device)
         speaks = distributed.is_main()
     if not speaks:  # judging can take hours, and the other ranks have no part in it
         return 0
     outputs = [
         {**instruction.model_dump(), "output": text, "generator": model_name(args.model)}
-        for instruction, text in zip(instructions, answers.texts, strict=True)
+        for instruction, text in zip(instructions, answers, strict=True)
     ]
-    settings = {**answers.settings, "prompts": args.prompts or HUB_ID, "judge": args.judge}
-    _finish(folder, source.name, outputs, judge, settings)
+    settings = {**described, "prompts": args.prompts or HUB_ID, "judge": args.judge}
+    write_text(folder / OUTPUTS, json.dumps(outputs, indent=2) + "\n")
+    print(f"{len(outputs)} outputs of {source.name}: {folder / OUTPUTS}", flush=True)
+    if judge is None:
+        print("not judged: run again with --judge CONFIG, or score annotations of them with --annotations FILE")
+        length = sum(map(len, answers)) // len(answers)
+        write_result(folder, Result(SUITE, source.name, [_length(length, len(outputs), settings)], settings))
+        return 0
+    annotations = judge_outputs(judge, outputs, baseline, folder / f"judge-{Path(judge).name}")
+    controlled = None
+    if args.prompts is None:  # AlpacaEval's own instructions
+        try:
+            controlled = length_controlled(annotations)
+        except ValueError as error:  # the win rate itself stands
+            print(error)
+    _report(folder, read_annotations(annotations), source.name, settings, controlled)
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> tuple[list[tuple[str, Instruction]], Judge | None]:
-    """Return the instructions with their places, and the judge if there is one; for rank 0."""
-    config = find_judge(args.judge) if args.judge else None
+def _prepare(args: argparse.Namespace) -> tuple[list[tuple[str, Instruction]], str | None, list[dict[str, Any]]]:
+    """Return the instructions with their places; the judge's config, if there is one; and the baseline's outputs."""
+    judge = find_judge(args.judge) if args.judge else None
     asked = read_instructions(Path(args.prompts) if args.prompts else None)
-    if config is None:
-        return asked, None
-    name = args.reference_outputs
-    if name is None:
-        name = "gpt4_1106_preview" if Path(config).name.startswith("weighted_") else "text_davinci_003"
-    return asked, Judge(config, baseline_outputs(name, asked), standard=args.prompts is None)
+    if judge is None:
+        return asked, None, []
+    usual = "gpt4_1106_preview" if Path(judge).name.startswith("weighted_") else "text_davinci_003"
+    return asked, judge, baseline_outputs(args.reference_outputs or usual, asked)
 
 
 def read_instructions(path: Path | None) -> list[tuple[str, Instruction]]:
@@ -239,37 +231,8 @@ def baseline_outputs(name: str, asked: Sequence[tuple[str, Instruction]]) -> lis
 
 
 def _hub_file(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(HUB_ID, name, repo_type="dataset"))
-    except Exception as error:  # the hub's client raises errors of many kinds
-        raise ValueError(
-            f"{HUB_ID}: cannot fetch {name} from the hub ({first_line(error)}); give files of your own: "
-            "--prompts FILE, and --reference-outputs FILE for a judge"
-        ) from error
-
-
-def _finish(
-    folder: Path, model: str, outputs: list[dict[str, Any]], judge: Judge | None, settings: dict[str, Any]
-) -> None:
-    """Write the outputs, have them judged, write the result; for rank 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / OUTPUTS, json.dumps(outputs, indent=2) + "\n")
-    print(f"{len(outputs)} outputs of {model}: {folder / OUTPUTS}", flush=True)
-    if judge is None:
-        print("not judged: run again with --judge CONFIG, or score annotations of them with --annotations FILE")
-        length = sum(len(output["output"]) for output in outputs) // len(outputs)
-        write_result(folder, Result(SUITE, model, [_length(length, len(outputs), settings)], settings))
-        return
-    annotations = judge_outputs(judge.config, outputs, judge.baseline, folder / f"judge-{Path(judge.config).name}")
-    controlled = None
-    if judge.standard:
-        try:
-            controlled = length_controlled(annotations)
-        except ValueError as error:  # the win rate itself stands
-            print(error)
-    _report(folder, read_annotations(annotations), model, settings, controlled)
+    remedy = "files of your own: --prompts FILE, and --reference-outputs FILE for a judge"
+    return fetch(HUB_ID, name, "dataset", remedy)
 
 
 def find_judge(name: str) -> str:
@@ -300,19 +263,11 @@ def _package() -> ModuleType:
 
 
 def judge_outputs(config: str, outputs: list[dict[str, Any]], baseline: list[dict[str, Any]], folder: Path) -> Path:
-    """Have the package compare `outputs` with `baseline`, and return its annotations file in `folder`.
+    """Have the package compare `outputs` with `baseline`, in the same order, and return its annotations file.
 
-    Verdicts are kept in `folder`, chunk by chunk. After a failure the same call resumes, and asks again for those that
-    are missing.
-
-    Args:
-        config: as `find_judge` returns it.
-        outputs: the model's: {instruction, output, generator, dataset}.
-        baseline: the same for the baseline, in the same order.
-        folder: for all files of the package.
-
-    Raises:
-        ValueError: the judge failed; holds the package's message.
+    All files of the package are in `folder`. Verdicts are kept there, chunk by chunk: after a failure the same call
+    resumes, and asks again for those that are missing. Raises ValueError, with the package's message, if the judge
+    failed.
     """
     package = _package()
     folder.mkdir(parents=True, exist_ok=True)
@@ -382,12 +337,8 @@ def length_controlled(annotations: Path) -> tuple[float, float]:
 
 
 def _score_file(args: argparse.Namespace) -> int:
-    check_no_effect(
-        args,
-        add_arguments,
-        "with --annotations, which are scored as they are",
-        but={"suite", "annotations", "output"},
-    )
+    reason = "with --annotations, which are scored as they are"
+    check_no_effect(args, add_arguments, reason, but={"suite", "annotations", "output"})
     entries = read_annotations(Path(args.annotations))
     model = entries[0].generator_2
     _report(result_folder(args.output, None, model, SUITE), entries, model, {"annotations": args.annotations})
@@ -421,9 +372,9 @@ def score(annotations: Sequence[Annotation]) -> Scores:
     wins = [1.0 if preference > 1.5 else 0.5 if preference == 1.5 else 0.0 for preference in preferences]
     return Scores(
         win_rate=100 * fmean(preference - 1 for preference in preferences),
-        standard_error=_standard_error(preferences),
+        standard_error=stderr([100 * preference for preference in preferences]),
         discrete_win_rate=100 * fmean(wins),
-        discrete_standard_error=_standard_error(wins),
+        discrete_standard_error=stderr([100 * win for win in wins]),
         wins=wins.count(1.0),
         losses=wins.count(0.0),
         ties=wins.count(0.5),
@@ -431,11 +382,6 @@ def score(annotations: Sequence[Annotation]) -> Scores:
         left_out=len(annotations) - len(wins),
         average_length=int(fmean(len(entry.output_2) for entry in annotations)),
     )
-
-
-def _standard_error(values: list[float]) -> float | None:
-    """In percent; None for a single value."""
-    return 100 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _report(
@@ -449,8 +395,8 @@ def _report(
     scores = score(entries)
     judges = sorted({entry.annotator for entry in entries})
     baselines = sorted({entry.generator_1 for entry in entries})
-    figures = _figures(scores, judges, baselines, controlled, settings)
     settings = {**settings, "annotators": judges, "baselines": baselines}
+    figures = _figures(scores, controlled, settings)
     path = write_result(folder, Result(SUITE, model, figures, settings, dataclasses.asdict(scores)))
     print(f"{model} against {', '.join(baselines)}, judged by {', '.join(judges)}")
     for figure in figures:
@@ -465,14 +411,9 @@ def _report(
     print(f"wrote {path}")
 
 
-def _figures(
-    scores: Scores,
-    judges: list[str],
-    baselines: list[str],
-    controlled: tuple[float, float] | None,
-    settings: dict[str, Any],
-) -> list[Figure]:
+def _figures(scores: Scores, controlled: tuple[float, float] | None, settings: dict[str, Any]) -> list[Figure]:
     """Return win rates in percent and the average length; published ones only beside the same judge and baseline."""
+    judges, baselines = settings["annotators"], settings["baselines"]
     setup = f"judged by {', '.join(judges)} against {', '.join(baselines)}"
     prompts = scores.count + scores.left_out
     setup += "" if prompts == PROMPTS else f", {prompts} prompts"

@@ -9,8 +9,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,88 +25,54 @@ from transformers import (
 
 from notus.data.chat import ChatEncoder
 from notus.data.formats import Turns
-from notus.evaluation.results import append_records, read_records
+from notus.evaluation.results import KeptRecords
 from notus.model.load import WITHOUT_EFFECT
-from notus.runtime.distributed import gather_objects, on_main
+from notus.runtime.distributed import gather_objects
 from notus.training.sampling import end_tokens
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How completions are generated."""
+
+    max_new_tokens: int = 512  # most tokens of a completion
+    temperature: float = 0.0  # 0 is greedy; else logits are divided by it, and tokens are drawn
+    top_p: float = 1.0  # draw from the likeliest tokens that hold this share of the probability; 1: from all
+    top_k: int = 0  # draw from the k likeliest tokens; 0: from all
+    seed: int = 42  # of the draws; the state of torch's own generators is left as it was
+    batch_size: int = 32  # prompts computed together
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
-    """Prompts that are completed together.
+    """Prompts that are completed together."""
 
-    Attributes:
-        indices: which prompts of the call these are.
-        prompts: their token ids.
-        room: for each, the most tokens that it may get.
-        seed: of the batch's draws; None: greedy.
+    indices: list[int]  # which prompts of the call these are
+    prompts: list[list[int]]  # their token ids
+    room: list[int]  # for each, the most tokens that it may get
+    seed: int | None  # of the batch's draws; None: greedy
+
+
+class KeptTokens(KeptRecords):
+    """Finished completions, as token ids.
+
+    A greedy completion is found again by its prompt's tokens and the settings, a sampled one also by its batch, so
+    `batch_size` and the other prompts may change between greedy calls, but not between sampled ones.
     """
 
-    indices: list[int]
-    prompts: list[list[int]]
-    room: list[int]
-    seed: int | None
+    what = "completion"
 
+    def is_valid(self, record: dict[str, Any]) -> bool:
+        """Return whether `ids` are token ids."""
+        ids = record.get("ids")
+        return isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
 
-class KeptTokens:
-    """Finished completions, as token ids, in one file per rank of a folder that all ranks see.
-
-    The same call of `generate`, on any number of ranks, resumes where it stopped. A greedy completion is found again by
-    its prompt's tokens and the settings, a sampled one also by its batch, so `batch_size` and the other prompts may
-    change between greedy calls, but not between sampled ones. Calls with other prompts, settings or models may share
-    the folder.
-    """
-
-    def __init__(self, folder: Path, identity: str) -> None:
-        """`folder` is made if need be; `identity` says which weights these are, as `model_digest` does."""
-        self.folder, self.identity = folder, identity
-        self._keys: list[list[str]] = []
-
-    def find(self, batches: list[Batch], settings: dict[str, Any]) -> dict[int, list[list[int]]]:
-        """Return the batches that are complete already, by number; collective, before the first `add`.
-
-        Raises ValueError, naming the file, if one in the folder holds anything else; or if the ranks have different
-        prompts or models, whose completions would be mixed up.
-        """
-        self._keys = [self._keys_of(batch, settings) for batch in batches]
-        if dist.is_initialized() and len(set(gather_objects(_digest(self._keys)))) > 1:
-            raise ValueError(
-                "the ranks have different prompts or weights: their data or files differ, or a task draws its examples "
-                "at random without a seed; run in one process"
-            )
-        wanted = {key for keys in self._keys for key in keys}
-        found = on_main(lambda: self._read(wanted)) if dist.is_initialized() else self._read(wanted)
-        return {
-            number: [found[key] for key in keys] for number, keys in enumerate(self._keys) if found.keys() >= set(keys)
-        }
-
-    def add(self, number: int, new: list[list[int]]) -> None:
-        """Save the batch of that number. Raises OSError."""
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        records = ({"key": key, "ids": ids} for key, ids in zip(self._keys[number], new, strict=True))
-        append_records(self.folder / f"rank-{rank}.jsonl", records)
-
-    def _read(self, wanted: set[str]) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for number, record in enumerate(read_records(path), start=1):
-                if not _is_completion(record):
-                    raise ValueError(f"{path}, line {number}: not a kept completion; remove the file")
-                if record["key"] in wanted:
-                    found[record["key"]] = record["ids"]
-        return found
-
-    def _keys_of(self, batch: Batch, settings: dict[str, Any]) -> list[str]:
-        """A digest per prompt of all that decides its completion; where it is drawn, so do its neighbours."""
+    def keys(self, batch: Batch, settings: dict[str, Any]) -> list[str]:
+        """Return a digest per prompt of all that decides its completion; where it is drawn, so do its neighbours."""
         drawn = None if batch.seed is None else [batch.seed, batch.prompts, batch.room]
         of_batch = _digest([self.identity, settings, drawn])
         rows = enumerate(zip(batch.prompts, batch.room, strict=True))
         return [_digest([of_batch, prompt, room, row if drawn else None]) for row, (prompt, room) in rows]
-
-
-def _is_completion(record: dict[str, Any]) -> bool:
-    key, ids = record.get("key"), record.get("ids")
-    return isinstance(key, str) and isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
 
 
 def _digest(value: Any) -> str:
@@ -118,13 +83,8 @@ def generate(
     causal_lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Turns],
+    decoding: Decoding,
     *,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 42,
-    batch_size: int = 32,
     chat_template: str | None = None,
     add_empty_system: bool = False,
     places: Sequence[str] | None = None,
@@ -136,44 +96,19 @@ def generate(
     the model's own generation config only the EOS tokens are used. Within a process group this is a collective: the
     batches are dealt to the ranks, each of which holds the model, and every rank gets all completions.
 
-    Args:
-        causal_lm: an unsharded model in evaluation mode, as `load_causal_lm` returns it.
-        tokenizer: its tokenizer.
-        prompts: message lists, which get the generation prompt, or strings, which are continued as they are.
-        max_new_tokens: most tokens of a completion.
-        temperature: 0 is greedy; else logits are divided by it, and tokens are drawn.
-        top_p: draw from the likeliest tokens that hold this share of the probability; 1: from all.
-        top_k: draw from the k likeliest tokens; 0: from all.
-        seed: of the draws; the state of torch's own generators is left as it was.
-        batch_size: prompts computed together.
-        chat_template, add_empty_system: see `ChatEncoder`.
-        places: what errors call each prompt; None: by its number.
-        kept: where finished batches are saved and found again.
+    `causal_lm` is an unsharded model in evaluation mode, as `load_causal_lm` returns it. Prompts are message lists,
+    which get the generation prompt (`chat_template` and `add_empty_system` are `ChatEncoder`'s), or strings, which are
+    continued as they are; `places` is what errors call each. Finished batches are saved and found again in `kept`.
 
-    Returns:
-        The completions in the order of `prompts`, without special tokens.
-
-    Raises:
-        ValueError: a prompt that is empty, fills the context, or that the chat template rejects; a file in `kept`'s
-            folder that holds something else.
-        OSError: a finished batch cannot be saved.
+    Returns the completions in the order of `prompts`, without special tokens. Raises ValueError for a prompt that is
+    empty, fills the context, or that the chat template rejects; OSError if a finished batch cannot be saved.
     """
     encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
     places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     context = context_of(causal_lm)
     encoded = [encode_prompt(encoder, prompt, at, context) for prompt, at in zip(prompts, places, strict=True)]
-    completed = generate_ids(
-        causal_lm,
-        tokenizer,
-        encoded,
-        [min(max_new_tokens, context - len(ids)) for ids in encoded],
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        batch_size=batch_size,
-        kept=kept,
-    )
+    room = [min(decoding.max_new_tokens, context - len(ids)) for ids in encoded]
+    completed = generate_ids(causal_lm, tokenizer, encoded, room, decoding, kept=kept)
     return [_decode(tokenizer, ids, new) for ids, new in zip(encoded, completed, strict=True)]
 
 
@@ -182,12 +117,8 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     room: list[int],
+    decoding: Decoding,
     *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 42,
-    batch_size: int = 32,
     stop: Sequence[str] = (),
     with_end: bool = False,
     kept: KeptTokens | None = None,
@@ -197,18 +128,31 @@ def generate_ids(
     A completion also ends where its text holds one of `stop`; that, and what the batch took to end, stays in it.
     """
     assert not (with_end and kept), "saved completions have no ends"
-    config = _generation_config(causal_lm, tokenizer, temperature, top_p, top_k)
-    batches = _batches(prompts, room, batch_size, seed if temperature > 0 else None)
-    settings = {**_settings(causal_lm, config), **({"stop": list(stop)} if stop else {})}
-    done = kept.find(batches, settings) if kept else {}
+    config = _generation_config(causal_lm, tokenizer, decoding)
+    batches = _batches(prompts, room, decoding)
+    # What decides completions beside weights, prompts and room.
+    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
+    settings: dict[str, Any] = {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
+    if stop:
+        settings["stop"] = list(stop)
+    keys = [kept.keys(batch, settings) for batch in batches] if kept else []
+    found = kept.find([key for of_batch in keys for key in of_batch]) if kept else {}
+    done = {
+        number: [found[key]["ids"] for key in of_batch]
+        for number, of_batch in enumerate(keys)
+        if found.keys() >= set(of_batch)
+    }
     new: dict[int, list[list[int]]] = {}
-    for number in _share([number for number in range(len(batches)) if number not in done]):
+    # This rank's batches; a progress bar on rank 0, if there is a terminal.
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    left = [number for number in range(len(batches)) if number not in done][rank::ranks]
+    for number in tqdm(left, desc="generating", disable=True if rank else None):
         batch = batches[number]
         stopping = _Stop(tokenizer, stop, max(map(len, batch.prompts))) if stop else None
         with _seeded(batch.seed or 0, causal_lm.device):
             new[number] = _complete(causal_lm, batch, config, stopping, with_end)
         if kept:
-            kept.add(number, new[number])
+            kept.add({"key": key, "ids": ids} for key, ids in zip(keys[number], new[number], strict=True))
     for share in gather_objects(new) if dist.is_initialized() else [new]:
         done |= share
     completed = {
@@ -264,48 +208,30 @@ def encode_prompt(encoder: ChatEncoder, prompt: Turns, place: str, context: int 
 
 
 def _generation_config(
-    causal_lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
     """Greedy or sampled, up to one of `end_tokens`."""
     pad = tokenizer.pad_token_id
     config = GenerationConfig(
-        do_sample=temperature > 0,
+        do_sample=decoding.temperature > 0,
         eos_token_id=end_tokens(tokenizer, causal_lm.generation_config),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         use_cache=True,
     )
-    if temperature > 0:
-        config.update(temperature=temperature, top_p=top_p, top_k=top_k)
+    if decoding.temperature > 0:
+        config.update(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k)
     return config
 
 
-def _settings(causal_lm: PreTrainedModel, config: GenerationConfig) -> dict[str, Any]:
-    """What decides completions beside weights, prompts and room."""
-    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
-    return {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
-
-
-def _batches(encoded: list[list[int]], room: list[int], batch_size: int, seed: int | None) -> list[Batch]:
+def _batches(encoded: list[list[int]], room: list[int], decoding: Decoding) -> list[Batch]:
     """Batches of prompts of similar lengths, the longest first: memory runs out at once or not at all."""
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
     batches = []
-    for number, start in enumerate(range(0, len(order), batch_size)):
-        indices = order[start : start + batch_size]
-        own = None if seed is None else (seed << 20) + number
+    for number, start in enumerate(range(0, len(order), decoding.batch_size)):
+        indices = order[start : start + decoding.batch_size]
+        own = (decoding.seed << 20) + number if decoding.temperature > 0 else None
         batches.append(Batch(indices, [encoded[i] for i in indices], [room[i] for i in indices], own))
     return batches
-
-
-def _share(numbers: list[int]) -> Iterable[int]:
-    """This rank's batches; a progress bar on rank 0, if there is a terminal."""
-    if not dist.is_initialized():
-        return tqdm(numbers, desc="generating", disable=None)
-    share = numbers[dist.get_rank() :: dist.get_world_size()]
-    return share if dist.get_rank() else tqdm(share, desc="generating", disable=None)
 
 
 def _complete(

@@ -16,13 +16,15 @@ import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import NoReturn, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 try:
     import httpx2 as httpx  # huggingface_hub 2 brings it
 except ModuleNotFoundError:
     import httpx  # type: ignore[no-redef]  # huggingface_hub 1 brings this one
 
+from notus.evaluation.results import append_records
 from notus.runtime.process import tell
 
 Item = TypeVar("Item")
@@ -49,27 +51,18 @@ class _Transient(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """A chat model behind an OpenAI-compatible endpoint.
+    """A chat model behind an OpenAI-compatible endpoint."""
 
-    Attributes:
-        base_url: the address without `/chat/completions`, as "https://api.openai.com/v1".
-        model: the model's name there.
-        api_key: sent as a bearer token, never shown; None: none is sent.
-        timeout: seconds for one whole request, from the name's lookup to the last byte.
-        retries: requests after the first one, for failures that may pass.
-        max_tokens: most tokens of an answer.
-        temperature: 0 is greedy.
-        sleep: how to wait, given seconds.
-    """
-
-    base_url: str
-    model: str
+    base_url: str  # the address without `/chat/completions`, as "https://api.openai.com/v1"
+    model: str  # the model's name there
     _: dataclasses.KW_ONLY
+    # sent as a bearer token, never shown; None: none is sent.
     api_key: str | None = dataclasses.field(default=None, repr=False)
-    timeout: float = 120.0
-    retries: int = 5
-    max_tokens: int = 2048
-    temperature: float = 0.0
+    timeout: float = 120.0  # seconds for one whole request
+    retries: int = 5  # requests after the first one, for failures that may pass
+    max_tokens: int = 2048  # most tokens of an answer
+    temperature: float = 0.0  # 0 is greedy
+    # how to wait, given seconds.
     sleep: Callable[[float], Awaitable[None]] = dataclasses.field(default=asyncio.sleep, repr=False)
 
     def __post_init__(self) -> None:
@@ -90,9 +83,8 @@ class Endpoint:
     async def ask(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the model's answer to a conversation (`role`, `content`); it is not empty.
 
-        Raises:
-            EndpointError: no answer came in `retries` + 1 requests, or the server rejected this conversation.
-            ValueError: the server rejects every request (key, address, model's name); says what to change.
+        Raises EndpointError if no answer came in `retries` + 1 requests, or the server rejected this conversation;
+        ValueError if the server rejects every request (key, address, model's name), saying what to change.
         """
         for attempt in range(self.retries + 1):
             try:
@@ -119,20 +111,29 @@ class Endpoint:
             client = httpx.AsyncClient(timeout=None, verify=_certificates())
             request = client.stream("POST", url, content=body, headers=headers)
             async with asyncio.timeout(self.timeout), client, request as response:
-                answer = await _read(response)
+                content = await self._read(response)
         except TimeoutError:
             raise _Transient(f"no whole answer in {self.timeout:g} s") from None
         except httpx.RequestError as error:  # may quote what the server sent, at any length
             raise _Transient(f"{type(error).__name__}: {self._clean(str(error))}".rstrip(": ")) from None
         if not response.is_success:
-            self._fail(response, answer)
-        return self._content(answer)
+            self._fail(response.status_code, content, response.headers.get("Retry-After"))
+        return self._content(content)
 
-    def _fail(self, response: "httpx.Response", body: bytes) -> NoReturn:
+    async def _read(self, response: "httpx.Response") -> bytes:
+        """Return the whole body, decompressed; a server that sends too much is not read to the end."""
+        content = bytearray()
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > MAX_BYTES:
+                raise _Transient(f"an answer of more than {MAX_BYTES >> 20} MiB")
+        return bytes(content)
+
+    def _fail(self, status: int, content: bytes, retry_after: str | None) -> NoReturn:
         """Raise what a status that is not 2xx means."""
-        status, text = response.status_code, body.decode("utf-8", "replace")
+        text = content.decode(errors="replace")
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            text = str(json.loads(text)["error"]["message"])
+            text = str(json.loads(content)["error"]["message"])
         text = self._clean(text)
         answer = f"the server answers {status}" + (f" ({text})" if text else "")
         if status in (401, 403):
@@ -144,21 +145,21 @@ class Endpoint:
             check = f"the address, which ends before /chat/completions, and the model's name, {self.model!r}"
             raise ValueError(f"{self.base_url}: {answer}; check {check}")
         if status in (408, 409, 425, 429) or status >= 500:
-            raise _Transient(answer, _retry_after(response.headers.get("Retry-After")))
+            raise _Transient(answer, _retry_after(retry_after))
         raise EndpointError(f"{self.base_url}: {answer}")  # 400, 413, 422: too long, or an unknown parameter
 
-    def _content(self, body: bytes) -> str:
+    def _content(self, content: bytes) -> str:
         """Return the text of the first choice."""
         try:
-            choice = json.loads(body)["choices"][0]
-            content = choice["message"]["content"]
+            choice = json.loads(content)["choices"][0]
+            text = choice["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise _Transient(f"an answer that is no chat completion ({type(error).__name__})") from error
-        if content is not None and not isinstance(content, str):
+        if text is not None and not isinstance(text, str):
             raise _Transient("an answer that is no chat completion (its content is no string)")
-        if not content or not content.strip():
+        if not text or not text.strip():
             raise _Transient(f"an empty answer (finish_reason {self._clean(str(choice.get('finish_reason')))})")
-        return content
+        return text
 
     def _clean(self, text: str) -> str:
         """Return a server's words as one short line, without the key if they repeat it."""
@@ -270,14 +271,28 @@ def _first_signal_calls(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def _read(response: "httpx.Response") -> bytes:
-    """Return a body, decompressed, of at most `MAX_BYTES`."""
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > MAX_BYTES:
-            raise _Transient(f"an answer of more than {MAX_BYTES >> 20} MiB")
-    return bytes(body)
+def collect_verdicts(
+    ask: Callable[[Item], Awaitable[Answer]],
+    items: Sequence[Item],
+    record: Callable[[Item, Answer | Exception], dict[str, Any] | None],
+    *,
+    parallel: int,
+    kept: Path,
+) -> list[str]:
+    """Call `ask_all`, append each outcome's `record` to the file `kept` as it comes, and return the failures' messages.
+
+    Raises ValueError and KeyboardInterrupt as `ask_all`, OSError if the disk fails.
+    """
+    failures = []
+
+    def on_done(item: Item, outcome: Answer | Exception) -> None:
+        if isinstance(outcome, Exception):
+            failures.append(str(outcome))
+        if (line := record(item, outcome)) is not None:
+            append_records(kept, [line])
+
+    ask_all(ask, items, parallel=parallel, on_done=on_done)
+    return failures
 
 
 @functools.cache

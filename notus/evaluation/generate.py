@@ -20,20 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from notus.data.formats import Turns
+    from notus.evaluation.decoding import Decoding
     from notus.evaluation.prompts import Prompt
-    from notus.evaluation.resolve_model import ModelSource
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How completions are generated; see `generation.generate`."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    batch_size: int
+    from notus.evaluation.resolve_model import ModelOptions, ModelSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,64 +77,52 @@ def _check_out(path: Path, args: argparse.Namespace) -> None:
         raise ValueError(f"{path}: exists already; name another file, or replace it with --overwrite")
 
 
-def _generate(args: argparse.Namespace, settings: Decoding, device: "torch.device") -> tuple[list["Prompt"], list[str]]:
+def _generate(
+    args: argparse.Namespace, settings: "Decoding", device: "torch.device"
+) -> tuple[list["Prompt"], list[str]]:
     """Return the prompts, and num_samples completions of each, one after the other."""
     from notus.evaluation.resolve_model import find_together
     from notus.runtime.distributed import on_main
 
-    model = _Model(find_together(args.model, trust_remote_code=args.trust_remote_code), args)
+    source = find_together(args.model, trust_remote_code=args.trust_remote_code)
     # Prompts are read before the weights: their mistakes show at once.
-    prompts = on_main(lambda: _read(args, has_chat_format=model.has_chat_format))
+    has_chat_format = _has_chat_format(source, source.options(args))
+    prompts = on_main(lambda: _read(args, has_chat_format=has_chat_format))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     places = [prompt.place for prompt in repeated]
-    return prompts, model.complete([prompt.turns for prompt in repeated], places, settings, device)
+    turns = [prompt.turns for prompt in repeated]
+    return prompts, _complete(source, source.options(args), turns, places, settings, device)
 
 
-class _Model:
-    """A model with its tokenizer, prompted as the user says, else as its run was; the weights are loaded late."""
+def _has_chat_format(source: "ModelSource", options: "ModelOptions") -> bool:
+    from notus.model.export import load_tokenizer
 
-    def __init__(self, source: "ModelSource", args: argparse.Namespace) -> None:
-        from notus.model.export import load_tokenizer
+    return bool(options.chat_template or load_tokenizer(source.folder, options.trust_remote_code).chat_template)
 
-        self.source, self.trust = source, args.trust_remote_code
-        self.tokenizer = load_tokenizer(source.folder, self.trust)
-        self.chat_template = source.choose(args.chat_template, "data.chat_template", None)
-        self.add_empty_system = source.choose(args.add_empty_system, "data.add_empty_system", False)
-        self.precision = source.choose(args.precision, "training.precision", "bf16")
-        self.has_chat_format = bool(self.chat_template or self.tokenizer.chat_template)
 
-    def complete(
-        self,
-        prompts: "Sequence[Turns]",
-        places: Sequence[str],
-        settings: Decoding,
-        device: "torch.device",
-        kept: Path | None = None,
-    ) -> list[str]:
-        from notus.data.chat import check_vocabulary
-        from notus.evaluation.decoding import KeptTokens, generate, model_digest
-        from notus.model.export import load_causal_lm
-        from notus.runtime.distributed import on_main
-        from notus.training.parallelize import COMPUTE_DTYPES
+def _complete(
+    source: "ModelSource",
+    options: "ModelOptions",
+    prompts: "Sequence[Turns]",
+    places: Sequence[str],
+    settings: "Decoding",
+    device: "torch.device",
+    kept: Path | None = None,
+) -> list[str]:
+    from notus.evaluation.decoding import KeptTokens, generate, model_digest
+    from notus.runtime.distributed import on_main
 
-        dtype = COMPUTE_DTYPES[self.precision]
-        causal_lm, _ = load_causal_lm(self.source.folder, dtype=dtype, device=device, trust_remote_code=self.trust)
-        check_vocabulary(self.tokenizer, causal_lm.config.vocab_size)
-        return generate(
-            causal_lm,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            chat_template=self.chat_template,
-            add_empty_system=self.add_empty_system,
-            places=places,
-            kept=KeptTokens(kept, on_main(lambda: model_digest(causal_lm))) if kept else None,
-        )
+    causal_lm, tokenizer = source.load(options, device)
+    return generate(
+        causal_lm,
+        tokenizer,
+        prompts,
+        settings,
+        chat_template=options.chat_template,
+        add_empty_system=options.add_empty_system,
+        places=places,
+        kept=KeptTokens(kept, on_main(lambda: model_digest(causal_lm))) if kept else None,
+    )
 
 
 def _read(args: argparse.Namespace, *, has_chat_format: bool) -> list["Prompt"]:
@@ -183,12 +160,14 @@ def add_answer_arguments(parser: argparse.ArgumentParser, what: str = "answer", 
     parser.add_argument("--batch-size", type=count, help=f"{what}s at a time (default: 32)")
 
 
-def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tokens: int = 2048) -> Decoding:
+def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tokens: int = 2048) -> "Decoding":
     """Return how `args` let the model complete prompts. Raises ValueError for options without effect."""
     top_k = getattr(args, "top_k", None)  # suites have no such option
     for option, value in (("--top-p", args.top_p), ("--top-k", top_k), ("--seed", args.seed)):
         if not args.temperature and value is not None:
             raise ValueError(f"{option} has no effect on greedy {what}: set --temperature as well")
+    from notus.evaluation.decoding import Decoding
+
     return Decoding(
         max_new_tokens=args.max_new_tokens or max_new_tokens,
         temperature=args.temperature or 0.0,
@@ -199,19 +178,6 @@ def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tok
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What a model answered.
-
-    Attributes:
-        texts: by prompt, without the white space around them.
-        settings: how they came about: precision, chat template and what else bears on them.
-    """
-
-    texts: list[str]
-    settings: dict[str, Any]
-
-
 def answer(
     source: "ModelSource",
     prompts: "Sequence[Turns]",
@@ -220,33 +186,26 @@ def answer(
     *,
     kept: Path,
     device: "torch.device",
-) -> Answers:
-    """Let a model answer each prompt of a suite; collective.
+) -> tuple[list[str], dict[str, Any]]:
+    """Let a model answer each prompt of a suite; return the answers, and the settings that bear on them; collective.
 
-    Args:
-        source: the model.
-        prompts: messages that end before the answer; or strings, which are the user's turn if the model has a chat
-            format, else text to continue.
-        places: what errors call each prompt.
-        args: as `add_model_arguments` and `add_answer_arguments` declare them.
-        kept: a folder for finished batches; the same call resumes where it stopped.
-        device: this rank's.
-
-    Raises:
-        ValueError: the model cannot be loaded, or a prompt fills its context.
+    Prompts are messages that end before the answer; or strings, which are the user's turn if the model has a chat
+    format, else text to continue. `places` is what errors call each. Finished batches are saved in the folder `kept`,
+    so the same call resumes where it stopped. Raises ValueError if the model cannot be loaded, or a prompt fills its
+    context.
     """
-    model, settings = _Model(source, args), answer_settings(args)
+    options, settings = source.options(args), answer_settings(args)
+    has_chat_format = _has_chat_format(source, options)
     turns = [
-        [{"role": "user", "content": each}] if model.has_chat_format and isinstance(each, str) else each
-        for each in prompts
+        [{"role": "user", "content": each}] if has_chat_format and isinstance(each, str) else each for each in prompts
     ]
-    texts = model.complete(turns, places, settings, device, kept)
+    texts = _complete(source, options, turns, places, settings, device, kept)
     described = {
         **dataclasses.asdict(settings),
-        "chat_template": model.chat_template,
-        "add_empty_system": model.add_empty_system,
-        "precision": model.precision,
-        "as_turns": model.has_chat_format,
+        "chat_template": options.chat_template,
+        "add_empty_system": options.add_empty_system,
+        "precision": options.precision,
+        "as_turns": has_chat_format,
     }
     del described["top_k"]  # suites have no such option
-    return Answers([text.strip() for text in texts], described)
+    return [text.strip() for text in texts], described

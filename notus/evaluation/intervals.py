@@ -56,6 +56,11 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
+def stderr(values: Sequence[float] | np.ndarray) -> float | None:
+    """Return the standard error of the mean of `values` [n]; None for one value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
 def normal(level: float = 0.95) -> float:
     """Return how many standard errors a normal interval of this level reaches to either side."""
     return NormalDist().inv_cdf(0.5 + level / 2)

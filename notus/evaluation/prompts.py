@@ -14,29 +14,28 @@ RESULTS = ("completion", "completions")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt to complete.
+    """A prompt to complete."""
 
-    Attributes:
-        place: where it stands, for errors.
-        row: the entry as it was read.
-        turns: messages that end before the answer, or text to continue.
-    """
+    place: str  # where it stands, for errors
+    row: dict[str, Any]  # the entry as it was read
+    turns: Turns  # messages that end before the answer, or text to continue
 
-    place: str
-    row: dict[str, Any]
-    turns: Turns
+    @property
+    def text(self) -> str:
+        """The prompt as a judge reads it: a single turn as it is, several with their roles."""
+        if isinstance(self.turns, str):
+            return self.turns
+        if len(self.turns) == 1:
+            return self.turns[0]["content"]
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
 
 
 def read_prompts(path: Path, *, strings_are_turns: bool, system: str | None = None) -> list[Prompt]:
     """Read a .txt file, one prompt a line, or a .jsonl or .json file of objects with one of `KEYS`.
 
-    Args:
-        path: the file.
-        strings_are_turns: a string is the user's turn; False: text to continue.
-        system: text of a system turn for conversations without one.
-
-    Raises:
-        ValueError: naming file and line, for what is no prompt, and for a file without any.
+    A string is the user's turn if `strings_are_turns`, else text to continue. `system` is the text of a system turn for
+    conversations without one. Raises ValueError, naming file and line, for what is no prompt, and for a file without
+    any.
     """
     prompts = []
     for place, row in _rows(path):

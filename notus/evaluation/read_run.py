@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from notus.evaluation.resolve_model import is_run, read_run_settings
-from notus.evaluation.results import EVALUATIONS, RESULT, Result, read_results
+from notus.evaluation.resolve_model import read_run_settings
+from notus.evaluation.results import EVALUATIONS, RESULT, Result, is_run, read_records, read_results
 from notus.runtime.files import is_locked
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
@@ -46,24 +46,16 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's files.
+    """A run's files."""
 
-    Attributes:
-        folder: the run's folder.
-        settings: the resolved config by section.
-        metrics: the lines of `metrics.jsonl`, each with an integer `step`.
-        data, environment: `data.json` and `environment.json`; empty if they do not exist.
-        results: the evaluations, by suite.
-        label: a short name; see `read_runs`.
-    """
-
-    folder: Path
-    settings: dict[str, dict[str, Any]]
-    metrics: Sequence[Mapping[str, Any]]
+    folder: Path  # the run's folder
+    settings: dict[str, dict[str, Any]]  # the resolved config by section
+    metrics: Sequence[Mapping[str, Any]]  # the lines of `metrics.jsonl`, each with an integer `step`
+    # data, environment: `data.json` and `environment.json`; empty if they do not exist.
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
-    results: Sequence[Result]
-    label: str = ""
+    results: Sequence[Result]  # the evaluations, by suite
+    label: str = ""  # a short name; see `read_runs`
 
     @property
     def task(self) -> Literal["dpo", "sft"]:
@@ -131,7 +123,13 @@ class Run:
 def read_runs(names: Sequence[str]) -> list[Run]:
     """Read several runs; the label of each is the shortest end of its path that no other has. Raises as `read_run`."""
     folders = [Path(name).expanduser() for name in names]
-    labels = _labels([folder.resolve() for folder in folders])
+    ends = [folder.resolve().parts for folder in folders]
+    if len(set(ends)) < len(ends):
+        raise ValueError("report: a run is given twice; name each once")
+    for length in range(1, max(map(len, ends)) + 1):
+        labels = ["/".join(parts[-length:]) for parts in ends]
+        if len(set(labels)) == len(labels):
+            break
     return [read_run(folder, label) for folder, label in zip(folders, labels, strict=True)]
 
 
@@ -150,33 +148,10 @@ def read_run(folder: Path, label: str = "") -> Run:
     )
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    if len(set(folders)) < len(folders):
-        raise ValueError("report: a run is given twice; name each once")
-    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
-        labels = ["/".join(folder.parts[-length:]) for folder in folders]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a file's complete lines; none if there is no file.
-
-    A last line that the run is still writing is left out. Raises ValueError, naming file and line.
-    """
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}, line {number}: not an object with a step; restore the file, or move it away")
-        records.append(record)
-    return records
+    """Read the lines of a run's log, but for one that the run is still writing; see `read_records`."""
+    wrong = "not an object with a step; restore the file, or move it away"
+    return read_records(path, wrong, lambda record: isinstance(record.get("step"), int))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

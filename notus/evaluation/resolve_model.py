@@ -4,6 +4,7 @@ An unfinished run stands for its newest whole checkpoint, which is exported into
 training at that moment. It is not disturbed: checkpoints appear whole and are only read here.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -20,13 +21,10 @@ from typing import IO, Any
 
 import torch
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.data.chat import resolve_template
-from notus.data.sources import SUFFIXES
-from notus.evaluation.results import check_folder
+from notus.data.chat import check_vocabulary, resolve_template
+from notus.evaluation.results import check_folder, is_run
 from notus.model.export import export_adapter, export_model, load_causal_lm
 from notus.model.load import find_folder, read_json, resolve_model_folder
 from notus.model.lora import inject_lora, lora_layers, merge_lora
@@ -63,22 +61,33 @@ _reading: dict[Path, IO[str]] = {}  # by snapshot: the file that this process ke
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """Where a model's weights are.
+class ModelOptions:
+    """How a model is computed and prompted: as the user says, else as its run was.
 
-    Attributes:
-        name: as the user wrote it; of an unfinished run with the step, as "runs/dpo (step 100)".
-        folder: a model's folder, or an adapter's.
-        base: of an adapter, the model that it adapts, as its config names it; None for a full model.
-        settings: a run's settings by section; empty for anything but a run.
-        run: a run's folder; None for anything but a run.
+    `chat_template` is as `ChatEncoder` takes it; None: the tokenizer's own, if it has one.
     """
 
-    name: str
-    folder: Path
-    base: str | None = None
+    precision: str
+    chat_template: str | None
+    add_empty_system: bool
+    trust_remote_code: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return COMPUTE_DTYPES[self.precision]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where a model's weights are."""
+
+    name: str  # as the user wrote it; of an unfinished run with the step, as "runs/dpo (step 100)"
+    folder: Path  # a model's folder, or an adapter's
+    base: str | None = None  # of an adapter, the model that it adapts, as its config names it; None for a full model
+    # a run's settings by section; empty for anything but a run.
     settings: Settings = dataclasses.field(default_factory=dict)
-    run: Path | None = None
+    run: Path | None = None  # a run's folder; None for anything but a run
 
     def choose(self, given: Any, key: str, default: Any) -> Any:
         """Return what the user gave; else what the run's setting `section.name` says; else `default`."""
@@ -88,17 +97,30 @@ class ModelSource:
         value = self.settings.get(section, {}).get(name)
         return default if value is None else value
 
+    def options(self, args: argparse.Namespace) -> ModelOptions:
+        """Return the options of `add_model_arguments`."""
+        return ModelOptions(
+            precision=self.choose(args.precision, "training.precision", "bf16"),
+            chat_template=self.choose(args.chat_template, "data.chat_template", None),
+            add_empty_system=self.choose(args.add_empty_system, "data.add_empty_system", False),
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    def load(self, options: ModelOptions, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the whole model and its tokenizer. Raises ValueError if that fails, or if they do not fit together."""
+        causal_lm, tokenizer = load_causal_lm(
+            self.folder, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
+        )
+        check_vocabulary(tokenizer, causal_lm.config.vocab_size)
+        return causal_lm, tokenizer
+
 
 def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """Find a model, an adapter or a run; for one process, see `find_together`.
+    """Find the model, adapter or run of a folder or hub id; for one process, see `find_together`.
 
-    Args:
-        name: a folder or a hub id.
-        trust_remote_code: run code that comes with the base model, where a checkpoint is exported.
-
-    Raises:
-        ValueError: naming the folder, if it is none of them, or a run without a whole checkpoint.
-        OSError: the checkpoint cannot be exported to the disk.
+    `trust_remote_code`: run code that comes with the base model, where a checkpoint is exported. Raises ValueError,
+    naming the folder, if it is none of them, or a run without a whole checkpoint; OSError if the export cannot be
+    written.
     """
     folder = find_folder(name)
     if not is_run(folder):
@@ -130,11 +152,6 @@ def _source(name: str, folder: Path, settings: Settings | None = None, run: Path
     return ModelSource(name, folder if base else resolve_model_folder(folder), base, settings or {}, run)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a training run's."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
-
-
 def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
     """Read a run's resolved settings, by section. Raises ValueError, naming the file, if they cannot be read."""
     path = run / CONFIG_FILE
@@ -157,23 +174,12 @@ def _are_settings(tree: Any) -> bool:
     return named and {"precision", "seed"} <= training.keys() and {"chat_template"} <= data.keys() and "rank" in lora
 
 
-def hub_id(name: str) -> str | None:
-    """Return a model's or dataset's name if it is one of the hub and no file or folder here; else None."""
-    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def public_name(name: str) -> str:
-    """Return a name without local folders: the hub id, or a path's last part; for a run's model, the run's name."""
-    if hub_id(name):
-        return name
-    path = Path(name).expanduser()
-    return path.parent.name if path.name == MODEL and is_run(path.parent) else path.name
+def newest_checkpoint(run: Path) -> Path:
+    """Return an unfinished run's newest checkpoint, which may be damaged. Raises ValueError if there is none."""
+    checkpoints = checkpoints_in(run / CHECKPOINTS)
+    if not checkpoints:
+        raise ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
+    return checkpoints[0]
 
 
 def export_newest(run: Path, *, trust_remote_code: bool = False) -> Path:
@@ -187,11 +193,9 @@ def export_newest(run: Path, *, trust_remote_code: bool = False) -> Path:
         OSError: nothing can be written there.
     """
     with _locked(run / SNAPSHOTS) as locked:
-        checkpoints = checkpoints_in(run / CHECKPOINTS)
-        if not checkpoints:
-            raise _no_checkpoint(run)
-        out = run / SNAPSHOTS / checkpoints[0].name
-        if not _is_of(out, checkpoints[0] / STATE_FILE):
+        newest = newest_checkpoint(run)
+        out = run / SNAPSHOTS / newest.name
+        if not _is_of(out, newest / STATE_FILE):
             out = _export(run, trust_remote_code, clean=locked)
         with contextlib.suppress(OSError):  # no locks, or somebody else's folder
             _keep(out)
@@ -312,8 +316,7 @@ def load_unfinished(
 
     All is on the CPU, in fp32. In a process group of one. Raises ValueError if there is no whole checkpoint.
     """
-    if not checkpoints_in(run / CHECKPOINTS):
-        raise _no_checkpoint(run)
+    newest_checkpoint(run)
     load = functools.partial(load_causal_lm, dtype=torch.float32, device="cpu", trust_remote_code=trust_remote_code)
     causal_lm, tokenizer = load(settings["model"]["name_or_path"])
     lora = settings["lora"]
@@ -330,10 +333,6 @@ def load_unfinished(
     if learned_chat(settings, data):  # at the end of a run, the run does the same
         tokenizer.chat_template = resolve_template(tokenizer, settings["data"]["chat_template"])
     return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
-
-
-def _no_checkpoint(run: Path) -> ValueError:
-    return ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
 
 
 def learned_chat(settings: Settings, data: Mapping[str, Any] | None) -> bool:

@@ -6,11 +6,12 @@ Every suite writes its result in the one form that the report and the model card
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,49 +29,30 @@ _appending = threading.Lock()  # file locks exclude other processes only
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One number of an evaluation, with what a model card's metadata needs to say of it.
+    """One number of an evaluation, with what a model card's metadata needs to say of it."""
 
-    Attributes:
-        name: what people call the benchmark, as "AI2 Reasoning Challenge" or "reward accuracy".
-        metric: the measure's name, as "acc_norm".
-        value: the figure, in `unit`.
-        unit: "%" (0 to 100), or "" for a plain number.
-        stderr: its standard error, in `unit`; None: not known.
-        count: how many examples it stands on; None: not known.
-        setup: how it was measured, in a few words, as "25-shot".
-        dataset: a hub id or a file's name; None: as `name`.
-        reference: the figures of published models by their name, in `unit`.
-    """
-
-    name: str
-    metric: str
-    value: float
-    unit: str = ""
-    stderr: float | None = None
-    count: int | None = None
-    setup: str = ""
-    dataset: str | None = None
+    name: str  # what people call the benchmark, as "AI2 Reasoning Challenge" or "reward accuracy"
+    metric: str  # the measure's name, as "acc_norm"
+    value: float  # the figure, in `unit`
+    unit: str = ""  # "%" (0 to 100), or "" for a plain number
+    stderr: float | None = None  # its standard error, in `unit`; None: not known
+    count: int | None = None  # how many examples it stands on; None: not known
+    setup: str = ""  # how it was measured, in a few words, as "25-shot"
+    dataset: str | None = None  # a hub id or a file's name; None: as `name`
+    # the figures of published models by their name, in `unit`.
     reference: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An evaluation of one model by one suite.
+    """An evaluation of one model by one suite."""
 
-    Attributes:
-        suite: its name on the command line.
-        model: the model as the user named it; of an unfinished run with the step, as "runs/dpo (step 100)".
-        date: ISO date of the evaluation.
-        figures: the headline figures, the most important first.
-        settings: how it was computed: flat, JSON values.
-        details: whatever else the suite reports; JSON.
-    """
-
-    suite: str
-    model: str
-    figures: Sequence[Figure]
-    settings: Mapping[str, Any]
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    suite: str  # its name on the command line
+    model: str  # the model as the user named it; of an unfinished run with the step, as "runs/dpo (step 100)"
+    figures: Sequence[Figure]  # the headline figures, the most important first
+    settings: Mapping[str, Any]  # how it was computed: flat, JSON values
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # whatever else the suite reports; JSON
+    # ISO date of the evaluation.
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 
@@ -100,6 +82,39 @@ def model_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
+def hub_id(name: str) -> str | None:
+    """Return a model's or dataset's name if it is one of the hub and no file or folder here; else None."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from notus.data.sources import SUFFIXES
+
+    if Path(name).expanduser().exists() or name.endswith(SUFFIXES):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a training run's."""
+    from notus.training.run_folder import CONFIG_FILE
+
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def public_name(name: str) -> str:
+    """Return a name without local folders: the hub id, or a path's last part; for a run's model, the run's name."""
+    from notus.training.run_folder import MODEL
+
+    if hub_id(name):
+        return name
+    path = Path(name).expanduser()
+    return path.parent.name if path.name == MODEL and is_run(path.parent) else path.name
+
+
 def result_folder(given: str | None, run: Path | None, model: str, suite: str) -> Path:
     """Return where a suite's results go: the folder that the user gave, the run's own, or one named for the model."""
     if given is not None:
@@ -115,10 +130,8 @@ def result_folder(given: str | None, run: Path | None, model: str, suite: str) -
 def check_output(path: Path, *, not_over: str, remedy: str = "choose another place") -> None:
     """Make the parent folder of a result's file, before the work that fills it.
 
-    Raises:
-        ValueError: the result would replace a folder, a device (for root, /dev/null itself would become a file) or the
-            input `not_over`.
-        OSError: nothing can be written there.
+    Raises ValueError if the result would replace a folder, a device (for root, /dev/null itself would become a file) or
+    the input `not_over`; OSError if nothing can be written there.
     """
     if path.is_dir():
         raise ValueError(f"{path}: there is a folder of that name; choose another")
@@ -144,11 +157,7 @@ def hold_folder(folder: Path) -> None:
     """Call `check_folder`, and lock the folder until this process ends.
 
     A second evaluation there would request and pay for the same work again. A file system without locks is used
-    without one.
-
-    Raises:
-        ValueError: another process holds the lock.
-        OSError: as `check_folder`.
+    without one. Raises ValueError if another process holds the lock, OSError as `check_folder`.
     """
     check_folder(folder)
     place = folder.resolve()
@@ -193,24 +202,79 @@ def _drop_partial_line(descriptor: int) -> None:
     os.ftruncate(descriptor, end)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read what `append_records` wrote; nothing if there is no file. A last line that was cut off is left out.
+def read_records(
+    path: Path,
+    wrong: str = "not a record of finished work; remove the line, or the file",
+    is_valid: Callable[[dict[str, Any]], bool] = lambda record: True,
+) -> list[dict[str, Any]]:
+    """Read the JSON objects of a file's complete lines; nothing if there is no file.
 
-    Raises ValueError, naming file and line, for any other line that is no JSON object.
+    A last line that was cut off, or is still being written, is left out. Raises ValueError, naming file and line and
+    saying what is `wrong`, for any other line that is no JSON object or not `is_valid`.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last newline was cut off, or is empty
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a record of finished work; remove the line, or the file")
+        if not isinstance(record, dict) or not is_valid(record):
+            raise ValueError(f"{path}, line {number}: {wrong}")
         records.append(record)
     return records
+
+
+class KeptRecords:
+    """Finished work by its key, in one JSONL file per rank of a folder that all ranks see.
+
+    The same command, on any number of ranks, resumes where it stopped. Work on other keys may share the folder.
+    """
+
+    what: str  # a record, for error messages
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """`folder` is made if need be; `identity` says which weights these are, as `decoding.model_digest` does."""
+        self.folder, self.identity = folder, identity
+
+    def is_valid(self, record: dict[str, Any]) -> bool:
+        """Return whether a record holds what `add` writes; a string under `key` is checked already."""
+        raise NotImplementedError
+
+    def find(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the records of `keys` that exist; collective within a process group.
+
+        Raises ValueError, naming the file, if one in the folder holds anything else; or if the ranks, each of which
+        makes its own keys, have different ones.
+        """
+        import torch.distributed as dist
+
+        from notus.runtime.distributed import gather_objects, on_main
+
+        if not dist.is_initialized():
+            return self._read(set(keys))
+        if len(set(gather_objects(hashlib.sha256("".join(keys).encode()).hexdigest()))) > 1:
+            raise ValueError(
+                "the ranks have different prompts or weights: their data or files differ, or a task draws its examples "
+                "at random without a seed; run in one process"
+            )
+        return on_main(lambda: self._read(set(keys)))
+
+    def _read(self, keys: Collection[str]) -> dict[str, dict[str, Any]]:
+        def is_valid(record: dict[str, Any]) -> bool:
+            return isinstance(record.get("key"), str) and self.is_valid(record)
+
+        paths = sorted(self.folder.glob("rank-*.jsonl"))
+        records = [read_records(path, f"not a kept {self.what}; remove the file", is_valid) for path in paths]
+        return {record["key"]: record for of_rank in records for record in of_rank if record["key"] in keys}
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Append this rank's records, each with its `key`. Raises OSError."""
+        import torch.distributed as dist
+
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        append_records(self.folder / f"rank-{rank}.jsonl", records)
 
 
 def parse_files(files: str, folders: Sequence[Path], parse: Callable[[], T]) -> T:

@@ -11,12 +11,11 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import math
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +26,27 @@ from notus.evaluation.arguments import (
     add_output_argument,
     check_no_effect,
 )
-from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
+from notus.evaluation.endpoint import Endpoint, EndpointError, collect_verdicts, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.input_files import check_unique
-from notus.evaluation.intervals import wilson
-from notus.evaluation.results import Figure, Result, hold_folder, result_folder, write_result
+from notus.evaluation.intervals import stderr, wilson
+from notus.evaluation.prompts import Prompt, read_prompt, read_prompts
+from notus.evaluation.results import (
+    Figure,
+    Result,
+    hold_folder,
+    public_name,
+    read_records,
+    result_folder,
+    write_result,
+)
 from notus.runtime.files import write_text
 from notus.runtime.process import STOPPED, first_line, tell
 
 if TYPE_CHECKING:
     import torch
 
-    from notus.data.formats import Turns
     from notus.evaluation.resolve_model import ModelSource
 
 SUITE = "win-rate"
@@ -75,15 +82,6 @@ _ALONE = re.compile(r"\W*(tie|A|B)\W*", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A prompt: where it stands, for errors; as a model gets it; and as a judge reads it."""
-
-    place: str
-    turns: "Turns"
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Pair:
     """Two answers to a prompt."""
 
@@ -99,19 +97,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Asks for a verdict.
+    """Asks for a verdict."""
 
-    Attributes:
-        name: for people.
-        identity: all that decides its verdicts; kept verdicts of another identity are not used.
-        ask: (prompt, answer_a, answer_b) -> the reply. Raises EndpointError if there is none.
-        parallel: how many questions at a time.
-    """
-
-    name: str
-    identity: str
+    name: str  # for people
+    identity: str  # all that decides its verdicts; kept verdicts of another identity are not used
+    # (prompt, answer_a, answer_b) -> the reply. Raises EndpointError if there is none.
     ask: Callable[[str, str, str], Awaitable[str]]
-    parallel: int
+    parallel: int  # how many questions at a time
 
     def key(self, question: tuple[str, str, str]) -> str:
         """Return what a verdict is kept under."""
@@ -148,34 +140,23 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What the verdicts add up to.
+    """What the verdicts add up to."""
 
-    Attributes:
-        win_rate: wins and half of the ties in percent of `count`.
-        interval: 95% (Wilson), in percent.
-        standard_error: the sample's, in percent; None for a single pair.
-        wins, losses, ties: pairs; a tie is also what the judge sees differently in the two orders.
-        flips: of the ties, those where it preferred the same place in both orders.
-        same: of the ties, those with equal answers, about which the judge was not asked.
-        count: pairs with both verdicts, and those with equal answers.
-        failed: pairs that lack a verdict, and do not count.
-        flip_rate: flips in percent of the pairs with both verdicts: the position bias; None: there are none.
-        first_rate: how often place A won, in percent of the verdicts that name a winner; 50 is fair.
-        length, against_length: mean of the answers in characters, over all pairs.
-    """
-
-    win_rate: float
-    interval: tuple[float, float]
-    standard_error: float | None
+    win_rate: float  # wins and half of the ties in percent of `count`
+    interval: tuple[float, float]  # 95% (Wilson), in percent
+    standard_error: float | None  # the sample's, in percent; None for a single pair
+    # wins, losses, ties: pairs; a tie is also what the judge sees differently in the two orders.
     wins: int
     losses: int
     ties: int
-    flips: int
-    same: int
-    count: int
-    failed: int
+    flips: int  # of the ties, those where it preferred the same place in both orders
+    same: int  # of the ties, those with equal answers, about which the judge was not asked
+    count: int  # pairs with both verdicts, and those with equal answers
+    failed: int  # pairs that lack a verdict, and do not count
+    # flips in percent of the pairs with both verdicts: the position bias; None: there are none.
     flip_rate: float | None
-    first_rate: float | None
+    first_rate: float | None  # how often place A won, in percent of the verdicts that name a winner; 50 is fair
+    # length, against_length: mean of the answers in characters, over all pairs.
     length: float
     against_length: float
 
@@ -228,11 +209,11 @@ def run(args: argparse.Namespace) -> int:
     from notus.evaluation.resolve_model import find_together
     from notus.runtime import distributed
 
-    def find(name: str | None) -> "ModelSource | None":
-        return None if name is None else find_together(name, trust_remote_code=args.trust_remote_code)
-
     with distributed.process_group() as device:
-        source, other = find(args.model), find(args.against)
+        source, other = (
+            find_together(name, trust_remote_code=args.trust_remote_code) if name else None
+            for name in (args.model, args.against)
+        )
         given = args.model or Path(args.answers).stem
         folder = result_folder(args.output, source.run if source else None, given, SUITE)
         distributed.on_main(lambda: hold_folder(folder))
@@ -240,11 +221,8 @@ def run(args: argparse.Namespace) -> int:
         speaks = distributed.is_main()
     if not speaks:  # judging can take hours, and the other ranks have no part in it
         return 0
-    settings |= {
-        "prompts": args.prompts or args.answers or args.against_answers,
-        "judge": judge.name,
-        "against": other.name if other else args.against_answers,
-    }
+    prompts = args.prompts or args.answers or args.against_answers
+    settings |= {"prompts": prompts, "judge": judge.name, "against": other.name if other else args.against_answers}
     return _compare(folder, source.name if source else args.answers, pairs, judge, settings)
 
 
@@ -278,13 +256,12 @@ def _pairs(
     for side, model, texts in zip(("model", "against"), (source, other), files, strict=True):
         if model is not None:
             prompts, places = [one.turns for one in asked], [one.place for one in asked]
-            answers = answer(model, prompts, places, args, kept=kept, device=device)
-            texts, settings[side] = answers.texts, answers.settings
+            texts, settings[side] = answer(model, prompts, places, args, kept=kept, device=device)
         sides.append(texts)
     return [Pair(one.text, ours, theirs) for one, ours, theirs in zip(asked, *sides, strict=True)], settings
 
 
-def _read_inputs(args: argparse.Namespace) -> tuple[list[Asked], list[list[str]]]:
+def _read_inputs(args: argparse.Namespace) -> tuple[list[Prompt], list[list[str]]]:
     """Return the prompts, and each side's answers where they are in a file."""
     if args.prompts is not None:
         return read_asked(Path(args.prompts)), [[], []]
@@ -294,23 +271,18 @@ def _read_inputs(args: argparse.Namespace) -> tuple[list[Asked], list[list[str]]
     return asked, [match(asked, *file, name) if file else [] for file, name in zip(files, names, strict=True)]
 
 
-def read_asked(path: Path) -> list[Asked]:
+def read_asked(path: Path) -> list[Prompt]:
     """Read the prompts of a .txt, .jsonl or .json file, as `read_prompts` does; each may be there once."""
-    from notus.evaluation.prompts import read_prompts
-
-    prompts = read_prompts(path, strings_are_turns=False)
-    asked = [Asked(prompt.place, prompt.turns, _as_text(prompt.turns)) for prompt in prompts]
+    asked = read_prompts(path, strings_are_turns=False)
     check_unique([(one.place, one.text) for one in asked], "prompt")
     return asked
 
 
-def read_answers(path: Path) -> tuple[list[Asked], list[str]]:
+def read_answers(path: Path) -> tuple[list[Prompt], list[str]]:
     """Read a .jsonl or .json file of prompts and answers: what `notus generate` writes, or AlpacaEval's outputs.
 
     Raises ValueError, naming file and line, for an entry without an answer or a prompt, and for a repeated prompt.
     """
-    from notus.evaluation.prompts import read_prompt
-
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; check the path")
     asked, answers = [], []
@@ -322,15 +294,14 @@ def read_answers(path: Path) -> tuple[list[Asked], list[str]]:
             raise ValueError(f"{place}: no string under one of the keys {', '.join(ANSWER_KEYS)}; give an answer")
         answers.append(row[key].strip())  # as answers that are generated here
         value, messages = read_prompt({name: row[name] for name in row if name != key}, place)
-        turns = value if isinstance(value, str) else messages
-        asked.append(Asked(place, turns, _as_text(turns)))
+        asked.append(Prompt(place, row, value if isinstance(value, str) else messages))
     if not asked:
         raise ValueError(f"{path}: the file is empty; give at least one answer")
     check_unique([(one.place, one.text) for one in asked], "prompt")
     return asked, answers
 
 
-def match(asked: list[Asked], others: list[Asked], answers: list[str], name: str) -> list[str]:
+def match(asked: list[Prompt], others: list[Prompt], answers: list[str], name: str) -> list[str]:
     """Return the answers to `others` in the order of `asked`. Raises ValueError unless the prompts are the same."""
     by_text = {other.text: answer for other, answer in zip(others, answers, strict=True)}
     texts = {one.text for one in asked}
@@ -341,15 +312,6 @@ def match(asked: list[Asked], others: list[Asked], answers: list[str], name: str
         if other.text not in texts:
             raise ValueError(f"{other.place}: the other side has no such prompt; give both models the same prompts")
     return [by_text[one.text] for one in asked]
-
-
-def _as_text(turns: "Turns") -> str:
-    """Return a single turn as it is, several with their roles."""
-    if isinstance(turns, str):
-        return turns
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _find_judge(args: argparse.Namespace) -> Judge:
@@ -444,48 +406,38 @@ def parse_verdict(reply: str) -> str | None:
 def judge_pairs(pairs: Sequence[Pair], judge: Judge, kept: Path) -> tuple[list[Judged], list[str], list[str]]:
     """Ask for the verdicts that are not in the file `kept` yet, and append each one to it as it comes.
 
-    Failures and replies without a verdict are noted there as well; the next call asks for them again.
-
-    Returns:
-        The pairs with their verdicts; the messages of failed requests; and the replies that held no verdict.
-
-    Raises:
-        ValueError: the endpoint rejects every request, or the file holds something else.
+    Failures and replies without a verdict are noted there as well; the next call asks for them again. Returns the pairs
+    with their verdicts; the messages of failed requests; and the replies that held no verdict. Raises ValueError if the
+    endpoint rejects every request, or the file holds something else.
     """
-    from notus.evaluation.results import append_records
-
     verdicts = _read_verdicts(kept)
     questions = dict.fromkeys(order for pair in pairs if pair.answer != pair.against for order in pair.orders)
-    failures: list[str] = []
     unread: list[str] = []
 
-    def on_done(question: tuple[str, str, str], outcome: str | Exception) -> None:
+    def record(question: tuple[str, str, str], outcome: str | Exception) -> dict[str, Any]:
         key = judge.key(question)
         if isinstance(outcome, Exception):
-            failures.append(str(outcome))
-            append_records(kept, [{"key": key, "verdict": None, "failure": str(outcome)}])
-            return
+            return {"key": key, "verdict": None, "failure": str(outcome)}
         verdicts[key] = parse_verdict(outcome)
         if verdicts[key] is None:
             unread.append(f"a reply without a verdict: {outcome[:200]!r}")
-        append_records(kept, [{"key": key, "verdict": verdicts[key], "reply": outcome}])
+        return {"key": key, "verdict": verdicts[key], "reply": outcome}
 
     left = [question for question in questions if verdicts.get(judge.key(question)) is None]
-    ask_all(lambda question: judge.ask(*question), left, parallel=judge.parallel, on_done=on_done)
+    failures = collect_verdicts(lambda question: judge.ask(*question), left, record, parallel=judge.parallel, kept=kept)
     judged = [Judged(pair, *(verdicts.get(judge.key(order)) for order in pair.orders)) for pair in pairs]
     return judged, failures, unread
 
 
 def _read_verdicts(path: Path) -> dict[str, str | None]:
-    from notus.evaluation.results import read_records
+    def is_valid(record: dict[str, Any]) -> bool:
+        verdict = record.get("verdict")
+        return isinstance(record.get("key"), str) and (verdict is None or verdict in VERDICTS)
 
-    verdicts: dict[str, str | None] = {}
-    for number, record in enumerate(read_records(path), start=1):
-        key, verdict = record.get("key"), record.get("verdict")
-        if not isinstance(key, str) or (verdict is not None and verdict not in VERDICTS):
-            raise ValueError(f"{path}, line {number}: not a kept verdict; remove the line, or the file")
+    verdicts = {}
+    for record in read_records(path, "not a kept verdict; remove the line, or the file", is_valid):
         reply = record.get("reply")  # parsed again: an earlier version may have read replies differently
-        verdicts[key] = parse_verdict(reply) if isinstance(reply, str) else verdict
+        verdicts[record["key"]] = parse_verdict(reply) if isinstance(reply, str) else record.get("verdict")
     return verdicts
 
 
@@ -502,7 +454,7 @@ def score(judged: Sequence[Judged]) -> Scores | None:
     return Scores(
         win_rate=100 * fmean(points),
         interval=(100 * low, 100 * high),
-        standard_error=100 * stdev(points) / math.sqrt(count) if count > 1 else None,
+        standard_error=stderr([100 * point for point in points]),
         wins=points.count(1.0),
         losses=points.count(0.0),
         ties=points.count(0.5),
@@ -512,13 +464,9 @@ def score(judged: Sequence[Judged]) -> Scores | None:
         failed=len(judged) - count,
         flip_rate=100 * flips / len(asked) if asked else None,
         first_rate=100 * winners.count("A") / len(winners) if winners else None,
-        length=_mean_length(one.pair.answer for one in judged),
-        against_length=_mean_length(one.pair.against for one in judged),
+        length=fmean(len(one.pair.answer) for one in judged),
+        against_length=fmean(len(one.pair.against) for one in judged),
     )
-
-
-def _mean_length(texts: Iterable[str]) -> float:
-    return fmean(len(text) for text in texts)
 
 
 def _compare(folder: Path, name: str, pairs: list[Pair], judge: Judge, settings: dict[str, Any]) -> int:
@@ -550,8 +498,6 @@ def _compare(folder: Path, name: str, pairs: list[Pair], judge: Judge, settings:
 
 def figures_of(scores: Scores, other: str, judge: str, dataset: str) -> list[Figure]:
     """Return the win rate and, where the judge was asked, its position bias."""
-    from notus.evaluation.resolve_model import public_name
-
     model, step, rest = other.partition(" (step ")
     setup = f"against {public_name(model)}{step}{rest}, judged by {public_name(judge)} in both orders"
     setup += f", {scores.failed} pairs without both verdicts" if scores.failed else ""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -102,14 +103,17 @@ TWICE = [entry(1, 2), entry(2, 1), entry(1, 1)]
     [
         ({"a": 1}, "line 1: key 'instruction'"),
         ([], "the file is empty"),
-        (["text"], "row 1 (line 1): Input should be"),
+        (["text"], r"row 1 \(line \d+\): Input should be"),
         (
             [entry(1, 2), {"instruction": "a", "output_2": "b", "generator_2": "c"}],
-            "row 2 (line 1): key 'preference': Field required",
+            r"row 2 \(line \d+\): key 'preference': Field required",
         ),
-        ([{"output_2": "b", "preference": 1, "generator_2": "c"}], "row 1 (line 1): key 'instruction': Field required"),
-        ([entry(1, 2, output_2=None)], "row 1 (line 1): key 'output_2'"),
-        ([entry(1, 2), entry(2, 2.5)], "row 2 (line 1): key 'preference': the preference 2.5 is out of range"),
+        (
+            [{"output_2": "b", "preference": 1, "generator_2": "c"}],
+            r"row 1 \(line \d+\): key 'instruction': Field required",
+        ),
+        ([entry(1, 2, output_2=None)], r"row 1 \(line \d+\): key 'output_2'"),
+        ([entry(1, 2), entry(2, 2.5)], r"row 2 \(line \d+\): key 'preference': the preference 2.5 is out of range"),
         ([entry(1, -1)], "the preference -1 is out of range"),
         ([entry(1, 10**400)], "the preference 10000000000000000000 is out of range"),
         ([entry(1, float("inf"))], "the preference inf is out of range"),
@@ -117,9 +121,9 @@ TWICE = [entry(1, 2), entry(2, 1), entry(1, 1)]
         ([entry(1, True)], "the preference True is out of range"),
         (
             [entry(1, 2), entry(2, 2, generator_2="his")],
-            "row 2 (line 1): generator_2 is 'his', that of the first entry is 'mine'",
+            r"row 2 \(line \d+\): generator_2 is 'his', that of the first entry is 'mine'",
         ),
-        (TWICE, "row 3 (line 1): the same pair as"),
+        (TWICE, r"row 3 \(line \d+\): the same pair as"),
         ([entry(1, None), entry(2, None)], "none of its 2 entries has a preference"),
     ],
 )
@@ -128,7 +132,7 @@ def test_wrong_files_are_named(tmp_path, capsys, entries, told):
     assert main(["evaluate", "--suite", "alpaca-eval", "--annotations", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}")
-    assert told in error
+    assert re.search(told, error)
     assert error.count("\n") == 1
 
 

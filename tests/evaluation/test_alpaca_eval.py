@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from decoded import generate
 from judges import Reply, completion, serving
 
 from notus.__main__ import main
@@ -15,7 +16,6 @@ from notus.evaluation.alpaca_eval import (
     length_controlled,
     read_instructions,
 )
-from notus.evaluation.decoding import generate
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
 
@@ -217,7 +217,7 @@ def test_the_hubs_files_are_the_default(model_folder, tmp_path, config, monkeypa
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     assert main(command) == 1
-    assert "cannot fetch alpaca_eval.json from the hub (no network); give files of your own" in capsys.readouterr().err
+    assert "alpaca_eval.json: cannot be fetched from the hub (no network); give files" in capsys.readouterr().err
 
 
 def test_a_missing_package_says_how_to_install_it(model_folder, asked, monkeypatch, capsys):

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from decoded import generate
 from ranks import run_ranks
 from tokenizers import Tokenizer, decoders, models
 from toys import assets_dir, toy_model, toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from notus.evaluation import decoding as generation
-from notus.evaluation.decoding import KeptTokens, generate, model_digest
+from notus.evaluation.decoding import KeptTokens, model_digest
 from notus.model.export import load_causal_lm
 
 PROMPTS = [

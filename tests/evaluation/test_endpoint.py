@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import email.utils
 import gzip
 import os
@@ -160,6 +161,24 @@ def cut(handler: BaseHTTPRequestHandler) -> None:
 
 def nonsense(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+
+def endless(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    with contextlib.suppress(ConnectionError):  # the client closes the connection
+        while True:
+            handler.wfile.write(b"x" * 2**20)
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [Reply(conduct=endless), Reply(gzip.compress(bytes(17 * 2**20)), headers={"Content-Encoding": "gzip"})],
+    ids=["endless", "gzip"],
+)
+def test_an_answer_is_read_up_to_16_mib(flood: Reply, waits: list[float]) -> None:
+    with serving(lambda request, number: flood) as served, pytest.raises(EndpointError, match="more than 16 MiB"):
+        ask(served.url, waits, timeout=60.0, retries=1)
+    assert len(served.requests) == 2
 
 
 BROKEN = {

@@ -60,7 +60,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(
     Path("questions.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["One?", "Two?"]}\n')
     Path("judge.py").write_text("def first(prompt, a, b):\n    return 'A'\n")
     Path("file").touch()
-    monkeypatch.setattr("notus.model.export.load_causal_lm", None)
+    monkeypatch.setattr("notus.evaluation.resolve_model.load_causal_lm", None)
     words = [str(model_folder) if word == "MODEL" else word for word in asked]
     assert main(["evaluate", str(model_folder), "--suite", suite, *words, "--output", "file/out"]) == 1
     assert "file/out: no results can be written there" in capsys.readouterr().err

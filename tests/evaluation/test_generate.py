@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import transformers
+from decoded import generate
 from toys import toy_model, toy_tokenizer
 
 from notus.__main__ import main
-from notus.evaluation.decoding import generate
 from notus.model.export import load_causal_lm
 
 FP32 = ["--precision", "fp32", "--max-new-tokens", "6"]

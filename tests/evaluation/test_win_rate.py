@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
+from decoded import generate
 from judges import Reply, serving
 
 from notus.__main__ import main
 from notus.evaluation import decoding as generation
-from notus.evaluation.decoding import generate
 from notus.evaluation.endpoint import Endpoint
 from notus.evaluation.intervals import wilson
 from notus.evaluation.results import read_result

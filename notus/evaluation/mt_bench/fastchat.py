@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
-from notus.evaluation.input_files import check_unique, parse_entry, read_entries
+from notus.evaluation.input_files import check_unique, fetch, parse_entry, read_entries
 from notus.runtime.files import write_text
-from notus.runtime.process import first_line
 
 # LMSYS's own 80 questions; the space has no reference answers and no prompts for the judge.
 HUB_ID = "lmsys/mt-bench"
@@ -222,9 +221,4 @@ def _find(name: str) -> Path:
     kind, *parts = name.removeprefix("hf://").split("/")
     if kind not in ("datasets", "spaces") or len(parts) < 3:
         raise ValueError(f"{name}: write hf://datasets/OWNER/NAME/FILE or hf://spaces/OWNER/NAME/FILE")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type=kind.removesuffix("s")))
-    except Exception as error:  # the hub's client raises errors of many kinds
-        raise ValueError(f"{name}: cannot be fetched ({first_line(error)}); give a file of your own") from error
+    return fetch("/".join(parts[:2]), "/".join(parts[2:]), kind.removesuffix("s"), "a file of your own")

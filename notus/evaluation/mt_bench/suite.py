@@ -7,12 +7,13 @@ files are FastChat's. Answers and verdicts are kept as they come: the same comma
 import argparse
 import contextlib
 import dataclasses
-import functools
+import itertools
 import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,12 +27,21 @@ from notus.evaluation.arguments import (
     count,
     temperature,
 )
-from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
+from notus.evaluation.endpoint import Endpoint, EndpointError, collect_verdicts, judge_endpoint
 from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.input_files import parse_entry
 from notus.evaluation.mt_bench import fastchat
 from notus.evaluation.mt_bench.fastchat import HIGHEST, UNREAD, Answer, JudgePrompt, Judgment, Question
-from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
+from notus.evaluation.results import (
+    Figure,
+    Result,
+    hold_folder,
+    model_name,
+    public_name,
+    read_records,
+    result_folder,
+    write_result,
+)
 from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
@@ -61,6 +71,7 @@ _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 PUBLISHED = {"Zephyr-7B-β": 7.34, "Notus 7B v1": 7.30}
 PUBLISHED_QUESTIONS, PUBLISHED_TURNS = 80, 160
 PUBLISHED_BY = ("gpt-4", "gpt-4-0314", "gpt-4-0613")
+Judge = tuple[Endpoint, Mapping[str, JudgePrompt]]  # and its prompts, by name
 _ANYWHERE = {"suite", "questions", "output"}
 _JUDGING = {"references", "judge_prompts", "judge_model", "judge_url", "api_key_env", "judge_timeout", "parallel"}
 
@@ -147,14 +158,6 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--seed has no effect on greedy answers: leave it or --temperature out")
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """The judge's endpoint and its prompts, by name."""
-
-    endpoint: Endpoint
-    prompts: Mapping[str, JudgePrompt]
-
-
 def _read_inputs(args: argparse.Namespace) -> tuple[list[Question], Judge | None]:
     """Read and check the questions, and what the judge needs if there is one; for rank 0."""
     questions = fastchat.read_questions(args.questions or fastchat.QUESTIONS, args.references)
@@ -162,7 +165,7 @@ def _read_inputs(args: argparse.Namespace) -> tuple[list[Question], Judge | None
     if args.judge_model is None:
         return questions, None
     fastchat.check_references(questions)
-    return questions, Judge(judge_endpoint(args), fastchat.read_judge_prompts(args.judge_prompts))
+    return questions, (judge_endpoint(args), fastchat.read_judge_prompts(args.judge_prompts))
 
 
 # The answers
@@ -172,32 +175,28 @@ def _answer(
     args: argparse.Namespace, source: "ModelSource", questions: Sequence[Question], folder: Path, device: "torch.device"
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Generate the answers, write them to the folder, and return them with the settings. A collective."""
-    from notus.data.chat import ChatEncoder, check_vocabulary
-    from notus.evaluation.decoding import KeptTokens, generate, model_digest
-    from notus.model.export import load_causal_lm
+    from notus.data.chat import ChatEncoder
+    from notus.evaluation.decoding import Decoding, KeptTokens, context_of, generate, model_digest
     from notus.runtime.distributed import on_main, say
-    from notus.training.parallelize import COMPUTE_DTYPES
 
-    precision = source.choose(args.precision, "training.precision", "bf16")
-    chat_template = source.choose(args.chat_template, "data.chat_template", None)
-    add_empty_system = source.choose(args.add_empty_system, "data.add_empty_system", False)
-    causal_lm, tokenizer = load_causal_lm(
-        source.folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=args.trust_remote_code
-    )
-    check_vocabulary(tokenizer, causal_lm.config.vocab_size)
-    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    context = getattr(causal_lm.config, "max_position_embeddings", None) or math.inf
-    complete = functools.partial(
-        generate,
-        causal_lm,
-        tokenizer,
-        kept=KeptTokens(folder / GENERATION, model_digest(causal_lm)),
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        chat_template=chat_template,
-        add_empty_system=add_empty_system,
-    )
+    options = source.options(args)
+    causal_lm, tokenizer = source.load(options, device)
+    encoder = ChatEncoder(tokenizer, chat_template=options.chat_template, add_empty_system=options.add_empty_system)
+    context = context_of(causal_lm)
+    kept = KeptTokens(folder / GENERATION, model_digest(causal_lm))
+
+    def complete(talks: Sequence[list["Message"]], places: Sequence[str], temperature: float) -> list[str]:
+        return generate(
+            causal_lm,
+            tokenizer,
+            talks,
+            Decoding(args.max_new_tokens, temperature, seed=args.seed, batch_size=args.batch_size),
+            chat_template=options.chat_template,
+            add_empty_system=options.add_empty_system,
+            places=places,
+            kept=kept,
+        )
+
     answers, cut_off = answer_turns(
         questions,
         complete,
@@ -210,13 +209,13 @@ def _answer(
     on_main(lambda: fastchat.write_answers(folder / ANSWERS, answers))
     say(f"wrote the answers to {folder / ANSWERS}")
     return answers, {
-        "precision": precision,
+        "precision": options.precision,
         "temperature": "FastChat's, by category" if args.temperature is None else args.temperature,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "batch_size": args.batch_size,
-        "chat_template": chat_template,
-        "add_empty_system": add_empty_system,
+        "chat_template": options.chat_template,
+        "add_empty_system": options.add_empty_system,
         "empty_answers": cut_off,
     }
 
@@ -231,15 +230,10 @@ def answer_turns(
 ) -> tuple[list[Answer], int]:
     """Answer both turns; the second turn's conversation holds the first answer.
 
-    Args:
-        questions: what to answer.
-        complete: (conversations, places=, temperature=) -> the next message of each.
-        fits: whether a conversation leaves room for an answer.
-        model: its name in the answers.
-        temperature: for all; None: FastChat's, by category.
-
-    Returns:
-        The answers, without white space around them; and how many are empty because their conversation does not fit.
+    `complete` makes (conversations, places=, temperature=) into the next message of each, `fits` says whether a
+    conversation leaves room for an answer. `model` is its name in the answers. `temperature` is for all; None:
+    FastChat's, by category. Returns the answers, without white space around them; and how many are empty because their
+    conversation does not fit.
     """
     talks: list[list[Message]] = [[] for _ in questions]
     cut_off = 0
@@ -270,123 +264,81 @@ def answer_turns(
 # The verdicts
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """A turn of an answer to judge: `turn` 1 or 2, and what the judge is asked."""
-
-    question_id: int | str
-    model: str
-    turn: Literal[1, 2]
-    prompt: JudgePrompt
-    user_prompt: str
-
-    def judgment(self, judge: str, score: float = UNREAD, text: str | None = None) -> Judgment:
-        """Return the verdict of this match as a line of FastChat's file."""
-        return Judgment(
-            question_id=self.question_id,
-            model=self.model,
-            judge=[judge, self.prompt.name],
-            system_prompt=self.prompt.system_prompt,
-            user_prompt=self.user_prompt,
-            judgment=text,
-            score=score,
-            turn=self.turn,
-        )
-
-
-@dataclasses.dataclass
-class Judged:
-    """What came of the judging.
-
-    Attributes:
-        verdicts: of every match that was answered, with a score of -1 where no rating could be read.
-        missing: how many matches got no answer from the endpoint.
-        reason: the last of the endpoint's errors; None if there was none.
-    """
-
-    verdicts: list[Judgment] = dataclasses.field(default_factory=list)
-    missing: int = 0
-    reason: str | None = None
-
-    @property
-    def unread(self) -> int:
-        """How many verdicts could not be read."""
-        return sum(verdict.score == UNREAD for verdict in self.verdicts)
-
-
 def matches(
-    questions: Sequence[Question], answers: Sequence[Answer], prompts: Mapping[str, JudgePrompt]
-) -> list[Match]:
-    """Return all that is to judge, first turns first. Raises ValueError for a question that a model left out."""
+    questions: Sequence[Question], answers: Sequence[Answer], prompts: Mapping[str, JudgePrompt], judge: str
+) -> list[Judgment]:
+    """Return all that the judge of this name is to judge, first turns first, as judgments without a verdict.
+
+    Raises ValueError for a question that a model left out.
+    """
     models = list(dict.fromkeys(answer.model_id for answer in answers))
     by_key = {(answer.model_id, answer.question_id): answer for answer in answers}
-    found = []
     turns: tuple[Literal[1, 2], ...] = (1, 2)
-    for turn in turns:
-        for question in (question for question in questions if len(question.turns) >= turn):
-            for model in models:
-                answer = by_key.get((model, question.question_id))
-                if answer is None or len(answer.turns) < turn:
-                    raise ValueError(
-                        f"{model} has no answer to turn {turn} of question {question.question_id}; generate it again"
-                    )
-                prompt = prompts[fastchat.PROMPTS[turn, question.needs_reference][0]]
-                user_prompt = prompt.prompt_template.format(**_fields(question, answer))
-                found.append(Match(question.question_id, model, turn, prompt, user_prompt))
+    found = []
+    for turn, question, model in itertools.product(turns, questions, models):
+        if len(question.turns) < turn:
+            continue
+        answer = by_key.get((model, question.question_id))
+        if answer is None or len(answer.turns) < turn:
+            raise ValueError(
+                f"{model} has no answer to turn {turn} of question {question.question_id}; generate it again"
+            )
+        # All that a template can hold: `fastchat.read_judge_prompts` checked which of it each does.
+        fields = {"question": question.turns[0], "answer": answer.turns[0]}
+        named = {"question": question.turns, "answer": answer.turns, "ref_answer": question.reference}
+        for name, texts in named.items():
+            fields |= {f"{name}_{number}": text for number, text in enumerate(texts, start=1)}
+        prompt = prompts[fastchat.PROMPTS[turn, question.needs_reference][0]]
+        found.append(
+            Judgment(
+                question_id=question.question_id,
+                model=model,
+                judge=[judge, prompt.name],
+                system_prompt=prompt.system_prompt,
+                user_prompt=prompt.prompt_template.format(**fields),
+                score=UNREAD,
+                turn=turn,
+            )
+        )
     return found
 
 
-def _fields(question: Question, answer: Answer) -> dict[str, str]:
-    """Return all that a template can hold: `fastchat.read_judge_prompts` checked which of them it does."""
-    fields = {"question": question.turns[0], "answer": answer.turns[0]}
-    named = {"question": question.turns, "answer": answer.turns, "ref_answer": question.reference}
-    for name, turns in named.items():
-        fields |= {f"{name}_{number}": text for number, text in enumerate(turns, start=1)}
-    return fields
-
-
-def judge(wanted: Sequence[Match], endpoint: Endpoint, *, parallel: int, kept: Path) -> Judged:
+def judge(
+    wanted: Sequence[Judgment], endpoint: Endpoint, *, parallel: int, kept: Path
+) -> tuple[list[Judgment], list[str]]:
     """Ask for the verdicts that the file `kept` does not hold yet, and append each as it comes.
 
     A verdict that cannot be read after `ASKED` requests is a line with score -1, which a later call asks for again.
-
-    Raises:
-        ValueError: the endpoint rejects every request, or the file holds something else.
-        OSError: the disk fails.
-        KeyboardInterrupt: SIGINT or SIGTERM; what has come is kept.
+    Returns the verdicts that came, and the endpoint's errors for the others. Raises ValueError if the endpoint rejects
+    every request, or the file holds something else; KeyboardInterrupt as `ask_all`.
     """
-    from notus.evaluation.results import append_records, read_records
-
     lines = [
         parse_entry(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
         for number, row in enumerate(read_records(kept), start=1)
     ]
     known = {line.key: line for line in lines if line.score != UNREAD}
-    keys = [match.judgment(endpoint.model).key for match in wanted]
-    left = [match for match, key in zip(wanted, keys, strict=True) if key not in known]
-    judged = Judged([known[key] for key in keys if key in known])
-    if judged.verdicts:
-        print(f"{len(judged.verdicts)} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
-    with tqdm(total=len(wanted), initial=len(judged.verdicts), desc="judging", disable=None) as bar:
+    left = [match for match in wanted if match.key not in known]
+    verdicts = [known[match.key] for match in wanted if match.key in known]
+    if verdicts:
+        print(f"{len(verdicts)} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
+    with tqdm(total=len(wanted), initial=len(verdicts), desc="judging", disable=None) as bar:
 
-        def on_done(match: Match, reply: str | Exception) -> None:
+        def record(match: Judgment, reply: str | Exception) -> dict[str, Any] | None:
             bar.update()
             if isinstance(reply, Exception):
-                judged.missing, judged.reason = judged.missing + 1, str(reply)
-                return
-            verdict = match.judgment(endpoint.model, read_rating(reply), reply)
-            append_records(kept, [verdict.model_dump()])
-            judged.verdicts.append(verdict)
+                return None
+            verdict = {"judgment": reply, "score": read_rating(reply), "tstamp": time.time()}
+            verdicts.append(match.model_copy(update=verdict))
+            return verdicts[-1].model_dump()
 
-        ask_all(lambda match: _ask(endpoint, match), left, parallel=parallel, on_done=on_done)
-    return judged
+        failures = collect_verdicts(lambda match: _ask(endpoint, match), left, record, parallel=parallel, kept=kept)
+    return verdicts, failures
 
 
-async def _ask(endpoint: Endpoint, match: Match) -> str:
+async def _ask(endpoint: Endpoint, match: Judgment) -> str:
     """Return a reply that holds a rating, or the last one if none of several does."""
-    messages = [{"role": "user", "content": match.user_prompt}]
-    if match.prompt.system_prompt:
-        messages.insert(0, {"role": "system", "content": match.prompt.system_prompt})
+    parts = {"system": match.system_prompt, "user": match.user_prompt}
+    messages = [{"role": role, "content": text} for role, text in parts.items() if text]
     reply = await endpoint.ask(messages)
     for _ in range(ASKED - 1):
         if read_rating(reply) != UNREAD:
@@ -406,14 +358,6 @@ def read_rating(text: str) -> float:
     return UNREAD
 
 
-def _judge_file(args: argparse.Namespace) -> int:
-    answers, (questions, judge) = fastchat.read_answers(args.answers), _read_inputs(args)
-    models = sorted({answer.model_id for answer in answers})
-    folder = _file_folder(args, models, args.answers)
-    hold_folder(folder)
-    return _judge(args, questions, judge, answers, ", ".join(models), folder, {"answers": args.answers})
-
-
 def _judge(
     args: argparse.Namespace,
     questions: list[Question],
@@ -428,13 +372,15 @@ def _judge(
         options = "--judge-model NAME --judge-prompts FILE [--judge-url URL]"
         print(f"not judged: run again with {options}; the answers are not generated again")
         return 0
-    wanted = matches(questions, answers, judged_by.prompts)
+    endpoint, prompts = judged_by
+    wanted = matches(questions, answers, prompts, endpoint.model)
     kept = folder / f"{args.judge_model.replace('/', '--')}_single.jsonl"
     try:
-        judged = judge(wanted, judged_by.endpoint, parallel=args.parallel, kept=kept)
+        verdicts, failures = judge(wanted, endpoint, parallel=args.parallel, kept=kept)
     except KeyboardInterrupt:
         tell(f"stopped: the verdicts that came are in {kept}; the same command resumes there")
         return STOPPED
+    unread = sum(verdict.score == UNREAD for verdict in verdicts)
     settings |= {
         "questions": args.questions or fastchat.QUESTIONS,
         "references": args.references or "the questions' own",
@@ -442,24 +388,19 @@ def _judge(
         "judge_url": args.judge_url,
         "judge_prompts": args.judge_prompts,
         "verdicts": len(wanted),
-        "unread": judged.unread,
-        "missing": judged.missing,
+        "unread": unread,
+        "missing": len(failures),
     }
-    _report_failures(judged, len(wanted), kept)
-    _report(args, judged.verdicts, questions, model, folder, settings)
-    return 1 if judged.missing else 0
-
-
-def _report_failures(judged: Judged, wanted: int, kept: Path) -> None:
-    """Print which verdicts are not there, and why. Raises ValueError if that is all of them."""
     again = "the same command asks again for those that failed, and for no others"
-    if judged.missing + judged.unread == wanted:
-        last = judged.reason or f"no verdict holds a rating, see {kept}"
-        raise ValueError(f"not one of {wanted} verdicts came: {last}; fix the judge, {again}")
-    if judged.unread:
-        print(f"{judged.unread} of {wanted} verdicts hold no rating and count nowhere; {again}")
-    if judged.missing:
-        print(f"{judged.missing} of {wanted} verdicts did not come: {judged.reason}; {again}")
+    if len(failures) + unread == len(wanted):
+        last = failures[-1] if failures else f"no verdict holds a rating, see {kept}"
+        raise ValueError(f"not one of {len(wanted)} verdicts came: {last}; fix the judge, {again}")
+    if unread:
+        print(f"{unread} of {len(wanted)} verdicts hold no rating and count nowhere; {again}")
+    if failures:
+        print(f"{len(failures)} of {len(wanted)} verdicts did not come: {failures[-1]}; {again}")
+    _report(args, verdicts, questions, model, folder, settings)
+    return 1 if failures else 0
 
 
 # The scores
@@ -467,22 +408,15 @@ def _report_failures(judged: Judged, wanted: int, kept: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What one judge gave one model, out of 10.
+    """What one judge gave one model, out of 10."""
 
-    Attributes:
-        model, judge: their names.
-        questions: the scores by question.
-        turns: the same scores by turn.
-        categories: the same scores by category; empty where the questions are not known.
-        unread: verdicts that could not be read; they count nowhere else.
-    """
-
+    # model, judge: their names.
     model: str
     judge: str
-    questions: Mapping[int | str, list[float]]
-    turns: Mapping[int, list[float]]
-    categories: Mapping[str, list[float]]
-    unread: int
+    questions: Mapping[int | str, list[float]]  # the scores by question
+    turns: Mapping[int, list[float]]  # the same scores by turn
+    categories: Mapping[str, list[float]]  # the same scores by category; empty where the questions are not known
+    unread: int  # verdicts that could not be read; they count nowhere else
 
     @property
     def count(self) -> int:
@@ -505,6 +439,16 @@ class Scores:
         excess = [sum(values) - self.mean * len(values) for values in self.questions.values()]
         return statistics.stdev(excess) * math.sqrt(len(excess)) / self.count
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the scores as JSON, in which there is no NaN."""
+
+        def means(parts: Mapping[Any, list[float]]) -> dict[str, Any]:
+            return {str(key): {"score": _mean(each), "count": len(each)} for key, each in parts.items() if each}
+
+        own = {"model": self.model, "judge": self.judge, "score": self.mean if self.count else None}
+        counts = {"scored": self.count, "unread": self.unread}
+        return {**own, **counts, "turns": means(self.turns), "categories": means(self.categories)}
+
     @property
     def is_like_published(self) -> bool:
         """Whether published scores may stand beside these."""
@@ -517,13 +461,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def score(judgments: Iterable[Judgment], categories: Mapping[int | str, str] | None = None) -> list[Scores]:
-    """Return the scores of each model by each judge, the best first.
+    """Return the scores of each model by each judge, the best first; `categories` are the questions', by their ids.
 
     Of several judgments of the same turn the last one with a score counts; FastChat's `show_result` averages them all.
-
-    Args:
-        judgments: of any models, by any judges.
-        categories: of the questions, by their ids.
     """
     last: dict[tuple[str, str], dict[tuple[int | str, int], float]] = {}
     for judgment in judgments:
@@ -531,38 +471,41 @@ def score(judgments: Iterable[Judgment], categories: Mapping[int | str, str] | N
         turn = (judgment.question_id, judgment.turn)
         if judgment.score != UNREAD or turn not in by_turn:
             by_turn[turn] = judgment.score
-    found = [_score_model(*key, by_turn, categories or {}) for key, by_turn in last.items()]
+    found = []
+    for (model, judge), by_turn in last.items():
+        questions: dict[int | str, list[float]] = {}
+        turns: dict[int, list[float]] = {1: [], 2: []}
+        of_category: dict[str, list[float]] = {name: [] for name in (categories or {}).values()}  # in their order
+        read = {key: value for key, value in by_turn.items() if value != UNREAD}
+        for (question, number), value in read.items():
+            questions.setdefault(question, []).append(value)
+            turns[number].append(value)
+            if categories and question in categories:
+                of_category[categories[question]].append(value)
+        of_category = {name: values for name, values in of_category.items() if values}
+        found.append(Scores(model, judge, questions, turns, of_category, len(by_turn) - len(read)))
     return sorted(found, key=lambda scores: (math.isnan(scores.mean), -scores.mean, scores.model))
-
-
-def _score_model(
-    model: str, judge: str, scores: Mapping[tuple[int | str, int], float], categories: Mapping[int | str, str]
-) -> Scores:
-    questions: dict[int | str, list[float]] = {}
-    by_category: dict[str, list[float]] = {name: [] for name in categories.values()}
-    turns: dict[int, list[float]] = {1: [], 2: []}
-    read = {key: value for key, value in scores.items() if value != UNREAD}
-    for (question, turn), value in read.items():
-        questions.setdefault(question, []).append(value)
-        turns[turn].append(value)
-        if question in categories:
-            by_category[categories[question]].append(value)
-    by_category = {name: values for name, values in by_category.items() if values}
-    return Scores(model, judge, questions, turns, by_category, len(scores) - len(read))
 
 
 def _score_file(args: argparse.Namespace) -> int:
     judgments = fastchat.read_judgments(Path(args.judgments))
     questions = fastchat.read_questions(args.questions) if args.questions else []
-    models = sorted({judgment.model for judgment in judgments})
-    folder = _file_folder(args, models, args.judgments)
-    _report(args, judgments, questions, ", ".join(models), folder, {"judgments": args.judgments})
+    model, folder = _model_and_folder(args, {judgment.model for judgment in judgments}, args.judgments)
+    _report(args, judgments, questions, model, folder, {"judgments": args.judgments})
     return 0
 
 
-def _file_folder(args: argparse.Namespace, models: Sequence[str], file: str) -> Path:
-    """Return where results of the models in a file go: under the model, or for several under the file's name."""
-    return result_folder(args.output, None, models[0] if len(models) == 1 else Path(file).stem, SUITE)
+def _judge_file(args: argparse.Namespace) -> int:
+    answers, (questions, judge) = fastchat.read_answers(args.answers), _read_inputs(args)
+    model, folder = _model_and_folder(args, {answer.model_id for answer in answers}, args.answers)
+    hold_folder(folder)
+    return _judge(args, questions, judge, answers, model, folder, {"answers": args.answers})
+
+
+def _model_and_folder(args: argparse.Namespace, models: Collection[str], file: str) -> tuple[str, Path]:
+    """Return the models' names, and where results go: under the model, or for several under the file's name."""
+    name = next(iter(models)) if len(models) == 1 else Path(file).stem
+    return ", ".join(sorted(models)), result_folder(args.output, None, name, SUITE)
 
 
 def _report(
@@ -579,7 +522,7 @@ def _report(
     found = figures(scores, dataset)
     if not found:
         raise ValueError("no judgment holds a score, all are -1; judge the answers again")
-    details = {"scores": [_as_json(each) for each in scores]}
+    details = {"scores": [each.as_json() for each in scores]}
     path = write_result(folder, Result(SUITE, model, found, settings, details))
     print(f"{table(scores)}\nwrote {path}")
 
@@ -588,10 +531,8 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
     """Return the overall score of each model, then its turns and categories; none of a model without any score.
 
     Published scores stand beside those by the same judge of as many questions and turns. Of several models the setup
-    names the one that a figure is of. `dataset`: of the questions, as `Figure` has it.
+    names the one that a figure is of.
     """
-    from notus.evaluation.resolve_model import public_name
-
     found = []
     for each in scores:
         if not each.count:
@@ -604,27 +545,10 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
         stderr = None if math.isnan(each.stderr) else each.stderr
         published = PUBLISHED if each.is_like_published else {}
         found.append(Figure(NAME, "score", each.mean, "", stderr, each.count, setup, dataset, published))
-        for part, values in {**{f"turn {turn}": each.turns[turn] for turn in each.turns}, **each.categories}.items():
+        for part, values in [*((f"turn {turn}", each.turns[turn]) for turn in each.turns), *each.categories.items()]:
             if values:
                 found.append(Figure(NAME, f"score, {part}", _mean(values), "", None, len(values), setup, dataset))
     return found
-
-
-def _as_json(scores: Scores) -> dict[str, Any]:
-    """Return scores as JSON, in which there is no NaN."""
-
-    def means(parts: Mapping[Any, list[float]]) -> dict[str, Any]:
-        return {str(key): {"score": _mean(parts[key]), "count": len(parts[key])} for key in parts if parts[key]}
-
-    return {
-        "model": scores.model,
-        "judge": scores.judge,
-        "score": scores.mean if scores.count else None,
-        "scored": scores.count,
-        "unread": scores.unread,
-        "turns": means(scores.turns),
-        "categories": means(scores.categories),
-    }
 
 
 def table(scores: Sequence[Scores]) -> str:

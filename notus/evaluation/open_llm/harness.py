@@ -5,6 +5,7 @@ published figures. Every rank holds the whole model, since generation needs it s
 rank waits for the others only at the end. lm-eval sees one process; requests are dealt to the ranks in here.
 """
 
+import argparse
 import contextlib
 import difflib
 import functools
@@ -26,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.evaluation.decoding import KeptTokens, generate_ids
+from notus.evaluation.decoding import Decoding, KeptTokens, generate_ids
 from notus.evaluation.open_llm.scoring import KeptScores, Text, score_texts
 from notus.model.attention import IMPLEMENTATION
 from notus.model.policy import Policy
@@ -57,19 +58,11 @@ class NotusLM(TemplateLM):
         template: str | None = None,
         add_empty_system: bool = False,
     ) -> None:
-        """Wrap a model.
+        """Wrap a model that is whole on every rank, in evaluation mode.
 
-        Args:
-            causal_lm: whole on every rank, in evaluation mode.
-            tokenizer: its tokenizer.
-            name: for the results.
-            max_length: tokens of context; longer texts lose their beginning.
-            tokens_per_row: the most tokens of a forward pass; None: 4096, or the longest text's.
-            batch_size: completions generated at a time.
-            kept: a folder for what is done, to resume from.
-            identity: says which weights these are.
-            template: Jinja text of the chat template; for tasks run with one.
-            add_empty_system: an empty system turn in front of conversations without one.
+        Longer texts than `max_length` tokens lose their beginning. `tokens_per_row` bounds a forward pass; None: 4096,
+        or the longest text's. `batch_size` completions are generated at a time. The folder `kept` holds what is done,
+        and `identity` says of which weights. `template` is Jinja text, for tasks run with a chat template.
         """
         super().__init__()
         self.causal_lm, self.tokenizer, self.name = causal_lm, tokenizer, name
@@ -169,10 +162,9 @@ class NotusLM(TemplateLM):
             self.tokenizer,
             prompts,
             [length] * len(prompts),
+            Decoding(batch_size=self.batch_size, **drawn),
             stop=until,
-            batch_size=self.batch_size,
             kept=self._tokens,
-            **drawn,
         )
         return [
             postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), until, None) for ids in new
@@ -290,18 +282,8 @@ def name_of(item: Task | Group) -> str:
     return str(item.name if isinstance(item, Group) else item.task_name)
 
 
-def evaluate(
-    lm: NotusLM,
-    manager: TaskManager,
-    opened: list[Task | Group],
-    *,
-    num_fewshot: int | None,
-    limit: int | None,
-    chat: bool,
-    multiturn: bool,
-    system: str | None,
-) -> dict[str, Any]:
-    """Run lm-eval, a collective, and return its results on rank 0; {} on the others."""
+def evaluate(lm: NotusLM, manager: TaskManager, opened: list[Task | Group], args: argparse.Namespace) -> dict[str, Any]:
+    """Run lm-eval as the suite's `args` say, a collective, and return its results on rank 0; {} on the others."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR if is_main() else logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if not is_main():  # its progress bars
@@ -311,14 +293,14 @@ def evaluate(
             model_args={"pretrained": lm.name},
             tasks=opened,
             task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
             batch_size=lm.batch_size,
             device=str(lm.device),
             bootstrap_iters=_BOOTSTRAP if is_main() else 0,
             log_samples=False,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=multiturn,
-            system_instruction=system,
+            apply_chat_template=args.apply_chat_template,
+            fewshot_as_multiturn=args.fewshot_as_multiturn is not False,
+            system_instruction=args.system_instruction,
         )
     return results or {}

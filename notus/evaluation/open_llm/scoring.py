@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from notus.data.batching import balance
 from notus.data.packing import Batch, build_layout
-from notus.evaluation.results import append_records, read_records
+from notus.evaluation.results import KeptRecords
 from notus.model.flops import Dimensions, dimensions, forward_flops
 from notus.model.policy import Policy
-from notus.runtime.distributed import gather_objects, is_main, on_main, rank, say, world_size
+from notus.runtime.distributed import gather_objects, is_main, rank, say, world_size
 
 DEFAULT_TOKENS_PER_ROW = 4096
 
@@ -31,30 +31,19 @@ _KEYS_PER_TOKEN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A sequence of tokens of which the last `scored` are scored.
+    """A sequence of tokens of which the last `scored` are scored."""
 
-    Attributes:
-        ids: int32 [T].
-        scored: how many, 1 to T - 1.
-    """
-
-    ids: np.ndarray
-    scored: int
+    ids: np.ndarray  # int32 [T]
+    scored: int  # how many, 1 to T - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Texts that share a trunk.
+    """Texts that share a trunk."""
 
-    Attributes:
-        trunk: tokens that all inputs begin with; 0 for a lone input.
-        inputs: what the model reads, each longer than the trunk, none the beginning of another.
-        wanted: per input, which texts are scored from it.
-    """
-
-    trunk: int
-    inputs: list[np.ndarray]
-    wanted: list[list[int]]
+    trunk: int  # tokens that all inputs begin with; 0 for a lone input
+    inputs: list[np.ndarray]  # what the model reads, each longer than the trunk, none the beginning of another
+    wanted: list[list[int]]  # per input, which texts are scored from it
 
     @property
     def tokens(self) -> int:
@@ -189,54 +178,34 @@ def _join(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-class KeptScores:
-    """Scores by the digest of their text, in one file per rank of a folder that all ranks see."""
+class KeptScores(KeptRecords):
+    """Scores by the digest of their text."""
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        """`identity` says which weights, in which precision, gave the scores; others' are not found."""
-        self.folder, self.identity = folder, identity.encode()
+    what = "log-likelihood"
+
+    def is_valid(self, record: dict[str, Any]) -> bool:
+        """Return whether a record holds a score."""
+        return [type(record.get(name)) for name in ("logp", "greedy")] == [float, bool]
 
     def key(self, text: Text) -> str:
         """Return a digest of the text and the model."""
-        head = f"{text.scored} {len(text.ids)} ".encode()
-        return hashlib.sha256(self.identity + head + text.ids.tobytes()).hexdigest()
-
-    def find(self) -> dict[str, Score]:
-        """Return all scores. Raises ValueError, naming the file, if one holds something else."""
-        found = {}
-        for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for number, record in enumerate(read_records(path), start=1):
-                if [type(record.get(name)) for name in ("key", "logp", "greedy")] != [str, float, bool]:
-                    raise ValueError(f"{path}, line {number}: not a kept log-likelihood; remove the file")
-                found[record["key"]] = (record["logp"], record["greedy"])
-        return found
-
-    def add(self, scores: dict[str, Score]) -> None:
-        """Keep some. Raises OSError."""
-        records = ({"key": key, "logp": logp, "greedy": greedy} for key, (logp, greedy) in scores.items())
-        append_records(self.folder / f"rank-{rank()}.jsonl", records)
+        head = f"{self.identity}{text.scored} {len(text.ids)} ".encode()
+        return hashlib.sha256(head + text.ids.tobytes()).hexdigest()
 
 
 def score_texts(policy: Policy, texts: Sequence[Text], *, tokens_per_row: int | None, kept: KeptScores) -> list[Score]:
     """Return the scores of texts, and compute those that are not kept yet; collective.
 
     Rows are planned from all texts, kept or not: what a resumed pass computes is what an undisturbed one would have.
-
-    Args:
-        policy: whole on every rank.
-        texts: the same on every rank, repeats allowed.
-        tokens_per_row: the most tokens of a row; None: 4096, or the longest text's.
-        kept: where scores are found and kept.
-
-    Raises:
-        ValueError: a text is longer than `tokens_per_row`, or its score is not finite.
+    `policy` is whole on every rank, `texts` are the same on every rank, repeats allowed. A row has at most
+    `tokens_per_row` tokens; None: 4096, or the longest text's. Raises ValueError if a text is longer, or its score is
+    not finite.
     """
     keys = [kept.key(text) for text in texts]
-    _check_same(keys)
     unique = dict(zip(keys, texts, strict=True))
     names, different = list(unique), list(unique.values())
     rows = plan_rows(different, _room(different, tokens_per_row))
-    done = on_main(lambda: {key: score for key, score in kept.find().items() if key in unique})
+    done: dict[str, Score] = {key: (found["logp"], found["greedy"]) for key, found in kept.find(keys).items()}
     open_rows = [row for row in rows if any(names[text] not in done for text in texts_of(row))]
     read = sum(len(text.ids) - 1 for text in different)
     computed = sum(group.tokens for row in rows for group in row)
@@ -247,9 +216,9 @@ def score_texts(policy: Policy, texts: Sequence[Text], *, tokens_per_row: int | 
     new: dict[str, Score] = {}
     mine = share(open_rows, dimensions(policy.causal_lm), rank(), world_size())
     for row in tqdm(mine, disable=None if is_main() else True):
-        found = {names[text]: score for text, score in _score_row(policy, row, different).items()}
-        kept.add(found)
-        new.update(found)
+        scores = {names[text]: score for text, score in _score_row(policy, row, different).items()}
+        kept.add({"key": key, "logp": logp, "greedy": greedy} for key, (logp, greedy) in scores.items())
+        new.update(scores)
     for part in gather_objects(new):
         done.update(part)
     return [done[key] for key in keys]
@@ -275,13 +244,3 @@ def _room(texts: Sequence[Text], given: int | None) -> int:
             "or lower --max-length"
         )
     return given or max(DEFAULT_TOKENS_PER_ROW, longest)
-
-
-def _check_same(keys: list[str]) -> None:
-    """Raise ValueError if the ranks, which make the requests each for itself, have different ones."""
-    digest = hashlib.sha256("".join(keys).encode()).hexdigest()
-    if len(set(gather_objects(digest))) > 1:
-        raise ValueError(
-            "the ranks have different requests or weights: their data or files differ, or a task draws its examples "
-            "at random without a seed; run in one process"
-        )

@@ -31,24 +31,15 @@ ZEPHYR, NOTUS = "Zephyr-7B-beta", "Notus 7B v1"
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One of the seven benchmarks of the Open LLM Leaderboard, as Notus 7B v1 was measured.
+    """One of the seven benchmarks of the Open LLM Leaderboard, as Notus 7B v1 was measured."""
 
-    Attributes:
-        task: lm-eval's name of the task or group.
-        title: what people call it.
-        shots: examples in the prompt.
-        metric: lm-eval's name of the measure.
-        filter: which of the task's readings of an answer counts; "none" where it has only one.
-        dataset: hub id.
-        zephyr, notus: figures of Zephyr-7B-beta and of Notus 7B v1, in %.
-    """
-
-    task: str
-    title: str
-    shots: int
-    metric: str
-    filter: str
-    dataset: str
+    task: str  # lm-eval's name of the task or group
+    title: str  # what people call it
+    shots: int  # examples in the prompt
+    metric: str  # lm-eval's name of the measure
+    filter: str  # which of the task's readings of an answer counts; "none" where it has only one
+    dataset: str  # hub id
+    # zephyr, notus: figures of Zephyr-7B-beta and of Notus 7B v1, in %.
     zephyr: float
     notus: float
 
@@ -144,16 +135,7 @@ def run(args: argparse.Namespace) -> int:
         folder = result_folder(args.output, source.run, source.name, _suite(args))
         on_main(lambda: hold_folder(folder))
         lm = _load(args, source, folder / KEPT, device)
-        results = harness.evaluate(
-            lm,
-            manager,
-            opened,
-            num_fewshot=args.num_fewshot,
-            limit=args.limit,
-            chat=args.apply_chat_template,
-            multiturn=args.fewshot_as_multiturn is not False,
-            system=args.system_instruction,
-        )
+        results = harness.evaluate(lm, manager, opened, args)
         say(on_main(lambda: _write(args, lm, results, list(map(harness.name_of, opened)), folder)))
         say(f"results are in {folder}")
     return 0
@@ -182,28 +164,21 @@ def _suite(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "torch.device") -> "NotusLM":
     from lm_eval.models.utils import resolve_max_length
 
-    from notus.data.chat import check_vocabulary, resolve_template
+    from notus.data.chat import resolve_template
     from notus.evaluation.decoding import model_digest
     from notus.evaluation.open_llm.harness import NotusLM
-    from notus.model.export import load_causal_lm
     from notus.model.supported import check_supported
-    from notus.training.parallelize import COMPUTE_DTYPES, check_attention
+    from notus.training.parallelize import check_attention
 
-    dtype = COMPUTE_DTYPES[source.choose(args.precision, "training.precision", "bf16")]
-    causal_lm, tokenizer = load_causal_lm(
-        source.folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code
-    )
+    options = source.options(args)
+    causal_lm, tokenizer = source.load(options, device)
     check_supported(causal_lm.config)
-    check_attention(causal_lm.config, device, dtype)
-    check_vocabulary(tokenizer, causal_lm.config.vocab_size)
+    check_attention(causal_lm.config, device, options.dtype)
     longest = resolve_max_length(causal_lm.config, tokenizer)
     if args.max_length is not None and args.max_length > longest:
         raise ValueError(
             f"--max-length {args.max_length} is more than the model's context of {longest} tokens: lower it"
         )
-    template = None
-    if args.apply_chat_template:
-        template = resolve_template(tokenizer, source.choose(args.chat_template, "data.chat_template", None))
     return NotusLM(
         causal_lm,
         tokenizer,
@@ -213,8 +188,8 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
         batch_size=args.batch_size,
         kept=kept,
         identity=model_digest(causal_lm),
-        template=template,
-        add_empty_system=source.choose(args.add_empty_system, "data.add_empty_system", False),
+        template=resolve_template(tokenizer, options.chat_template) if args.apply_chat_template else None,
+        add_empty_system=options.add_empty_system,
     )
 
 
@@ -244,10 +219,8 @@ def _write(args: argparse.Namespace, lm: "NotusLM", results: dict[str, Any], nam
 def figures(results: dict[str, Any], names: Sequence[str], *, limit: int | None = None) -> list[Figure]:
     """Return the figures of tasks and groups: for the leaderboard's seven its own measure, for others all they have.
 
-    Args:
-        results: as lm-eval's `simple_evaluate` returns them.
-        names: which, in order.
-        limit: of a trial, how many examples of each task were taken; None: all.
+    `results` are lm-eval's `simple_evaluate`'s, `names` says which, in order. `limit`: of a trial, how many examples of
+    each task were taken.
     """
     found = []
     for name in names:

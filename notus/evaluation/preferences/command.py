@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 from notus.evaluation.arguments import add_model_arguments, count, positive
 from notus.evaluation.evaluate import add_suite_argument
-from notus.evaluation.results import EVALUATIONS, Figure, Result, check_folder, check_output, write_result
+from notus.evaluation.results import (
+    EVALUATIONS,
+    Figure,
+    Result,
+    check_folder,
+    check_output,
+    public_name,
+    write_result,
+)
 from notus.runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -100,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
         if args.output:
             distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs or args.model))
         model = find_together(args.model, trust_remote_code=args.trust_remote_code)
-        base = _find_base(args, model)
+        start = model.settings["model"]["name_or_path"] if "dpo" in model.settings else None
+        named = args.base or model.base or start
+        base = find_together(named, trust_remote_code=args.trust_remote_code) if named else None
         _check_options(args, base)
         if model.run:
             folder, remedy = model.run / EVALUATIONS / SUITE, f"evaluate {model.folder}, which keeps none"
@@ -111,36 +121,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find_base(args: argparse.Namespace, model: "ModelSource") -> "ModelSource | None":
-    from notus.evaluation.resolve_model import find_together
-
-    start = model.settings["model"]["name_or_path"] if "dpo" in model.settings else None
-    name = args.base or model.base or start
-    return find_together(name, trust_remote_code=args.trust_remote_code) if name else None
-
-
 def _check_options(args: argparse.Namespace, base: "ModelSource | None") -> None:
     """Raise ValueError for options without effect."""
-    for name in ("beta", "kl_samples"):
-        if base is None and getattr(args, name) is not None:
-            raise ValueError(f"{_option(name)} has no effect without a base: give --base, or leave it out")
-    for name in _OF_PAIRS:  # cut otherwise, other rows would be held out
-        if args.pairs is None and getattr(args, name) is not None:
-            raise ValueError(f"{_option(name)} needs --pairs: the run's own are taken as they are")
-    for name in ("kl_prompts", "kl_max_new_tokens"):
-        if args.kl_samples is None and getattr(args, name) is not None:
-            raise ValueError(f"{_option(name)} has no effect without --kl-samples: say how many, or leave it out")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    checks = (
+        (base is None, ("beta", "kl_samples"), "has no effect without a base: give --base, or leave it out"),
+        # cut otherwise, other rows would be held out
+        (args.pairs is None, _OF_PAIRS, "needs --pairs: the run's own are taken as they are"),
+        (
+            args.kl_samples is None,
+            ("kl_prompts", "kl_max_new_tokens"),
+            "has no effect without --kl-samples: say how many, or leave it out",
+        ),
+    )
+    for is_void, names, reason in checks:
+        for name in names:
+            if is_void and getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} {reason}")
 
 
 def _evaluate(
     args: argparse.Namespace, device: "torch.device", model: "ModelSource", base: "ModelSource | None"
 ) -> dict[str, Any]:
     """Return what the table shows and the file gets: how it was computed, then the metrics."""
-    from notus.evaluation.preferences.scores import Scoring, load_pairs_of, name_pairs
+    from notus.evaluation.preferences.scores import Scoring, load_pairs_of, name_pairs, score_adapter, score_model
     from notus.model.export import load_tokenizer
 
     tokenizer = load_tokenizer(model.folder, args.trust_remote_code)
@@ -148,13 +151,19 @@ def _evaluate(
     scoring = Scoring(
         pairs=load_pairs_of(model, args.pairs, args.split, tokenizer, tokenization),
         tokenizer=tokenizer,
-        precision=model.choose(args.precision, "training.precision", "bf16"),
+        precision=model.options(args).precision,
         tokens_per_row=args.tokens_per_row,
         device=device,
         trust_remote_code=args.trust_remote_code,
     )
     samples = _sample(args, model, scoring, tokenization) if args.kl_samples else None
-    scores, base_scores = _score(args, model, base, scoring, samples)
+    rows = samples.rows if samples else None
+    base_scores: Scores | None
+    if model.base and not args.base:
+        scores, base_scores = score_adapter(model, scoring, rows)
+    else:
+        scores = score_model(model, scoring, rows)
+        base_scores = score_model(base, scoring, rows) if base else None
     beta = model.choose(args.beta, "dpo.beta", 0.1) if base else None
     return {
         "model": model.name,
@@ -175,11 +184,12 @@ def _tokenization(args: argparse.Namespace, model: "ModelSource") -> "Tokenizati
 
     max_length = model.choose(args.max_length, "data.max_length", 1024)
     of_prompt = max(1, min(512, max_length // 2))
+    options = model.options(args)
     return Tokenization(
         max_length=max_length,
         max_prompt_length=model.choose(args.max_prompt_length, "data.max_prompt_length", of_prompt),
-        chat_template=model.choose(args.chat_template, "data.chat_template", None),
-        add_empty_system=model.choose(args.add_empty_system, "data.add_empty_system", False),
+        chat_template=options.chat_template,
+        add_empty_system=options.add_empty_system,
     )
 
 
@@ -191,41 +201,13 @@ def _sample(
     from notus.runtime.distributed import on_main, say
 
     if args.kl_prompts:
-        template, system = tokenization.chat_template, tokenization.add_empty_system
-        prompts = on_main(
-            lambda: read_prompts(
-                Path(args.kl_prompts), scoring.tokenizer, chat_template=template, add_empty_system=system
-            )
-        )
+        prompts = on_main(lambda: read_prompts(Path(args.kl_prompts), scoring.tokenizer, tokenization))
     else:
         prompts = prompts_of(scoring.pairs)
     chosen = choose(prompts, args.kl_samples)
     if len(chosen) < args.kl_samples:
         say(f"--kl-samples {args.kl_samples}: there are only {len(chosen)} different prompts")
-    return sample(
-        model.folder,
-        scoring.tokenizer,
-        chosen,
-        max_new_tokens=args.kl_max_new_tokens or DEFAULT_KL_TOKENS,
-        precision=scoring.precision,
-        device=scoring.device,
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
-def _score(
-    args: argparse.Namespace,
-    model: "ModelSource",
-    base: "ModelSource | None",
-    scoring: "Scoring",
-    samples: "Samples | None",
-) -> "tuple[Scores, Scores | None]":
-    from notus.evaluation.preferences.scores import score_adapter, score_model
-
-    rows = samples.rows if samples else None
-    if model.base and not args.base:
-        return score_adapter(model, scoring, rows)
-    return score_model(model, scoring, rows), score_model(base, scoring, rows) if base else None
+    return sample(model.folder, scoring, chosen, args.kl_max_new_tokens or DEFAULT_KL_TOKENS)
 
 
 def _metrics(
@@ -271,8 +253,6 @@ def _write(args: argparse.Namespace, model: "ModelSource", result: dict[str, Any
 
 
 def _figures(result: dict[str, Any]) -> Iterator[Figure]:
-    from notus.evaluation.resolve_model import public_name
-
     overall, kl, known = result["overall"], result["kl"], result["calibration"]
     what = _MEASURES[result["ranked_by"]]
     shared: dict[str, Any] = {
@@ -322,18 +302,13 @@ def _sentences(result: dict[str, Any]) -> Iterator[str]:
             f"{bias['pearson']:.2f}, of ranks {bias['spearman']:.2f}"
         )
     if kl := result["kl"]:
-        per_sequence, per_token, k3 = (
-            _with_error(kl, name) for name in ("per_sequence", "per_token", "k3_per_sequence")
-        )
+        names = ("per_sequence", "per_token", "k3_per_sequence")
+        errors = ("" if kl[f"{name}_stderr"] is None else f" ± {kl[f'{name}_stderr']:.4f}" for name in names)
+        per_sequence, per_token, k3 = (f"{kl[name]:.4f}{error}" for name, error in zip(names, errors, strict=True))
         yield (
             f"KL to the base: {per_sequence} nats a completion, {per_token} a token (k3: {k3}); {kl['samples']} "
             f"samples, {kl['cut_share']:.0%} of them cut at {kl['max_new_tokens']} tokens"
         )
-
-
-def _with_error(found: dict[str, Any], name: str) -> str:
-    error = found[f"{name}_stderr"]
-    return f"{found[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _breakdowns(result: dict[str, Any]) -> Iterator[str]:

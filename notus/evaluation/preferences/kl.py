@@ -7,16 +7,15 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.evaluation import prompts as prompt_files
-from notus.evaluation.decoding import context_of, encode_prompt, generate_ids
-from notus.evaluation.preferences.metrics import stderr
-from notus.evaluation.preferences.scores import free_memory
+from notus.evaluation.decoding import Decoding, context_of, encode_prompt, generate_ids
+from notus.evaluation.intervals import stderr
+from notus.evaluation.preferences.scores import Scoring, Tokenization, free_memory
 from notus.model.export import load_causal_lm
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.sampling import end_tokens
@@ -26,17 +25,12 @@ SEED = 42
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Completions that a model drew.
+    """Completions that a model drew."""
 
-    Attributes:
-        rows: prompt and completion of each; every token of the completion counts, the one that ends it too.
-        cut: bool [n], whether it was stopped before its end.
-        max_new_tokens: at how many tokens, unless the context ended first.
-    """
-
+    # prompt and completion of each; every token of the completion counts, the one that ends it too.
     rows: TokenizedDataset
-    cut: np.ndarray
-    max_new_tokens: int
+    cut: np.ndarray  # bool [n], whether it was stopped before its end
+    max_new_tokens: int  # at how many tokens, unless the context ended first
 
 
 def prompts_of(rows: TokenizedDataset) -> list[list[int]]:
@@ -49,13 +43,11 @@ def prompts_of(rows: TokenizedDataset) -> list[list[int]]:
     return [list(ids) for ids in found]
 
 
-def read_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None, add_empty_system: bool
-) -> list[list[int]]:
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> list[list[int]]:
     """The prompts of a file as `notus generate` takes them, as token ids. Raises ValueError, naming the line."""
-    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    has_chat_format = bool(chat_template or tokenizer.chat_template)
-    prompts = prompt_files.read_prompts(path, strings_are_turns=has_chat_format)
+    template = tokenization.chat_template
+    encoder = ChatEncoder(tokenizer, chat_template=template, add_empty_system=tokenization.add_empty_system)
+    prompts = prompt_files.read_prompts(path, strings_are_turns=bool(template or tokenizer.chat_template))
     return [encode_prompt(encoder, prompt.turns, prompt.place) for prompt in prompts]
 
 
@@ -65,43 +57,30 @@ def choose(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
     return [prompts[index] for index in np.sort(drawn)]
 
 
-def sample(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    precision: str,
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> Samples:
+def sample(folder: Path, scoring: Scoring, prompts: list[list[int]], max_new_tokens: int) -> Samples:
     """Draw a completion of each prompt at temperature 1 from the model or adapter in `folder`; collective.
 
     Every rank holds the model while it draws. Generation computes in the precision of the scoring pass, so
     draws and scores are of one distribution but for rounding. Raises ValueError for a prompt that fills the context.
     """
-    causal_lm, _ = load_causal_lm(
-        folder, dtype=COMPUTE_DTYPES[precision], device=device, trust_remote_code=trust_remote_code
-    )
+    dtype, trust = COMPUTE_DTYPES[scoring.precision], scoring.trust_remote_code
+    causal_lm, _ = load_causal_lm(folder, dtype=dtype, device=scoring.device, trust_remote_code=trust)
     context = context_of(causal_lm)
     room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     if min(room) < 1:
         raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")
-    completions = generate_ids(causal_lm, tokenizer, prompts, room, temperature=1.0, seed=SEED, with_end=True)
-    ends = end_tokens(tokenizer, causal_lm.generation_config)
+    drawing = Decoding(temperature=1.0, seed=SEED)
+    drawn = generate_ids(causal_lm, scoring.tokenizer, prompts, room, drawing, with_end=True)
+    ends = end_tokens(scoring.tokenizer, causal_lm.generation_config)
     del causal_lm
     free_memory()
-    cut = np.array([ids[-1] not in ends for ids in completions])
-    return Samples(_as_rows(prompts, completions), cut, max_new_tokens)
-
-
-def _as_rows(prompts: list[list[int]], completions: list[list[int]]) -> TokenizedDataset:
     columns = {
         "trunk": prompts,
-        "branches": [[ids] for ids in completions],
-        "loss_mask": [[[1] * len(ids)] for ids in completions],
+        "branches": [[ids] for ids in drawn],
+        "loss_mask": [[[1] * len(ids)] for ids in drawn],
     }
-    return TokenizedDataset(datasets.Dataset.from_dict(columns, features=FEATURES))
+    rows = TokenizedDataset(datasets.Dataset.from_dict(columns, features=FEATURES))
+    return Samples(rows, np.array([ids[-1] not in ends for ids in drawn]), max_new_tokens)
 
 
 def kl(policy: Tensor, base: Tensor, samples: Samples) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from notus.evaluation.intervals import bootstrap_mean, wilson
+from notus.evaluation.intervals import bootstrap_mean, stderr, wilson
 from notus.losses import dpo_loss
 
 BINS = 10
@@ -42,19 +42,13 @@ def preference_metrics(policy: Tensor, base: Tensor | None, lengths: Tensor, *, 
         metrics["loss"] = losses.mean().item()
         measures = {"rewards": torch.stack([chosen, rejected], dim=1), **measures}
     for name, values in measures.items():
-        metrics.update(_means(name, values))
+        of_chosen, of_rejected = values.unbind(1)
+        margins = of_chosen - of_rejected
+        metrics[f"{name}/chosen"] = of_chosen.mean().item()
+        metrics[f"{name}/rejected"] = of_rejected.mean().item()
+        metrics[f"{name}/margins"] = margins.mean().item()
+        metrics[f"{name}/accuracies"] = (0.5 * (1 + margins.sign())).mean().item()
     return metrics
-
-
-def _means(name: str, values: Tensor) -> dict[str, float]:
-    chosen, rejected = values.unbind(1)
-    margins = chosen - rejected
-    return {
-        f"{name}/chosen": chosen.mean().item(),
-        f"{name}/rejected": rejected.mean().item(),
-        f"{name}/margins": margins.mean().item(),
-        f"{name}/accuracies": (0.5 * (1 + margins.sign())).mean().item(),
-    }
 
 
 def compare(margins: np.ndarray) -> dict[str, Any]:
@@ -73,11 +67,6 @@ def compare(margins: np.ndarray) -> dict[str, Any]:
         "margin_stderr": stderr(margins),
         "margin_interval": bootstrap_mean(margins),
     }
-
-
-def stderr(values: np.ndarray) -> float | None:
-    """The standard error of the mean of `values` [n]; None for one value."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def by_source(margins: np.ndarray, sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -174,12 +163,16 @@ def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
     bins = [_bin(int(number), right[numbers == number], confidence[numbers == number]) for number in np.unique(numbers)]
     gaps = [entry["count"] * abs(entry["frequency"] - entry["confidence"]) for entry in bins]
     scale = best_scale(margins)
+    if scale is None:  # the limit: a tie alone has a loss
+        best_loss = math.log(2) * float(np.mean(margins == 0))
+    else:
+        best_loss = float(np.mean(np.logaddexp(0, -scale * margins)))
     return {
         "bins": bins,
         "ece": sum(gaps) / len(margins),
         "brier": float(np.mean((1 - _sigmoid(margins)) ** 2)),
         "best_beta": None if scale is None else beta * scale,
-        "best_loss": _loss_at(scale, margins),
+        "best_loss": best_loss,
     }
 
 
@@ -192,12 +185,6 @@ def _bin(number: int, right: np.ndarray, confidence: np.ndarray) -> dict[str, An
         "frequency": float(right.mean()),
         "interval": wilson(float(right.sum()), len(right)),
     }
-
-
-def _loss_at(scale: float | None, margins: np.ndarray) -> float:
-    if scale is None:
-        return math.log(2) * float(np.mean(margins == 0))
-    return float(np.mean(np.logaddexp(0, -scale * margins)))
 
 
 def best_scale(margins: np.ndarray) -> float | None:

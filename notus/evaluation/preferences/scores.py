@@ -83,42 +83,29 @@ def load_pairs_of(
     if given is None and not data.get("eval"):
         dataset = split_holdout(dataset, data["eval_size"], seed)[1]
     rows = TokenizedDataset(dataset)
-    if given is None:
-        on_main(lambda: _check_held_out(rows, model))
+    if model.run is not None and given is None:
+        # From data that changed since, others would be held out, which the model may have learned from.
+        run = model.run
+        known = on_main(lambda: [read_identity(path).get("data.eval") for path in checkpoints_in(run / CHECKPOINTS)])
+        if any(known) and digest_of_rows(rows.digests()) not in known:
+            raise ValueError(
+                f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
+                "tokens, changed since; restore them, or name held-out pairs with --pairs"
+            )
     say(f"{name} {report}")
     return rows
 
 
-def _check_held_out(rows: TokenizedDataset, model: ModelSource) -> None:
-    """From data that changed since, others would be held out, which the model may have learned from."""
-    assert model.run is not None
-    known = [read_identity(path).get("data.eval") for path in checkpoints_in(model.run / CHECKPOINTS)]
-    if any(known) and digest_of_rows(rows.digests()) not in known:
-        raise ValueError(
-            f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
-            "tokens, changed since; restore them, or name held-out pairs with --pairs"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """What to score, and how.
+    """What to score, and how."""
 
-    Attributes:
-        pairs: tokenised pairs.
-        tokenizer: what made the rows; its ids must fit the model's vocabulary.
-        precision: "bf16" or "fp32".
-        device: this rank's device.
-        tokens_per_row: the most tokens of a packed row; None: 4096, or the longest pair's.
-        trust_remote_code: run model code that comes with a folder.
-    """
-
-    pairs: TokenizedDataset
-    tokenizer: PreTrainedTokenizerBase
-    precision: str
-    device: torch.device
-    tokens_per_row: int | None = None
-    trust_remote_code: bool = False
+    pairs: TokenizedDataset  # tokenised pairs
+    tokenizer: PreTrainedTokenizerBase  # what made the rows; its ids must fit the model's vocabulary
+    precision: str  # "bf16" or "fp32"
+    device: torch.device  # this rank's device
+    tokens_per_row: int | None = None  # the most tokens of a packed row; None: 4096, or the longest pair's
+    trust_remote_code: bool = False  # run model code that comes with a folder
 
 
 class Scores(NamedTuple):
@@ -131,15 +118,9 @@ class Scores(NamedTuple):
 def score_model(source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None) -> Scores:
     """Score under a model, which is loaded, sharded, for this and freed again; collective.
 
-    Args:
-        source: the model.
-        scoring: the pairs, and how to score them.
-        samples: other rows, scored token by token.
-
-    Raises:
-        ValueError: a model that cannot be loaded, rows that do not fit, log-probs that are not finite.
+    `samples` are other rows, scored token by token. Raises ValueError for a model that cannot be loaded, rows that do
+    not fit, and log-probs that are not finite.
     """
-    _check_fits(scoring)
     policy = _build(source, scoring)
     scores = _score(policy, source.name, scoring, samples)
     del policy
@@ -151,7 +132,6 @@ def score_adapter(
     source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None
 ) -> tuple[Scores, Scores]:
     """Score under an adapter and, with it switched off, under its own base, which is loaded once for both."""
-    _check_fits(scoring)
     policy = _build(source, scoring)
     adapted = _score(policy, source.name, scoring, samples)
     with adapters_off(policy.causal_lm):
@@ -159,15 +139,6 @@ def score_adapter(
     del policy
     free_memory()
     return adapted, base
-
-
-def _check_fits(scoring: Scoring) -> None:
-    longest = int(scoring.pairs.lengths.max())
-    if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
-        raise ValueError(
-            f"--tokens-per-row {scoring.tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
-            "or lower --max-length"
-        )
 
 
 def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDataset | None) -> Scores:
@@ -195,33 +166,38 @@ def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDatase
 
 
 def _build(source: ModelSource, scoring: Scoring) -> Policy:
+    longest = int(scoring.pairs.lengths.max())
+    if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
+        raise ValueError(
+            f"--tokens-per-row {scoring.tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
+            "or lower --max-length"
+        )
     trust = scoring.trust_remote_code
     folder: Path = main_first(lambda: resolve_model_folder(source.base or source.folder))
     config = read_model_config(folder, trust_remote_code=trust)
     check_vocabulary(scoring.tokenizer, config.vocab_size)
+    lora = None
+    if source.base:
+        adapter = read_adapter_settings(source.folder)
+        lora = LoraConfig(
+            rank=adapter["r"],
+            alpha=adapter["lora_alpha"],
+            dropout=adapter["lora_dropout"],
+            target_modules=adapter["target_modules"],
+            rslora=adapter["use_rslora"],
+        )
     policy = build_policy(
         folder,
         config,
         device=scoring.device,
         precision=scoring.precision,
-        lora=_lora_config(source.folder) if source.base else None,
+        lora=lora,
         trainable=False,
         trust_remote_code=trust,
     )
     if source.base:
         load_adapter(policy.causal_lm, source.folder)
     return policy
-
-
-def _lora_config(folder: Path) -> LoraConfig:
-    settings = read_adapter_settings(folder)
-    return LoraConfig(
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
-        dropout=settings["lora_dropout"],
-        target_modules=settings["target_modules"],
-        rslora=settings["use_rslora"],
-    )
 
 
 def free_memory() -> None:

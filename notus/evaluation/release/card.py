@@ -1,31 +1,31 @@
-"""A run's model card: its metadata as the hub reads it, and its text, from the template `card.md.jinja`."""
+"""`python -m notus card`: a run's model card, its metadata as the hub reads it, its text from `card.md.jinja`."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
-from notus.evaluation.read_run import RESULT_FILES, Run
-from notus.evaluation.resolve_model import hub_id, learned_chat, public_name
-from notus.evaluation.results import Figure, Result, parse_files
-from notus.model.load import read_json
-from notus.training.checkpoint import checkpoints_in, step_of
-from notus.training.run_data import DATA_FILE
-from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
-from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE
+from notus.evaluation.results import Figure, Result, check_output, hub_id, parse_files, public_name
+from notus.runtime.files import write_text
+
+if TYPE_CHECKING:
+    from notus.evaluation.read_run import Run
 
 T = TypeVar("T")
 Variant = Literal["full", "adapter", "merged"]
 
+CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _SIGNED = "written by notus card; sha256 of what stands above: "
 _NOT_KNOWN = "–"
@@ -48,27 +48,16 @@ _COURSE = {
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A run's model as it is published, and what the user says of it.
+    """A run's model as it is published, and what the user says of it."""
 
-    Attributes:
-        run: the run that trained it.
-        variant: all weights, the adapter alone, or the adapter merged into its base.
-        name: the title, if there is no `repo_id`.
-        step: of an unfinished run, the step of the exported checkpoint; None: the run is finished.
-        repo_id: where on the hub the model will be; None: the card's example loads the folder `name`.
-        base_model: the base model's public id; None: what the run's config names, if that is one.
-        licence: None: the base model's, if its own card says.
-        languages: codes such as "en".
-    """
-
-    run: Run
-    variant: Variant
-    name: str
-    step: int | None = None
-    repo_id: str | None = None
-    base_model: str | None = None
-    licence: str | None = None
-    languages: Sequence[str] = ()
+    run: "Run"  # the run that trained it
+    variant: Variant  # all weights, the adapter alone, or the adapter merged into its base
+    name: str  # the title, if there is no `repo_id`
+    step: int | None = None  # of an unfinished run, the step of the exported checkpoint; None: the run is finished
+    repo_id: str | None = None  # where on the hub the model will be; None: the card's example loads the folder `name`
+    base_model: str | None = None  # the base model's public id; None: what the run's config names, if that is one
+    licence: str | None = None  # None: the base model's, if its own card says
+    languages: Sequence[str] = ()  # codes such as "en"
 
     @property
     def title(self) -> str:
@@ -86,23 +75,102 @@ class Release:
         return [line for line in self.run.metrics if self.step is None or line["step"] <= self.step]
 
 
-def variant_of(run: Run, *, merge: bool) -> Variant:
-    """Return how the run's model is written. Raises ValueError for a merge without LoRA."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder (training.output_dir)")
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"a new file, or - for the terminal (default: {CARD} in the run's folder)"
+    )
+    parser.add_argument("--merge", action="store_true", help="of a LoRA run: the card of the merged model")
+    parser.add_argument("--repo-id", type=repo_id, metavar="REPO_ID", help="where on the hub the model will be")
+    add_card_arguments(parser)
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a card says and no run knows."""
+    parser.add_argument(
+        "--base-model", type=repo_id, metavar="REPO_ID", help="the base model's hub id, where it was a local folder"
+    )
+    parser.add_argument(
+        "--license",
+        type=_matching(r"[a-z0-9][a-z0-9.+-]*", "licence id of the hub's, such as apache-2.0 or mit"),
+        metavar="ID",
+        help="as the hub names it, say apache-2.0 (default: the base model's)",
+    )
+    parser.add_argument(
+        "--language",
+        type=_matching(r"[a-z]{2,3}|code|multilingual", "language code of two or three letters, such as en"),
+        metavar="CODE",
+        nargs="+",
+        help="languages, say: en de",
+    )
+
+
+def release_of(args: argparse.Namespace, run: "Run", *, name: str, repo_id: str | None) -> Release:
+    """Return the finished run's model as the command line describes it. Raises ValueError for a merge without LoRA."""
+    variant: Variant = "full"
     if run.settings["lora"]["rank"]:
-        return "merged" if merge else "adapter"
-    if merge:
+        variant = "merged" if args.merge else "adapter"
+    elif args.merge:
         raise ValueError(f"{run.folder}: a full fine-tuning run has nothing to merge; leave --merge out")
-    return "full"
+    languages = tuple(args.language or ())
+    return Release(run, variant, name, None, repo_id, args.base_model, args.license, languages)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the card, return 0. Raises ValueError or OSError with a message for the user."""
+    from notus.evaluation.read_run import read_run
+    from notus.training.run_folder import MODEL
+
+    folder = Path(args.run_folder)
+    release = release_of(args, read_run(folder), name=folder.resolve().name, repo_id=args.repo_id)
+    release = dataclasses.replace(release, step=exported_step(folder))
+    chat = has_chat_template(folder / MODEL) if release.step is None else will_have_chat_template(release.run)
+    text = model_card(release, chat=chat)
+    if args.output == "-":
+        sys.stdout.write(text)
+        return 0
+    output = Path(args.output) if args.output else folder / CARD
+    check_output(output, not_over=str(folder))
+    if output.exists() and not is_untouched(output):
+        raise ValueError(
+            f"{output}: exists, and was edited, or is no card of ours; remove it, or name another --output"
+        )
+    write_text(output, signed(text))
+    print(f"wrote {output}")
+    return 0
+
+
+def repo_id(text: str) -> str:
+    """A name that the hub can have, for argparse."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of the hub's form, USER/NAME") from error
+    return text
+
+
+def _matching(pattern: str, wanted: str) -> Callable[[str], str]:
+    """Return a type for argparse: a string that matches a pattern."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {wanted}")
+        return text
+
+    return check
 
 
 def exported_step(run: Path) -> int | None:
     """Return None for a finished run, else its newest checkpoint's step. Raises ValueError if there is none."""
-    if (run / MODEL).is_dir():
-        return None
-    checkpoints = checkpoints_in(run / CHECKPOINTS)
-    if not checkpoints:
-        raise ValueError(f"{run}: the run has not finished and has no checkpoint yet; train it first")
-    return step_of(checkpoints[0])
+    from notus.evaluation.resolve_model import newest_checkpoint
+    from notus.training.checkpoint import step_of
+    from notus.training.run_folder import MODEL
+
+    return None if (run / MODEL).is_dir() else step_of(newest_checkpoint(run))
 
 
 def model_card(release: Release, *, chat: bool) -> str:
@@ -110,6 +178,11 @@ def model_card(release: Release, *, chat: bool) -> str:
 
     Raises ValueError, naming the file, if one of the run's files or the base model's card is not as it should be.
     """
+    from notus.evaluation.read_run import RESULT_FILES
+    from notus.training.run_data import DATA_FILE
+    from notus.training.run_folder import CONFIG_FILE
+    from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE
+
     run = release.run
     licence = {"license": release.licence} if release.licence else _base_licence(run.base)
 
@@ -165,14 +238,19 @@ def digest(text: str) -> str:
 
 def has_chat_template(folder: Path) -> bool:
     """Return whether the tokenizer in a folder has a chat template."""
+    from notus.model.load import read_json
+
     config = folder / "tokenizer_config.json"
     return (folder / "chat_template.jinja").is_file() or (
         config.is_file() and bool(read_json(config).get("chat_template"))
     )
 
 
-def will_have_chat_template(run: Run) -> bool:
+def will_have_chat_template(run: "Run") -> bool:
     """Predict the same before a folder exists: by what the run learned, and the base model's files here."""
+    from notus.evaluation.resolve_model import learned_chat
+    from notus.training.run_data import DATA_FILE
+
     found = _base_file(run.base, "tokenizer_config.json")
     learned = parse_files(DATA_FILE, [run.folder], lambda: learned_chat(run.settings, run.data))
     return learned or (found is not None and has_chat_template(found.parent))

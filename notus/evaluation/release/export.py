@@ -1,6 +1,8 @@
-"""Write a run's model with its card into a folder, and push that folder to the hub.
+"""`python -m notus export`: write a run's model as a Hugging Face folder or a PEFT adapter, with its card.
 
-The folder notes what was exported, so that a later --push uploads it instead of exporting again.
+A finished run gives its final model, an unfinished one the model of its newest checkpoint. The export runs on the CPU,
+in one process. Nothing is sent anywhere without --push. The folder notes what was exported, so that a later --push
+uploads it instead of exporting again.
 """
 
 import argparse
@@ -8,58 +10,93 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from notus.evaluation.read_run import Run, read_run
-from notus.evaluation.release.card import Release, digest, exported_step, has_chat_template, model_card
-from notus.evaluation.release.card_command import release_of
+from notus.evaluation.release.card import (
+    CARD,
+    Release,
+    add_card_arguments,
+    digest,
+    exported_step,
+    has_chat_template,
+    model_card,
+    release_of,
+    repo_id,
+)
 from notus.evaluation.release.push import Destination, check_no_paths, listing, open_repository, private_paths, upload
-from notus.evaluation.resolve_model import DEFAULT_SHARD, load_unfinished, public_name, write_model
-from notus.model.export import NewFolder, load_causal_lm, write_json
-from notus.model.load import read_json
-from notus.model.peft_format import ADAPTER_CONFIG
-from notus.runtime.distributed import process_group
+from notus.evaluation.results import public_name
 from notus.runtime.files import write_text
-from notus.training.checkpoint import step_of
-from notus.training.parallelize import COMPUTE_DTYPES
-from notus.training.run_folder import CONFIG_FILE, MODEL
+
+if TYPE_CHECKING:
+    from notus.evaluation.read_run import Run
 
 MARK = ".notus-export.json"  # hidden, so that it is not uploaded
-CARD = "README.md"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What was exported into a folder.
+    """What was exported into a folder."""
 
-    Attributes:
-        run: identifies the run; see `run_digest`.
-        step: of the checkpoint; None for a finished run's model.
-        options: everything that decides the files besides the card.
-        card: the digest of the card as it was written.
-    """
-
-    run: str
-    step: int | None
-    options: dict[str, Any]
-    card: str = ""
+    run: str  # identifies the run; see `run_digest`
+    step: int | None  # of the checkpoint; None for a finished run's model
+    options: dict[str, Any]  # everything that decides the files besides the card
+    card: str = ""  # the digest of the card as it was written
 
 
-def export(args: argparse.Namespace) -> None:
-    """Export as `args` say. Raises ValueError or OSError with a message for the user."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder (training.output_dir)")
+    parser.add_argument("out", metavar="OUT", help="the folder to write: new, or empty")
+    parser.add_argument("--merge", action="store_true", help="merge a LoRA run's adapter into its base model")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: the run's precision)")
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="most bytes of a weights file, say 500MB (default: 5GB)",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    add_card_arguments(parser)
+    group = parser.add_argument_group("to the hub", "the login is the hub client's own: `hf auth login`, or HF_TOKEN")
+    group.add_argument(
+        "--push",
+        type=repo_id,
+        metavar="REPO_ID",
+        help="upload OUT there; where an earlier export of the same has finished OUT, it is not made again",
+    )
+    group.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    group.add_argument("--revision", metavar="BRANCH", help="default: main")
+    group.add_argument("--commit-message", metavar="TEXT", help="default: what is in it")
+    group.add_argument("--dry-run", action="store_true", help="write OUT, say what would be uploaded, and send nothing")
+
+
+def _size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or "123456", for argparse."""
+    match = re.fullmatch(r"(\d+)([KMG]B)?", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 5GB or 500MB")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export as `args` say, return 0. Raises ValueError or OSError with a message for the user."""
+    from notus.evaluation.read_run import read_run
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("export works in one process: leave torchrun out")
-    run, out = read_run(Path(args.run_folder)), Path(args.out)
-    release = release_of(args, run, name=out.resolve().name, repo_id=args.push)
+    out = Path(args.out)
+    release = release_of(args, read_run(Path(args.run_folder)), name=out.resolve().name, repo_id=args.push)
     done = read_mark(out)
     _check_options(args, release, exists=done is not None)
     destination = Destination(args.push, not args.public, args.revision, args.commit_message) if args.push else None
     model_card(release, chat=True)  # fail before the work if it cannot be written
     if done is not None:
-        _check_done(args, dataclasses.replace(release, step=exported_step(run.folder)), done)
+        _check_done(args, dataclasses.replace(release, step=exported_step(release.run.folder)), done)
     if destination is not None and not args.dry_run:
         destination = open_repository(destination)
         release = dataclasses.replace(release, repo_id=destination.repo_id)  # with its owner
@@ -69,11 +106,14 @@ def export(args: argparse.Namespace) -> None:
     else:
         _renew_card(out, dataclasses.replace(release, step=done.step), done)
     if destination is not None:
-        check_no_paths(out, private_paths(run))
+        check_no_paths(out, private_paths(release.run))
         print(listing(out, destination) if args.dry_run else f"pushed to {upload(out, destination)}", flush=True)
+    return 0
 
 
 def _check_options(args: argparse.Namespace, release: Release, *, exists: bool) -> None:
+    from notus.training.run_folder import MODEL
+
     out, adapter = Path(args.out), release.variant == "adapter"
     if not args.push and (args.public or args.revision or args.commit_message or args.dry_run):
         raise ValueError("--public, --revision, --commit-message and --dry-run have no effect without --push REPO_ID")
@@ -94,6 +134,9 @@ def _check_options(args: argparse.Namespace, release: Release, *, exists: bool) 
 
 
 def _export(args: argparse.Namespace, release: Release) -> None:
+    from notus.model.export import NewFolder
+    from notus.runtime.distributed import process_group
+
     with process_group():
         step, fill = _prepare(args, release)
         exported = dataclasses.replace(release, step=step)
@@ -113,10 +156,24 @@ def _export(args: argparse.Namespace, release: Release) -> None:
 
 def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Callable[[Path], None]]:
     """Load the final model, or that of the newest checkpoint; return its step, and how to write it into a folder."""
+    from notus.evaluation.resolve_model import DEFAULT_SHARD, load_unfinished, write_model
+    from notus.model.export import load_causal_lm, write_json
+    from notus.model.load import read_json
+    from notus.model.peft_format import ADAPTER_CONFIG
+    from notus.training.checkpoint import step_of
+    from notus.training.run_folder import MODEL
+
     run, dtype, trust, step = release.run, _dtype(args, release.run), args.trust_remote_code, None
     final = run.folder / MODEL
     if final.is_dir() and release.variant == "adapter":
-        return None, lambda partial: _copy_adapter(final, partial, args.base_model)
+
+        def copy(partial: Path) -> None:  # which already has PEFT's layout
+            shutil.copytree(final, partial, dirs_exist_ok=True)
+            if args.base_model:
+                config = {**read_json(final / ADAPTER_CONFIG), "base_model_name_or_path": args.base_model}
+                write_json(partial / ADAPTER_CONFIG, config)
+
+        return None, copy
     if final.is_dir():
         causal_lm, tokenizer = load_causal_lm(final, dtype=dtype, device="cpu", trust_remote_code=trust)
     else:
@@ -138,19 +195,15 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
     return step, fill
 
 
-def _copy_adapter(source: Path, partial: Path, base_model: str | None) -> None:
-    """Copy a finished run's adapter, which already has PEFT's layout."""
-    shutil.copytree(source, partial, dirs_exist_ok=True)
-    if base_model:
-        settings = read_json(partial / ADAPTER_CONFIG)
-        write_json(partial / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_model})
+def _dtype(args: argparse.Namespace, run: "Run") -> Any:
+    from notus.training.parallelize import COMPUTE_DTYPES
 
-
-def _dtype(args: argparse.Namespace, run: Run) -> Any:
     return COMPUTE_DTYPES[args.dtype or run.settings["training"]["precision"]]
 
 
 def _mark(args: argparse.Namespace, release: Release) -> Mark:
+    from notus.evaluation.resolve_model import DEFAULT_SHARD
+
     adapter = release.variant == "adapter"
     options = {
         "variant": release.variant,
@@ -161,8 +214,10 @@ def _mark(args: argparse.Namespace, release: Release) -> Mark:
     return Mark(run_digest(release.run), release.step, options)
 
 
-def run_digest(run: Run) -> str:
+def run_digest(run: "Run") -> str:
     """Identify a run by its config and by when it first began: training again in its folder makes another model."""
+    from notus.training.run_folder import CONFIG_FILE
+
     launches = run.environment.get("launches") or [{}]
     began = str(launches[0].get("started", ""))
     return hashlib.sha256((run.folder / CONFIG_FILE).read_bytes() + began.encode()).hexdigest()

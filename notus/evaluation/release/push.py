@@ -9,13 +9,16 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from notus.evaluation.read_run import Run
-from notus.evaluation.resolve_model import hub_id
+from notus.evaluation.results import hub_id
 from notus.runtime.process import first_line
+
+if TYPE_CHECKING:
+    from notus.evaluation.read_run import Run
 
 # Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
 _TEXTS = (".json", ".md", ".jinja", ".txt", ".py", ".yaml", ".yml", ".jsonl")
@@ -114,7 +117,7 @@ def check_no_paths(folder: Path, paths: Iterable[str]) -> None:
             raise ValueError(f"{folder / name}: names {found}, a place on this machine; take that out before --push")
 
 
-def private_paths(run: Run) -> list[str]:
+def private_paths(run: "Run") -> list[str]:
     """Return the places on this machine that a run names, and the user's home: no published file may hold them."""
     data, settings = run.settings["data"], run.settings
     names = [str(run.folder), run.base, *(source["path"] for source in [*data["train"], *(data["eval"] or [])])]

@@ -22,26 +22,18 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What a chart of training shows; with several runs, each of its lines has a chart of its own.
-
-    Attributes:
-        lines: the name of each line by its metric; `eval_` and the metric is the same on held-out rows.
-        task: the only task that has the chart; None: any.
-        per_beta: divide the values by the run's β.
-        unit: of the values, as in `number`.
-        noisy: draw a moving mean as well.
-        from_zero: the y axis begins at 0.
-    """
+    """What a chart of training shows; with several runs, each of its lines has a chart of its own."""
 
     name: str
     title: str
     note: str
+    # the name of each line by its metric; `eval_` and the metric is the same on held-out rows.
     lines: Mapping[str, str]
-    task: str | None = None
-    per_beta: bool = False
-    unit: str = ""
-    noisy: bool = True
-    from_zero: bool = False
+    task: str | None = None  # the only task that has the chart; None: any
+    per_beta: bool = False  # divide the values by the run's β
+    unit: str = ""  # of the values, as in `number`
+    noisy: bool = True  # draw a moving mean as well
+    from_zero: bool = False  # the y axis begins at 0
 
 
 CHARTS = (
@@ -89,24 +81,17 @@ class Key:
 
 @dataclasses.dataclass
 class Panel:
-    """A chart with its words.
+    """A chart with its words."""
 
-    Attributes:
-        name: its id in the page.
-        title, note: what it shows, and how to read it.
-        unit: of the values, as in `number`.
-        figure: traces and layout; each trace has the number of its colour in `meta`, and the page chooses the colour.
-        keys: the legend.
-        spoken: for screen readers, what each line does.
-    """
-
-    name: str
+    name: str  # its id in the page
+    # title, note: what it shows, and how to read it.
     title: str
     note: str
-    unit: str = ""
+    unit: str = ""  # of the values, as in `number`
+    # traces and layout; each trace has the number of its colour in `meta`, and the page chooses the colour.
     figure: go.Figure = dataclasses.field(default_factory=go.Figure)
-    keys: list[Key] = dataclasses.field(default_factory=list)
-    spoken: list[str] = dataclasses.field(default_factory=list)
+    keys: list[Key] = dataclasses.field(default_factory=list)  # the legend
+    spoken: list[str] = dataclasses.field(default_factory=list)  # for screen readers, what each line does
 
     @property
     def label(self) -> str:

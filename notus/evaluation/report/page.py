@@ -5,8 +5,9 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -17,8 +18,6 @@ from notus.runtime.process import tell
 
 if TYPE_CHECKING:
     from notus.evaluation.read_run import Run
-
-T = TypeVar("T")
 
 REPORT = "report.html"
 GENERATOR = '<meta name="generator" content="notus report">'  # marks a file as an earlier report
@@ -67,18 +66,29 @@ def render(runs: "Sequence[Run]") -> str:
     from notus.training.run_folder import CONFIG_FILE
     from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 
-    def made(files: str, make: Callable[["Sequence[Run]"], T]) -> T:
-        """Return what `make` makes of these files of the runs; see `parse_files`."""
-        return parse_files(files, [run.folder for run in runs], lambda: make(runs))
-
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breaks"] = _breaks
     scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text(encoding="utf-8"))]
-    training = made(f"{CONFIG_FILE} or {METRICS_FILE}", charts.training_panels)
-    data = made(DATA_FILE, charts.data_panels)
-    calibration = made(RESULT_FILES, charts.calibration_panels)
+    parts: dict[str, tuple[str, Callable[[Sequence[Run]], Any]]] = {  # each from these files of the runs
+        "training": (f"{CONFIG_FILE} or {METRICS_FILE}", charts.training_panels),
+        "data": (DATA_FILE, charts.data_panels),
+        "calibration": (RESULT_FILES, charts.calibration_panels),
+        "facts": (f"{CONFIG_FILE} or {ENVIRONMENT_FILE}", lambda runs: [tables.facts(run) for run in runs]),
+        "tiles": (RESULT_FILES, tables.tiles),
+        "last_values": (METRICS_FILE, tables.last_values),
+        "data_table": (DATA_FILE, tables.data_table),
+        "sources": (DATA_FILE, tables.source_bars),
+        "evaluations": (RESULT_FILES, tables.evaluation_tables),
+        "breakdowns": (RESULT_FILES, tables.breakdown_bars),
+        "preference_table": (RESULT_FILES, tables.preference_table),
+        "samples": (SAMPLES_FILE, tables.sample_groups),
+        "differing": (CONFIG_FILE, tables.differing_settings),
+    }
+    folders = [run.folder for run in runs]
+    made = {name: parse_files(files, folders, partial(make, runs)) for name, (files, make) in parts.items()}
+    panels = [panel for name in ("training", "data", "calibration") for panel in made[name]]
     return environment.get_template("page.html.j2").render(
         generator=Markup(GENERATOR),
         policy=_security_policy(scripts),
@@ -86,20 +96,8 @@ def render(runs: "Sequence[Run]") -> str:
         scripts=scripts,
         colours=COLOURS,
         runs=runs,
-        facts=made(f"{CONFIG_FILE} or {ENVIRONMENT_FILE}", lambda runs: [tables.facts(run) for run in runs]),
-        tiles=made(RESULT_FILES, tables.tiles),
-        training=training,
-        last_values=tables.last_values(runs),
-        data=data,
-        data_table=made(DATA_FILE, tables.data_table),
-        sources=made(DATA_FILE, tables.source_bars),
-        evaluations=made(RESULT_FILES, tables.evaluation_tables),
-        calibration=calibration,
-        breakdowns=made(RESULT_FILES, tables.breakdown_bars),
-        preference_table=made(RESULT_FILES, tables.preference_table),
-        samples=made(SAMPLES_FILE, tables.sample_groups),
-        differing=tables.differing_settings(runs),
-        figures={panel.name: panel.as_json() for panel in (*training, *data, *calibration)},
+        figures={panel.name: panel.as_json() for panel in panels},
+        **made,
     )
 
 

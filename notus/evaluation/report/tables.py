@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -95,11 +95,11 @@ def tiles(runs: Sequence[Run]) -> dict[str, list[tuple[int, str, str]]]:
             "Reward margin": _latest(run, "rewards/margins"),
             "Loss": _loss(run),
             "KL": _kl(run),
-            "Throughput": _median(run, "pairs_per_second", "pairs/s, median")
-            or _median(run, "examples_per_second", "examples/s, median"),
-            "Peak memory": _most(run, "system/gpu_memory_gib", "GiB of a GPU")
-            or _most(run, "system/host_memory_gib", "GiB of the host"),
-            "MFU": _median(run, "system/mfu", "median", "share"),
+            "Throughput": _over(run, np.nanmedian, "pairs_per_second", "pairs/s, median")
+            or _over(run, np.nanmedian, "examples_per_second", "examples/s, median"),
+            "Peak memory": _over(run, np.nanmax, "system/gpu_memory_gib", "GiB of a GPU")
+            or _over(run, np.nanmax, "system/host_memory_gib", "GiB of the host"),
+            "MFU": _over(run, np.nanmedian, "system/mfu", "median", "share"),
         }
         for title, figure in headlines.items():
             entries = found.setdefault(title, [])
@@ -135,12 +135,11 @@ def _kl(run: Run) -> tuple[str, str] | None:
     return number(found["per_sequence"]), f"nats per answer, sampled, from {base}"
 
 
-def _median(run: Run, name: str, note: str, unit: str = "") -> tuple[str, str] | None:
-    return (number(float(np.nanmedian(run.curves[name].values)), unit), note) if name in run.curves else None
-
-
-def _most(run: Run, name: str, note: str) -> tuple[str, str] | None:
-    return (number(float(np.nanmax(run.curves[name].values))), note) if name in run.curves else None
+def _over(
+    run: Run, summary: Callable[[np.ndarray], Any], name: str, note: str, unit: str = ""
+) -> tuple[str, str] | None:
+    """Return a summary of a metric's values over the whole run."""
+    return (number(float(summary(run.curves[name].values)), unit), note) if name in run.curves else None
 
 
 def last_values(runs: Sequence[Run]) -> Table:

@@ -8,9 +8,10 @@ from typing import Any
 import fastchat
 import pytest
 import torch
+from decoded import generate
 
 from notus.data.chat import ChatEncoder
-from notus.evaluation.decoding import KeptTokens, generate, model_digest
+from notus.evaluation.decoding import KeptTokens, model_digest
 from notus.evaluation.mt_bench import fastchat as inputs
 from notus.evaluation.mt_bench import suite
 from notus.model.export import load_causal_lm

@@ -212,7 +212,7 @@ def test_mistakes_on_the_command_line(told: str, tmp_path: Path, capsys: pytest.
 def test_what_the_judge_needs_is_looked_at_before_the_model(
     lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("notus.model.export.load_causal_lm", None)  # any use of it fails
+    monkeypatch.setattr("notus.evaluation.resolve_model.load_causal_lm", None)  # any use of it fails
     row = {key: value for key, value in fastchat.question(101).items() if key != "reference"}
     questions = fastchat.write_lines(tmp_path / "q.jsonl", [row])
     command = [*EVALUATE, str(lora_run), "--questions", str(questions), *judge(tmp_path, "http://host/v1")]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from notus.__main__ import main
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.data.tokenize import load_pairs
 from notus.evaluation.preferences.kl import Samples, choose, kl, prompts_of, read_prompts, sample
+from notus.evaluation.preferences.scores import Tokenization
 
 FP32 = ["--precision", "fp32", "--max-length", "120"]
 
@@ -62,21 +64,21 @@ def test_prompts_of_a_file_are_those_of_the_pairs(tmp_path):
         chat = {"chat_template": None, "add_empty_system": system}
         pairs, _ = load_pairs(tmp_path / "pairs.jsonl", toy_tokenizer(), max_length=120, max_prompt_length=60, **chat)
         (prompt,) = prompts_of(TokenizedDataset(pairs))
-        assert read_prompts(tmp_path / "prompts.jsonl", toy_tokenizer(), **chat) == [prompt]
+        assert read_prompts(tmp_path / "prompts.jsonl", toy_tokenizer(), Tokenization(120, 60, **chat)) == [prompt]
 
 
 def test_strings_are_turns_where_the_model_has_a_chat_format(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("poem")
     plain = toy_tokenizer()
-    (ids,) = read_prompts(path, plain, chat_template=None, add_empty_system=False)
+    (ids,) = read_prompts(path, plain, Tokenization(120, 60, None, False))
     assert plain.decode(ids) == "<s>poem"
-    (ids,) = read_prompts(path, plain, chat_template="zephyr", add_empty_system=False)
+    (ids,) = read_prompts(path, plain, Tokenization(120, 60, "zephyr", False))
     assert plain.decode(ids).endswith("<|user|>\npoem</s>\n<|assistant|>\n")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"prompt": "q"}\n{"prompt": ""}\n')
     with pytest.raises(ValueError, match=r"empty.jsonl, line 2: the prompt is empty"):
-        read_prompts(empty, toy_tokenizer(bos=False), chat_template=None, add_empty_system=False)
+        read_prompts(empty, toy_tokenizer(bos=False), Tokenization(120, 60, None, False))
 
 
 def test_prompts_are_drawn_without_replacement():
@@ -95,8 +97,10 @@ def test_samples_hold_the_token_that_ends_them(tmp_path):
     model.save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
     prompts = [[1, 5], [1] * 20, [1] * 39] * 40
-    how = {"max_new_tokens": 30, "precision": "fp32", "device": torch.device("cpu")}
-    samples = sample(tmp_path, toy_tokenizer(), prompts, **how)
+    scoring = SimpleNamespace(
+        tokenizer=toy_tokenizer(), precision="fp32", device=torch.device("cpu"), trust_remote_code=False
+    )
+    samples = sample(tmp_path, scoring, prompts, 30)
     for prompt, example, cut in zip(prompts, samples.rows(np.arange(120)), samples.cut, strict=True):
         drawn = example.branches[0].tolist()
         assert example.trunk.tolist() == prompt
@@ -107,7 +111,7 @@ def test_samples_hold_the_token_that_ends_them(tmp_path):
     # not ended after 30, 20 and 1 tokens: 0.98^30 = 0.55, 0.98^20 = 0.67 and 0.98 of 40 each, 87.8 in all
     assert 70 < samples.cut.sum() < 105
     with pytest.raises(ValueError, match="40 tokens fill the model's context of 40"):
-        sample(tmp_path, toy_tokenizer(), [[1] * 40], **how)
+        sample(tmp_path, scoring, [[1] * 40], 30)
 
 
 @pytest.fixture(scope="module")

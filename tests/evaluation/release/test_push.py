@@ -99,7 +99,7 @@ def test_an_export_that_is_there_goes_without_another(full_run, tmp_path, hub, m
     out = tmp_path / "out"
     assert export(full_run, out) == 0
     before = content(out)
-    monkeypatch.setattr("notus.evaluation.release.export.load_causal_lm", None)  # fails if it is called
+    monkeypatch.setattr("notus.model.export.load_causal_lm", None)  # fails if it is called
     assert export(full_run, out, "--push", "ada/tiny", "--revision", "v1/a", "--commit-message", "First") == 0
     assert "only its README.md was written anew" in capsys.readouterr().out
     after = content(out)
