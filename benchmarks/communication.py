@@ -3,7 +3,7 @@
     python benchmarks/communication.py [--gpu a100-40gb] [--output FILE]
 
 Counted: the collectives of one row of a small model on 8 fake ranks, in their order among the blocks' products, beside
-the bytes that `notus.estimate.timing.communication` takes. Estimated: of the Notus recipe, a block's computation
+the bytes that `notus.estimate.plan.communication` takes. Estimated: of the Notus recipe, a block's computation
 beside its gathering and its reduction, and the memory of each checkpointing mode. Needs no GPU and no weights; nothing
 is sent or timed.
 """

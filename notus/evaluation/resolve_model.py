@@ -47,7 +47,7 @@ _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_
 # Ctrl-C is for the parent to report.
 _START = """
 import os, signal, sys
-from notus.runtime.process import follow_parent, leave
+from notus.runtime.process import first_line, follow_parent, leave
 
 follow_parent(signal.SIGKILL)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -158,7 +158,7 @@ def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({error}); restore the file") from error
+        raise ValueError(f"{path}: not readable as YAML ({first_line(error)}); restore the file") from error
     if not _are_settings(settings):
         raise ValueError(f"{path}: not the settings of a run; restore the file, or name the model's own folder")
     return settings

@@ -14,9 +14,10 @@ from notus.model.logprobs import linear_logprobs, linear_scores
 class Policy(nn.Module):
     """A causal language model as a function from a packed row to completion log-probs; the root of FSDP.
 
-    Three methods run it: `forward` (sums per completion), `token_logprobs` (per token) and `next_token` (generation).
-    FSDP gathers the embedding, the norm and the head in the hooks of these three (see `parallelize`), so never call
-    the parts. The head stays a plain matrix multiplication inside them, so that logits exist only chunk-wise.
+    Three methods run a sharded policy: `forward` (sums per completion), `token_logprobs` (per token) and `next_token`
+    (generation); `token_scores` is for an unsharded one. FSDP gathers the embedding, the norm and the head in the
+    hooks of these three (see `parallelize`), so never call the parts. The head stays a plain matrix multiplication
+    inside them, so that logits exist only chunk-wise.
     """
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:

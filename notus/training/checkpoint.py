@@ -23,6 +23,7 @@ from notus.runtime.distributed import gather_objects, on_main, rank, say, world_
 from notus.training.optimizers import PiecewiseOptimizer
 
 STATE_FILE = "state.json"
+DAMAGED = "damaged-"  # before the name of a checkpoint that could not be read
 _FORMAT = 3
 _FORMAT_0_1 = 2  # of Notus 0.1, whose DPO runs kept one metric sum more
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -269,7 +270,7 @@ def load_newest(
 
 def rename_damaged(path: Path) -> Path:
     """Give a damaged checkpoint a name that is no checkpoint's; returns it. Nothing is deleted but an earlier such."""
-    aside = path.with_name(f"damaged-{path.name}")
+    aside = path.with_name(f"{DAMAGED}{path.name}")
     if aside.exists():
         shutil.rmtree(aside)
     return path.rename(aside)

@@ -14,7 +14,7 @@ from notus.config import Config, DPOConfig
 from notus.data.batching import StepPlan
 from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
-from notus.losses import dpo_loss, nll_loss
+from notus.losses import LENGTH_NORMALISED_LOSSES, dpo_loss, nll_loss
 from notus.model.policy import Policy
 from notus.runtime.distributed import say
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
@@ -85,7 +85,7 @@ class DPOTask:
         self.rows, self.plan = train.rows, plan
         self._train, self._held_out, self._config = train, held_out, config
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
-        per_token = config.loss_type in ("ipo", "sigmoid_norm")
+        per_token = config.loss_type in LENGTH_NORMALISED_LOSSES
         self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
     def prepare(self, batch: Batch) -> Batch:

@@ -46,7 +46,7 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
 
     moments: tuple[str, ...]
     state_dtype: torch.dtype
-    kernel: ClassVar[Kernel]
+    kernel: ClassVar[Kernel | None] = None  # updates a parameter in one pass; None: there is none
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What a parameter's state is before the first step."""
@@ -70,7 +70,7 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
                 self.state[parameter]["step"] += 1
             if not parameters:
                 continue
-            if self.state_dtype == torch.float32 and self.kernel.usable(_local(parameters[0])):
+            if self.state_dtype == torch.float32 and self.kernel and self.kernel.usable(_local(parameters[0])):
                 self._in_one_pass(parameters, group, scale)
                 continue
             noise = self._noise(parameters[0])
@@ -100,6 +100,7 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
         device = _local(parameters[0]).device
         numbers = [torch.full((), value, device=device) for value in self.numbers(group, self.state[parameters[0]])]
         factor = torch.ones((), device=device) if scale is None else scale
+        assert self.kernel is not None
         for parameter in parameters:
             if _local(parameter).numel() == 0:
                 continue
@@ -267,11 +268,12 @@ def check_update(optimizer: PiecewiseOptimizer, gather: kernels.Gather) -> list[
     """
     group = optimizer.param_groups[0]
     device = _local(group["params"][0]).device if group["params"] else torch.device("cpu")
-    if optimizer.state_dtype != torch.float32 or not optimizer.kernel.usable(torch.empty(0, device=device)):
+    kernel = optimizer.kernel
+    if optimizer.state_dtype != torch.float32 or not kernel or not kernel.usable(torch.empty(0, device=device)):
         return []
     settings = {name: value for name, value in group.items() if name in ("lr", "alpha", "betas", "eps", "weight_decay")}
     kind = type(optimizer)
-    return kernels.check([optimizer.kernel], lambda _: (_update_error(kind, settings, device), 1e-5), gather)
+    return kernels.check([kernel], lambda _: (_update_error(kind, settings, device), 1e-5), gather)
 
 
 def _update_error(kind: type[PiecewiseOptimizer], settings: dict[str, Any], device: torch.device) -> float:

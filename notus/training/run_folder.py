@@ -20,7 +20,7 @@ from notus.config import Config, load_config, save_config
 from notus.runtime.distributed import gather_objects, on_main, rank
 from notus.runtime.files import lock, replacing
 from notus.runtime.process import first_line, tell
-from notus.training.checkpoint import checkpoints_in
+from notus.training.checkpoint import DAMAGED, checkpoints_in
 from notus.training.tracking import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -117,6 +117,12 @@ def _has_begun(folder: Path) -> bool:
 
 def _checkpoints(folder: Path, resume: str) -> list[Path]:
     own = checkpoints_in(folder / CHECKPOINTS)
+    damaged = sorted((folder / CHECKPOINTS).glob(f"{DAMAGED}*"))
+    if damaged and not own and resume == "auto":
+        raise ValueError(
+            f"{folder / CHECKPOINTS}: no checkpoint is whole ({damaged[-1].name} is the newest); restore one under its "
+            "old name, or set training.resume=never to start over"
+        )
     if resume in ("auto", "never"):
         return own
     path = Path(resume)

@@ -1,4 +1,4 @@
-"""A run from its config to everything that stands before the first step, and the export of its model at the end."""
+"""A run from its config to everything that stands before the first step; then training, and the model's export."""
 
 import contextlib
 import dataclasses
