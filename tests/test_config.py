@@ -1,7 +1,6 @@
 """The config: defaults, overrides, what is rejected and how, the way to disk and back, the configs we ship."""
 
 import ast
-import dataclasses
 import inspect
 import re
 import subprocess
@@ -300,11 +299,6 @@ def test_reading_a_config_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-def test_config_is_frozen(minimal: str) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        load(minimal).dpo.beta = 1.0  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     task: Any = "sft" if path.name.startswith("sft") else "dpo"
@@ -313,12 +307,6 @@ def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     assert f"train_{task}.py configs/{path.relative_to(CONFIGS)}" in head
     for word in ("Command", "Hardware", "Time", "Expect"):
         assert re.search(rf"^# {word}", head, flags=re.MULTILINE), word
-
-
-def test_there_are_configs() -> None:
-    names = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    assert {"demo/sft.yaml", "demo/dpo.yaml", "demo/dpo-lora.yaml"} <= names
-    assert {f"notus-7b-v1/{kind}-8xa100-40gb.yaml" for kind in ("dpo-full", "dpo-lora", "sft")} <= names
 
 
 @pytest.mark.parametrize("value", ["true", "false"])

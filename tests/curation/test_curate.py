@@ -189,12 +189,6 @@ def test_bad_input_is_named_and_leaves_the_output_alone(tmp_path, name, content,
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "out.jsonl"])
 
 
-def test_wrong_parquet_columns_are_listed(tmp_path):
-    datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"]}).to_parquet(tmp_path / "in.parquet")
-    with pytest.raises(ValueError, match=r"in.parquet, row 1: source is missing \(there is prompt, chosen\)"):
-        command(tmp_path / "in.parquet", tmp_path / "out.jsonl")
-
-
 def test_nothing_left_is_an_error_after_the_report(tmp_path, capsys):
     with pytest.raises(ValueError, match="no pair is left"):
         command(lines(tmp_path / "in.jsonl", [raw(0, (3, 3))]), tmp_path / "out.jsonl")

@@ -255,14 +255,6 @@ def gradient_of(gather, x, upstream):
     return gradient
 
 
-def test_gather_backward_by_hand():
-    # trunk at 0, branches at 1 | 2 | 3: keys 0 1 0 2 0 3; the trunk's gradient is the sum of its three copies
-    layout = build_layout([1], [[1, 1, 1]])
-    upstream = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    found = gradient_of(lambda x: attention._GatherKeys.apply(x, layout), torch.zeros(4), upstream)
-    assert found.tolist() == [21.0, 2.0, 8.0, 32.0]
-
-
 @pytest.mark.parametrize("row", ROWS)
 def test_gather_is_plain_indexing_forward_and_backward(row):
     trunks, branches = ROWS[row]

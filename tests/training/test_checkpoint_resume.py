@@ -12,6 +12,7 @@ import torch
 from ranks import free_ports, launched, run_ranks
 from runs import at_call, config, settings, terminate, without_timings, write_messages, write_pairs
 from safetensors.torch import load_file
+from toys import toy_model_folder
 
 from notus.config import config_from_dict
 from notus.runtime.process import STOPPED
@@ -148,17 +149,21 @@ def test_a_second_launch_in_the_same_folder_is_refused(
     assert "is in use by another launch" in told[0]
 
 
-def test_changed_data_is_refused_before_the_reference_is_computed_for_it(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_changed_data_or_another_model_is_refused_before_the_reference_is_computed_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = write_pairs(tmp_path / "pairs.jsonl", 18)
-    cut = config("dpo", tmp_path / "cut", model_folder, pairs, **EVERY)
+    pairs, model = write_pairs(tmp_path / "pairs.jsonl", 18), toy_model_folder(tmp_path / "model")
+    cut = config("dpo", tmp_path / "cut", model, pairs, **EVERY)
     with monkeypatch.context() as patch:
         at_call(patch, dpo.DPOTask, "row_loss", 2, terminate)
         assert dpo.run(cut) == STOPPED
     before = sorted((tmp_path / "cut" / "reference").iterdir())
     write_pairs(pairs, 18, seed=1)
     with pytest.raises(ValueError, match=r"other contents of data\.train"):
+        dpo.run(cut)
+    write_pairs(pairs, 18)
+    toy_model_folder(model, seed=3)
+    with pytest.raises(ValueError, match=r"other contents of model\.name_or_path"):
         dpo.run(cut)
     assert sorted((tmp_path / "cut" / "reference").iterdir()) == before
 

@@ -25,7 +25,7 @@ from notus.training.parallelize import build_policy, read_model_config
 
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora__rank": 3}}
 COMMON = {
-    "training__max_steps": 4, "training__save_every": 2, "training__keep_checkpoints": None,
+    "training__max_steps": 4, "data__eval_size": 5, "training__save_every": 2, "training__keep_checkpoints": None,
     "tracking__samples": 3, "tracking__sample_tokens": 5,
 }  # fmt: skip
 STEP_2 = Path("checkpoints") / "step-00000002"
@@ -69,6 +69,7 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["four", "hybrid", "hybrid-from-two", "two-from-hybrid"])
 def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_folder: Path) -> None:
@@ -77,6 +78,9 @@ def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_
     assert [line["step"] for line in lines] == ([3, 4] if "from" in layout else [1, 2, 3, 4])
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+    for key in ("rewards/margins", "num_tokens"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], abs=2e-5), key
+    assert lines[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], abs=2e-5)
     samples = [[line for line in _samples(run) if line["step"] == 4] for run in (one, other)]
     assert samples[0] == samples[1]
     assert len(samples[0]) == 3
@@ -86,6 +90,7 @@ def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_
         assert (found - wanted[name]).norm() < 1e-4 * moved, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_holds_each_shard_once(kind: str, runs: Path) -> None:
     def bytes_held(run: str) -> int:

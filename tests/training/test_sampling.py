@@ -171,32 +171,6 @@ def test_ranks_ask_each_other_every_few_passes_whether_all_is_said(
     assert len(passes) == 20
 
 
-@pytest.mark.parametrize(
-    ("lengths", "longest", "ranks", "expected"),
-    [
-        # with 5 tokens after each: 3 x (30 + 5) > 100, but 4 x (20 + 5) <= 100; it takes three, and so three each do
-        ([10, 30, 20, 10, 30, 10, 20], 100, 1, [[[1, 4]], [[2, 6, 0]], [[3, 5]]]),
-        # four ranks have room for all at once; two each do
-        ([10, 30, 20, 10, 30, 10, 20], 100, 4, [[[1, 4], [2, 6], [0, 3], [5]]]),
-        # prompts of 95 tokens alone; two ranks need two groups
-        ([95, 95, 95, 1], 100, 2, [[[0], [1]], [[2], [3]]]),
-        ([10, 20], 100, 4, [[[1], [0], [], []]]),
-    ],
-)
-def test_prompts_are_dealt_in_few_groups(
-    lengths: list[int],
-    longest: int,
-    ranks: int,
-    expected: list[list[list[int]]],
-    model_folder: Path,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sampler = _sampler(model_folder, device, [[1] * length for length in lengths], longest=longest, max_new_tokens=5)
-    monkeypatch.setattr(sampling, "world_size", lambda: ranks)
-    assert sampler._groups() == expected
-
-
 STOPPED_AT = (None, 3)
 MODES = [("none", False), ("selective", False), ("full", False), ("selective", True)]
 
@@ -364,6 +338,9 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, model_folder: Path, pairs_f
         assert samples_of(two) == samples_of(one)
         assert len(samples_of(two)) == 2 * options["tracking__samples"]
         assert {line["system/host_memory_gib"] for line in read_metrics(two)} == {2.5}  # the larger
+        for key in ("loss", "grad_norm", "rewards/margins"):
+            both = [[line[key] for line in read_metrics(run)] for run in (one, two)]
+            assert both[1] == pytest.approx(both[0], abs=2e-5), key
         assert json.loads((two / "environment.json").read_text())["world_size"] == 2
 
 

@@ -19,18 +19,7 @@ from notus.runtime.process import STOPPED
 from notus.training import dpo
 from notus.training import tracking as sinks
 from notus.training.sampling import Sample
-from notus.training.tracking import MetricsFile, TensorBoardLogger, Tracker, WandbLogger, grouped
-
-
-def test_metrics_in_groups() -> None:
-    metrics = {"loss": 1.0, "rewards/chosen": 2.0, "eval_loss": 3.0, "eval_rewards/chosen": 4.0, "system/mfu": 5.0}
-    assert grouped(metrics) == {
-        "train/loss": 1.0,
-        "train/rewards/chosen": 2.0,
-        "eval/loss": 3.0,
-        "eval/rewards/chosen": 4.0,
-        "system/mfu": 5.0,
-    }
+from notus.training.tracking import MetricsFile, TensorBoardLogger, Tracker, WandbLogger
 
 
 def _events(folder: Path) -> Any:
@@ -48,14 +37,6 @@ def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 def _texts(folder: Path, name: str) -> list[tuple[int, str]]:
     tensors = _events(folder).Tensors(f"{name}/text_summary")
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in tensors]
-
-
-def test_tensorboard_files_hold_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    sink = TensorBoardLogger(tmp_path, resume_step=-1, texts={})
-    sink.log(3, {"rewards/margins": 1.5})
-    sink.close()
-    assert _scalars(tmp_path, "train/rewards/margins") == [(3, 1.5)]
 
 
 def test_tensorboard_shows_steps_that_are_taken_again_once(tmp_path: Path) -> None:
@@ -225,15 +206,6 @@ class _Server:
 def _online(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", url)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-
-
-def test_wandb_is_offline_without_a_key(wandb_folder: Path) -> None:
-    sink = _sink(wandb_folder)
-    sink.log(1, {"loss": 0.5})
-    sink.close()
-    file = _only_file(wandb_folder, "offline-run")
-    assert _history(file) == [{"_step": 1, "loss": 0.5}]
-    assert file.name == f"run-{sink.run_id}.wandb"
 
 
 def test_offline_files_hold_groups_config_and_samples_of_both_launches(wandb_folder: Path) -> None:
