@@ -16,6 +16,14 @@ def device() -> Iterator[torch.device]:
         yield found
 
 
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of benchmarks, whose modules can be imported."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_model_folder(tmp_path_factory.mktemp("model"))

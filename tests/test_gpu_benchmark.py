@@ -62,9 +62,8 @@ for name, kind in TASKS[stage].items():
 
 
 @pytest.fixture
-def module(monkeypatch):
+def module(benchmarks):
     """Imports a module of benchmarks/."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module
 
 

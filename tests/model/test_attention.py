@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.attention.varlen
+from toys import relative
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from notus.data.packing import build_layout
@@ -70,10 +71,7 @@ def plain_attention(query, key, value, window, scale):
     for position in range(len(query)):
         first = 0 if window is None else max(0, position - window + 1)
         for head in range(query.shape[1]):
-            keys, values = (
-                key[first : position + 1, head // groups],
-                value[first : position + 1, head // groups],
-            )
+            keys, values = (each[first : position + 1, head // groups] for each in (key, value))
             output[position, head] = (scale * keys @ query[position, head]).softmax(0) @ values
     return output
 
@@ -83,10 +81,6 @@ def inputs(num_tokens, heads, kv_heads, dtype=torch.float32, head_dim=8):
     shapes = [(num_tokens, count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
     *leaves, upstream = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return [leaf.requires_grad_() for leaf in leaves], upstream
-
-
-def relative(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -220,18 +214,8 @@ def varlen_by_the_book(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, s
 
 
 def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    return varlen_by_the_book(
-        query,
-        key,
-        value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        scale=scale,
-        window_size=window_size,
-        enable_gqa=True,
-    )
+    given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    return varlen_by_the_book(*given, scale=scale, window_size=window_size, enable_gqa=True)
 
 
 @pytest.mark.parametrize("stand_in", [varlen_by_the_book, varlen_of_torch_2_11])

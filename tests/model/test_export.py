@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from toys import assets_dir, toy_config, toy_model, toy_model_folder, toy_tokenizer
+from toys import assets_dir, logits, toy_config, toy_model, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from notus.model import export
@@ -23,11 +23,6 @@ from notus.model.peft_format import load_adapter
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
 CPU = {"dtype": torch.float32, "device": "cpu"}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def write(model, folder, *, dtype=torch.float32, **options):

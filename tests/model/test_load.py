@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from toys import toy_config, toy_model, toy_model_folder
+from toys import logits, toy_config, toy_model, toy_model_folder
 from transformers import AutoModelForCausalLM
 
 from notus.model import load as weights
@@ -44,11 +44,6 @@ def loaded(folder, kind="mistral", **overrides):
     materialise(model, "cpu")
     load_weights(model, folder)
     return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def edit_weights(folder, change):

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from toys import toy_model
+from toys import relative, toy_example, toy_model
 
 from notus.data.packing import Example, collate
 from notus.model.attention import IMPLEMENTATION
@@ -44,25 +44,15 @@ MODELS = {
 }
 
 
-def example(rng, index, trunk, branches, masks=None):
-    masks = masks or [[1] * length for length in branches]
-    return Example(
-        index,
-        rng.integers(3, 400, trunk),
-        tuple(rng.integers(3, 400, length) for length in branches),
-        tuple(np.array(mask, dtype=bool) for mask in masks),
-    )
-
-
 def pairs(seed=0):
     """Long and one-token trunks, one-token branches, holes in a mask, a branch without a loss token."""
     rng = np.random.default_rng(seed)
     return [
-        example(rng, 0, 13, [5, 9]),
-        example(rng, 1, 1, [3, 1]),
-        example(rng, 2, 7, [6, 2], [[1, 1, 0, 0, 0, 1], [0, 1]]),
-        example(rng, 3, 4, [2, 3], [[0, 0], [1, 1, 1]]),
-        example(rng, 4, 20, [1, 14]),
+        toy_example(rng, 0, 13, [5, 9]),
+        toy_example(rng, 1, 1, [3, 1]),
+        toy_example(rng, 2, 7, [6, 2], [[1, 1, 0, 0, 0, 1], [0, 1]]),
+        toy_example(rng, 3, 4, [2, 3], [[0, 0], [1, 1, 1]]),
+        toy_example(rng, 4, 20, [1, 14]),
     ]
 
 
@@ -98,10 +88,6 @@ def gradients(model, logps):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def relative(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_is_each_sequence_alone(name, fused):
@@ -122,7 +108,7 @@ def test_packed_is_each_sequence_alone(name, fused):
 @pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
 def test_any_number_of_branches(num_branches):
     rng = np.random.default_rng(num_branches)
-    examples = [example(rng, n, trunk, rng.integers(1, 9, num_branches)) for n, trunk in enumerate([6, 1, 11])]
+    examples = [toy_example(rng, n, trunk, rng.integers(1, 9, num_branches)) for n, trunk in enumerate([6, 1, 11])]
     model = toy_model("mistral", sliding_window=7)
     policy = policy_of(model)
     found, expected = policy(collate(examples, num_branches)), logps_alone(model, examples)
@@ -133,7 +119,7 @@ def test_any_number_of_branches(num_branches):
 
 def test_without_a_trunk_the_conversation_starts_with_the_branch():
     rng = np.random.default_rng(0)
-    examples = [example(rng, 0, 0, [4, 6]), example(rng, 1, 3, [2, 2]), example(rng, 2, 0, [1, 5])]
+    examples = [toy_example(rng, 0, 0, [4, 6]), toy_example(rng, 1, 3, [2, 2]), toy_example(rng, 2, 0, [1, 5])]
     model = toy_model()
     found = policy_of(model)(collate(examples, 2))
     torch.testing.assert_close(found, logps_alone(model, examples), rtol=1e-5, atol=1e-5)
@@ -155,7 +141,7 @@ def test_the_order_and_company_of_examples_in_a_row_do_not_matter():
 @torch.no_grad()
 def test_a_branch_does_not_see_its_sibling():
     rng = np.random.default_rng(0)
-    policy, first = policy_of(toy_model()), example(rng, 0, 8, [5, 6])
+    policy, first = policy_of(toy_model()), toy_example(rng, 0, 8, [5, 6])
     other = Example(0, first.trunk, (first.branches[0], first.branches[1][::-1].copy()), first.loss_masks)
     assert policy(collate([first], 2))[0, 0] == policy(collate([other], 2))[0, 0]
     assert policy(collate([first], 2))[0, 1] != policy(collate([other], 2))[0, 1]
@@ -199,7 +185,7 @@ def test_a_filler_gives_finite_numbers_and_no_gradient_when_it_weighs_nothing():
 def test_a_row_without_a_loss_token_gives_zeros():
     rng = np.random.default_rng(0)
     policy = policy_of(toy_model())
-    logps = policy(collate([example(rng, 0, 4, [3, 2], [[0, 0, 0], [0, 0]])], 2))
+    logps = policy(collate([toy_example(rng, 0, 4, [3, 2], [[0, 0, 0], [0, 0]])], 2))
     assert logps.tolist() == [[0.0, 0.0]]
     logps.sum().backward()
     assert all(not parameter.grad.any() for parameter in policy.parameters())

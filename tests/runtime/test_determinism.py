@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import config, settings, without_timings, write_pairs
-from safetensors.torch import load_file
+from runs import assert_same_run, config, settings, write_pairs
 from toys import toy_model_folder
 
 from notus.config import config_from_dict
@@ -79,17 +78,6 @@ def test_it_is_on_before_a_device_is_chosen_and_off_after_the_run(
     assert _state() == before
 
 
-def _result(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    return without_timings(run), load_file(run / "model" / "model.safetensors")
-
-
-def _assert_bitwise_equal(one: Path, other: Path) -> None:
-    (lines, tensors), (other_lines, other_tensors) = _result(one), _result(other)
-    assert lines == other_lines
-    assert tensors.keys() == other_tensors.keys()
-    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
-
-
 def _train_on_ranks(trees: dict[int, Any]) -> None:
     for port, tree in trees.items():
         with launched(port):
@@ -114,4 +102,4 @@ def test_two_runs_are_bitwise_equal(ranks: int, tmp_path: Path) -> None:
                 dpo.run(config_from_dict(tree, "dpo"))
         finally:
             torch.set_num_threads(threads)
-    _assert_bitwise_equal(tmp_path / "one", tmp_path / "other")
+    assert_same_run(tmp_path / "one", tmp_path / "other")

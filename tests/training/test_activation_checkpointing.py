@@ -7,16 +7,15 @@ q 32·32 = 1024, k and v 32·16 = 512 each, o 1024, gate, up and down 32·48 = 1
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from toys import toy_model
+from toys import toy_examples, toy_model
 from transformers import AutoModelForCausalLM, OlmoConfig
 
-from notus.data.packing import Batch, Example, collate
+from notus.data.packing import Batch, collate
 from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
 from notus.model.lora import init_lora, inject_lora
@@ -45,17 +44,7 @@ class _Attention(TorchDispatchMode):
 
 
 def _batch() -> Batch:
-    generator = np.random.default_rng(0)
-    examples = [
-        Example(
-            index,
-            generator.integers(3, 400, trunk),
-            tuple(generator.integers(3, 400, size) for size in branches),
-            tuple(np.ones(size, dtype=bool) for size in branches),
-        )
-        for index, (trunk, branches) in enumerate([(5, (4, 6)), (3, (7, 2))])
-    ]
-    return collate(examples, 2)
+    return collate(toy_examples((5, (4, 6)), (3, (7, 2))), 2)
 
 
 def _policy(mode: str, *, rank: int = 0, dropout: float = 0.0) -> Policy:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from runs import wait_until
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -84,13 +85,6 @@ def test_what_a_killed_run_left_is_not_seen_and_goes(tmp_path: Path, device: tor
     assert _names(tmp_path) == ["latest", "step-00000007"]
 
 
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline, path
-        time.sleep(0.01)
-
-
 def _save_beside_a_late_rank(folder: Path) -> None:
     """Rank 1 makes the folder before rank 0 begins, and looks again when rank 0 has made its plan."""
     plan, set_up = saving._Writer.prepare_local_plan, saving._Writer.set_up_storage_writer
@@ -98,7 +92,7 @@ def _save_beside_a_late_rank(folder: Path) -> None:
 
     def set_up_late(self, *args, **kwargs):
         if late:
-            _wait_for(mark)
+            wait_until(mark.exists)
         set_up(self, *args, **kwargs)
 
     def plan_and_look(self, *args):
@@ -107,7 +101,7 @@ def _save_beside_a_late_rank(folder: Path) -> None:
             (folder / "planned").touch()
             return planned
         mark.touch()
-        _wait_for(folder / "planned")
+        wait_until((folder / "planned").exists)
         assert mark.exists(), "the folder was removed while the ranks make it"
         return planned
 

@@ -15,10 +15,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.tensor import DTensor
-from toys import toy_model_folder
+from toys import toy_examples, toy_model_folder
 
 from notus.config import LoraConfig
-from notus.data.packing import Batch, Example, collate
+from notus.data.packing import Batch, collate
 from notus.model import attention, compiled_attention
 from notus.model.compiled_attention import check_graph_attention
 from notus.model.policy import Policy
@@ -63,19 +63,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> _Compiler:
 def _rows(count: int) -> list[Batch]:
     """Rows of 1 to 4 pairs, of many lengths."""
     generator = np.random.default_rng(0)
-
-    def ids(size: int) -> np.ndarray:
-        return generator.integers(3, 400, size)
-
-    rows = []
-    for _ in range(count):
-        examples = []
-        for index in range(generator.integers(1, 5)):
-            trunk, *branches = generator.integers(2, 20, 3)
-            masks = tuple(np.ones(size, dtype=bool) for size in branches)
-            examples.append(Example(index, ids(trunk), tuple(ids(size) for size in branches), masks))
-        rows.append(collate(examples, 2))
-    return rows
+    lengths = [generator.integers(2, 20, (generator.integers(1, 5), 3)).tolist() for _ in range(count)]
+    return [collate(toy_examples(*((trunk, branches) for trunk, *branches in row)), 2) for row in lengths]
 
 
 def _policy(folder: Path, device: torch.device, **options: Any) -> Policy:

@@ -1,6 +1,5 @@
 """Hybrid sharding: two nodes of two ranks do what one rank does, and what full sharding does."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import free_ports, launched, run_ranks
-from runs import config, read_metrics, settings
+from runs import config, read_metrics, read_samples, settings
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import Replicate, Shard
@@ -60,10 +59,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, pairs_fil
     return top
 
 
-def _samples(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-
-
 def _weights(run: Path) -> dict[str, torch.Tensor]:
     (path,) = (run / "model").glob("*model.safetensors")
     return load_file(path)
@@ -81,7 +76,7 @@ def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_
     for key in ("rewards/margins", "num_tokens"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], abs=2e-5), key
     assert lines[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], abs=2e-5)
-    samples = [[line for line in _samples(run) if line["step"] == 4] for run in (one, other)]
+    samples = [[line for line in read_samples(run) if line["step"] == 4] for run in (one, other)]
     assert samples[0] == samples[1]
     assert len(samples[0]) == 3
     start, wanted = load_file(model_folder / "model.safetensors"), _weights(one)
