@@ -220,10 +220,7 @@ def test_rewards_are_detached_and_pairs_do_not_touch_each_other(loss_type: str) 
 
 
 def test_nll_sums_to_the_mean_over_the_tokens_of_the_step() -> None:
-    first, second = (
-        torch.tensor([-2.0, -10.0]),
-        torch.tensor([-6.0]),
-    )  # 1 + 5 tokens, and 3 in another micro-batch
+    first, second = (torch.tensor([-2.0, -10.0]), torch.tensor([-6.0]))  # 1 + 5 tokens, and 3 in another micro-batch
     found = nll_loss(first, 9).sum() + nll_loss(second, 9).sum()
     torch.testing.assert_close(found, torch.tensor(18 / 9))
 
@@ -243,10 +240,7 @@ def test_nll_sums_to_the_mean_over_the_tokens_of_the_step() -> None:
         ({"loss_type": "exo_pair"}, "above 0"),
         ({"loss_type": "ipo"}, "'ipo' needs chosen_lengths and rejected_lengths"),
         ({"loss_type": "sigmoid_norm", "chosen_lengths": torch.ones(2)}, "needs chosen_lengths"),
-        (
-            {"loss_type": "ipo", "chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(1)},
-            "one shape",
-        ),
+        ({"loss_type": "ipo", "chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(1)}, "one shape"),
     ],
 )
 def test_wrong_options_are_rejected(options: dict[str, object], message: str) -> None:

@@ -101,20 +101,8 @@ def test_collating_leaves_the_examples_as_they_were():
 def test_to_moves_everything_but_the_dataset_rows():
     batch = collate([example(3, [1, 2], [[3, 4], [5]])], 2)
     moved = batch.to(torch.device("meta"))
-    tensors = [
-        moved.input_ids,
-        moved.position_ids,
-        moved.sources,
-        moved.targets,
-        moved.lengths,
-        moved.weights,
-    ]
-    tensors += [
-        moved.layout.key_index,
-        moved.layout.first_copy,
-        moved.layout.query_starts,
-        moved.layout.key_starts,
-    ]
+    tensors = [moved.input_ids, moved.position_ids, moved.sources, moved.targets, moved.lengths, moved.weights]
+    tensors += [moved.layout.key_index, moved.layout.first_copy, moved.layout.query_starts, moved.layout.key_starts]
     tensors += itertools.chain.from_iterable(moved.layout.extra_copies)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.indices.tolist() == [3]

@@ -38,13 +38,7 @@ def attend(query, key, value, layout, *, kernel=None, window=None, scale=0.5):
     """[N, H, D] through the function that transformers calls, which takes and gives other shapes."""
     to_model = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
     output, weights = packed_attention(
-        torch.nn.Identity(),
-        *to_model,
-        None,
-        scaling=scale,
-        layout=layout,
-        sliding_window=window,
-        kernel=kernel,
+        torch.nn.Identity(), *to_model, None, scaling=scale, layout=layout, sliding_window=window, kernel=kernel
     )
     assert weights is None
     return output.squeeze(0)
@@ -286,24 +280,12 @@ class _WrongValueGradient(torch.autograd.Function):
 
 
 WRONG = {
-    "a scale": (
-        lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, 1.1 * scale, window),
-        "output",
-    ),
+    "a scale": (lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, 1.1 * scale, window), "output"),
     "no window": (lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, None), "output"),
-    "one key more": (
-        lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, window + 1),
-        "output",
-    ),
+    "one key more": (lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, window + 1), "output"),
     "NaN": (lambda *args: sdpa_kernel(*args) * float("nan"), "output"),
-    "the value's gradient": (
-        lambda q, k, v, *rest: sdpa_kernel(q, k, _WrongValueGradient.apply(v), *rest),
-        "value",
-    ),
-    "the key's gradient": (
-        lambda q, k, v, *rest: sdpa_kernel(q, _WrongValueGradient.apply(k), v, *rest),
-        "key",
-    ),
+    "the value's gradient": (lambda q, k, v, *rest: sdpa_kernel(q, k, _WrongValueGradient.apply(v), *rest), "value"),
+    "the key's gradient": (lambda q, k, v, *rest: sdpa_kernel(q, _WrongValueGradient.apply(k), v, *rest), "key"),
 }
 
 

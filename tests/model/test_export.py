@@ -80,10 +80,7 @@ def test_large_models_are_written_in_several_files(tmp_path):
     # just above the limit; two layers and the last norm take three files.
     assert len(files) == 5
     assert files[0] == "model-00001-of-00005.safetensors"
-    assert [set(load_file(folder / files[i])) for i in (0, 4)] == [
-        {"model.embed_tokens.weight"},
-        {"lm_head.weight"},
-    ]
+    assert [set(load_file(folder / files[i])) for i in (0, 4)] == [{"model.embed_tokens.weight"}, {"lm_head.weight"}]
     assert all((folder / name).stat().st_size < 30_000 + 2_000 for name in files[1:4])
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
@@ -178,11 +175,7 @@ def test_pefts_own_adapter_is_read(tmp_path):
     peft = pytest.importorskip("peft")
     base = toy_model_folder(tmp_path / "base")
     settings = peft.LoraConfig(
-        r=2,
-        lora_alpha=6,
-        target_modules=["q_proj", "down_proj"],
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
+        r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).eval()
     theirs.save_pretrained(tmp_path / "adapter")
@@ -207,10 +200,7 @@ def test_an_adapter_comes_back_into_an_injected_model(tmp_path):
         ({"rank": 2}, "adapter: r is 3 in the adapter, 2 in the model"),
         ({"alpha": 12}, "lora_alpha is 6 in the adapter, 12 in the model"),
         ({"rslora": True}, "use_rslora is False in the adapter, True"),
-        (
-            {"target_modules": ["q_proj"]},
-            r"target_modules is \['q_proj', 'up_proj'\] in the adapter, \['q_proj'\]",
-        ),
+        ({"target_modules": ["q_proj"]}, r"target_modules is \['q_proj', 'up_proj'\] in the adapter, \['q_proj'\]"),
     ],
 )
 def test_an_adapter_of_other_settings_is_refused(tmp_path, change, message):

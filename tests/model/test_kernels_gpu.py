@@ -13,10 +13,7 @@ from notus.model.fused import fuse
 from notus.model.policy import Policy
 from notus.runtime.determinism import deterministic
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
 TRUNKS, BRANCHES = [300, 1, 40], [[120, 77], [1, 260], [3, 1]]
 

@@ -183,10 +183,7 @@ def bad_index(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            drop_key,
-            r"m: the weights are not those of MistralForCausalLM: missing model\.norm\.weight; do config",
-        ),
+        (drop_key, r"m: the weights are not those of MistralForCausalLM: missing model\.norm\.weight; do config"),
         (rename_key, r"missing model\.norm\.weight; unexpected model\.nörm\.weight; do config\.json and"),
         (wrong_shape, r"model\.safetensors: model\.norm\.weight has shape \[31\], the model needs \[32\]"),
         (not_safetensors, r"model\.safetensors: not a whole safetensors file \(.*\); download it again"),

@@ -7,15 +7,7 @@ import torch
 from torch import nn
 from toys import logits, toy_model
 
-from notus.model.lora import (
-    LoRALinear,
-    adapters_off,
-    cast_frozen,
-    init_lora,
-    inject_lora,
-    lora_layers,
-    merge_lora,
-)
+from notus.model.lora import LoRALinear, adapters_off, cast_frozen, init_lora, inject_lora, lora_layers, merge_lora
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

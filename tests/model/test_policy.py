@@ -25,21 +25,12 @@ MODELS = {
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2, window in one layer": (
         "qwen2",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 4,
-            "layer_types": ["full_attention", "sliding_attention"],
-        },
+        {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
     ),
     "qwen3": ("qwen3", {}),
     "qwen3, tied, window": (
         "qwen3",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 6,
-            "max_window_layers": 0,
-            "tie_word_embeddings": True,
-        },
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0, "tie_word_embeddings": True},
     ),
 }
 
@@ -159,11 +150,7 @@ def test_bf16_is_no_worse_against_fp32_than_the_plain_path(kind, fused):
     assert found.dtype == torch.float32
     # Both errors are sums of many roundings: the margins allow for their luck, not for a lost factor of two.
     assert relative(found.detach(), expected.detach()) <= 1.5 * relative(plain.detach(), expected.detach())
-    wanted, other, got = (
-        gradients(exact, expected),
-        gradients(model, plain),
-        gradients(packed.causal_lm, found),
-    )
+    wanted, other, got = (gradients(exact, expected), gradients(model, plain), gradients(packed.causal_lm, found))
 
     def error(of):
         names = wanted.keys()

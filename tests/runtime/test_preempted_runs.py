@@ -104,15 +104,6 @@ def test_torchrun_restarts_after_one_rank_was_told_to_stop(config_file: Path, un
     assert_same_run(run, undisturbed)
 
 
-def test_one_process_leaves_with_the_code_of_a_stopped_run(config_file: Path) -> None:
-    run = config_file.parent / "single"
-    launched = _launch(config_file, run, ranks=0)
-    _wait_for_steps(run, launched)
-    launched.send_signal(signal.SIGINT)
-    launched.communicate(timeout=240)
-    assert launched.returncode == STOPPED
-
-
 def _children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]

@@ -150,10 +150,7 @@ def test_the_nll_term_is_a_token_mean_over_the_step(tmp_path: Path, model_folder
     run = tmp_path / "run"
     dpo.run(config("dpo", run, model_folder, pairs, dpo__nll_weight=0.5, training__tokens_per_row=60))
     (line,) = read_metrics(run)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model_folder),
-        AutoTokenizer.from_pretrained(model_folder),
-    )
+    model, tokenizer = (AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder))
     total, tokens = 0.0, 0
     with torch.no_grad():
         for pair in map(json.loads, pairs.read_text().splitlines()):
@@ -192,9 +189,6 @@ def test_a_sweep_fills_the_reference_once(tmp_path: Path, model_folder: Path, pa
             )
         )
     assert len(list(shared.iterdir())) == 1
-    dpo.fill_reference(config("dpo", tmp_path / "none", model_folder, pairs_file, reference__cache_dir=str(shared)))
-    assert len(list(shared.iterdir())) == 1
-    assert not (tmp_path / "none").exists()
 
 
 def test_a_reference_of_another_computation_stops_the_run_at_step_0(

@@ -102,13 +102,17 @@ def _varlen(
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
 
+def _use_cudas_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
+    monkeypatch.setattr(attention, "varlen_attn", _varlen)
+    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+
+
 @pytest.fixture(params=["operator", "graph"])
 def attention_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The two ways in which compiled blocks compute attention; "graph" is CUDA's, with a stand-in for its kernel."""
     if request.param == "graph":
-        monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
-        monkeypatch.setattr(attention, "varlen_attn", _varlen)
-        monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+        _use_cudas_attention(monkeypatch)
     return request.param
 
 
@@ -183,14 +187,9 @@ def test_the_operator_is_not_in_the_graph_of_cuda(
         return {name for name in found if name.startswith("notus")}
 
     compile_, folder = torch.compile, toy_model_folder(tmp_path / "model", head_dim=16)
-    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
-    monkeypatch.setattr(attention, "varlen_attn", _varlen)
-    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    _use_cudas_attention(monkeypatch)
     assert operators() == {"notus.gather_keys.default", "notus.gather_keys_backward.default"}
-    assert operators("graph_attention") == {
-        "notus.packed_attention.default",
-        "notus.packed_attention_backward.default",
-    }
+    assert operators("graph_attention") == {"notus.packed_attention.default", "notus.packed_attention_backward.default"}
 
 
 def test_where_the_compiler_cannot_have_the_kernel_blocks_get_the_operator(
@@ -199,9 +198,7 @@ def test_where_the_compiler_cannot_have_the_kernel_blocks_get_the_operator(
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "window": None}
     cpu = torch.device("cpu")
     assert check_graph_attention(cpu, torch.float32, **sizes, gather=lambda mine: [mine]) == []  # no kernel to see
-    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
-    monkeypatch.setattr(attention, "varlen_attn", _varlen)
-    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    _use_cudas_attention(monkeypatch)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     monkeypatch.setattr(compiled_attention, "_failure", None)

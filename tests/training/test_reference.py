@@ -87,8 +87,7 @@ def test_a_part_of_other_rows_is_not_used(tmp_path: Path, device: torch.device) 
     parts = tmp_path / f"{_key(rows).name}.parts"
     parts.mkdir()
     save_file(
-        {"logps": torch.zeros(5, 2), "digests": torch.zeros(5, 16, dtype=torch.uint8)},
-        parts / "000000000.safetensors",
+        {"logps": torch.zeros(5, 2), "digests": torch.zeros(5, 16, dtype=torch.uint8)}, parts / "000000000.safetensors"
     )
     score = _Scorer()
     _call(score, rows, tmp_path)

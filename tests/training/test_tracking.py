@@ -63,14 +63,6 @@ def test_metrics_that_the_disk_does_not_take_end_the_run(tmp_path: Path) -> None
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_full_device_is_told(tmp_path: Path) -> None:
-    sink = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
-    sink.close()
-    sink._lines._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(OSError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
-        _log(sink, range(1, 2))
-
-
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar(total_steps=3, start_step=0, seconds_between=60)
     for step in (1, 2, 3):
