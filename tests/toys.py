@@ -121,6 +121,21 @@ def toy_model(kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **ove
     return model.eval()
 
 
+class Root(torch.nn.Module):
+    """A wrapper with the prefix that FSDP's root gives, as the policy is."""
+
+    def __init__(self, causal_lm: torch.nn.Module) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.causal_lm(ids).logits
+
+
+# Parameters of 401, 49 and 33 rows divide by no number of ranks.
+UNEVEN = {"vocab_size": 401, "intermediate_size": 49, "hidden_size": 33, "tie_word_embeddings": True}
+
+
 def toy_model_folder(
     folder: Path, kind: str = "mistral", *, bos: bool = True, seed: int = 0, **overrides: object
 ) -> Path:

@@ -71,22 +71,6 @@ def test_costs_decide_where_lengths_leave_room():
     assert balance([4] * 4, [9, 3, 3, 3], world_size=2, tokens_per_row=8) == [[[0, 3]], [[1, 2]]]
 
 
-def test_rows_of_like_cost_meet():
-    costs = [1, 10, 10, 1]
-    balanced = balance([5] * 4, costs, world_size=2, tokens_per_row=5)
-    assert balanced == [[[1], [0]], [[2], [3]]]
-    assert lockstep_cost(balanced, costs) == 11  # were a dear row to meet a cheap one, 20
-
-
-def test_deal_takes_more_rows_than_the_tokens_alone_would_need():
-    # 3 x 6 = 18 tokens would fill 2 rows of 10, but only one example fits into a row.
-    assert balance([6, 6, 6], [6, 6, 6], world_size=1, tokens_per_row=10) == [[[0], [1], [2]]]
-
-
-def test_more_ranks_than_examples_get_empty_rows():
-    assert balance([5, 8], [5, 8], world_size=4, tokens_per_row=8) == [[[1]], [[0]], [[]], [[]]]
-
-
 def test_an_example_that_fits_into_no_row_is_an_error():
     with pytest.raises(ValueError, match=r"training\.tokens_per_row=7 .*\(8 tokens\): set .* at least 8, or lower"):
         balance([3, 8], [3, 8], world_size=2, tokens_per_row=7)

@@ -208,17 +208,6 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"a.jsonl, line 5: key 'chosen' is null"):
             load(path, num_workers=num_workers)
 
-    def test_bad_row_of_an_array_is_named_by_number(self, tmp_path: Path) -> None:
-        (tmp_path / "a.json").write_text(json.dumps([pair("Q", "X", "Y"), {"prompt": "Q"}]))
-        with pytest.raises(ValueError, match=r"a.json, row 2 \(line 1\): the columns prompt are of no known dpo"):
-            load(tmp_path / "a.json")
-
-    def test_template_that_refuses_a_row(self, tmp_path: Path) -> None:
-        row = {"prompt": [{"role": "user", "content": "Q"}], "chosen": "X", "rejected": "Y"}
-        (tmp_path / "no.jinja").write_text("{{ raise_exception('never') }}")
-        with pytest.raises(ValueError, match=r"a.jsonl, line 1: the chat template refuses .*never"):
-            load(write_rows(tmp_path / "a.jsonl", [row]), chat_template=str(tmp_path / "no.jinja"))
-
 
 class TestCache:
     @pytest.fixture
@@ -265,10 +254,6 @@ class TestCache:
     def test_another_content_does_not(self, path: Path) -> None:
         with pytest.raises(RuntimeError, match="tokenised again"):
             load(write_rows(path, [pair("Q", "X", "Z")]))
-
-    def test_folder_of_choice(self, path: Path, tmp_path: Path) -> None:
-        load(path, cache_dir=tmp_path / "chosen")
-        assert len(list((tmp_path / "chosen").glob("*/*.arrow"))) == 1
 
     def test_workers_do_not_change_the_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dataset_module, "BATCH_ROWS", 3)

@@ -125,12 +125,6 @@ def test_attention_by_hand(kernel, window, outputs, value_gradient):
     torch.testing.assert_close(value.grad.flatten(), torch.tensor(value_gradient))
 
 
-def test_causal_mask_by_hand():
-    inf = float("inf")
-    assert causal_mask(2, 4, None, CPU, torch.float32).tolist() == [[0, 0, 0, -inf], [0, 0, 0, 0]]
-    assert causal_mask(2, 4, 2, CPU, torch.float32).tolist() == [[-inf, 0, 0, -inf], [-inf, -inf, 0, 0]]
-
-
 def test_rows_without_sharing_or_window_build_no_mask(monkeypatch):
     sizes = []
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from toys import assets_dir, logits, toy_config, toy_model, toy_model_folder, toy_tokenizer
+from toys import UNEVEN, Root, assets_dir, logits, toy_config, toy_model, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from notus.model import export
@@ -307,18 +307,6 @@ def test_stories_reproduce_their_golden_text(tmp_path):
     assert len(tokens) == 1 + 256
     golden = (assets / "stories260K" / "golden-greedy.txt").read_text()
     assert tokenizer.decode(tokens, skip_special_tokens=True) + "\n" == golden  # a text file's last newline
-
-
-class Root(nn.Module):
-    def __init__(self, causal_lm):
-        super().__init__()
-        self.causal_lm = causal_lm
-
-    def forward(self, ids):
-        return self.causal_lm(ids).logits
-
-
-UNEVEN = {"vocab_size": 401, "intermediate_size": 49, "hidden_size": 33, "tie_word_embeddings": True}
 
 
 def shard(causal_lm, folder):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from toys import logits, toy_config, toy_model, toy_model_folder
+from toys import UNEVEN, Root, logits, toy_config, toy_model, toy_model_folder
 from transformers import AutoModelForCausalLM
 
 from notus.model import load as weights
@@ -361,19 +361,6 @@ def test_dropout_is_off_in_the_base_and_stays_in_lora():
     assert torch.equal(logits(model), logits(model))  # B is still zero
 
 
-class Root(nn.Module):
-    """A wrapper with the prefix that FSDP's root gives, as the policy is."""
-
-    def __init__(self, causal_lm):
-        super().__init__()
-        self.causal_lm = causal_lm
-
-    def forward(self, ids):
-        return self.causal_lm(ids).logits
-
-
-# Parameters of 401, 49 and 33 rows divide by no number of ranks here; LoRA's single row leaves ranks empty.
-UNEVEN = {"vocab_size": 401, "intermediate_size": 49, "hidden_size": 33, "tie_word_embeddings": True}
 LORA = {"rank": 1, "alpha": 2.0, "dropout": 0.0, "target_modules": "all-linear"}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import relative, toy_example, toy_model
 
-from notus.data.packing import Example, collate
+from notus.data.packing import collate
 from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
 from notus.model.policy import Policy
@@ -127,15 +127,6 @@ def test_the_order_and_company_of_examples_in_a_row_do_not_matter():
     )
     alone = torch.cat([policy(collate([item], 2)) for item in examples])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_branch_does_not_see_its_sibling():
-    rng = np.random.default_rng(0)
-    policy, first = policy_of(toy_model()), toy_example(rng, 0, 8, [5, 6])
-    other = Example(0, first.trunk, (first.branches[0], first.branches[1][::-1].copy()), first.loss_masks)
-    assert policy(collate([first], 2))[0, 0] == policy(collate([other], 2))[0, 0]
-    assert policy(collate([first], 2))[0, 1] != policy(collate([other], 2))[0, 1]
 
 
 @pytest.mark.parametrize("fused", [True, False])

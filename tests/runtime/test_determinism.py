@@ -48,20 +48,6 @@ def test_an_operation_that_cannot_repeat_raises_and_all_is_as_before(monkeypatch
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_new_memory_is_not_filled_and_the_users_choice_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    for before in (True, False):
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", before)
-        with deterministic(True):
-            sevens = torch.full((1000,), 7.0)
-            address = sevens.data_ptr()
-            del sevens
-            again = torch.empty(1000)
-            if again.data_ptr() == address:  # as the allocator has it for equal sizes
-                assert not again.isnan().any()
-            assert not torch.utils.deterministic.fill_uninitialized_memory
-        assert torch.utils.deterministic.fill_uninitialized_memory is before
-
-
 def test_it_is_on_before_a_device_is_chosen_and_off_after_the_run(
     tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

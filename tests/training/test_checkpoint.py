@@ -186,13 +186,6 @@ def test_without_an_optimizer_only_the_model_is_read(tmp_path: Path, device: tor
     assert torch.equal(others[0][1], parameters[0][1])
 
 
-def test_another_optimizer_is_refused(tmp_path: Path, device: torch.device) -> None:
-    parameters, optimizer = _stepped("rmsprop", seed=1)
-    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
-    with pytest.raises(ValueError, match="written with RMSprop, not AdamW"):
-        load_checkpoint(path, *_stepped("adamw", seed=0))
-
-
 def test_a_damaged_state_file_is_named(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
     path = save_checkpoint(tmp_path, Progress(1, num_tokens=41), parameters, optimizer)
@@ -240,12 +233,14 @@ def test_a_damaged_tensor_file_is_named_and_nothing_is_filled(tmp_path: Path, de
     assert torch.equal(others[0][1], before)
 
 
-def test_another_models_checkpoint_is_refused(tmp_path: Path, device: torch.device) -> None:
+def test_another_models_or_optimizers_checkpoint_is_refused(tmp_path: Path, device: torch.device) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
     path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     other = nn.Parameter(torch.zeros(4))
     with pytest.raises(ValueError, match="into this model"):
         load_checkpoint(path, [("bias", other)], RMSprop([other]))
+    with pytest.raises(ValueError, match="written with RMSprop, not AdamW"):
+        load_checkpoint(path, *_stepped("adamw", seed=0))
 
 
 def test_a_file_that_cannot_be_read_now_is_not_called_damaged(

@@ -1,12 +1,10 @@
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from notus.model.kernels import Kernel
 from notus.runtime import switches
 from notus.training import optimizers
 from notus.training.gradient_clipping import clipped_update
@@ -133,25 +131,9 @@ def test_the_factor_folded_in_is_clipping_beforehand(name: str, dtype: str) -> N
     assert not torch.equal(found, _clipped(name, dtype, max_norm=None))
 
 
-@pytest.fixture
-def one_pass(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
-    """Has the kernels used on the CPU too, compiled by a backend that runs the graph as it is."""
-    torch._dynamo.reset()
-    kinds = (optimizers.RMSprop.kernel, optimizers.AdamW.kernel)
-    on = switches.enabled
-    monkeypatch.setattr(Kernel, "usable", lambda self, _: self.failure is None and on("fused_optimizer"))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for kernel in kinds:
-        vars(kernel).pop("_compiled", None)
-    yield
-    for kernel in kinds:
-        vars(kernel).pop("_compiled", None)
-        kernel.failure = None
-
-
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
-def test_the_kernel_is_the_plain_update(name: str, weight_decay: float, one_pass: None) -> None:
+def test_the_kernel_is_the_plain_update(name: str, weight_decay: float, kernels_on_cpu: None) -> None:
     found = _clipped(name, "fp32", weight_decay=weight_decay)
     with switches.disabled("fused_optimizer"):
         expected = _clipped(name, "fp32", weight_decay=weight_decay)
@@ -160,7 +142,7 @@ def test_the_kernel_is_the_plain_update(name: str, weight_decay: float, one_pass
 
 
 def test_a_kernel_that_is_wrong_is_told_and_not_used(
-    one_pass: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kernels_on_cpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kernel = optimizers.RMSprop.kernel
     monkeypatch.setattr(kernel, "_function", lambda value, *_: value.add_(1.0))
@@ -169,7 +151,7 @@ def test_a_kernel_that_is_wrong_is_told_and_not_used(
     assert kernel.failure is not None
 
 
-def test_parameters_of_any_size_are_two_graphs(one_pass: None) -> None:
+def test_parameters_of_any_size_are_two_graphs(kernels_on_cpu: None) -> None:
     """One for sizes that are whole lines, one for others, whatever the learning rate and the step."""
     parameters = [nn.Parameter(torch.ones(size)) for size in (2048, 4096, 10240, 5, 77, 300)]
     optimizer = build_optimizer(parameters, name="adamw", learning_rate=0.01, weight_decay=0.0)
