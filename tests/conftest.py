@@ -22,7 +22,7 @@ def device() -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     """Have every kernel used on the CPU too, compiled by a backend that runs the graph as it is."""
     kernels = [each for each in vars(fused).values() if isinstance(each, Kernel)]
     kernels += [optimizers.RMSprop.kernel, optimizers.AdamW.kernel]
