@@ -97,6 +97,20 @@ def test_the_error_of_bf16_states(name: str, bound: float) -> None:
     assert 0 < error < bound
 
 
+def test_an_average_in_bf16_does_not_stall() -> None:
+    """The squares' average is to rise from 0 to 1 by α 0.99: 1 - 0.99^n after n steps of gradient 1."""
+    parameter = nn.Parameter(torch.zeros(4096))
+    optimizer = build_optimizer([parameter], name="rmsprop", learning_rate=0.0, weight_decay=0, state_dtype="bf16")
+    nearest = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(300):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        nearest = (nearest.float() * 0.99 + 0.01).bfloat16()
+    expected = 1 - 0.99**300
+    assert optimizer.state[parameter]["square_avg"].float().mean().item() == pytest.approx(expected, abs=2e-3)
+    assert nearest.item() < 0.85  # what plain rounding comes to, against 0.951
+
+
 def test_random_rounding_keeps_the_expectation_and_what_is_exact() -> None:
     noise = torch.Generator().manual_seed(0)
     for value in (1 + 2**-9, -3.01, 1e-12):
