@@ -48,7 +48,7 @@ from notus.training.memory_estimate import CHECKPOINTING, Footprint, Job, moment
 from notus.training.optimizers import build_optimizer
 from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 CPU = torch.device("cpu")
 SHAPES = {
     "mid": {"vocab_size": 16000, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 4,

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from notus.config import Config, config_from_dict
 
@@ -75,12 +77,36 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's samples.jsonl."""
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
 def without_timings(folder: Path) -> list[dict[str, float]]:
     """The same lines without what differs between equal runs: speed and memory."""
     return [
         {key: value for key, value in line.items() if not key.endswith("per_second") and not key.startswith("system/")}
         for line in read_metrics(folder)
     ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights bit for bit, and the same metrics, timings aside."""
+    files = sorted(path.name for path in (one / "model").glob("*.safetensors"))
+    assert files
+    for name in files:
+        first, second = (load_file(run / "model" / name) for run in (one, other))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert without_timings(one) == without_timings(other)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait, but not for ever."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.02)
 
 
 def write_messages(path: Path, count: int, *, seed: int = 0) -> Path:

@@ -1,7 +1,6 @@
 """The config: defaults, overrides, what is rejected and how, the way to disk and back, the configs we ship."""
 
 import ast
-import dataclasses
 import inspect
 import re
 import subprocess
@@ -83,12 +82,7 @@ def test_overrides_may_stand_before_the_file_and_name_sections_it_lacks(minimal:
 
 @pytest.mark.parametrize("task", ["dpo", "sft"])
 def test_what_is_saved_loads_again_unchanged(minimal: str, tmp_path: Path, task: Any) -> None:
-    options = [
-        "--lora.rank=4",
-        "--training.max_grad_norm=0",
-        "--tracking.wandb=true",
-        "--tracking.run_name='1e5'",
-    ]
+    options = ["--lora.rank=4", "--training.max_grad_norm=0", "--tracking.wandb=true", "--tracking.run_name='1e5'"]
     options += ["--data.eval_size=3", "--training.learning_rate=3e-5", "--data.max_length=300"]
     config = load(minimal, *options, task=task)
     again = tmp_path / "config.yaml"
@@ -209,21 +203,12 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str,
         (["--lora.rslora=true"], "lora.rslora has no effect while lora.rank is 0"),
         (["--tracking.project=x"], "tracking.project has no effect while tracking.wandb is false"),
         (["--tracking.run_name=x"], "tracking.run_name has no effect while tracking.wandb is false"),
-        (
-            ["--tracking.samples=0", "--tracking.sample_tokens=9"],
-            "tracking.sample_tokens has no effect",
-        ),
+        (["--tracking.samples=0", "--tracking.sample_tokens=9"], "tracking.sample_tokens has no effect"),
         (["--training.eval_every=5"], "training.eval_every has no effect without evaluation data"),
         (["--data.eval=a", "--data.eval_size=5"], "data.eval_size has no effect beside data.eval"),
-        (
-            ["--data.max_prompt_length=1024"],
-            "data.max_prompt_length (1024) must be below data.max_length (1024)",
-        ),
+        (["--data.max_prompt_length=1024"], "data.max_prompt_length (1024) must be below data.max_length (1024)"),
         (["--dpo.loss_type=hinge", "--dpo.label_smoothing=0.1"], "dpo.label_smoothing has no effect with"),
-        (
-            ["--dpo.loss_type=robust", "--dpo.label_smoothing=0.5"],
-            "dpo.label_smoothing must be below 0.5 with",
-        ),
+        (["--dpo.loss_type=robust", "--dpo.label_smoothing=0.5"], "dpo.label_smoothing must be below 0.5 with"),
         (["--dpo.loss_type=exo_pair"], "dpo.label_smoothing must be above 0 with dpo.loss_type 'exo_pair'"),
     ],
 )
@@ -269,12 +254,7 @@ def test_exactly_one_file_is_expected(words: list[str]) -> None:
 
 
 def test_config_from_dict() -> None:
-    tree = {
-        "model": {"name_or_path": "m"},
-        "data": {"train": "d"},
-        "training": {"output_dir": "o"},
-        "lora": None,
-    }
+    tree = {"model": {"name_or_path": "m"}, "data": {"train": "d"}, "training": {"output_dir": "o"}, "lora": None}
     assert config_from_dict(tree, "sft").task == "sft"
     with pytest.raises(ValueError, match=r"here: dpo\.beta must be"):
         config_from_dict({**tree, "dpo": {"beta": -1}}, "dpo", source="here")
@@ -300,11 +280,6 @@ def test_reading_a_config_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-def test_config_is_frozen(minimal: str) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        load(minimal).dpo.beta = 1.0  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     task: Any = "sft" if path.name.startswith("sft") else "dpo"
@@ -313,12 +288,6 @@ def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     assert f"train_{task}.py configs/{path.relative_to(CONFIGS)}" in head
     for word in ("Command", "Hardware", "Time", "Expect"):
         assert re.search(rf"^# {word}", head, flags=re.MULTILINE), word
-
-
-def test_there_are_configs() -> None:
-    names = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
-    assert {"demo/sft.yaml", "demo/dpo.yaml", "demo/dpo-lora.yaml"} <= names
-    assert {f"notus-7b-v1/{kind}-8xa100-40gb.yaml" for kind in ("dpo-full", "dpo-lora", "sft")} <= names
 
 
 @pytest.mark.parametrize("value", ["true", "false"])

@@ -13,8 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def gpu_run(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def gpu_run(benchmarks):
     return importlib.import_module("gpu_run")
 
 

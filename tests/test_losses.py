@@ -37,22 +37,6 @@ BY_HAND = [
     ("discopop", 0.0, (-math.log(0.9) + 9**20 / 9) / (1 + 9**20), (-math.log(0.1) * 9**20 + 9) / (1 + 9**20)),
 ]  # fmt: skip
 
-# At step 0 policy and reference agree: c = r = 0. (5 is 1/(2 beta).)
-AT_ZERO = {
-    "sigmoid": math.log(2),
-    "robust": math.log(2),
-    "hinge": 1.0,
-    "ipo": 25.0,
-    "sigmoid_norm": math.log(2),
-    "exo_pair": 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1),
-    "nca_pair": 2 * math.log(2),
-    "bco_pair": 2 * math.log(2),
-    "sppo_hard": 50.0,
-    "apo_zero": 1.0,
-    "apo_down": 1.0,
-    "discopop": 0.5 * math.log(2) + 0.5,
-}
-
 
 def smoothing_for(loss_type: str) -> float:
     return 0.1 if loss_type == "exo_pair" else 0.0
@@ -87,15 +71,7 @@ def test_hand_worked_values(loss_type: str, smoothing: float, expected: float, e
 
 
 def test_every_loss_has_a_hand_worked_value() -> None:
-    assert {row[0] for row in BY_HAND} == set(LOSS_TYPES) == set(AT_ZERO)
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_value_where_policy_and_reference_agree(loss_type: str) -> None:
-    found, chosen_rewards, rejected_rewards = loss_of(torch.zeros(3), torch.zeros(3), loss_type)
-    torch.testing.assert_close(found, torch.full((3,), AT_ZERO[loss_type]))
-    assert not chosen_rewards.any()
-    assert not rejected_rewards.any()
+    assert {row[0] for row in BY_HAND} == set(LOSS_TYPES)
 
 
 def plain(loss_type: str) -> Callable[..., Tensor]:
@@ -230,32 +206,6 @@ def test_far_from_the_reference_values_and_gradients_are_finite_and_right(loss_t
     assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("margin", [-1e4, -1e3, -100.0, -1.0, 0.15, 1.0, 100.0, 1e4])
-def test_the_exponential_part_of_discopop_stays_below_one(margin: float) -> None:
-    logistic = math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0)
-    excess = losses.discopop_loss(torch.tensor([margin])).item() - logistic
-    assert -1 < excess < 1
-
-
-def test_the_gradient_of_dpo_is_its_equation_7() -> None:
-    """The gradient in c is -beta times the probability that the policy gives to the wrong order."""
-    c = torch.tensor([10 * LN3], dtype=torch.float64, requires_grad=True)
-    r = torch.tensor([-10 * LN3], dtype=torch.float64, requires_grad=True)
-    by_c, by_r = torch.autograd.grad(loss_of(c, r, "sigmoid")[0].sum(), (c, r))
-    torch.testing.assert_close(by_c, torch.tensor([-0.1 * 0.1], dtype=torch.float64))
-    torch.testing.assert_close(by_r, torch.tensor([0.1 * 0.1], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_swapping_chosen_and_rejected_flips_the_margin(loss_type: str) -> None:
-    c, r = torch.tensor([3.0, -1.0, 0.5]), torch.tensor([-2.0, 4.0, 0.5])
-    found, chosen, rejected = loss_of(c, r, loss_type)
-    swapped, swapped_chosen, swapped_rejected = loss_of(r, c, loss_type)
-    torch.testing.assert_close(chosen - rejected, -(swapped_chosen - swapped_rejected))
-    if loss_type == "sigmoid":  # -ls(x) + ls(-x) = -x
-        torch.testing.assert_close(found - swapped, -0.1 * (c - r))
-
-
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_rewards_are_detached_and_pairs_do_not_touch_each_other(loss_type: str) -> None:
     c = torch.tensor([3.0, -20.0, 0.5], requires_grad=True)
@@ -269,25 +219,8 @@ def test_rewards_are_detached_and_pairs_do_not_touch_each_other(loss_type: str) 
     assert loss_of(c[:0], r[:0], loss_type)[0].shape == (0,)
 
 
-def test_conservative_dpo_prefers_the_margin_that_says_epsilon() -> None:
-    """Its minimum is where the policy believes the label with probability 1 - epsilon: a margin of ln 9."""
-    margin = torch.tensor([LN9], dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(losses.sigmoid_loss(margin, 0.1).sum(), margin)
-    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-15)
-
-
-def test_robust_dpo_is_unbiased_under_swapped_labels() -> None:
-    """(1 - e) loss(d) + e loss(-d) of noisy labels is the plain loss of the true one."""
-    margin = torch.linspace(-5, 5, 11, dtype=torch.float64)
-    noisy = 0.7 * losses.robust_loss(margin, 0.3) + 0.3 * losses.robust_loss(-margin, 0.3)
-    torch.testing.assert_close(noisy, losses.sigmoid_loss(margin))
-
-
 def test_nll_sums_to_the_mean_over_the_tokens_of_the_step() -> None:
-    first, second = (
-        torch.tensor([-2.0, -10.0]),
-        torch.tensor([-6.0]),
-    )  # 1 + 5 tokens, and 3 in another micro-batch
+    first, second = (torch.tensor([-2.0, -10.0]), torch.tensor([-6.0]))  # 1 + 5 tokens, and 3 in another micro-batch
     found = nll_loss(first, 9).sum() + nll_loss(second, 9).sum()
     torch.testing.assert_close(found, torch.tensor(18 / 9))
 
@@ -307,10 +240,7 @@ def test_nll_sums_to_the_mean_over_the_tokens_of_the_step() -> None:
         ({"loss_type": "exo_pair"}, "above 0"),
         ({"loss_type": "ipo"}, "'ipo' needs chosen_lengths and rejected_lengths"),
         ({"loss_type": "sigmoid_norm", "chosen_lengths": torch.ones(2)}, "needs chosen_lengths"),
-        (
-            {"loss_type": "ipo", "chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(1)},
-            "one shape",
-        ),
+        ({"loss_type": "ipo", "chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(1)}, "one shape"),
     ],
 )
 def test_wrong_options_are_rejected(options: dict[str, object], message: str) -> None:

@@ -1,19 +1,15 @@
 """The shares of a step's time: of operations on CPU, of kernels on CUDA (with events made by hand)."""
 
 import importlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def profile_step(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def profile_step(benchmarks):
     return importlib.import_module("profile_step")
 
 

@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def test_all_phases_run_on_a_few_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import scale
 
     monkeypatch.setattr(scale, "run_phase", scale.measure)  # here, not in a process of its own
@@ -22,16 +21,14 @@ def test_all_phases_run_on_a_few_pairs(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(scale.table(results).splitlines()) == 7
 
 
-def test_lengths_are_ultrafeedbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_lengths_are_ultrafeedbacks() -> None:
     from scale import random_lengths
 
     lengths = random_lengths(np.random.default_rng(0), 200_000)
     assert lengths.mean(axis=0) == pytest.approx([176, 300, 280], rel=0.01)
 
 
-def test_a_point_of_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_a_point_of_growth() -> None:
     from scale_growth import Point, measure, table
 
     point = Point(pairs=2, length=8, vocabulary=50, width=64)

@@ -59,11 +59,7 @@ def test_one_of_two_ranks_reports_the_mistake(config_file: Path, tmp_path: Path)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n{"prompt": "a", "chosen"\n')
     done = _start(
-        "train_dpo.py",
-        config_file,
-        f"--data.train={bad}",
-        f"--training.output_dir={tmp_path / 'run'}",
-        ranks=2,
+        "train_dpo.py", config_file, f"--data.train={bad}", f"--training.output_dir={tmp_path / 'run'}", ranks=2
     )
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import yaml
 from ranks import free_port
-from runs import read_metrics, settings, write_pairs
+from runs import read_metrics, settings, wait_until, write_pairs
 from safetensors.torch import load_file
 from toys import toy_model_folder
 
@@ -61,22 +60,14 @@ def _processes(folder: Path) -> dict[int, int]:
     return {int(line.split()[0]): int(line.split()[1]) for line in lines if f"{folder}/" in line}
 
 
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} does not appear"
-        time.sleep(0.05)
-
-
 def _wait_for_rendezvous(port: int) -> None:
     """Whichever agent binds the port first keeps the rendezvous, so the node that is to stay must have bound it."""
-    deadline = time.monotonic() + 120
-    while True:
+
+    def is_open() -> bool:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert time.monotonic() < deadline, "the first node does not open the rendezvous"
-        time.sleep(0.05)
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(is_open)
 
 
 def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
@@ -93,7 +84,7 @@ def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
     first = start(*launch)
     _wait_for_rendezvous(launch[-1])
     second = start(*launch)
-    _wait_for(tmp_path / "lost" / "checkpoints" / "step-00000010")
+    wait_until((tmp_path / "lost" / "checkpoints" / "step-00000010").exists)
     workers = [pid for pid, parent in _processes(tmp_path).items() if parent == second.pid]
     assert len(workers) == 1
     for pid in (second.pid, *workers):

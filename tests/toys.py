@@ -1,12 +1,17 @@
 """Tiny models and tokenizers, made in process, for the tests."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from notus.data.packing import Example
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog. What is the capital of France?",
@@ -20,6 +25,36 @@ def assets_dir() -> Path | None:
     default = Path(__file__).resolve().parents[2] / "shared" / "assets"
     folder = Path(os.environ.get("NOTUS_ASSETS", default))
     return folder if folder.is_dir() else None
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference, as a share of the expected norm."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: Sequence[int] = (1, 7, 30, 55, 4, 99)) -> torch.Tensor:
+    """The logits of one conversation."""
+    return model(torch.tensor([list(ids)])).logits
+
+
+def toy_example(
+    rng: np.random.Generator, index: int, trunk: int, branches: Sequence[int], masks: Sequence[Any] | None = None
+) -> Example:
+    """Random tokens of these lengths; without masks every token of a branch is learned."""
+    masks = masks or [[1] * length for length in branches]
+    return Example(
+        index,
+        rng.integers(3, 400, trunk),
+        tuple(rng.integers(3, 400, length) for length in branches),
+        tuple(np.array(mask, dtype=bool) for mask in masks),
+    )
+
+
+def toy_examples(*lengths: tuple[int, Sequence[int]]) -> list[Example]:
+    """Examples with a trunk and branches of these lengths."""
+    rng = np.random.default_rng(0)
+    return [toy_example(rng, index, *each) for index, each in enumerate(lengths)]
 
 
 def toy_tokenizer(
@@ -84,6 +119,21 @@ def toy_model(kind: str = "mistral", *, seed: int = 0, scale: float = 4.0, **ove
             if parameter.dim() > 1:
                 parameter.mul_(scale)
     return model.eval()
+
+
+class Root(torch.nn.Module):
+    """A wrapper with the prefix that FSDP's root gives, as the policy is."""
+
+    def __init__(self, causal_lm: torch.nn.Module) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.causal_lm(ids).logits
+
+
+# Parameters of 401, 49 and 33 rows divide by no number of ranks.
+UNEVEN = {"vocab_size": 401, "intermediate_size": 49, "hidden_size": 33, "tie_word_embeddings": True}
 
 
 def toy_model_folder(

@@ -32,6 +32,7 @@ from notus.model.peft_format import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.policy import Policy
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.files import is_locked, lock
+from notus.runtime.process import first_line
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_data import DATA_FILE
@@ -47,7 +48,7 @@ _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_
 # Ctrl-C is for the parent to report.
 _START = """
 import os, signal, sys
-from notus.runtime.process import first_line, follow_parent, leave
+from notus.runtime.process import follow_parent, leave
 
 follow_parent(signal.SIGKILL)
 signal.signal(signal.SIGINT, signal.SIG_IGN)

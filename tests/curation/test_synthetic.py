@@ -1,7 +1,6 @@
 import pytest
 
 from notus.curation import synthetic
-from notus.curation.ultrafeedback import curate
 
 
 def test_no_prompt_is_in_two_lists() -> None:
@@ -68,16 +67,6 @@ def test_records_have_ultrafeedbacks_form_and_faults() -> None:
     wrong_tens = [c for c in completions if c["overall_score"] == 10]
     assert wrong_tens
     assert all(completion["critique"] == "The answer is wrong." for completion in wrong_tens)
-
-
-def test_ratings_choose_right_answers_more_often_than_the_faulty_score() -> None:
-    (prompts,) = synthetic.make_prompts([400], seed=0)
-    records = synthetic.ultrafeedback_records(prompts, seed=0)
-    rates = {}
-    for by in ("ratings", "overall_score"):
-        pairs, _ = curate(records, by=by, seed=0)
-        rates[by] = synthetic.win_rate([p["instruction"] for p in pairs], [p["chosen_response"] for p in pairs])
-    assert rates["ratings"] > rates["overall_score"] + 0.1
 
 
 def test_the_fault_rate_changes_the_overall_scores_alone() -> None:

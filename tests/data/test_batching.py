@@ -71,22 +71,6 @@ def test_costs_decide_where_lengths_leave_room():
     assert balance([4] * 4, [9, 3, 3, 3], world_size=2, tokens_per_row=8) == [[[0, 3]], [[1, 2]]]
 
 
-def test_rows_of_like_cost_meet():
-    costs = [1, 10, 10, 1]
-    balanced = balance([5] * 4, costs, world_size=2, tokens_per_row=5)
-    assert balanced == [[[1], [0]], [[2], [3]]]
-    assert lockstep_cost(balanced, costs) == 11  # were a dear row to meet a cheap one, 20
-
-
-def test_deal_takes_more_rows_than_the_tokens_alone_would_need():
-    # 3 x 6 = 18 tokens would fill 2 rows of 10, but only one example fits into a row.
-    assert balance([6, 6, 6], [6, 6, 6], world_size=1, tokens_per_row=10) == [[[0], [1], [2]]]
-
-
-def test_more_ranks_than_examples_get_empty_rows():
-    assert balance([5, 8], [5, 8], world_size=4, tokens_per_row=8) == [[[1]], [[0]], [[]], [[]]]
-
-
 def test_an_example_that_fits_into_no_row_is_an_error():
     with pytest.raises(ValueError, match=r"training\.tokens_per_row=7 .*\(8 tokens\): set .* at least 8, or lower"):
         balance([3, 8], [3, 8], world_size=2, tokens_per_row=7)
@@ -146,37 +130,6 @@ def dataset(records):
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
-def random_records(count, num_branches=2, seed=0):
-    rng = np.random.default_rng(seed)
-    records = []
-    for _ in range(count):
-        branches = [rng.integers(3, 100, rng.integers(1, 7)).tolist() for _ in range(num_branches)]
-        masks = [rng.integers(0, 2, len(branch)).tolist() for branch in branches]
-        records.append((rng.integers(3, 100, rng.integers(0, 6)).tolist(), branches, masks))
-    return records
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_ranks_rows_of_a_step_hold_its_examples_once(world_size):
-    rows = TokenizedDataset(dataset(random_records(20)))
-    indices = StepPlan(20, 6, seed=1).indices(0)
-    shares = [
-        list(step_rows(rows, indices, rank=rank, world_size=world_size, tokens_per_row=30))
-        for rank in range(world_size)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    batches = list(itertools.chain.from_iterable(shares))
-    seen = torch_list(batch.indices for batch in batches)
-    assert sorted(index for index in seen if index >= 0) == sorted(indices.tolist())
-    assert all(batch.input_ids.numel() <= 30 for batch in batches)
-    real = [batch for batch in batches if batch.indices[0] >= 0]
-    assert sum(batch.input_ids.numel() for batch in real) == rows.lengths[indices].sum()
-
-
-def torch_list(tensors):
-    return [int(value) for tensor in tensors for value in tensor]
-
-
 def test_costs_decide_which_rank_takes_what():
     records = [([1], [[2] * 3, [3]], [[1] * 3, [1]])] * 4
     rows, costs = TokenizedDataset(dataset(records)), np.array([3, 3, 9, 3])
@@ -186,12 +139,6 @@ def test_costs_decide_which_rank_takes_what():
         for rank in range(2)
     ]
     assert shares == [[[2]], [[0, 1, 3]]]
-
-
-def test_loss_tokens_are_what_a_batch_counts():
-    rows = TokenizedDataset(dataset(random_records(30)))
-    for batch in step_rows(rows, np.arange(30), rank=0, world_size=1, tokens_per_row=60):
-        assert batch.lengths.tolist() == rows.loss_tokens[batch.indices].tolist()
 
 
 # --- the packing report ---

@@ -139,25 +139,16 @@ class TestRendering:
 
 
 class TestEnds:
-    @pytest.mark.parametrize("prompt", ["Hello", [user("Hello")]])
-    def test_bos_stands_once_where_the_tokenizer_puts_it(self, prompt: Any) -> None:
-        completion = " world" if isinstance(prompt, str) else [assistant("world")]
-        ids = ids_of(ChatEncoder(toy_tokenizer(bos=True)), prompt, completion)
-        assert ids[0] == BOS_ID
-        assert ids.count(BOS_ID) == 1
-        assert BOS_ID not in ids_of(ChatEncoder(toy_tokenizer(bos=False)), prompt, completion)
-
-    def test_bos_of_template_and_tokenizer_stands_once(self) -> None:
-        ids = ids_of(ChatEncoder(toy_tokenizer(bos=True, chat_template=INST)), [user("a")], [assistant("b")])
-        assert ids[0] == BOS_ID
-        assert ids.count(BOS_ID) == 1
-
-    def test_bos_of_the_template_alone(self) -> None:
-        tokenizer = toy_tokenizer(bos=False, chat_template=INST)
-        tokenizer.bos_token = "<s>"
-        ids = ids_of(ChatEncoder(tokenizer), [user("a")], [assistant("b")])
-        assert ids[0] == BOS_ID
-        assert ids.count(BOS_ID) == 1
+    @pytest.mark.parametrize("bos", [True, False])
+    @pytest.mark.parametrize(("template", "prompt"), [(None, "Hello"), (None, [user("a")]), (INST, [user("a")])])
+    def test_bos_stands_once_where_tokenizer_or_template_puts_it(
+        self, template: str | None, prompt: Any, bos: bool
+    ) -> None:
+        tokenizer = toy_tokenizer(bos=bos, chat_template=template)
+        if template:
+            tokenizer.bos_token = "<s>"
+        ids = ids_of(ChatEncoder(tokenizer), prompt, " b" if isinstance(prompt, str) else [assistant("b")])
+        assert [place for place, token in enumerate(ids) if token == BOS_ID] == ([0] if bos or template else [])
 
     def test_template_with_two_bos_is_refused(self) -> None:
         encoder = ChatEncoder(toy_tokenizer(chat_template="{{ bos_token }}" + INST))
@@ -247,6 +238,7 @@ class TestMask:
     def test_learned_tokens_decode_to_the_completion(self, prompt: str, completion: str) -> None:
         for encoder in ENCODERS:
             assert learned(encoder, [user(prompt)], [assistant(completion)]) == completion + "</s>"
+            assert learned(encoder, f"Q{prompt}", completion).endswith(completion + "</s>")
 
     def test_prompt_alone_is_how_the_conversation_begins(self) -> None:
         for encoder in ENCODERS:

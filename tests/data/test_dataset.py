@@ -94,21 +94,6 @@ def test_rows_read_as_plain_python_does(arrange, num_branches):
     assert_same_lengths(rows, source)
 
 
-def test_lengths_by_hand():
-    # The last two rows have no trunk: nothing predicts their branches' first tokens.
-    records = [
-        ([1, 2, 3], [[4, 5], [6]], [[1, 1], [1]]),
-        ([], [[1, 7, 8], [1]], [[1, 0, 1], [1]]),
-        ([], [[1, 7], []], [[1, 1], []]),
-    ]
-    rows = TokenizedDataset(dataset(records))
-    assert rows.lengths.tolist() == [6, 4, 2]
-    assert rows.trunk_lengths.tolist() == [3, 0, 0]
-    assert rows.branch_lengths.tolist() == [[2, 1], [3, 1], [2, 0]]
-    assert rows.separate_lengths(np.array([2, 0, 1])).tolist() == [2, 9, 4]
-    assert rows.loss_tokens.tolist() == [[2, 1], [1, 0], [1, 0]]
-
-
 def test_an_empty_dataset_and_mixed_numbers_of_branches_are_refused():
     with pytest.raises(ValueError, match="holds no rows"):
         TokenizedDataset(dataset([]))

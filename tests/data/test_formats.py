@@ -32,10 +32,7 @@ PAIRS: dict[str, tuple[dict[str, Any], Any]] = {
         {"prompt": PROMPT, "chosen": [*PROMPT, assistant("good")], "rejected": [*PROMPT, assistant("bad")]},
         CHAT,
     ),
-    "shared leading turns": (
-        {"chosen": [*PROMPT, assistant("good")], "rejected": [*PROMPT, assistant("bad")]},
-        CHAT,
-    ),
+    "shared leading turns": ({"chosen": [*PROMPT, assistant("good")], "rejected": [*PROMPT, assistant("bad")]}, CHAT),
     "argilla v1": (
         {"source": "flan", "instruction": "q", "chosen_response": "good", "rejected_response": "bad"},
         SHORT,
@@ -90,11 +87,7 @@ def test_equal_conversations_keep_their_last_turn() -> None:
 
 
 def test_multi_turn_prompt_of_sharegpt() -> None:
-    talk = [
-        {"from": "human", "value": "q"},
-        {"from": "gpt", "value": "a"},
-        {"from": "human", "value": "more"},
-    ]
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "more"}]
     row = {"conversations": talk, "chosen": [{"from": "gpt", "value": "b"}], "rejected": "c"}
     record = normalize(row, "dpo")
     assert record.prompt == [user("q"), assistant("a"), user("more")]
@@ -119,11 +112,7 @@ TALK = [SYSTEM, user("q"), assistant("a"), user("more"), assistant("b")]
         ({"messages": [assistant("hi"), *TALK[1:]]}, [assistant("hi"), user("q")], TALK[2:]),
         ({"messages": [user("q")]}, [user("q")], []),
         ({"messages": []}, [], []),
-        (
-            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-            TALK[1:2],
-            TALK[2:3],
-        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, TALK[1:2], TALK[2:3]),
         ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", " 4"),
         ({"prompt": TALK[:2], "completion": TALK[2:3]}, TALK[:2], TALK[2:3]),
         ({"prompt": TALK[:2], "completion": "a"}, TALK[:2], TALK[2:3]),
@@ -144,27 +133,15 @@ GOOD = {"prompt": PROMPT, "chosen": "good", "rejected": "bad"}
         ({**GOOD, "prompt": None}, r"key 'prompt' is null"),
         ({**GOOD, "prompt": ["q"]}, r"key 'prompt', turn 1 is of type str, but must be an object"),
         ({**GOOD, "prompt": []}, r"key 'prompt' holds no turn"),
-        (
-            {**GOOD, "prompt": [{"role": "user"}]},
-            r"'prompt', turn 1 has the keys role, but must have role and",
-        ),
+        ({**GOOD, "prompt": [{"role": "user"}]}, r"'prompt', turn 1 has the keys role, but must have role and"),
         ({**GOOD, "prompt": [*PROMPT, user(3)]}, r"key 'prompt', turn 3, 'content' is of type int"),  # type: ignore[arg-type]
         ({**GOOD, "chosen": [{"from": "gpt", "value": None}]}, r"'chosen', turn 1, 'value' is null"),
-        (
-            {**GOOD, "chosen": [{"role": "tool", "content": "x"}]},
-            r"turn 1 has the unknown role 'tool'; known are",
-        ),
+        ({**GOOD, "chosen": [{"role": "tool", "content": "x"}]}, r"turn 1 has the unknown role 'tool'; known are"),
         ({**GOOD, "chosen": [{"role": 1, "content": "x"}]}, r"unknown role 1"),
         ({**GOOD, "rejected": "\ud83d"}, r"key 'rejected' holds half of a surrogate pair at character 0"),
-        (
-            {**GOOD, "chosen": [user("other"), assistant("x")]},
-            r"'chosen' begins with a user turn, but not with",
-        ),
+        ({**GOOD, "chosen": [user("other"), assistant("x")]}, r"'chosen' begins with a user turn, but not with"),
         ({"prompt": "q", "chosen": "good", "rejected": 1}, r"key 'rejected' is of type int"),
-        (
-            {"instruction": "q", "chosen_response": ["x"], "rejected_response": "y"},
-            r"'chosen_response' is of type",
-        ),
+        ({"instruction": "q", "chosen_response": ["x"], "rejected_response": "y"}, r"'chosen_response' is of type"),
         ({"chosen": "good", "rejected": "bad"}, r"key 'chosen' is a string, so there is no prompt"),
         ({"chosen": [user("q")], "rejected": [user("p")]}, r"share no leading turn.*add a key 'prompt'"),
         ({"chosen": [], "rejected": [user("q")]}, r"share no leading turn"),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 from fuzzing import fuzz, replaced, texts
 from hypothesis import given
@@ -54,11 +53,7 @@ def turns(*roles: str, least: int = 1, most: int = 4) -> st.SearchStrategy[list[
 answer = turns("assistant", most=1)
 plain = st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts})
 messages = st.fixed_dictionaries(
-    {
-        "prompt": turns("system", "user", "assistant"),
-        "chosen": answer | turns("assistant", "user"),
-        "rejected": answer,
-    }
+    {"prompt": turns("system", "user", "assistant"), "chosen": answer | turns("assistant", "user"), "rejected": answer}
 )
 argilla = st.fixed_dictionaries({"instruction": texts, "chosen_response": texts, "rejected_response": texts})
 pairs = plain | messages | argilla
@@ -166,37 +161,6 @@ def test_demonstrations_of_any_turns(
         check_epoch(dataset, world_size, 3)
 
 
-@fuzz(80)
-@given(st.lists(plain, min_size=1, max_size=6), st.booleans())
-def test_what_is_learned_of_plain_text_is_the_whole_completion(rows: list[Any], bos: bool) -> None:
-    tokenizer = TOKENIZERS[bos, "none"]
-    rows = [{**row, "prompt": f"Q{row['prompt']}"} for row in rows]
-    completions = [[closed(row[side]) for side in ("chosen", "rejected")] for row in rows]
-    filled = [all(text.removesuffix("</s>").strip() for text in both) for both in completions]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            dataset, report = load(rows, tokenizer, Path(folder), max_length=4000, max_prompt_length=2000)
-        except ValueError:
-            return
-    assert report.dropped.get("empty completion", 0) == filled.count(False)
-    kept = iter(dataset)
-    for row, both, full in zip(rows, completions, filled, strict=True):
-        if not full or both[0] == both[1]:
-            continue
-        tokens = next(kept)
-        for ids, mask, text in zip(tokens["branches"], tokens["loss_mask"], both, strict=True):
-            assert tokenizer.decode(tokens["trunk"] + ids) == ("<s>" if bos else "") + row["prompt"] + text
-            learned = tokenizer.decode([token for token, bit in zip(ids, mask, strict=True) if bit])
-            assert learned.endswith(text)
-    assert next(kept, None) is None
-
-
-def closed(completion: str) -> str:
-    while completion.endswith("</s>"):
-        completion = completion.removesuffix("</s>")
-    return completion + "</s>"
-
-
 @fuzz(150)
 @given(pairs | demonstrations, st.data(), tokenizers, st.booleans())
 def test_a_malformed_row_is_read_or_a_clear_error(
@@ -210,23 +174,3 @@ def test_a_malformed_row_is_read_or_a_clear_error(
         except ValueError:
             return
         check(dataset, report, 1, 40)
-
-
-@fuzz(20)
-@given(st.integers(1, 9), st.floats(0.01, 4), st.integers(0, 2**31))
-def test_a_weight_takes_its_share_and_each_row_alike(count: int, weight: float, seed: int) -> None:
-    rows = [{"prompt": "Q", "chosen": f" {number}", "rejected": " no"} for number in range(count)]
-    lengths = {"max_length": 40, "max_prompt_length": 20}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            dataset, report = load(rows, TOKENIZERS[True, "none"], Path(folder), weight=weight, seed=seed, **lengths)
-        except ValueError:
-            assert round(weight * count) == 0
-            return
-        taken = [row["branches"][0] for row in dataset]
-        assert len(taken) == round(weight * count)
-        times = np.array([taken.count(ids) for ids in {tuple(ids): ids for ids in taken}.values()])
-        if weight >= 1:
-            assert len(times) == count
-        assert times.max() - times.min() <= 1
-        assert report.read == count

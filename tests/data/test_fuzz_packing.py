@@ -4,7 +4,6 @@ from itertools import chain
 from typing import Any
 
 import datasets
-import numpy as np
 from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from notus.data.batching import StepPlan, packing_report, step_rows
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.data.packing import Batch
-from notus.data.tokenize import split_holdout
 
 tokens = st.lists(st.integers(0, 399), max_size=12)
 
@@ -126,21 +124,3 @@ def test_what_the_rows_say_of_themselves_is_so(
     assert 0 <= report.padding_share < 1
     assert 1 <= report.sharing_gain <= rows.num_branches
     assert 0 <= report.idle_share <= 1 - 1 / world_size + 1e-9
-
-
-@fuzz(60)
-@given(st.integers(1, 40), st.integers(-3, 45), st.integers(0, 2**31))
-def test_a_holdout_parts_the_rows(count: int, size: int, seed: int) -> None:
-    dataset = datasets.Dataset.from_dict({"x": list(range(count))})
-    if not 0 < size < count:
-        try:
-            split_holdout(dataset, size, seed)
-        except ValueError:
-            return
-        raise AssertionError("a split with an empty side is refused")
-
-    rest, held_out = (list(part["x"]) for part in split_holdout(dataset, size, seed))
-    assert sorted(rest + held_out) == list(range(count))
-    assert len(held_out) == size
-    assert (rest, held_out) == (sorted(rest), sorted(held_out))
-    assert np.array_equal(split_holdout(dataset, size, seed)[1]["x"][:], held_out)

@@ -21,10 +21,6 @@ def example(index, trunk, branches, masks=None):
     )
 
 
-def random_example(rng, index, trunk, branches):
-    return example(index, rng.integers(3, 400, trunk), [rng.integers(3, 400, length) for length in branches])
-
-
 def test_collate_by_hand():
     # Row:      10 11 | 20 21 | 30 || 12 | 40 | 50 51 52
     # position:  0  1    2  3    2     0    1    1  2  3
@@ -84,34 +80,6 @@ def test_layout_covers_every_token_and_each_copy_once(data, num_branches, num_ex
     assert sum(layout.key_lengths) == len(layout.key_index)
 
 
-def test_a_multi_turn_mask_with_holes_scores_only_what_it_marks():
-    # [user ...] answer "5 6", user turn "7 8 9" with mask 0, answer "6".
-    batch = collate([example(0, [1, 4], [[5, 6, 7, 8, 9, 6]], [[1, 1, 0, 0, 0, 1]])], 1)
-    assert batch.sources.tolist() == [1, 2, 6]
-    assert batch.targets.tolist() == [5, 6, 6]
-    assert batch.lengths.tolist() == [[3]]
-    assert batch.layout.extra_copies == []
-    assert batch.layout.key_index.tolist() == list(range(8))
-
-
-def test_without_a_trunk_a_first_token_is_not_scored():
-    # Nothing stands before it; its neighbour in the row is another conversation's token.
-    batch = collate([example(0, [7], [[8], [9]]), example(1, [], [[3, 4], [5]])], 2)
-    assert batch.input_ids.tolist() == [7, 8, 9, 3, 4, 5]
-    assert batch.position_ids.tolist() == [0, 1, 1, 0, 1, 0]
-    assert batch.sources.tolist() == [0, 0, 3]
-    assert batch.targets.tolist() == [8, 9, 4]
-    assert batch.lengths.tolist() == [[1, 1], [1, 0]]
-    assert batch.layout.key_lengths == [2, 2, 2, 1]
-
-
-def test_branches_without_a_loss_token_have_length_zero():
-    batch = collate([example(0, [1], [[2, 3], [4]], [[0, 0], [0]])], 2)
-    assert batch.lengths.tolist() == [[0, 0]]
-    assert batch.sources.tolist() == batch.targets.tolist() == []
-    assert batch.sources.dtype == torch.int64
-
-
 @pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
 def test_an_empty_row_becomes_a_filler_of_weight_zero(num_branches):
     batch = collate([], num_branches)
@@ -120,20 +88,6 @@ def test_an_empty_row_becomes_a_filler_of_weight_zero(num_branches):
     assert batch.indices.tolist() == [-1]
     assert batch.lengths.tolist() == [[1] * num_branches]
     assert filler(num_branches).index == -1
-
-
-@pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
-def test_each_branch_of_a_row_reads_as_its_own_conversation(num_branches):
-    rng = np.random.default_rng(num_branches)
-    trunks = [3, 1, 6]
-    examples = [random_example(rng, n, trunk, rng.integers(1, 5, num_branches)) for n, trunk in enumerate(trunks)]
-    batch = collate(examples, num_branches)
-    conversations = [np.concatenate([item.trunk, branch]) for item in examples for branch in item.branches]
-    segments = batch.layout.key_index.split(batch.layout.key_lengths)
-    for keys, conversation in zip(segments, conversations, strict=True):
-        assert batch.input_ids[keys].tolist() == conversation.tolist()
-        assert batch.position_ids[keys].tolist() == list(range(len(conversation)))
-    assert batch.lengths.sum() == len(batch.sources) == len(batch.targets)
 
 
 def test_collating_leaves_the_examples_as_they_were():
@@ -147,20 +101,8 @@ def test_collating_leaves_the_examples_as_they_were():
 def test_to_moves_everything_but_the_dataset_rows():
     batch = collate([example(3, [1, 2], [[3, 4], [5]])], 2)
     moved = batch.to(torch.device("meta"))
-    tensors = [
-        moved.input_ids,
-        moved.position_ids,
-        moved.sources,
-        moved.targets,
-        moved.lengths,
-        moved.weights,
-    ]
-    tensors += [
-        moved.layout.key_index,
-        moved.layout.first_copy,
-        moved.layout.query_starts,
-        moved.layout.key_starts,
-    ]
+    tensors = [moved.input_ids, moved.position_ids, moved.sources, moved.targets, moved.lengths, moved.weights]
+    tensors += [moved.layout.key_index, moved.layout.first_copy, moved.layout.query_starts, moved.layout.key_starts]
     tensors += itertools.chain.from_iterable(moved.layout.extra_copies)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.indices.tolist() == [3]

@@ -57,10 +57,6 @@ def encoded(prompt: list[int], completion: list[int]) -> Encoded:
     return Encoded(np.array(prompt + completion, dtype=np.int32), np.array(mask, dtype=np.int8))
 
 
-def as_lists(items: list[Encoded]) -> list[list[int]]:
-    return [item.ids.tolist() for item in items]
-
-
 class TestRows:
     def test_pair(self, tmp_path: Path) -> None:
         rows, report = load(write_rows(tmp_path / "a.jsonl", [pair("QQ", "XY", "Z")]))
@@ -96,12 +92,7 @@ class TestRows:
         assert tokenizer.decode(rows[0]["trunk"]) == "<s><|user|>\nQ</s>\n<|assistant|>\n"
         assert tokenizer.decode(branch) == "X</s>\n<|user|>\nQ</s>\n<|assistant|>\nY</s>"
         x, y = bytes_of("XY")
-        assert [token for token, learned in zip(branch, mask, strict=True) if learned] == [
-            x,
-            EOS_ID,
-            y,
-            EOS_ID,
-        ]
+        assert [token for token, learned in zip(branch, mask, strict=True) if learned] == [x, EOS_ID, y, EOS_ID]
 
     def test_settings_of_the_chat_reach_the_tokens(self, tmp_path: Path) -> None:
         path = write_rows(
@@ -118,48 +109,36 @@ class TestRows:
 
 
 class TestTruncation:
-    def test_short_rows_stay(self) -> None:
-        row = [encoded([5] * 6, [7, 7]), encoded([5] * 6, [8])]
-        cut, outcome = truncate(row, 8, 2)
-        assert (as_lists(cut), outcome) == (as_lists(row), 0)
-
-    def test_prompt_keeps_its_end_in_both(self) -> None:
-        # 6 + 3 > 8: both prompts keep their last 4, also where the completion is short; 4 + 3 <= 8
-        cut, outcome = truncate([encoded([1, 2, 3, 4, 5, 6], [7, 7, 7]), encoded([1, 2, 3, 4, 5, 6], [8])], 8, 4)
-        assert as_lists(cut) == [[3, 4, 5, 6, 7, 7, 7], [3, 4, 5, 6, 8]]
-        assert [item.mask.tolist() for item in cut] == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]
-        assert outcome == PROMPT_CUT
-
-    def test_then_completions_are_cut_at_the_end(self) -> None:
-        cut, outcome = truncate([encoded([1, 2, 3], [7, 7, 7, 9]), encoded([1, 2, 3], [8, 9])], 5, 2)
-        assert as_lists(cut) == [[2, 3, 7, 7, 7], [2, 3, 8, 9]]
-        assert outcome == PROMPT_CUT | COMPLETION_CUT
-
-    def test_a_short_prompt_leaves_room_unused(self) -> None:
-        # as the original: completions are cut to 6 - 3 tokens, whatever the prompt's length
-        cut, outcome = truncate([encoded([1], [7] * 9), encoded([1], [8])], 6, 3)
-        assert as_lists(cut) == [[1, 7, 7, 7], [1, 8]]
-        assert outcome == COMPLETION_CUT
-
-    def test_prompts_of_unequal_tokens_lose_the_same_tokens(self) -> None:
-        cut, _ = truncate([encoded([1, 2, 3, 4], [7, 7]), encoded([1, 2, 3], [8, 8])], 5, 2)
-        assert as_lists(cut) == [[3, 4, 7, 7], [3, 8, 8]]
-
-    def test_prompts_that_fork_early_keep_a_token(self) -> None:
-        cut, _ = truncate([encoded([1, 2, 3, 4, 5, 6], [7, 7]), encoded([1, 9], [8, 8])], 5, 2)
-        assert as_lists(cut) == [[5, 6, 7, 7], [9, 8, 8]]
-        assert [item.mask.tolist() for item in cut] == [[0, 0, 1, 1], [0, 1, 1]]
-
-    def test_demonstrations_are_cut_at_the_end_only(self) -> None:
-        cut, outcome = truncate([encoded([1, 2, 3], [7, 7, 9])], 4, None)
-        assert (as_lists(cut), outcome) == ([[1, 2, 3, 7]], COMPLETION_CUT)
+    @pytest.mark.parametrize(
+        ("row", "lengths", "expected", "outcome"),
+        [
+            # short enough
+            ([([5] * 6, [7, 7]), ([5] * 6, [8])], (8, 2), [[5, 5, 5, 5, 5, 5, 7, 7], [5, 5, 5, 5, 5, 5, 8]], 0),
+            # 6 + 3 > 8: both prompts keep their last 4, also where the completion is short; 4 + 3 <= 8
+            ([([1, 2, 3, 4, 5, 6], [7, 7, 7]), ([1, 2, 3, 4, 5, 6], [8])], (8, 4),
+             [[3, 4, 5, 6, 7, 7, 7], [3, 4, 5, 6, 8]], PROMPT_CUT),
+            # then completions are cut at the end
+            ([([1, 2, 3], [7, 7, 7, 9]), ([1, 2, 3], [8, 9])], (5, 2),
+             [[2, 3, 7, 7, 7], [2, 3, 8, 9]], PROMPT_CUT | COMPLETION_CUT),
+            # as the original: completions are cut to 6 - 3 tokens, whatever the prompt's length
+            ([([1], [7] * 9), ([1], [8])], (6, 3), [[1, 7, 7, 7], [1, 8]], COMPLETION_CUT),
+            # prompts of unequal tokens lose the same tokens
+            ([([1, 2, 3, 4], [7, 7]), ([1, 2, 3], [8, 8])], (5, 2), [[3, 4, 7, 7], [3, 8, 8]], PROMPT_CUT),
+            # prompts that fork early keep a token
+            ([([1, 2, 3, 4, 5, 6], [7, 7]), ([1, 6], [8, 8])], (5, 2), [[5, 6, 7, 7], [6, 8, 8]], PROMPT_CUT),
+            # demonstrations are cut at the end only
+            ([([1, 2, 3], [7, 7, 9])], (4, None), [[1, 2, 3, 7]], COMPLETION_CUT),
+        ],
+    )  # fmt: skip
+    def test_by_hand(self, row: Any, lengths: Any, expected: list[list[int]], outcome: int) -> None:
+        cut, found = truncate([encoded(*each) for each in row], *lengths)
+        assert ([item.ids.tolist() for item in cut], found) == (expected, outcome)
+        assert [item.mask.tolist() for item in cut] == [[int(token >= 7) for token in ids] for ids in expected]
 
     def test_whole_path(self, tmp_path: Path) -> None:
         # <s> and 6 prompt tokens, completions of 7 and 3 with EOS: the prompt keeps 4, of the 7 stay 8 - 4
         rows, report = load(
-            write_rows(tmp_path / "a.jsonl", [pair("QQQQJK", "XXXXXX", "ZZ")]),
-            max_length=8,
-            max_prompt_length=4,
+            write_rows(tmp_path / "a.jsonl", [pair("QQQQJK", "XXXXXX", "ZZ")]), max_length=8, max_prompt_length=4
         )
         q, j, k, x, z = bytes_of("QJKXZ")
         assert rows[0]["trunk"] == [q, q, j, k]
@@ -229,17 +208,6 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"a.jsonl, line 5: key 'chosen' is null"):
             load(path, num_workers=num_workers)
 
-    def test_bad_row_of_an_array_is_named_by_number(self, tmp_path: Path) -> None:
-        (tmp_path / "a.json").write_text(json.dumps([pair("Q", "X", "Y"), {"prompt": "Q"}]))
-        with pytest.raises(ValueError, match=r"a.json, row 2 \(line 1\): the columns prompt are of no known dpo"):
-            load(tmp_path / "a.json")
-
-    def test_template_that_refuses_a_row(self, tmp_path: Path) -> None:
-        row = {"prompt": [{"role": "user", "content": "Q"}], "chosen": "X", "rejected": "Y"}
-        (tmp_path / "no.jinja").write_text("{{ raise_exception('never') }}")
-        with pytest.raises(ValueError, match=r"a.jsonl, line 1: the chat template refuses .*never"):
-            load(write_rows(tmp_path / "a.jsonl", [row]), chat_template=str(tmp_path / "no.jinja"))
-
 
 class TestCache:
     @pytest.fixture
@@ -286,10 +254,6 @@ class TestCache:
     def test_another_content_does_not(self, path: Path) -> None:
         with pytest.raises(RuntimeError, match="tokenised again"):
             load(write_rows(path, [pair("Q", "X", "Z")]))
-
-    def test_folder_of_choice(self, path: Path, tmp_path: Path) -> None:
-        load(path, cache_dir=tmp_path / "chosen")
-        assert len(list((tmp_path / "chosen").glob("*/*.arrow"))) == 1
 
     def test_workers_do_not_change_the_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dataset_module, "BATCH_ROWS", 3)

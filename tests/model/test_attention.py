@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.attention.varlen
+from toys import relative
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from notus.data.packing import build_layout
@@ -37,13 +38,7 @@ def attend(query, key, value, layout, *, kernel=None, window=None, scale=0.5):
     """[N, H, D] through the function that transformers calls, which takes and gives other shapes."""
     to_model = [tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)]
     output, weights = packed_attention(
-        torch.nn.Identity(),
-        *to_model,
-        None,
-        scaling=scale,
-        layout=layout,
-        sliding_window=window,
-        kernel=kernel,
+        torch.nn.Identity(), *to_model, None, scaling=scale, layout=layout, sliding_window=window, kernel=kernel
     )
     assert weights is None
     return output.squeeze(0)
@@ -70,10 +65,7 @@ def plain_attention(query, key, value, window, scale):
     for position in range(len(query)):
         first = 0 if window is None else max(0, position - window + 1)
         for head in range(query.shape[1]):
-            keys, values = (
-                key[first : position + 1, head // groups],
-                value[first : position + 1, head // groups],
-            )
+            keys, values = (each[first : position + 1, head // groups] for each in (key, value))
             output[position, head] = (scale * keys @ query[position, head]).softmax(0) @ values
     return output
 
@@ -83,10 +75,6 @@ def inputs(num_tokens, heads, kv_heads, dtype=torch.float32, head_dim=8):
     shapes = [(num_tokens, count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
     *leaves, upstream = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return [leaf.requires_grad_() for leaf in leaves], upstream
-
-
-def relative(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -135,12 +123,6 @@ def test_attention_by_hand(kernel, window, outputs, value_gradient):
     torch.testing.assert_close(found.flatten(), torch.tensor(outputs))
     found.sum().backward()
     torch.testing.assert_close(value.grad.flatten(), torch.tensor(value_gradient))
-
-
-def test_causal_mask_by_hand():
-    inf = float("inf")
-    assert causal_mask(2, 4, None, CPU, torch.float32).tolist() == [[0, 0, 0, -inf], [0, 0, 0, 0]]
-    assert causal_mask(2, 4, 2, CPU, torch.float32).tolist() == [[-inf, 0, 0, -inf], [-inf, -inf, 0, 0]]
 
 
 def test_rows_without_sharing_or_window_build_no_mask(monkeypatch):
@@ -220,18 +202,8 @@ def varlen_by_the_book(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, s
 
 
 def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    return varlen_by_the_book(
-        query,
-        key,
-        value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        scale=scale,
-        window_size=window_size,
-        enable_gqa=True,
-    )
+    given = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    return varlen_by_the_book(*given, scale=scale, window_size=window_size, enable_gqa=True)
 
 
 @pytest.mark.parametrize("stand_in", [varlen_by_the_book, varlen_of_torch_2_11])
@@ -253,14 +225,6 @@ def gradient_of(gather, x, upstream):
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(gather(x), x, upstream)
     return gradient
-
-
-def test_gather_backward_by_hand():
-    # trunk at 0, branches at 1 | 2 | 3: keys 0 1 0 2 0 3; the trunk's gradient is the sum of its three copies
-    layout = build_layout([1], [[1, 1, 1]])
-    upstream = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    found = gradient_of(lambda x: attention._GatherKeys.apply(x, layout), torch.zeros(4), upstream)
-    assert found.tolist() == [21.0, 2.0, 8.0, 32.0]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -310,24 +274,12 @@ class _WrongValueGradient(torch.autograd.Function):
 
 
 WRONG = {
-    "a scale": (
-        lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, 1.1 * scale, window),
-        "output",
-    ),
+    "a scale": (lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, 1.1 * scale, window), "output"),
     "no window": (lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, None), "output"),
-    "one key more": (
-        lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, window + 1),
-        "output",
-    ),
+    "one key more": (lambda q, k, v, layout, scale, window: sdpa_kernel(q, k, v, layout, scale, window + 1), "output"),
     "NaN": (lambda *args: sdpa_kernel(*args) * float("nan"), "output"),
-    "the value's gradient": (
-        lambda q, k, v, *rest: sdpa_kernel(q, k, _WrongValueGradient.apply(v), *rest),
-        "value",
-    ),
-    "the key's gradient": (
-        lambda q, k, v, *rest: sdpa_kernel(q, _WrongValueGradient.apply(k), v, *rest),
-        "key",
-    ),
+    "the value's gradient": (lambda q, k, v, *rest: sdpa_kernel(q, k, _WrongValueGradient.apply(v), *rest), "value"),
+    "the key's gradient": (lambda q, k, v, *rest: sdpa_kernel(q, _WrongValueGradient.apply(k), v, *rest), "key"),
 }
 
 

@@ -9,19 +9,18 @@ import contextlib
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from fake_cuda import CUDA, fake_cuda, move
+from fake_cuda import CUDA, fake_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import _config as symbols
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import toy_model
+from toys import toy_examples, toy_model
 
-from notus.data.packing import Example, build_layout, collate
+from notus.data.packing import build_layout, collate
 from notus.model import attention
 from notus.model.attention import IMPLEMENTATION, packed_attention
 from notus.model.compiled_attention import graph_attention
@@ -62,15 +61,7 @@ def row(kv_heads=2, **overrides):
     model = toy_model(num_key_value_heads=kv_heads, **overrides)
     model.set_attn_implementation(IMPLEMENTATION)
     fuse(model)
-    examples = [
-        Example(index, np.arange(3, 3 + trunk), tuple(np.arange(3, 3 + n) for n in branches), masks(branches))
-        for index, (trunk, branches) in enumerate([(20, (4, 9)), (1, (1, 5)), (33, (7, 3))])
-    ]
-    return Policy(model), collate(examples, 2)
-
-
-def masks(branches):
-    return tuple(np.ones(length, dtype=bool) for length in branches)
+    return Policy(model), collate(toy_examples((20, (4, 9)), (1, (1, 5)), (33, (7, 3))), 2)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -91,28 +82,6 @@ def test_bf16_attention_is_one_call_of_flash_attention(kv_heads, window):
     assert (longest_query, longest_key, scale) == (11 - 2, 11, 0.25)
     assert (causal, left_right) == ((True, [-1, 0]) if window is None else (False, [3, 0]))
     assert rest[:1] in ([], [kv_heads != 4])  # torch 2.12 and later want to be told
-
-
-@pytest.mark.parametrize("window", [None, 20])
-def test_fp32_attention_hands_aligned_masks_to_the_kernel(window, monkeypatch):
-    layout = build_layout([24, 9, 3], [[5, 8], [6, 7], [1, 2]])
-    found, call = [], attention.scaled_dot_product_attention
-    monkeypatch.setattr(
-        attention,
-        "scaled_dot_product_attention",
-        lambda *args, **options: (found.append(options["attn_mask"]), call(*args, **options))[1],
-    )
-    with fake_cuda() as waits:
-        query = torch.empty(1, 4, 65, 16, device=CUDA)
-        on_device = layout.map(waits.pin).to(CUDA)
-        out, _ = packed_attention(
-            torch.nn.Identity(), query, query, query, None, scaling=0.25, layout=on_device, sliding_window=window
-        )
-        assert (out.shape, out.device, waits.found) == ((1, 65, 4, 16), CUDA, [])
-    found = [mask for mask in found if mask is not None]
-    assert len(found) == (3 if window is None else 6)
-    assert all(mask.device == CUDA and mask.storage_offset() % 8 == 0 for mask in found)
-    assert all((mask.stride(0) % 8, mask.stride(1)) == (0, 1) for mask in found)
 
 
 def test_the_gathers_backward_stays_on_the_device():
@@ -152,16 +121,6 @@ def test_logprobs_as_on_cuda_are_the_plain_ones():
     torch.testing.assert_close(found, plain)
     for got, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, wanted)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_row_of_the_whole_policy_stays_on_the_device(dtype, kv_heads):
-    policy, batch = row(kv_heads)
-    policy = policy.to(dtype)
-    with fake_cuda() as waits:
-        logps = move(policy)(batch.pin().to(CUDA))
-        assert (logps.shape, logps.dtype, logps.device, waits.found) == ((3, 2), torch.float32, CUDA, [])
 
 
 def test_the_policys_norms_as_on_cuda_are_the_plain_ones():

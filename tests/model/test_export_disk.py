@@ -1,6 +1,5 @@
 """A full disk, or one that returns other bits than were written, leaves the earlier export as it was."""
 
-import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from disks import largest_file, on_small_disk
+from disks import largest_file
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,26 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from toys import toy_model, toy_tokenizer
 
 from notus.model import export
-from notus.model.export import NewFolder, check_tensors, export_adapter, export_model, write_tensors
+from notus.model.export import check_tensors, export_adapter, export_model
 from notus.model.load import weights_digest
 from notus.model.lora import init_lora, inject_lora
-from notus.runtime.files import disk_error
 
 TIED = {"kind": "qwen2", "tie_word_embeddings": True}
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
-WRITE = """
-import sys
-from pathlib import Path
-import torch
-from notus.model.export import NewFolder, write_tensors
-folder = Path(sys.argv[1]) / "out"
-new = NewFolder(folder, markers=set())
-new.write(lambda partial: write_tensors(partial / "large.safetensors", {"x": torch.zeros(10**6)}))
-try:
-    new.publish()
-except OSError as error:
-    print(error, list(folder.parent.iterdir()))
-"""
 
 
 def _write(model: Any, folder: Path, **options: Any) -> Path:
@@ -104,16 +89,6 @@ def test_one_flipped_bit_is_named_and_nothing_is_published(
     assert weights_digest(folder) == before
 
 
-def test_an_adapter_is_compared_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = _write_adapter(_adapted(), tmp_path / "out")
-    before = _content(folder)
-    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-    _damage(monkeypatch, name, 0)
-    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: .* not what was written: {name}"):
-        _write_adapter(_adapted(), folder)
-    assert _content(folder) == before
-
-
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
 def test_what_goes_with_the_weights_must_load(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = toy_tokenizer()
@@ -176,36 +151,6 @@ def test_a_disk_that_fills_up_leaves_the_earlier_export(tmp_path: Path) -> None:
         _write(toy_model(seed=1), folder)
     assert _content(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_disk_error_names_path_reason_and_free_space(tmp_path: Path) -> None:
-    error = disk_error(tmp_path / "absent" / "file", OSError(errno.ENOSPC, "No space left on device", "elsewhere"))
-    assert str(error).startswith(f"{tmp_path}/absent/file: cannot be written (No space left on device); ")
-    assert str(error).endswith(f" GB free in {tmp_path}")
-
-
-def test_a_folder_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    for size in (10, 10**5):
-        new = NewFolder(folder, markers={"x.safetensors"})
-        with largest_file(10**4):
-            new.write(lambda partial, size=size: write_tensors(partial / "x.safetensors", {"x": torch.zeros(size)}))
-            new.write(lambda partial: (partial / "more").touch())
-        if size == 10:
-            new.publish()
-    with pytest.raises(OSError, match=rf"{folder}: cannot be written \(x.safetensors: .*\); [\d.]+ GB free in "):
-        new.publish()
-    assert list(tmp_path.iterdir()) == [folder]
-    assert (folder / "x.safetensors").stat().st_size < 10**4
-
-
-def test_a_full_disk_is_reported_with_its_free_space(tmp_path: Path) -> None:
-    ended = on_small_disk(tmp_path, 2 * 10**6, WRITE, tmp_path)
-    if ended is None:
-        pytest.skip("no file system may be mounted here")
-    assert ended.returncode == 0, ended.stderr
-    assert "No space left" in ended.stdout
-    assert f"; 0.0 GB free in {tmp_path} []" in ended.stdout
 
 
 def _shard(model: Any) -> Any:

@@ -1,7 +1,5 @@
 """Kernels compiled from pure functions, on a CPU: by the eager backend, and (slow) by the CPU's own compiler."""
 
-import functools
-
 import pytest
 import torch
 from toys import toy_model
@@ -18,22 +16,6 @@ def kernel_of(function, plain=torch.neg):
     return Kernel(function, plain=plain, switch="fused_elementwise", varying=1)
 
 
-@pytest.fixture
-def used(monkeypatch):
-    """Has every kernel called on the CPU too, compiled by a backend that runs the graph as it is."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(Kernel, "usable", lambda self, tensor: self.failure is None)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for kernel in vars(fused).values():
-        if isinstance(kernel, Kernel):
-            vars(kernel).pop("_compiled", None)
-    yield
-    for kernel in vars(fused).values():
-        if isinstance(kernel, Kernel):
-            vars(kernel).pop("_compiled", None)
-            kernel.failure = None
-
-
 def _block_gradients(mode, rows):
     model = toy_model()
     fused.fuse(model)
@@ -48,7 +30,7 @@ def _block_gradients(mode, rows):
 
 
 @pytest.mark.parametrize("mode", ["none", "products", "full"])
-def test_a_block_with_kernels_is_the_block_without_also_when_checkpointed(used, mode):
+def test_a_block_with_kernels_is_the_block_without_also_when_checkpointed(kernels_on_cpu, mode):
     found = _block_gradients(mode, [5, 9])
     with switches.disabled("fused_elementwise"):
         expected = _block_gradients("none", [5, 9])
@@ -57,7 +39,7 @@ def test_a_block_with_kernels_is_the_block_without_also_when_checkpointed(used, 
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_any_length_are_one_graph_each_kernel(used):
+def test_rows_of_any_length_are_one_graph_each_kernel(kernels_on_cpu):
     torch._dynamo.utils.counters.clear()
     _block_gradients("none", [5, 9, 16, 33])
     # forward and backward of residual + norm, and of SwiGLU
@@ -99,7 +81,7 @@ def test_what_fails_on_one_rank_is_used_on_none():
     assert made[0].failure is None
 
 
-def test_a_kernel_that_fails_later_hands_over_to_its_twin(used, capsys):
+def test_a_kernel_that_fails_later_hands_over_to_its_twin(kernels_on_cpu, capsys):
     def broken(x):
         raise RuntimeError("a new kind of argument")
 

@@ -2,28 +2,20 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from toys import toy_model
+from toys import relative, toy_examples, toy_model
 
-from notus.data.packing import Example, build_layout, collate
+from notus.data.packing import build_layout, collate
 from notus.model import attention
 from notus.model.attention import IMPLEMENTATION, check_kernel, dense_kernel, kernel_for, packed_attention
 from notus.model.fused import fuse
 from notus.model.policy import Policy
 from notus.runtime.determinism import deterministic
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
 TRUNKS, BRANCHES = [300, 1, 40], [[120, 77], [1, 260], [3, 1]]
-
-
-def relative(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def run(kernel, leaves, upstream, layout, window):
@@ -92,19 +84,7 @@ def test_attention_repeats_bit_for_bit_in_deterministic_mode(heads, kv_heads, dt
     assert all(torch.equal(got, wanted) for other in others for got, wanted in zip(other, first, strict=True))
 
 
-def examples():
-    rng = np.random.default_rng(0)
-    return [
-        Example(
-            index,
-            rng.integers(3, 400, trunk),
-            tuple(rng.integers(3, 400, length) for length in branches),
-            tuple(np.ones(length, dtype=bool) for length in branches),
-        )
-        for index, (trunk, branches) in enumerate(
-            zip([60, 1, 20, 33], [[40, 9], [1, 5], [7, 30], [12, 12]], strict=True)
-        )
-    ]
+LENGTHS = [(60, (40, 9)), (1, (1, 5)), (20, (7, 30)), (33, (12, 12))]
 
 
 def on_cuda(model, batch):
@@ -118,7 +98,7 @@ def on_cuda(model, batch):
 
 @pytest.mark.parametrize("overrides", [{}, {"sliding_window": 10}, {"num_key_value_heads": 1}])
 def test_the_policy_on_cuda_is_the_policy_on_cpu(overrides):
-    model, batch = toy_model(**overrides), collate(examples(), 2)
+    model, batch = toy_model(**overrides), collate(toy_examples(*LENGTHS), 2)
     policy = Policy(copy.deepcopy(model))
     policy.causal_lm.set_attn_implementation(IMPLEMENTATION)
     logps = policy(batch)
@@ -131,7 +111,7 @@ def test_the_policy_on_cuda_is_the_policy_on_cpu(overrides):
 def test_a_pass_makes_no_host_wait_for_the_device():
     model = toy_model().to(CUDA).bfloat16()
     model.set_attn_implementation(IMPLEMENTATION)
-    policy, batch = Policy(model), collate(examples(), 2)
+    policy, batch = Policy(model), collate(toy_examples(*LENGTHS), 2)
     policy(batch.to(CUDA)).sum().backward()  # the first pass sets libraries up
     torch.cuda.set_sync_debug_mode("error")
     try:

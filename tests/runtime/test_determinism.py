@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import config, settings, without_timings, write_pairs
-from safetensors.torch import load_file
+from runs import assert_same_run, config, settings, write_pairs
 from toys import toy_model_folder
 
 from notus.config import config_from_dict
@@ -49,20 +48,6 @@ def test_an_operation_that_cannot_repeat_raises_and_all_is_as_before(monkeypatch
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_new_memory_is_not_filled_and_the_users_choice_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    for before in (True, False):
-        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", before)
-        with deterministic(True):
-            sevens = torch.full((1000,), 7.0)
-            address = sevens.data_ptr()
-            del sevens
-            again = torch.empty(1000)
-            if again.data_ptr() == address:  # as the allocator has it for equal sizes
-                assert not again.isnan().any()
-            assert not torch.utils.deterministic.fill_uninitialized_memory
-        assert torch.utils.deterministic.fill_uninitialized_memory is before
-
-
 def test_it_is_on_before_a_device_is_chosen_and_off_after_the_run(
     tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,17 +62,6 @@ def test_it_is_on_before_a_device_is_chosen_and_off_after_the_run(
         dpo.run(config("dpo", tmp_path / str(wanted), model_folder, pairs_file, **overrides))
     assert [state[0] for state in seen] == [False, False, True, True]
     assert _state() == before
-
-
-def _result(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    return without_timings(run), load_file(run / "model" / "model.safetensors")
-
-
-def _assert_bitwise_equal(one: Path, other: Path) -> None:
-    (lines, tensors), (other_lines, other_tensors) = _result(one), _result(other)
-    assert lines == other_lines
-    assert tensors.keys() == other_tensors.keys()
-    assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
 
 
 def _train_on_ranks(trees: dict[int, Any]) -> None:
@@ -114,4 +88,4 @@ def test_two_runs_are_bitwise_equal(ranks: int, tmp_path: Path) -> None:
                 dpo.run(config_from_dict(tree, "dpo"))
         finally:
             torch.set_num_threads(threads)
-    _assert_bitwise_equal(tmp_path / "one", tmp_path / "other")
+    assert_same_run(tmp_path / "one", tmp_path / "other")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import settings, without_timings, write_pairs
-from safetensors.torch import load_file
+from runs import assert_same_run, settings, wait_until, write_pairs
 from toys import toy_model_folder
 
 from notus.runtime.process import STOPPED
@@ -40,21 +39,15 @@ def _launch(config: Path, run: Path, *options: str, ranks: int = 2, words: Seque
 
 def _wait_for_steps(run: Path, launched: subprocess.Popen[str]) -> None:
     """Until some lines of metrics are there."""
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert launched.poll() is None, launched.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    metrics = run / "metrics.jsonl"
+    wait_until(lambda: launched.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 2))
+    assert launched.poll() is None, launched.communicate()
 
 
 def _ranks(launched: subprocess.Popen[str]) -> list[int]:
     """The processes that torchrun started."""
     children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
     return [int(child) for child in children]
-
-
-def _weights(run: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(run / "model" / "model.safetensors").items()}
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +57,6 @@ def undisturbed(config_file: Path) -> Path:
     _, told = launched.communicate(timeout=240)
     assert launched.returncode == 0, told
     return run
-
-
-def _same(one: Path, other: Path) -> None:
-    assert _weights(one) == _weights(other)
-    assert without_timings(one) == without_timings(other)
 
 
 def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(config_file: Path, undisturbed: Path) -> None:
@@ -86,7 +74,7 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(config_file: Pa
     out, told = again.communicate(timeout=240)
     assert again.returncode == 0, told
     assert "resuming from" in out
-    _same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_ranks_do_not_outlive_torchrun_and_save_when_it_is_killed(config_file: Path, undisturbed: Path) -> None:
@@ -96,15 +84,12 @@ def test_ranks_do_not_outlive_torchrun_and_save_when_it_is_killed(config_file: P
     ranks = _ranks(launched)
     launched.kill()
     launched.communicate(timeout=240)  # until the ranks, too, have let go of the pipes
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
     assert (run / "checkpoints" / "latest").exists()
     again = _launch(config_file, run)
     _, told = again.communicate(timeout=240)
     assert again.returncode == 0, told
-    _same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_torchrun_restarts_after_one_rank_was_told_to_stop(config_file: Path, undisturbed: Path) -> None:
@@ -116,16 +101,7 @@ def test_torchrun_restarts_after_one_rank_was_told_to_stop(config_file: Path, un
     assert launched.returncode == 0, told
     assert "stopped by a signal after step" in out
     assert "resuming from" in out
-    _same(run, undisturbed)
-
-
-def test_one_process_leaves_with_the_code_of_a_stopped_run(config_file: Path) -> None:
-    run = config_file.parent / "single"
-    launched = _launch(config_file, run, ranks=0)
-    _wait_for_steps(run, launched)
-    launched.send_signal(signal.SIGINT)
-    launched.communicate(timeout=240)
-    assert launched.returncode == STOPPED
+    assert_same_run(run, undisturbed)
 
 
 def _children(pid: int) -> list[int]:
@@ -149,10 +125,7 @@ def test_tokenisers_end_with_the_run_and_do_not_hold_its_folder(
     launched.send_signal(number)
     launched.communicate(timeout=240)
     assert launched.returncode == (STOPPED if number == signal.SIGTERM else -number)
-    deadline = time.monotonic() + 60
-    while any(_alive(child) for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(_alive(child) for child in children))
 
 
 def _alive(pid: int) -> bool:

@@ -9,15 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from runs import wait_until
 
 from notus.runtime.preemption import Interrupted, Stop
-
-
-def _until(condition) -> None:
-    """The watching thread needs a moment."""
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def test_a_signal_in_the_loop_is_a_request(capfd: pytest.CaptureFixture[str]) -> None:
@@ -26,7 +20,7 @@ def test_a_signal_in_the_loop_is_a_request(capfd: pytest.CaptureFixture[str]) ->
         assert not stop.signalled
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what the scheduler sent to every process
-        _until(lambda: stop.signalled)
+        wait_until(lambda: stop.signalled)
         assert stop.signalled
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.set_wakeup_fd(-1) == -1
@@ -92,7 +86,7 @@ def _check_on_ranks(folder: Path) -> None:
     with stop.listening(), stop.in_loop():
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-            _until(lambda: stop.signalled)
+            wait_until(lambda: stop.signalled)
         dist.barrier()
         with pytest.raises(Interrupted):  # on both
             stop.check()

@@ -1,6 +1,9 @@
 """The rows that the loop gets: those of the plan, by cost, made ahead; and the thread that makes them."""
 
 import threading
+import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from notus.data.dataset import TokenizedDataset
 from notus.model.flops import dimensions, forward_flops
 from notus.training import dpo
 from notus.training import trainer as loop
-from notus.training.dataloader import Dataloader, row_costs
+from notus.training.dataloader import Dataloader, Prefetch, row_costs
 from notus.training.setup import start
 
 CPU = torch.device("cpu")
@@ -120,3 +123,73 @@ def test_an_error_on_the_thread_ends_the_run(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyError, match="a broken row"):
         run(tmp_path)
     assert prefetching() == []
+
+
+# --- the thread alone: `Prefetch` ---
+
+
+def test_all_items_come_in_order_from_another_thread() -> None:
+    where = []
+
+    def items() -> Iterator[int]:
+        for number in range(9):
+            where.append(threading.current_thread())
+            yield number
+
+    with Prefetch(items(), prepare=lambda: where.append(threading.current_thread())) as ready:
+        assert list(ready) == list(range(9))
+        assert list(ready) == []
+    assert len(where) == 10
+    assert set(where).isdisjoint([threading.current_thread()])
+    assert len(set(where)) == 1
+    assert prefetching() == []
+
+
+def test_the_next_items_are_made_while_one_is_in_use_and_no_more_than_asked_for() -> None:
+    made, third = [], threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            made.append(number)
+            if number == 2:
+                third.set()
+            yield number
+
+    with Prefetch(items(), ahead=2) as ready:
+        assert next(ready) == 0
+        assert third.wait(10)  # nobody has asked for 1 or 2
+        time.sleep(0.05)
+        assert made == [0, 1, 2]
+    assert made == [0, 1, 2]
+    assert prefetching() == []
+
+
+def test_an_error_comes_in_its_place_with_its_own_traceback() -> None:
+    def this_fails() -> None:
+        raise OSError("the disk is gone")
+
+    def items() -> Iterator[int]:
+        yield 1
+        this_fails()
+
+    with Prefetch(items()) as ready:
+        assert next(ready) == 1
+        with pytest.raises(OSError, match="the disk is gone") as caught:
+            next(ready)
+    assert "this_fails" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert prefetching() == []
+
+
+def test_the_wait_is_measured() -> None:
+    def items(seconds: float) -> Iterator[int]:
+        for number in range(3):
+            time.sleep(seconds)
+            yield number
+
+    with Prefetch(items(0.1)) as slow:
+        list(slow)
+    with Prefetch(items(0.0)) as quick:
+        for _ in quick:
+            time.sleep(0.1)
+    assert 0.28 < slow.waited < 3
+    assert quick.waited < 0.1

@@ -1,5 +1,6 @@
 """The bytes of a step: by hand for a toy, and beside PyTorch's memory tracker on the real step with fake tensors."""
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -7,21 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from runs import config
 from toys import toy_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from notus.model.flops import dimensions
 from notus.model.lora import inject_lora
 from notus.model.size import ATTENTION, Linear, ModelSize, Norm, model_size
+from notus.model.supported import check_supported
 from notus.runtime import switches
 from notus.training import memory_estimate as footprint_module
 from notus.training import optimizers
+from notus.training.dpo import run
 from notus.training.memory_estimate import (
     CHECKPOINTING,
     RUNTIME_MARGIN,
     Job,
     _working,
     activations_per_block,
-    fastest_checkpointing,
+    capacity_of,
+    choose_checkpointing,
     footprint,
     kept_per_block,
     moments,
@@ -51,6 +58,7 @@ TOY = ModelSize(
     root_trained=84,
 )  # fmt: skip
 JOB = Job(shard_size=2, tokens_per_row=10, scored_per_row=6, key_ratio=1.0)
+SMALL_JOB = Job(shard_size=1, tokens_per_row=400, scored_per_row=200, precision="fp32")
 
 
 def mode(name: str) -> Job:
@@ -103,14 +111,6 @@ def test_offloaded_weights_gradients_and_states_take_no_device_memory():
     found = footprint(TOY, dataclasses.replace(JOB, cpu_offload=True))
     assert (found.weights, found.gradients, found.optimizer_state, found.optimizer_temporaries) == (0, 0, 0, 0)
     assert found.total > 0
-
-
-@pytest.mark.parametrize("wanted", CHECKPOINTING)
-def test_the_fastest_checkpointing_that_fits(wanted):
-    job = dataclasses.replace(JOB, tokens_per_row=1000)
-    needed = footprint(TOY, dataclasses.replace(job, activation_checkpointing=wanted)).total
-    assert fastest_checkpointing(needed + RUNTIME_MARGIN, TOY, job) == wanted
-    assert fastest_checkpointing(0, TOY, job) == "full"
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3"])
@@ -186,18 +186,48 @@ def test_the_linear_layers_are_in_the_order_of_the_forward_pass():
     assert [linear.name for linear in model_size(small("Phi3")).linears] == names
 
 
+# --- beside the tracker, and for every supported family ---
+
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+SMALL = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "q_lora_rank": 24, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "dim_model_base": 64,
+}  # fmt: skip
+# What these families set by default, and this project does not support.
+NEUTRAL = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+LATENT = {
+    "num_key_value_heads": 8, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8,
+    "v_head_dim": 32, "head_dim": 8,
+}  # fmt: skip
 SHAPE = {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False,
-    "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
+    **NO_TOKENS,
 }  # fmt: skip
 
 
 def small(kind: str, **settings: object) -> transformers.PreTrainedModel:
+    return build(getattr(transformers, f"{kind}Config")(**{**SHAPE, **settings}))
+
+
+def build(config: PreTrainedConfig) -> transformers.PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**SHAPE, **settings))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the update and the conversions in some pieces, as a large model has them."""
+    monkeypatch.setitem(optimizers.CHUNK, "cuda", 2**17)
+    monkeypatch.setattr(footprint_module, "PIECE", 2**19)
+
+
+ROW = (90, [150, 140], 6)
+SPECIAL = {"Mistral": {"sliding_window": None}, "Youtu": LATENT, "NanoChat": {"final_logit_softcapping": None}}
+
+
+@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
@@ -210,28 +240,128 @@ def small(kind: str, **settings: object) -> transformers.PreTrainedModel:
         ("Mistral", Case(8, "full", "adamw", "bf16")),
         ("Qwen3", Case(0, "full", "adamw", "bf16")),
         ("Phi3", Case(0, "none", "rmsprop")),
+        *((kind, Case(0, mode, "rmsprop")) for kind, mode in [
+            ("Olmo", "none"), ("Olmo2", "products"), ("DiffLlama", "none"), ("DiffLlama", "products"),
+            ("NanoChat", "selective"), ("Youtu", "none"), ("Youtu", "products"), ("Gemma3Text", "products"),
+            ("Phi3", "products"), ("Glm", "selective"), ("Glm4", "full"), ("GPTNeoX", "full"),
+        ]),
     ],
     ids=str,
-)
-def test_agrees_with_pytorchs_memory_tracker(monkeypatch, kind, case):
-    monkeypatch.setitem(optimizers.CHUNK, "cuda", 2**17)  # some pieces, as a large model has
-    monkeypatch.setattr(footprint_module, "PIECE", 2**19)
-    config = getattr(transformers, f"{kind}Config")(**SHAPE)
-    config.sliding_window = None
-    row = (90, [150, 140], 6)
-    rows, update, seen = compare(case, config, row)
+)  # fmt: skip
+def test_agrees_with_pytorchs_memory_tracker(kind, case):
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **SPECIAL.get(kind, {})})
+    rows, update, seen = compare(case, config, ROW)
     assert rows.total == pytest.approx(seen.backward_peak, rel=0.1)
     assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1)
-    assert flops_ratio(case, config, row, seen.flops) == pytest.approx(1, abs=0.1)
+    assert flops_ratio(case, config, ROW, seen.flops) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("handover", [True, False])
-def test_a_rank_alone_agrees_with_the_tracker(monkeypatch, checkpointing, handover):
-    monkeypatch.setitem(optimizers.CHUNK, "cuda", 2**17)
-    monkeypatch.setattr(footprint_module, "PIECE", 2**19)
+def test_a_rank_alone_agrees_with_the_tracker(checkpointing, handover):
     with switches.disabled(*([] if handover else ["gradient_handover"])):
         case, config = Case(0, checkpointing, "rmsprop"), transformers.MistralConfig(**SHAPE, sliding_window=None)
-        rows, update, seen = compare(case, config, (90, [150, 140], 6), world_size=1)
+        rows, update, seen = compare(case, config, ROW, world_size=1)
     assert rows.total == pytest.approx(seen.backward_peak, rel=0.05)
     assert update.total == pytest.approx(seen.optimizer_peak, rel=0.05)
+
+
+def small_config(kind: str) -> PreTrainedConfig | None:
+    """Two narrow layers of a model type; None if it cannot be built so, or is not supported."""
+    with contextlib.suppress(Exception):  # each family has its own ideas of what fits together
+        default = CONFIG_MAPPING[kind]()
+        settings = {name: value for name, value in SMALL.items() if hasattr(default, name)}
+        settings |= {name: value for name, value in NEUTRAL.items() if name in default.to_dict()}
+        if getattr(default, "head_dim", None) is None:
+            settings.pop("head_dim", None)
+        config = AutoConfig.for_model(kind, **settings, **NO_TOKENS)
+        check_supported(config)
+        return config
+    return None
+
+
+def test_the_sizes_of_every_supported_family():
+    found = []
+    for kind in sorted(CONFIG_MAPPING):
+        config, model = small_config(kind), None
+        with contextlib.suppress(Exception):
+            model = build(config)
+        if model is None or not hasattr(model.get_decoder(), "layers"):
+            continue
+        size = model_size(model)
+        linears = sum(linear.weights for linear in size.linears)
+        assert linears == sum(
+            each.weight.numel() for each in model.get_decoder().layers[0].modules() if isinstance(each, torch.nn.Linear)
+        ), kind
+        assert dimensions(model).body_weights == 2 * linears, kind
+        for mode in CHECKPOINTING:
+            assert footprint(size, Job(8, 512, 256, activation_checkpointing=mode)).total > 0, (kind, mode)
+        found.append(kind)
+    expected = {"olmo", "olmo2", "diffllama", "nanochat", "gemma3_text", "phi3", "glm", "youtu", "gpt_neox", "minicpm3"}
+    assert expected <= set(found)
+    assert len(found) >= 30
+
+
+def test_the_widths_of_latent_attention_by_hand():
+    size = model_size(build(small_config("youtu")))
+    # 4 heads of 16 + 8 in queries and keys, of 12 in values
+    assert (size.query_width, size.key_width, size.value_width, size.attended) == (96, 96, 48, 48)
+    assert [linear.name for linear in size.linears[:5]] == [
+        "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+    ]  # fmt: skip
+    assert dimensions(build(small_config("youtu"))).attention_width == (96 + 48) // 2
+
+
+def test_differential_attention_attends_twice():
+    size = model_size(build(small_config("diffllama")))
+    assert size.attentions == 2
+    assert dimensions(build(small_config("diffllama"))).attention_width == 2 * 64
+
+
+def test_norms_without_weight_have_the_width_of_what_they_treat():
+    # of 64 in fp32, with mean and scale: 4 * 64 + 8
+    assert [(norm.width, norm.bf16) for norm in model_size(build(small_config("olmo"))).norms] == [(64, 264)] * 2
+    assert [norm.width for norm in model_size(build(small_config("nanochat"))).norms] == [64, 64, 64, 32]
+
+
+# --- the choice of a run ---
+
+
+def test_the_fastest_that_fits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = toy_model(num_hidden_layers=16)
+    need = {
+        mode: RUNTIME_MARGIN
+        + footprint(model_size(model), dataclasses.replace(SMALL_JOB, activation_checkpointing=mode)).total
+        for mode in CHECKPOINTING
+    }
+    fitting = [(need[mode], mode) for mode in CHECKPOINTING[:-1]]
+    for capacity, expected in (*fitting, (need["full"] - 1, "full")):
+        monkeypatch.setattr(footprint_module, "capacity_of", lambda _, capacity=capacity: capacity)
+        assert choose_checkpointing(model, SMALL_JOB, device) == expected
+    told = capsys.readouterr().out.splitlines()
+    assert [line.startswith("warning: ") for line in told] == [False, False, False, True]
+    assert "training.activation_checkpointing=auto: none, estimated to need 3.0 GiB per rank of 3.0 GiB" in told[0]
+
+
+def test_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint_module, "_available", lambda: 80)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert capacity_of(torch.device("cpu")) == 20
+
+
+def test_a_run_chooses(tmp_path: Path, model_folder: Path, pairs_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    job = config("dpo", tmp_path, model_folder, pairs_file, training__activation_checkpointing="auto",
+                 training__max_steps=1)  # fmt: skip
+    assert run(job) == 0
+    assert "training.activation_checkpointing=auto: none, estimated" in capfd.readouterr().out
+
+
+def test_offload_without_a_gpu_is_refused(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    job = config("dpo", tmp_path, model_folder, pairs_file, training__cpu_offload=True)
+    with pytest.raises(ValueError, match=r"training\.cpu_offload has no effect without a GPU"):
+        run(job)

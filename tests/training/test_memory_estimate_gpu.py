@@ -16,10 +16,7 @@ from notus.training.memory_estimate import CHECKPOINTING, Job, footprint
 from notus.training.optimizers import build_optimizer
 from notus.training.parallelize import build_policy
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
 TRUNK, BRANCHES, EXAMPLES = 176, [300, 280], 5
 

@@ -1,15 +1,14 @@
-import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from notus.model.kernels import Kernel
 from notus.runtime import switches
 from notus.training import optimizers
 from notus.training.gradient_clipping import clipped_update
-from notus.training.optimizers import build_optimizer, round_at_random
+from notus.training.optimizers import build_optimizer, learning_rate_factor, round_at_random
 
 
 def _parameters() -> list[nn.Parameter]:
@@ -35,6 +34,30 @@ def _train(
 
 def _flat(parameters: list[nn.Parameter]) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        ("linear", {0: 0.0, 1: 0.5, 2: 1.0, 6: 0.5, 10: 0.0}),
+        ("cosine", {0: 0.0, 2: 1.0, 6: 0.5, 4: 0.5 * (1 + math.sqrt(0.5)), 10: 0.0}),
+        ("constant", {0: 0.0, 1: 0.5, 2: 1.0, 10: 1.0}),
+    ],
+)
+def test_schedule_at_exact_points(schedule: str, points: dict[int, float]) -> None:
+    for step, expected in points.items():
+        found = learning_rate_factor(step, total_steps=10, warmup_steps=2, schedule=schedule)
+        assert found == pytest.approx(expected, abs=1e-12)
+    assert learning_rate_factor(0, total_steps=5, warmup_steps=0, schedule=schedule) == 1.0  # no warmup: at the peak
+
+
+def test_only_trainable_parameters_are_optimized() -> None:
+    free, frozen = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+    for name, kind in (("rmsprop", torch.optim.RMSprop), ("adamw", torch.optim.AdamW)):
+        optimizer = build_optimizer([free, frozen], name=name, learning_rate=0.1, weight_decay=0.2)
+        assert isinstance(optimizer, kind)
+        assert [group["params"] for group in optimizer.param_groups] == [[free]]
+        assert optimizer.param_groups[0]["weight_decay"] == 0.2
 
 
 @pytest.mark.parametrize("chunk", [3, 13, 10**6])
@@ -122,25 +145,9 @@ def test_the_factor_folded_in_is_clipping_beforehand(name: str, dtype: str) -> N
     assert not torch.equal(found, _clipped(name, dtype, max_norm=None))
 
 
-@pytest.fixture
-def one_pass(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
-    """Has the kernels used on the CPU too, compiled by a backend that runs the graph as it is."""
-    torch._dynamo.reset()
-    kinds = (optimizers.RMSprop.kernel, optimizers.AdamW.kernel)
-    on = switches.enabled
-    monkeypatch.setattr(Kernel, "usable", lambda self, _: self.failure is None and on("fused_optimizer"))
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for kernel in kinds:
-        vars(kernel).pop("_compiled", None)
-    yield
-    for kernel in kinds:
-        vars(kernel).pop("_compiled", None)
-        kernel.failure = None
-
-
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
-def test_the_kernel_is_the_plain_update(name: str, weight_decay: float, one_pass: None) -> None:
+def test_the_kernel_is_the_plain_update(name: str, weight_decay: float, kernels_on_cpu: None) -> None:
     found = _clipped(name, "fp32", weight_decay=weight_decay)
     with switches.disabled("fused_optimizer"):
         expected = _clipped(name, "fp32", weight_decay=weight_decay)
@@ -149,7 +156,7 @@ def test_the_kernel_is_the_plain_update(name: str, weight_decay: float, one_pass
 
 
 def test_a_kernel_that_is_wrong_is_told_and_not_used(
-    one_pass: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kernels_on_cpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kernel = optimizers.RMSprop.kernel
     monkeypatch.setattr(kernel, "_function", lambda value, *_: value.add_(1.0))
@@ -158,7 +165,7 @@ def test_a_kernel_that_is_wrong_is_told_and_not_used(
     assert kernel.failure is not None
 
 
-def test_parameters_of_any_size_are_two_graphs(one_pass: None) -> None:
+def test_parameters_of_any_size_are_two_graphs(kernels_on_cpu: None) -> None:
     """One for sizes that are whole lines, one for others, whatever the learning rate and the step."""
     parameters = [nn.Parameter(torch.ones(size)) for size in (2048, 4096, 10240, 5, 77, 300)]
     optimizer = build_optimizer(parameters, name="adamw", learning_rate=0.01, weight_decay=0.0)

@@ -68,15 +68,6 @@ def test_after_a_scoring_pass_the_masters_are_in_place_and_their_changes_seen(
     assert not torch.allclose(_score(policy, rows, device), before, atol=1e-2)
 
 
-def test_scores_do_not_depend_on_the_rows_they_share(
-    model_folder: Path, pairs_file: Path, device: torch.device
-) -> None:
-    policy, rows = _policy(model_folder, device), _rows(model_folder, pairs_file)
-    together = _score(policy, rows, device)
-    alone = torch.cat([score(policy, rows, np.array([i]), tokens_per_row=10_000, device=device) for i in range(6)])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-
-
 def test_a_fresh_adapter_changes_nothing_and_alone_is_trained(
     model_folder: Path, pairs_file: Path, device: torch.device
 ) -> None:

@@ -15,10 +15,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.tensor import DTensor
-from toys import toy_model_folder
+from toys import toy_examples, toy_model_folder
 
 from notus.config import LoraConfig
-from notus.data.packing import Batch, Example, collate
+from notus.data.packing import Batch, collate
 from notus.model import attention, compiled_attention
 from notus.model.compiled_attention import check_graph_attention
 from notus.model.policy import Policy
@@ -63,19 +63,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> _Compiler:
 def _rows(count: int) -> list[Batch]:
     """Rows of 1 to 4 pairs, of many lengths."""
     generator = np.random.default_rng(0)
-
-    def ids(size: int) -> np.ndarray:
-        return generator.integers(3, 400, size)
-
-    rows = []
-    for _ in range(count):
-        examples = []
-        for index in range(generator.integers(1, 5)):
-            trunk, *branches = generator.integers(2, 20, 3)
-            masks = tuple(np.ones(size, dtype=bool) for size in branches)
-            examples.append(Example(index, ids(trunk), tuple(ids(size) for size in branches), masks))
-        rows.append(collate(examples, 2))
-    return rows
+    lengths = [generator.integers(2, 20, (generator.integers(1, 5), 3)).tolist() for _ in range(count)]
+    return [collate(toy_examples(*((trunk, branches) for trunk, *branches in row)), 2) for row in lengths]
 
 
 def _policy(folder: Path, device: torch.device, **options: Any) -> Policy:
@@ -113,13 +102,17 @@ def _varlen(
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
 
+def _use_cudas_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
+    monkeypatch.setattr(attention, "varlen_attn", _varlen)
+    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+
+
 @pytest.fixture(params=["operator", "graph"])
 def attention_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The two ways in which compiled blocks compute attention; "graph" is CUDA's, with a stand-in for its kernel."""
     if request.param == "graph":
-        monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
-        monkeypatch.setattr(attention, "varlen_attn", _varlen)
-        monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+        _use_cudas_attention(monkeypatch)
     return request.param
 
 
@@ -194,14 +187,9 @@ def test_the_operator_is_not_in_the_graph_of_cuda(
         return {name for name in found if name.startswith("notus")}
 
     compile_, folder = torch.compile, toy_model_folder(tmp_path / "model", head_dim=16)
-    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
-    monkeypatch.setattr(attention, "varlen_attn", _varlen)
-    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    _use_cudas_attention(monkeypatch)
     assert operators() == {"notus.gather_keys.default", "notus.gather_keys_backward.default"}
-    assert operators("graph_attention") == {
-        "notus.packed_attention.default",
-        "notus.packed_attention_backward.default",
-    }
+    assert operators("graph_attention") == {"notus.packed_attention.default", "notus.packed_attention_backward.default"}
 
 
 def test_where_the_compiler_cannot_have_the_kernel_blocks_get_the_operator(
@@ -210,9 +198,7 @@ def test_where_the_compiler_cannot_have_the_kernel_blocks_get_the_operator(
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "window": None}
     cpu = torch.device("cpu")
     assert check_graph_attention(cpu, torch.float32, **sizes, gather=lambda mine: [mine]) == []  # no kernel to see
-    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
-    monkeypatch.setattr(attention, "varlen_attn", _varlen)
-    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    _use_cudas_attention(monkeypatch)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     monkeypatch.setattr(compiled_attention, "_failure", None)

@@ -1,6 +1,5 @@
 """Hybrid sharding: two nodes of two ranks do what one rank does, and what full sharding does."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import free_ports, launched, run_ranks
-from runs import config, read_metrics, settings
+from runs import config, read_metrics, read_samples, settings
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import Replicate, Shard
@@ -25,7 +24,7 @@ from notus.training.parallelize import build_policy, read_model_config
 
 KINDS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora__rank": 3}}
 COMMON = {
-    "training__max_steps": 4, "training__save_every": 2, "training__keep_checkpoints": None,
+    "training__max_steps": 4, "data__eval_size": 5, "training__save_every": 2, "training__keep_checkpoints": None,
     "tracking__samples": 3, "tracking__sample_tokens": 5,
 }  # fmt: skip
 STEP_2 = Path("checkpoints") / "step-00000002"
@@ -60,15 +59,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, pairs_fil
     return top
 
 
-def _samples(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-
-
 def _weights(run: Path) -> dict[str, torch.Tensor]:
     (path,) = (run / "model").glob("*model.safetensors")
     return load_file(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["four", "hybrid", "hybrid-from-two", "two-from-hybrid"])
 def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_folder: Path) -> None:
@@ -77,7 +73,10 @@ def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_
     assert [line["step"] for line in lines] == ([3, 4] if "from" in layout else [1, 2, 3, 4])
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], rel=1e-5), key
-    samples = [[line for line in _samples(run) if line["step"] == 4] for run in (one, other)]
+    for key in ("rewards/margins", "num_tokens"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in expected], abs=2e-5), key
+    assert lines[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], abs=2e-5)
+    samples = [[line for line in read_samples(run) if line["step"] == 4] for run in (one, other)]
     assert samples[0] == samples[1]
     assert len(samples[0]) == 3
     start, wanted = load_file(model_folder / "model.safetensors"), _weights(one)
@@ -86,6 +85,7 @@ def test_every_layout_learns_the_same(kind: str, layout: str, runs: Path, model_
         assert (found - wanted[name]).norm() < 1e-4 * moved, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_holds_each_shard_once(kind: str, runs: Path) -> None:
     def bytes_held(run: str) -> int:

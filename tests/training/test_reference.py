@@ -65,31 +65,6 @@ def test_every_part_of_the_key_counts(field: str, tmp_path: Path, device: torch.
     assert len(score.asked) == 2
 
 
-def test_an_interrupted_pass_goes_on_part_by_part(
-    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reference, "PART_SIZE", 2)
-    rows = _rows()
-
-    class Killed(Exception):
-        pass
-
-    class Failing(_Scorer):
-        def __call__(self, indices: np.ndarray) -> torch.Tensor:
-            if indices[0] == 4:
-                raise Killed
-            return super().__call__(indices)
-
-    with pytest.raises(Killed):
-        _call(Failing(), rows, tmp_path)
-    part = next(tmp_path.glob("*.parts")) / "000000002.safetensors"
-    part.write_bytes(part.read_bytes()[:30])  # not whole: computed again
-    score = _Scorer()
-    logps, _ = _call(score, rows, tmp_path)
-    assert score.asked == [[2, 3], [4]]
-    torch.testing.assert_close(logps[:, 0], -torch.arange(5.0))
-
-
 def test_another_run_may_fill_the_same_cache_meanwhile(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,8 +87,7 @@ def test_a_part_of_other_rows_is_not_used(tmp_path: Path, device: torch.device) 
     parts = tmp_path / f"{_key(rows).name}.parts"
     parts.mkdir()
     save_file(
-        {"logps": torch.zeros(5, 2), "digests": torch.zeros(5, 16, dtype=torch.uint8)},
-        parts / "000000000.safetensors",
+        {"logps": torch.zeros(5, 2), "digests": torch.zeros(5, 16, dtype=torch.uint8)}, parts / "000000000.safetensors"
     )
     score = _Scorer()
     _call(score, rows, tmp_path)

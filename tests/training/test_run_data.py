@@ -1,21 +1,15 @@
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-import torch
-from disks import largest_file
 from runs import config, write_messages
 
 from notus.data.dataset import FEATURES, TokenizedDataset
-from notus.runtime import switches
-from notus.runtime.files import write_text
-from notus.training import dpo, run_data, sft, tracking
+from notus.training import dpo, run_data, sft
 from notus.training.run_data import data_summary, length_histogram
-from notus.training.tracking import EnvironmentFile, hardware
 
 
 @pytest.mark.parametrize(
@@ -29,15 +23,6 @@ from notus.training.tracking import EnvironmentFile, hardware
 )
 def test_histograms_of_lengths(lengths: list[int], edges: list[int], counts: list[int]) -> None:
     assert length_histogram(np.array(lengths)) == {"edges": edges, "counts": counts}
-
-
-def test_histograms_lose_nothing() -> None:
-    lengths = np.random.default_rng(0).integers(3, 5000, 10_000)
-    found = length_histogram(lengths)
-    assert len(found["counts"]) <= 24
-    assert len(found["edges"]) == len(found["counts"]) + 1
-    assert found["counts"] == np.histogram(lengths, bins=found["edges"])[0].tolist()
-    assert sum(found["counts"]) == 10_000
 
 
 @pytest.mark.parametrize(
@@ -104,56 +89,3 @@ def test_many_sources_are_counted_together() -> None:
     names = [str(number) for number in range(103) for _ in range(1 + (number == 50))]
     counted = run_data._count(names)
     assert (len(counted), next(iter(counted)), counted["50"], counted["(others)"]) == (101, "50", 2, 3)
-
-
-def test_hardware(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hardware(device) == f"CPU, {os.cpu_count()} cores"
-    monkeypatch.setattr(tracking, "gather_objects", lambda name: [name, name, "B", name])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
-    assert hardware(torch.device("cuda", 0)) == "3 x A, 1 x B"
-
-
-def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
-    path = tmp_path / "environment.json"
-    first = EnvironmentFile(path, step=0, hardware="2 x A")
-    now[0] += 10
-    first.sync(4)
-    now[0] += 5  # lost: killed without a word
-    with switches.disabled("fp32_addmm"):
-        again = EnvironmentFile(path, step=4, hardware="1 x B")
-    now[0] += 7
-    again.sync(6)
-    now[0] += 1
-    again.close()
-    told = json.loads(path.read_text())
-    assert [(each["from_step"], each["to_step"], each["seconds"]) for each in told["launches"]] == [
-        (0, 4, 10.0),
-        (4, 6, 8.0),
-    ]
-    assert [each["disabled"] for each in told["launches"]] == [[], ["fp32_addmm"]]
-    assert (told["seconds"], told["hardware"], told["world_size"]) == (18.0, "1 x B", 1)
-    assert torch.__version__.startswith(told["versions"]["torch"])
-    assert told["launches"][0]["started"].endswith("+00:00")
-    EnvironmentFile(path, step=0, hardware="1 x B")
-    assert len(json.loads(path.read_text())["launches"]) == 1  # anew
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"launches": 3}', '{"launches": [1]}', '{"launches": [{}]}'])
-def test_a_damaged_environment_is_told_and_begun_again(
-    content: str, tmp_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "environment.json"
-    path.write_text(content)
-    EnvironmentFile(path, step=4, hardware="A")
-    assert "environment.json is damaged" in capsys.readouterr().out
-    assert [launch["from_step"] for launch in json.loads(path.read_text())["launches"]] == [4]
-
-
-def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    write_text(path, "before")
-    with largest_file(3), pytest.raises(OSError, match=r"file\.json: cannot be written \(File too large\)"):
-        write_text(path, "after this")
-    assert path.read_text() == "before"

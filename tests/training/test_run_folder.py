@@ -1,12 +1,16 @@
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from ranks import run_ranks
 from runs import config
 
 from notus.config import Config
-from notus.training.run_folder import FREE_KEYS, Opening, open_folder
+from notus.training import run_folder
+from notus.training.run_folder import FREE_KEYS, Opening, check_shared, open_folder
 
 
 def _config(tmp_path: Path, **overrides: Any) -> Config:
@@ -180,3 +184,23 @@ def test_the_docs_list_the_keys_that_may_change() -> None:
     text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
     listed = text.split("<!-- free keys: a test compares -->")[1].split("<!-- end -->")[0]
     assert set(re.findall(r"`([^`]+)`", listed)) == FREE_KEYS
+
+
+def _check_shared_on_ranks(top: Path) -> None:
+    rank = dist.get_rank()
+    for name in ("0", "1"):
+        (top / name).mkdir(exist_ok=True)
+    dist.barrier()
+    check_shared(top / "0")
+    run_folder.PATIENCE = 0.5
+    message = rf"rank 1 on \S+, whose folder is {re.escape(str(top / '1'))}, does not see .*: training\.output_dir must"
+    with pytest.raises(ValueError, match=message):
+        check_shared(top / str(rank))
+    with pytest.raises(OSError, match="No such file"):
+        check_shared(top / "none")
+    dist.barrier()
+    assert not os.listdir(top / "0")
+
+
+def test_every_rank_must_see_the_same_folder(tmp_path: Path) -> None:
+    run_ranks(_check_shared_on_ranks, 2, tmp_path, tmp_path)

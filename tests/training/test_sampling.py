@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import free_ports, launched, run_ranks
-from runs import at_call, config, read_metrics, settings, terminate, without_timings, write_messages
+from runs import at_call, config, read_metrics, read_samples, settings, terminate, without_timings, write_messages
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -34,10 +34,6 @@ from notus.training.throughput import Meter
 
 LORA = {"lora__rank": 2, "lora__dropout": 0.3}
 SAMPLED = {"tracking__samples": 3, "tracking__sample_tokens": 5}
-
-
-def samples_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
 def greedy(source: Path | PreTrainedModel, prompt: list[int], count: int, ends: set[int]) -> list[int]:
@@ -171,32 +167,6 @@ def test_ranks_ask_each_other_every_few_passes_whether_all_is_said(
     assert len(passes) == 20
 
 
-@pytest.mark.parametrize(
-    ("lengths", "longest", "ranks", "expected"),
-    [
-        # with 5 tokens after each: 3 x (30 + 5) > 100, but 4 x (20 + 5) <= 100; it takes three, and so three each do
-        ([10, 30, 20, 10, 30, 10, 20], 100, 1, [[[1, 4]], [[2, 6, 0]], [[3, 5]]]),
-        # four ranks have room for all at once; two each do
-        ([10, 30, 20, 10, 30, 10, 20], 100, 4, [[[1, 4], [2, 6], [0, 3], [5]]]),
-        # prompts of 95 tokens alone; two ranks need two groups
-        ([95, 95, 95, 1], 100, 2, [[[0], [1]], [[2], [3]]]),
-        ([10, 20], 100, 4, [[[1], [0], [], []]]),
-    ],
-)
-def test_prompts_are_dealt_in_few_groups(
-    lengths: list[int],
-    longest: int,
-    ranks: int,
-    expected: list[list[list[int]]],
-    model_folder: Path,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sampler = _sampler(model_folder, device, [[1] * length for length in lengths], longest=longest, max_new_tokens=5)
-    monkeypatch.setattr(sampling, "world_size", lambda: ranks)
-    assert sampler._groups() == expected
-
-
 STOPPED_AT = (None, 3)
 MODES = [("none", False), ("selective", False), ("full", False), ("selective", True)]
 
@@ -320,7 +290,7 @@ def test_training_is_bitwise_the_same_with_and_without(
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert without_timings(tmp_path / "without") == without_timings(tmp_path / "with")
     assert not (tmp_path / "without" / "samples.jsonl").exists()
-    found = samples_of(tmp_path / "with")
+    found = read_samples(tmp_path / "with")
     assert [(line["step"], line["index"]) for line in found] == [(step, i) for step in (0, 2, 4) for i in range(3)]
     assert all(set(line) == {"step", "index", "prompt", "completion"} for line in found)
 
@@ -331,12 +301,12 @@ def test_the_last_samples_are_those_of_the_exported_model(tmp_path: Path, model_
     assert dpo.run(config("dpo", run, model_folder, pairs_file, **overrides)) == 0
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     for folder, step in ((model_folder, 0), (run / "model", 3)):
-        for line in samples_of(run):
+        for line in read_samples(run):
             if line["step"] == step:
                 prompt = [1, *tokenizer(line["prompt"], add_special_tokens=False)["input_ids"]]
                 new = greedy(folder, prompt, 5, {2})
                 assert line["completion"] == tokenizer.decode(new, skip_special_tokens=True)
-    texts = [[line["completion"] for line in samples_of(run) if line["step"] == step] for step in (0, 3)]
+    texts = [[line["completion"] for line in read_samples(run) if line["step"] == step] for step in (0, 3)]
     assert texts[0] != texts[1]
 
 
@@ -361,9 +331,12 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, model_folder: Path, pairs_f
     run_ranks(_on_two_ranks, 2, tmp_path, trees, free_ports(3))
     for kind, options in kinds.items():
         one, two = tmp_path / kind / "one", tmp_path / kind / "two"
-        assert samples_of(two) == samples_of(one)
-        assert len(samples_of(two)) == 2 * options["tracking__samples"]
+        assert read_samples(two) == read_samples(one)
+        assert len(read_samples(two)) == 2 * options["tracking__samples"]
         assert {line["system/host_memory_gib"] for line in read_metrics(two)} == {2.5}  # the larger
+        for key in ("loss", "grad_norm", "rewards/margins"):
+            both = [[line[key] for line in read_metrics(run)] for run in (one, two)]
+            assert both[1] == pytest.approx(both[0], abs=2e-5), key
         assert json.loads((two / "environment.json").read_text())["world_size"] == 2
 
 
@@ -393,7 +366,7 @@ def test_a_signal_to_one_rank_while_sampling_ends_all_at_the_same_pass(
         _stopped_on_one_rank, 2, tmp_path, settings(tmp_path / "run", model_folder, pairs_file, **overrides),
         free_ports(2),
     )  # fmt: skip
-    found = [(line["step"], line["index"]) for line in samples_of(tmp_path / "run")]
+    found = [(line["step"], line["index"]) for line in read_samples(tmp_path / "run")]
     assert found == [(step, index) for step in (0, 2, 4) for index in range(3)]
 
 
@@ -412,9 +385,9 @@ def test_a_signal_while_sampling_ends_the_run_at_once_and_nothing_is_said_twice(
         at_call(patch, Policy, "next_token", call, terminate)
         assert dpo.run(cut) == STOPPED
     assert len(passes) == call
-    assert {line["step"] for line in samples_of(tmp_path / "cut")} == (set() if call == 2 else {0})
+    assert {line["step"] for line in read_samples(tmp_path / "cut")} == (set() if call == 2 else {0})
     assert dpo.run(cut) == 0
-    assert samples_of(tmp_path / "cut") == samples_of(tmp_path / "whole")
+    assert read_samples(tmp_path / "cut") == read_samples(tmp_path / "whole")
     assert without_timings(tmp_path / "cut") == without_timings(tmp_path / "whole")
 
 
@@ -436,9 +409,9 @@ def test_samples_after_the_checkpoint_go_when_a_killed_run_goes_on(
             at_call(patch, dpo.DPOTask, "row_loss", step, kill)
             with pytest.raises(Killed):
                 dpo.run(cut)
-    assert max(line["step"] for line in samples_of(tmp_path / "cut")) == 3
+    assert max(line["step"] for line in read_samples(tmp_path / "cut")) == 3
     assert dpo.run(cut) == 0
-    assert samples_of(tmp_path / "cut") == samples_of(tmp_path / "whole")
+    assert read_samples(tmp_path / "cut") == read_samples(tmp_path / "whole")
     told = json.loads((tmp_path / "cut" / "environment.json").read_text())
     # the first launch left nothing; the second a checkpoint at step 2
     assert [(launch["from_step"], launch["to_step"]) for launch in told["launches"]] == [(0, 2), (2, 4)]
@@ -468,7 +441,7 @@ def test_earlier_samples_stay_where_a_run_goes_on_without(
         at_call(patch, dpo.DPOTask, "row_loss", 2, terminate)
         assert dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, **SAMPLED)) == STOPPED
     assert dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file)) == 0
-    assert [line["step"] for line in samples_of(tmp_path / "run")] == [0, 0, 0]
+    assert [line["step"] for line in read_samples(tmp_path / "run")] == [0, 0, 0]
 
 
 def test_tokens_beyond_the_tokenizer_are_passed_over(tmp_path: Path, device: torch.device) -> None:

@@ -42,10 +42,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path, model_fold
             training__warmup_ratio=0.5, training__max_grad_norm=None, training__tokens_per_row=60,
         )
     )  # fmt: skip
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model_folder),
-        AutoTokenizer.from_pretrained(model_folder),
-    )
+    model, tokenizer = (AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 3)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
@@ -62,10 +59,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path, model_fold
     lines = read_metrics(run)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
     assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
-    trained, start = (
-        load_file(run / "model" / "model.safetensors"),
-        load_file(model_folder / "model.safetensors"),
-    )
+    trained, start = (load_file(run / "model" / "model.safetensors"), load_file(model_folder / "model.safetensors"))
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - start[name]).norm()
         assert (trained[name] - parameter.detach()).norm() < 2e-3 * moved, name
@@ -79,14 +73,7 @@ def test_a_window_of_steps_is_logged_as_one_mean_over_its_tokens(tmp_path: Path,
     data = _write(tmp_path / "train.jsonl", 6)
     for every in (1, 3):
         sft.run(
-            config(
-                "sft",
-                tmp_path / str(every),
-                model_folder,
-                data,
-                training__batch_size=2,
-                training__log_every=every,
-            )
+            config("sft", tmp_path / str(every), model_folder, data, training__batch_size=2, training__log_every=every)
         )
     single, window = (read_metrics(tmp_path / str(every)) for every in (1, 3))
     assert [line["step"] for line in window] == [3]

@@ -7,7 +7,6 @@ import torch
 
 from notus.config import LoraConfig
 from notus.data.batching import StepPlan
-from notus.model.flops import dimensions, forward_flops, training_flops
 from notus.training import throughput as metering
 from notus.training.parallelize import build_policy, read_model_config
 from notus.training.throughput import Meter, peak_rate
@@ -57,13 +56,6 @@ def test_utilisation_is_the_necessary_operations_share_of_the_peak(
     if rank:  # no gradient of the weights, but A [2, 32] and B [32, 2] of two blocks, forward and both gradients
         work = 2 * (body + head) + 3 * attention + 6 * 2 * (2 * 32 + 32 * 2) * 10
     assert found == pytest.approx(work / 2.0 / 1e6 / 4, rel=1e-12)
-
-
-def test_a_full_step_is_three_forward_passes(model_folder: Any, device: torch.device) -> None:
-    policy = build_policy(model_folder, read_model_config(model_folder), device=device, precision="fp32")
-    rows, size = _Rows(), dimensions(policy.causal_lm)
-    arguments = (size, rows.trunk_lengths, rows.branch_lengths, rows.loss_tokens.sum(axis=1))
-    assert training_flops(*arguments).tolist() == (3 * forward_flops(*arguments)).tolist()
 
 
 def test_the_peak_is_the_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,14 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from disks import largest_file
 
-from notus.training.tracking import MetricsFile, ProgressBar, Tracker
+from notus.runtime import switches
+from notus.training import tracking
+from notus.training.tracking import EnvironmentFile, MetricsFile, ProgressBar, Tracker, hardware
 
 
 def test_one_line_per_step(tmp_path: Path) -> None:
@@ -59,14 +63,6 @@ def test_metrics_that_the_disk_does_not_take_end_the_run(tmp_path: Path) -> None
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_full_device_is_told(tmp_path: Path) -> None:
-    sink = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
-    sink.close()
-    sink._lines._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(OSError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
-        _log(sink, range(1, 2))
-
-
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar(total_steps=3, start_step=0, seconds_between=60)
     for step in (1, 2, 3):
@@ -97,3 +93,48 @@ def test_lost_lines_are_told(content: bytes | None, tmp_path: Path, capsys: pyte
     MetricsFile(path, resume_step=5, last_logged=4).close()
     assert "lost" not in capsys.readouterr().out
     assert path.read_bytes() == b'{"step": 2}\n{"step": 4}\n'
+
+
+def test_hardware(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hardware(device) == f"CPU, {os.cpu_count()} cores"
+    monkeypatch.setattr(tracking, "gather_objects", lambda name: [name, name, "B", name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A")
+    assert hardware(torch.device("cuda", 0)) == "3 x A, 1 x B"
+
+
+def test_launches_add_up(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    path = tmp_path / "environment.json"
+    first = EnvironmentFile(path, step=0, hardware="2 x A")
+    now[0] += 10
+    first.sync(4)
+    now[0] += 5  # lost: killed without a word
+    with switches.disabled("fp32_addmm"):
+        again = EnvironmentFile(path, step=4, hardware="1 x B")
+    now[0] += 7
+    again.sync(6)
+    now[0] += 1
+    again.close()
+    told = json.loads(path.read_text())
+    assert [(each["from_step"], each["to_step"], each["seconds"]) for each in told["launches"]] == [
+        (0, 4, 10.0),
+        (4, 6, 8.0),
+    ]
+    assert [each["disabled"] for each in told["launches"]] == [[], ["fp32_addmm"]]
+    assert (told["seconds"], told["hardware"], told["world_size"]) == (18.0, "1 x B", 1)
+    assert torch.__version__.startswith(told["versions"]["torch"])
+    assert told["launches"][0]["started"].endswith("+00:00")
+    EnvironmentFile(path, step=0, hardware="1 x B")
+    assert len(json.loads(path.read_text())["launches"]) == 1  # anew
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"launches": 3}', '{"launches": [1]}', '{"launches": [{}]}'])
+def test_a_damaged_environment_is_told_and_begun_again(
+    content: str, tmp_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "environment.json"
+    path.write_text(content)
+    EnvironmentFile(path, step=4, hardware="A")
+    assert "environment.json is damaged" in capsys.readouterr().out
+    assert [launch["from_step"] for launch in json.loads(path.read_text())["launches"]] == [4]

@@ -13,24 +13,13 @@ from typing import Any
 
 import pytest
 from disks import largest_file
-from runs import at_call, config, read_metrics, terminate
+from runs import at_call, config, read_metrics, read_samples, terminate
 
 from notus.runtime.process import STOPPED
 from notus.training import dpo
 from notus.training import tracking as sinks
 from notus.training.sampling import Sample
-from notus.training.tracking import MetricsFile, TensorBoardLogger, Tracker, WandbLogger, grouped
-
-
-def test_metrics_in_groups() -> None:
-    metrics = {"loss": 1.0, "rewards/chosen": 2.0, "eval_loss": 3.0, "eval_rewards/chosen": 4.0, "system/mfu": 5.0}
-    assert grouped(metrics) == {
-        "train/loss": 1.0,
-        "train/rewards/chosen": 2.0,
-        "eval/loss": 3.0,
-        "eval/rewards/chosen": 4.0,
-        "system/mfu": 5.0,
-    }
+from notus.training.tracking import MetricsFile, TensorBoardLogger, Tracker, WandbLogger
 
 
 def _events(folder: Path) -> Any:
@@ -48,14 +37,6 @@ def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 def _texts(folder: Path, name: str) -> list[tuple[int, str]]:
     tensors = _events(folder).Tensors(f"{name}/text_summary")
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in tensors]
-
-
-def test_tensorboard_files_hold_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    sink = TensorBoardLogger(tmp_path, resume_step=-1, texts={})
-    sink.log(3, {"rewards/margins": 1.5})
-    sink.close()
-    assert _scalars(tmp_path, "train/rewards/margins") == [(3, 1.5)]
 
 
 def test_tensorboard_shows_steps_that_are_taken_again_once(tmp_path: Path) -> None:
@@ -167,11 +148,6 @@ def _only_file(folder: Path, kind: str) -> Path:
     return file
 
 
-def _offline(folder: Path) -> list[Path]:
-    """The files of the launches, in their order."""
-    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
-
-
 class _Server:
     """A Weights & Biases server on this machine, as much of it as a run needs; or one that answers with `broken`."""
 
@@ -227,40 +203,7 @@ def _online(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
 
 
-def test_wandb_is_offline_without_a_key(wandb_folder: Path) -> None:
-    sink = _sink(wandb_folder)
-    sink.log(1, {"loss": 0.5})
-    sink.close()
-    file = _only_file(wandb_folder, "offline-run")
-    assert _history(file) == [{"_step": 1, "loss": 0.5}]
-    assert file.name == f"run-{sink.run_id}.wandb"
-
-
-def test_offline_files_hold_groups_config_and_samples_of_both_launches(wandb_folder: Path) -> None:
-    first = _sink(wandb_folder)
-    first.log_samples(0, [Sample(0, "Say A", "A\n"), Sample(1, "Say B", "é")])
-    first.log(1, {"loss": 0.5, "system/mfu": 0.25})
-    first.close()
-    again = _sink(wandb_folder, run_id=first.run_id)
-    again.log(2, {"loss": 0.25, "eval_loss": 0.75})
-    again.log_samples(2, [Sample(0, "Say A", "B"), Sample(1, "Say B", "B")])
-    again.close()
-    assert not (wandb_folder / ".local").exists()  # what the sync needs is with the run
-    found = {}
-    for file in _offline(wandb_folder):
-        records = _records(file)
-        runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-        assert {run.run_id for run in runs} == {first.run_id}
-        config = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
-        assert config["dpo"] == {"beta": 0.1}
-        for line in _full_history(records):
-            shown = {name: value for name, value in line.items() if not name.startswith(("_", "samples"))}
-            found[line["_step"]] = (shown, _table(file.parent, line))
-    assert found == {
-        0: ({}, [[0, 0, "Say A", "A\n"], [0, 1, "Say B", "é"]]),
-        1: ({"train/loss": 0.5, "system/mfu": 0.25}, None),
-        2: ({"train/loss": 0.25, "eval/loss": 0.75}, [[2, 0, "Say A", "B"], [2, 1, "Say B", "B"]]),
-    }
+SAMPLE_COLUMNS = ["step", "index", "prompt", "completion"]
 
 
 def _table(folder: Path, line: dict[str, Any]) -> list[list[Any]] | None:
@@ -269,7 +212,7 @@ def _table(folder: Path, line: dict[str, Any]) -> list[list[Any]] | None:
     if path is None:
         return None
     table = json.loads((folder / "files" / path).read_text())
-    assert table["columns"] == ["step", "index", "prompt", "completion"]
+    assert table["columns"] == SAMPLE_COLUMNS
     rows: list[list[Any]] = table["data"]
     return rows
 
@@ -376,7 +319,12 @@ def test_a_preempted_run_is_one_run_offline_and_after_the_sync(
     lines = [{**line, "table": _table(file.parent, line)} for file, records in zip(files, found, strict=True)
              for line in _full_history(records)]  # fmt: skip
     assert [line["_step"] for line in lines] == [0, 1, 2, 3, 4]
-    assert [line["_step"] for line in lines if line["table"]] == [0, 2, 4]
+    samples = [
+        [line[key] for key in ("step", "index", "prompt", "completion")] for line in read_samples(wandb_folder / "run")
+    ]
+    assert [row for line in lines for row in line["table"] or []] == samples
+    assert sorted({step for step, *_ in samples}) == [0, 2, 4]
+    assert not (wandb_folder / ".local").exists()  # what the sync needs is with the run
     kept = read_metrics(wandb_folder / "run")
     assert [line.get("train/loss") for line in lines] == [None, *(line["loss"] for line in kept)]
     assert [line.get("eval/loss") for line in lines] == [None, *(line.get("eval_loss") for line in kept)]
