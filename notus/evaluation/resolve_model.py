@@ -32,7 +32,6 @@ from notus.model.peft_format import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.policy import Policy
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.files import is_locked, lock
-from notus.runtime.process import first_line
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_data import DATA_FILE
@@ -159,7 +158,7 @@ def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as YAML ({first_line(error)}); restore the file") from error
+        raise ValueError(f"{path}: not readable as YAML ({' '.join(str(error).split())}); restore the file") from error
     if not _are_settings(settings):
         raise ValueError(f"{path}: not the settings of a run; restore the file, or name the model's own folder")
     return settings
