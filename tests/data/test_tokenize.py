@@ -10,7 +10,7 @@ import pytest
 from toys import assets_dir, toy_tokenizer
 from transformers import AutoTokenizer
 
-from notus.data import tokenize as dataset_module
+from notus.data import tokenize
 from notus.data.chat import ChatEncoder, Encoded
 from notus.data.dataset import FEATURES, PROVENANCE, TokenizedDataset
 from notus.data.formats import find_form
@@ -202,7 +202,7 @@ class TestErrors:
     def test_bad_row_is_named_with_its_line(
         self, tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(dataset_module, "BATCH_ROWS", 2)
+        monkeypatch.setattr(tokenize, "BATCH_ROWS", 2)
         rows = [pair("Q", "X", "Y")] * 4
         path = write_rows(tmp_path / "a.jsonl", [*rows, {**rows[0], "chosen": None}])
         with pytest.raises(ValueError, match=r"a.jsonl, line 5: key 'chosen' is null"):
@@ -256,7 +256,7 @@ class TestCache:
             load(write_rows(path, [pair("Q", "X", "Z")]))
 
     def test_workers_do_not_change_the_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dataset_module, "BATCH_ROWS", 3)
+        monkeypatch.setattr(tokenize, "BATCH_ROWS", 3)
         rows = [pair("Q" * n, "X" * n, "Y" if n % 3 else "") for n in range(1, 12)]
         path = write_rows(tmp_path / "a.jsonl", rows)
         alone, report = load(path, cache_dir=tmp_path / "one")
@@ -354,7 +354,7 @@ def provenance(rows: datasets.Dataset) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_kept_past_dropped_rows(tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset_module, "BATCH_ROWS", 2)
+    monkeypatch.setattr(tokenize, "BATCH_ROWS", 2)
     empty, other = {**RATED, "chosen_response": ""}, {**RATED, "source": "sharegpt"}
     path = write_rows(tmp_path / "a.jsonl", [empty, RATED, empty, other])
     for _ in range(2):  # made, then from the cache

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from notus.data.chat import ZEPHYR_TEMPLATE
-from notus.evaluation import resolve_model as models
+from notus.evaluation import resolve_model
 from notus.evaluation.resolve_model import ModelSource, find_source, find_together, load_unfinished
 from notus.model.export import load_causal_lm
 from notus.runtime import distributed
@@ -107,11 +107,11 @@ def test_other_ranks_take_what_the_first_found(full_run, in_progress, tmp_path):
 
 def test_a_rank_that_does_not_see_the_snapshot_tells(monkeypatch, tmp_path):
     elsewhere = ModelSource("run (step 2)", tmp_path / "none", run=tmp_path)
-    monkeypatch.setattr(models, "on_main", lambda _: elsewhere)
+    monkeypatch.setattr(resolve_model, "on_main", lambda _: elsewhere)
     with pytest.raises(ValueError, match="use a disk that all share"):
         find_together("run")
-    monkeypatch.setattr(models, "on_main", lambda _: ModelSource("org/model", tmp_path / "none"))
-    monkeypatch.setattr(models, "find_source", lambda name, **_: ModelSource(name, tmp_path))
+    monkeypatch.setattr(resolve_model, "on_main", lambda _: ModelSource("org/model", tmp_path / "none"))
+    monkeypatch.setattr(resolve_model, "find_source", lambda name, **_: ModelSource(name, tmp_path))
     assert find_together("org/model").folder == tmp_path  # from this machine's own cache
 
 
@@ -145,7 +145,7 @@ def test_the_snapshot_of_an_older_checkpoint_is_not_written_again(full_run, in_p
 
 
 def export_quickly(run, folder, trust_remote_code):
-    newest = models.checkpoints_in(run / "checkpoints")[0]
+    newest = resolve_model.checkpoints_in(run / "checkpoints")[0]
     (folder / newest.name).mkdir()
     shutil.copyfile(newest / "state.json", folder / newest.name / "checkpoint.json")
     return folder / newest.name
@@ -163,15 +163,15 @@ input()
 
 def test_older_snapshots_go_when_nobody_reads_them(full_run, in_progress, monkeypatch, capsys):
     run, reading = in_progress(full_run), {}
-    monkeypatch.setattr(models, "_reading", reading)
-    monkeypatch.setattr(models, "_export_apart", export_quickly)
+    monkeypatch.setattr(resolve_model, "_reading", reading)
+    monkeypatch.setattr(resolve_model, "_export_apart", export_quickly)
 
     def snapshots_after(step):
         newest = run / "checkpoints" / f"step-{step:08d}"
         if not newest.exists():
             shutil.copytree(run / "checkpoints" / "step-00000002", newest)
-        assert models.export_newest(run).name == newest.name
-        return [models.step_of(path) for path in reversed(models.checkpoints_in(run / "snapshots"))]
+        assert resolve_model.export_newest(run).name == newest.name
+        return [resolve_model.step_of(path) for path in reversed(resolve_model.checkpoints_in(run / "snapshots"))]
 
     def stop_reading():
         while reading:
@@ -207,10 +207,10 @@ def test_older_snapshots_go_when_nobody_reads_them(full_run, in_progress, monkey
 
 
 def test_what_a_killed_writer_left_goes(full_run, in_progress, monkeypatch):
-    monkeypatch.setattr(models, "_export_apart", export_quickly)
+    monkeypatch.setattr(resolve_model, "_export_apart", export_quickly)
     run = in_progress(full_run)
     (run / "snapshots" / ".export-killed" / "step-00000001").mkdir(parents=True)
-    models.export_newest(run)
+    resolve_model.export_newest(run)
     assert {path.name for path in (run / "snapshots").iterdir()} == {".lock", "step-00000002"}
 
 
@@ -218,13 +218,13 @@ def test_without_locks_nothing_is_removed(full_run, in_progress, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(models, "lock", fail)
-    monkeypatch.setattr(models, "_export_apart", export_quickly)
+    monkeypatch.setattr(resolve_model, "lock", fail)
+    monkeypatch.setattr(resolve_model, "_export_apart", export_quickly)
     run = in_progress(full_run)
     others = {".export-now", "step-00000001"}
     for name in others:
         (run / "snapshots" / name).mkdir(parents=True)
-    assert models.export_newest(run).name == "step-00000002"
+    assert resolve_model.export_newest(run).name == "step-00000002"
     assert {path.name for path in (run / "snapshots").iterdir()} == {*others, "step-00000002", ".lock"}
 
 
@@ -243,14 +243,14 @@ with (out.parent / ".lock").open("a") as file:
 
 def test_one_of_several_evaluations_exports(full_run, in_progress, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_export_apart", export_quickly)
-        out = models.export_newest(in_progress(full_run))
+        patch.setattr(resolve_model, "_export_apart", export_quickly)
+        out = resolve_model.export_newest(in_progress(full_run))
     made = out.rename(tmp_path / "made")
-    monkeypatch.setattr(models, "_export_apart", lambda *_: pytest.fail("exported a second time"))
+    monkeypatch.setattr(resolve_model, "_export_apart", lambda *_: pytest.fail("exported a second time"))
     command = [sys.executable, "-c", EXPORTER, str(made), str(out)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "exports\n"
-        assert models.export_newest(tmp_path / "run") == out
+        assert resolve_model.export_newest(tmp_path / "run") == out
 
 
 def wait_for(condition, seconds=120):
@@ -285,7 +285,7 @@ def test_who_writes_a_snapshot_goes_with_the_evaluation(full_run, in_progress):
 
 
 def test_who_would_write_a_snapshot_for_an_evaluation_that_is_gone_ends(full_run, tmp_path):
-    command = [sys.executable, "-c", models._START, "1", str(full_run), str(tmp_path), "False"]
+    command = [sys.executable, "-c", resolve_model._START, "1", str(full_run), str(tmp_path), "False"]
     subprocess.run(command, cwd=ROOT, check=True)
     assert not list(tmp_path.iterdir())
 
@@ -300,10 +300,10 @@ def test_the_first_of_two_exports_stays(full_run, in_progress, tmp_path):
     out = find_source(str(in_progress(full_run))).folder
     written = (out / "config.json").stat().st_ino
     made = shutil.copytree(out, tmp_path / "made")
-    models._publish(made, out)
+    resolve_model._publish(made, out)
     assert (out / "config.json").stat().st_ino == written
     (made / "checkpoint.json").write_text("of another checkpoint")
-    models._publish(made, out)
+    resolve_model._publish(made, out)
     assert (out / "config.json").stat().st_ino != written
 
 
@@ -334,17 +334,17 @@ def test_a_failed_export_says_all(full_run, in_progress, tmp_path, monkeypatch, 
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text("a: [\nb: 1")
     with pytest.raises(ValueError, match=r"config\.yaml: not readable as YAML \(.*line.*\); restore the file$"):
-        models._export_apart(run, tmp_path, False)
+        resolve_model._export_apart(run, tmp_path, False)
     assert "Traceback" not in capfd.readouterr().err
     (run / "config.yaml").write_text(config.replace("rank: 0", "rank: 3").replace("alpha:", "beta:"))
     with pytest.raises(ValueError, match=r"run: exporting its newest checkpoint ended with code 1$"):
-        models._export_apart(run, tmp_path, False)
+        resolve_model._export_apart(run, tmp_path, False)
     shown = capfd.readouterr().err
     assert "Traceback" in shown
     assert "KeyError: 'alpha'" in shown
-    monkeypatch.setattr(models, "_START", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(resolve_model, "_START", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(ValueError, match=r"ended with signal 9 \(Killed\)$"):
-        models._export_apart(run, tmp_path, False)
+        resolve_model._export_apart(run, tmp_path, False)
 
 
 def settings(model_folder):
@@ -375,7 +375,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(full_run, in_progress, m
 
 def test_a_checkpoint_that_the_run_replaces_meanwhile(full_run, in_progress, model_folder, monkeypatch):
     run = in_progress(full_run)
-    folder, load = run / "checkpoints", models.load_checkpoint
+    folder, load = run / "checkpoints", resolve_model.load_checkpoint
 
     def replaced(path, *args, **options):
         if path.name == "step-00000002":
@@ -383,7 +383,7 @@ def test_a_checkpoint_that_the_run_replaces_meanwhile(full_run, in_progress, mod
             raise DamagedCheckpointError("gone")
         return load(path, *args, **options)
 
-    monkeypatch.setattr(models, "load_checkpoint", replaced)
+    monkeypatch.setattr(resolve_model, "load_checkpoint", replaced)
     with distributed.process_group():
         _, _, checkpoint = load_unfinished(run, settings(model_folder))
     assert checkpoint.name == "step-00000003"

@@ -13,8 +13,7 @@ from runs import wait_until
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from notus.training import checkpoint
-from notus.training import checkpoint_writer as saving
+from notus.training import checkpoint, checkpoint_writer
 from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.optimizers import AdamW, PiecewiseOptimizer, RMSprop
@@ -89,7 +88,7 @@ def test_what_a_killed_run_left_is_not_seen_and_goes(tmp_path: Path, device: tor
 
 def _save_beside_a_late_rank(folder: Path) -> None:
     """Rank 1 makes the folder before rank 0 begins, and looks again when rank 0 has made its plan."""
-    plan, set_up = saving._Writer.prepare_local_plan, saving._Writer.set_up_storage_writer
+    plan, set_up = checkpoint_writer._Writer.prepare_local_plan, checkpoint_writer._Writer.set_up_storage_writer
     mark, late = folder / ".step-00000001.partial" / "mark", dist.get_rank() == 0
 
     def set_up_late(self, *args, **kwargs):
@@ -107,8 +106,8 @@ def _save_beside_a_late_rank(folder: Path) -> None:
         assert mark.exists(), "the folder was removed while the ranks make it"
         return planned
 
-    saving._Writer.set_up_storage_writer = set_up_late
-    saving._Writer.prepare_local_plan = plan_and_look
+    checkpoint_writer._Writer.set_up_storage_writer = set_up_late
+    checkpoint_writer._Writer.prepare_local_plan = plan_and_look
     save_checkpoint(folder, Progress(step=1), *_stepped("rmsprop", seed=0))
 
 
@@ -153,7 +152,7 @@ def test_a_failed_write_is_told_and_leaves_the_others(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "_write_safetensors", full)
+    monkeypatch.setattr(checkpoint_writer, "_write_safetensors", full)
     checkpoints = Checkpoints(tmp_path, torch.device("cpu"), background=background, keep=1, keep_every=None)
     message = r"step-00000002.*No space left on device.*GB free.*earlier checkpoints are whole"
 
@@ -293,7 +292,7 @@ def test_an_old_checkpoint_that_stays_is_a_warning(
             raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "_remove", busy)
+        patch.setattr(checkpoint_writer, "_remove", busy)
         save_checkpoint(tmp_path, Progress(2), parameters, optimizer, keep=1)
     assert "warning: the old checkpoint" in capsys.readouterr().out
     assert len(checkpoints_in(tmp_path)) == 2

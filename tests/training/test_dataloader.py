@@ -16,8 +16,7 @@ from notus.data import batching as schedule
 from notus.data.batching import StepPlan, step_rows
 from notus.data.dataset import TokenizedDataset
 from notus.model.flops import dimensions, forward_flops
-from notus.training import dpo
-from notus.training import trainer as loop
+from notus.training import dpo, trainer
 from notus.training.dataloader import Dataloader, Prefetch, row_costs
 from notus.training.setup import start
 
@@ -95,8 +94,8 @@ def run(tmp_path: Path, **overrides: object) -> None:
 def test_the_thread_makes_rows_during_the_run_and_ends_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen, update = [], loop.clipped_update
-    monkeypatch.setattr(loop, "clipped_update", lambda *args: (seen.append(len(prefetching())), update(*args))[1])
+    seen, update = [], trainer.clipped_update
+    monkeypatch.setattr(trainer, "clipped_update", lambda *args: (seen.append(len(prefetching())), update(*args))[1])
     run(tmp_path)
     assert seen == [1, 1, 1]
     assert prefetching() == []
@@ -106,7 +105,7 @@ def test_the_thread_makes_rows_during_the_run_and_ends_with_it(
 
 
 def test_the_thread_ends_with_a_run_that_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(loop.NonFiniteError):
+    with pytest.raises(trainer.NonFiniteError):
         run(tmp_path, training__learning_rate=1e30)
     assert prefetching() == []
 

@@ -18,8 +18,7 @@ from notus.model.lora import inject_lora
 from notus.model.size import ATTENTION, Linear, ModelSize, Norm, model_size
 from notus.model.supported import check_supported
 from notus.runtime import switches
-from notus.training import memory_estimate as footprint_module
-from notus.training import optimizers
+from notus.training import memory_estimate, optimizers
 from notus.training.dpo import run
 from notus.training.memory_estimate import (
     CHECKPOINTING,
@@ -220,7 +219,7 @@ def build(config: PreTrainedConfig) -> transformers.PreTrainedModel:
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the update and the conversions in some pieces, as a large model has them."""
     monkeypatch.setitem(optimizers.CHUNK, "cuda", 2**17)
-    monkeypatch.setattr(footprint_module, "PIECE", 2**19)
+    monkeypatch.setattr(memory_estimate, "PIECE", 2**19)
 
 
 ROW = (90, [150, 140], 6)
@@ -339,7 +338,7 @@ def test_the_fastest_that_fits(
     }
     fitting = [(need[mode], mode) for mode in CHECKPOINTING[:-1]]
     for capacity, expected in (*fitting, (need["full"] - 1, "full")):
-        monkeypatch.setattr(footprint_module, "capacity_of", lambda _, capacity=capacity: capacity)
+        monkeypatch.setattr(memory_estimate, "capacity_of", lambda _, capacity=capacity: capacity)
         assert choose_checkpointing(model, SMALL_JOB, device) == expected
     told = capsys.readouterr().out.splitlines()
     assert [line.startswith("warning: ") for line in told] == [False, False, False, True]
@@ -347,7 +346,7 @@ def test_the_fastest_that_fits(
 
 
 def test_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(footprint_module, "_available", lambda: 80)
+    monkeypatch.setattr(memory_estimate, "_available", lambda: 80)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert capacity_of(torch.device("cpu")) == 20
 

@@ -11,7 +11,7 @@ from transformers import MistralConfig
 
 from notus.data.packing import Example, collate
 from notus.model.size import model_size
-from notus.training import parallelize as build
+from notus.training import parallelize
 from notus.training.memory_estimate import CHECKPOINTING, Job, footprint
 from notus.training.optimizers import build_optimizer
 from notus.training.parallelize import build_policy
@@ -36,7 +36,7 @@ def test_a_steps_peak_on_the_device(alone, mode, cpu_offload):
         num_key_value_heads=4, head_dim=64, sliding_window=None,
     )  # fmt: skip
     sizes = []
-    with mock.patch.object(build, "load_weights"):  # whatever the memory held
+    with mock.patch.object(parallelize, "load_weights"):  # whatever the memory held
         policy = build_policy(
             Path("."), config, device=CUDA, precision="bf16", cpu_offload=cpu_offload,
             activation_checkpointing=lambda causal_lm: sizes.append(model_size(causal_lm)) or mode,

@@ -7,22 +7,21 @@ from disks import largest_file
 from runs import config
 from safetensors.torch import load_file
 
-from notus.training import dpo
-from notus.training import setup as run
+from notus.training import dpo, setup
 
 
 def test_a_disk_that_fills_up_at_the_export_costs_nothing_but_the_export(
     tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config("dpo", tmp_path / "run", model_folder, pairs_file, training__max_steps=2)
-    export_model = run.export_model
+    export_model = setup.export_model
 
     def on_full_disk(*args: Any, **options: Any) -> None:
         with largest_file(20_000):
             export_model(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "export_model", on_full_disk)
+        patch.setattr(setup, "export_model", on_full_disk)
         with pytest.raises(OSError, match=r"run/model: cannot be written \(.*File too large.* GB free in"):
             dpo.run(settings)
     assert not (tmp_path / "run" / "model").exists()

@@ -7,7 +7,7 @@ import torch
 
 from notus.config import LoraConfig
 from notus.data.batching import StepPlan
-from notus.training import throughput as metering
+from notus.training import throughput
 from notus.training.parallelize import build_policy, read_model_config
 from notus.training.throughput import Meter, peak_rate
 
@@ -45,8 +45,8 @@ def test_tokens_per_second_are_those_of_the_window_and_a_device_without_a_peak_h
 def test_utilisation_is_the_necessary_operations_share_of_the_peak(
     rank: int, model_folder: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metering, "peak_rate", lambda *_: 1e6)
-    monkeypatch.setattr(metering, "world_size", lambda: 4)
+    monkeypatch.setattr(throughput, "peak_rate", lambda *_: 1e6)
+    monkeypatch.setattr(throughput, "world_size", lambda: 4)
     adapter = LoraConfig(rank=rank, target_modules=["q_proj"]) if rank else None
     found = _meter(model_folder, device, lora=adapter).figures(range(1, 2), 2.0, 1.0)["system/mfu"]
     # two blocks of 32 x (32 + 16 + 16 + 32) and 3 x 32 x 48 weights, a head of 400 x 32; row 2 alone: 10 tokens, 7 of

@@ -16,8 +16,7 @@ from disks import largest_file
 from runs import at_call, config, read_metrics, read_samples, terminate
 
 from notus.runtime.process import STOPPED
-from notus.training import dpo
-from notus.training import tracking as sinks
+from notus.training import dpo, tracking
 from notus.training.sampling import Sample
 from notus.training.tracking import MetricsFile, TensorBoardLogger, Tracker, WandbLogger
 
@@ -97,8 +96,8 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setattr(sinks, "WANDB_INIT_TIMEOUT", 3.0)
-    monkeypatch.setattr(sinks, "WANDB_FINISH_TIMEOUT", 2.0)
+    monkeypatch.setattr(tracking, "WANDB_INIT_TIMEOUT", 3.0)
+    monkeypatch.setattr(tracking, "WANDB_FINISH_TIMEOUT", 2.0)
     wandb.teardown()
     yield tmp_path
     try:

@@ -11,8 +11,7 @@ from runs import settings
 
 from notus.config import config_from_dict
 from notus.model.policy import Policy
-from notus.training import dpo
-from notus.training import trainer as loop
+from notus.training import dpo, trainer
 
 
 def _poison_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +30,7 @@ def _poison_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _poison_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In its third step, one element of one gradient."""
-    inner, calls = loop.local_gradients, []
+    inner, calls = trainer.local_gradients, []
 
     def poisoned(parameters: Any) -> Any:
         gradients = inner(parameters)
@@ -40,7 +39,7 @@ def _poison_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
             next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = float("nan")
         return gradients
 
-    monkeypatch.setattr(loop, "local_gradients", poisoned)
+    monkeypatch.setattr(trainer, "local_gradients", poisoned)
 
 
 def _poison_reference(monkeypatch: pytest.MonkeyPatch) -> None:
