@@ -188,14 +188,15 @@ class Trainer:
         return ending
 
     def _train(self, loader: Dataloader) -> Ending:
-        """The loop."""
+        """Take the remaining steps; after each, log and evaluate, save, or stop if that is due."""
         if ending := self._before_first_step():
             return ending
         for step in range(self.progress.step, self.total_steps):
             ending = self._step(step, loader)
             if step == 0:
                 self.task.check_first_step(self._global_sums())
-            ending = self._record(ending)
+            ending = self._record(ending)  # an evaluation takes long: a signal may come in it
+            # Saved after it is recorded, so that a resumed run does not log the step again.
             if ending or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
                 self._save()
             if ending:
