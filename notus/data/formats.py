@@ -160,7 +160,7 @@ def _conversation(messages: list[Message]) -> Record:
 
 
 def _is_continuation(turns: list[Message]) -> bool:
-    """Whether the turns go on after a prompt, rather than begin a conversation."""
+    """Whether the turns continue a prompt, rather than begin a conversation."""
     return not turns or turns[0]["role"] == "assistant"
 
 

@@ -1,6 +1,7 @@
 """`python -m notus estimate`: will a run fit, how long will it take, what will it cost; without weights or a GPU."""
 
 import argparse
+import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,10 +171,16 @@ def _tokenised(config: Config) -> "Lengths | None":
     from notus.model.export import load_tokenizer
 
     data, tokenizer = config.data, load_tokenizer(folder, config.model.trust_remote_code)
-    names = ("max_length", "chat_template", "add_empty_system", "num_workers", "cache_dir")
-    options: dict[str, Any] = {name: getattr(data, name) for name in names}
+    load = load_sft
     if config.task == "dpo":
-        dataset, _ = load_pairs(data.train, tokenizer, max_prompt_length=data.max_prompt_length or 1, **options)
-    else:
-        dataset, _ = load_sft(data.train, tokenizer, **options)
+        load = functools.partial(load_pairs, max_prompt_length=data.max_prompt_length or 1)
+    dataset, _ = load(
+        data.train,
+        tokenizer,
+        max_length=data.max_length,
+        chat_template=data.chat_template,
+        add_empty_system=data.add_empty_system,
+        num_workers=data.num_workers,
+        cache_dir=data.cache_dir,
+    )
     return tokenised(TokenizedDataset(dataset))

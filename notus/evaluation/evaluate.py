@@ -30,5 +30,5 @@ def add_suite_argument(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=tuple(SUITES),
         default=DEFAULT,
-        help=f"what to measure (default: {DEFAULT}); --suite NAME --help tells the suite's own options",
+        help=f"what to measure (default: {DEFAULT}); --suite NAME --help lists the suite's own options",
     )

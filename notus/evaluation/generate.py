@@ -144,7 +144,7 @@ def _read(args: argparse.Namespace, *, has_chat_format: bool) -> list["Prompt"]:
 
 
 def _write(path: Path, prompts: list["Prompt"], completions: list[str], num_samples: int) -> None:
-    with replacing(path, shared=True) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for number, prompt in enumerate(prompts):
             samples = completions[number * num_samples : (number + 1) * num_samples]
             result = {"completion": samples[0]} if num_samples == 1 else {"completions": samples}

@@ -29,21 +29,21 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, locked: bool = False) -> Iterator[Path]:
     """Yield the path of a temporary file; at the end of the block, sync it and rename it to `path`.
 
     If the block or the disk fails, `path` is as it was and the temporary file is gone.
 
     Args:
         path: the file to replace, or to make.
-        shared: several processes may write `path` at once, each to a temporary file of its own. Else its name is
-            fixed, so that what a killed process left is overwritten.
+        locked: a lock keeps other writers of `path` away. The temporary file then has a fixed name, so that what a
+            killed process left is overwritten. Else each writer has one of its own, and the last to end wins.
 
     Raises:
         OSError: the disk fails; see `disk_error`.
     """
     # The name does not hold that of `path`: TensorBoard reads every file with "tfevents" in its name.
-    name = uuid.uuid4().hex if shared else f"{zlib.crc32(path.name.encode()):08x}"
+    name = f"{zlib.crc32(path.name.encode()):08x}" if locked else uuid.uuid4().hex
     temporary = path.with_name(f".{name}.partial")
     try:
         yield temporary
@@ -55,9 +55,9 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, locked: bool = False) -> None:
     """Replace the content of `path` with `text`; see `replacing`."""
-    with replacing(path) as temporary:
+    with replacing(path, locked=locked) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -155,7 +155,7 @@ class _Commit:
         _remove(self.path)
         os.rename(self.partial, self.path)
         sync(folder)
-        write_text(folder / LATEST, self.path.name + "\n")  # for people and their scripts
+        write_text(folder / LATEST, self.path.name + "\n", locked=True)  # for people and their scripts
         sync(folder)
         self._drop_old()
 
@@ -195,7 +195,7 @@ class _Writer(HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors; the result tells the file's size and digest."""
+        """Write this rank's tensors; the result holds the file's size and digest."""
         results: list[WriteResult] = []
         if plan.items:
             file = f"rank-{plan.storage_data['shard_index'] - 1:05d}.safetensors"

@@ -117,15 +117,11 @@ def build_policy(
         )
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
     mode = activation_checkpointing
-    if not isinstance(mode, str):
-        mode = mode(causal_lm)
-    policy = Policy(causal_lm)
-    ranks = mesh(device, sharding)
-    parallelize(
-        policy,
-        ranks,
+    policy = parallelize(
+        Policy(causal_lm),
+        mesh(device, sharding),
         precision=precision,
-        activation_checkpointing=mode,
+        activation_checkpointing=mode if isinstance(mode, str) else mode(causal_lm),
         compile=compile,
         cpu_offload=cpu_offload,
     )

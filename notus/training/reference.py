@@ -139,7 +139,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replacing(path, shared=True) as temporary:
+            with replacing(path) as temporary:
                 write_tensors(temporary, tensors, metadata)
             return
         except OSError as error:

@@ -15,6 +15,10 @@ from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import DropReport, load_pairs, load_sft, split_holdout
 from notus.runtime import distributed
 
+DATA_FILE = "data.json"
+BUCKETS = 24
+NAMED_SOURCES = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -94,11 +98,6 @@ def load_inputs(
     elif eval_size:
         train, held_out = split_holdout(train, eval_size, seed)
     return Inputs(TokenizedDataset(train), None if held_out is None else TokenizedDataset(held_out), reports)
-
-
-DATA_FILE = "data.json"
-BUCKETS = 24
-NAMED_SOURCES = 100
 
 
 def data_summary(rows: TokenizedDataset, report: DropReport | None) -> dict[str, Any]:

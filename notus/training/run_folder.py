@@ -71,7 +71,7 @@ def open_folder(config: Config) -> Opening:
                 return Opening(finished=True, checkpoints=[])
         _check_room_for_model(folder / MODEL)
         checkpoints = _checkpoints(folder, resume)
-        with replacing(folder / CONFIG_FILE) as temporary:
+        with replacing(folder / CONFIG_FILE, locked=True) as temporary:
             save_config(config, temporary)
     except OSError as error:
         raise _unwritable(folder, error) from error

@@ -89,9 +89,12 @@ class StepLines:
         kept = _lines_until(path, resume_step) if path.exists() else []
         if last_logged and not (kept and _step_of(kept[-1]) == last_logged):
             tell(f"warning: {path} has lost lines: step {last_logged} was logged, and is not there")
-        with replacing(path) as temporary:
+        with replacing(path, locked=True) as temporary:
             temporary.write_bytes(b"".join(kept))
-        self._file = path.open("ab", buffering=0)
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise disk_error(path, error) from error
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write one line per record."""
@@ -257,7 +260,11 @@ class EnvironmentFile(Logger):
         self._launch["seconds"] = time.monotonic() - self._began
         launches = [*self._earlier, self._launch]
         total = sum(launch["seconds"] for launch in launches)
-        write_text(self._path, json.dumps({**self._facts, "launches": launches, "seconds": total}, indent=1) + "\n")
+        write_text(
+            self._path,
+            json.dumps({**self._facts, "launches": launches, "seconds": total}, indent=1) + "\n",
+            locked=True,
+        )
 
 
 def _launches(path: Path) -> list[dict[str, Any]]:
@@ -417,7 +424,7 @@ def _forget_after(path: Path, step: int) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     events = [(raw, Event.FromString(raw)) for raw in RawEventFileLoader(str(path)).Load()]
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, locked=True) as temporary, temporary.open("wb") as file:
         records = RecordWriter(file)
         for raw, event in events:
             if event.step <= step or event.HasField("file_version"):
@@ -506,7 +513,7 @@ def open_tracker(
     ]
     if tracking.samples or (folder / SAMPLES_FILE).exists():
         loggers.append(SamplesFile(folder / SAMPLES_FILE, resume_step=kept))
-    write_text(folder / DATA_FILE, json.dumps(data) + "\n")
+    write_text(folder / DATA_FILE, json.dumps(data) + "\n", locked=True)
     if tracking.wandb:
         loggers.append(
             WandbLogger(

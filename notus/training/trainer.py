@@ -195,7 +195,7 @@ class Trainer:
             ending = self._step(step, loader)
             if step == 0:
                 self.task.check_first_step(self._global_sums())
-            ending = self._record(ending)  # an evaluation takes long: a signal may come in it
+            ending = self._record(ending)  # a signal may interrupt its evaluation
             # Saved after it is recorded, so that a resumed run does not log the step again.
             if ending or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
                 self._save()

@@ -11,13 +11,13 @@ from disks import largest_file
 from notus.runtime.files import disk_error, is_locked, lock, replacing, write_text
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path, shared: bool) -> None:
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path, locked: bool) -> None:
     path = tmp_path / "found.json"
     write_text(path, "before")
 
     def fail() -> None:
-        with replacing(path, shared=shared) as temporary:
+        with replacing(path, locked=locked) as temporary:
             temporary.write_text("half")
             raise KeyError
 
@@ -31,19 +31,19 @@ def test_what_a_killed_writer_left_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.1"
     code = (
         "import os, sys, pathlib\nfrom notus.runtime.files import replacing\n"
-        "with replacing(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "with replacing(pathlib.Path(sys.argv[1]), locked=True) as temporary:\n"
         "    temporary.write_text('half')\n    os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
     (left,) = tmp_path.iterdir()
     assert "tfevents" not in left.name  # TensorBoard would read it
-    write_text(path, "whole")
+    write_text(path, "whole", locked=True)
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-def test_writers_of_a_shared_file_do_not_meet(tmp_path: Path) -> None:
+def test_writers_without_a_lock_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 250)
-    with replacing(path, shared=True) as first, replacing(path, shared=True) as second:
+    with replacing(path) as first, replacing(path) as second:
         first.write_text("1")
         second.write_text("2")
     assert path.read_text() == "1"  # the one that ended last
