@@ -51,6 +51,8 @@ Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
+Names = Annotated[dict[String, String], "a mapping of names to names"]
+Arguments = Annotated[dict[String, Any], "a mapping of names to values"]
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -105,10 +107,27 @@ class DataConfig:
     """DPO: last tokens of the prompt to keep if a pair is too long. null: 512, at most half of `max_length`."""
     shuffle: bool = True
     """Shuffle the rows anew for each epoch, seeded by `training.seed`. false: keep the order of the data."""
+    columns: Names = field(default_factory=dict)
+    """What the data call their columns, if not as docs/data.md does: `{their name: ours}`."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What becomes of a row that is longer than `max_length`."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What becomes of a row that cannot be read: it stops the run, or it is left out and counted."""
+    exclude: String | None = None
+    """A file of row ids, one a line, as `notus data --html` exports them: these rows are left out."""
     chat_template: String | None = None
     """"zephyr" or a `.jinja` file. null: the tokenizer's own, or Zephyr's if it has none."""
+    chat_template_kwargs: Arguments = field(default_factory=dict)
+    """Arguments of the template for all rows, for example `{enable_thinking: false}`. A row's own win."""
+    template_date: String | None = None
+    """The date (YYYY-MM-DD) that a template takes for today. null: the day the run started, which is recorded."""
     add_empty_system: bool = False
     """Add an empty system turn to conversations that have none, as Notus 7B v1 did."""
+    mask_history: bool = False
+    """Learn the last assistant turn of a conversation only."""
+    split_special_tokens: bool = False
+    """Read the special tokens that stand in a message's text as plain text, so that no message can write control
+    tokens."""
     num_workers: Count = 1
     """Processes that tokenise. 1: this process alone."""
     cache_dir: String | None = None

@@ -27,6 +27,7 @@ or `score_chosen` and `score_rejected` (UltraFeedback binarized). All else is ig
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -50,10 +51,19 @@ SFT_FORMS = (("messages",), ("prompt", "completion"), *PAIR_FORMS, ("conversatio
 
 
 class Record(NamedTuple):
-    """A prompt and its K completions, all messages or all plain text. DPO: chosen, rejected; SFT: one."""
+    """A prompt and its K completions, all messages or all plain text. DPO: chosen, rejected; SFT: one.
+
+    Attributes:
+        prompt: what stands before the completions.
+        completions: messages that follow it; K of them.
+        tools: functions that the conversation may call, as JSON schemas, for the chat template.
+        template_kwargs: further arguments of the chat template.
+    """
 
     prompt: Turns
     completions: tuple[Turns, ...]
+    tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] = MappingProxyType({})
 
 
 class Provenance(NamedTuple):
