@@ -20,7 +20,7 @@ from notus.model.kernels import failures
 from notus.runtime.switches import OPTIMISATIONS, disabled, disabled_names
 from notus.training.activation_checkpointing import MODES
 from notus.training.optimizers import RMSprop
-from profile_step import profiled
+from profile_step import longest, record, shares
 from step import Step, build, num_tokens, predicted_bytes, random_example, work_of
 from step import rows as rows_of
 
@@ -264,8 +264,15 @@ def _measured(
     fullest = [each for batch in batches for each in batch]
     extra(found, "predicted_gib", lambda: predicted_bytes(work, fullest) / GIB)
     if row.profile:
-        extra(found, "shares", lambda: profiled(lambda: step(batches[0])))
+        extra(found, "shares", lambda: _profile(found, lambda: step(batches[0])))
     return found
+
+
+def _profile(found: dict[str, Any], step: Callable[[], object]) -> dict[str, float]:
+    """The shares of a step's time; the device's longest events go into `found`."""
+    events = record(step)
+    found["longest_events"] = longest(events)
+    return shares(events)
 
 
 def extra(found: dict[str, Any], key: str, function: Callable[[], Any]) -> None:

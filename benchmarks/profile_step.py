@@ -9,14 +9,17 @@ The command takes a made model and pairs of the made lengths, as vs_trl.py does:
 the profiler.
 
 On CPU a kind's time is the time of its operations themselves. On CUDA it is the time of the kernels that they launch,
-and what is left of the wall clock is the device's idle time, for which the host (or the data) is to blame.
+and what is left of the wall clock is the device's idle time, for which the host (or the data) is to blame. While
+several of the device's events run, the time counts once, for the one that began last: streams overlap, and a copy that
+the host waits for may last as long as all that the device still has to do. So the shares sum to 1.
 """
 
 import argparse
+import heapq
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,16 @@ OPERATIONS = {
     # the rest: norms, rotary positions, activations, sums; and the fused kernels of a compiled block
     "elementwise": r"^aten::|^(triton|cpp)_|CompiledF|Torch-Compiled|at::native|vectorized|reduce|elementwise",
 }
+# The name of a kernel that the compiler made lists what went into it, copies and attention among them.
+GENERATED = re.compile(r"^(triton|cpp)_(?!tem|mm)")
+# Host events that launch or wait, and the profiler's own: their ids are numbered apart from those of operations, so
+# torch's profiler may show them other operations' kernels.
+CALLS = re.compile(
+    r"^cu(da)?[A-Z]|^Command Buffer Full|Buffer Request|^Buffer Flush|^Instrumentation$|^Resource$|Loading$"
+)
+WAITS = re.compile(
+    r"^(Stream|Event|Context|Device) Sync|^Stream Wait Event"
+)  # no work, though on the device's timeline
 KINDS = ("matmul", "attention", "head", "gather", "optimizer", "communication", "elementwise", "copies", "host")
 
 
@@ -72,18 +85,29 @@ def shares(events: Iterable[Any]) -> dict[str, float]:
         events: of a `torch.profiler.profile` that has ended, `profiler.events()`.
 
     Returns:
-        Kind -> share; they sum to 1, or to more where kernels overlap.
+        Kind -> share; they sum to 1.
     """
     events = list(events)
-    on_device = [event for event in events if _is_kernel(event)]
     host = [event for event in events if event.device_type == DeviceType.CPU]
+    on_device = [event for event in events if _is_work(event)]
+    if on_device:
+        found = _by_kind([(*_span(event), _kind_on_device(chain)) for event, chain in _owned(host, on_device)])
+    else:
+        found = defaultdict(float)
+        for event in host:
+            found[_kind(_chain(event))] += event.self_cpu_time_total
     wall = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
-    found: dict[str, float] = defaultdict(float)
-    for chain, duration in _kernels(host, on_device) if on_device else _operations(host):
-        found[_kind(chain)] += duration
-    busy = _union(on_device) if on_device else sum(found.values()) - found["host"]
-    found["host"] = max(0.0, wall - busy)
+    found["host"] = max(0.0, wall - sum(took for kind, took in found.items() if kind != "host"))
     return {kind: found[kind] / wall for kind in KINDS}
+
+
+def longest(events: Iterable[Any], count: int = 12) -> list[tuple[str, str, float]]:
+    """(kind, name, seconds) of the device's longest events, the longest first: what stands behind a share."""
+    events = list(events)
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    owned = _owned(host, [event for event in events if _is_work(event)])
+    found = [(_kind_on_device(chain), event.name[:80], event.time_range.elapsed_us() / 1e6) for event, chain in owned]
+    return sorted(found, key=lambda each: -each[2])[:count]
 
 
 def table(found: dict[str, float]) -> str:
@@ -92,28 +116,46 @@ def table(found: dict[str, float]) -> str:
     return markdown(("kind", "share of the step"), [(kind, f"{share:.1%}") for kind, share in rows])
 
 
-def _is_kernel(event: Any) -> bool:
-    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
+def _is_work(event: Any) -> bool:
+    on_device = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    return on_device and not WAITS.search(event.name)
 
 
-def _operations(host: list[Any]) -> Iterator[tuple[list[str], float]]:
-    """(names from the inside out, microseconds of its own) of each operation."""
-    for event in host:
-        yield _chain(event), event.self_cpu_time_total
+def _span(event: Any) -> tuple[float, float]:
+    return event.time_range.start, event.time_range.end
 
 
-def _kernels(host: list[Any], on_device: list[Any]) -> Iterator[tuple[list[str], float]]:
-    """(names from the inside out, microseconds) of each kernel; one that no operation owns up to has its own alone."""
-    unclaimed: dict[str, float] = defaultdict(float)
-    for event in on_device:
-        unclaimed[event.name] += event.time_range.elapsed_us()
-    for event in host:
-        for kernel in event.kernels:
-            if kernel.name in unclaimed:  # else a range's shadow on the device
-                unclaimed[kernel.name] -= kernel.duration
-                yield [kernel.name, *_chain(event)], kernel.duration
-    for name, duration in unclaimed.items():
-        yield [name], max(0.0, duration)
+def _owned(host: list[Any], on_device: list[Any]) -> list[tuple[Any, list[str]]]:
+    """Each event of the device once, with the names of what launched it, from the inside out, its own first.
+
+    An operation lists its kernels by name and duration alone. What it lists and the device has not, or has no more, is
+    a range's shadow on the device or another operation's kernel.
+    """
+    unclaimed: dict[tuple[str, float], list[Any]] = defaultdict(list)
+    for event in sorted(on_device, key=_span, reverse=True):
+        unclaimed[event.name, round(event.time_range.elapsed_us(), 3)].append(event)
+    found = []
+    for event in sorted(host, key=_span):
+        for kernel in () if CALLS.search(event.name) else event.kernels:
+            if same := unclaimed.get((kernel.name, round(kernel.duration, 3))):
+                found.append((same.pop(), [kernel.name, *_chain(event)]))
+    return [*found, *((event, [event.name]) for same in unclaimed.values() for event in same)]
+
+
+def _by_kind(spans: list[tuple[float, float, str]]) -> dict[str, float]:
+    """Microseconds of each kind, from (start, end, kind); while several run, of the one that began last."""
+    found: dict[str, float] = defaultdict(float)
+    waiting, running = sorted(spans, reverse=True), list[tuple[float, float, str]]()
+    edges = sorted({edge for start, end, _ in spans for edge in (start, end)})
+    for left, right in itertools.pairwise(edges):
+        while waiting and waiting[-1][0] <= left:
+            start, end, kind = waiting.pop()
+            heapq.heappush(running, (-start, end, kind))
+        while running and running[0][1] <= left:
+            heapq.heappop(running)
+        if running:
+            found[running[0][2]] += right - left
+    return found
 
 
 def _chain(event: Any) -> list[str]:
@@ -125,23 +167,23 @@ def _chain(event: Any) -> list[str]:
 
 
 def _kind(chain: list[str]) -> str:
+    spoken = [name for name in chain if not GENERATED.search(name)]
     for kind, pattern in RANGES.items():
-        if any(re.search(pattern, name) for name in chain):
+        if any(re.search(pattern, name) for name in spoken):
             return kind
     for name in chain:
+        if GENERATED.search(name):
+            return "elementwise"
         for kind, pattern in OPERATIONS.items():
             if re.search(pattern, name):
                 return kind
     return "host"
 
 
-def _union(events: list[Any]) -> float:
-    """Microseconds in which at least one of the events runs."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted((event.time_range.start, event.time_range.end) for event in events):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+def _kind_on_device(chain: list[str]) -> str:
+    """A kernel of which no name says more is elementwise: it is work, and not the device's idle time."""
+    kind = _kind(chain)
+    return "elementwise" if kind == "host" else kind
 
 
 # ---- the command ----

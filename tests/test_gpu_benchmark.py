@@ -461,7 +461,7 @@ def test_a_row_keeps_what_it_measured_when_the_profiler_or_the_prediction_fails(
     def broken(*_):
         raise RuntimeError("CUPTI")
 
-    monkeypatch.setattr(rows, "profiled", broken)
+    monkeypatch.setattr(rows, "record", broken)
     monkeypatch.setattr(rows, "predicted_bytes", broken)
     with process_group() as device:
         found = rows.measure(rows.Row("dpo", 0, "shared", profile=True), shapes.CPU, device, 0.0, None)
