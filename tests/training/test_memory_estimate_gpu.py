@@ -1,5 +1,6 @@
 """The footprint beside what a CUDA device's allocator saw of a step. Needs a GPU."""
 
+import gc
 from pathlib import Path
 from unittest import mock
 
@@ -28,9 +29,21 @@ def alone():
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def left():
+    """Bytes that stay allocated before a case. A policy's parts refer to each other in circles: the last is freed here.
+
+    What a failed case's traceback holds cannot be freed.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 @pytest.mark.parametrize("cpu_offload", [False, True])
-def test_a_steps_peak_on_the_device(alone, mode, cpu_offload):
+def test_a_steps_peak_on_the_device(alone, left, mode, cpu_offload):
     config = MistralConfig(
         vocab_size=16000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=4, head_dim=64, sliding_window=None,
@@ -62,4 +75,5 @@ def test_a_steps_peak_on_the_device(alone, mode, cpu_offload):
         key_ratio=EXAMPLES * (len(BRANCHES) * TRUNK + sum(BRANCHES)) / tokens,
         cpu_offload=cpu_offload,
     )
-    assert footprint(sizes[0], job).total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    peak = torch.cuda.max_memory_allocated() - left
+    assert footprint(sizes[0], job).total == pytest.approx(peak, rel=0.15)

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,19 @@ def test_after_a_scoring_pass_the_masters_are_in_place_and_their_changes_seen(
         for parameter in policy.parameters():
             parameter.mul_(0.5)
     assert not torch.allclose(_score(policy, rows, device), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "products"])
+def test_a_policy_that_nobody_holds_is_freed_with_the_garbage(
+    checkpointing: str, model_folder: Path, pairs_file: Path, device: torch.device
+) -> None:
+    policy = _policy(model_folder, device, activation_checkpointing=checkpointing)
+    (batch,) = step_rows(_rows(model_folder, pairs_file), np.arange(3), rank=0, world_size=1, tokens_per_row=400)
+    policy(batch).sum().backward()
+    weights = [weakref.ref(parameter) for parameter in policy.parameters()]
+    del policy
+    gc.collect()
+    assert [weight() for weight in weights if weight() is not None] == []
 
 
 def test_a_fresh_adapter_changes_nothing_and_alone_is_trained(
