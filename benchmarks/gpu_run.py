@@ -1,15 +1,18 @@
-"""SFT, DPO and DPO with LoRA in bf16 through the real entries, each killed once, and beside the same runs on the CPU.
+"""DPO, DPO with LoRA and SFT in bf16 through the real entries, each killed once, and beside the same runs on the CPU.
 
-    python benchmarks/gpu_run.py [--minutes 5] [--output FILE.json] [--cases sft dpo dpo-lora]
+    python benchmarks/gpu_run.py [--minutes 8] [--output FILE.json] [--cases dpo dpo-lora sft]
     python benchmarks/gpu_run.py --cpu        # the run in bf16 is on the CPU as well
 
 A model of about 1M parameters and the demo's data are made first. Then, for each case:
 
-1. A run is left alone. The same run is killed (SIGKILL) at a random step after its first checkpoint and started again
-   with the same command. With `training.deterministic` both must have the same metrics and weights, bit for bit.
+1. A run is left alone. Beside it the same run is killed (SIGKILL) at a random step after its first checkpoint and
+   started again with the same command. With `training.deterministic` both must have the same metrics and weights, bit
+   for bit.
 2. The losses of all steps are compared with those of the same run on the CPU, in bf16 and in fp32.
 
-Exits with code 1 if anything differs by more than it may, or was not run. Results are written as they come.
+Exits with code 1 if anything differs by more than it may, or was not run. Results are written as they come, and with
+them the seconds of each run, and those until its first line of metrics: imports, the start of CUDA, and the compilation
+of the kernels, which every process does for itself.
 
 Needs `datasets`, which a machine without a network may lack. Bring the wheels of datasets, multiprocess and dill along:
 
@@ -31,6 +34,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,8 +54,8 @@ ATTEMPTS = 3  # to kill a run before it ends by itself
 # rounding decides the direction of some.
 TOLERANCES = {"sft": 0.02, "dpo": 0.03, "dpo-lora": 0.01}
 DPO = {"optimizer": "rmsprop", "learning_rate": 2.5e-5, "lr_schedule": "linear"}
+# In this order: what matters most comes first, as time may run out. DPO starts from the base model, which is random.
 CASES: dict[str, dict[str, Any]] = {
-    "sft": {"training": {"optimizer": "adamw", "learning_rate": 1e-3, "lr_schedule": "cosine"}},
     # With evaluations and samples on the way: what stands between two steps must leave no trace.
     "dpo": {
         "data": {"eval_size": 32},
@@ -62,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
         "training": {**DPO, "learning_rate": 3e-4},
         "lora": {"rank": 8, "alpha": 16.0, "target_modules": "all-linear"},
     },
+    "sft": {"training": {"optimizer": "adamw", "learning_rate": 1e-3, "lr_schedule": "cosine"}},
 }
 
 
@@ -82,7 +87,13 @@ class Bench:
     end: float
     cpu: bool
     seed: int
-    report: dict[str, Any] = dataclasses.field(default_factory=lambda: {"checks": [], "losses": {}, "seconds": {}})
+    report: dict[str, Any] = dataclasses.field(default_factory=lambda: {"checks": [], "losses": {}})
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def note(self, section: str, name: str, value: float) -> None:
+        """Keep a figure. Threads do so beside the main one, which may be writing the report: in a new dictionary."""
+        with self._lock:
+            self.report = {**self.report, section: {**self.report.get(section, {}), name: value}}
 
     def check(self, name: str, find: Callable[[], str | None]) -> bool:
         """Record and return whether a comparison passes: `find` returns what is wrong. An error in it is a failure."""
@@ -110,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.report["seed"] = seed
     print(f"seed {seed}, files in {scratch}", flush=True)
     bench.check("the model and the data are made", lambda: make_inputs(scratch, seed))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
         for case in options.cases:
             check_case(bench, case, pool)
     failed = [check["name"] for check in bench.report["checks"] if not check["passed"]]
@@ -120,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5, help="after which nothing runs any more")
+    parser.add_argument("--minutes", type=float, default=8, help="after which nothing runs any more")
     parser.add_argument("--output", type=Path, help="JSON file, written again after each result")
     parser.add_argument("--cpu", action="store_true", help="without a GPU")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
@@ -146,11 +157,10 @@ def make_inputs(scratch: Path, seed: int) -> None:
 
 
 def write_config(bench: Bench, case: str) -> Path:
-    """Write the YAML of a case. DPO starts from what the undisturbed SFT run trained, or from the base without one."""
+    """Write the YAML of a case."""
     task = "sft" if case == "sft" else "dpo"
-    trained = bench.scratch / "sft-undisturbed" / "model"
     tree: dict[str, Any] = {
-        "model": {"name_or_path": str(trained if task == "dpo" and trained.exists() else bench.scratch / "base")},
+        "model": {"name_or_path": str(bench.scratch / "base")},
         "data": {"train": str(bench.scratch / f"{task}.jsonl"), "max_length": 64},
         "training": {
             "output_dir": str(bench.scratch / f"{case}-undisturbed"), "batch_size": 32, "tokens_per_row": 1024,
@@ -188,16 +198,23 @@ def start(bench: Bench, case: str, name: str, *words: str, cpu: bool = False) ->
 
 
 def finish(bench: Bench, name: str, process: "subprocess.Popen[bytes]") -> None:
-    """Wait for a run's end.
+    """Wait for a run's end, and note the seconds until its first line of metrics and until its end.
 
     Raises:
         OutOfTime: it takes too long; it is killed.
         RuntimeError: it failed.
     """
+    began, first, lines_before = time.time(), None, len(metrics(bench.scratch / name))
     try:
-        code = process.wait(timeout=max(0.0, bench.end - time.time()))
-    except subprocess.TimeoutExpired:
-        raise OutOfTime(f"{name} was stopped: out of time") from None
+        while process.poll() is None:
+            if time.time() > bench.end:
+                raise OutOfTime(f"{name} was stopped: out of time")
+            if first is None and len(metrics(bench.scratch / name)) > lines_before:
+                first = time.time() - began
+                bench.note("seconds_to_first_line", name, first)
+            time.sleep(0.05)
+        code = process.returncode
+        bench.note("seconds", name, time.time() - began)
     finally:
         process.kill()
         process.wait()
@@ -208,10 +225,7 @@ def finish(bench: Bench, name: str, process: "subprocess.Popen[bytes]") -> None:
 
 def run(bench: Bench, case: str, name: str, *words: str, cpu: bool = False) -> list[float]:
     """Run a case to its end and return its losses."""
-    began = time.time()
     finish(bench, name, start(bench, case, name, *words, cpu=cpu))
-    # A new dictionary, since the main thread may be writing this one.
-    bench.report["seconds"] = {**bench.report["seconds"], name: time.time() - began}
     return losses(bench.scratch / name)
 
 
@@ -219,6 +233,7 @@ def kill_after_a_checkpoint(bench: Bench, case: str) -> str:
     """Start the run anew until one could be killed at a random step after its first checkpoint; its name.
 
     Raises:
+        OutOfTime: none could be in time.
         RuntimeError: it was over each time, or failed.
     """
     chance = random.Random(f"{bench.seed} {case}")
@@ -230,10 +245,13 @@ def kill_after_a_checkpoint(bench: Bench, case: str) -> str:
                 break
             time.sleep(0.002)
         process.kill()
-        if process.wait() == -9:
-            bench.report.setdefault("killed_at_step", {})[name] = len(metrics(bench.scratch / name))
+        code = process.wait()
+        if time.time() > bench.end:
+            raise OutOfTime(f"{name} was stopped: out of time")
+        if code == -9:
+            bench.note("killed_at_step", name, len(metrics(bench.scratch / name)))
             return name
-        if process.returncode:
+        if code:
             finish(bench, name, process)
     raise RuntimeError(f"the run was over before it could be killed, {ATTEMPTS} times")
 
@@ -269,7 +287,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def check_case(bench: Bench, case: str, pool: concurrent.futures.ThreadPoolExecutor) -> None:
-    """Do everything for a case. The runs on the CPU go on beside those on the GPU."""
+    """Do everything for a case, all runs beside each other: the model is small, and they start slowly."""
     write_config(bench, case)
     undisturbed = f"{case}-undisturbed"
     others = {"fp32": f"{case}-cpu-fp32"} if bench.cpu else {p: f"{case}-cpu-{p}" for p in ("bf16", "fp32")}
@@ -277,13 +295,14 @@ def check_case(bench: Bench, case: str, pool: concurrent.futures.ThreadPoolExecu
         precision: pool.submit(run, bench, case, name, f"--training.precision={precision}", cpu=True)
         for precision, name in others.items()
     }
+    again = pool.submit(kill_and_resume, bench, case)
 
     def ends() -> str | None:
         steps = len(run(bench, case, undisturbed, cpu=bench.cpu))
         return None if steps == STEPS else f"{steps} steps in place of {STEPS}"
 
     if bench.check(f"{case}: runs to its end", ends):
-        bench.check(f"{case}: killed and resumed, equal bit for bit", lambda: resumed(bench, case))
+        bench.check(f"{case}: killed and resumed, equal bit for bit", lambda: unlike(bench, case, again.result()))
     for precision, future in beside.items():
         name = f"{case}: losses as on the CPU in {precision}"
         bench.check(name, lambda p=precision, f=future: compare(bench, case, p, f.result()))
@@ -291,14 +310,23 @@ def check_case(bench: Bench, case: str, pool: concurrent.futures.ThreadPoolExecu
         print(table(found), flush=True)
 
 
-def resumed(bench: Bench, case: str) -> str | None:
-    """Kill a run, start it again with the same command, and say what differs from the undisturbed one."""
+def kill_and_resume(bench: Bench, case: str) -> str:
+    """Kill a run and start it again with the same command; its name.
+
+    Raises:
+        RuntimeError: it began anew, or failed.
+    """
     name = kill_after_a_checkpoint(bench, case)
     log = bench.scratch / name / "metrics.jsonl"
     first_line = log.read_text().splitlines()[0]
     finish(bench, name, start(bench, case, name, cpu=bench.cpu))
     if log.read_text().splitlines()[0] != first_line:  # it says how fast the step was, which no second run repeats
-        return "the run began anew in place of resuming from its checkpoint"
+        raise RuntimeError("the run began anew in place of resuming from its checkpoint")
+    return name
+
+
+def unlike(bench: Bench, case: str, name: str) -> str | None:
+    """Say what differs between the undisturbed run of a case and another."""
     return difference(bench.scratch / f"{case}-undisturbed", bench.scratch / name)
 
 

@@ -112,22 +112,30 @@ def bench(gpu_run, monkeypatch, tmp_path):
 
 
 def test_a_run_is_killed_after_its_first_checkpoint_and_resumed(gpu_run, bench):
-    assert gpu_run.resumed(bench, "dpo") is None
+    name = gpu_run.kill_and_resume(bench, "dpo")
+    assert gpu_run.unlike(bench, "dpo", name) is None
     assert 5 < bench.report["killed_at_step"]["dpo-killed-0"] < 30
+    until_first, until_end = (bench.report[key]["dpo-undisturbed"] for key in ("seconds_to_first_line", "seconds"))
+    assert 0 < until_first < until_end - 25 * bench.settings["PAUSE"]
+
+
+def test_what_matters_most_comes_first_as_time_may_run_out(gpu_run):
+    assert list(gpu_run.CASES) == ["dpo", "dpo-lora", "sft"]
 
 
 def test_a_run_that_begins_anew_is_not_resumed(gpu_run, bench):
     bench.settings["ANEW"] = True
-    assert gpu_run.resumed(bench, "dpo") == "the run began anew in place of resuming from its checkpoint"
+    with pytest.raises(RuntimeError, match="the run began anew in place of resuming from its checkpoint"):
+        gpu_run.kill_and_resume(bench, "dpo")
 
 
 def test_a_run_that_cannot_be_killed_in_time_or_fails_is_told(gpu_run, bench, monkeypatch):
     bench.settings["PAUSE"] = 0.0
     monkeypatch.setattr(gpu_run, "checkpoints", lambda folder: [])
-    assert not bench.check("a", lambda: gpu_run.resumed(bench, "dpo"))
+    assert not bench.check("a", lambda: gpu_run.kill_and_resume(bench, "dpo"))
     assert bench.report["checks"][-1]["message"].endswith("the run was over before it could be killed, 3 times")
     bench.settings["CODE"] = 3
-    assert not bench.check("b", lambda: gpu_run.resumed(bench, "dpo"))
+    assert not bench.check("b", lambda: gpu_run.kill_and_resume(bench, "dpo"))
     assert bench.report["checks"][-1]["message"].endswith("exit code 3: boom")
     assert [check["passed"] for check in json.loads(bench.output.read_text())["checks"]] == [False, False]
 
