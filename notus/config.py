@@ -179,7 +179,8 @@ class TrainingConfig:
     compile: bool = False
     """Compile each block with torch.compile."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer states in host memory. Slow, and only for GPUs. Not run."""
+    """Keep weights, gradients and optimizer states in host memory. Slow, and only for GPUs. A toy run on a GPU ends as
+    without it; its speed: not run."""
     sharding: Literal["full", "hybrid"] = "full"
     """"full": each rank holds a share of the model. "hybrid": each node holds all of it, sharded over its ranks."""
     timeout_minutes: Positive = 30.0
