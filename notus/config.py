@@ -8,9 +8,12 @@ The order here: the sections, the whole config, loading and saving, checks acros
 
 import ast
 import dataclasses
+import datetime
 import difflib
 import itertools
+import os
 import re
+import reprlib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
@@ -46,21 +49,30 @@ else:
 # Values are taken as they are: "1" is no number, 1 is not true. An integer may stand for a float.
 EXACT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 String = Annotated[str, MinLen(1), "a string (in quotes if it reads as something else)"]
+FilePath = Annotated[String, AfterValidator(os.path.expanduser)]  # or a hub id, which begins with no ~
 Strings = Annotated[list[String], MinLen(1), "a list of strings"]
-Count = Annotated[int, Ge(1)]
-Index = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1), Lt(2**63)]
+Index = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Names = Annotated[dict[String, String], "a mapping of names to names"]
 Arguments = Annotated[dict[String, Any], "a mapping of names to values"]
 
 
+def _as_day(value: Any) -> str:
+    """Return a date as YYYY-MM-DD; YAML reads one without quotes as a date of its own."""
+    return value.isoformat() if type(value) is datetime.date else datetime.date.fromisoformat(str(value)).isoformat()
+
+
+Day = Annotated[str, BeforeValidator(_as_day), "a date (YYYY-MM-DD)"]
+
+
 @dataclass(frozen=True, kw_only=True, config=EXACT)
 class DataSource:
     """One source of rows. `DataConfig` holds it as a plain mapping with every key set."""
 
-    path: String
-    """A file (JSONL, JSON, Parquet) or a hub id. Required. In YAML, a string alone is a source's path."""
+    path: FilePath
+    """A file (JSON, JSON Lines, Parquet, CSV), a folder or a hub id. Required. In YAML, a string alone is a path."""
     split: String = "train"
     """The split of a hub dataset to use."""
     weight: Positive = 1.0
@@ -85,7 +97,7 @@ Sources = Annotated[
 class ModelConfig:
     """The model that a run starts from."""
 
-    name_or_path: String
+    name_or_path: FilePath
     """A local folder in Hugging Face layout, or a hub id. Required."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for authors you trust."""
@@ -96,30 +108,32 @@ class DataConfig:
     """What the model learns from, and how it becomes tokens."""
 
     train: Sources
-    """A file (JSONL, JSON, Parquet), a hub id, or a list of `{path, split, weight}`. Required."""
+    """A file (JSON, JSON Lines, Parquet, CSV), a folder, a hub id, or a list of `{path, split, weight}`. Required."""
     eval: Sources | None = None
     """The same for evaluation. null: no evaluation, unless `eval_size` holds rows out of `train`."""
     eval_size: Index = 0
     """Rows held out of `train` for evaluation, drawn with `training.seed`."""
     max_length: Count = 1024
-    """Longest prompt + completion in tokens. Longer ones are truncated."""
+    """Longest prompt + completion in tokens. SFT cuts longer rows at their end. DPO cuts the prompt first, to
+    `max_prompt_length`; if that is not enough, it cuts completions to `max_length` - `max_prompt_length`, as the
+    original did, also where the prompt is shorter than that."""
     max_prompt_length: Count | None = None
     """DPO: last tokens of the prompt to keep if a pair is too long. null: 512, at most half of `max_length`."""
     shuffle: bool = True
     """Shuffle the rows anew for each epoch, seeded by `training.seed`. false: keep the order of the data."""
     columns: Names = field(default_factory=dict)
-    """What the data call their columns, if not as docs/data.md does: `{their name: ours}`."""
+    """What the data call their columns, if not as docs/data.md does: `{their name: ours}`; `unused` leaves one out."""
     too_long: Literal["cut", "drop"] = "cut"
     """What becomes of a row that is longer than `max_length`."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What becomes of a row that cannot be read: it stops the run, or it is left out and counted."""
-    exclude: String | None = None
+    exclude: FilePath | None = None
     """A file of row ids, one a line, as `notus data --html` exports them: these rows are left out."""
-    chat_template: String | None = None
+    chat_template: FilePath | None = None
     """"zephyr" or a `.jinja` file. null: the tokenizer's own, or Zephyr's if it has none."""
     chat_template_kwargs: Arguments = field(default_factory=dict)
     """Arguments of the template for all rows, for example `{enable_thinking: false}`. A row's own win."""
-    template_date: String | None = None
+    template_date: Day | None = None
     """The date (YYYY-MM-DD) that a template takes for today. null: the day the run started, which is recorded."""
     add_empty_system: bool = False
     """Add an empty system turn to conversations that have none, as Notus 7B v1 did."""
@@ -130,7 +144,7 @@ class DataConfig:
     tokens."""
     num_workers: Count = 1
     """Processes that tokenise. 1: this process alone."""
-    cache_dir: String | None = None
+    cache_dir: FilePath | None = None
     """Where tokenised rows are kept between runs. null: the cache folder of `datasets`."""
 
 
@@ -138,7 +152,7 @@ class DataConfig:
 class TrainingConfig:
     """How the model learns, and what the run leaves behind."""
 
-    output_dir: String
+    output_dir: FilePath
     """The run's folder: resolved config, metrics, checkpoints, final model. Required."""
     batch_size: Count = 64
     """Examples (DPO: pairs) per optimizer step over the whole job, whatever the number of GPUs."""
@@ -183,7 +197,7 @@ class TrainingConfig:
     without it; its speed: not run."""
     sharding: Literal["full", "hybrid"] = "full"
     """"full": each rank holds a share of the model. "hybrid": each node holds all of it, sharded over its ranks."""
-    timeout_minutes: Positive = 30.0
+    timeout_minutes: Annotated[float, Gt(0), Le(525_600)] = 30.0
     """How long a rank waits for the others before it fails. Rank 0's work before training is not limited."""
     log_every: Count = 1
     """Steps between lines of `metrics.jsonl`."""
@@ -199,7 +213,7 @@ class TrainingConfig:
     """Write checkpoints in the background, from a copy in host memory. false: wait for them, without the copy."""
     max_hours: Positive | None = None
     """Stop with a checkpoint at the first step after so many hours of one launch. The same command resumes."""
-    resume: String = "auto"
+    resume: FilePath = "auto"
     """"auto": resume from the newest checkpoint in `output_dir`. "never": start over. Or a checkpoint's folder."""
 
 
@@ -221,7 +235,7 @@ class DPOConfig:
 class ReferenceConfig:
     """The reference model's log-probs, computed once and kept."""
 
-    cache_dir: String | None = None
+    cache_dir: FilePath | None = None
     """A folder that several runs may share. null: `reference` in the run's folder."""
 
 
@@ -448,9 +462,11 @@ def _invalid(error: ValidationError, hints: Mapping[str, Any], values: Mapping[s
     key = str(first["loc"][0])
     if first["type"] == "missing":
         return Invalid(f"{prefix}{key}", "is required")
-    reason = f", not {values[key]!r}"
+    reason = f", not {_SHORT.repr(values[key])}"
+    if first["type"] == "less_than" and first["ctx"]["lt"] == 2**63:
+        reason += ", which takes more than 64 bits"
     if get_origin(hints[key]) is Literal:
-        reason += nearest(str(values[key]), get_args(hints[key]))
+        reason += nearest(_SHORT.repr(values[key]).strip("'"), get_args(hints[key]))
     if source_error := first.get("ctx", {}).get("error"):
         reason = f": {source_error}"
     return Invalid(f"{prefix}{key}", f"must be {describe(hints[key])}{reason}")
@@ -465,7 +481,8 @@ def describe(hint: Any) -> str:
         return " or ".join(filter(None, [", ".join(map(repr, parts[:-1])), repr(parts[-1])]))
     if origin is Annotated:
         words = [part for part in parts if isinstance(part, str)]
-        return words[0] if words else f"{describe(parts[0])} {' and '.join(map(_limit, parts[1:]))}"
+        limits = [_limit(part) for part in parts[1:] if part != Lt(2**63)]
+        return words[0] if words else f"{describe(parts[0])} {' and '.join(limits)}"
     return {bool: "true or false", int: "an integer", float: "a number"}.get(hint, "null")
 
 
@@ -492,26 +509,78 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number (in YAML 1.1 it is a string) and a key given twice is an error."""
+    """YAML as people mean it.
+
+    1e-6 is a number, which YAML 1.1 reads as a string. 2026-01-31, 1:30 and 010 are strings, which it reads as a date,
+    as 90 and as 8; so are numbers of hundreds of digits. A key given twice is an error, and so are values that are
+    nested deeper than `_MAX_DEPTH`, or that aliases let grow beyond `_MAX_VALUES`.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > _MAX_DEPTH and parent is not None:
+            problem = f"nested more than {_MAX_DEPTH} deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=parent.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _measure(node, 1, {})
+        return super().construct_document(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # of `!!int abc` or `!!bool abc`
+            problem = f"{_SHORT.repr(node.value)} is no {node.tag.rsplit(':', 1)[-1]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+                    problem = f"{_SHORT.repr(key.value)} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _measure(node: yaml.Node, depth: int, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
+    """Return how many values a node stands for and how deep they are nested, with every alias written out."""
+    if node not in known and not isinstance(node, yaml.ScalarNode):
+        pairs = [pair if isinstance(pair, tuple) else (pair,) for pair in node.value]
+        found = [_measure(part, depth + 1, known) for pair in pairs if depth <= _MAX_DEPTH for part in pair]
+        known[node] = 1 + sum(size for size, _ in found), 1 + max((below for _, below in found), default=0)
+    size, height = known.get(node, (1, 1))
+    if size > _MAX_VALUES or depth + height > _MAX_DEPTH + 1:
+        what = f"over {_MAX_VALUES} values" if size > _MAX_VALUES else f"values nested more than {_MAX_DEPTH} deep"
+        raise yaml.MarkedYAMLError(problem=f"its aliases stand for {what}", problem_mark=node.start_mark)
+    return size, height
 
 
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads: a string such as "1e-6" gets quotes."""
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+_MAX_DEPTH, _MAX_VALUES = 50, 100_000
+_SHORT = reprlib.Repr()  # of a value, for a message of one line
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_INT = r"[-+]?(?:0|[1-9](?:_?\d){0,299}|0x[0-9a-fA-F]{1,250}|0b[01]{1,900})$"
+_FLOAT = r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$"
+_FLOAT += r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+_REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")]
+
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _class in (_Loader, _Dumper):  # the dumper also quotes what other readers would not take for a string
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INT), list("-+0123456789"))
 
 
 def dump_yaml(tree: Any) -> str:
@@ -536,8 +605,9 @@ def _parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{source}: {line}not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not valid YAML: {error}") from error
+    except yaml.reader.ReaderError as error:
+        line = f"line {text.count(chr(10), 0, error.position) + 1}: "
+        raise ValueError(f"{source}: {line}not valid YAML: character {error.character:#x} is not allowed") from error
 
 
 def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str, str]]:
@@ -547,16 +617,17 @@ def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str
     if len(paths) != 1:
         got = " ".join(words) or "nothing"
         raise ValueError(f"command line: expected CONFIG.yaml [--section.key=value ...], but got {got}")
-    tree = read_yaml(Path(paths[0]))
+    source = os.path.expanduser(paths[0])
+    tree = read_yaml(Path(source))
     if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
-        raise ValueError(f"{paths[0]}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
+        raise ValueError(f"{source}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
     origins = {}
     for word in words:
         if word.startswith("-"):
             section, key, value = _parse_override(word)
             tree[section] = {**(tree.get(section) or {}), key: value}
             origins[f"{section}.{key}"] = "command line"
-    return tree, paths[0], origins
+    return tree, source, origins
 
 
 def _check_spaces(words: Sequence[str]) -> None:

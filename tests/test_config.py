@@ -6,9 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 
 from notus import config as config_module
 from notus.config import SECTIONS, Config, config_from_dict, dump_yaml, load_config, read_yaml, save_config, to_yaml
@@ -106,6 +107,11 @@ def test_the_saved_config_of_sft_has_no_section_that_sft_does_not_use(minimal: s
     assert "reference:" not in saved
 
 
+# Each line holds the one before. That of line 49 is too deep in line 50, whose value is nested 51 deep.
+CHAIN = "\n".join(["a0: &a0 x", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 99))])
+# Each line holds the one before nine times: 1 + 9 * 1 = 10, 91, 820, 7,381, 66,430 and on line 7 597,871 values.
+BOMB = "\n".join(["a0: &a0 x", *(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]" for n in range(1, 12))])
+
 MISTAKES = {
     # override: what the message must contain besides "command line" and the key
     "--training.learning_rat=1": "did you mean 'learning_rate'?",
@@ -144,6 +150,22 @@ MISTAKES = {
     "--lora.target_modules=q_proj": "a list of strings or 'all-linear', not 'q_proj'",
     "--lora.target_modules=[]": "a list of strings or 'all-linear', not []",
     "--lora.target_modules=[3]": "a list of strings or 'all-linear', not [3]",
+    "--training.seed=2026-13-45": "an integer >= 0, not '2026-13-45'",
+    "--training.seed=1:30": "an integer >= 0, not '1:30'",
+    "--training.seed=010": "an integer >= 0, not '010'",
+    f"--training.seed={2**63}": "an integer >= 0, not 9223372036854775808, which takes more than 64 bits",
+    f"--training.batch_size={10**100}": "00, which takes more than 64 bits",
+    f"--training.learning_rate={'1' * 400}": "a number > 0, not '1111111111",
+    f"--training.learning_rate={'1' * 5000}": "a number > 0, not '1111111111",
+    f"--training.learning_rate=[{'1, ' * 5000}]": "a number > 0, not [1, 1, 1, 1, 1, 1, ...]",
+    f"--training.output_dir=[{'a' * 5000}]": "not ['aaaaaaaaaaaaaaaa",
+    f"--training.precision={'b' * 5000}": "'bf16' or 'fp32', not 'bbbbbbbbbbbbbbb",
+    f"--training.seed={'[' * 3000}": "line 1: not valid YAML: nested more than 50 deep",
+    "--training.timeout_minutes=1e300": "a number > 0 and <= 525600, not 1e+300",
+    "--training.timeout_minutes=525601": "a number > 0 and <= 525600, not 525601",
+    "--training.timeout_minutes=1:30": "a number > 0 and <= 525600, not '1:30'",
+    "--model.name_or_path=NO": "a string (in quotes if it reads as something else), not False",
+    "--data.shuffle=y": "true or false, not 'y'",
     "--training.epochs": "--section.key=value",
     "--training.max_steps=": "--section.key=value (no value is null)",
     "--data.train=[a": "line 1: not valid YAML",
@@ -156,6 +178,8 @@ def test_mistakes_on_the_command_line_are_named(minimal: str, override: str) -> 
         load(minimal, override)
     assert str(caught.value).startswith("command line: ")
     assert override.removeprefix("--").split("=")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_unknown_sections_and_single_dashes_are_named(minimal: str) -> None:
@@ -296,6 +320,71 @@ def test_the_older_values_of_activation_checkpointing_get_a_hint(minimal: str, v
         load(minimal, f"--training.activation_checkpointing={value}")
 
 
+# Each key that takes a string, and whether it is a path.
+STRINGS = {
+    "model.name_or_path": True,
+    "data.exclude": True,
+    "data.chat_template": True,
+    "data.cache_dir": True,
+    "training.output_dir": True,
+    "training.resume": True,
+    "reference.cache_dir": True,
+    "data.template_date": False,
+    "tracking.project": False,
+    "tracking.run_name": False,
+}
+
+
+def test_home_is_expanded_in_every_path(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    overrides = ["--tracking.wandb=true", "--data.train=[~/a, {path: ~/b}]", "--data.eval=~/c"]
+    strings = [key for key in STRINGS if key != "data.template_date"]
+    config = load(minimal, *overrides, *(f"--{key}=~/x.jinja" for key in strings))
+    for key in strings:
+        section, name = key.split(".")
+        found = getattr(getattr(config, section), name)
+        assert found == ("/home/ada/x.jinja" if STRINGS[key] else "~/x.jinja"), key
+    assert config.data.eval is not None
+    assert [source["path"] for source in [*config.data.train, *config.data.eval]] == [f"/home/ada/{n}" for n in "abc"]
+    assert "output_dir: /home/ada/x.jinja\n" in to_yaml(config)
+
+
+def test_every_key_that_takes_a_string_is_known_for_a_path_or_none() -> None:
+    """A new key must be put into `STRINGS`."""
+    found = set()
+    for section, cls in SECTIONS.items():
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            parts = [hint, *get_args(hint)]
+            if any(get_origin(part) is Annotated and get_args(part)[0] is str for part in parts):
+                found.add(f"{section}.{name}")
+    assert found == set(STRINGS)
+
+
+def test_home_is_expanded_in_the_path_of_the_config(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(minimal).parent))
+    assert load_config("~/run.yaml", "dpo") == load_config(minimal, "dpo")
+    with pytest.raises(ValueError, match=f"{Path(minimal).parent}/absent.yaml: cannot read"):
+        load_config(["~/absent.yaml"], "dpo")
+
+
+def test_dates_need_no_quotes(minimal: str, tmp_path: Path) -> None:
+    """Nor does a written config change them."""
+    config = load(minimal, "--data.template_date=2026-01-31", "--data.chat_template_kwargs={since: 2025-02-28}")
+    assert config.data.template_date == "2026-01-31"
+    assert config.data.chat_template_kwargs == {"since": "2025-02-28"}
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml", "dpo") == config
+    assert yaml.safe_load((tmp_path / "again.yaml").read_text())["data"]["template_date"] == "2026-01-31"
+
+
+def test_aliases_that_stay_small_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL.replace("train: pairs.jsonl", "train: &rows [{path: a}, b]\n  eval: *rows"))
+    config = load_config(path, "dpo")
+    assert config.data.eval == config.data.train
+    assert len(config.data.train) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -311,6 +400,39 @@ def test_the_older_values_of_activation_checkpointing_get_a_hint(minimal: str, v
         ("null", None),
         ("true", True),
         ("[a, 1e2]", ["a", 100.0]),
+        # What YAML 1.1 reads as a date, as 90, as 90.5 and as 8:
+        ("2026-01-31", "2026-01-31"),
+        ("2026-13-45", "2026-13-45"),
+        ("2026-01-31 10:00:00", "2026-01-31 10:00:00"),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("010", "010"),
+        ("0o10", "0o10"),
+        ("1_000", 1000),
+        ("-12", -12),
+        ("+12", 12),
+        ("0", 0),
+        ("0x10", 16),
+        ("0b11", 3),
+        ("1_0.5", 10.5),
+        ("0_", "0_"),
+        ("0x_", "0x_"),
+        ("0b_", "0b_"),
+        ("_", "_"),
+        (".5", 0.5),
+        ("-.5", -0.5),
+        ("01.5", 1.5),
+        ("1.", 1.0),
+        ("1.2.3", "1.2.3"),
+        ("9" * 300, int("9" * 300)),
+        ("9" * 301, "9" * 301),
+        ("-" + "9" * 5000, "-" + "9" * 5000),
+        # As every reader of YAML in Python has them:
+        ("yes", True),
+        ("off", False),
+        ("NO", False),
+        ("y", "y"),
+        ('"no"', "no"),
     ],
 )
 def test_yaml_values_and_their_way_back(text: str, value: object, tmp_path: Path) -> None:
@@ -329,6 +451,19 @@ def test_yaml_values_and_their_way_back(text: str, value: object, tmp_path: Path
         ("a: 1\nb: 2\na: 3\n", "line 3: not valid YAML: 'a' is given twice"),
         ("a: 1\nb: [2\n", "line 3: not valid YAML"),
         ("a: !!python/object:os.system {}", "line 1: not valid YAML: could not determine a constructor"),
+        ("a: 1\nb: " + "[" * 3000 + "]" * 3000, "line 2: not valid YAML: nested more than 50 deep"),
+        ("a: 1\nb: " + "{x: " * 3000 + "}" * 3000, "line 2: not valid YAML: nested more than 50 deep"),
+        ("a: 1\nb: " + "[" * 100_000, "line 2: not valid YAML: nested more than 50 deep"),
+        ("a: 1\nb: &b [*b]", "line 2: not valid YAML: its aliases stand for values nested more than 50 deep"),
+        ("a: 1\nb: &b {c: {d: *b}}", "line 2: not valid YAML: its aliases stand for values nested more than 50"),
+        (CHAIN, "line 49: not valid YAML: its aliases stand for values nested more than 50 deep"),
+        (BOMB, "line 7: not valid YAML: its aliases stand for over 100000 values"),
+        ("a: 1\nb: !!int abc", "line 2: not valid YAML: 'abc' is no int"),
+        ("b: !!bool abc", "line 1: not valid YAML: 'abc' is no bool"),
+        ("b: !!float abc", "line 1: not valid YAML: 'abc' is no float"),
+        ("b: !!timestamp abc", "line 1: not valid YAML: 'abc' is no timestamp"),
+        ("b: !!timestamp 2026-13-45", "line 1: not valid YAML: '2026-13-45' is no timestamp"),
+        ("a: 1\nb: x\x01", "line 2: not valid YAML: character 0x1 is not allowed"),
     ],
 )
 def test_broken_yaml_names_file_and_line(text: str, message: str, tmp_path: Path) -> None:
