@@ -50,14 +50,14 @@ def make_words(seed: int) -> list[str]:
     return ["".join(generator.choice(letters, size)) for size in generator.integers(2, 11, size=_DISTINCT_WORDS)]
 
 
-def make_pairs(path: Path, count: int, seed: int) -> None:
-    """Write `count` pairs as JSON lines, a few at a time."""
+def make_pairs(path: Path, count: int, seed: int, shorter: float = 1) -> None:
+    """Write `count` pairs as JSON lines, a few at a time; their lengths are divided by `shorter`."""
     generator = np.random.default_rng([seed, 1])
     text = generator.permutation(make_words(seed) * 5).tolist()
     names = ("prompt", "chosen", "rejected")
     with path.open("w", encoding="utf-8") as file:
         for first in range(0, count, 1000):
-            sizes = (random_lengths(generator, min(1000, count - first)) / _TOKENS_PER_WORD).astype(int) + 1
+            sizes = (random_lengths(generator, min(1000, count - first)) / (shorter * _TOKENS_PER_WORD)).astype(int) + 1
             starts = generator.integers(0, len(text) - 20_000, size=sizes.shape)
             for row, sizes_of_row in zip(starts.tolist(), np.minimum(sizes, 20_000).tolist(), strict=True):
                 parts = (" " + " ".join(text[at : at + size]) for at, size in zip(row, sizes_of_row, strict=True))
@@ -210,13 +210,13 @@ def run_phase(phase: str, folder: Path, files: list[Path]) -> Measured:
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_all(folder: Path, pairs: int, per_file: int, seed: int) -> list[Measured]:
+def run_all(folder: Path, pairs: int, per_file: int, seed: int, shorter: float = 1) -> list[Measured]:
     """All phases for so many pairs. Each file is tokenised by a process of its own: seconds add up."""
     make_tokenizer(folder / "tokenizer", seed)
     files, began = [], time.perf_counter()
     for number, first in enumerate(range(0, pairs, per_file)):
         files.append(folder / f"pairs-{number}.jsonl")
-        make_pairs(files[-1], min(per_file, pairs - first), seed + number)
+        make_pairs(files[-1], min(per_file, pairs - first), seed + number, shorter)
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"{pairs:,} pairs written in {time.perf_counter() - began:.0f} s, {size:,.0f} MB", flush=True)
     parts = [run_phase("tokenise", folder, [file]) for file in files]
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--per-file", type=int, default=1_000_000, help="pairs of a file; each is tokenised by itself")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shorter", type=float, default=1, help="divide the lengths by this")
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     parser.add_argument("--results", type=Path, help="write what was measured to this JSON file")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
@@ -246,7 +247,7 @@ def main() -> None:
     results: list[Measured] = []
     for pairs in args.pairs:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            results += run_all(Path(folder), pairs, args.per_file, args.seed)
+            results += run_all(Path(folder), pairs, args.per_file, args.seed, args.shorter)
     print(table(results))
     if args.results:
         write_json(args.results, [dataclasses.asdict(result) for result in results])

@@ -8,15 +8,16 @@ them stands where the row came from, as far as the data say.
 """
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import itertools
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from notus.data.formats import Provenance
 from notus.data.packing import Example
 
 FEATURES = datasets.Features(
@@ -34,6 +35,60 @@ PROVENANCE = datasets.Features(
         "rejected_rating": datasets.Value("float32"),
     }
 )
+# Which row it was and what became of it; `digest` is that of `row_digest`.
+TRACE = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "place": datasets.Value("string"),
+        "outcome": datasets.Value("int32"),
+        "cut": datasets.List(datasets.Value("int32")),
+        "digest": datasets.Value("binary"),
+    }
+)
+
+
+class Outcome(enum.IntFlag):
+    """What became of a row on its way to tokens, as bits of the column `outcome`."""
+
+    PROMPT_CUT = 1
+    COMPLETION_CUT = 2
+    EMPTY = 4
+    CUT_AWAY = 8
+    IDENTICAL = 16
+    TEMPLATED = 32
+    GLUED = 64
+    SPECIAL_TOKENS = 128
+    TOO_LONG = 256
+    HUGE = 512
+    UNREADABLE = 1024
+
+
+FLAGS = {
+    Outcome.PROMPT_CUT: "prompt cut",
+    Outcome.COMPLETION_CUT: "completion cut",
+    Outcome.GLUED: "glued answer",
+    Outcome.SPECIAL_TOKENS: "special tokens in text",
+}
+
+
+class RowInfo(NamedTuple):
+    """Where a row came from, and what became of it.
+
+    Attributes:
+        id: 16 hexadecimal digits, a digest of the row's messages; what `data.exclude` takes.
+        place: its file, and the line or row there.
+        source, chosen_rating, rejected_rating: as its data say; None: they do not.
+        cut: tokens cut from the prompt, then from each completion.
+        flags: "plain text" and the names in `FLAGS`.
+    """
+
+    id: str
+    place: str
+    source: str | None
+    chosen_rating: float | None
+    rejected_rating: float | None
+    cut: tuple[int, ...]
+    flags: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +111,7 @@ class _Chunk:
 
 
 class TokenizedDataset:
-    """A tokenised dataset (columns as `FEATURES`, and if known as `PROVENANCE`) as examples.
+    """A tokenised dataset (columns as `FEATURES`, and if known as `PROVENANCE` and `TRACE`) as examples.
 
     Attributes:
         num_branches: K, the same for every row.
@@ -78,7 +133,7 @@ class TokenizedDataset:
             raise ValueError("the tokenised dataset holds no rows")
         table = dataset.data.table
         stored = table.select(list(FEATURES)).to_batches()
-        self._provenance = table.select([name for name in Provenance._fields if name in table.column_names])
+        self._details = table.select([name for name in (*PROVENANCE, *TRACE) if name in table.column_names])
         self._chunks = [_read(batch) for batch in stored]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in stored)])
         # a selection leaves the rows where they are and keeps a list of their places
@@ -98,12 +153,17 @@ class TokenizedDataset:
         self.loss_tokens = _concatenated([_loss_tokens(chunk) for chunk in self._chunks])[branches]
         self.lengths = self.trunk_lengths + self.branch_lengths.sum(axis=1)
 
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens of a trunk with one of its branches: how many positions the model needs."""
+        return int((self.trunk_lengths + self.branch_lengths.max(axis=1)).max())
+
     @functools.cached_property
     def sources(self) -> list[str] | None:
         """[n]: what the data call each row's source, `UNKNOWN_SOURCE` where they do not; None: they never do."""
-        if "source" not in self._provenance.column_names:
+        if "source" not in self._details.column_names:
             return None
-        named = self._provenance.column("source").take(pa.array(self._places)).combine_chunks().dictionary_encode()
+        named = self._details.column("source").take(pa.array(self._places)).combine_chunks().dictionary_encode()
         if named.null_count == len(named):
             return None
         names = [*named.dictionary.to_pylist(), self.UNKNOWN_SOURCE]
@@ -112,11 +172,48 @@ class TokenizedDataset:
     @functools.cached_property
     def ratings(self) -> np.ndarray | None:
         """fp32 [n, 2]: the data's ratings of chosen and rejected, NaN where unknown; None: all are unknown."""
-        if "chosen_rating" not in self._provenance.column_names:
+        if "chosen_rating" not in self._details.column_names:
             return None
-        columns = (self._provenance.column(name) for name in ("chosen_rating", "rejected_rating"))
+        columns = (self._details.column(name) for name in ("chosen_rating", "rejected_rating"))
         found = np.stack([column.to_numpy()[self._places].astype(np.float32) for column in columns], axis=1)
         return None if np.isnan(found).all() else found
+
+    @property
+    def stored_rows(self) -> np.ndarray:
+        """int64 [n]: which row of the source each row is; one that a weight repeats is there several times."""
+        return self._places
+
+    @functools.cached_property
+    def outcomes(self) -> np.ndarray | None:
+        """int32 [n]: bits of `Outcome`; None: the rows were not tokenised by this project."""
+        if "outcome" not in self._details.column_names:
+            return None
+        return self._details.column("outcome").to_numpy()[self._places]
+
+    def prompt_digests(self) -> np.ndarray:
+        """A digest of every row's trunk, as bytes that compare and sort: [n]."""
+        return np.array([self._prompt_digest(int(place)) for place in self._places], dtype="S16")
+
+    def _prompt_digest(self, place: int) -> bytes:
+        number, row = self._find(place)
+        start, end = self._chunks[number].trunk_starts[row : row + 2].tolist()
+        return hashlib.blake2b(self._chunks[number].trunk_ids[start:end].tobytes(), digest_size=16).digest()
+
+    def info(self, index: int) -> RowInfo:
+        """Where a row came from, and what became of it; unknown for rows that were not tokenised by this project."""
+        place = int(self._places[index])
+        found = {name: self._details.column(name)[place].as_py() for name in self._details.column_names}
+        outcome = Outcome(found.get("outcome") or 0)
+        flags = [] if Outcome.TEMPLATED in outcome or "outcome" not in found else ["plain text"]
+        return RowInfo(
+            id=found.get("id") or "",
+            place=found.get("place") or f"row {place + 1}",
+            source=found.get("source"),
+            chosen_rating=found.get("chosen_rating"),
+            rejected_rating=found.get("rejected_rating"),
+            cut=tuple(found.get("cut") or [0] * (1 + self.num_branches)),
+            flags=(*flags, *(name for bit, name in FLAGS.items() if bit in outcome)),
+        )
 
     def _find(self, place: int) -> tuple[int, int]:
         """The chunk that holds a stored row, and the row's number there."""
@@ -153,9 +250,25 @@ class TokenizedDataset:
 
     @functools.cached_property
     def _all_digests(self) -> np.ndarray:
+        if "digest" in self._details.column_names:
+            return digest_column(self._details.column("digest"))[self._places].view(np.uint8).reshape(-1, 16)
         found = (self._find(int(place)) for place in self._places)
         joined = bytearray().join(_digest(self._chunks[number], row) for number, row in found)
         return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
+
+
+def digest_column(column: pa.ChunkedArray) -> np.ndarray:
+    """A stored column of digests as bytes that compare and sort: [n]. A dropped row's is empty, and reads as zeros."""
+    parts = []
+    for chunk in column.chunks:
+        _, offsets, values = chunk.buffers()
+        starts = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        found = np.zeros(len(chunk), "S16")
+        known = np.diff(starts) == 16
+        content = b"" if values is None else memoryview(values)[starts[0] : starts[-1]]
+        found[known] = np.frombuffer(content, "S16")
+        parts.append(found)
+    return np.concatenate(parts)
 
 
 def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
@@ -196,13 +309,24 @@ def _loss_tokens(chunk: _Chunk) -> np.ndarray:
 
 
 def _digest(chunk: _Chunk, row: int) -> bytes:
-    """BLAKE2b, 16 bytes, of a row's sizes, token ids and masks."""
     first, last = chunk.row_starts[row : row + 2].tolist()
     edges = chunk.branch_starts[first : last + 1]
     trunk, branches = slice(*chunk.trunk_starts[row : row + 2].tolist()), slice(int(edges[0]), int(edges[-1]))
-    sizes = [last - first, trunk.stop - trunk.start, *np.diff(edges).tolist()]
+    return row_digest(chunk.trunk_ids[trunk], chunk.branch_ids[branches], chunk.mask[branches], np.diff(edges).tolist())
+
+
+def row_digest(trunk: np.ndarray, branches: np.ndarray, mask: np.ndarray, lengths: list[int]) -> bytes:
+    """BLAKE2b, 16 bytes, of a row's sizes, token ids and masks.
+
+    Args:
+        trunk: token ids [t].
+        branches: token ids of all branches, end to end [b].
+        mask: 0 or 1 for each of them [b].
+        lengths: tokens of each branch.
+    """
+    sizes = [len(lengths), len(trunk), *lengths]
     digest = hashlib.blake2b(np.asarray(sizes, dtype="<i8").tobytes(), digest_size=16)
-    digest.update(chunk.trunk_ids[trunk].astype("<i4").tobytes())
-    digest.update(chunk.branch_ids[branches].astype("<i4").tobytes())
-    digest.update(chunk.mask[branches].astype(bool).tobytes())
+    digest.update(trunk.astype("<i4").tobytes())
+    digest.update(branches.astype("<i4").tobytes())
+    digest.update(mask.astype(bool).tobytes())
     return digest.digest()

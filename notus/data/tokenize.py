@@ -1,11 +1,12 @@
-"""Rows from files or the hub -> the tokenised dataset on disk, and a report of what was dropped and cut.
+"""Rows from files, the hub or memory -> the tokenised dataset on disk, and a report of what was dropped and cut.
 
-The columns are those of `dataset.FEATURES` and `dataset.PROVENANCE`. CACHE/rows-FINGERPRINT/ holds the Arrow files that
-`datasets` wrote, and `digests.json`, their sha256 by file name. The folder is there whole or not at all, and is
+The columns are those of `dataset.FEATURES`, `PROVENANCE` and `TRACE`. CACHE/rows-FINGERPRINT/ holds the Arrow files
+that `datasets` wrote, and `digests.json`, their sha256 by file name. The folder is there whole or not at all, and is
 verified before it is used: Arrow itself notices a short file at best, and no altered token.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -13,9 +14,9 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import datasets
 import numpy as np
@@ -24,73 +25,54 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from notus.data.chat import ChatEncoder, Encoded, Rendered
-from notus.data.dataset import FEATURES, PROVENANCE
-from notus.data.formats import Provenance, Task, normalize, read_provenance
-from notus.data.sources import Part, Source, open_source, parts, read_rows
+from notus.data.chat import ChatEncoder, Encoded, EncodingError, Rendered
+from notus.data.dataset import FEATURES, PROVENANCE, TRACE, Outcome, row_digest
+from notus.data.drop_report import DropReport, Tally, report_of
+from notus.data.formats import (
+    UNUSED,
+    Provenance,
+    Record,
+    Task,
+    normalize,
+    read_provenance,
+    unknown_columns,
+    used_columns,
+)
+from notus.data.mixture import Share, copies, mixed
+from notus.data.sources import Part, Source, is_mixture, open_rows, open_source, parts, read_rows
 from notus.runtime.files import disk_error, sync
 
-_COLUMNS = datasets.Features({**FEATURES, **PROVENANCE, "outcome": datasets.Value("int8")})
+RowSource: TypeAlias = str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]
+OnBadRow = Literal["error", "skip"]
+TooLong = Literal["cut", "drop"]
+
+# `note`, for the report alone: what is wrong with the row, or the names of the columns that nothing reads.
+_COLUMNS = datasets.Features({**FEATURES, **PROVENANCE, **TRACE, "note": datasets.Value("string")})
 _DIGESTS = "digests.json"
-BATCH_ROWS = 500  # rows tokenised at a time; a worker's memory is some of these
-
-# The column `outcome`, as bits: the row was cut at either end and kept, or dropped; a chat template rendered it.
-PROMPT_CUT, COMPLETION_CUT, EMPTY, CUT_AWAY, IDENTICAL, TEMPLATED = 1, 2, 4, 8, 16, 32
-DROPPED = {
-    EMPTY: "empty completion",
-    CUT_AWAY: "completion cut away by max_length",
-    IDENTICAL: "chosen and rejected identical",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class DropReport:
-    """How many rows were read, dropped for which reason, and cut; `str()` is the text to print.
-
-    Attributes:
-        read: rows read, before weights and the split.
-        dropped: rows per reason, reasons that occurred only.
-        prompts_cut, completions_cut: kept rows that lost tokens of the prompt, or of a completion.
-        templated: kept rows that a chat template rendered; the others are plain text.
-    """
-
-    read: int = 0
-    dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    prompts_cut: int = 0
-    completions_cut: int = 0
-    templated: int = 0
-
-    @classmethod
-    def count(cls, outcomes: np.ndarray) -> "DropReport":
-        """Count the outcomes of all rows read."""
-        dropped = {reason: int((outcomes == bit).sum()) for bit, reason in DROPPED.items()}
-        return cls(
-            read=len(outcomes),
-            dropped={reason: count for reason, count in dropped.items() if count},
-            prompts_cut=int((outcomes & PROMPT_CUT > 0).sum()),
-            completions_cut=int((outcomes & COMPLETION_CUT > 0).sum()),
-            templated=int((outcomes & TEMPLATED > 0).sum()),
-        )
-
-    @property
-    def kept(self) -> int:
-        """Rows that are left."""
-        return self.read - sum(self.dropped.values())
-
-    def __str__(self) -> str:
-        reasons = "".join(f"\n  dropped {count}: {reason}" for reason, count in self.dropped.items())
-        cut = f"\n  cut to length: {self.prompts_cut} prompts, {self.completions_cut} rows' completions"
-        return f"rows: {self.read} read, {self.kept} kept, {self.read - self.kept} dropped{reasons}{cut}"
+BATCH_ROWS = 500  # rows that a worker is given at a time
+# A worker tokenises so many characters at a time; a longer row than that, and than 16 characters for each token that
+# could be kept, is dropped, because the tokenizer takes about 400 bytes for each character.
+MOST_CHARACTERS = 1_000_000
+CHARACTERS_PER_TOKEN = 16
+LONGEST_SOURCE = 200  # characters of a row's `source` that are kept
 
 
 def load_pairs(
-    source: str | Path | Sequence[Mapping[str, Any]],
+    source: RowSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     max_prompt_length: int,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
     add_empty_system: bool = False,
+    mask_history: bool = False,
+    split_special_tokens: bool = False,
+    columns: Mapping[str, str] | None = None,
+    too_long: TooLong = "cut",
+    on_bad_row: OnBadRow = "error",
+    exclude: Collection[str] = (),
     num_workers: int = 1,
     cache_dir: str | Path | None = None,
     seed: int = 42,
@@ -98,12 +80,18 @@ def load_pairs(
     """Read and tokenise preference pairs: rows of K = 2, branch 0 the chosen, branch 1 the rejected.
 
     Args:
-        source: a path or hub id, or a list of {path, split, weight}. The weight is the share of the rows to
-            take: 0.5 half of them, drawn with `seed`, 2.0 each twice.
+        source: a path or hub id; a list of {path, split, weight}, whose weight is the share of the rows to take: 0.5
+            half of them, drawn with `seed`, 2.0 each twice; or the rows themselves, a list of dicts or a
+            `datasets.Dataset`.
         tokenizer: a fast tokenizer.
         max_length: most tokens of prompt + completion; see `truncate` for what is cut.
         max_prompt_length: prompt tokens kept if a pair is too long.
-        chat_template, add_empty_system: see `ChatEncoder`.
+        chat_template, chat_template_kwargs, template_date, add_empty_system, mask_history, split_special_tokens: see
+            `ChatEncoder`.
+        columns: what the rows call their columns, {their name: ours}.
+        too_long: "drop" leaves out what "cut" cuts.
+        on_bad_row: "skip" counts rows that cannot be read, "error" raises at the first.
+        exclude: ids of rows to leave out, see `dataset.RowInfo`.
         num_workers: processes that tokenise.
         cache_dir: where tokenised rows are kept between runs; None: in the cache folder of `datasets`.
         seed: of the draw for weights.
@@ -115,22 +103,37 @@ def load_pairs(
         ValueError: input that cannot be read, naming file, line, key and remedy; lengths that cannot be
             kept; or nothing left, with the report.
     """
-    if not 0 < max_prompt_length < max_length:
-        raise ValueError(
-            f"max_prompt_length is {max_prompt_length}, but must be at least 1 and below max_length "
-            f"({max_length}), so that a prompt leaves room for a completion"
-        )
-    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    return _load(source, _Rule(encoder, "dpo", max_length, max_prompt_length), num_workers, cache_dir, seed)
+    encoder = ChatEncoder(
+        tokenizer,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        template_date=template_date,
+        add_empty_system=add_empty_system,
+        mask_history=mask_history,
+        split_special_tokens=split_special_tokens,
+    )
+    rule = Rule(encoder, "dpo", max_length, max_prompt_length, columns or {}, too_long)
+    shares, report = read_shares(
+        source, rule, on_bad_row=on_bad_row, exclude=exclude, num_workers=num_workers, cache_dir=cache_dir
+    )
+    return mixed(shares, seed), report
 
 
 def load_sft(
-    source: str | Path | Sequence[Mapping[str, Any]],
+    source: RowSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
     add_empty_system: bool = False,
+    mask_history: bool = False,
+    split_special_tokens: bool = False,
+    columns: Mapping[str, str] | None = None,
+    too_long: TooLong = "cut",
+    on_bad_row: OnBadRow = "error",
+    exclude: Collection[str] = (),
     num_workers: int = 1,
     cache_dir: str | Path | None = None,
     seed: int = 42,
@@ -139,24 +142,20 @@ def load_sft(
 
     Arguments, result and errors as in `load_pairs`.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length is {max_length}; it must leave room for a prompt and a completion token")
-    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    return _load(source, _Rule(encoder, "sft", max_length, None), num_workers, cache_dir, seed)
-
-
-def split_holdout(dataset: datasets.Dataset, size: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Hold `size` rows out, drawn with `seed`: (the rest, the held-out rows), each in the order of `dataset`.
-
-    Draws the rows that `datasets`' own `train_test_split(test_size=size, seed=seed)` does, as Notus' split
-    was made. Raises ValueError if `size` leaves either side empty.
-    """
-    if not 0 < size < len(dataset):
-        raise ValueError(
-            f"cannot hold {size} of {len(dataset)} rows out for evaluation; choose 1 to {len(dataset) - 1}"
-        )
-    drawn = np.random.default_rng(seed).permutation(len(dataset))
-    return dataset.select(np.sort(drawn[size:])), dataset.select(np.sort(drawn[:size]))
+    encoder = ChatEncoder(
+        tokenizer,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        template_date=template_date,
+        add_empty_system=add_empty_system,
+        mask_history=mask_history,
+        split_special_tokens=split_special_tokens,
+    )
+    rule = Rule(encoder, "sft", max_length, None, columns or {}, too_long)
+    shares, report = read_shares(
+        source, rule, on_bad_row=on_bad_row, exclude=exclude, num_workers=num_workers, cache_dir=cache_dir
+    )
+    return mixed(shares, seed), report
 
 
 def truncate(encoded: Sequence[Encoded], max_length: int, max_prompt_length: int | None) -> tuple[list[Encoded], int]:
@@ -180,7 +179,7 @@ def truncate(encoded: Sequence[Encoded], max_length: int, max_prompt_length: int
             end = max_length if max_prompt_length is None else prompt + max_length - max_prompt_length
         cut.append(Encoded(item.ids[start:end], item.mask[start:end]))
     shortened = any(a.mask.sum() < b.mask.sum() for a, b in zip(cut, encoded, strict=True))
-    return cut, (PROMPT_CUT if excess else 0) | (COMPLETION_CUT if shortened else 0)
+    return cut, (Outcome.PROMPT_CUT if excess else 0) | (Outcome.COMPLETION_CUT if shortened else 0)
 
 
 def split_trunk(encoded: Sequence[Encoded]) -> int:
@@ -199,39 +198,112 @@ def _prompt_length(item: Encoded) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rule:
-    """How a row becomes tokens: all that decides the result, beside the row."""
+class Rule:
+    """How a row becomes tokens: all that decides the result, beside the row. `load_pairs` says what the settings do.
+
+    Raises ValueError for lengths that leave no room for a prompt or a completion.
+    """
 
     encoder: ChatEncoder
     task: Task
     max_length: int
-    max_prompt_length: int | None
+    max_prompt_length: int | None = None  # None: demonstrations, which are cut at their end
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    too_long: TooLong = "cut"
+
+    def __post_init__(self) -> None:
+        longest = self.max_prompt_length
+        if longest is None and self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; it must leave room for a prompt and a completion token")
+        if longest is not None and not 0 < longest < self.max_length:
+            raise ValueError(
+                f"max_prompt_length is {longest}, but must be at least 1 and below max_length ({self.max_length}), so "
+                "that a prompt leaves room for a completion"
+            )
 
     def digest(self) -> str:
         """Digest of the rule, and of the code that applies it."""
-        names = ("chat.py", "formats.py", "sources.py", "dataset.py", "tokenize.py")
-        code = [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in names]
+        sources = sorted(Path(__file__).parent.glob("*.py"))
+        code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
         versions = [tokenizers.__version__, transformers.__version__]
-        decides = [self.encoder.digest(), self.task, self.max_length, self.max_prompt_length, code, versions]
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+        settings = [self.task, self.max_length, self.max_prompt_length, dict(self.columns), self.too_long]
+        return hashlib.sha256(json.dumps([self.encoder.digest(), settings, code, versions]).encode()).hexdigest()
 
-    def render(self, row: Any) -> list[Rendered]:
-        """Render each of a row's conversations as a string; return none if a completion is empty."""
-        record = normalize(row, self.task)
+    def read(self, place: str, row: Any) -> "_Row":
+        """Render each of a row's conversations as a string, none if a completion is empty.
+
+        Raises ValueError for a row of no known form, and one that the template does not take.
+        """
+        record = normalize(row, self.task, self.columns)
+        found = read_provenance(row, self.columns)
+        source = None if found.source is None else found.source[:LONGEST_SOURCE]
+        made = _Row(place, record_id(record), found._replace(source=source))
+        if unread := unknown_columns(row, self.task, self.columns):
+            made.note = json.dumps(unread)
         if not all(self.encoder.has_text(completion) for completion in record.completions):
-            return []
-        return [self.encoder.render(record.prompt, completion) for completion in record.completions]
+            made.outcome = Outcome.EMPTY
+            return made
+        made.rendered = [
+            self.encoder.render(record.prompt, completion, tools=record.tools, template_kwargs=record.template_kwargs)
+            for completion in record.completions
+        ]
+        if made.characters > max(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * self.max_length):
+            made.rendered, made.outcome = [], Outcome.HUGE
+        return made
 
-    def finish(self, encoded: list[Encoded]) -> tuple[list[Encoded], int]:
-        """Cut a row to length. Return its conversations, none if it is dropped, and its outcome."""
+    def finish(self, row: "_Row", encoded: list[Encoded]) -> None:
+        """Cut a row to length, and say what became of it."""
         if not encoded:
-            return [], EMPTY
+            return
         cut, outcome = truncate(encoded, self.max_length, self.max_prompt_length)
-        if not all(item.mask.any() for item in cut):
-            return [], CUT_AWAY
-        if len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
-            return [], IDENTICAL
-        return cut, outcome
+        row.outcome, row.cut = outcome | row.flags(), _tokens_cut(encoded, cut)
+        if outcome and self.too_long == "drop":
+            row.outcome = Outcome.TOO_LONG
+        elif not all(item.mask.any() for item in cut):
+            row.outcome = Outcome.CUT_AWAY
+        elif len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
+            row.outcome = Outcome.IDENTICAL
+        else:
+            row.encoded = cut
+
+
+_UNKNOWN = Provenance(None, None, None)
+
+
+@dataclasses.dataclass
+class _Row:
+    """A row on its way. `encoded` is empty if it is dropped."""
+
+    place: str
+    id: str = ""
+    provenance: Provenance = _UNKNOWN
+    rendered: list[Rendered] = dataclasses.field(default_factory=list)
+    encoded: list[Encoded] = dataclasses.field(default_factory=list)
+    outcome: int = 0
+    cut: list[int] = dataclasses.field(default_factory=list)
+    note: str | None = None
+
+    @property
+    def characters(self) -> int:
+        return sum(len(item.text) for item in self.rendered)
+
+    def flags(self) -> int:
+        flags = Outcome.TEMPLATED if self.rendered[0].templated else 0
+        flags |= Outcome.GLUED if any(item.glued for item in self.rendered) else 0
+        return flags | (Outcome.SPECIAL_TOKENS if any(item.special_tokens for item in self.rendered) else 0)
+
+
+def record_id(record: Record) -> str:
+    """The id of a row: 16 hexadecimal digits, a digest of what it says, whatever the tokenizer and the file."""
+    said = [record.prompt, record.completions, record.tools, dict(record.template_kwargs)]
+    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def _tokens_cut(before: Sequence[Encoded], after: Sequence[Encoded]) -> list[int]:
+    """Tokens cut from the prompt, then from each completion."""
+    prompts = [_prompt_length(a) - _prompt_length(b) for a, b in zip(before, after, strict=True)]
+    lost = [len(a.ids) - len(b.ids) for a, b in zip(before, after, strict=True)]
+    return [prompts[0], *(whole - prompt for whole, prompt in zip(lost, prompts, strict=True))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,43 +311,91 @@ class _Tokenize:
     """The function that `datasets.map` calls with batches of a source's rows, in its workers."""
 
     source: Source
-    rule: _Rule
+    rule: Rule
+    on_bad_row: OnBadRow
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pa.Table:
-        rendered, provenances = [], []
+    def __call__(self, batch: Any, indices: Sequence[int]) -> pa.Table:
+        made: list[_Row] = []
+        for group in _groups(self._rendered(batch, indices)):
+            self._encode(group)
+            made += group
+        return _table(made)
+
+    def _rendered(self, batch: Any, indices: Sequence[int]) -> Iterator[_Row]:
         for place, row in read_rows(self.source, batch, indices):
             try:
-                rendered.append(self.rule.render(row))
+                if isinstance(row, ValueError):
+                    raise row
+                yield self.rule.read(place, row)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
-            provenances.append(read_provenance(row))
-        encoded = iter(self.rule.encoder.tokenize([text for row in rendered for text in row]))
-        kept, outcomes = [], []
-        for row in rendered:
-            found, outcome = self.rule.finish([next(encoded) for _ in row])
-            kept.append(found)
-            outcomes.append(outcome | TEMPLATED if found and row[0].templated else outcome)
-        return _table(kept, outcomes, provenances)
+                yield self._bad(_Row(place), error)
+
+    def _encode(self, rows: list[_Row]) -> None:
+        """Tokenise what is rendered, at once."""
+        while True:
+            owners = [row for row in rows for _ in row.rendered]
+            try:
+                encoded = iter(self.rule.encoder.tokenize([text for row in rows for text in row.rendered]))
+                break
+            except EncodingError as error:
+                self._bad(owners[error.item], error)
+        for row in rows:
+            self.rule.finish(row, [next(encoded) for _ in row.rendered])
+            row.rendered = []
+
+    def _bad(self, row: _Row, error: ValueError) -> _Row:
+        if self.on_bad_row == "error":
+            raise ValueError(f"{row.place}: {error}") from error
+        row.rendered, row.outcome, row.note = [], Outcome.UNREADABLE, str(error)
+        return row
 
 
-def _table(rows: Sequence[Sequence[Encoded]], outcomes: Sequence[int], provenances: Sequence[Provenance]) -> pa.Table:
+def _groups(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Neighbouring rows, of `MOST_CHARACTERS` together or little more."""
+    group: list[_Row] = []
+    characters = 0
+    for row in rows:
+        group.append(row)
+        characters += row.characters
+        if characters >= MOST_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _table(rows: Sequence[_Row]) -> pa.Table:
     """Store rows of K conversations each, none of a dropped row, as `_COLUMNS`.
 
     Arrow's arrays are made from flat ones: from Python lists they would take as long as the tokenizer.
     """
-    shared = [split_trunk(row) if row else 0 for row in rows]
-    trunks = [row[0].ids[:start] if row else np.empty(0, np.int32) for row, start in zip(rows, shared, strict=True)]
-    branches = [(item.ids[start:], item.mask[start:]) for row, start in zip(rows, shared, strict=True) for item in row]
-    per_row = _offsets([len(row) for row in rows])
+    shared = [split_trunk(row.encoded) if row.encoded else 0 for row in rows]
+    trunks = [
+        row.encoded[0].ids[:start] if row.encoded else np.empty(0, np.int32)
+        for row, start in zip(rows, shared, strict=True)
+    ]
+    branches = [
+        [(item.ids[start:], item.mask[start:]) for item in row.encoded] for row, start in zip(rows, shared, strict=True)
+    ]
+    per_row = _offsets([len(row) for row in branches])
     columns = {
         "trunk": _lists(trunks),
-        "branches": pa.ListArray.from_arrays(per_row, _lists([ids for ids, _ in branches])),
-        "loss_mask": pa.ListArray.from_arrays(per_row, _lists([mask for _, mask in branches])),
-        "outcome": pa.array(outcomes),
+        "branches": pa.ListArray.from_arrays(per_row, _lists([ids for row in branches for ids, _ in row])),
+        "loss_mask": pa.ListArray.from_arrays(per_row, _lists([mask for row in branches for _, mask in row])),
+        "digest": pa.array([_digest_of(*row) for row in zip(trunks, branches, strict=True)], pa.binary()),
     }
-    columns |= {name: pa.array([getattr(each, name) for each in provenances]) for name in Provenance._fields}
+    for name in ("id", "place", "outcome", "cut", "note"):
+        columns[name] = pa.array([getattr(row, name) for row in rows], _COLUMNS.arrow_schema.field(name).type)
+    columns |= {name: pa.array([getattr(row.provenance, name) for row in rows]) for name in Provenance._fields}
     schema = _COLUMNS.arrow_schema
     return pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
+
+
+def _digest_of(trunk: np.ndarray, branches: Sequence[tuple[np.ndarray, np.ndarray]]) -> bytes:
+    if not branches:
+        return b""
+    ids, masks = (np.concatenate(parts) for parts in zip(*branches, strict=True))
+    return row_digest(trunk, ids, masks, [len(part) for part, _ in branches])
 
 
 def _lists(items: Sequence[np.ndarray]) -> pa.ListArray:
@@ -287,37 +407,60 @@ def _offsets(lengths: Sequence[int]) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
 
 
-def _load(
-    source: str | Path | Sequence[Mapping[str, Any]],
-    rule: _Rule,
-    num_workers: int,
-    cache_dir: str | Path | None,
-    seed: int,
-) -> tuple[datasets.Dataset, DropReport]:
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "notus")
-    loaded, outcomes = [], []
-    for part in parts(source):
-        tokenized = _tokenize(open_source(part.path, part.split), rule, num_workers, folder)
-        found = tokenized.data.column("outcome").to_numpy()
-        kept = ~np.isin(found, list(DROPPED))
-        if not kept.any():
-            raise ValueError(f"{part.path}: no row is left to learn from\n{DropReport.count(found)}")
-        rows = tokenized.remove_columns("outcome")
-        loaded.append(_weighted(rows if kept.all() else rows.select(np.flatnonzero(kept)), part, seed))
-        outcomes.append(found)
-    return datasets.concatenate_datasets(loaded), DropReport.count(np.concatenate(outcomes))
+# ---- sources ----
 
 
-def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> datasets.Dataset:
+def read_shares(
+    source: RowSource,
+    rule: Rule,
+    *,
+    on_bad_row: OnBadRow = "error",
+    exclude: Collection[str] = (),
+    num_workers: int = 1,
+    cache_dir: str | Path | None = None,
+) -> tuple[list[Share], DropReport]:
+    """Tokenise every source. Return what is left of each with its weight, not applied yet, and the report.
+
+    Arguments and errors as in `load_pairs`.
+    """
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "notus").expanduser()
+    shares, tallies = [], []
+    for part, opened in _opened(source, rule, folder):
+        tokenized = _tokenize(opened, rule, on_bad_row, num_workers, folder)
+        unread = [name for name in opened.unread if rule.columns.get(name) != UNUSED]
+        tally = Tally(tokenized, exclude, unread)
+        if on_bad_row == "error" and tally.unreadable:
+            raise ValueError(tally.unreadable[0])
+        if not tally.kept.any():
+            raise ValueError(f"{part.path}: no row is left to learn from\n{report_of([tally])}")
+        rows = tokenized.remove_columns("note")
+        rows = rows if tally.kept.all() else rows.select(np.flatnonzero(tally.kept))
+        shares.append(Share(part.path, rows, part.weight))
+        tallies.append(tally)
+    return shares, dataclasses.replace(report_of(tallies), duplicates=copies(shares))
+
+
+def _opened(source: RowSource, rule: Rule, folder: Path) -> Iterator[tuple[Part, Source]]:
+    """Each source with its weight; rows in memory are one source."""
+    pick = functools.partial(used_columns, task=rule.task, columns=rule.columns)
+    if isinstance(source, str | Path) or is_mixture(source):
+        for part in parts(source):
+            yield part, open_source(part.path, part.split, columns=pick, cache_dir=folder)
+    else:
+        opened = open_rows(source, columns=pick)
+        yield Part(opened.name), opened
+
+
+def _tokenize(source: Source, rule: Rule, on_bad_row: OnBadRow, num_workers: int, folder: Path) -> datasets.Dataset:
     """Return one row per row of the source, with its outcome; from the cache if it is there."""
     # Our own digest: that of `datasets` knows neither the content of a JSON file nor the text of our code.
-    fingerprint = hashlib.sha256(f"{source.digest} {rule.digest()}".encode()).hexdigest()[:32]
+    fingerprint = hashlib.sha256(f"{source.name} {source.digest} {rule.digest()}".encode()).hexdigest()[:32]
     workers = min(num_workers, math.ceil(len(source.rows) / BATCH_ROWS))
     return cached(
         folder,
         f"rows-{fingerprint}",
         lambda file: source.rows.map(
-            _Tokenize(source, rule),
+            _Tokenize(source, rule, on_bad_row),
             with_indices=True,
             batched=True,
             batch_size=BATCH_ROWS,
@@ -329,18 +472,6 @@ def _tokenize(source: Source, rule: _Rule, num_workers: int, folder: Path) -> da
             desc=f"Tokenizing {source.name}",
         ),
     )
-
-
-def _weighted(rows: datasets.Dataset, part: Part, seed: int) -> datasets.Dataset:
-    """Take the share `part.weight` of the rows: each as often as fits in whole, and a draw for the rest."""
-    if part.weight == 1:
-        return rows
-    count = round(part.weight * len(rows))
-    if count == 0:
-        raise ValueError(f"{part.path}: weight {part.weight} of {len(rows)} rows is none; raise the weight")
-    repeats, rest = divmod(count, len(rows))
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:rest])
-    return rows.select(np.concatenate([*[np.arange(len(rows))] * repeats, drawn]))
 
 
 def cached(folder: Path, name: str, make: Callable[[str], object]) -> datasets.Dataset:

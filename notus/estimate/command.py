@@ -1,8 +1,8 @@
 """`python -m notus estimate`: will a run fit, how long will it take, what will it cost; without weights or a GPU."""
 
 import argparse
-import functools
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ SMALL_DATA = 16 * 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("config", metavar="CONFIG.yaml", help="as for train_dpo.py or train_sft.py")
+    parser.add_argument(
+        "config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for train_dpo.py or train_sft.py"
+    )
     _add_options(parser)
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
 
@@ -41,7 +43,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--utilisation", type=_share, default=0.45, help="share of the peak reached, an assumption (default: 0.45)"
     )
     parser.add_argument("--price", type=positive, metavar="USD", help="per GPU-hour")
-    parser.add_argument("--model-config", metavar="FILE", help="a config.json, in place of the model's own")
+    parser.add_argument(
+        "--model-config", type=os.path.expanduser, metavar="FILE", help="a config.json, in place of the model's own"
+    )
 
 
 def _share(text: str) -> float:
@@ -166,21 +170,18 @@ def _tokenised(config: Config) -> "Lengths | None":
     if sum(path.stat().st_size for path in paths) > SMALL_DATA:
         return None
     from notus.data.dataset import TokenizedDataset
-    from notus.data.tokenize import load_pairs, load_sft
+    from notus.data.mixture import mixed
+    from notus.data.tokenize import read_shares
     from notus.estimate.sizes import tokenised
     from notus.model.export import load_tokenizer
+    from notus.training.run_data import rule_of
 
     data, tokenizer = config.data, load_tokenizer(folder, config.model.trust_remote_code)
-    load = load_sft
-    if config.task == "dpo":
-        load = functools.partial(load_pairs, max_prompt_length=data.max_prompt_length or 1)
-    dataset, _ = load(
+    shares, _ = read_shares(
         data.train,
-        tokenizer,
-        max_length=data.max_length,
-        chat_template=data.chat_template,
-        add_empty_system=data.add_empty_system,
+        rule_of(data, tokenizer, config.task),
+        on_bad_row=data.on_bad_row,
         num_workers=data.num_workers,
         cache_dir=data.cache_dir,
     )
-    return tokenised(TokenizedDataset(dataset))
+    return tokenised(TokenizedDataset(mixed(shares, config.training.seed)))

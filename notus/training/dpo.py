@@ -18,6 +18,7 @@ from notus.losses import LENGTH_NORMALISED_LOSSES, dpo_loss, nll_loss
 from notus.model.policy import Policy
 from notus.runtime.distributed import say
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
+from notus.training.run_folder import REFERENCE
 from notus.training.scoring import score
 from notus.training.setup import Run, start
 from notus.training.trainer import RowLoss
@@ -240,7 +241,7 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
         precision=config.training.precision,
         kernel=job.kernel,
     )
-    folder = Path(config.reference.cache_dir or Path(config.training.output_dir) / "reference")
+    folder = Path(config.reference.cache_dir or Path(config.training.output_dir) / REFERENCE)
 
     def pass_over(indices: np.ndarray) -> Tensor:
         logps = score(job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,33 @@ def reference_logps(
     # another run may be filling the same cache; it writes its parts again
     on_main(lambda: shutil.rmtree(parts, ignore_errors=True))
     return logps, False
+
+
+def stored_logps(paths: Sequence[Path], digests: np.ndarray) -> Tensor | None:
+    """Look rows up in caches that `reference_logps` wrote, by the digest of each.
+
+    Args:
+        paths: the caches, of one reference; those that do not exist are passed over.
+        digests: uint8 [n, 16], a digest per row.
+
+    Returns:
+        fp32 [n, K] in nats; None if any of the rows is in none of the caches.
+
+    Raises:
+        ValueError: a cache file is damaged.
+    """
+    known: dict[bytes, Tensor] = {}
+    for path in paths:
+        if path.exists():
+            try:
+                tensors, _ = _open(path)
+            except ValueError as error:
+                raise ValueError(f"the reference cache {path} is damaged ({error}): delete it") from error
+            rows = map(np.ndarray.tobytes, tensors["digests"].numpy())
+            known |= dict(zip(rows, tensors["logps"], strict=True))
+    found = [known.get(row.tobytes()) for row in digests]
+    logps = [row for row in found if row is not None]
+    return torch.stack(logps) if len(logps) == len(found) else None
 
 
 def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray) -> Tensor:

@@ -1,18 +1,23 @@
 """Training and evaluation rows of a run, with what became of the data on the way."""
 
 import dataclasses
-import functools
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from notus.data.chat import resolve_template
+from notus.config import DataConfig, Task
+from notus.data.chat import ChatEncoder
+from notus.data.chat_template import uses_date
 from notus.data.dataset import TokenizedDataset
-from notus.data.tokenize import DropReport, load_pairs, load_sft, split_holdout
+from notus.data.drop_report import DropReport
+from notus.data.mixture import Share, hold_out, mixed, without
+from notus.data.tokenize import Rule, read_shares
+from notus.model.usage import set_trained_templates
 from notus.runtime import distributed
 
 DATA_FILE = "data.json"
@@ -34,6 +39,11 @@ class Inputs:
     eval: TokenizedDataset | None
     reports: dict[str, DropReport]
 
+    @property
+    def plain_text(self) -> bool:
+        """Whether the model learns plain text only: no training row is a conversation."""
+        return not self.reports["train"].templated
+
     def summary(self) -> dict[str, Any]:
         """The content of `data.json`."""
         sides = {"train": self.train, "eval": self.eval}
@@ -42,62 +52,158 @@ class Inputs:
         }
 
 
-def load_inputs(
-    sources: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    max_prompt_length: int | None,
-    eval_size: int,
-    chat_template: str | None,
-    add_empty_system: bool,
-    num_workers: int,
-    cache_dir: str | None,
-    seed: int,
-) -> Inputs:
+def load_inputs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: Task, seed: int) -> Inputs:
     """Read and tokenise what a run learns from. All ranks must call this; rank 0 fills the cache.
 
     If a chat template rendered the rows, `tokenizer` is given that template, so that it is exported with the model.
 
     Args:
-        sources: what is read as "train" and, if it is there, as "eval"; see `load_pairs`.
+        data: the settings.
         tokenizer: a fast tokenizer.
-        max_prompt_length: of pairs; None reads demonstrations.
-        eval_size: rows to hold out of the training data, if "eval" is not there.
+        task: "dpo" reads pairs, "sft" demonstrations.
         seed: of all draws.
-        max_length, chat_template, add_empty_system, num_workers, cache_dir: see `load_pairs`.
-    """
-    load = load_sft if max_prompt_length is None else functools.partial(load_pairs, max_prompt_length=max_prompt_length)
-    reports = {}
 
-    def read(name: str) -> datasets.Dataset:
+    Raises:
+        ValueError: what `load_pairs` raises, or a file of `data.exclude` that is of no use.
+    """
+    reader = _Reader(data, rule_of(data, tokenizer, task))
+    train = reader.read("train", data.train)
+    held_out = None
+    if data.eval is not None:
+        held_out = mixed(reader.read("eval", data.eval), seed)
+        train, copies = without(train, held_out)
+        reader.count_held(copies)
+    elif data.eval_size:
+        train, held_out, copies = hold_out(train, data.eval_size, seed)
+        reader.count_held(copies)
+    reader.check_exclude()
+    reader.say_reports()
+    if uses_date(reader.rule.encoder.template):
+        distributed.say(f"the chat template writes the date: {reader.rule.encoder.date}, frozen as data.template_date")
+    if any(report.templated for report in reader.reports.values()):
+        set_trained_templates(tokenizer, reader.rule.encoder)
+        if notice := boundary_notice(reader.rule.encoder):
+            distributed.say(notice)
+    return Inputs(
+        TokenizedDataset(mixed(train, seed)),
+        None if held_out is None else TokenizedDataset(held_out),
+        reader.reports,
+    )
+
+
+def load_held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: Task, seed: int) -> TokenizedDataset:
+    """The evaluation rows of a run that has some; arguments and errors as in `load_inputs`."""
+    reader = _Reader(data, rule_of(data, tokenizer, task))
+    if data.eval is not None:
+        held_out = mixed(reader.read("eval", data.eval), seed)
+    else:
+        held_out = hold_out(reader.read("train", data.train), data.eval_size, seed)[1]
+    reader.say_reports()
+    return TokenizedDataset(held_out)
+
+
+def boundary_notice(encoder: ChatEncoder) -> str | None:
+    """What to say if the tokenizer joins the end of a generation prompt with the answer; None: it does not.
+
+    Conversations are tokenised as wholes. A server tokenises the prompt alone, so the model would answer after a token
+    that it has not seen there.
+    """
+    prompt, answer = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Yes."}]
+    try:
+        alone, whole = encoder.encode_prompt(prompt), encoder.encode([(prompt, answer)])[0].ids.tolist()
+    except ValueError:  # a template for other conversations
+        return None
+    if whole[: len(alone)] == alone:
+        return None
+    end = encoder.tokenizer.decode(alone[-1:])
+    return (
+        f"warning: alone, the prompt ends in the token {end!r}, but with an answer behind it in others: the tokenizer "
+        "joins them, so prompts are learned with other last tokens than servers give. Use a template whose generation "
+        "prompt does not end in blanks, or another way of switching reasoning off"
+    )
+
+
+def rule_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase, task: Task) -> Rule:
+    """How the rows of a run become tokens."""
+    encoder = ChatEncoder(
+        tokenizer,
+        chat_template=data.chat_template,
+        chat_template_kwargs=data.chat_template_kwargs,
+        template_date=data.template_date,
+        add_empty_system=data.add_empty_system,
+        mask_history=data.mask_history,
+        split_special_tokens=data.split_special_tokens,
+    )
+    longest_prompt = data.max_prompt_length if task == "dpo" else None
+    return Rule(encoder, task, data.max_length, longest_prompt, data.columns, data.too_long)
+
+
+class _Reader:
+    """Reads a run's sources by one rule, and keeps the reports by the key that names the source."""
+
+    def __init__(self, data: DataConfig, rule: Rule) -> None:
+        self._data = data
+        self.rule = rule
+        self._exclude = frozenset() if data.exclude is None else read_ids(Path(data.exclude).expanduser())
+        self.reports: dict[str, DropReport] = {}
+
+    def read(self, name: str, sources: Sequence[Mapping[str, Any]]) -> list[Share]:
         try:
-            dataset, report = distributed.main_first(
-                lambda: load(
-                    sources[name],
-                    tokenizer,
-                    max_length=max_length,
-                    chat_template=chat_template,
-                    add_empty_system=add_empty_system,
-                    num_workers=num_workers,
-                    cache_dir=cache_dir,
-                    seed=seed,
+            shares, self.reports[name] = distributed.main_first(
+                lambda: read_shares(
+                    sources,
+                    self.rule,
+                    on_bad_row=self._data.on_bad_row,
+                    exclude=self._exclude,
+                    num_workers=self._data.num_workers,
+                    cache_dir=self._data.cache_dir,
                 )
             )
         except OSError as error:
             raise ValueError(f"data.{name} cannot be read, or data.cache_dir not be written ({error})") from error
-        distributed.say(f"{name} {report}")
-        if report.templated:
-            tokenizer.chat_template = resolve_template(tokenizer, chat_template)
-        reports[name] = report
-        return dataset
+        return shares
 
-    train, held_out = read("train"), None
-    if "eval" in sources:
-        held_out = read("eval")
-    elif eval_size:
-        train, held_out = split_holdout(train, eval_size, seed)
-    return Inputs(TokenizedDataset(train), None if held_out is None else TokenizedDataset(held_out), reports)
+    def count_held(self, copies: int) -> None:
+        self.reports["train"] = dataclasses.replace(self.reports["train"], held=copies)
+
+    def say_reports(self) -> None:
+        for name, report in self.reports.items():
+            distributed.say(f"{name} {report}")
+
+    def check_exclude(self) -> None:
+        """Say how many ids stand nowhere in the data. Raises ValueError if none does."""
+        found = {row_id for report in self.reports.values() for row_id in report.excluded}
+        missing = sorted(self._exclude - found)
+        if not missing:
+            return
+        file = f"data.exclude={self._data.exclude}"
+        if not found:
+            raise ValueError(
+                f"{file}: no row has one of its {len(missing)} ids; export them again with `notus data --html`, from "
+                "the same data, task and data.columns"
+            )
+        distributed.say(
+            f"warning: {file}: no row has {len(missing)} of its {len(self._exclude)} ids ({missing[0]}, ...)"
+        )
+
+
+def read_ids(path: Path) -> frozenset[str]:
+    """The row ids of a file, one a line; what follows a # is a comment.
+
+    Raises:
+        ValueError: it cannot be read, or a line is no id.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.exclude={path} cannot be read ({error})") from error
+    found = set()
+    for number, line in enumerate(lines, start=1):
+        word = line.partition("#")[0].strip().lower()
+        if word and not re.fullmatch(r"[0-9a-f]{16}", word):
+            raise ValueError(f"{path}, line {number}: {word[:40]!r} is no row id, which has 16 digits 0-9 and a-f")
+        found.add(word)
+    return frozenset(found - {""})
 
 
 def data_summary(rows: TokenizedDataset, report: DropReport | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from notus.training.tracking import METRICS_FILE
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+REFERENCE = "reference"
 LOCK = ".lock"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 # What may differ when a run is resumed: how and where it computes, not what.
@@ -60,9 +61,7 @@ def open_folder(config: Config) -> Opening:
     folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # torchrun's restart of a launch that began anew is to resume it
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        resume = "auto" if restarted and config.training.resume == "never" else config.training.resume
+        resume = _resume(config)
         if resume == "never":
             _set_aside(folder)
         elif (folder / CONFIG_FILE).exists() and _has_begun(folder):
@@ -76,6 +75,37 @@ def open_folder(config: Config) -> Opening:
     except OSError as error:
         raise _unwritable(folder, error) from error
     return Opening(finished=False, checkpoints=checkpoints)
+
+
+def _resume(config: Config) -> str:
+    """`training.resume`; torchrun's restart of a launch that began anew is to resume it."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return "auto" if restarted and config.training.resume == "never" else config.training.resume
+
+
+def template_date(config: Config) -> str:
+    """The date that chat templates take for today: as configured, as recorded in the folder, else today; for rank 0.
+
+    Frozen, since a run resumed on another day must see the same tokens, even if only its reference was computed.
+    """
+    if config.data.template_date is not None:
+        return config.data.template_date
+    folder, resume = Path(config.training.output_dir), _resume(config)
+    places = [folder] if resume != "never" else []
+    if resume not in ("auto", "never"):
+        places.append(Path(resume).parent.parent)
+    for place in places:
+        if found := _recorded_date(place / CONFIG_FILE):
+            return found
+    return datetime.date.today().isoformat()
+
+
+def _recorded_date(path: Path) -> str | None:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["template_date"]
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError):  # what is wrong with it is reported elsewhere
+        return None
+    return found if isinstance(found, str) else None
 
 
 def hold_folder(config: Config) -> IO[str]:
@@ -149,7 +179,7 @@ def _set_aside(folder: Path) -> None:
     aside = folder / f"previous-{now}"
     aside.mkdir()
     for name in order:
-        if name in present and not name.startswith("previous-") and name not in ("reference", LOCK):
+        if name in present and not name.startswith("previous-") and name not in (REFERENCE, LOCK):
             (folder / name).rename(aside / name)
     tell(f"training.resume=never: the earlier run is now in {aside}")
 
@@ -171,6 +201,8 @@ def _check_same_run(path: Path, config: Config) -> None:
     if task != config.task:
         raise ValueError(f"{path.parent} holds a run of train_{task}.py: choose another training.output_dir")
     before, now = _flat(load_config(path, config.task)), _flat(config)
+    if before["data.template_date"] is None:  # a run from before it was recorded
+        before["data.template_date"] = now["data.template_date"]
     changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
     if changed:
         changes = ", ".join(f"{key} (was {json.dumps(before[key])}, is {json.dumps(now[key])})" for key in changed)

@@ -18,7 +18,6 @@ keeps one vector of the model's width per token and block where it keeps the lea
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -28,6 +27,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from notus.data.dataset import TokenizedDataset
 from notus.model.policy import Policy
+from notus.model.supported import context_of
 from notus.runtime.distributed import gather_objects, rank, sum_across_ranks, world_size
 from notus.training.parallelize import reshard
 
@@ -190,18 +190,20 @@ def build_sampler(
     generation_config: GenerationConfig | None,
     device: torch.device,
 ) -> Sampler | None:
-    """A sampler of the first `count` prompts of `rows`; None for none. Ends where the tokenizer or the config says."""
+    """A sampler of the first `count` prompts of `rows`; None for none. Ends where the tokenizer or the config says.
+
+    `generation_config` is the base model's; None: it has none, and its config says where it ends.
+    """
     if not count:
         return None
-    context = getattr(policy.causal_lm.config, "max_position_embeddings", None) or sys.maxsize
-    longest = min(tokens_per_row, context)
+    longest = min(tokens_per_row, context_of(policy.causal_lm.config))
     return Sampler(
         policy,
         tokenizer,
         first_prompts(rows, count, longest),
         max_new_tokens=max_new_tokens,
         longest=longest,
-        ends=end_tokens(tokenizer, generation_config),
+        ends=end_tokens(tokenizer, generation_config or policy.causal_lm.generation_config),
         device=device,
     )
 

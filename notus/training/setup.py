@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -14,12 +15,14 @@ from notus.config import Config, Task
 from notus.data.batching import StepPlan, packing_report
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
+from notus.data.display import describe_example
 from notus.data.packing import check_fits
 from notus.model.attention import kernel_for
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
 from notus.model.load import resolve_model_folder, weights_digest
 from notus.model.policy import Policy
+from notus.model.supported import check_context
 from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
@@ -32,12 +35,13 @@ from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
 from notus.training.reference import digest_of_rows
 from notus.training.run_data import Inputs, load_inputs
-from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder
+from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
 from notus.training.tracking import Tracker, hardware, open_tracker
 from notus.training.trainer import Ending, Trainer
 from notus.training.trainer import Task as LoopTask
+from notus.training.warnings import plain_text_notice
 
 
 @dataclasses.dataclass
@@ -201,6 +205,8 @@ class Run:
                 target,
                 base_model_name_or_path=self.config.model.name_or_path,
                 tokenizer=self.tokenizer,
+                generation_config=read_generation_config(self.model_folder),
+                plain_text=self.inputs.plain_text,
             )
         else:
             export_model(
@@ -210,6 +216,7 @@ class Run:
                 tokenizer=self.tokenizer,
                 generation_config=read_generation_config(self.model_folder),
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
+                plain_text=self.inputs.plain_text,
             )
         distributed.say(f"finished: {target}")
 
@@ -236,6 +243,8 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         if training.sharding == "hybrid":
             distributed.ranks_per_node()  # raises now what would stop the run after hours of tokenising
         checkpoints: list[Path] = []
+        today = distributed.on_main(lambda: template_date(config))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=today))
         if train:
 
             def claim() -> Opening:
@@ -260,8 +269,15 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
     check_vocabulary(tokenizer, model_config.vocab_size)
-    inputs = _inputs(config, tokenizer)
+    inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
     train_rows = inputs.train
+    longest = max(rows.longest_sequence for rows in (inputs.train, inputs.eval) if rows is not None)
+    check_context(model_config, longest, "data.max_length")
+    if notice := plain_text_notice(inputs.reports["train"], tokenizer, config.data.chat_template):
+        distributed.say(notice)
+    if train:
+        first = train_rows(np.arange(1))[0]
+        distributed.say(f"the first training row, ⟦learned⟧:\n{describe_example(first, tokenizer)}")
     if inputs.eval is not None:
         check_fits(int(inputs.eval.lengths.max()), training.tokens_per_row)
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
@@ -286,20 +302,3 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
-
-
-def _inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    data = config.data
-    sources = {"train": data.train} if data.eval is None else {"train": data.train, "eval": data.eval}
-    return load_inputs(
-        sources,
-        tokenizer,
-        max_prompt_length=data.max_prompt_length,
-        eval_size=data.eval_size,
-        seed=config.training.seed,
-        max_length=data.max_length,
-        chat_template=data.chat_template,
-        add_empty_system=data.add_empty_system,
-        num_workers=data.num_workers,
-        cache_dir=data.cache_dir,
-    )

@@ -1,7 +1,33 @@
-"""Warnings while a run goes wrong in a way that its loss does not show."""
+"""What a run says of itself that its loss does not show: that it goes wrong, or that it learns plain text."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+
+from transformers import PreTrainedTokenizerBase
+
+from notus.data.drop_report import DropReport
+
+
+def plain_text_notice(
+    report: DropReport, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> str | None:
+    """Return what to say of training rows that are plain text although there is a chat template; None otherwise.
+
+    `chat_template` is `data.chat_template`. The rows are those of the training data's `report`.
+    """
+    plain = report.kept - report.templated
+    if not plain or not (tokenizer.chat_template or chat_template):
+        return None
+    counts = f"{plain:,} of {report.kept:,} training rows are plain text"
+    if report.templated:
+        return (
+            f"note: {counts}, for which no chat template is used; the others are conversations. `notus generate` and "
+            "the evaluation suites take a string prompt as the user's turn: set --raw for plain text"
+        )
+    return (
+        f"note: {counts}, for which the chat template is not used. The model learns to continue text, and `notus "
+        "generate` and the evaluation suites give it string prompts as they are. For a chat model, give messages"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

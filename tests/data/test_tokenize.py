@@ -12,18 +12,10 @@ from transformers import AutoTokenizer
 
 from notus.data import tokenize
 from notus.data.chat import ChatEncoder, Encoded
-from notus.data.dataset import FEATURES, PROVENANCE, TokenizedDataset
+from notus.data.dataset import FEATURES, PROVENANCE, TRACE, Outcome, TokenizedDataset
+from notus.data.drop_report import DropReport
 from notus.data.formats import find_form
-from notus.data.tokenize import (
-    COMPLETION_CUT,
-    PROMPT_CUT,
-    DropReport,
-    load_pairs,
-    load_sft,
-    split_holdout,
-    split_trunk,
-    truncate,
-)
+from notus.data.tokenize import Rule, load_pairs, load_sft, split_trunk, truncate
 from notus.training.reference import digest_of_rows
 
 EOS_ID = 2
@@ -48,7 +40,7 @@ def bytes_of(text: str) -> list[int]:
     return [toy_tokenizer().convert_tokens_to_ids(character) for character in text]
 
 
-def load(path: Path, *, bos: bool = True, **settings: Any) -> tuple[datasets.Dataset, DropReport]:
+def load(path: Any, *, bos: bool = True, **settings: Any) -> tuple[datasets.Dataset, DropReport]:
     return load_pairs(path, toy_tokenizer(bos=bos), **{"max_length": 64, "max_prompt_length": 32, **settings})
 
 
@@ -62,9 +54,12 @@ class TestRows:
         rows, report = load(write_rows(tmp_path / "a.jsonl", [pair("QQ", "XY", "Z")]))
         q, x, y, z = bytes_of("QXYZ")
         expected = {"trunk": [1, q, q], "branches": [[x, y, EOS_ID], [z, EOS_ID]], "loss_mask": [[1, 1, 1], [1, 1]]}
-        assert list(rows) == [{**expected, "source": None, "chosen_rating": None, "rejected_rating": None}]
-        assert report == DropReport(read=1)
-        assert rows.features == {**FEATURES, **PROVENANCE}
+        assert list(rows.select_columns(list(FEATURES))) == [expected]
+        assert list(rows.select_columns(list(PROVENANCE))) == [
+            {"source": None, "chosen_rating": None, "rejected_rating": None}
+        ]
+        assert report == DropReport(read=1, glued=1)
+        assert rows.features == {**FEATURES, **PROVENANCE, **TRACE}
 
     def test_completions_that_begin_alike_are_not_in_the_trunk(self, tmp_path: Path) -> None:
         rows, _ = load(write_rows(tmp_path / "a.jsonl", [pair("Q", "XY", "XZ")]), bos=False)
@@ -116,18 +111,18 @@ class TestTruncation:
             ([([5] * 6, [7, 7]), ([5] * 6, [8])], (8, 2), [[5, 5, 5, 5, 5, 5, 7, 7], [5, 5, 5, 5, 5, 5, 8]], 0),
             # 6 + 3 > 8: both prompts keep their last 4, also where the completion is short; 4 + 3 <= 8
             ([([1, 2, 3, 4, 5, 6], [7, 7, 7]), ([1, 2, 3, 4, 5, 6], [8])], (8, 4),
-             [[3, 4, 5, 6, 7, 7, 7], [3, 4, 5, 6, 8]], PROMPT_CUT),
+             [[3, 4, 5, 6, 7, 7, 7], [3, 4, 5, 6, 8]], Outcome.PROMPT_CUT),
             # then completions are cut at the end
             ([([1, 2, 3], [7, 7, 7, 9]), ([1, 2, 3], [8, 9])], (5, 2),
-             [[2, 3, 7, 7, 7], [2, 3, 8, 9]], PROMPT_CUT | COMPLETION_CUT),
+             [[2, 3, 7, 7, 7], [2, 3, 8, 9]], Outcome.PROMPT_CUT | Outcome.COMPLETION_CUT),
             # as the original: completions are cut to 6 - 3 tokens, whatever the prompt's length
-            ([([1], [7] * 9), ([1], [8])], (6, 3), [[1, 7, 7, 7], [1, 8]], COMPLETION_CUT),
+            ([([1], [7] * 9), ([1], [8])], (6, 3), [[1, 7, 7, 7], [1, 8]], Outcome.COMPLETION_CUT),
             # prompts of unequal tokens lose the same tokens
-            ([([1, 2, 3, 4], [7, 7]), ([1, 2, 3], [8, 8])], (5, 2), [[3, 4, 7, 7], [3, 8, 8]], PROMPT_CUT),
+            ([([1, 2, 3, 4], [7, 7]), ([1, 2, 3], [8, 8])], (5, 2), [[3, 4, 7, 7], [3, 8, 8]], Outcome.PROMPT_CUT),
             # prompts that fork early keep a token
-            ([([1, 2, 3, 4, 5, 6], [7, 7]), ([1, 6], [8, 8])], (5, 2), [[5, 6, 7, 7], [6, 8, 8]], PROMPT_CUT),
+            ([([1, 2, 3, 4, 5, 6], [7, 7]), ([1, 6], [8, 8])], (5, 2), [[5, 6, 7, 7], [6, 8, 8]], Outcome.PROMPT_CUT),
             # demonstrations are cut at the end only
-            ([([1, 2, 3], [7, 7, 9])], (4, None), [[1, 2, 3, 7]], COMPLETION_CUT),
+            ([([1, 2, 3], [7, 7, 9])], (4, None), [[1, 2, 3, 7]], Outcome.COMPLETION_CUT),
         ],
     )  # fmt: skip
     def test_by_hand(self, row: Any, lengths: Any, expected: list[list[int]], outcome: int) -> None:
@@ -168,11 +163,17 @@ class TestDrops:
         kept, report = load(write_rows(tmp_path / "a.jsonl", rows))
         assert len(kept) == report.kept == 2
         assert kept[0]["branches"][1] == [*bytes_of("Y"), EOS_ID]
+        # <s>Q and 81 or 2 tokens, of 2 x 2 + 83: what is beyond the 32 that max_prompt_length leaves is cut
+        assert report.cut_share == pytest.approx((81 - 32) / (4 + 4 + 81 + 2 + 4), abs=1e-9)
         assert str(report) == (
             "rows: 6 read, 2 kept, 4 dropped\n"
             "  dropped 2: empty completion\n"
             "  dropped 2: chosen and rejected identical\n"
-            "  cut to length: 0 prompts, 1 rows' completions"
+            f"  cut to length: 0 prompts, 1 rows' completions ({report.cut_share:.1%} of the tokens)\n"
+            f"  warning: {report.cut_share:.0%} of the tokens are cut away; raise data.max_length, or set "
+            "data.too_long=drop\n"
+            "  warning: 2 answers begin with a letter right behind a letter of the prompt, as in 'ovenTo cook'; plain "
+            "text is joined as it is, so begin answers with a space or end prompts with one"
         )
 
     def test_demonstration_whose_prompt_fills_the_row(self, tmp_path: Path) -> None:
@@ -191,7 +192,8 @@ class TestDrops:
         one = write_rows(tmp_path / "a.jsonl", [good, same, pair("Q", "X" * 80, "Y")])
         two = write_rows(tmp_path / "b.jsonl", [good, good, same, empty])
         kept, report = load([{"path": str(one)}, {"path": str(two), "weight": 2}])
-        assert report == DropReport(7, {"empty completion": 1, "chosen and rejected identical": 2}, 0, 1)
+        assert (report.read, report.prompts_cut, report.completions_cut, report.duplicates) == (7, 0, 1, 2)
+        assert report.dropped == {"empty completion": 1, "chosen and rejected identical": 2}
         assert list(report.dropped) == ["empty completion", "chosen and rejected identical"]
         assert report.kept == 4
         assert len(kept) == 2 + 2 * 2
@@ -207,6 +209,151 @@ class TestErrors:
         path = write_rows(tmp_path / "a.jsonl", [*rows, {**rows[0], "chosen": None}])
         with pytest.raises(ValueError, match=r"a.jsonl, line 5: key 'chosen' is null"):
             load(path, num_workers=num_workers)
+
+
+class TestBadRows:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        path = write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "Y"), {"prompt": "Q"}, pair("J", "X", "Y")])
+        path.write_text(path.read_text() + "{not json\n" + json.dumps({**pair("K", "X", "Y"), "chosen": 3}) + "\n")
+        return path
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_skipped_ones_are_counted_and_the_first_named(
+        self, path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenize, "BATCH_ROWS", 2)
+        for _ in range(2):  # made, then from the cache
+            rows, report = load(path, on_bad_row="skip", num_workers=num_workers)
+            assert (len(rows), report.read, report.dropped) == (2, 5, {"cannot be read": 3})
+            places = [place.split(":")[0].rpartition("/")[2] for place in report.unreadable]
+            assert places == ["a.jsonl, line 2", "a.jsonl, line 4", "a.jsonl, line 5"]
+            assert "key 'chosen' is of type int" in str(report)
+
+    def test_error_raises_also_where_the_cache_holds_the_rows(self, path: Path) -> None:
+        load(path, on_bad_row="skip")
+        with pytest.raises(ValueError, match=r"a.jsonl, line 2: the columns prompt are of no known dpo form"):
+            load(path)
+
+    def test_all_bad_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"no row is left[^$]*cannot be read: .*a.jsonl, line 1"):
+            load(write_rows(tmp_path / "a.jsonl", [{"prompt": "Q"}]), on_bad_row="skip")
+
+    def test_a_text_that_cannot_be_tokenised_is_one_bad_row(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "Y"), pair("<s><s>Q", "X", "Y"), pair("K", "X", "Y")])
+        rows, report = load(path, on_bad_row="skip")
+        assert (len(rows), report.dropped) == (2, {"cannot be read": 1})
+        with pytest.raises(ValueError, match=r"a.jsonl, line 2: .*two BOS"):
+            load(path)
+
+
+class TestLongRows:
+    def test_dropped_instead_of_cut(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "Y"), pair("Q", "X" * 80, "Y")])
+        rows, report = load(path, too_long="drop")
+        assert (len(rows), report.dropped, report.cut_share) == (1, {"longer than max_length": 1}, 0)
+        assert load(path)[1].completions_cut == 1
+
+    def test_a_row_far_beyond_the_length_is_dropped_before_it_takes_the_memory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenize, "MOST_CHARACTERS", 2000)
+        seen: list[int] = []
+        tokenise = ChatEncoder.tokenize
+
+        def spy(self: ChatEncoder, rendered: Any, **options: Any) -> Any:
+            seen.append(sum(len(item.text) for item in rendered))
+            return tokenise(self, rendered, **options)
+
+        monkeypatch.setattr(ChatEncoder, "tokenize", spy)
+        rows = [pair("Q" * 400, "X", "Y")] * 7 + [pair("Q" * 1500, "X", "Y")]
+        kept, report = load(write_rows(tmp_path / "a.jsonl", rows))
+        assert (len(kept), report.dropped) == (7, {"too long to be tokenised": 1})
+        assert max(seen) < 2000 + 2 * 410  # of the limit, and of the row that passed it
+        assert len(seen) == 3
+
+
+class TestRule:
+    def test_the_caches_key_holds_every_setting_that_decides_the_tokens(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jinja").write_text(
+            "{% for m in messages %}{{ m['content'] ~ tone ~ strftime_now('%Y') }}{% endfor %}"
+        )
+        template = {"chat_template": str(tmp_path / "a.jinja"), "template_date": "2020-01-01"}
+
+        def digest(encoder: dict[str, Any], **settings: Any) -> str:
+            chat = {**template, "chat_template_kwargs": {"tone": "a"}, **encoder}
+            return Rule(
+                ChatEncoder(toy_tokenizer(), **chat), "dpo", **{"max_length": 64, "max_prompt_length": 32, **settings}
+            ).digest()
+
+        changed_chat: list[dict[str, Any]] = [
+            {"chat_template_kwargs": {"tone": "b"}}, {"template_date": "2021-01-01"}, {"add_empty_system": True},
+            {"mask_history": True}, {"split_special_tokens": True},
+        ]  # fmt: skip
+        changed: list[dict[str, Any]] = [
+            {"max_length": 65}, {"max_prompt_length": 31}, {"columns": {"x": "prompt"}}, {"too_long": "drop"},
+        ]  # fmt: skip
+        found = [digest({}), *(digest(each) for each in changed_chat), *(digest({}, **each) for each in changed)]
+        assert len(set(found)) == len(found)
+        assert digest({}) == found[0]
+
+    def test_a_length_that_holds_many_characters_raises_the_limit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenize, "MOST_CHARACTERS", 2000)
+        path = write_rows(tmp_path / "a.jsonl", [pair("Q" * 2500, "X", "Y")])  # two texts: 5,000 characters and more
+        assert len(load(path, max_length=320)[0]) == 1  # 16 x 320 are 5,120
+        with pytest.raises(ValueError, match="dropped 1: too long to be tokenised"):
+            load(path, max_length=300)
+
+    @pytest.mark.parametrize(("length", "warned"), [(40, True), (22, False)])
+    def test_heavy_truncation_is_a_warning(self, tmp_path: Path, length: int, warned: bool) -> None:
+        # 20 tokens fit behind a prompt of 12: EOS and the letters beyond are cut, 21 of 74 tokens or 3 of 56
+        path = write_rows(tmp_path / "a.jsonl", [pair(" " + "Q" * 10, "X" * length, "Y" * 19)])
+        _, report = load(path, max_length=32, max_prompt_length=12)
+        assert report.cut_share == pytest.approx((length + 1 - 20) / (2 * 12 + length + 1 + 20))
+        assert ("of the tokens are cut away; raise data.max_length" in str(report)) == warned
+
+
+class TestTrace:
+    def test_what_a_row_says_of_itself(self, tmp_path: Path) -> None:
+        rows = [pair("Q", "", "Y"), {**pair("QQQQJK", "XXXXXX", "ZZ"), "source": "mine", "score_chosen": 2}]
+        found, _ = load(write_rows(tmp_path / "a.jsonl", rows), max_length=8, max_prompt_length=4)
+        info = TokenizedDataset(found).info(0)
+        assert info.place == f"{tmp_path}/a.jsonl, line 2"
+        assert (info.source, info.chosen_rating, info.rejected_rating) == ("mine", 2.0, None)
+        # <s> and 6 letters to 4 tokens; 7 tokens with EOS to 8 - 4, 3 stay
+        assert info.cut == (3, 3, 0)
+        assert set(info.flags) == {"plain text", "prompt cut", "completion cut", "glued answer"}
+
+    def test_the_id_is_of_what_the_row_says_alone(self, tmp_path: Path) -> None:
+        ids = set()
+        for name, extra in (("a", {}), ("b", {"source": "mine"})):
+            path = write_rows(tmp_path / f"{name}.jsonl", [{**pair("Q", "X", "Y"), **extra}])
+            ids |= {TokenizedDataset(load(path, bos=bos)[0]).info(0).id for bos in (True, False)}
+        assert len(ids) == 1
+        assert all(len(each) == 16 for each in ids)
+        other = load(write_rows(tmp_path / "c.jsonl", [pair("Q", "X", "Z")]))[0]
+        assert TokenizedDataset(other).info(0).id not in ids
+
+    def test_stored_digests_are_those_of_the_tokens(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", [pair("Q" * n, "X" * n, "Y") for n in range(1, 9)])
+        rows, _ = load(path)
+        computed = TokenizedDataset(rows.remove_columns(list(TRACE)))
+        assert np.array_equal(TokenizedDataset(rows).digests(), computed.digests())
+
+    def test_excluded_rows_are_counted(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "a.jsonl", [pair("Q", "X", "Y"), pair("J", "X", "Y"), pair("Q", "X", "Y")])
+        first = TokenizedDataset(load(path)[0]).info(0).id
+        rows, report = load(path, exclude={first, "0" * 16})
+        assert (len(rows), report.dropped) == (1, {"excluded by data.exclude": 2})
+
+    def test_rows_in_memory(self) -> None:
+        rows = [{**pair(letter, "X", "Y"), "source": "mine"} for letter in "QJ"]
+        from_list, report = load(rows)
+        from_dataset, _ = load(datasets.Dataset.from_list(rows))
+        assert list(from_list) == list(from_dataset)
+        assert (report.read, from_list["place"][1]) == (2, "rows, row 2")
 
 
 class TestCache:
@@ -246,7 +393,7 @@ class TestCache:
         self, path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(path.parent)
-        Path("mine.jinja").write_text("x")
+        Path("mine.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
         with pytest.raises(RuntimeError, match="tokenised again"):
             load(path, **settings)
 
@@ -278,7 +425,7 @@ class TestCache:
         write_rows(tmp_path / "a.jsonl", rows)
         from_parquet, report = load(tmp_path / "a.parquet")
         from_json, _ = load(tmp_path / "a.jsonl")
-        assert list(from_parquet) == list(from_json)
+        assert list(from_parquet.remove_columns("place")) == list(from_json.remove_columns("place"))
         assert report.dropped == {"empty completion": 1}
 
 
@@ -314,25 +461,6 @@ class TestMixtures:
     def test_weight_that_takes_nothing(self, paths: tuple[str, str]) -> None:
         with pytest.raises(ValueError, match=r"X.jsonl: weight 0.01 of 10 rows is none"):
             load([{"path": paths[0], "weight": 0.01}])
-
-
-class TestHoldout:
-    numbers = datasets.Dataset.from_dict({"n": list(range(10))})
-
-    def test_split_is_that_of_datasets(self) -> None:
-        train, held = split_holdout(self.numbers, 3, seed=42)
-        theirs = self.numbers.train_test_split(test_size=3, seed=42)
-        assert held["n"] == sorted(theirs["test"]["n"])
-        assert train["n"] == sorted(theirs["train"]["n"])
-        assert sorted([*train["n"], *held["n"]]) == list(range(10))
-
-    def test_seed_decides(self) -> None:
-        assert len({tuple(split_holdout(self.numbers, 3, seed=seed)[1]["n"]) for seed in range(5)}) > 1
-
-    @pytest.mark.parametrize("size", [0, 10, 11])
-    def test_both_sides_keep_rows(self, size: int) -> None:
-        with pytest.raises(ValueError, match=f"cannot hold {size} of 10 rows out .* choose 1 to 9"):
-            split_holdout(self.numbers, size, seed=42)
 
 
 # --- provenance: from the columns of the data to `Rows`, and into no digest ---

@@ -169,7 +169,7 @@ def test_the_chat_format_leaves_with_the_model(tmp_path: Path, model_folder: Pat
         dpo.run(config("dpo", tmp_path / name, model_folder, data, training__max_steps=1))
     chat, text = (AutoTokenizer.from_pretrained(tmp_path / name / "model") for name in ("chat", "text"))
     rendered = chat.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
-    assert rendered == "<|user|>\nhi</s>\n<|assistant|>\n"
+    assert rendered == "<s><|user|>\nhi</s>\n<|assistant|>\n"
     assert text.chat_template is None
 
 

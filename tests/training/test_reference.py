@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.training import reference
-from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
+from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps, stored_logps
 
 
 def _rows(count: int = 5) -> TokenizedDataset:
@@ -54,6 +54,21 @@ def test_computed_once_then_read(tmp_path: Path, device: torch.device) -> None:
     assert torch.equal(first, second)
     assert score.asked == [[0, 1, 2, 3, 4]]
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_rows_are_looked_up_by_their_content(tmp_path: Path, device: torch.device) -> None:
+    rows = _rows()
+    _call(_Scorer(), rows, tmp_path)
+    (path,) = tmp_path.iterdir()
+    digests = rows.digests()
+    found = stored_logps([tmp_path / "none.safetensors", path], digests[[3, 0, 3]])
+    assert found is not None
+    torch.testing.assert_close(found, -torch.tensor([[3, 3.1], [0, 0.1], [3, 3.1]]))
+    unknown = np.concatenate([digests[:2], digests[:1] ^ 1])
+    assert stored_logps([path], unknown) is None
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="damaged"):
+        stored_logps([path], digests)
 
 
 @pytest.mark.parametrize("field", ["weights", "rows", "precision", "kernel"])

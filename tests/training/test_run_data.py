@@ -1,15 +1,23 @@
+import dataclasses
+import functools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from runs import config, write_messages
+from runs import config, write_messages, write_pairs
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
+from notus.model.export import load_tokenizer
+from notus.runtime.distributed import process_group
 from notus.training import dpo, run_data, sft
-from notus.training.run_data import data_summary, length_histogram
+from notus.training.run_data import data_summary, length_histogram, load_held_out, load_inputs
 
 
 @pytest.mark.parametrize(
@@ -44,9 +52,9 @@ def test_a_summary_of_rows_with_any_number_of_completions(count: int, names: lis
 
 def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> None:
     rows = [
-        {"prompt": "a b", "chosen": " one two", "rejected": " b", "source": source, "chosen-rating": rating,
+        {"prompt": "a b", "chosen": " one" + word, "rejected": " b", "source": source, "chosen-rating": rating,
          "rejected-rating": 1.0}
-        for source, rating in (("x", 5.0), ("y", 4.0), ("x", 3.0), (None, None), ("y", 3.4))
+        for source, rating, word in zip(("x", "y", "x", None, "y"), (5.0, 4.0, 3.0, None, 3.4), "abcde", strict=True)
     ]  # fmt: skip
     rows += [{"prompt": "a", "chosen": " x", "rejected": " x"}] * 2  # identical
     data = tmp_path / "pairs.jsonl"
@@ -60,6 +68,14 @@ def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> Non
         "prompts_cut": 0,
         "completions_cut": 0,
         "templated": 0,
+        "cut_share": 0.0,
+        "glued": 0,
+        "special_tokens": 0,
+        "duplicates": 0,
+        "held": 0,
+        "excluded": [],
+        "unreadable": [],
+        "unknown_columns": [],
     }
     assert told["train"]["report"] == report
     assert told["eval"]["report"] == {}  # its rows were read with the others
@@ -85,7 +101,79 @@ def test_what_data_json_says_of_demonstrations(tmp_path: Path, model_folder: Pat
     assert (told["eval"], list(told["train"]["lengths"])) == (None, ["prompt", "completion"])
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    with process_group():
+        yield
+
+
+def read_rows(rows: TokenizedDataset | None) -> list[bytes]:
+    assert rows is not None
+    return [digest.tobytes() for digest in rows.digests()]
+
+
+@pytest.mark.parametrize("weight", [1, 1.5, 3])
+@pytest.mark.usefixtures("alone")
+def test_no_held_out_row_is_trained_on_whatever_its_weight(tmp_path: Path, model_folder: Path, weight: float) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", 37)
+    settings = config("dpo", tmp_path / "run", model_folder, data, data__eval_size=10).data
+    settings = dataclasses.replace(settings, train=[{**settings.train[0], "weight": weight}])
+    inputs = load_inputs(settings, load_tokenizer(model_folder, False), task="dpo", seed=42)
+    train, held = read_rows(inputs.train), read_rows(inputs.eval)
+    assert (len(held), len(train)) == (10, round(27 * weight))
+    assert not set(train) & set(held)
+    again = load_held_out(settings, load_tokenizer(model_folder, False), task="dpo", seed=42)
+    assert read_rows(again) == held
+
+
+@pytest.mark.usefixtures("alone")
+def test_named_evaluation_rows_are_left_out_of_training_and_counted(tmp_path: Path, model_folder: Path) -> None:
+    data, other = write_pairs(tmp_path / "pairs.jsonl", 9), tmp_path / "eval.jsonl"
+    other.write_text("".join(data.read_text().splitlines(keepends=True)[2:5]))
+    settings = config("dpo", tmp_path / "run", model_folder, data, data__eval=str(other)).data
+    inputs = load_inputs(settings, load_tokenizer(model_folder, False), task="dpo", seed=42)
+    assert (len(inputs.train), inputs.reports["train"].held) == (6, 3)
+    assert "left out of training: 3 rows that are copies of evaluation rows" in str(inputs.reports["train"])
+    assert not set(read_rows(inputs.train)) & set(read_rows(inputs.eval))
+
+
+@pytest.mark.usefixtures("alone")
+def test_excluded_ids_come_from_a_file(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, ids = write_pairs(tmp_path / "pairs.jsonl", 5), tmp_path / "ids.txt"
+    settings = config("dpo", tmp_path / "run", model_folder, data, data__exclude=str(ids)).data
+    load = functools.partial(load_inputs, settings, load_tokenizer(model_folder, False), task="dpo", seed=42)
+    ids.write_text("# none yet\n\n")
+    rows = load().train
+    ids.write_text(f"{rows.info(1).id}  # wrong\n{'0' * 16}\n")
+    left = load()
+    assert read_rows(left.train) == [each for at, each in enumerate(read_rows(rows)) if at != 1]
+    assert left.reports["train"].dropped == {"excluded by data.exclude": 1}
+    assert f"no row has 1 of its 2 ids ({'0' * 16}" in capsys.readouterr().out
+    ids.write_text("0" * 16)
+    with pytest.raises(ValueError, match=r"data.exclude=.*ids.txt: no row has one of its 1 ids"):
+        load()
+    ids.write_text(f"{'0' * 16}\nline 3 of pairs.jsonl\n")
+    with pytest.raises(ValueError, match=r"ids.txt, line 2: 'line 3 of pairs.jsonl' is no row id"):
+        load()
+    ids.unlink()
+    with pytest.raises(ValueError, match=r"data.exclude=.*ids.txt cannot be read"):
+        load()
+
+
 def test_many_sources_are_counted_together() -> None:
     names = [str(number) for number in range(103) for _ in range(1 + (number == 50))]
     counted = run_data._count(names)
     assert (len(counted), next(iter(counted)), counted["50"], counted["(others)"]) == (101, "50", 2, 3)
+
+
+@pytest.mark.parametrize(("end", "joined"), [("", False), ("!", True)])
+def test_a_prompt_that_the_tokenizer_joins_with_the_answer_is_said(tmp_path: Path, end: str, joined: bool) -> None:
+    pieces = ["</s>", "!Y", *"!:HYaeis.", "<", ">", "/"]
+    backend = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, [("!", "Y")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    (tmp_path / "a.jinja").write_text(
+        "{% for m in messages %}{{ ':' + (end if m['role'] == 'assistant' else '') + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ':' + end }}{% endif %}"
+    )
+    encoder = ChatEncoder(tokenizer, chat_template=str(tmp_path / "a.jinja"), chat_template_kwargs={"end": end})
+    assert (run_data.boundary_notice(encoder) is not None) == joined

@@ -1,3 +1,4 @@
+import datetime
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from runs import config
 
 from notus.config import Config
 from notus.training import run_folder
-from notus.training.run_folder import FREE_KEYS, Opening, check_shared, open_folder
+from notus.training.run_folder import FREE_KEYS, Opening, check_shared, open_folder, template_date
 
 
 def _config(tmp_path: Path, **overrides: Any) -> Config:
@@ -204,3 +205,34 @@ def _check_shared_on_ranks(top: Path) -> None:
 
 def test_every_rank_must_see_the_same_folder(tmp_path: Path) -> None:
     run_ranks(_check_shared_on_ranks, 2, tmp_path, tmp_path)
+
+
+def test_the_date_of_templates_is_that_of_the_runs_first_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NextYear(datetime.date):
+        @classmethod
+        def today(cls) -> "NextYear":
+            return cls(2031, 1, 2)
+
+    today = datetime.date.today().isoformat()
+    assert template_date(_config(tmp_path)) == today
+    open_folder(_config(tmp_path, data__template_date=today))
+    monkeypatch.setattr(run_folder.datetime, "date", NextYear)
+    assert template_date(_config(tmp_path)) == today  # its reference may be computed already
+    assert template_date(config("dpo", tmp_path / "new", tmp_path, tmp_path)) == "2031-01-02"
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert template_date(_config(tmp_path)) == today
+    assert template_date(_config(tmp_path, data__template_date="2020-02-03")) == "2020-02-03"
+    assert template_date(_config(tmp_path, training__resume="never")) == "2031-01-02"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    other = config("dpo", tmp_path / "other", tmp_path, tmp_path, training__resume=str(checkpoint))
+    assert template_date(other) == today
+    # the recorded date is no change of the config; another one is
+    assert not open_folder(_config(tmp_path, data__template_date=today)).finished
+    with pytest.raises(ValueError, match=r"data\.template_date"):
+        open_folder(_config(tmp_path, data__template_date="2020-02-03"))
+
+
+def test_a_run_from_before_dates_were_recorded_is_resumed(tmp_path: Path) -> None:
+    _begin(tmp_path)
+    open_folder(_config(tmp_path, data__template_date="2020-02-03"))
+    assert "template_date: '2020-02-03'" in (tmp_path / "run" / "config.yaml").read_text()

@@ -1,12 +1,15 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import config, read_metrics
+from runs import config, read_metrics, write_messages
+from toys import toy_model_folder, toy_tokenizer
 from transformers import AutoTokenizer
 
-from notus.training import dpo
-from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guards
+from notus.data.tokenize import DropReport
+from notus.training import dpo, sft
+from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guards, plain_text_notice
 
 
 def test_each_guard_speaks_once_and_names_its_metric() -> None:
@@ -66,3 +69,36 @@ def _chosen_tokens(tokenizer: Any, pairs: Path) -> int:
         whole = tokenizer(pair["prompt"] + pair["chosen"], return_offsets_mapping=True)
         total += sum(end > len(pair["prompt"]) for _, end in whole["offset_mapping"]) + 1  # end-of-sequence
     return total
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("templated", "own", "named", "said"),
+    [
+        (0, None, None, None),  # a model without a chat format
+        (0, TEMPLATE, None, "note: 1,200 of 1,200 training rows are plain text.* give it string prompts as they are"),
+        (0, None, "zephyr", "note: 1,200 of 1,200 training rows are plain text"),
+        (200, TEMPLATE, None, "note: 1,000 of 1,200 training rows are plain text.* as the user's turn: set --raw"),
+        (1200, TEMPLATE, "zephyr", None),
+    ],
+)
+def test_plain_text_is_said_where_there_is_a_template(
+    templated: int, own: str | None, named: str | None, said: str | None
+) -> None:
+    report = DropReport(read=1300, dropped={"empty completion": 100}, templated=templated)
+    found = plain_text_notice(report, toy_tokenizer(chat_template=own), named)
+    assert found is None if said is None else re.match(said, str(found))
+
+
+def test_a_run_says_at_its_start_that_a_chat_model_learns_plain_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = toy_model_folder(tmp_path / "chat")
+    toy_tokenizer(chat_template=TEMPLATE).save_pretrained(folder)
+    data = write_messages(tmp_path / "rows.jsonl", 6)
+    sft.run(config("sft", tmp_path / "run", folder, data, training__max_steps=1))
+    lines = capsys.readouterr().out.splitlines()
+    said = next(number for number, line in enumerate(lines) if line.startswith("note: 6 of 6 training rows are plain"))
+    assert not any("step 1" in line for line in lines[:said])
