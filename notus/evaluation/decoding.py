@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from notus.data.chat import ChatEncoder
-from notus.data.formats import Turns
+from notus.evaluation.prompts import Prompt
 from notus.evaluation.results import KeptRecords
 from notus.model.load import WITHOUT_EFFECT
+from notus.model.supported import context_of
 from notus.runtime.distributed import gather_objects
 from notus.training.sampling import end_tokens
 
@@ -81,13 +82,10 @@ def _digest(value: Any) -> str:
 
 def generate(
     causal_lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Turns],
+    encoder: ChatEncoder,
+    prompts: Sequence[Prompt],
     decoding: Decoding,
     *,
-    chat_template: str | None = None,
-    add_empty_system: bool = False,
-    places: Sequence[str] | None = None,
     kept: KeptTokens | None = None,
 ) -> list[str]:
     """Complete each prompt up to EOS, `max_new_tokens` or the end of the model's context.
@@ -96,17 +94,15 @@ def generate(
     the model's own generation config only the EOS tokens are used. Within a process group this is a collective: the
     batches are dealt to the ranks, each of which holds the model, and every rank gets all completions.
 
-    `causal_lm` is an unsharded model in evaluation mode, as `load_causal_lm` returns it. Prompts are message lists,
-    which get the generation prompt (`chat_template` and `add_empty_system` are `ChatEncoder`'s), or strings, which are
-    continued as they are; `places` is what errors call each. Finished batches are saved and found again in `kept`.
+    `causal_lm` is an unsharded model in evaluation mode, as `load_causal_lm` returns it. The `encoder` has its
+    tokenizer. Prompts are message lists, which get the generation prompt, or strings, which are continued as they are.
+    Finished batches are saved and found again in `kept`.
 
     Returns the completions in the order of `prompts`, without special tokens. Raises ValueError for a prompt that is
     empty, fills the context, or that the chat template rejects; OSError if a finished batch cannot be saved.
     """
-    encoder = ChatEncoder(tokenizer, chat_template=chat_template, add_empty_system=add_empty_system)
-    places = places or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    context = context_of(causal_lm)
-    encoded = [encode_prompt(encoder, prompt, at, context) for prompt, at in zip(prompts, places, strict=True)]
+    tokenizer, context = encoder.tokenizer, context_of(causal_lm.config)
+    encoded = [encode_prompt(encoder, prompt, context) for prompt in prompts]
     room = [min(decoding.max_new_tokens, context - len(ids)) for ids in encoded]
     completed = generate_ids(causal_lm, tokenizer, encoded, room, decoding, kept=kept)
     return [_decode(tokenizer, ids, new) for ids, new in zip(encoded, completed, strict=True)]
@@ -189,15 +185,11 @@ def model_digest(causal_lm: PreTrainedModel) -> str:
     return total.hexdigest()
 
 
-def context_of(causal_lm: PreTrainedModel) -> int:
-    """Return the most tokens of prompt and completion that a model takes."""
-    return getattr(causal_lm.config, "max_position_embeddings", None) or sys.maxsize
-
-
-def encode_prompt(encoder: ChatEncoder, prompt: Turns, place: str, context: int = sys.maxsize) -> list[int]:
+def encode_prompt(encoder: ChatEncoder, prompt: Prompt, context: int = sys.maxsize) -> list[int]:
     """Return a prompt's token ids. Raises ValueError, naming its place, if it is empty or fills the context."""
+    place = prompt.place
     try:
-        ids = encoder.encode_prompt(prompt)
+        ids = encoder.encode_prompt(prompt.turns, tools=prompt.tools, template_kwargs=prompt.template_kwargs)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if not ids:

@@ -23,13 +23,14 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from notus.data.chat import check_vocabulary, resolve_template
+from notus.data.chat import ChatEncoder, check_vocabulary
 from notus.evaluation.results import check_folder, is_run
 from notus.model.export import export_adapter, export_model, load_causal_lm
 from notus.model.load import find_folder, read_json, resolve_model_folder
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.peft_format import ADAPTER_CONFIG, read_adapter_settings
 from notus.model.policy import Policy
+from notus.model.usage import learned_plain_text, set_trained_templates
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.files import is_locked, lock
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
@@ -61,16 +62,58 @@ _reading: dict[Path, IO[str]] = {}  # by snapshot: the file that this process ke
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """How a model is computed and prompted: as the user says, else as its run was.
+class ChatSettings:
+    """How conversations become tokens; each is as `ChatEncoder` takes it, by the name that it has in `data`."""
 
-    `chat_template` is as `ChatEncoder` takes it; None: the tokenizer's own, if it has one.
-    """
+    chat_template: str | None = None
+    add_empty_system: bool = False
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template_date: str | None = None
+    mask_history: bool = False
+    split_special_tokens: bool = False
+
+    @classmethod
+    def of_run(cls, settings: Settings) -> "ChatSettings":
+        """Return those of a run; a run of an earlier version lacks some, which then have no effect."""
+        data = settings.get("data", {})
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: data[name] for name in names if data.get(name) is not None})
+
+    def described(self) -> dict[str, Any]:
+        """Return what the settings of a result say of prompts; what a run of old did not know, only where it is set."""
+        found = {"chat_template": self.chat_template, "add_empty_system": self.add_empty_system}
+        more = {
+            "chat_template_kwargs": dict(self.chat_template_kwargs),
+            "template_date": self.template_date,
+            "split_special_tokens": self.split_special_tokens,
+        }
+        return found | {name: value for name, value in more.items() if value}
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+        """Return what tokenises with these settings. Raises ValueError as `ChatEncoder` does."""
+        return ChatEncoder(
+            tokenizer,
+            chat_template=self.chat_template,
+            add_empty_system=self.add_empty_system,
+            chat_template_kwargs=self.chat_template_kwargs,
+            template_date=self.template_date,
+            mask_history=self.mask_history,
+            split_special_tokens=self.split_special_tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a model is computed and prompted: as the user says, else as its run was."""
 
     precision: str
-    chat_template: str | None
-    add_empty_system: bool
+    chat: ChatSettings
+    plain_text: bool  # string prompts are continued as they are, also where there is a chat template
     trust_remote_code: bool
+
+    def strings_are_turns(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether a string prompt is the user's turn: there is a chat template, and the model learned with one."""
+        return not self.plain_text and bool(self.chat.chat_template or tokenizer.chat_template)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,6 +131,7 @@ class ModelSource:
     # a run's settings by section; empty for anything but a run.
     settings: Settings = dataclasses.field(default_factory=dict)
     run: Path | None = None  # a run's folder; None for anything but a run
+    plain_text: bool = False  # it learned plain text only, no conversation
 
     def choose(self, given: Any, key: str, default: Any) -> Any:
         """Return what the user gave; else what the run's setting `section.name` says; else `default`."""
@@ -98,11 +142,17 @@ class ModelSource:
         return default if value is None else value
 
     def options(self, args: argparse.Namespace) -> ModelOptions:
-        """Return the options of `add_model_arguments`."""
+        """Return the options of `add_model_arguments`, and of `add_answer_arguments` where a command has them.
+
+        Whoever names a template wants prompts to be rendered with it, whatever the model learned.
+        """
+        named = {"chat_template": args.chat_template, "add_empty_system": args.add_empty_system}
+        given = {name: value for name, value in named.items() if value is not None}
+        raw = getattr(args, "raw", None)
         return ModelOptions(
             precision=self.choose(args.precision, "training.precision", "bf16"),
-            chat_template=self.choose(args.chat_template, "data.chat_template", None),
-            add_empty_system=self.choose(args.add_empty_system, "data.add_empty_system", False),
+            chat=dataclasses.replace(ChatSettings.of_run(self.settings), **given),
+            plain_text=self.plain_text and args.chat_template is None if raw is None else raw,
             trust_remote_code=args.trust_remote_code,
         )
 
@@ -149,7 +199,29 @@ def _source(name: str, folder: Path, settings: Settings | None = None, run: Path
     base = None
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_adapter_settings(folder)["base_model_name_or_path"]
-    return ModelSource(name, folder if base else resolve_model_folder(folder), base, settings or {}, run)
+    found = folder if base else resolve_model_folder(folder)
+    trained = run or (folder.parent if folder.name == MODEL and is_run(folder.parent) else None)
+    plain_text = learned_plain_text(found) or (trained is not None and run_learned_plain_text(trained))
+    return ModelSource(name, found, base, settings or {}, run, plain_text)
+
+
+def run_learned_plain_text(run: Path) -> bool:
+    """Whether a run's training rows were all plain text. Raises ValueError, naming the file, if `data.json` is damaged.
+
+    False for a run that has no such file yet.
+    """
+    path = run / DATA_FILE
+    if not path.is_file():
+        return False
+    try:
+        return rows_are_plain_text(read_json(path))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a report of a run's data ({error!r}); restore the file, or remove it") from error
+
+
+def rows_are_plain_text(data: Mapping[str, Any]) -> bool:
+    """Whether `data.json` says that no training row was a conversation; an early version did not count them."""
+    return bool(data["train"]["report"].get("templated") == 0)
 
 
 def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
@@ -300,7 +372,8 @@ def _main(run_folder: str, folder: str, trust_remote_code: str) -> int:
             settings, trust = read_run_settings(run), trust_remote_code == "True"
             causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust)
             out, dtype = Path(folder) / checkpoint.name, COMPUTE_DTYPES[settings["training"]["precision"]]
-            write_model(causal_lm, tokenizer, out, base=settings["model"]["name_or_path"], dtype=dtype)
+            base, plain_text = settings["model"]["name_or_path"], run_learned_plain_text(run)
+            write_model(causal_lm, tokenizer, out, base=base, dtype=dtype, plain_text=plain_text)
             with contextlib.suppress(FileNotFoundError):  # the run has removed the checkpoint meanwhile
                 shutil.copyfile(checkpoint / STATE_FILE, out / _SOURCE)
     except (ValueError, OSError) as error:
@@ -331,14 +404,16 @@ def load_unfinished(
         )
     data = read_json(run / DATA_FILE) if (run / DATA_FILE).is_file() else None
     if learned_chat(settings, data):  # at the end of a run, the run does the same
-        tokenizer.chat_template = resolve_template(tokenizer, settings["data"]["chat_template"])
+        set_trained_templates(tokenizer, ChatSettings.of_run(settings).encoder(tokenizer))
     return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
 
 
 def learned_chat(settings: Settings, data: Mapping[str, Any] | None) -> bool:
-    """Whether a chat template certainly rendered rows: the config names one, or `data.json` counted such rows."""
+    """Whether a chat template certainly rendered rows: `data.json` counted them, or else the config names one."""
     report = data["train"]["report"] if data else {}
-    return settings["data"]["chat_template"] is not None or report.get("templated", 0) > 0
+    if "templated" in report:
+        return bool(report["templated"])
+    return settings["data"]["chat_template"] is not None
 
 
 def _fill(causal_lm: PreTrainedModel, folder: Path) -> Path:
@@ -369,10 +444,14 @@ def write_model(
     dtype: torch.dtype,
     merge: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD,
+    plain_text: bool = False,
 ) -> None:
-    """Write LoRA layers as PEFT's adapter of `base`, unless they are to be merged; anything else as a whole model."""
+    """Write LoRA layers as PEFT's adapter of `base`, unless they are to be merged; anything else as a whole model.
+
+    `plain_text` is as in `export_model`.
+    """
     if lora_layers(causal_lm) and not merge:
-        export_adapter(causal_lm, out, base_model_name_or_path=base, tokenizer=tokenizer)
+        export_adapter(causal_lm, out, base_model_name_or_path=base, tokenizer=tokenizer, plain_text=plain_text)
         return
     merge_lora(causal_lm)
     export_model(
@@ -382,4 +461,5 @@ def write_model(
         tokenizer=tokenizer,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        plain_text=plain_text,
     )

@@ -6,7 +6,6 @@ and compares them, and only then the folder gets its name.
 
 import copy
 import datetime
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +28,15 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from notus.model.load import INDEX, WEIGHTS, find_folder, resolve_model_folder, stored_tensors, weight_files
+from notus.model.load import (
+    INDEX,
+    WEIGHTS,
+    find_folder,
+    resolve_model_folder,
+    stored_tensors,
+    weight_files,
+    write_json,
+)
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.peft_format import (
     ADAPTER_CONFIG,
@@ -40,8 +47,17 @@ from notus.model.peft_format import (
     read_adapter_settings,
 )
 from notus.model.sharded_tensors import gather, is_rank_zero, local_rows
+from notus.model.usage import (
+    ends_of,
+    generation_config_to_write,
+    tokenizer_difference,
+    with_learned_end,
+    write_generation_config,
+    write_plain_text,
+    write_tokenizer,
+)
 from notus.runtime.files import disk_error, sync
-from notus.runtime.process import first_line
+from notus.runtime.process import first_line, tell
 
 _PATIENCE = datetime.timedelta(hours=6)
 
@@ -55,12 +71,15 @@ def export_model(
     generation_config: GenerationConfig | None = None,
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 10**9,
+    plain_text: bool = False,
 ) -> None:
     """Write a Hugging Face folder: weights in `dtype`, config, tokenizer and generation config. All ranks call this.
 
     Rank 0 gathers the tensors of one file at a time (at most `max_shard_bytes`), so no rank ever holds the model. Tied
-    tensors are stored once. Without `generation_config`, that of `causal_lm` is written. An earlier export in `folder`
-    is replaced, whole. FSDP modules must be resharded before.
+    tensors are stored once. Without `generation_config`, that of `causal_lm` is written. Both configs also name the
+    tokenizer's EOS, at which training teaches to stop. `plain_text`: the model learned plain text only, so a string
+    prompt is not a user's turn, although the tokenizer may have a chat template. An earlier export in `folder` is
+    replaced, whole. FSDP modules must be resharded before.
 
     Raises:
         ValueError: `folder` holds something other than a model, the model has LoRA layers, or what was read back
@@ -82,12 +101,10 @@ def export_model(
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
             write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-        _config_to_write(hf_config, causal_lm, dtype).save_pretrained(partial)
-        generation = generation_config or causal_lm.generation_config
-        if generation is not None:
-            # save_pretrained refuses settings that published models have, such as temperature without sampling.
-            generation.to_json_file(partial / "generation_config.json")
-        write_tokenizer(tokenizer, partial)
+        _config_to_write(hf_config, causal_lm, dtype, tokenizer).save_pretrained(partial)
+        own = generation_config or causal_lm.generation_config
+        write_generation_config(generation_config_to_write(own, hf_config, tokenizer), partial)
+        _write_usage(tokenizer, partial, plain_text)
 
     def check(partial: Path) -> None:
         if [path.name for path in weight_files(partial)] != sorted(files):
@@ -106,10 +123,14 @@ def export_adapter(
     *,
     base_model_name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None = None,
+    plain_text: bool = False,
 ) -> None:
     """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. All ranks call this.
 
-    The base is recorded under the given name, a local folder under its absolute path.
+    The base is recorded under the given name, a local folder under its absolute path. `generation_config` and
+    `plain_text` are as in `export_model`. PEFT and transformers generate by the generation config of the base, not by
+    the one that is written here; where the base does not stop at the EOS that was learned, a line says what to do.
 
     Raises:
         ValueError: `folder` holds something other than an adapter, or what was read back differs from the layers.
@@ -118,12 +139,15 @@ def export_adapter(
     base = Path(base_model_name_or_path).expanduser()
     settings = adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
     tensors = adapter_tensors(causal_lm)
+    of_base = generation_config or causal_lm.generation_config
+    generation = generation_config_to_write(of_base, causal_lm.config, tokenizer)
     new = NewFolder(folder, markers={ADAPTER_CONFIG})
     new.write_gathered(ADAPTER_WEIGHTS, tensors, torch.float32)
 
     def write_rest(partial: Path) -> None:
         write_json(partial / ADAPTER_CONFIG, settings)
-        write_tokenizer(tokenizer, partial)
+        write_generation_config(generation, partial)
+        _write_usage(tokenizer, partial, plain_text)
 
     def check(partial: Path) -> None:
         check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
@@ -132,6 +156,25 @@ def export_adapter(
 
     new.write(write_rest)
     new.publish(check)
+    ends = ends_of(of_base, causal_lm.config)
+    if generation.eos_token_id != ends and is_rank_zero():
+        tell(_unknown_end(tokenizer, ends, folder))
+
+
+def _write_usage(tokenizer: PreTrainedTokenizerBase, folder: Path, plain_text: bool) -> None:
+    write_tokenizer(tokenizer, folder)
+    if plain_text and tokenizer.chat_template:  # without a template, no string is taken for a turn
+        write_plain_text(folder)
+
+
+def _unknown_end(tokenizer: PreTrainedTokenizerBase, ends: object, folder: str | Path) -> str:
+    """What a user of an adapter must know if its base does not stop where the adapter learned to."""
+    return (
+        f"note: the adapter learned to stop at {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but its base's "
+        f"generation config stops at {ends}, and PEFT and transformers read that one: give their `generate` "
+        f"generation_config=GenerationConfig.from_pretrained({str(folder)!r}), or merge the adapter with `notus export "
+        "--merge`"
+    )
 
 
 def _stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
@@ -153,9 +196,12 @@ def _plan_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _config_to_write(config: PreTrainedConfig, causal_lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedConfig:
+def _config_to_write(
+    config: PreTrainedConfig, causal_lm: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     config.dtype = dtype
+    config.eos_token_id = with_learned_end(ends_of(None, config), tokenizer)
     # FSDP puts a class of its own in front of a module that it manages.
     classes = type(causal_lm).__mro__
     config.architectures = [next(base.__name__ for base in classes if not issubclass(base, FSDPModule))]
@@ -261,19 +307,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     path.chmod(mode)  # safetensors makes files that nobody but their owner can read
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object with sorted keys."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files, without what transformers notes of where it was loaded from."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")})
-
-
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Compare a safetensors file with what it was written from, bit by bit; each rank reads its own rows alone.
 
@@ -316,26 +349,29 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _check_loads(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None = None) -> None:
-    """Load tokenizer and config on rank 0. Raises ValueError, naming the file, if that fails.
+    """Load tokenizer and config on rank 0. Raises ValueError, naming the file, if that fails, or one of them differs.
 
-    Their own classes load them, so that no code that comes with a model has to be trusted once more.
+    A tokenizer is loaded as users load it. If its code came with the model, its own class loads it, as the config's
+    does the config, so that no such code has to be trusted once more.
     """
     if not is_rank_zero():
         return
     if config is not None:
-        again = _load(folder, config)
+        again = _load(folder, type(config))
         if (again.model_type, again.vocab_size) != (config.model_type, config.vocab_size):
             raise _not_as_written(folder / "config.json", "model_type or vocab_size")
-    if len(_load(folder, tokenizer)) != len(tokenizer):
-        raise _not_as_written(folder / "tokenizer.json", "the vocabulary")
+    custom = not type(tokenizer).__module__.startswith("transformers.") or "auto_map" in tokenizer.init_kwargs
+    differing = tokenizer_difference(tokenizer, _load(folder, type(tokenizer) if custom else AutoTokenizer))
+    if differing:
+        raise _not_as_written(folder / "tokenizer.json", differing)
 
 
-def _load(folder: Path, like: Any) -> Any:
+def _load(folder: Path, loader: Any) -> Any:
     try:
-        return type(like).from_pretrained(folder)
+        return loader.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise errors of every kind for damaged files
         reason = first_line(error)
-        raise _not_as_written(folder, f"{type(like).__name__} cannot load it ({reason})") from error
+        raise _not_as_written(folder, f"{loader.__name__} cannot load it ({reason})") from error
 
 
 def _not_as_written(path: Path, what: str) -> ValueError:

@@ -27,7 +27,8 @@ from notus.runtime.process import first_line
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
+# Other formats of the same weights. Of the subfolders only named chat templates (additional_chat_templates/) are taken.
+HUB_IGNORED = [*(f"*/{pattern}" for pattern in HUB_FILES if pattern != "*.jinja"), "consolidated*"]
 DIGEST_BLOCK = 64 * 2**20
 
 # Settings of config.json that leave a packed, causal forward as it is; any other one is part of the digest.
@@ -49,13 +50,17 @@ def resolve_model_folder(name_or_path: str | Path) -> Path:
     return folder
 
 
-def find_folder(name_or_path: str | Path) -> Path:
-    """A local folder or a hub id's local copy, whatever it holds. Raises ValueError if there is neither."""
+def find_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
+    """A local folder or a hub id's local copy, whatever it holds; `weights=False` downloads all but the weights.
+
+    Raises ValueError if there is neither.
+    """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
     try:
-        copy = snapshot_download(str(name_or_path), allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+        ignored = HUB_IGNORED if weights else [*HUB_IGNORED, "*.safetensors"]
+        copy = snapshot_download(str(name_or_path), allow_patterns=HUB_FILES, ignore_patterns=ignored)
         return Path(copy)
     except HFValidationError as error:
         raise ValueError(f"{name_or_path}: no such folder, nor can it be a hub id; check the path") from error
@@ -102,6 +107,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with sorted keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:

@@ -1,5 +1,6 @@
-"""Which models this project computes exactly, and what it switches off in them."""
+"""Which models this project computes exactly, how long their context is, and what it switches off in them."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 # Frequencies that follow the longest position in the batch: a sequence packed with others would differ from it alone.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# How configs name the number of positions. transformers' own all answer to the first name.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 OTHER_INPUTS = ("vision_config", "audio_config", "text_config", "type_vocab_size")
 
@@ -65,6 +68,37 @@ def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
     """The types in a config's rope parameters, which may be nested by layer type."""
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     return {str(part["rope_type"]) for part in [parameters, *nested] if "rope_type" in part}
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """Return the most tokens of a sequence that a model takes; `sys.maxsize` if its config names no limit.
+
+    Of a model with learned positions there are no others. One with rotary positions computes something for any, but
+    has learned nothing of those beyond. A sliding window is no limit. Rotary positions that are stretched by a factor
+    (linear, YaRN) reach that much further, unless the config counts that in already.
+    """
+    named = (getattr(config, name, None) for name in POSITIONS)
+    positions = next((value for value in named if isinstance(value, int) and value > 0), None)
+    if positions is None:
+        return sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("linear", "yarn"):
+        return positions
+    learned = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(learned * (rope.get("factor") or 1)))
+
+
+def check_context(config: PreTrainedConfig, longest: int, setting: str, *, model: str = "the model") -> None:
+    """Raise ValueError if the longest row, in tokens, is longer than the model's context.
+
+    For the message: `setting` is what bounds the rows, "data.max_length" or "--max-length", and `model` its name.
+    """
+    context = context_of(config)
+    if longest > context:
+        raise ValueError(
+            f"the longest row has {longest:,} tokens, but the context of {model} ends at {context:,}, and it has "
+            f"learned no position beyond: set {setting} to {context} or less, or take a model with a longer context"
+        )
 
 
 def _class_obstacle(config: PreTrainedConfig) -> str | None:

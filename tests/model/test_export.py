@@ -46,7 +46,7 @@ def write_adapter(model, folder, base):
     return folder
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("mistral", False), ("llama", False), ("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize(("kind", "tied"), [("mistral", False), ("llama", False), ("qwen3", True)])
 def test_transformers_loads_the_export_to_the_same_logits(tmp_path, kind, tied):
     model = toy_model(kind, tie_word_embeddings=tied)
     folder = write(model, tmp_path / "out")
@@ -321,8 +321,8 @@ def shard(causal_lm, folder):
 
 def export_from_ranks(base, out):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(toy_config("qwen2", **UNEVEN))
-        with_lora = AutoModelForCausalLM.from_config(toy_config("qwen2", **UNEVEN))
+        model = AutoModelForCausalLM.from_config(toy_config("qwen3", **UNEVEN))
+        with_lora = AutoModelForCausalLM.from_config(toy_config("qwen3", **UNEVEN))
     root = shard(model, base)
     with torch.no_grad():
         root(IDS)
@@ -348,9 +348,9 @@ def export_from_ranks(base, out):
 
 
 def test_ranks_export_together(tmp_path):
-    base = toy_model_folder(tmp_path / "base", "qwen2", **UNEVEN)
+    base = toy_model_folder(tmp_path / "base", "qwen3", **UNEVEN)
     run_ranks(export_from_ranks, 2, tmp_path, base, tmp_path)
-    expected = toy_model("qwen2", **UNEVEN)
+    expected = toy_model("qwen3", **UNEVEN)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(logits(loaded), logits(expected))
     inject_lora(expected, rank=1, alpha=2, dropout=0.0, target_modules="all-linear")

@@ -21,7 +21,7 @@ from notus.model.export import check_tensors, export_adapter, export_model
 from notus.model.load import weights_digest
 from notus.model.lora import init_lora, inject_lora
 
-TIED = {"kind": "qwen2", "tie_word_embeddings": True}
+TIED = {"kind": "qwen3", "tie_word_embeddings": True}
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
 
 

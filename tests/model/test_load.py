@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from notus.model import load as weights
 from notus.model.export import load_causal_lm
-from notus.model.load import load_weights, materialise, resolve_model_folder, weights_digest
+from notus.model.load import find_folder, load_weights, materialise, resolve_model_folder, weights_digest
 from notus.model.lora import cast_frozen, init_lora, inject_lora, lora_layers
 from notus.model.sharded_tensors import fill_rows, gather, local_rows
-from notus.model.supported import check_supported, disable_dropout
+from notus.model.supported import check_context, check_supported, context_of, disable_dropout
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
 LLAMA3_ROPE = {
@@ -281,8 +283,17 @@ def test_a_hub_id_is_downloaded_without_other_formats(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "snapshot_download", fake_download)
     assert resolve_model_folder("someone/model") == folder
     assert asked["name"] == "someone/model"
-    assert "*.safetensors" in asked["allow"]
-    assert not any("bin" in pattern for pattern in asked["allow"])
+    held = [
+        "config.json", "model.safetensors", "pytorch_model.bin", "consolidated.safetensors", "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja", "onnx/config.json", "original/model.safetensors",
+        "original/tokenizer.model", "src/code.py",
+    ]  # fmt: skip
+    taken = filter_repo_objects(held, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"])
+    assert list(taken) == [
+        "config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    assert find_folder("someone/model", weights=False) == folder
+    assert "*.safetensors" in asked["ignore"]
 
 
 def test_digest_follows_weights_and_computation_alone(tmp_path):
@@ -472,3 +483,49 @@ def ranks_agree_with_one_process(folder):
 def test_each_rank_reads_its_own_rows_and_no_others(tmp_path):
     folder = toy_model_folder(tmp_path / "m", "qwen2", **UNEVEN)
     run_ranks(ranks_agree_with_one_process, 2, tmp_path, folder)
+
+
+class Custom(transformers.PreTrainedConfig):
+    """A config whose code came with the model, under a name of its own."""
+
+    seq_length = 700
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        (toy_config("llama", max_position_embeddings=512), 512),
+        (toy_config("mistral", max_position_embeddings=512, sliding_window=64), 512),
+        (toy_config("opt", max_position_embeddings=512), 512),
+        (transformers.GPT2Config(n_positions=512), 512),
+        (transformers.DbrxConfig(max_seq_len=512), 512),
+        (transformers.BloomConfig(), sys.maxsize),  # ALiBi
+        (Custom(), 700),
+        # stretched by 4, from what the model learned or from what the config says
+        (toy_config("llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}), 1024),
+        (toy_config("llama", rope_parameters=YARN), 1024),
+        (toy_config("llama", rope_parameters={**YARN, "original_max_position_embeddings": 64}), 256),
+        (toy_config("llama", rope_parameters={**YARN, "original_max_position_embeddings": 100}), 400),
+        # Llama 3.2: the config's 131,072 positions are fewer than 32 times 8,192
+        (
+            toy_config(
+                "llama",
+                max_position_embeddings=131_072,
+                rope_parameters={
+                    "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                },
+            ),
+            131_072,
+        ),
+    ],
+)  # fmt: skip
+def test_the_context_is_what_the_model_has_learned_positions_of(config, context):
+    assert context_of(config) == context
+    check_context(config, min(context, 2**40), "data.max_length")
+    if context < sys.maxsize:
+        with pytest.raises(ValueError, match=f"has {context + 1:,} tokens.* ends at {context:,}.* set data.max_length"):
+            check_context(config, context + 1, "data.max_length")

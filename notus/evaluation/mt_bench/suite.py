@@ -81,7 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_suite_argument(parser)
     add_model_arguments(parser, optional=True)
     parser.add_argument(
-        "--questions", metavar="FILE", help="FastChat's question.jsonl (default: LMSYS's 80, on the hub)"
+        "--questions",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="FastChat's question.jsonl (default: LMSYS's 80, on the hub)",
     )
     parser.add_argument("--max-new-tokens", type=count, default=1024, help="of an answer (default: 1024)")
     parser.add_argument(
@@ -90,16 +93,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="of the draws (default: 42)")
     parser.add_argument("--batch-size", type=count, default=8, help="answers at a time (default: 8)")
     _add_judging_arguments(parser)
-    parser.add_argument("--answers", metavar="FILE", help="judge these answers; takes no model")
-    parser.add_argument("--judgments", metavar="FILE", help="score FastChat's JUDGE_single.jsonl; takes no model")
+    parser.add_argument(
+        "--answers", type=os.path.expanduser, metavar="FILE", help="judge these answers; takes no model"
+    )
+    parser.add_argument(
+        "--judgments",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="score FastChat's JUDGE_single.jsonl; takes no model",
+    )
     add_output_argument(parser, SUITE)
 
 
 def _add_judging_arguments(parser: argparse.ArgumentParser) -> None:
     add_judge_arguments(parser)
-    parser.add_argument("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl")
+    parser.add_argument(
+        "--judge-prompts", type=os.path.expanduser, metavar="FILE", help="FastChat's judge_prompts.jsonl"
+    )
     parser.add_argument(
         "--references",
+        type=os.path.expanduser,
         metavar="FILE",
         help="FastChat's reference_answer/gpt-4.jsonl (default: the questions' own reference)",
     )
@@ -175,25 +188,23 @@ def _answer(
     args: argparse.Namespace, source: "ModelSource", questions: Sequence[Question], folder: Path, device: "torch.device"
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Generate the answers, write them to the folder, and return them with the settings. A collective."""
-    from notus.data.chat import ChatEncoder
-    from notus.evaluation.decoding import Decoding, KeptTokens, context_of, generate, model_digest
+    from notus.evaluation.decoding import Decoding, KeptTokens, generate, model_digest
+    from notus.evaluation.prompts import Prompt
+    from notus.model.supported import context_of
     from notus.runtime.distributed import on_main, say
 
     options = source.options(args)
     causal_lm, tokenizer = source.load(options, device)
-    encoder = ChatEncoder(tokenizer, chat_template=options.chat_template, add_empty_system=options.add_empty_system)
-    context = context_of(causal_lm)
+    encoder = options.chat.encoder(tokenizer)
+    context = context_of(causal_lm.config)
     kept = KeptTokens(folder / GENERATION, model_digest(causal_lm))
 
     def complete(talks: Sequence[list["Message"]], places: Sequence[str], temperature: float) -> list[str]:
         return generate(
             causal_lm,
-            tokenizer,
-            talks,
+            encoder,
+            [Prompt(place, talk) for place, talk in zip(places, talks, strict=True)],
             Decoding(args.max_new_tokens, temperature, seed=args.seed, batch_size=args.batch_size),
-            chat_template=options.chat_template,
-            add_empty_system=options.add_empty_system,
-            places=places,
             kept=kept,
         )
 
@@ -214,8 +225,7 @@ def _answer(
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "batch_size": args.batch_size,
-        "chat_template": options.chat_template,
-        "add_empty_system": options.add_empty_system,
+        **options.chat.described(),
         "empty_answers": cut_off,
     }
 

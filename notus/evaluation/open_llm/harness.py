@@ -56,7 +56,6 @@ class NotusLM(TemplateLM):
         kept: Path,
         identity: str,
         template: str | None = None,
-        add_empty_system: bool = False,
     ) -> None:
         """Wrap a model that is whole on every rank, in evaluation mode.
 
@@ -67,7 +66,7 @@ class NotusLM(TemplateLM):
         super().__init__()
         self.causal_lm, self.tokenizer, self.name = causal_lm, tokenizer, name
         self.max_length, self.tokens_per_row, self.batch_size = max_length, tokens_per_row, batch_size
-        self.template, self.add_empty_system = template, add_empty_system
+        self.template = template
         self._device = causal_lm.device
         self._scores = KeptScores(kept / "log-likelihoods", identity)
         self._tokens = KeptTokens(kept / "generations", identity)
@@ -172,8 +171,6 @@ class NotusLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation; without a generation prompt, one whose last turn is to be continued."""
-        if self.add_empty_system and chat_history[0]["role"] != "system":
-            chat_history = [{"role": "system", "content": ""}, *chat_history]
         text = self.tokenizer.apply_chat_template(
             chat_history,
             chat_template=self.template,

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from notus.runtime.process import first_line
 if TYPE_CHECKING:
     import torch
 
+    from notus.data.chat import ChatEncoder
     from notus.evaluation.open_llm.harness import NotusLM
     from notus.evaluation.resolve_model import ModelSource
 
@@ -74,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,NAME]",
         help=f"tasks or groups of lm-eval, * for any (default: {', '.join(BY_TASK)})",
     )
-    parser.add_argument("--include-path", metavar="DIR", help="task files of your own, for --tasks")
+    parser.add_argument(
+        "--include-path", type=os.path.expanduser, metavar="DIR", help="task files of your own, for --tasks"
+    )
     parser.add_argument(
         "--num-fewshot",
         type=_not_negative,
@@ -164,7 +168,6 @@ def _suite(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "torch.device") -> "NotusLM":
     from lm_eval.models.utils import resolve_max_length
 
-    from notus.data.chat import resolve_template
     from notus.evaluation.decoding import model_digest
     from notus.evaluation.open_llm.harness import NotusLM
     from notus.model.supported import check_supported
@@ -188,9 +191,16 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
         batch_size=args.batch_size,
         kept=kept,
         identity=model_digest(causal_lm),
-        template=resolve_template(tokenizer, options.chat_template) if args.apply_chat_template else None,
-        add_empty_system=options.add_empty_system,
+        template=_template(options.chat.encoder(tokenizer)) if args.apply_chat_template else None,
     )
+
+
+def _template(encoder: "ChatEncoder") -> str:
+    """The template that renders prompts as in training, with the arguments, the date and the system turn of a run."""
+    from notus.data.chat import template_to_export
+
+    exported = template_to_export(encoder)
+    return exported if isinstance(exported, str) else exported["default"]
 
 
 def _write(args: argparse.Namespace, lm: "NotusLM", results: dict[str, Any], names: list[str], folder: Path) -> str:

@@ -21,6 +21,7 @@ where compare is {count, accuracy, accuracy_stderr, accuracy_interval, margin, m
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_suite_argument(parser)
     add_model_arguments(parser)
     parser.add_argument(
-        "--pairs", help="held-out pairs: a file, a folder or a hub id (default: those that the run held out)"
+        "--pairs",
+        type=os.path.expanduser,
+        help="held-out pairs: a file, a folder or a hub id (default: those that the run held out)",
     )
     parser.add_argument("--split", help="of a hub dataset (default: train)")
     parser.add_argument(
         "--base",
+        type=os.path.expanduser,
         metavar="MODEL_OR_RUN",
         help="the model to compare with (default: an adapter's own base, a DPO run's start; for other models none)",
     )
@@ -88,12 +92,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="estimate the KL to the base from completions that the model samples for N prompts (default: no KL)",
     )
     parser.add_argument(
-        "--kl-prompts", metavar="FILE", help="where these prompts are, as `generate` reads them (default: the pairs')"
+        "--kl-prompts",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="where these prompts are, as `generate` reads them (default: the pairs')",
     )
     parser.add_argument(
         "--kl-max-new-tokens", type=count, help=f"of a sampled completion (default: {DEFAULT_KL_TOKENS})"
     )
-    parser.add_argument("--output", metavar="FILE.json", help="write the figures there, too")
+    parser.add_argument("--output", type=os.path.expanduser, metavar="FILE.json", help="write the figures there, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -156,7 +163,7 @@ def _evaluate(
         device=device,
         trust_remote_code=args.trust_remote_code,
     )
-    samples = _sample(args, model, scoring, tokenization) if args.kl_samples else None
+    samples = _sample(args, model, scoring) if args.kl_samples else None
     rows = samples.rows if samples else None
     base_scores: Scores | None
     if model.base and not args.base:
@@ -173,7 +180,9 @@ def _evaluate(
         "num_pairs": len(scoring.pairs),
         "precision": scoring.precision,
         "beta": beta,
-        **tokenization._asdict(),
+        "max_length": tokenization.max_length,
+        "max_prompt_length": tokenization.max_prompt_length,
+        **tokenization.chat.described(),
         **_metrics(scoring, scores, base_scores, beta, samples),
     }
 
@@ -184,24 +193,22 @@ def _tokenization(args: argparse.Namespace, model: "ModelSource") -> "Tokenizati
 
     max_length = model.choose(args.max_length, "data.max_length", 1024)
     of_prompt = max(1, min(512, max_length // 2))
-    options = model.options(args)
     return Tokenization(
         max_length=max_length,
         max_prompt_length=model.choose(args.max_prompt_length, "data.max_prompt_length", of_prompt),
-        chat_template=options.chat_template,
-        add_empty_system=options.add_empty_system,
+        chat=model.options(args).chat,
     )
 
 
-def _sample(
-    args: argparse.Namespace, model: "ModelSource", scoring: "Scoring", tokenization: "Tokenization"
-) -> "Samples":
+def _sample(args: argparse.Namespace, model: "ModelSource", scoring: "Scoring") -> "Samples":
     """Draw completions for the KL, of the prompts that the user chose."""
     from notus.evaluation.preferences.kl import choose, prompts_of, read_prompts, sample
     from notus.runtime.distributed import on_main, say
 
     if args.kl_prompts:
-        prompts = on_main(lambda: read_prompts(Path(args.kl_prompts), scoring.tokenizer, tokenization))
+        options, tokenizer = model.options(args), scoring.tokenizer
+        are_turns, encoder = options.strings_are_turns(tokenizer), options.chat.encoder(tokenizer)
+        prompts = on_main(lambda: read_prompts(Path(args.kl_prompts), encoder, strings_are_turns=are_turns))
     else:
         prompts = prompts_of(scoring.pairs)
     chosen = choose(prompts, args.kl_samples)

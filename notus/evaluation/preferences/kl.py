@@ -8,15 +8,15 @@ from typing import Any
 import datasets
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.evaluation import prompts as prompt_files
-from notus.evaluation.decoding import Decoding, context_of, encode_prompt, generate_ids
+from notus.evaluation.decoding import Decoding, encode_prompt, generate_ids
 from notus.evaluation.intervals import stderr
-from notus.evaluation.preferences.scores import Scoring, Tokenization, free_memory
+from notus.evaluation.preferences.scores import Scoring, free_memory
 from notus.model.export import load_causal_lm
+from notus.model.supported import context_of
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.sampling import end_tokens
 
@@ -43,12 +43,10 @@ def prompts_of(rows: TokenizedDataset) -> list[list[int]]:
     return [list(ids) for ids in found]
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> list[list[int]]:
+def read_prompts(path: Path, encoder: ChatEncoder, *, strings_are_turns: bool) -> list[list[int]]:
     """The prompts of a file as `notus generate` takes them, as token ids. Raises ValueError, naming the line."""
-    template = tokenization.chat_template
-    encoder = ChatEncoder(tokenizer, chat_template=template, add_empty_system=tokenization.add_empty_system)
-    prompts = prompt_files.read_prompts(path, strings_are_turns=bool(template or tokenizer.chat_template))
-    return [encode_prompt(encoder, prompt.turns, prompt.place) for prompt in prompts]
+    prompts = prompt_files.read_prompts(path, strings_are_turns=strings_are_turns)
+    return [encode_prompt(encoder, prompt) for prompt in prompts]
 
 
 def choose(prompts: Sequence[list[int]], count: int) -> list[list[int]]:
@@ -65,7 +63,7 @@ def sample(folder: Path, scoring: Scoring, prompts: list[list[int]], max_new_tok
     """
     dtype, trust = COMPUTE_DTYPES[scoring.precision], scoring.trust_remote_code
     causal_lm, _ = load_causal_lm(folder, dtype=dtype, device=scoring.device, trust_remote_code=trust)
-    context = context_of(causal_lm)
+    context = context_of(causal_lm.config)
     room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     if min(room) < 1:
         raise ValueError(f"a prompt's {context - min(room)} tokens fill the model's context of {context}; shorten it")

@@ -3,25 +3,27 @@
 import dataclasses
 import gc
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from notus.config import LoraConfig
+from notus.config import LoraConfig, config_from_dict
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
-from notus.data.tokenize import load_pairs, split_holdout
-from notus.evaluation.resolve_model import ModelSource
+from notus.data.tokenize import load_pairs
+from notus.evaluation.resolve_model import ChatSettings, ModelSource
 from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
 from notus.model.peft_format import load_adapter, read_adapter_settings
 from notus.model.policy import Policy
+from notus.model.supported import check_context
 from notus.runtime.distributed import main_first, on_main, say
 from notus.training.checkpoint import checkpoints_in, read_identity
 from notus.training.parallelize import build_policy, read_model_config
 from notus.training.reference import digest_of_rows
+from notus.training.run_data import load_held_out
 from notus.training.run_folder import CHECKPOINTS
 from notus.training.scoring import score_all, score_tokens
 
@@ -33,8 +35,7 @@ class Tokenization(NamedTuple):
 
     max_length: int
     max_prompt_length: int
-    chat_template: str | None
-    add_empty_system: bool
+    chat: ChatSettings
 
 
 def name_pairs(model: ModelSource, given: str | None) -> str:
@@ -64,25 +65,26 @@ def load_pairs_of(
     Raises ValueError as `load_pairs` does, or if what the run held out is not there any more.
     """
     name = name_pairs(model, given)
-    data: dict[str, Any] = dict(model.settings["data"]) if given is None else {}
-    seed = model.settings["training"]["seed"] if given is None else 42
-    named = [{"path": given, "split": split or "train"}]
-    dataset, report = main_first(
-        lambda: load_pairs(
-            data.get("eval") or data.get("train") or named,
-            tokenizer,
-            max_length=tokenization.max_length,
-            max_prompt_length=tokenization.max_prompt_length,
-            chat_template=tokenization.chat_template,
-            add_empty_system=tokenization.add_empty_system,
-            num_workers=data.get("num_workers", 1),
-            cache_dir=data.get("cache_dir"),
-            seed=seed,
+    if given is None:
+        config = config_from_dict(dict(model.settings), "dpo", source=model.name)
+        rows = load_held_out(config.data, tokenizer, task="dpo", seed=config.training.seed)
+    else:
+        dataset, report = main_first(
+            lambda: load_pairs(
+                [{"path": given, "split": split or "train"}],
+                tokenizer,
+                max_length=tokenization.max_length,
+                max_prompt_length=tokenization.max_prompt_length,
+                chat_template=tokenization.chat.chat_template,
+                chat_template_kwargs=tokenization.chat.chat_template_kwargs,
+                template_date=tokenization.chat.template_date,
+                add_empty_system=tokenization.chat.add_empty_system,
+                mask_history=tokenization.chat.mask_history,
+                split_special_tokens=tokenization.chat.split_special_tokens,
+            )
         )
-    )
-    if given is None and not data.get("eval"):
-        dataset = split_holdout(dataset, data["eval_size"], seed)[1]
-    rows = TokenizedDataset(dataset)
+        say(f"{name} {report}")
+        rows = TokenizedDataset(dataset)
     if model.run is not None and given is None:
         # From data that changed since, others would be held out, which the model may have learned from.
         run = model.run
@@ -92,7 +94,6 @@ def load_pairs_of(
                 f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
                 "tokens, changed since; restore them, or name held-out pairs with --pairs"
             )
-    say(f"{name} {report}")
     return rows
 
 
@@ -176,6 +177,7 @@ def _build(source: ModelSource, scoring: Scoring) -> Policy:
     folder: Path = main_first(lambda: resolve_model_folder(source.base or source.folder))
     config = read_model_config(folder, trust_remote_code=trust)
     check_vocabulary(scoring.tokenizer, config.vocab_size)
+    check_context(config, scoring.pairs.longest_sequence, "--max-length", model=source.name)
     lora = None
     if source.base:
         adapter = read_adapter_settings(source.folder)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,9 +78,14 @@ class Release:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("run_folder", metavar="RUN", help="a run's folder (training.output_dir)")
     parser.add_argument(
-        "--output", metavar="FILE", help=f"a new file, or - for the terminal (default: {CARD} in the run's folder)"
+        "run_folder", type=os.path.expanduser, metavar="RUN", help="a run's folder (training.output_dir)"
+    )
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help=f"a new file, or - for the terminal (default: {CARD} in the run's folder)",
     )
     parser.add_argument("--merge", action="store_true", help="of a LoRA run: the card of the merged model")
     parser.add_argument("--repo-id", type=repo_id, metavar="REPO_ID", help="where on the hub the model will be")
@@ -125,8 +131,11 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.run_folder)
     release = release_of(args, read_run(folder), name=folder.resolve().name, repo_id=args.repo_id)
     release = dataclasses.replace(release, step=exported_step(folder))
-    chat = has_chat_template(folder / MODEL) if release.step is None else will_have_chat_template(release.run)
-    text = model_card(release, chat=chat)
+    if release.step is None:
+        chat, generation = has_chat_template(folder / MODEL), has_generation_config(folder / MODEL)
+    else:
+        chat, generation = will_have_chat_template(release.run), True
+    text = model_card(release, chat=chat, generation=generation)
     if args.output == "-":
         sys.stdout.write(text)
         return 0
@@ -173,8 +182,8 @@ def exported_step(run: Path) -> int | None:
     return None if (run / MODEL).is_dir() else step_of(newest_checkpoint(run))
 
 
-def model_card(release: Release, *, chat: bool) -> str:
-    """Return the card; `chat`: the tokenizer has a chat template.
+def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
+    """Return the card; `chat`: the tokenizer has a chat template. `generation`: there is a generation config.
 
     Raises ValueError, naming the file, if one of the run's files or the base model's card is not as it should be.
     """
@@ -209,6 +218,7 @@ def model_card(release: Release, *, chat: bool) -> str:
                 release=release,
                 licence=licence,
                 chat=chat,
+                generation=generation,
                 ultrafeedback="ultrafeedback" in " ".join(sources).lower(),
             )
         except jinja2.UndefinedError as error:
@@ -237,23 +247,36 @@ def digest(text: str) -> str:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Return whether the tokenizer in a folder has a chat template."""
+    """Return whether the tokenizer in a folder has a chat template, and the model learned with one."""
     from notus.model.load import read_json
+    from notus.model.usage import learned_plain_text
 
     config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or (
+    found = (folder / "chat_template.jinja").is_file() or (
         config.is_file() and bool(read_json(config).get("chat_template"))
     )
+    return found and not learned_plain_text(folder)
+
+
+def has_generation_config(folder: Path) -> bool:
+    """Return whether a folder says how to generate; adapters of early versions do not."""
+    return (folder / "generation_config.json").is_file()
 
 
 def will_have_chat_template(run: "Run") -> bool:
     """Predict the same before a folder exists: by what the run learned, and the base model's files here."""
-    from notus.evaluation.resolve_model import learned_chat
+    from notus.evaluation.resolve_model import learned_chat, rows_are_plain_text
     from notus.training.run_data import DATA_FILE
 
+    def learned(what: Callable[[], bool]) -> bool:
+        return parse_files(DATA_FILE, [run.folder], what)
+
+    if run.data and learned(lambda: rows_are_plain_text(run.data)):
+        return False
     found = _base_file(run.base, "tokenizer_config.json")
-    learned = parse_files(DATA_FILE, [run.folder], lambda: learned_chat(run.settings, run.data))
-    return learned or (found is not None and has_chat_template(found.parent))
+    return learned(lambda: learned_chat(run.settings, run.data)) or (
+        found is not None and has_chat_template(found.parent)
+    )
 
 
 def _base_file(base: str, name: str) -> Path | None:

@@ -23,6 +23,7 @@ from notus.evaluation.release.card import (
     digest,
     exported_step,
     has_chat_template,
+    has_generation_config,
     model_card,
     release_of,
     repo_id,
@@ -50,8 +51,10 @@ class Mark:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("run_folder", metavar="RUN", help="a run's folder (training.output_dir)")
-    parser.add_argument("out", metavar="OUT", help="the folder to write: new, or empty")
+    parser.add_argument(
+        "run_folder", type=os.path.expanduser, metavar="RUN", help="a run's folder (training.output_dir)"
+    )
+    parser.add_argument("out", type=os.path.expanduser, metavar="OUT", help="the folder to write: new, or empty")
     parser.add_argument("--merge", action="store_true", help="merge a LoRA run's adapter into its base model")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: the run's precision)")
     parser.add_argument(
@@ -146,8 +149,7 @@ def _export(args: argparse.Namespace, release: Release) -> None:
                 fill(partial)
             except OSError as error:  # its message has the path and the free space already
                 raise ValueError(str(error)) from error
-            card = model_card(exported, chat=has_chat_template(partial))
-            _write_card(partial, card, _mark(args, exported))
+            _write_card(partial, _card(exported, partial), _mark(args, exported))
 
         new = NewFolder(args.out, markers=set())
         new.write(write)
@@ -156,9 +158,9 @@ def _export(args: argparse.Namespace, release: Release) -> None:
 
 def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Callable[[Path], None]]:
     """Load the final model, or that of the newest checkpoint; return its step, and how to write it into a folder."""
-    from notus.evaluation.resolve_model import DEFAULT_SHARD, load_unfinished, write_model
-    from notus.model.export import load_causal_lm, write_json
-    from notus.model.load import read_json
+    from notus.evaluation.resolve_model import DEFAULT_SHARD, load_unfinished, run_learned_plain_text, write_model
+    from notus.model.export import load_causal_lm
+    from notus.model.load import read_json, write_json
     from notus.model.peft_format import ADAPTER_CONFIG
     from notus.training.checkpoint import step_of
     from notus.training.run_folder import MODEL
@@ -190,6 +192,7 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
             dtype=dtype,
             merge=args.merge,
             max_shard_bytes=args.max_shard_size or DEFAULT_SHARD,
+            plain_text=run_learned_plain_text(run.folder),
         )
 
     return step, fill
@@ -252,8 +255,12 @@ def _renew_card(out: Path, release: Release, done: Mark) -> None:
     if _card_was_edited(out, done):
         print(f"{out} is there already, and complete; its {CARD} was edited, and stays as it is", flush=True)
         return
-    _write_card(out, model_card(release, chat=has_chat_template(out)), done)
+    _write_card(out, _card(release, out), done)
     print(f"{out} is there already, and complete: only its {CARD} was written anew", flush=True)
+
+
+def _card(release: Release, folder: Path) -> str:
+    return model_card(release, chat=has_chat_template(folder), generation=has_generation_config(folder))
 
 
 def _card_was_edited(folder: Path, mark: Mark) -> bool:

@@ -230,15 +230,18 @@ def test_rows_sizes_do_not_change_scores_and_done_ones_are_not_computed_again(tm
 
 
 def test_chat_format(tmp_path):
-    from notus.data.chat import ZEPHYR_TEMPLATE
+    from notus.data.chat import ZEPHYR_TEMPLATE, ChatEncoder, template_to_export
 
-    lm = notus_lm(tmp_path, toy_model(), toy_tokenizer(), template=ZEPHYR_TEMPLATE, add_empty_system=True)
+    lm = notus_lm(tmp_path, toy_model(), toy_tokenizer(), template=ZEPHYR_TEMPLATE)
     turns = [{"role": "user", "content": "hi"}]
-    assert lm.apply_chat_template(turns) == "<|system|>\n</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
+    assert lm.apply_chat_template(turns) == "<|user|>\nhi</s>\n<|assistant|>\n"
     begun = [*turns, {"role": "assistant", "content": "so"}]
     assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("<|assistant|>\nso")
     assert lm.chat_template(True) == ZEPHYR_TEMPLATE
     assert lm.chat_template(False) is None
+    encoder = ChatEncoder(toy_tokenizer(), chat_template="zephyr", add_empty_system=True)
+    lm = notus_lm(tmp_path, toy_model(), toy_tokenizer(), template=template_to_export(encoder))
+    assert lm.tok_encode(lm.apply_chat_template(turns)) == encoder.encode_prompt(turns)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_limit_shots_and_chat_format(model_folder, task_folder, tmp_path, monkey
     evaluate(model_folder, task_folder, tmp_path, *options, tasks="toy_choice")
     first, second = read_task(task_folder, "toy_choice")[:2]
     asked, answer = f"Question: {first['question']}\nAnswer:", second["choices"][second["answer"]]
-    assert seen[0][0].startswith("<|system|>\nBe brief.</s>\n<|user|>\n")
+    assert seen[0][0].startswith("<s><|system|>\nBe brief.</s>\n<|user|>\n")
     assert seen[0][0].endswith(
         f"<|user|>\nQuestion: {second['question']}\nAnswer:</s>\n<|assistant|>\n{answer}</s>\n"
         f"<|user|>\n{asked}</s>\n<|assistant|>\n"

@@ -14,10 +14,10 @@ from toys import toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from notus.__main__ import main
+from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.data.tokenize import load_pairs
 from notus.evaluation.preferences.kl import Samples, choose, kl, prompts_of, read_prompts, sample
-from notus.evaluation.preferences.scores import Tokenization
 
 FP32 = ["--precision", "fp32", "--max-length", "120"]
 
@@ -61,24 +61,25 @@ def test_prompts_of_a_file_are_those_of_the_pairs(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": turns, **answers}))
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": turns}))
     for system in (False, True):
-        chat = {"chat_template": None, "add_empty_system": system}
+        chat = {"add_empty_system": system}
         pairs, _ = load_pairs(tmp_path / "pairs.jsonl", toy_tokenizer(), max_length=120, max_prompt_length=60, **chat)
         (prompt,) = prompts_of(TokenizedDataset(pairs))
-        assert read_prompts(tmp_path / "prompts.jsonl", toy_tokenizer(), Tokenization(120, 60, **chat)) == [prompt]
+        encoder = ChatEncoder(toy_tokenizer(), **chat)
+        assert read_prompts(tmp_path / "prompts.jsonl", encoder, strings_are_turns=False) == [prompt]
 
 
-def test_strings_are_turns_where_the_model_has_a_chat_format(tmp_path):
+def test_strings_are_turns_or_text(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("poem")
     plain = toy_tokenizer()
-    (ids,) = read_prompts(path, plain, Tokenization(120, 60, None, False))
+    (ids,) = read_prompts(path, ChatEncoder(plain), strings_are_turns=False)
     assert plain.decode(ids) == "<s>poem"
-    (ids,) = read_prompts(path, plain, Tokenization(120, 60, "zephyr", False))
+    (ids,) = read_prompts(path, ChatEncoder(plain), strings_are_turns=True)
     assert plain.decode(ids).endswith("<|user|>\npoem</s>\n<|assistant|>\n")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"prompt": "q"}\n{"prompt": ""}\n')
     with pytest.raises(ValueError, match=r"empty.jsonl, line 2: the prompt is empty"):
-        read_prompts(empty, toy_tokenizer(bos=False), Tokenization(120, 60, None, False))
+        read_prompts(empty, ChatEncoder(toy_tokenizer(bos=False)), strings_are_turns=False)
 
 
 def test_prompts_are_drawn_without_replacement():

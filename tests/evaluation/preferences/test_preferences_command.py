@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from runs import config, read_metrics, write_pairs
-from toys import toy_model, toy_tokenizer
+from toys import toy_model, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.__main__ import main
@@ -158,11 +158,12 @@ def test_one_pair(tmp_path, model_folder, other_folder, pairs_file):
 
 @pytest.mark.parametrize("held_out", [{"data__eval_size": 3}, {"data__eval": "pairs"}])
 def test_a_run_is_measured_on_what_it_held_out_against_its_start(tmp_path, model_folder, pairs_file, held_out):
-    held_out = {key: str(pairs_file) if value == "pairs" else value for key, value in held_out.items()}
+    (tmp_path / "pairs.jsonl").write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:4]))
+    held_out = {key: str(tmp_path / "pairs.jsonl") if value == "pairs" else value for key, value in held_out.items()}
     dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, training__max_steps=2, **held_out))
     result = evaluate(tmp_path, tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
-    assert result["num_pairs"] == held_out.get("data__eval_size", 10)
+    assert result["num_pairs"] == held_out.get("data__eval_size", 4)
     assert result["base"] == str(model_folder)
     found = [result[key] for key in ("loss", "rewards/margins", "rewards/accuracies")]
     assert found == pytest.approx([last[f"eval_{key}"] for key in ("loss", "rewards/margins", "rewards/accuracies")])
@@ -277,3 +278,14 @@ def test_swapped_pairs_flip_the_margin(tmp_path, model_folder, other_folder, pai
         for file in (pairs_file, swapped)
     )
     assert one["rewards/margins"] == pytest.approx(-other["rewards/margins"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "opt"])  # rotary positions and learned ones
+def test_pairs_beyond_the_context_of_model_or_base_are_one_clear_error(tmp_path, capsys, kind, model_folder):
+    small = toy_model_folder(tmp_path / "small", kind, max_position_embeddings=16)
+    pairs = ["--pairs", write_pairs(tmp_path / "pairs.jsonl", 30)]
+    said = error_of(capsys, small, *pairs, *FP32)
+    assert f"but the context of {small} ends at 16" in said
+    assert "set --max-length to 16 or less" in said
+    assert "--max-length to 16 or less" in error_of(capsys, model_folder, *pairs, "--base", small, *FP32)
+    evaluate(tmp_path, small, *pairs, "--max-length", 16, *FP32[:2])

@@ -398,7 +398,7 @@ def test_the_example_of_a_chat_model_works(model_folder, tmp_path, monkeypatch, 
         shutil.rmtree(tmp_path / "run" / "model")
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "chat")]) == 0
     assert "apply_chat_template" in (tmp_path / "chat" / "README.md").read_text()
-    assert (tmp_path / "chat" / "chat_template.jinja").read_text() == ZEPHYR_TEMPLATE
+    assert (tmp_path / "chat" / "chat_template.jinja").read_text().endswith(ZEPHYR_TEMPLATE)
     assert run_example(tmp_path / "chat", monkeypatch, capsys).strip()
     example = card(tmp_path / "run", "--repo-id", "chat")[1].partition("```python")[2].partition("```")[0]
     assert example in (tmp_path / "chat" / "README.md").read_text()
