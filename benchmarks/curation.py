@@ -1,8 +1,9 @@
-"""How fast `python -m notus curate` is: `python benchmarks/curation.py [--records 64000] [--parquet]`.
+"""How fast `python -m notus curate` is: `python benchmarks/curation.py [--records 64000] [--decontaminate]`.
 
 Writes seeded records with the form and size of openbmb/UltraFeedback (four completions of about 300 tokens,
 each with a critique and six rationales), curates them through the command's own code, and prints seconds
-and records per second. The time to make the records is not counted.
+and records per second. The time to make the records is not counted. With `--decontaminate` 813 listed questions
+stand inside as many of the prompts: the report says how many were found.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import common  # noqa: F401  (the project's path)
 from notus.curation import command as curate
 
 ASPECTS = {"instruction_following": False, "honesty": False, "truthfulness": True, "helpfulness": True}
+QUESTIONS = 813
 SOURCES = ("evol_instruct", "false_qa", "flan_v2_niv2", "sharegpt", "truthful_qa", "ultrachat")
 
 
@@ -56,20 +59,22 @@ def record(rng: random.Random, pool: list[str], number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_records(path: Path, count: int, seed: int) -> None:
-    """Write `count` records to `path` as JSON lines or, by its suffix, Parquet."""
+def records(count: int, seed: int, embedded: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """`count` records; the prompts of the first ones hold the `embedded` questions, one each, between sentences."""
     rng = random.Random(seed)
     pool = sentences(rng)
-    records = (record(rng, pool, number) for number in range(count))
-    with path.open("wb") as file:
-        curate.write_rows(file, records, path.suffix)
+    for number in range(count):
+        made = record(rng, pool, number)
+        if number < len(embedded):
+            made["instruction"] += f" {embedded[number]} {rng.choice(pool)}"
+        yield made
 
 
-def timed_run(source: Path, prompts: Path | None) -> tuple[float, float]:
+def timed_run(source: Path, questions: Path | None) -> tuple[float, float]:
     """(wall seconds, processor seconds) of one run of the command on `source`."""
     command = [str(source), str(source.with_stem("pairs"))]
-    if prompts is not None:
-        command += ["--decontaminate", str(prompts)]
+    if questions is not None:
+        command += ["--decontaminate", str(questions)]
     parser = argparse.ArgumentParser()
     curate.add_arguments(parser)
     wall, processor = time.perf_counter(), time.process_time()
@@ -81,18 +86,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--records", type=int, default=64_000)
     parser.add_argument("--parquet", action="store_true", help="read and write Parquet, not JSON lines")
-    parser.add_argument("--decontaminate", action="store_true", help="match a list of 817 prompts as well")
+    parser.add_argument("--decontaminate", action="store_true", help=f"look for {QUESTIONS} questions as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     args = parser.parse_args()
+    listed = sentences(random.Random(args.seed + 1), QUESTIONS) if args.decontaminate else []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        source, prompts = Path(folder) / "records.jsonl", Path(folder) / "prompts.jsonl"
+        source, questions = Path(folder) / "records.jsonl", Path(folder) / "questions.jsonl"
         if args.parquet:
             source = source.with_suffix(".parquet")
-        write_records(source, args.records, args.seed)
-        listed = sentences(random.Random(args.seed + 1), 817)
-        prompts.write_text("\n".join(map(json.dumps, listed)), encoding="utf-8")
-        wall, processor = timed_run(source, prompts if args.decontaminate else None)
+        with source.open("wb") as file:
+            curate.write_rows(file, records(args.records, args.seed, listed), source.suffix)
+        questions.write_text("\n".join(map(json.dumps, listed)), encoding="utf-8")
+        wall, processor = timed_run(source, questions if listed else None)
         size = f"{args.records:,} records, {source.stat().st_size / 1e6:,.0f} MB"
     print(f"{size}: {wall:.1f} s (CPU {processor:.1f} s), {args.records / wall:,.0f} records/s")
 

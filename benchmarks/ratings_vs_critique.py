@@ -74,19 +74,19 @@ def records_at(data: Data, fault_rate: float) -> Rows:
 
 def pairs_by_ratings(data: Data) -> tuple[Rows, Report]:
     """The pairs of the mean ratings: the same at every fault rate, as `choices` asserts."""
-    return curate(data.records, by="ratings", seed=data.seed)
+    return curate(data.records, by="ratings", seed=data.seed, keep_identical=True)
 
 
 def pairs_by_score(data: Data, fault_rate: float) -> tuple[Rows, Report]:
     """The pairs of the overall score at a fault rate."""
-    return curate(records_at(data, fault_rate), by="overall_score", seed=data.seed)
+    return curate(records_at(data, fault_rate), by="overall_score", seed=data.seed, keep_identical=True)
 
 
 def choices(data: Data, fault_rate: float) -> dict[str, Any]:
     """How the two rules choose at a fault rate, and how often they choose what is right."""
     by_ratings, of_ratings = pairs_by_ratings(data)
     records = records_at(data, fault_rate)
-    again, _ = curate(records, by="ratings", seed=data.seed)
+    again, _ = curate(records, by="ratings", seed=data.seed, keep_identical=True)
     assert again == by_ratings, "the ratings' pairs depend on the fault rate"
     by_score, of_score = pairs_by_score(data, fault_rate)
     other = {row["instruction"]: row for row in by_score}

@@ -42,7 +42,13 @@ MAX_LENGTH = 64  # tokens of prompt and answer; the longest have about 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--output", metavar="DIR", default="runs/demo", help="a new folder (default: runs/demo)")
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="DIR",
+        default="runs/demo",
+        help="a new folder (default: runs/demo)",
+    )
     parser.add_argument("--seed", type=int, default=42, help="of data, model and training (default: 42)")
 
 
@@ -92,7 +98,7 @@ def _make(folder: Path, seed: int) -> dict[str, Any]:
     make_base(folder / "base", seed)
     _announce("SFT: the model learns to answer as the imaginary models do")
     _check_finished(sft.run(_config("sft", folder, seed)))
-    _announce("curation: ratings become preference pairs")
+    _announce("curation: ratings become preference pairs; as answers are short, many pairs are one text twice")
     chosen_right = _curate(folder / "data", seed)
     _announce("DPO: the model learns which answers were preferred")
     _check_finished(dpo.run(_config("dpo", folder, seed)))

@@ -46,3 +46,17 @@ def test_the_same_seed_writes_the_same_data(tmp_path: Path, monkeypatch: pytest.
     assert one == two
     assert set(one) == {"sft-train.jsonl", "records-train.jsonl", "records-eval.jsonl", "prompts-eval.jsonl"}
     assert len(one["sft-train.jsonl"].splitlines()) == 12
+
+
+def test_curation_leaves_no_pair_that_training_would_drop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "SIZES", {"sft": 4, "preferences": 200, "held_out": 100})
+    folder = tmp_path / "data"
+    demo.write_data(folder, seed=0)
+    demo._curate(folder, seed=0)
+    for name in ("pairs-train", "pairs-train-by-overall-score", "pairs-eval"):
+        pairs = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        assert pairs
+        assert all(pair["chosen_response"] != pair["rejected_response"] for pair in pairs)
+    assert "dropped, chosen and rejected responses are the same text: " in capsys.readouterr().out

@@ -1,11 +1,12 @@
 """`python -m notus curate`: UltraFeedback records from files or the hub -> a file of preference pairs.
 
 One pass, one record in memory at a time (a .json file is read whole), pairs in the order of the records.
-The rule is in `ultrafeedback.py`.
+The rule is in `ultrafeedback.py`, the one that finds the questions of benchmarks in `decontamination.py`.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from notus.curation.ultrafeedback import RULES, SCHEMAS, Curator
+from notus.curation.decontamination import DEFAULT_NGRAM
+from notus.curation.ultrafeedback import REJECTED, RULES, SCHEMAS, Curator
 from notus.data.sources import SUFFIXES, Placed, is_hub_id, read_file, read_hub
 from notus.runtime.files import replacing
 
@@ -25,16 +27,35 @@ _OR_KEYS = " or ".join(PROMPT_KEYS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("input", help="records: .jsonl, .json or .parquet, a folder of them, or a hub id")
-    parser.add_argument("output", help="the pairs: a .jsonl or .parquet file, replaced when complete")
+    parser.add_argument(
+        "input", type=os.path.expanduser, help="records: .jsonl, .json or .parquet, a folder of them, or a hub id"
+    )
+    parser.add_argument(
+        "output", type=os.path.expanduser, help="the pairs: a .jsonl or .parquet file, replaced when complete"
+    )
     parser.add_argument("--by", choices=RULES, default="ratings", help="score that ranks (default: ratings)")
+    parser.add_argument(
+        "--rejected",
+        choices=REJECTED,
+        default="lower",
+        help="what the rejected response is drawn from: strictly lower scores, or any other, ties included "
+        "(default: lower; --by overall_score --rejected any is Zephyr's rule)",
+    )
     parser.add_argument("--schema", choices=SCHEMAS, default="v1", help="columns of a pair (default: v1)")
     parser.add_argument("--seed", type=int, default=42, help="of the rejected response's draw (default: 42)")
     parser.add_argument(
         "--decontaminate",
+        type=os.path.expanduser,
         metavar="PROMPTS_FILE",
-        help="drop the prompts on this list: a .txt file, one a line, or a .jsonl, .json or .parquet file of "
-        f"strings or of objects with {_OR_KEYS}",
+        help="drop the prompts that are, or contain, a question on this list: a .txt file, one a line, or a .jsonl, "
+        f".json or .parquet file of strings or of objects with {_OR_KEYS}",
+    )
+    parser.add_argument(
+        "--ngram",
+        type=int,
+        metavar="N",
+        help="find a question of N or more words in a prompt by the N-grams they share, which must cover more than "
+        f"half of it; shorter ones as a whole (default: {DEFAULT_NGRAM}; needs --decontaminate)",
     )
     parser.add_argument(
         "--drop-source",
@@ -50,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="lowest valid rating (default: 1; openbmb/UltraFeedback as published holds a few zeros)",
     )
+    parser.add_argument(
+        "--keep-identical",
+        action="store_true",
+        help="keep pairs whose two responses are the same text, as the original rule does; training drops them",
+    )
     parser.add_argument("--split", help="of a hub dataset (default: train)")
 
 
@@ -60,13 +86,18 @@ def run(args: argparse.Namespace) -> int:
     """
     output = Path(args.output)
     _check_output(output, args.input)
+    if args.ngram is not None and not args.decontaminate:
+        raise ValueError(f"--ngram {args.ngram} has no effect without --decontaminate; give both or neither")
     curator = Curator(
         by=args.by,
+        rejected=args.rejected,
         schema=args.schema,
         seed=args.seed,
         decontaminate=read_prompts(Path(args.decontaminate)) if args.decontaminate else (),
+        ngram=DEFAULT_NGRAM if args.ngram is None else args.ngram,
         drop_sources=args.drop_source,
         min_rating=args.min_rating,
+        keep_identical=args.keep_identical,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as temporary:

@@ -10,20 +10,26 @@ The rule, after the data card of argilla/ultrafeedback-binarized-preferences:
 2. Chosen is the highest score, the first of several. Rejected is a random one of those strictly lower.
 3. Prompts with fewer than two scored completions, and prompts whose scored completions all tie, are dropped.
 
-Zephyr drew the rejected response from all the others, ties included; here a tie is never a preference, so
-that the two rules differ in the score alone.
+Zephyr's rule is `by="overall_score", rejected="any"`. The card of HuggingFaceH4/ultrafeedback_binarized says: chosen
+is the highest overall score, rejected one of the remaining three at random. So the two may tie, and no prompt is
+dropped: its first release has 63,966 pairs of UltraFeedback's 63,967 prompts. The card says neither which of several
+highest scores was chosen (here the first) nor how the draw was seeded.
+
+Pairs whose two responses are the same text, but for white space around it, are dropped: there is nothing to prefer.
+The draw does not avoid them, so that every other pair is the one that the original rule gives. `keep_identical`
+keeps them, as the original rule does.
 
 The draw is a function of the seed and of the record's own text. So it depends neither on the order of the
 records nor on what else the data holds, and a prompt that occurs again with other completions draws anew.
 Repeated prompts are kept, as the original kept them, and counted.
 
 The two schemas are columns, not contents: `v1` and `cleaned` hold the same pairs. The cleaned release also
-left out what TruthfulQA contaminates: the records of source `truthful_qa` (`drop_sources`) and every prompt
-that equals one of a list of questions (`decontaminate`), compared by `normalized` text.
+left out what TruthfulQA contaminates: the records of source `truthful_qa` (`drop_sources`), and the ShareGPT prompts
+that match one of its questions. `decontaminate` drops the prompts of every source that hold a listed question, by the
+rule of `decontamination.py`. No pair holds the `custom_system_prompt` of a completion, as in the originals.
 """
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +37,16 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from notus.curation.decontamination import CONTAINED, DEFAULT_NGRAM, EQUAL, Questions
+
 RULES = ("ratings", "overall_score")
+REJECTED = ("lower", "any")
 SCHEMAS = ("v1", "cleaned")
-SOURCE, CONTAMINATED = "source left out", "prompt on the decontamination list"
+SOURCE = "source left out"
 TOO_FEW, TIED = "fewer than two scored completions", "all scored completions tie"
+IDENTICAL = "chosen and rejected responses are the same text"
+REASONS = (SOURCE, EQUAL, CONTAINED, TOO_FEW, TIED, IDENTICAL)
+SHOWN_SOURCES, SHOWN_EXAMPLES = 20, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +69,20 @@ class Report:
     """Where the records went, and how the two rules compare.
 
     `compared` counts the records, contaminated and left out ones aside, in which both rules give a pair;
-    `differing` those of them in which the chosen responses differ.
+    `differing` those of them in which the chosen responses differ. `examples` are the first prompts that contain a
+    question, with the question.
     """
 
     by: str
+    rejected: str = "lower"
     records: Counter[str] = field(default_factory=Counter)  # per source
     pairs: Counter[str] = field(default_factory=Counter)  # per source
     dropped: Counter[str] = field(default_factory=Counter)  # per reason
+    examples: list[tuple[str, str]] = field(default_factory=list)
+    unscored: int = 0  # completions of the ranked records
     repeated_prompts: int = 0
+    identical: int = 0  # pairs kept though their responses are the same text
+    empty: int = 0  # pairs kept though a response is empty
     compared: int = 0
     differing: int = 0
 
@@ -74,29 +92,50 @@ class Report:
         return self.differing / self.compared if self.compared else 0.0
 
     def __str__(self) -> str:
-        lines = [f"{self.records.total():,} records -> {self.pairs.total():,} pairs by {self.by}"]
-        reasons = (SOURCE, CONTAMINATED, TOO_FEW, TIED)
-        lines += [f"  dropped, {reason}: {self.dropped[reason]:,}" for reason in reasons]
-        lines += [
+        drawn = "a strictly lower one" if self.rejected == "lower" else "any other"
+        lines = [
+            f"{self.records.total():,} records -> {self.pairs.total():,} pairs by {self.by}, {drawn} rejected",
+            *self._drops(),
+            f"  completions without a score, neither chosen nor rejected: {self.unscored:,}",
             f"  kept, with a prompt seen before: {self.repeated_prompts:,}",
+            f"  kept, with an empty response (training drops these): {self.empty:,}",
+        ]
+        if self.identical:
+            lines.append(f"  kept, though both responses are the same text (training drops these): {self.identical:,}")
+        lines += [
             f"  ratings and overall_score choose different responses in {self.differing:,} of the "
             f"{self.compared:,} prompts where both give a pair ({self.differing_share:.1%})",
+            *self._sources(),
         ]
-        lines += [f"  from {name}: {self.pairs[name]:,} of {n:,}" for name, n in self.records.most_common(20)]
         if self.pairs["truthful_qa"]:
             lines.append("  note: training on pairs from truthful_qa makes a TruthfulQA score meaningless")
         return "\n".join(lines)
+
+    def _drops(self) -> Iterator[str]:
+        for reason in REASONS:
+            yield f"  dropped, {reason}: {self.dropped[reason]:,}"
+            if reason == CONTAINED:
+                yield from (f"    {_excerpt(question)} in {_excerpt(prompt)}" for prompt, question in self.examples)
+
+    def _sources(self) -> Iterator[str]:
+        for name, count in self.records.most_common(SHOWN_SOURCES):
+            yield f"  from {name}: {self.pairs[name]:,} of {count:,}"
+        if (more := len(self.records) - SHOWN_SOURCES) > 0:
+            yield f"  and from {more:,} more sources"
 
 
 def curate(
     records: Iterable[Any],
     *,
     by: str = "ratings",
+    rejected: str = "lower",
     schema: str = "v1",
     seed: int = 42,
     decontaminate: Iterable[str] = (),
+    ngram: int = DEFAULT_NGRAM,
     drop_sources: Collection[str] = (),
     min_rating: int = 1,
+    keep_identical: bool = False,
 ) -> tuple[list[dict[str, Any]], Report]:
     """Return all the pairs of `records`, in their order, and the report. The options are the fields of `Curator`.
 
@@ -104,11 +143,14 @@ def curate(
     """
     curator = Curator(
         by=by,
+        rejected=rejected,
         schema=schema,
         seed=seed,
         decontaminate=decontaminate,
+        ngram=ngram,
         drop_sources=drop_sources,
         min_rating=min_rating,
+        keep_identical=keep_identical,
     )
     placed = ((f"record {number}", record) for number, record in enumerate(records, start=1))
     return list(curator.pairs(placed)), curator.report
@@ -120,29 +162,36 @@ class Curator:
 
     by: str = "ratings"
     """The score that ranks: "ratings", the mean over the aspects, or "overall_score", the critique's."""
+    rejected: str = "lower"
+    """What the rejected response is drawn from: "lower", the strictly lower scores, or "any", all other scored ones."""
     schema: str = "v1"
     """The columns of a pair: "v1" or "cleaned". Its rating columns hold the score that ranked."""
     seed: int = 42
     """Seed of the draw of the rejected response."""
     decontaminate: Iterable[str] = ()
-    """Prompts to drop, compared by `normalized` text."""
+    """Questions. Prompts that hold one are dropped."""
+    ngram: int = DEFAULT_NGRAM
+    """Words in the n-grams that find a question in a longer prompt."""
     drop_sources: Collection[str] = ()
     """Values of `source` to drop."""
     min_rating: int = 1
     """Lowest valid rating. The scale starts at 1; 0 admits zeros, which the published data holds a few of
     (a parsing fault), and averages them in as the original did."""
+    keep_identical: bool = False
+    """Keep the pairs whose two responses are the same text."""
 
     def __post_init__(self) -> None:
         options: list[tuple[str, object, tuple[object, ...]]] = [
             ("by", self.by, RULES),
+            ("rejected", self.rejected, REJECTED),
             ("schema", self.schema, SCHEMAS),
             ("min_rating", self.min_rating, (0, 1)),
         ]
         for name, value, allowed in options:
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; choose one of {allowed}")
-        self.report = Report(self.by)
-        self._contaminated = {_comparable(prompt) for prompt in self.decontaminate}
+        self.report = Report(self.by, self.rejected)
+        self._questions = Questions(self.decontaminate, self.ngram)
         self._seen: set[bytes] = set()
 
     def pairs(self, placed_records: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -166,7 +215,7 @@ class Curator:
         if isinstance(selected, str):
             self.report.dropped[selected] += 1
             return None
-        self._count_pair(source, instruction)
+        self._count_pair(source, instruction, *selected)
         return _COLUMNS[self.schema](source, instruction, *selected, self.by)
 
     def _select(
@@ -175,40 +224,58 @@ class Curator:
         """(chosen, rejected), or the reason to drop the record."""
         if source in self.drop_sources:
             return SOURCE
-        if self._contaminated and normalized(instruction) in self._contaminated:
-            return CONTAMINATED
-        ranked = {rule: rank([completion.scores[rule] for completion in completions]) for rule in RULES}
-        self._compare([completions[choice[0]].response for choice in ranked.values() if choice and choice[1]])
-        if (choice := ranked[self.by]) is None:
+        if (match := self._questions.find(instruction)) is not None:
+            if match.how == CONTAINED and len(self.report.examples) < SHOWN_EXAMPLES:
+                self.report.examples.append((instruction, match.question))
+            return match.how
+        selected = self._rank_and_draw(source, instruction, completions)
+        if isinstance(selected, str) or self.keep_identical or not _identical(*selected):
+            return selected
+        return IDENTICAL
+
+    def _rank_and_draw(
+        self, source: str, instruction: str, completions: list[Completion]
+    ) -> tuple[Completion, Completion] | str:
+        choices = {}
+        for rule in RULES:
+            scores = [completion.scores[rule] for completion in completions]
+            choices[rule] = rank(scores, ties=self.rejected == "any")
+        self.report.unscored += sum(completion.scores[self.by] is None for completion in completions)
+        self._compare([completions[choice[0]].response for choice in choices.values() if choice and choice[1]])
+        if (choice := choices[self.by]) is None:
             return TOO_FEW
-        best, lower = choice
-        if not lower:
+        best, others = choice
+        if not others:
             return TIED
-        drawn = draw(len(lower), self.seed, source, instruction, completions)
-        return completions[best], completions[lower[drawn]]
+        drawn = draw(len(others), self.seed, source, instruction, completions)
+        return completions[best], completions[others[drawn]]
 
     def _compare(self, chosen_responses: list[str]) -> None:
         both = len(chosen_responses) == len(RULES)
         self.report.compared += both
         self.report.differing += both and len(set(chosen_responses)) > 1
 
-    def _count_pair(self, source: str, instruction: str) -> None:
+    def _count_pair(self, source: str, instruction: str, chosen: Completion, rejected: Completion) -> None:
         self.report.pairs[source] += 1
+        self.report.identical += _identical(chosen, rejected)
+        self.report.empty += not (chosen.response.strip() and rejected.response.strip())
         prompt = hashlib.blake2b(instruction.encode(), digest_size=16).digest()  # a few MB for 64k prompts
         self.report.repeated_prompts += prompt in self._seen
         self._seen.add(prompt)
 
 
-def rank(scores: Sequence[Fraction | None]) -> tuple[int, list[int]] | None:
+def rank(scores: Sequence[Fraction | None], *, ties: bool = False) -> tuple[int, list[int]] | None:
     """(index of the first of the highest, indices of all strictly lower); None for fewer than two scores.
 
-    Scores are exact, so that rounding neither makes nor breaks a tie. When all tie the list is empty.
+    With `ties` the indices are of all other scores, lower or not. Scores are exact, so that rounding neither makes
+    nor breaks a tie. When all tie the list is empty.
     """
-    scored = [score for score in scores if score is not None]
+    scored = [(i, score) for i, score in enumerate(scores) if score is not None]
     if len(scored) < 2:
         return None
-    best = max(scored)
-    return scores.index(best), [i for i, score in enumerate(scores) if score is not None and score < best]
+    highest = max(score for _, score in scored)
+    best = scores.index(highest)
+    return best, [i for i, score in scored if (i != best if ties else score < highest)]
 
 
 def draw(count: int, seed: int, source: str, instruction: str, completions: Iterable[Completion]) -> int:
@@ -227,28 +294,12 @@ def draw(count: int, seed: int, source: str, instruction: str, completions: Iter
     return int.from_bytes(digest.digest(), "big") % count
 
 
-class _Separators(dict[int, str]):
-    """A `str.translate` table, filled as it is used: punctuation, separators, controls become a space."""
-
-    def __missing__(self, code: int) -> str:
-        self[code] = " " if unicodedata.category(chr(code))[0] in "PZC" else chr(code)
-        return self[code]
+def _excerpt(text: str, length: int = 80) -> str:
+    return repr(text if len(text) <= length else f"{text[:length]}...")
 
 
-_SEPARATORS = _Separators()
-
-
-def normalized(prompt: str) -> str:
-    """`prompt` as it is compared: NFKC, case folded, each run of punctuation and white space one space."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
-    return " ".join(folded.translate(_SEPARATORS).split())
-
-
-def _comparable(prompt: str) -> str:
-    text = normalized(prompt)
-    if not text:
-        raise ValueError(f"the prompt {prompt!r:.40} to decontaminate by has nothing to compare; remove it")
-    return text
+def _identical(chosen: Completion, rejected: Completion) -> bool:
+    return chosen.response.strip() == rejected.response.strip()
 
 
 def parse_record(record: Any, *, min_rating: int = 1) -> tuple[str, str, list[Completion]]:

@@ -102,6 +102,37 @@ def test_options_reach_the_rule(tmp_path):
     assert pairs[0]["chosen_model"] == "m1"
 
 
+def test_zephyrs_rule_is_two_options(tmp_path):
+    source, output = lines(tmp_path / "in.jsonl", [raw(0, (3, 3))]), tmp_path / "out.jsonl"
+    command(source, output, "--by", "overall_score", "--rejected", "any")
+    (pair,) = read(output)
+    assert (pair["chosen_response"][:10], pair["rejected_response"][:10]) == ("response 0", "response 1")
+
+
+def test_identical_responses_are_dropped_unless_they_are_asked_for(tmp_path, capsys):
+    records = [raw(0, (5, 1)), raw(1)]
+    for completion in records[0]["completions"]:
+        completion["response"] = "the same"
+    source, output = lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+    command(source, output)
+    assert [pair["instruction"] for pair in read(output)] == ["question 1?"]
+    assert "same text: 1" in capsys.readouterr().out
+    command(source, output, "--keep-identical")
+    assert [pair["instruction"] for pair in read(output)] == ["question 0?", "question 1?"]
+
+
+def test_ngram_reaches_the_rule_and_needs_a_list(tmp_path):
+    records = [raw(0, instruction="Say why one two three four is odd"), raw(1, instruction="something else")]
+    source, output, prompts = lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl", tmp_path / "p.txt"
+    prompts.write_text("one two three four five six")  # six words, of which the prompt holds four
+    command(source, output, "--decontaminate", prompts)
+    assert len(read(output)) == 2
+    command(source, output, "--decontaminate", prompts, "--ngram", 4)
+    assert [pair["instruction"] for pair in read(output)] == ["something else"]
+    with pytest.raises(ValueError, match="--ngram 13 has no effect without --decontaminate"):
+        command(source, output, "--ngram", 13)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -124,7 +155,7 @@ def test_a_list_of_prompts_in_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.csv", b"a,b", "convert it"),
+        ("p.xml", b"<a/>", "convert it"),
         ("p.txt", b"\n \n", "holds no prompts"),
         ("p.txt", b"\xff", "not UTF-8 at byte 0"),
         ("p.jsonl", b'"a"\n{"text": "b"}\n', r"p.jsonl, line 2: not a prompt"),

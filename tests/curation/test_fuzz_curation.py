@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from notus.curation.command import write_rows
-from notus.curation.ultrafeedback import RULES, Curator, curate, normalized
+from notus.curation.decontamination import CONTAINED, EQUAL, Questions, normalized
+from notus.curation.ultrafeedback import REJECTED, RULES, Curator, curate
 from notus.data.sources import read_file
 
 ratings = st.sampled_from(["1", "2", "3", "4", "5", 1, 3, 5, 2.5, "4.25", 4.999999999999999, "N/A", None])
@@ -38,6 +39,8 @@ records = st.fixed_dictionaries(
 options = st.fixed_dictionaries(
     {
         "by": st.sampled_from(RULES),
+        "rejected": st.sampled_from(REJECTED),
+        "keep_identical": st.booleans(),
         "seed": st.integers(),
         "drop_sources": st.sampled_from([(), ("truthful_qa",)]),
         "decontaminate": st.lists(texts.filter(normalized), max_size=2),
@@ -73,17 +76,19 @@ def test_pairs_are_in_strict_order_and_every_record_is_accounted_for(
     assert [pair for single in again for pair in single] == pairs
     for record, single in zip(found, again, strict=True):
         for pair in single:
-            check_pair(pair, record, chosen["by"])
+            check_pair(pair, record, chosen["by"], chosen["rejected"])
+            assert chosen["keep_identical"] or pair["chosen_response"].strip() != pair["rejected_response"].strip()
 
 
-def check_pair(pair: dict[str, Any], record: dict[str, Any], by: str) -> None:
+def check_pair(pair: dict[str, Any], record: dict[str, Any], by: str, rejected: str) -> None:
     scored = [(score(item, by), item["response"]) for item in record["completions"]]
     scored = [(value, response) for value, response in scored if value is not None]
     best = max(value for value, _ in scored)
-    assert pair["chosen_response"] == next(response for value, response in scored if value == best)
+    first = next(i for i, (value, _) in enumerate(scored) if value == best)
+    assert pair["chosen_response"] == scored[first][1]
     assert pair["chosen_avg_rating"] == float(best)
-    below = {(float(value), response) for value, response in scored if value < best}
-    assert (pair["rejected_avg_rating"], pair["rejected_response"]) in below
+    others = [item for i, item in enumerate(scored) if (item[0] < best if rejected == "lower" else i != first)]
+    assert (pair["rejected_avg_rating"], pair["rejected_response"]) in {(float(v), response) for v, response in others}
     assert (pair["instruction"], pair["source"]) == (record["instruction"], record["source"])
 
 
@@ -109,6 +114,47 @@ def written_and_read(pairs: list[dict[str, Any]], suffix: str) -> list[Any]:
         path = Path(folder) / f"pairs{suffix}"
         path.write_bytes(file.getvalue())
         return [row for _, row in read_file(path)]
+
+
+pieces = st.sampled_from(["a", "b", "c", "A", "B", ", ", "? ", "\n"])
+asked = st.lists(pieces, min_size=1, max_size=14).map(" ".join)
+
+
+@fuzz(300)
+@given(st.lists(asked.filter(normalized), max_size=4), st.lists(pieces, max_size=40).map(" ".join), st.integers(3, 9))
+def test_a_question_is_found_where_the_rule_says(listed: list[str], prompt: str, ngram: int) -> None:
+    match = Questions(listed, ngram).find(prompt)
+    equal = [question for question in listed if normalized(question) == normalized(prompt)]
+    contained = [question for question in listed if is_contained(question, prompt, ngram)]
+    if equal:
+        assert match == (EQUAL, equal[0])
+    else:
+        assert match == ((CONTAINED, contained[0]) if contained else None)
+
+
+def is_contained(question: str, prompt: str, ngram: int) -> bool:
+    """The rule anew, by comparing every part of the question with every part of the prompt."""
+    wanted, words, begins, ends = normalized(question).split(), [], set(), set()
+    for piece in prompt.split(" "):  # every word is one letter
+        if piece.strip() in ("", ",", "?"):
+            if piece:
+                ends.add(len(words))
+                begins.add(len(words))
+            continue
+        if piece.isupper():
+            begins.add(len(words))
+        words.append(piece.lower())
+    begins.add(0)
+    ends.add(len(words))
+    length = min(ngram, len(wanted))
+    held = set()
+    for start in range(len(wanted) - length + 1):
+        for place in range(len(words) - length + 1):
+            if words[place : place + length] == wanted[start : start + length]:
+                as_a_clause = place in begins and place + length in ends and length >= 3
+                if length >= min(ngram, 5) or as_a_clause:
+                    held.update(range(start, start + length))
+    return 2 * len(held) > len(wanted)
 
 
 @fuzz(300)

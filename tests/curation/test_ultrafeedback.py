@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from notus.curation.ultrafeedback import CONTAMINATED, SOURCE, TIED, TOO_FEW, Curator, curate, mean_rating, normalized
+from notus.curation.decontamination import CONTAINED, EQUAL
+from notus.curation.ultrafeedback import IDENTICAL, SOURCE, TIED, TOO_FEW, Curator, curate, mean_rating
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
@@ -130,6 +131,81 @@ def test_a_repeated_prompt_is_kept_and_counted_and_draws_by_its_own_completions(
     assert len({pair["rejected_response"][0] for pair in pairs}) == 3
 
 
+def test_zephyrs_rule_draws_from_all_others_ties_included():
+    raws = [
+        record(*(completion((), score, f"{i}") for i, score in enumerate((8, 9, 9, 5))), instruction=f"question {n}")
+        for n in range(300)
+    ]
+    pairs, report = curate(raws, by="overall_score", rejected="any")
+    assert {pair["chosen_response"] for pair in pairs} == {"1"}  # the first of the two with 9
+    drawn = [sum(pair["rejected_response"] == i for pair in pairs) for i in "023"]
+    assert sum(drawn) == 300
+    assert all(75 < count < 125 for count in drawn)  # 100 expected, standard deviation 8.2
+    tied = next(pair for pair in pairs if pair["rejected_response"] == "2")
+    assert (tied["chosen_avg_rating"], tied["rejected_avg_rating"]) == (9, 9)
+    assert "300 records -> 300 pairs by overall_score, any other rejected" in str(report)
+    lower, _ = curate(raws, by="overall_score")
+    assert {pair["rejected_response"] for pair in lower} == {"0", "3"}
+
+
+def test_zephyrs_rule_drops_no_tied_prompt_and_draws_by_the_same_hash():
+    raw = record(*(completion((), 7, i, model="m") for i in "abcd"), source="s", instruction="i")
+    assert single(raw, by="overall_score")[1].dropped == {TIED: 1}
+    pair, report = single(raw, by="overall_score", rejected="any", seed=7)
+    texts = (b"7", b"s", b"i", b"m", b"a", b"m", b"b", b"m", b"c", b"m", b"d")
+    data = b"".join(len(text).to_bytes(8, "big") + text for text in texts)
+    number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+    assert (pair["chosen_response"], pair["rejected_response"]) == ("a", "bcd"[number % 3])
+    assert report.dropped == {}
+
+
+def test_a_completion_without_a_score_is_counted_and_never_drawn():
+    raw = record(completion((), 7, "a"), completion((), None, "b"), completion((), 7, "c"), completion((), "N/A", "d"))
+    for seed in range(20):
+        pair, report = single(raw, by="overall_score", rejected="any", seed=seed)
+        assert (pair["chosen_response"], pair["rejected_response"]) == ("a", "c")
+    assert report.unscored == 2
+    assert "completions without a score, neither chosen nor rejected: 2" in str(report)
+
+
+def test_responses_of_one_text_are_no_pair():
+    raws = [
+        record(completion(("5",), response="4"), completion(("1",), response=" 4\n"), instruction="2 + 2?"),
+        record(completion(("5",), response="4"), completion(("1",), response="5"), instruction="2 + 2?"),
+    ]
+    pairs, report = curate(raws)
+    assert [pair["rejected_response"] for pair in pairs] == ["5"]
+    assert report.dropped == {IDENTICAL: 1}
+    assert report.repeated_prompts == 0  # the first of the two is no pair
+    assert "dropped, chosen and rejected responses are the same text: 1" in str(report)
+    kept, report = curate(raws, keep_identical=True)
+    assert [pair["rejected_response"] for pair in kept] == [" 4\n", "5"]
+    assert report.dropped == {}
+    assert "kept, though both responses are the same text (training drops these): 1" in str(report)
+
+
+def test_dropping_identical_responses_changes_no_other_draw():
+    answers = ("4", "4", "5", "6")  # the second is what a third of the draws take
+    raws = [
+        record(*(completion((rating,), response=answers[i]) for i, rating in enumerate("5123")), instruction=f"{n}")
+        for n in range(60)
+    ]
+    (pairs, report), (kept, _) = curate(raws), curate(raws, keep_identical=True)
+    assert pairs == [pair for pair in kept if pair["rejected_response"] != "4"]
+    assert report.dropped[IDENTICAL] == 60 - len(pairs) > 0
+
+
+def test_pairs_with_an_empty_response_are_kept_and_counted():
+    raws = [
+        record(completion(("5",), response="a"), completion(("1",), response=" ")),
+        record(completion(("5",), response=""), completion(("1",), response="b")),
+        record(completion(("5",), response=""), completion(("1",), response="\n")),
+    ]
+    pairs, report = curate(raws)
+    assert len(pairs) == report.empty == 2
+    assert report.dropped == {IDENTICAL: 1}
+
+
 def test_every_dropped_record_has_one_counted_reason():
     low, high, unrated = completion(("1",), 1), completion(("5",), 9), completion(("N/A",), None)
     raws = [
@@ -138,20 +214,32 @@ def test_every_dropped_record_has_one_counted_reason():
         record(),
         record(low, low, unrated),
         record(low, high, source="truthful_qa"),
-        record(low, high, instruction="Is it?"),
+        record(low, high, instruction="Is it safe?"),
+        record(low, high, instruction="Tell me. Is it safe?"),
     ]
-    pairs, report = curate(raws, decontaminate=["is IT"], drop_sources=["truthful_qa"])
+    pairs, report = curate(raws, decontaminate=["is IT safe"], drop_sources=["truthful_qa"])
     assert len(pairs) == 1
-    assert report.dropped == {TOO_FEW: 2, TIED: 1, SOURCE: 1, CONTAMINATED: 1}
-    assert report.records == {"flan": 5, "truthful_qa": 1}
+    assert report.dropped == {TOO_FEW: 2, TIED: 1, SOURCE: 1, EQUAL: 1, CONTAINED: 1}
+    assert report.records == {"flan": 6, "truthful_qa": 1}
     assert report.pairs == {"flan": 1}
     assert report.compared == 1
     text = str(report)
-    assert "6 records -> 1 pairs by ratings" in text
+    assert "7 records -> 1 pairs by ratings, a strictly lower one rejected" in text
     assert "fewer than two scored completions: 2" in text
-    assert "from flan: 1 of 5" in text
+    assert "the prompt contains a listed question: 1\n    'is IT safe' in 'Tell me. Is it safe?'\n" in text
+    assert "from flan: 1 of 6" in text
     assert "note:" not in text
     assert "note: training on pairs from truthful_qa" in str(curate(raws)[1])
+
+
+def test_a_report_shows_three_prompts_that_contain_a_question_and_twenty_sources():
+    raws = [
+        record(completion(("1",)), completion(("5",)), instruction=f"{n}: is it safe?", source=f"{n}")
+        for n in range(23)
+    ]
+    _, report = curate(raws, decontaminate=["Is it safe?"])
+    assert report.examples == [(f"{n}: is it safe?", "Is it safe?") for n in range(3)]
+    assert str(report).endswith("\n  and from 3 more sources")
 
 
 def test_rules_compare_by_text_where_both_give_a_pair():
@@ -170,26 +258,6 @@ def test_rules_compare_by_text_where_both_give_a_pair():
     assert curate([])[1].differing_share == 0
 
 
-@pytest.mark.parametrize(
-    ("text", "comparable"),
-    [
-        ("What  happens,\n if you eat seeds?", "what happens if you eat seeds"),
-        ("Can’t — STRASSE “Straße”…", "can t strasse strasse"),
-        ("ﬁve Ｆｕｌｌ①", "five full1"),
-        ("1 + 1 = 2", "1 + 1 = 2"),
-        ("कि का", "कि का"),
-        ("?!", ""),
-    ],
-)
-def test_normalized(text, comparable):
-    assert normalized(text) == comparable
-
-
-def test_decontamination_needs_something_to_compare():
-    with pytest.raises(ValueError, match=r"'\?\?\?'.*nothing to compare; remove it"):
-        Curator(decontaminate=["fine", "???"])
-
-
 def test_min_rating_zero_averages_zeros_in():
     raw = record(completion(("0", "2", "2")), completion(("2",)))
     with pytest.raises(ValueError, match="--min-rating 0"):
@@ -198,11 +266,18 @@ def test_min_rating_zero_averages_zeros_in():
     assert (pair["chosen_avg_rating"], pair["rejected_avg_rating"]) == (2.0, 4 / 3)
 
 
-@pytest.mark.parametrize("option", [{"by": "mean"}, {"schema": "v2"}, {"min_rating": 2}])
+@pytest.mark.parametrize("option", [{"by": "mean"}, {"rejected": "worst"}, {"schema": "v2"}, {"min_rating": 2}])
 def test_a_wrong_option_is_named_with_its_choices(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"{name} is .*choose one of"):
         Curator(**option)
+
+
+def test_questions_and_ngram_are_checked():
+    with pytest.raises(ValueError, match=r"'\?\?\?'.*nothing to compare; remove it"):
+        Curator(decontaminate=["fine", "???"])
+    with pytest.raises(ValueError, match="ngram is 2; give 3 or more"):
+        Curator(ngram=2)
 
 
 def rated(value):
