@@ -17,6 +17,7 @@ from notus.runtime.process import configure_allocator, leave, run_entry
 HELP = {
     "demo": "make data, train a small model on it and align it, to see the whole path work",
     "curate": "turn UltraFeedback records into preference pairs",
+    "data": "show the rows of a config as the model sees them; --html: as a page to browse, compare and mark them",
     "reference": "fill the reference log-prob cache of a DPO config, and stop",
     "evaluate": "measure a model: preferences on held-out pairs, or another --suite",
     "generate": "complete the prompts of a file",
@@ -28,6 +29,7 @@ HELP = {
 MODULES = {
     "demo": "notus.demo",
     "curate": "notus.curation.command",
+    "data": "notus.data_browser.command",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
@@ -86,7 +88,7 @@ def _load(name: str, argv: list[str]) -> tuple[Declare, Run]:
 
 
 def _declare_reference(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="as for train_dpo.py")
+    parser.add_argument("config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for train_dpo.py")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
 
 

@@ -62,7 +62,8 @@ def test_the_rows_that_the_data_formats_show_are_read():
         [{"role": "user", "content": "2 + 2?"}],
     ]
     completions = [normalize(json.loads(line), "sft").completions for line in examples.splitlines()]
-    assert completions == [([{"role": "assistant", "content": "Hello!"}],), (" Paris.",)]
+    turns = [[{"role": "assistant", "content": text}] for text in ("Hello!", "3")]
+    assert completions == [(turns[0],), (" Paris.",), (turns[1],)]
 
 
 @pytest.mark.slow

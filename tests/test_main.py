@@ -1,5 +1,6 @@
 """`python -m notus`: commands are found and named, a mistake is one line, help starts no torch."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,24 @@ def test_ctrl_c_ends_in_a_line(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert entry.main(["report", "run"]) == 130
     assert capsys.readouterr().err == ""
+
+
+PATHS = {"CONFIG", "CONFIG.yaml", "DIR", "FILE", "FILE.html", "FILE.json", "FILE.py:NAME", "MODEL_OR_RUN", "OUT"}
+PATHS |= {"PROMPTS", "PROMPTS_FILE", "RUN", "TEMPLATE"}
+SUITES = [
+    ["evaluate", "--suite", suite] for suite in ("preferences", "win-rate", "mt-bench", "alpaca-eval", "open-llm")
+]
+
+
+@pytest.mark.parametrize("words", [[name] for name in entry.HELP if name != "evaluate"] + SUITES, ids=" ".join)
+def test_home_is_expanded_in_every_path_of_a_command(words, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    declare, _ = entry._load(words[0], words)
+    parser = argparse.ArgumentParser()
+    declare(parser)
+    paths = [action for action in parser._actions if action.metavar in PATHS or action.dest in ("input", "output")]
+    assert paths
+    for action in paths:
+        assert action.type is not None, action
+        assert action.type("~/x") == "/home/ada/x", action
+        assert action.type("org/name") == "org/name", action

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-DEMO, TESTS, PATH, PUBLISH, ESTIMATE = (block.strip() for block in BLOCKS)
+DEMO, TESTS, PATH, DATA, PUBLISH, ESTIMATE = (block.strip() for block in BLOCKS)
 SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
 
 
@@ -77,6 +77,14 @@ def test_the_path_runs_on_what_the_demo_left(demo: dict[str, float], clone: Path
     answers = (clone / "runs" / "answers.jsonl").read_text().splitlines()
     assert all("completion" in json.loads(line) for line in answers)
     assert (clone / "runs" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_data_are_shown_as_the_model_sees_them(demo: dict[str, float], clone: Path) -> None:
+    text, page = (_run(command, clone) for command in _commands(DATA))
+    assert text.count("⟦") == text.count("⟧") >= 4  # the learned part of two pairs
+    assert "runs/data.html" in page
+    assert "</html>" in (clone / "runs" / "data.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

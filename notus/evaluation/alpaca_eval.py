@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ from notus.evaluation.evaluate import add_suite_argument
 from notus.evaluation.generate import add_answer_arguments, answer, answer_settings
 from notus.evaluation.input_files import check_unique, fetch, read_entries
 from notus.evaluation.intervals import stderr
+from notus.evaluation.prompts import Prompt
 from notus.evaluation.results import Figure, Result, hold_folder, model_name, result_folder, write_result
 from notus.runtime.files import replacing, write_text
 from notus.runtime.process import first_line
@@ -119,23 +121,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, optional=True)
     parser.add_argument(
         "--prompts",
+        type=os.path.expanduser,
         metavar="FILE",
         help=".json list or .jsonl of {instruction, dataset?} (default: AlpacaEval's 805, from the hub)",
     )
     add_answer_arguments(parser)
     parser.add_argument(
         "--judge",
+        type=os.path.expanduser,
         metavar="CONFIG",
         help="have the outputs judged by the alpaca_eval package: its annotator's config, as alpaca_eval_gpt4 or "
         "weighted_alpaca_eval_gpt4_turbo, or the folder of one",
     )
     parser.add_argument(
         "--reference-outputs",
+        type=os.path.expanduser,
         metavar="FILE",
         help="outputs to compare with: a file as AlpacaEval has them, or text_davinci_003 or gpt4_1106_preview, from "
         "the hub (default: gpt4_1106_preview for a judge called weighted_..., else text_davinci_003)",
     )
-    parser.add_argument("--annotations", metavar="FILE", help="score this annotations.json; takes no model")
+    parser.add_argument(
+        "--annotations", type=os.path.expanduser, metavar="FILE", help="score this annotations.json; takes no model"
+    )
     add_output_argument(parser, SUITE)
 
 
@@ -160,9 +167,9 @@ def run(args: argparse.Namespace) -> int:
         # What the judge needs is looked up before the hours of generation.
         asked, judge, baseline = distributed.on_main(lambda: _prepare(args))
         distributed.on_main(lambda: hold_folder(folder))
-        places, instructions = zip(*asked, strict=True)
-        texts = [instruction.instruction for instruction in instructions]
-        answers, described = answer(source, texts, places, args, kept=folder / GENERATION, device=device)
+        instructions = [instruction for _, instruction in asked]
+        prompts = [Prompt(place, instruction.instruction) for place, instruction in asked]
+        answers, described = answer(source, prompts, args, kept=folder / GENERATION, device=device)
         speaks = distributed.is_main()
     if not speaks:  # judging can take hours, and the other ranks have no part in it
         return 0

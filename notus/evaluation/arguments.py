@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Collection
 
 
@@ -9,6 +10,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
     """The model, which may be left out if `optional`, and how it is computed and prompted."""
     parser.add_argument(
         "model",
+        type=os.path.expanduser,
         metavar="MODEL_OR_RUN",
         nargs="?" if optional else None,
         help="a model's, an adapter's or a run's folder, or a hub id",
@@ -16,6 +18,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument(
         "--chat-template",
+        type=os.path.expanduser,
         metavar="TEMPLATE",
         help="'zephyr' or a .jinja file (default: the run's, or the tokenizer's own)",
     )
@@ -52,6 +55,7 @@ def add_output_argument(parser: argparse.ArgumentParser, suite: str) -> None:
     """Where a suite's results go; see `results.result_folder`."""
     parser.add_argument(
         "--output",
+        type=os.path.expanduser,
         metavar="DIR",
         help=f"folder of the results (default: RUN/evaluations/{suite}, or evaluations/MODEL/{suite})",
     )

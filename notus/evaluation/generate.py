@@ -1,13 +1,15 @@
 """`python -m notus generate`: complete the prompts of a file to JSON lines; and `answer`, which suites use for theirs.
 
 A string prompt is the user's turn if the model has a chat format: its tokenizer brings a template, or --chat-template
-or the run's config names one. Otherwise, or with --raw, it is plain text to continue. Message lists are always rendered
-as in training.
+or the run's config names one. Otherwise it is plain text to continue; so it is for a model that learned plain text
+only, whatever template its tokenizer has. --raw and --no-raw decide for the user. Message lists are always rendered as
+in training.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,6 @@ from notus.runtime.files import replacing
 if TYPE_CHECKING:
     import torch
 
-    from notus.data.formats import Turns
     from notus.evaluation.decoding import Decoding
     from notus.evaluation.prompts import Prompt
     from notus.evaluation.resolve_model import ModelOptions, ModelSource
@@ -30,12 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "prompts",
+        type=os.path.expanduser,
         metavar="PROMPTS",
         help="a .jsonl or .json file of objects with prompt, messages, conversations or instruction; or a "
         ".txt file, one prompt a line",
     )
     parser.add_argument(
         "out",
+        type=os.path.expanduser,
         metavar="OUT",
         help="a .jsonl file: each object with its completion, there when complete; it must not exist, or be empty",
     )
@@ -45,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_answer_arguments(parser, "completion", max_new_tokens=512)
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
     parser.add_argument("--num-samples", type=count, default=1, help="completions per prompt (default: 1)")
-    begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
-    begin.add_argument("--raw", action="store_true", help="take prompts as plain text, without a chat template")
+    parser.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     settings = answer_settings(args, "completions", max_new_tokens=512)
     if settings.temperature == 0 and args.num_samples > 1:
         raise ValueError("--num-samples above 1 would repeat a greedy completion: set --temperature")
-    if args.raw and (args.chat_template or args.add_empty_system):
-        raise ValueError("--raw uses no chat template: leave --chat-template and --add-empty-system out")
+    if args.raw and args.system is not None:
+        raise ValueError("--raw takes prompts as plain text, which has no turns: leave --system out")
     from notus.runtime import distributed
 
     with distributed.process_group() as device:
@@ -86,25 +87,29 @@ def _generate(
 
     source = find_together(args.model, trust_remote_code=args.trust_remote_code)
     # Prompts are read before the weights: their mistakes show at once.
-    has_chat_format = _has_chat_format(source, source.options(args))
-    prompts = on_main(lambda: _read(args, has_chat_format=has_chat_format))
+    options = source.options(args)
+    strings_are_turns = _strings_are_turns(source, options, args)
+    prompts = on_main(lambda: _read(args, strings_are_turns=strings_are_turns))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    places = [prompt.place for prompt in repeated]
-    turns = [prompt.turns for prompt in repeated]
-    return prompts, _complete(source, source.options(args), turns, places, settings, device)
+    return prompts, _complete(source, options, repeated, settings, device)
 
 
-def _has_chat_format(source: "ModelSource", options: "ModelOptions") -> bool:
+def _strings_are_turns(source: "ModelSource", options: "ModelOptions", args: argparse.Namespace) -> bool:
+    """Whether a string prompt is the user's turn. Raises ValueError for options without effect."""
     from notus.model.export import load_tokenizer
 
-    return bool(options.chat_template or load_tokenizer(source.folder, options.trust_remote_code).chat_template)
+    if args.raw and (args.chat_template or args.add_empty_system):
+        raise ValueError("--raw uses no chat template: leave --chat-template and --add-empty-system out")
+    found = options.strings_are_turns(load_tokenizer(source.folder, options.trust_remote_code))
+    if args.raw is False and not found:
+        raise ValueError(f"--no-raw has no effect: {source.name} has no chat template; name one with --chat-template")
+    return found
 
 
 def _complete(
     source: "ModelSource",
     options: "ModelOptions",
-    prompts: "Sequence[Turns]",
-    places: Sequence[str],
+    prompts: "Sequence[Prompt]",
     settings: "Decoding",
     device: "torch.device",
     kept: Path | None = None,
@@ -115,32 +120,34 @@ def _complete(
     causal_lm, tokenizer = source.load(options, device)
     return generate(
         causal_lm,
-        tokenizer,
+        options.chat.encoder(tokenizer),
         prompts,
         settings,
-        chat_template=options.chat_template,
-        add_empty_system=options.add_empty_system,
-        places=places,
         kept=KeptTokens(kept, on_main(lambda: model_digest(causal_lm))) if kept else None,
     )
 
 
-def _read(args: argparse.Namespace, *, has_chat_format: bool) -> list["Prompt"]:
+def _read(args: argparse.Namespace, *, strings_are_turns: bool) -> list["Prompt"]:
     """Read the prompts and log how they are taken; for rank 0."""
     from notus.evaluation.prompts import read_prompts
 
-    strings_are_turns = has_chat_format and not args.raw
     prompts = read_prompts(Path(args.prompts), strings_are_turns=strings_are_turns, system=args.system)
     chats = [prompt for prompt in prompts if not isinstance(prompt.turns, str)]
-    if args.raw and chats:
-        raise ValueError(f"{chats[0].place}: holds messages, which --raw does not take: leave --raw out")
+    _check_raw(args, prompts)
     if args.system is not None and not chats:
         raise ValueError(
-            "--system has no effect: the prompts are strings and the model has no chat format; add --chat-template"
+            "--system has no effect: the prompts are strings, and the model has no chat format or learned plain text "
+            "only; add --chat-template or --no-raw"
         )
     plain = len(prompts) - len(chats)
     print(f"{len(prompts)} prompts: {len(chats)} conversations, {plain} plain texts", flush=True)
     return prompts
+
+
+def _check_raw(args: argparse.Namespace, prompts: "Sequence[Prompt]") -> None:
+    chat = next((prompt for prompt in prompts if not isinstance(prompt.turns, str)), None)
+    if args.raw and chat is not None:
+        raise ValueError(f"{chat.place}: holds messages, which --raw does not take: leave --raw out")
 
 
 def _write(path: Path, prompts: list["Prompt"], completions: list[str], num_samples: int) -> None:
@@ -158,6 +165,12 @@ def add_answer_arguments(parser: argparse.ArgumentParser, what: str = "answer", 
     parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens with this share of the probability")
     parser.add_argument("--seed", type=int, help="of the draws (default: 42)")
     parser.add_argument("--batch-size", type=count, help=f"{what}s at a time (default: 32)")
+    parser.add_argument(
+        "--raw",
+        action=argparse.BooleanOptionalAction,
+        help="take string prompts as plain text, without a chat template; --no-raw: as the user's turn (default: plain "
+        "text if the model has no chat template or learned plain text only)",
+    )
 
 
 def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tokens: int = 2048) -> "Decoding":
@@ -180,8 +193,7 @@ def answer_settings(args: argparse.Namespace, what: str = "answers", max_new_tok
 
 def answer(
     source: "ModelSource",
-    prompts: "Sequence[Turns]",
-    places: Sequence[str],
+    prompts: "Sequence[Prompt]",
     args: argparse.Namespace,
     *,
     kept: Path,
@@ -190,22 +202,25 @@ def answer(
     """Let a model answer each prompt of a suite; return the answers, and the settings that bear on them; collective.
 
     Prompts are messages that end before the answer; or strings, which are the user's turn if the model has a chat
-    format, else text to continue. `places` is what errors call each. Finished batches are saved in the folder `kept`,
-    so the same call resumes where it stopped. Raises ValueError if the model cannot be loaded, or a prompt fills its
-    context.
+    format and learned with it, else text to continue. Finished batches are saved in the folder `kept`, so the same call
+    resumes where it stopped. Raises ValueError if the model cannot be loaded, or a prompt fills its context.
     """
     options, settings = source.options(args), answer_settings(args)
-    has_chat_format = _has_chat_format(source, options)
-    turns = [
-        [{"role": "user", "content": each}] if has_chat_format and isinstance(each, str) else each for each in prompts
-    ]
-    texts = _complete(source, options, turns, places, settings, device, kept)
+    _check_raw(args, prompts)
+    as_turns = _strings_are_turns(source, options, args)
+    prompts = [_as_turn(prompt) if as_turns else prompt for prompt in prompts]
+    texts = _complete(source, options, prompts, settings, device, kept)
     described = {
         **dataclasses.asdict(settings),
-        "chat_template": options.chat_template,
-        "add_empty_system": options.add_empty_system,
+        **options.chat.described(),
         "precision": options.precision,
-        "as_turns": has_chat_format,
+        "as_turns": as_turns,
     }
     del described["top_k"]  # suites have no such option
     return [text.strip() for text in texts], described
+
+
+def _as_turn(prompt: "Prompt") -> "Prompt":
+    if not isinstance(prompt.turns, str):
+        return prompt
+    return dataclasses.replace(prompt, turns=[{"role": "user", "content": prompt.turns}])

@@ -19,7 +19,8 @@ def read_entries(path: Path, model: type[Entry], wanted: str) -> list[tuple[str,
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; check the path")
-    entries = [(place, parse_entry(value, model, place, wanted)) for place, value in read_file(path)]
+    rows = read_file(path, any_numbers=True)  # pandas writes NaN for what is missing
+    entries = [(place, parse_entry(value, model, place, wanted)) for place, value in rows]
     if not entries:
         raise ValueError(f"{path}: the file is empty; give {wanted}")
     return entries

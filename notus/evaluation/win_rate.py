@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -165,16 +166,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add_suite_argument(parser)
     _add_generation_arguments(parser)
-    parser.add_argument("--against", metavar="MODEL_OR_RUN", help="the model to compare with, prompted in the same way")
     parser.add_argument(
-        "--prompts", metavar="FILE", help=".jsonl, .json or .txt, as `notus generate` reads it; where both are models"
+        "--against",
+        type=os.path.expanduser,
+        metavar="MODEL_OR_RUN",
+        help="the model to compare with, prompted in the same way",
     )
     parser.add_argument(
-        "--answers", metavar="FILE", help="in place of MODEL: prompts with its answers, as `notus generate` writes them"
+        "--prompts",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help=".jsonl, .json or .txt, as `notus generate` reads it; where both are models",
     )
-    parser.add_argument("--against-answers", metavar="FILE", help="the same in place of --against")
+    parser.add_argument(
+        "--answers",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="in place of MODEL: prompts with its answers, as `notus generate` writes them",
+    )
+    parser.add_argument(
+        "--against-answers", type=os.path.expanduser, metavar="FILE", help="the same in place of --against"
+    )
     parser.add_argument(
         "--judge-function",
+        type=os.path.expanduser,
         metavar="FILE.py:NAME",
         help='judge by a Python function (prompt, answer_a, answer_b) -> "A", "B" or "tie"; or package.module:NAME',
     )
@@ -191,6 +206,7 @@ def _add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
     add_judge_arguments(parser)
     parser.add_argument(
         "--judge-prompt",
+        type=os.path.expanduser,
         metavar="FILE",
         help="prompt for --judge-model, with {prompt}, {answer_a} and {answer_b}; asks for a last line "
         '"Verdict: A", "Verdict: B" or "Verdict: tie", or [[A]], [[B]], [[C]] (default: one of our own)',
@@ -255,8 +271,7 @@ def _pairs(
     sides, settings = [], {}
     for side, model, texts in zip(("model", "against"), (source, other), files, strict=True):
         if model is not None:
-            prompts, places = [one.turns for one in asked], [one.place for one in asked]
-            texts, settings[side] = answer(model, prompts, places, args, kept=kept, device=device)
+            texts, settings[side] = answer(model, asked, args, kept=kept, device=device)
         sides.append(texts)
     return [Pair(one.text, ours, theirs) for one, ours, theirs in zip(asked, *sides, strict=True)], settings
 
@@ -293,8 +308,7 @@ def read_answers(path: Path) -> tuple[list[Prompt], list[str]]:
         if key is None:
             raise ValueError(f"{place}: no string under one of the keys {', '.join(ANSWER_KEYS)}; give an answer")
         answers.append(row[key].strip())  # as answers that are generated here
-        value, messages = read_prompt({name: row[name] for name in row if name != key}, place)
-        asked.append(Prompt(place, row, value if isinstance(value, str) else messages))
+        asked.append(read_prompt({name: row[name] for name in row if name != key}, place, strings_are_turns=False))
     if not asked:
         raise ValueError(f"{path}: the file is empty; give at least one answer")
     check_unique([(one.place, one.text) for one in asked], "prompt")

@@ -282,3 +282,16 @@ def test_a_baseline_without_an_output_is_rejected(tmp_path):
     assert baseline_outputs(str(path), asked[:1]) == [{"instruction": "a", "output": "", "generator": "base"}]
     with pytest.raises(ValueError, match=r"base.json: holds no output for the instruction of here"):
         baseline_outputs(str(path), asked)
+
+
+def test_a_run_on_plain_text_answers_instructions_as_text(plain_run, asked, tmp_path):
+    command = [*SUITE, str(plain_run), "--prompts", str(asked), "--precision", "fp32", "--max-new-tokens", "6"]
+    model, tokenizer = load_causal_lm(plain_run, dtype=torch.float32, device="cpu")
+    texts = [row["instruction"] for row in ROWS]
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    for options, prompts in (([], texts), (["--raw"], texts), (["--no-raw"], turns)):
+        out = tmp_path / "".join(["out", *options])
+        assert main([*command, *options, "--output", str(out)]) == 0
+        wanted = generate(model, tokenizer, prompts, max_new_tokens=6)
+        assert [row["output"] for row in outputs(out)] == [text.strip() for text in wanted]
+        assert read_result(out / "result.json").settings["as_turns"] is (prompts is turns)

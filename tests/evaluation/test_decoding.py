@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models
 from toys import assets_dir, toy_model, toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from notus.data.chat import ChatEncoder
 from notus.evaluation import decoding as generation
 from notus.evaluation.decoding import KeptTokens, model_digest
+from notus.evaluation.prompts import Prompt
 from notus.model.export import load_causal_lm
 
 PROMPTS = [
@@ -296,3 +298,20 @@ def test_the_digest_of_a_model_tells_weights_and_settings_apart():
         changed.lm_head.weight[0, 0] += 1
     others = [toy_model(seed=1), toy_model(sliding_window=8), with_bf16, changed]
     assert digest not in {model_digest(model) for model in others}
+
+
+def test_tools_and_arguments_of_a_prompt_reach_its_template():
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %} {{ tools | length if tools else 'no' }} tools"
+        "{% if enable_thinking is defined %} thinking {{ enable_thinking }}{% endif %}:"
+    )
+    tokenizer = toy_tokenizer(chat_template=template)
+    turn, tool = [{"role": "user", "content": "dog"}], {"type": "function", "function": {"name": "f"}}
+    for chat_template_kwargs, more, text in (
+        ({}, {}, "dog no tools:"),
+        ({}, {"tools": [tool]}, "dog 1 tools:"),
+        ({"enable_thinking": "off"}, {}, "dog no tools thinking off:"),
+        ({"enable_thinking": "off"}, {"template_kwargs": {"enable_thinking": "on"}}, "dog no tools thinking on:"),
+    ):
+        encoder = ChatEncoder(tokenizer, chat_template_kwargs=chat_template_kwargs)
+        assert generation.encode_prompt(encoder, Prompt("here", turn, **more)) == tokenizer(text).input_ids

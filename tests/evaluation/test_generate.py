@@ -1,15 +1,20 @@
 """`notus generate`: rows keep keys and order, options have their effect, nothing half-written is left."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
+import yaml
 from decoded import generate
+from runs import config
 from toys import toy_model, toy_tokenizer
 
 from notus.__main__ import main
+from notus.evaluation import decoding
 from notus.model.export import load_causal_lm
+from notus.training import dpo
 
 FP32 = ["--precision", "fp32", "--max-new-tokens", "6"]
 ROWS = [
@@ -100,6 +105,8 @@ def test_runs_and_adapters(lora_run, full_run, model_folder, prompts):
         (["--seed", "1"], "--seed has no effect"),
         (["--num-samples", "2"], "--num-samples above 1 would repeat"),
         (["--raw", "--add-empty-system"], "--raw uses no chat template"),
+        (["--raw", "--system", "be brief"], "--raw takes prompts as plain text, which has no turns"),
+        (["--no-raw"], "--no-raw has no effect: "),
         (["--raw"], "line 3: holds messages, which --raw does not take"),
     ],
 )
@@ -157,3 +164,96 @@ def test_argparse_refuses_values_out_of_range(model_folder, prompts, option):
     with pytest.raises(SystemExit) as caught:
         main(["generate", str(model_folder), str(prompts), "out.jsonl", *option])
     assert caught.value.code == 2
+
+
+def as_text_and_as_turn(folder):
+    return completions(folder, ["dog"]), completions(folder, [[{"role": "user", "content": "dog"}]])
+
+
+def said_to_dog(folder, prompts, *options):
+    prompts.write_text(json.dumps(ROWS[1]))
+    return [row["completion"] for row in run(folder, prompts, *options)]
+
+
+def test_a_run_on_plain_text_takes_strings_as_text(plain_run, prompts, tmp_path):
+    text, turn = as_text_and_as_turn(plain_run)
+    assert text != turn
+    assert said_to_dog(plain_run, prompts) == text
+    assert said_to_dog(plain_run / "model", prompts) == text
+    assert said_to_dog(plain_run, prompts, "--raw") == text
+    assert said_to_dog(plain_run, prompts, "--no-raw") == turn
+    assert said_to_dog(plain_run, prompts, "--chat-template", "zephyr") not in (text, turn)
+    # messages are rendered with the template, always
+    prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "dog"}]}))
+    assert [row["completion"] for row in run(plain_run, prompts)] == turn
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_so_does_the_model_exported_from_it(plain_run, prompts, tmp_path, finished, capsys):
+    source = plain_run
+    if not finished:
+        source = shutil.copytree(plain_run, tmp_path / "unfinished", ignore=shutil.ignore_patterns("model"))
+    assert main(["export", str(source), str(tmp_path / "out")]) == 0
+    text, turn = as_text_and_as_turn(tmp_path / "out")
+    assert said_to_dog(tmp_path / "out", prompts) == said_to_dog(source, prompts) == text != turn
+    assert "apply_chat_template" not in (tmp_path / "out" / "README.md").read_text()
+    assert main(["card", str(source), "--output", "-"]) == 0
+    assert "apply_chat_template" not in capsys.readouterr().out
+
+
+def test_an_adapter_on_plain_text_does_too(chat_base, pairs_file, prompts, tmp_path):
+    dpo.run(config("dpo", tmp_path / "lora", chat_base, pairs_file, lora__rank=2, training__max_steps=1))
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "adapter")]) == 0
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "merged"), "--merge"]) == 0
+    for folder in (tmp_path / "lora", tmp_path / "adapter", tmp_path / "merged"):
+        text, turn = as_text_and_as_turn(folder)
+        assert said_to_dog(folder, prompts) == text != turn
+
+
+def test_a_run_on_conversations_takes_strings_as_turns(chat_base, prompts, tmp_path):
+    answers = {name: [{"role": "assistant", "content": f"{name} dog"}] for name in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "hello"}], **answers}
+    plain = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    for name, rows in (("chat", [row] * 4), ("mixed", [row, plain] * 2)):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        dpo.run(config("dpo", tmp_path / name, chat_base, data, training__max_steps=1))
+        text, turn = as_text_and_as_turn(tmp_path / name)
+        assert said_to_dog(tmp_path / name, prompts) == turn != text
+        assert said_to_dog(tmp_path / name, prompts, "--raw") == text
+
+
+def test_a_damaged_report_of_the_data_is_named(plain_run, prompts, tmp_path, capsys):
+    copy = shutil.copytree(plain_run, tmp_path / "copy")
+    (copy / "data.json").write_text('{"train": 3}')
+    (copy / "model" / "notus.json").unlink()  # of a run of an earlier version
+    assert main(["generate", str(copy), str(prompts), str(tmp_path / "out.jsonl")]) == 1
+    assert "data.json: not a report of a run's data" in capsys.readouterr().err
+
+
+def test_system_turns_need_turns(plain_run, prompts, capsys):
+    prompts.write_text(json.dumps(ROWS[1]))
+    command = ["generate", str(plain_run), str(prompts), str(prompts.parent / "out.jsonl"), "--system", "be brief"]
+    assert main([*command, *FP32]) == 1
+    assert "add --chat-template or --no-raw" in capsys.readouterr().err
+    assert main([*command, "--no-raw", *FP32]) == 0
+
+
+def test_a_prompt_is_rendered_with_the_settings_of_the_run(plain_run, prompts, tmp_path, monkeypatch):
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ tools | length if tools else 'no' }} tools"
+        "{% if enable_thinking is defined %} thinking {{ enable_thinking }}{% endif %}:"
+    )
+    run_folder = shutil.copytree(plain_run, tmp_path / "run")
+    path = run_folder / "config.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["data"] |= {"chat_template": str(template), "chat_template_kwargs": {"enable_thinking": "off"}}
+    path.write_text(yaml.safe_dump(tree))
+    prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "dog"}]}))
+    seen, generate_ids = [], decoding.generate_ids
+    monkeypatch.setattr(
+        decoding, "generate_ids", lambda *args, **rest: seen.extend(args[2]) or generate_ids(*args, **rest)
+    )
+    run(run_folder, prompts)
+    assert [toy_tokenizer().decode(ids) for ids in seen] == ["<s>[user]dogno tools thinking off:"]

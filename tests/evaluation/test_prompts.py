@@ -1,6 +1,8 @@
 """Reading prompts: every key, strings as turns or as text, system turns, and what is rejected."""
 
+import gzip
 import json
+import pickle
 
 import pytest
 
@@ -91,8 +93,55 @@ def test_rejects_files(tmp_path):
         read_prompts(tmp_path / "none.jsonl", strings_are_turns=True)
     with pytest.raises(ValueError, match="holds no prompts"):
         turns(tmp_path, ["", ""], name="empty.txt")
-    with pytest.raises(ValueError, match=r"read from \.txt, \.jsonl and \.json"):
-        turns(tmp_path, ["hi"], name="prompts.csv")
+    with pytest.raises(ValueError, match=r"read from \.txt, \.jsonl"):
+        turns(tmp_path, ["hi"], name="prompts.xlsx")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match="not UTF-8 at byte 0"):
         read_prompts(tmp_path / "latin.txt", strings_are_turns=True)
+
+
+def test_tables_and_packed_files(tmp_path):
+    (tmp_path / "prompts.csv").write_text('id,prompt\n7,"a, ""b""\nc"\n')
+    (prompt,) = read_prompts(tmp_path / "prompts.csv", strings_are_turns=True)
+    assert prompt.turns == [{"role": "user", "content": 'a, "b"\nc'}]
+    assert prompt.row == {"id": "7", "prompt": 'a, "b"\nc'}
+    (tmp_path / "prompts.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}\n'))
+    (prompt,) = read_prompts(tmp_path / "prompts.jsonl.gz", strings_are_turns=False)
+    assert prompt.turns == "x"
+    assert prompt.place == f"{tmp_path / 'prompts.jsonl.gz'}, line 1"
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"prompt": "hi", "system": "be brief"}, [SYSTEM, USER]),
+        ({"instruction": "hi", "input": "there"}, [{"role": "user", "content": "hi\nthere"}]),
+        ({"instruction": "hi", "history": [["hi", "hello"]]}, [USER, ANSWER, USER]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, [USER]),
+        ({"prompt": json.dumps([SYSTEM, USER])}, [SYSTEM, USER]),
+        ({"prompt": "\n\nHuman: hi\n\nAssistant:"}, [USER]),
+    ],
+)
+@pytest.mark.parametrize("strings_are_turns", [True, False])
+def test_a_prompt_is_read_as_a_row_of_data(tmp_path, row, wanted, strings_are_turns):
+    assert turns(tmp_path, [row], strings_are_turns=strings_are_turns) == [wanted]
+
+
+def test_tools_and_template_arguments_come_with_a_prompt(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": [USER], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}))
+    (prompt,) = read_prompts(path, strings_are_turns=True)
+    assert (prompt.turns, prompt.tools, prompt.template_kwargs) == ([USER], [TOOL], {"enable_thinking": False})
+    pickle.dumps(prompt)  # for the other ranks
+
+
+def test_what_would_change_the_meaning_is_never_dropped(tmp_path):
+    for row, message in (
+        ({"prompt": "hi", "tools": [TOOL]}, "key 'tools' is for the chat template, but the row is plain text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "line 1: key 'messages'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            turns(tmp_path, [row], strings_are_turns=False)

@@ -3,29 +3,36 @@
 import contextlib
 import errno
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from runs import config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from toys import toy_tokenizer
+from transformers import AutoTokenizer
 
-from notus.data.chat import ZEPHYR_TEMPLATE
+from notus.data.chat import ChatEncoder, template_to_export
 from notus.evaluation import resolve_model
 from notus.evaluation.resolve_model import ModelSource, find_source, find_together, load_unfinished
 from notus.model.export import load_causal_lm
 from notus.runtime import distributed
+from notus.training import dpo
 from notus.training.checkpoint import DamagedCheckpointError, Progress, describe
 
 ROOT = Path(__file__).parents[2]
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
 def test_model_adapter_and_run(model_folder, full_run, lora_run):
@@ -48,6 +55,44 @@ def test_the_user_goes_before_the_run_before_the_default():
     assert source.choose(None, "data.add_empty_system", True) is False
     assert source.choose(False, "data.add_empty_system", True) is False
     assert source.choose(None, "dpo.beta", 0.1) == 0.1
+
+
+def test_every_setting_of_the_chat_format_reaches_the_encoder(monkeypatch):
+    found = {}
+    monkeypatch.setattr(resolve_model, "ChatEncoder", lambda tokenizer, **options: found.update(options))
+    data = {
+        "chat_template": "zephyr", "add_empty_system": True, "chat_template_kwargs": {"enable_thinking": False},
+        "template_date": "2026-11-27", "mask_history": True, "split_special_tokens": True,
+    }  # fmt: skip
+    source = ModelSource("", None, settings={"data": {**data, "max_length": 9}, "training": {"precision": "fp32"}})
+    arguments = {"precision": None, "chat_template": None, "add_empty_system": None, "trust_remote_code": False}
+    source.options(Namespace(**arguments)).chat.encoder(toy_tokenizer())
+    assert found == data
+    assert {name for name in data if name not in inspect.signature(ChatEncoder).parameters} == set()
+    source.options(Namespace(**{**arguments, "add_empty_system": False})).chat.encoder(toy_tokenizer())
+    assert found == {**data, "add_empty_system": False}
+    old = ModelSource("", None, settings={"data": {"chat_template": None, "add_empty_system": False}})
+    old.options(Namespace(**arguments)).chat.encoder(toy_tokenizer())
+    assert found == {
+        "chat_template": None, "add_empty_system": False, "chat_template_kwargs": {}, "template_date": None,
+        "mask_history": False, "split_special_tokens": False,
+    }  # fmt: skip
+
+
+def test_a_snapshot_keeps_the_named_templates(chat_base, tmp_path):
+    named = {"default": CHAT_TEMPLATE, "tool_use": "tools" + CHAT_TEMPLATE}
+    base = shutil.copytree(chat_base, tmp_path / "base")
+    toy_tokenizer(chat_template=named).save_pretrained(base)
+    answers = {name: [{"role": "assistant", "content": f"{name} dog"}] for name in ("chosen", "rejected")}
+    data = tmp_path / "chat.jsonl"
+    row = {"prompt": [{"role": "user", "content": "hello"}], **answers}
+    data.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    run = tmp_path / "run"
+    dpo.run(config("dpo", run, base, data, data__chat_template="zephyr", training__max_steps=1))
+    shutil.rmtree(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(find_source(str(run)).folder)
+    trained = template_to_export(ChatEncoder(toy_tokenizer(), chat_template="zephyr"))
+    assert tokenizer.chat_template == {**named, "default": trained}
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "model: 3", "\udcff", "model: {name: resnet}\ndata: {}", "{}"])
@@ -359,7 +404,7 @@ def test_the_learned_chat_template_is_the_tokenizers(full_run, in_progress, mode
         (run / "data.json").write_text(json.dumps({"train": {"report": {"templated": 3}}}))
         _, chat, _ = load_unfinished(run, settings(model_folder))
     assert plain.chat_template is None
-    assert chat.chat_template == ZEPHYR_TEMPLATE
+    assert chat.chat_template == template_to_export(ChatEncoder(plain))
 
 
 def test_a_damaged_checkpoint_gives_way_to_an_older_one(full_run, in_progress, model_folder, capsys):

@@ -425,6 +425,21 @@ def test_a_model_against_answers(model_folder, tmp_path, judge_file):
     assert [row["against"] for row in rows] == ["a", "b"]
 
 
+def test_each_model_is_prompted_as_it_was_trained(plain_run, chat_base, tmp_path, judge_file):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the dog")
+    options = ["--precision", "fp32", "--max-new-tokens", "6", "--judge-function", f"{judge_file}:longer"]
+    command = [*SUITE, str(plain_run), "--against", str(chat_base), "--prompts", str(prompts), *options]
+    turn = [{"role": "user", "content": "the dog"}]
+    for more, theirs in (([], turn), (["--raw"], "the dog")):
+        out = tmp_path / "".join(["out", *more])
+        assert main([*command, *more, "--output", str(out)]) == 0
+        (row,) = [json.loads(line)["pair"] for line in (out / "pairs.jsonl").read_text().splitlines()]
+        for key, place, prompt in (("answer", plain_run, "the dog"), ("against", chat_base, theirs)):
+            model, tokenizer = load_causal_lm(place, dtype=torch.float32, device="cpu")
+            assert [row[key]] == [text.strip() for text in generate(model, tokenizer, [prompt], max_new_tokens=6)]
+
+
 FILES = ["--answers", "a", "--against-answers", "b"]
 FUNCTION = ["--judge-function", "x:y"]
 

@@ -1,18 +1,16 @@
 """`python -m notus report RUN [RUN ...]`: write what the runs' folders hold as one HTML file without links outside."""
 
 import argparse
-import base64
-import hashlib
-import re
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from notus.evaluation.results import check_output, parse_files
+from notus.evaluation.html import check_page, environment, script, security_policy, style
+from notus.evaluation.results import parse_files
 from notus.runtime.files import write_text
 from notus.runtime.process import tell
 
@@ -27,9 +25,16 @@ COLOURS = 7  # --c0 to --c6 in page.css
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, finished or not; several: overlaid")
+    parser.add_argument(
+        "runs",
+        type=os.path.expanduser,
+        nargs="+",
+        metavar="RUN",
+        help="a run's folder, finished or not; several: overlaid",
+    )
     parser.add_argument(
         "--output",
+        type=os.path.expanduser,
         metavar="FILE.html",
         help=f"default: {REPORT} in the run's folder, or for several runs in the working folder; an earlier report is "
         "replaced",
@@ -48,9 +53,13 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else default
     # UTF-8 cannot hold half of a surrogate pair, which the data may contain.
     page = render(read_runs(args.runs)).encode("utf-8", "replace").decode("utf-8")
-    check_output(output, not_over=args.runs[0], remedy="choose another place with --output")
-    if output.exists() and GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise ValueError(f"{output}: there is a file of that name that is no report; choose another")
+    check_page(
+        output,
+        kind="report",
+        generator=GENERATOR,
+        not_over=args.runs[0],
+        remedy="choose another place with --output",
+    )
     write_text(output, page)
     tell(f"report: {output} ({len(page.encode()) / 2**20:.1f} MiB)")
     return 0
@@ -66,11 +75,7 @@ def render(runs: "Sequence[Run]") -> str:
     from notus.training.run_folder import CONFIG_FILE
     from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["breaks"] = _breaks
-    scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text(encoding="utf-8"))]
+    scripts = [script(get_plotlyjs()), script((HERE / "page.js").read_text(encoding="utf-8"))]
     parts: dict[str, tuple[str, Callable[[Sequence[Run]], Any]]] = {  # each from these files of the runs
         "training": (f"{CONFIG_FILE} or {METRICS_FILE}", charts.training_panels),
         "data": (DATA_FILE, charts.data_panels),
@@ -89,32 +94,17 @@ def render(runs: "Sequence[Run]") -> str:
     folders = [run.folder for run in runs]
     made = {name: parse_files(files, folders, partial(make, runs)) for name, (files, make) in parts.items()}
     panels = [panel for name in ("training", "data", "calibration") for panel in made[name]]
-    return environment.get_template("page.html.j2").render(
-        generator=Markup(GENERATOR),
-        policy=_security_policy(scripts),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        scripts=scripts,
-        colours=COLOURS,
-        runs=runs,
-        figures={panel.name: panel.as_json() for panel in panels},
-        **made,
+    return (
+        environment(HERE)
+        .get_template("page.html.j2")
+        .render(
+            generator=Markup(GENERATOR),
+            policy=security_policy(scripts),
+            style=style(HERE / "page.css"),
+            scripts=scripts,
+            colours=COLOURS,
+            runs=runs,
+            figures={panel.name: panel.as_json() for panel in panels},
+            **made,
+        )
     )
-
-
-def _breaks(text: str) -> Markup:
-    """Return a name as HTML that may break after its / and _, rather than anywhere in a word."""
-    return Markup(re.sub(r"([/_])(?=\w)", r"\1<wbr>", str(escape(text))))
-
-
-def _script(text: str) -> Markup:
-    """Return a script for the page, where a carriage return would be read as a newline and change its digest."""
-    assert "</script" not in text.lower()
-    return Markup(text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def _security_policy(scripts: Sequence[str]) -> str:
-    """Allow these scripts and nothing else: what the data contains stays text, and nothing is loaded."""
-    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    closed = "default-src 'none'; base-uri 'none'; form-action 'none'"
-    return f"{closed}; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"

@@ -4,22 +4,17 @@ Skipped where there is no Chromium with its driver.
 """
 
 import itertools
-import json
-import re
-import shutil
 
 import pytest
+from browsers import OVERFLOWS, colours, contrast, forget_logs, look, needs_browser, open_browser, requests_of, rgb
 from report_runs import dpo_metrics, sft_metrics, write_run
-from selenium import webdriver
 from selenium.webdriver.support.wait import WebDriverWait
 
 from notus.evaluation.read_run import read_runs
 from notus.evaluation.report.page import render
 from notus.evaluation.results import Figure, Result, write_result
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver")
+pytestmark = needs_browser
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 EVIL_NAME = "<img src=x onerror=window.hacked=3>"
@@ -28,22 +23,12 @@ SPLIT = {
     "rows": 10, "report": {"read": 14, "dropped": {"empty completion": 4}},
     "lengths": {"prompt": HISTOGRAM, "chosen": HISTOGRAM}, "ratings": None, "sources": {EVIL: 7, "a" * 60: 3},
 }  # fmt: skip
-OVERFLOWS = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
 BINS = [{"confidence": 0.6, "frequency": 0.7, "interval": [0.4, 0.9]}]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    listen = "window.failures = []; addEventListener('error', e => failures.push(e.message));"
-    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": listen})
-    yield driver
-    driver.quit()
+    yield from open_browser()
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +47,7 @@ def show(browser, pages):
 
     def at(name="one", *, width=1440, scheme="light"):
         look(browser, width=width, scheme=scheme)
-        for log in ("browser", "performance"):
-            browser.get_log(log)
+        forget_logs(browser)
         browser.get((pages / f"{name}.html").as_uri())
         return browser
 
@@ -88,15 +72,6 @@ def _full_run(folder):
     return folder
 
 
-def look(browser, *, width=1440, scheme="light"):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    # two frames on, the page has been told and has drawn
-    browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))")
-
-
 def test_it_renders_without_errors_and_without_network(show):
     page = show()
     drawn = page.execute_script(
@@ -106,9 +81,7 @@ def test_it_renders_without_errors_and_without_network(show):
     assert min(drawn) > 0
     assert page.execute_script("return failures") == []
     assert page.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert [url[:7] for url in asked] == ["file://"]  # the page itself
+    assert [url[:7] for url in requests_of(page)] == ["file://"]  # the page itself
 
 
 def test_plotly_reads_the_runs_values(show):
@@ -160,35 +133,6 @@ def test_charts_follow_the_window(show):
     width = "return document.querySelector('.plot .main-svg').getBoundingClientRect().width"
     WebDriverWait(page, 30).until(lambda driver: driver.execute_script(width) < 390)
     assert not page.execute_script(OVERFLOWS)
-
-
-def colours(page, selector):
-    """An element's colour, and the first opaque background behind it."""
-    found = page.execute_script(
-        """let e = document.querySelector(arguments[0]); const own = getComputedStyle(e), fill = own.fill;
-           const text = e instanceof SVGElement ? fill : own.color;
-           while (getComputedStyle(e).backgroundColor === 'rgba(0, 0, 0, 0)') e = e.parentElement;
-           return [text, getComputedStyle(e).backgroundColor]""",
-        selector,
-    )
-    return [rgb(text) for text in found]
-
-
-def rgb(text):
-    if text.startswith("#"):
-        return [int(text[at : at + 2], 16) for at in (1, 3, 5)]
-    return [float(part) for part in re.findall(r"[\d.]+", text)[:3]]
-
-
-def contrast(one, other):
-    """WCAG 2.2, relative luminance and contrast ratio."""
-
-    def luminance(colour):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in colour)]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,0 +1,315 @@
+"""A config and the name of a split -> its rows as plain objects, with all that is known of each.
+
+All access to how data are loaded and tokenised stands here; terminal, JSON and page see `Data` and `Row`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from notus.config import Config, DataConfig, Task, load_config
+from notus.data.chat import check_vocabulary
+from notus.data.chat_template import parse_date, resolve_template, uses_date
+from notus.data.dataset import FLAGS, Outcome, TokenizedDataset
+from notus.data.display import Pieces, branch_names
+from notus.data.drop_report import DropReport
+from notus.data.formats import guess_task, used_columns
+from notus.data.sources import open_source, parts, read_rows
+from notus.model.export import load_tokenizer
+from notus.model.load import find_folder
+from notus.runtime.distributed import main_first, on_main
+from notus.training.parallelize import read_model_config
+from notus.training.run_data import length_histogram, load_inputs
+from notus.training.run_folder import template_date
+
+CUT, DUPLICATE, OVERLAP, REVERSED, PLAIN = "cut", "duplicate", "prompt in both splits", "reversed ratings", "plain text"
+_FIRST_ROWS = 100  # rows to look at, to see what they are for
+# Settings of `data` that are arguments of the template, or change what it is given.
+_TEMPLATE_SETTINGS = (
+    "chat_template_kwargs",
+    "add_empty_system",
+    "mask_history",
+    "split_special_tokens",
+)
+
+
+class Branch(NamedTuple):
+    """A completion: token ids int32 [T], and mask bool [T], true where a token is learned."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row as the model sees it, and what is known of it.
+
+    Attributes:
+        index: its number in the split, from 0.
+        id: 16 hex digits, what `data.exclude` takes.
+        place: where it stands in the data.
+        source, chosen_rating, rejected_rating: as the data say; None: they do not.
+        cut: tokens cut from the prompt, then from each completion.
+        flags: names of what is peculiar about it.
+        trunk: token ids that its completions share.
+        branches: the completions.
+        margin: reward of the chosen minus that of the rejected under a run; None: no run was given.
+    """
+
+    index: int
+    id: str
+    place: str
+    source: str | None
+    chosen_rating: float | None
+    rejected_rating: float | None
+    cut: tuple[int, ...]
+    flags: tuple[str, ...]
+    trunk: np.ndarray
+    branches: tuple[Branch, ...]
+    margin: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A split of a config's data.
+
+    Attributes:
+        name: the config, as the user named it.
+        split: "train" or "eval".
+        task: what the rows are for.
+        rows: the rows.
+        other: those of the other split, if it has any.
+        report: what reading the rows dropped and cut; rows held out of "train" were read with it.
+        tokenizer: what made the tokens.
+        template: which template rendered the rows, with which settings, in words.
+        margins: fp64 [n] reward margins; None: no run was given.
+    """
+
+    name: str
+    split: str
+    task: Task
+    rows: TokenizedDataset
+    other: TokenizedDataset | None
+    report: DropReport
+    tokenizer: PreTrainedTokenizerBase
+    template: tuple[str, ...]
+    margins: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def other_split(self) -> str:
+        """The name of the other split."""
+        return "eval" if self.split == "train" else "train"
+
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """The text of tokens."""
+        return Pieces(self.tokenizer)
+
+    @property
+    def order(self) -> Sequence[int]:
+        """Rows in the order to show them: as the data have them, or by margin, the most wrongly ordered first."""
+        if self.margins is None:
+            return range(len(self))
+        return [int(index) for index in np.argsort(self.margins, kind="stable")]
+
+    def with_margins(self, margins: np.ndarray) -> "Data":
+        """The same data with reward margins, fp64 [n]."""
+        return dataclasses.replace(self, margins=margins)
+
+    def row(self, index: int) -> Row:
+        """The row of this number."""
+        (example,) = self.rows(np.array([index]))
+        info = self.rows.info(index)
+        return Row(
+            index=index,
+            id=info.id,
+            place=info.place.encode(errors="replace").decode(),  # a file's name need not be Unicode
+            source=info.source,
+            chosen_rating=_exact(info.chosen_rating),
+            rejected_rating=_exact(info.rejected_rating),
+            cut=info.cut,
+            flags=tuple(name for name, column in self._flag_columns.items() if column[index]),
+            trunk=example.trunk,
+            branches=tuple(Branch(*pair) for pair in zip(example.branches, example.loss_masks, strict=True)),
+            margin=None if self.margins is None else float(self.margins[index]),
+        )
+
+    @functools.cached_property
+    def _flag_columns(self) -> dict[str, np.ndarray]:
+        """Which rows have which flag: bool [n] each."""
+        outcomes, ratings = self.rows.outcomes, self.rows.ratings
+        none = np.zeros(len(self), bool)
+        found = {
+            CUT: none,
+            DUPLICATE: _repeats(self.rows),
+            OVERLAP: none if self.other is None else np.isin(self.rows.prompt_digests(), self.other.prompt_digests()),
+            REVERSED: none if ratings is None else ratings[:, 0] < ratings[:, 1],  # NaN, if unknown, is not less
+        }
+        if outcomes is not None:
+            found[CUT] = outcomes & (Outcome.PROMPT_CUT | Outcome.COMPLETION_CUT) > 0
+            found[PLAIN] = outcomes & Outcome.TEMPLATED == 0
+            found |= {name: outcomes & bit > 0 for bit, name in FLAGS.items()}
+        return found
+
+    @property
+    def flag_counts(self) -> dict[str, int]:
+        """Rows by flag, for those that occur."""
+        counts = {name: int(column.sum()) for name, column in self._flag_columns.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    @property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of each row's prompt and of each of its completions, by name: int64 [n] each."""
+        names = branch_names(self.rows.num_branches)
+        return {"prompt": self.rows.trunk_lengths, **dict(zip(names, self.rows.branch_lengths.T, strict=True))}
+
+    @property
+    def histograms(self) -> dict[str, dict[str, list[int]]]:
+        """See `length_histogram`, by name."""
+        return {name: length_histogram(values) for name, values in self.lengths.items()}
+
+
+def _repeats(rows: TokenizedDataset) -> np.ndarray:
+    """Whether each row's tokens stand in an earlier row: bool [n]. One that a weight repeats is the same row."""
+    digests = np.ascontiguousarray(rows.digests()).view("S16").ravel()
+    first, inverse = np.unique(digests, return_index=True, return_inverse=True)[1:]
+    return rows.stored_rows[first][inverse] != rows.stored_rows
+
+
+def _exact(rating: float | None) -> float | None:
+    """The shortest decimal that a rating, which was stored in fp32, stands for: 4.2, not 4.199999809265137."""
+    return None if rating is None else float(str(np.float32(rating)))
+
+
+def as_json(row: Row, pieces: Pieces) -> str:
+    """A row as a line of JSON; see `command`."""
+    tree = {
+        "index": row.index,
+        "id": row.id,
+        "place": row.place,
+        "source": row.source,
+        "chosen_rating": row.chosen_rating,
+        "rejected_rating": row.rejected_rating,
+        "flags": row.flags,
+        "margin": row.margin,
+        "trunk": row.trunk.tolist(),
+        "branches": [
+            {"ids": ids.tolist(), "mask": mask.astype(int).tolist(), "text": pieces.text(ids)}
+            for ids, mask in row.branches
+        ],
+        "cut": {"prompt": row.cut[0], "completions": row.cut[1:]},
+    }
+    return json.dumps(tree, ensure_ascii=False)
+
+
+def digest(data: Data) -> str:
+    """16 hex digits that stand for the rows of the split."""
+    return hashlib.sha256(data.rows.digests().tobytes()).hexdigest()[:16]
+
+
+def choose_task(words: Sequence[str], given: Task | None) -> Config:
+    """The config of a command line, for the task that was given, or else for what its first readable row is.
+
+    Raises ValueError as `load_config` does, and for data that cannot be opened.
+    """
+    if given is not None:
+        return load_config(words, given)
+    config = load_config(words, "dpo")
+    part = parts(config.data.train)[0]
+    columns = config.data.columns
+    wanted = functools.partial(_used_by_either, columns=columns)
+    source = open_source(part.path, part.split, columns=wanted, cache_dir=config.data.cache_dir)
+    first = range(min(_FIRST_ROWS, len(source.rows)))
+    for _, row in read_rows(source, source.rows[: len(first)], first):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            task = guess_task(row, columns)
+        except ValueError:  # reported, with its place, where all rows are read
+            continue
+        return config if task == "dpo" else load_config(words, "sft")
+    return config
+
+
+def _used_by_either(names: list[str], columns: Mapping[str, str]) -> list[str]:
+    used = {*used_columns(names, "dpo", columns), *used_columns(names, "sft", columns)}
+    return [name for name in names if name in used]
+
+
+def load(config: Config, split: str, *, name: str, run: str | None = None) -> Data:
+    """Read and tokenise a config's data as training does, without the model's weights; collective.
+
+    Templates take the date for today that the folder of the config's run has recorded, or that of the folder `run`.
+
+    Raises ValueError for data that training could not read either, and for a split that the config does not have.
+    """
+    place = (
+        config
+        if run is None
+        else dataclasses.replace(config, training=dataclasses.replace(config.training, output_dir=run))
+    )
+    today = on_main(lambda: template_date(place))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=today))
+    data = config.data
+    if split == "eval" and data.eval is None and not data.eval_size:
+        raise ValueError(f"{name}: no evaluation rows: set data.eval or data.eval_size, or leave --split eval out")
+    folder = main_first(lambda: find_folder(config.model.name_or_path, weights=False))
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    if (folder / "config.json").is_file():
+        model = read_model_config(folder, trust_remote_code=config.model.trust_remote_code)
+        check_vocabulary(tokenizer, model.vocab_size)
+    template = _describe_template(data, tokenizer)  # before loading gives the tokenizer that template
+    with _quiet_reports() as said:
+        inputs = load_inputs(config.data, tokenizer, task=config.task, seed=config.training.seed)
+    for line in _unreported(said.getvalue(), inputs.reports):
+        print(line, file=sys.stderr)
+    rows, other = (inputs.train, inputs.eval) if split == "train" else (inputs.eval, inputs.train)
+    assert rows is not None
+    report = inputs.reports.get(split, inputs.reports["train"])
+    return Data(name, split, config.task, rows, other, report, tokenizer, template)
+
+
+@contextlib.contextmanager
+def _quiet_reports() -> Iterator[io.StringIO]:
+    """Keep what is printed in the block; if it fails, print it to stderr."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield said
+    except BaseException:
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _unreported(said: str, reports: dict[str, DropReport]) -> list[str]:
+    """The lines that loading printed beside its reports, which are shown later."""
+    for name, report in reports.items():
+        said = said.replace(f"{name} {report}\n", "")
+    return said.splitlines()
+
+
+def _describe_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Which template renders the rows, and with what."""
+    if data.chat_template is None:
+        name = "the tokenizer's own" if tokenizer.chat_template else "zephyr (the tokenizer has none)"
+    else:
+        name = data.chat_template
+    text = resolve_template(tokenizer, data.chat_template)
+    default = DataConfig(train=data.train)
+    settings = {key: getattr(data, key) for key in _TEMPLATE_SETTINGS if getattr(data, key) != getattr(default, key)}
+    if uses_date(text):
+        settings["template_date"] = str(parse_date(data.template_date))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return (f"{name}, sha256 {digest}", *(f"data.{key}: {json.dumps(value)}" for key, value in settings.items()))

@@ -1,0 +1,75 @@
+"""Reward margins under a run: those that its own evaluation found, whether the reference is stored or scored."""
+
+import json
+import shutil
+
+import pytest
+from rows_of_data import load_data
+from runs import read_metrics, settings, write_pairs
+from yaml import safe_dump
+
+from notus import __main__ as entry
+from notus.config import config_from_dict
+from notus.data_browser import margins
+from notus.training.dpo import run as train_dpo
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_folder):
+    """A run of two steps, with its config."""
+    folder = tmp_path_factory.mktemp("trained")
+    pairs = write_pairs(folder / "pairs.jsonl", 14)
+    tree = settings(folder / "run", model_folder, pairs, data__eval_size=6, training__learning_rate=1e-2)
+    (folder / "config.yaml").write_text(safe_dump(tree))
+    assert train_dpo(config_from_dict(tree, "dpo")) == 0
+    return folder
+
+
+def found(folder, *words):
+    out = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("notus.data_browser.command.tell", lambda text, stream=None: out.append((text, stream)))
+        command = ["data", str(folder / "config.yaml"), "--run", str(folder / "run"), "--json", "-n", "0", *words]
+        assert entry.main(command) == 0
+    return [json.loads(text)["margin"] for text, stream in out if stream is None]
+
+
+def test_they_are_what_the_run_evaluated_and_the_most_wrong_comes_first(trained):
+    values = found(trained, "--split", "eval")
+    last = [line for line in read_metrics(trained / "run") if "eval_rewards/margins" in line][-1]
+    assert sum(values) / 6 == pytest.approx(last["eval_rewards/margins"], abs=1e-5)
+    assert sum(value > 0 for value in values) / 6 == pytest.approx(last["eval_rewards/accuracies"])
+    assert values == sorted(values)
+    assert max(map(abs, values)) > 1e-3
+
+
+def test_without_stored_log_probs_the_reference_is_scored(trained, tmp_path, monkeypatch):
+    stored = found(trained)
+    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "reference")
+    shutil.copy(trained / "config.yaml", tmp_path)
+    scored = []
+    score = margins.score_model
+    monkeypatch.setattr(margins, "score_model", lambda *args: scored.append(args[0].name) or score(*args))
+    assert found(tmp_path) == pytest.approx(stored, abs=1e-4)
+    assert len(scored) == 2
+    scored.clear()
+    found(trained)
+    assert len(scored) == 1  # the policy alone
+
+
+def test_a_damaged_cache_is_an_error(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    for path in (tmp_path / "run" / "reference").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    command = ["data", str(trained / "config.yaml"), "--run", str(tmp_path / "run")]
+    assert entry.main(command) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("device")
+def test_rows_keep_their_own_margin(trained, device):
+    data = load_data(trained / "config.yaml")
+    values = margins.reward_margins(str(trained / "run"), data, device, trust_remote_code=False)
+    ranked = data.with_margins(values)
+    assert [ranked.row(index).margin for index in ranked.order] == sorted(values)
