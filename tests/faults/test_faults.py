@@ -20,6 +20,9 @@ from launching import Hook, Launch, around, before, launch, send, small_parts, w
 from small_runs import FULL, Undisturbed, digests, metrics
 from toys import toy_model
 
+from notus.runtime.files import is_locked
+from notus.training.run_folder import LOCK
+
 LIMIT = 150.0  # seconds after which a broken run counts as one that never ends
 # Where the program is broken: `module:name.of.function`.
 SAVE = "notus.training.trainer:Trainer._save"
@@ -80,6 +83,8 @@ class Scene:
         run = self.run_to(6)
         send(run.pids, signal.SIGKILL)
         run.end(10)
+        # a killed process is gone from /proc a moment before its files, and so its lock, are closed
+        wait_until(lambda: not is_locked(self.folder / LOCK), 10)
 
 
 @pytest.fixture
