@@ -231,7 +231,7 @@ class ChatEncoder:
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         # A call of the tokenizer elsewhere leaves these two set; they do not bear on ours.
         del backend["truncation"], backend["padding"]
-        date = str(self.date) if any(map(uses_date, self._templates)) else None
+        date = str(self.date) if self.writes_date else None
         parts = [
             backend,
             self.eos,
@@ -279,6 +279,11 @@ class ChatEncoder:
                 "correct the template"
             ) from error
         return str(text)
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether a template of this encoder asks for today's date."""
+        return any(map(uses_date, self._templates))
 
     @property
     def _templates(self) -> list[str]:
@@ -589,7 +594,7 @@ def _template_with_head(encoder: ChatEncoder, template: str) -> str:
     # A tokenizer may write a space in front of a text's first word only, which then is no longer the first.
     for written in ("", prefix, prefix + " "):
         exported = with_head(template, *heads, written=written)
-        if all(_served_ids(encoder.tokenizer, exported, *each[:1]) == each[1] for each in prompts):
+        if all(_served_ids(encoder.tokenizer, exported, sample) == ids for sample, ids in prompts):
             return exported
     raise ValueError(
         "no chat template gives this tokenizer's training prompts: apply_chat_template reads the text after "

@@ -390,7 +390,7 @@ def _shared_text(given: Mapping[str, Any], task: Task, chosen: str, rejected: st
         return Record("", (chosen, rejected))  # nothing to tell apart: dropped as identical
     if chosen == rejected:  # SFT would learn the prompt in them, too
         raise ValueError(
-            "keys 'chosen' and 'rejected' are the same string, so no prompt can be told from the answer; add a key "
+            "keys 'chosen' and 'rejected' are the same string, so no prompt can be split off; add a key "
             "'prompt', or leave the row out"
         )
     lengths = range(1, min(len(chosen), len(rejected)) + 1)

@@ -1,6 +1,6 @@
 """Tokenised sources -> training and evaluation rows: weights, held-out rows, copies.
 
-Rows are told apart by what is learned from them: two rows of the same tokens and masks are copies. Evaluation rows are
+Rows are compared by what is learned from them: two rows of the same tokens and masks are copies. Evaluation rows are
 chosen first, and no copy of one is trained on; only then rows are repeated by their weights.
 """
 

@@ -1,6 +1,6 @@
 """Special tokens that stand in what people and models say, and reading them as the plain text they are.
 
-A tokenizer reads "</s>" as the token that ends a text, whoever wrote it. To tell what a message says from what the
+A tokenizer reads "</s>" as the token that ends a text, whoever wrote it. To separate what a message says from what the
 template writes, the former is marked before the template is applied: a character that occurs nowhere else is put into
 each of its special tokens. Where marks are found in the rendered text, plain text is to be read.
 

@@ -74,7 +74,7 @@ def _count(text: str) -> int:
     try:
         value = int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from error
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from notus.config import DataConfig, Task
 from notus.data.chat import ChatEncoder
-from notus.data.chat_template import uses_date
 from notus.data.dataset import TokenizedDataset
 from notus.data.drop_report import DropReport
 from notus.data.mixture import Share, hold_out, mixed, without
@@ -78,7 +77,7 @@ def load_inputs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: T
         reader.count_held(copies)
     reader.check_exclude()
     reader.say_reports()
-    if uses_date(reader.rule.encoder.template):
+    if reader.rule.encoder.writes_date:
         distributed.say(f"the chat template writes the date: {reader.rule.encoder.date}, frozen as data.template_date")
     if any(report.templated for report in reader.reports.values()):
         set_trained_templates(tokenizer, reader.rule.encoder)
@@ -148,6 +147,7 @@ class _Reader:
         self.reports: dict[str, DropReport] = {}
 
     def read(self, name: str, sources: Sequence[Mapping[str, Any]]) -> list[Share]:
+        """Tokenise the sources of `data.NAME`, rank 0 first, and keep the report. Raises ValueError."""
         try:
             shares, self.reports[name] = distributed.main_first(
                 lambda: read_shares(
