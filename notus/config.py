@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import difflib
 import itertools
+import keyword
 import os
 import re
 import reprlib
@@ -51,6 +52,7 @@ EXACT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 String = Annotated[str, MinLen(1), "a string (in quotes if it reads as something else)"]
 FilePath = Annotated[String, AfterValidator(os.path.expanduser)]  # or a hub id, which begins with no ~
 Strings = Annotated[list[String], MinLen(1), "a list of strings"]
+NoneOrMore = Annotated[list[String], "a list of strings"]
 Count = Annotated[int, Ge(1), Lt(2**63)]
 Index = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
@@ -101,6 +103,16 @@ class ModelConfig:
     """A local folder in Hugging Face layout, or a hub id. Required."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for authors you trust."""
+    path: Literal["auto", "packed", "plain"] = "auto"
+    """How log-probs are computed. "packed": rows of pairs that share their prompt, through this project's attention.
+    "plain": the model's own forward pass, each completion by itself; slower, and for every model. "auto": packed where
+    a check at the start finds it equal to the model's own forward pass, else plain, with the reason."""
+    adapter: FilePath | None = None
+    """A LoRA adapter (this project's or PEFT's) of the model. It is merged into the model before anything else, unless
+    `lora.continue` trains it further. The reference has it, too."""
+    quantization: Literal["nf4"] | None = None
+    """"nf4": keep the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314). Needs LoRA, and
+    `pip install "notus-dpo[quantization]"`. null: no quantization."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -142,6 +154,9 @@ class DataConfig:
     split_special_tokens: bool = False
     """Read the special tokens that stand in a message's text as plain text, so that no message can write control
     tokens."""
+    new_tokens: NoneOrMore = field(default_factory=list)
+    """Special tokens to add to the tokenizer. The embedding and the head get a row for each, which starts as the mean
+    of the others. With LoRA, name the embedding and the head in `lora.modules_to_save`."""
     num_workers: Count = 1
     """Processes that tokenise. 1: this process alone."""
     cache_dir: FilePath | None = None
@@ -170,8 +185,11 @@ class TrainingConfig:
     """Share of all steps in which the learning rate rises linearly from zero."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """RMSprop keeps one state per parameter, AdamW two."""
-    optimizer_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of those states. bf16 takes half the memory; stochastic rounding lets the averages still move."""
+    optimizer_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Dtype of those states. bf16 takes half the memory; stochastic rounding lets the averages still move. int8 takes
+    a quarter: AdamW's states in blocks with a scale each (arXiv 2110.02861), by torchao."""
+    router_aux_loss_coef: NonNegative = 0.0
+    """Weight of the load-balancing loss of mixture-of-experts routers, averaged over the step's examples. 0: none."""
     weight_decay: NonNegative = 0.0
     """Weight decay, as torch's optimizer of that name applies it."""
     max_grad_norm: NonNegative | None = 1.0
@@ -255,6 +273,12 @@ class LoraConfig:
     """Names of the linear layers that get adapters, or "all-linear": all but the language-model head."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
+    modules_to_save: NoneOrMore = field(default_factory=list)
+    """Names of modules that are trained in full beside the adapters, such as `embed_tokens` and `lm_head`, and saved
+    with them."""
+    continue_: bool = False
+    """Train the adapter of `model.adapter` further, in place of a new one. Its rank, alpha and targets must be these.
+    The reference is the model with that adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -336,7 +360,12 @@ def config_from_dict(
 def to_yaml(config: Config) -> str:
     """Return the config as YAML that loads to an equal one, without the sections that its task does not use."""
     unused = DPO_SECTIONS if config.task == "sft" else ()
-    return dump_yaml({name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS if name not in unused})
+    return dump_yaml({name: _keys(getattr(config, name)) for name in SECTIONS if name not in unused})
+
+
+def _keys(section: Any) -> dict[str, Any]:
+    """Return a section as it stands in YAML: a field that would be a word of Python's ends with an underscore."""
+    return {key.rstrip("_"): value for key, value in dataclasses.asdict(section).items()}
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -369,6 +398,7 @@ def _conflicts(config: Config) -> Iterator[Invalid]:
     """Yield what contradicts other keys of a resolved config, or would be ignored because of them."""
     if config.lora.rank == 0:
         yield from _without_effect("lora", config.lora, "while lora.rank is 0: set lora.rank, or remove it")
+    yield from _model_conflicts(config)
     tracking = config.tracking
     if not tracking.wandb:
         why = "while tracking.wandb is false: set that, or remove it"
@@ -388,7 +418,19 @@ def _without_effect(name: str, section: Any, why: str, keys: tuple[str, ...] | N
     """Yield the keys of an optional section, or those of them in `keys`, that were moved away from their defaults."""
     for key, default in dataclasses.asdict(type(section)()).items():
         if (keys is None or key in keys) and getattr(section, key) != default:
-            yield Invalid(f"{name}.{key}", f"has no effect {why}")
+            yield Invalid(f"{name}.{key.rstrip('_')}", f"has no effect {why}")
+
+
+def _model_conflicts(config: Config) -> Iterator[Invalid]:
+    model, training = config.model, config.training
+    if config.lora.continue_ and model.adapter is None:
+        yield Invalid("lora.continue", "has no effect without model.adapter: name the adapter to train further")
+    if model.quantization and config.lora.rank == 0:
+        yield Invalid("model.quantization", "needs adapters, since quantized weights are not trained: set lora.rank")
+    if model.path == "plain" and training.compile:
+        yield Invalid("training.compile", "has no effect with model.path 'plain': remove it")
+    if training.optimizer_dtype == "int8" and training.optimizer != "adamw":
+        yield Invalid("training.optimizer_dtype", "'int8' is for AdamW: set training.optimizer=adamw, or take bf16")
 
 
 def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
@@ -438,7 +480,7 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
         if name not in SECTIONS:
             raise Invalid(str(name), f"is not a section{nearest(str(name), SECTIONS)}")
         for key in keys or {}:
-            homes = [home for home, cls in SECTIONS.items() if key in {item.name for item in dataclasses.fields(cls)}]
+            homes = [home for home, cls in SECTIONS.items() if key in _hints(cls)]
             if homes and name not in homes:
                 raise Invalid(f"{name}.{key}", f"does not exist; did you mean '{homes[0]}.{key}'?")
     return {name: _fill(cls, tree.get(name) or {}, f"{name}.") for name, cls in SECTIONS.items()}
@@ -446,20 +488,25 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fill(cls: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
     """Return the dataclass `cls` with these values; raise `Invalid` for the first wrong one."""
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     for key in values:
         if key not in hints:
             raise Invalid(f"{prefix}{key}", f"does not exist{nearest(str(key), hints)}")
     try:
-        return cls(**values)
+        return cls(**{key + "_" * keyword.iskeyword(key): value for key, value in values.items()})
     except ValidationError as error:
         raise _invalid(error, hints, values, prefix) from None
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the type of each key of a section, by its name in YAML."""
+    return {name.rstrip("_"): hint for name, hint in get_type_hints(cls, include_extras=True).items()}
 
 
 def _invalid(error: ValidationError, hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Invalid:
     """Say in a line what pydantic found first."""
     first = error.errors()[0]
-    key = str(first["loc"][0])
+    key = str(first["loc"][0]).rstrip("_")
     if first["type"] == "missing":
         return Invalid(f"{prefix}{key}", "is required")
     reason = f", not {_SHORT.repr(values[key])}"

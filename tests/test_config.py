@@ -323,6 +323,7 @@ def test_the_older_values_of_activation_checkpointing_get_a_hint(minimal: str, v
 # Each key that takes a string, and whether it is a path.
 STRINGS = {
     "model.name_or_path": True,
+    "model.adapter": True,
     "data.exclude": True,
     "data.chat_template": True,
     "data.cache_dir": True,

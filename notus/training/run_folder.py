@@ -214,7 +214,7 @@ def _check_same_run(path: Path, config: Config) -> None:
 
 def _flat(config: Config) -> dict[str, Any]:
     return {
-        f"{section}.{key}": value
+        f"{section}.{key.rstrip('_')}": value  # the name of a field may end so that it is no word of Python's
         for section, values in dataclasses.asdict(config).items()
         if isinstance(values, dict)
         for key, value in values.items()

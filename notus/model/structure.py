@@ -1,0 +1,33 @@
+"""Where the parts of a transformers causal LM are: its text decoder, the decoder's blocks, and their configuration."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration of the part that reads and writes text: `config` itself, or one inside it."""
+    found: PreTrainedConfig = config.get_text_config(decoder=True)
+    return found
+
+
+def decoder_of(causal_lm: PreTrainedModel) -> nn.Module:
+    """Return the module that turns token ids into final hidden states, without the head."""
+    decoder: Any = causal_lm.get_decoder()
+    return decoder
+
+
+def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder's blocks, in order: of its lists of modules, the one that holds the most parameters.
+
+    Families name it `layers`, `h` or `blocks`.
+
+    Raises:
+        ValueError: there is no list of modules.
+    """
+    lists = [module for module in decoder_of(causal_lm).modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(causal_lm).__name__}: its decoder has no list of blocks; take another model")
+    # max returns the first of equals: an outer list comes before the lists inside its modules
+    return max(lists, key=lambda each: sum(parameter.numel() for parameter in each.parameters()))
