@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from notus.data.packing import Batch, Example, collate
 from notus.model.attention import IMPLEMENTATION
+from notus.model.check_config import explained
 from notus.model.fused import fuse
 from notus.model.plain import PlainPolicy
 from notus.model.policy import Policy
@@ -147,8 +148,9 @@ class _Trial:
         self._batch = row.to(device)
         own = self._build("eager").eval()
         own.load_state_dict(self._weights)
+        with explained(f"model type {config.model_type!r}", config.to_dict(), "its own forward pass fails"):
+            self._expected = _outcome(PlainPolicy(own), self._batch)
         _check_causal(own, self._batch.input_ids[: ROW[0][0] + ROW[0][1][0]])
-        self._expected = _outcome(PlainPolicy(own), self._batch)
 
     def _copy(self, config: PreTrainedConfig, longest: int) -> tuple[PreTrainedConfig, Mapping[str, Tensor]]:
         """A configuration that is quick to compute, and weights for it. The narrowest that the model's class takes."""

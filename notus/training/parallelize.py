@@ -37,16 +37,16 @@ from torch.fx.experimental import _config as symbols
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from notus.model.attention import check_kernel
+from notus.model.check_config import check_names, check_shapes, check_values, explained
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
-from notus.model.load import load_weights, materialise
+from notus.model.load import load_weights, materialise, read_json
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, mesh, say
-from notus.runtime.process import first_line
 from notus.training.activation_checkpointing import checkpointed
 
 if TYPE_CHECKING:
@@ -59,16 +59,17 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
     """Return the model's configuration.
 
     Raises:
-        ValueError: it is damaged, or of a model whose computation the policy could not reproduce.
+        ValueError: it is damaged, of a model that no path can train, or not that of the folder's weights.
     """
-    try:
+    check_values(folder)
+    path = folder / "config.json"
+    with explained(path, read_json(path), "not the configuration of a model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises errors of every kind for what it does not understand
-        reason = first_line(error)
-        raise ValueError(
-            f"{folder / 'config.json'}: not the configuration of a model ({reason}); restore it from the model's source"
-        ) from error
     check_supported(config)
+    check_names(config, folder)
+    with explained(path, config.to_dict(), "no model can be built from it"):
+        causal_lm = new_model(config, "eager", trust_remote_code, torch.float32, "meta")
+    check_shapes(config, causal_lm, folder)
     return config
 
 
