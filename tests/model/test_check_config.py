@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import FAMILIES, make_family
+from toys import toy_model_folder
 
 from notus.model.verify import choose_path
 from notus.training.parallelize import read_model_config
-from tests.families import FAMILIES, make_family
-from tests.toys import toy_model_folder
 
 HUGE = 2**40
 CASES: list[tuple[str, object, str]] = [
