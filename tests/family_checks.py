@@ -9,7 +9,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +22,15 @@ from notus.config import LoraConfig
 from notus.data.packing import Batch, Example, collate
 from notus.losses import dpo_loss
 from notus.model.export import export_adapter, export_model, load_tokenizer
+from notus.model.lora import OF_EXPERTS
 from notus.model.policy import Policy
 from notus.model.verify import PathChoice, make_policy
 from notus.runtime.process import first_line
 from notus.training.optimizers import build_optimizer
 from notus.training.parallelize import build_policy, find_path, read_model_config, reshard
 
+T = TypeVar("T")
 STEPS, LEARNING_RATE = 3, 3e-4
-LORA = LoraConfig(rank=2, alpha=4.0, target_modules="all-linear")
 # Nats. A loss after steps of Adam, and adapters, magnify rounding.
 LOSS_TOLERANCE, LORA_TOLERANCE = 1e-3, 5e-4
 NEW_TOKENS = 6
@@ -45,7 +46,8 @@ class Measures:
         path, reason: how it is computed, and why not packed; or "refused", where nothing is measured.
         logprobs: the largest difference of a completion token's log-prob from transformers', in nats.
         loss: the largest difference of the DPO loss in three training steps from a plain loop's.
-        lora: the largest difference of a log-prob between a trained adapter here and in PEFT, in nats.
+        lora: the largest difference of a log-prob between a trained adapter here and in PEFT, in nats; None where a
+            model has no linear layers.
         export: the same between the trained model here and its export in transformers, with a clean loading report.
         generated: how many of the tokens that transformers generates greedily from the export are the likeliest here.
     """
@@ -55,7 +57,7 @@ class Measures:
     reason: str | None
     logprobs: float | str
     loss: float | str
-    lora: float | str
+    lora: float | str | None
     export: float | str
     generated: float | str
 
@@ -83,8 +85,8 @@ class Measures:
         return found
 
 
-def _within(value: float | str, most: float) -> bool:
-    return isinstance(value, float) and value <= most
+def _within(value: float | str | None, most: float) -> bool:
+    return value is None or (isinstance(value, float) and value <= most)
 
 
 def measure(name: str, device: torch.device) -> Measures:
@@ -102,7 +104,7 @@ def measure(name: str, device: torch.device) -> Measures:
     return Measures(name, subject.path.name, subject.path.reason, logprobs, loss, lora, export, generated)
 
 
-def _cell(measurement: Callable[[], float]) -> float | str:
+def _cell(measurement: Callable[[], T]) -> T | str:
     try:
         return measurement()
     except Exception as error:  # of every kind: the table shows it, and --check fails
@@ -165,15 +167,20 @@ class Subject:
                 raise ValueError(f"{kind} after export: {sorted(report[kind])[:3]}")
         return _largest(expected, [own_logprobs(loaded.eval(), examples) for examples in pairs()])
 
-    def lora_difference(self) -> float:
+    def lora_difference(self) -> float | None:
         """Train an adapter and return the largest difference of a log-prob after PEFT has loaded it.
+
+        None for a model without linear layers.
 
         Raises:
             ValueError: training left the adapter without effect.
         """
         from peft import PeftModel
 
-        policy, target = self.policy(lora=LORA), self.folder / "adapter"
+        targets = lora_targets(self.plain())
+        if not targets:
+            return None
+        policy, target = self.policy(LoraConfig(rank=2, alpha=4.0, target_modules=targets)), self.folder / "adapter"
         before = policy.token_logprobs(self.batches[0]).detach()
         reshard(policy)
         self._train(policy)
@@ -256,6 +263,25 @@ class Subject:
             optimizer.zero_grad()
             losses.append(loss.item())
         return losses
+
+
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """Return the linear layers that get adapters, by the last components of their names.
+
+    All of them but the head, but not those that PEFT takes for parts of routed experts, nor those that it leaves alone
+    beside a state-space model's convolution.
+    """
+    head = model.get_output_embeddings()
+    names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
+    fused = any(parameter.dim() == 3 and "experts" in name.split(".") for name, parameter in model.named_parameters())
+    excluded = (OF_EXPERTS if fused else set()) | ({"out_proj"} if "conv1d" in names else set())
+    linears = [
+        (name.rpartition(".")[2], module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
+    ]
+    small = {name for name, module in linears if min(module.in_features, module.out_features) < 2}
+    return sorted({name for name, module in linears if module is not head} - excluded - small)
 
 
 @functools.cache

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_u
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from notus.data.packing import collate
+from notus.model.plain import PlainPolicy
 from notus.training.parallelize import build_policy, read_model_config
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of each kind one: sliding windows, soft caps, sinks, latent attention, scaled logits, biases, blocks under other names,
-# state spaces, a part of a multimodal model, random layers. `python docs/make_models.py --check` measures all.
+# Of each kind one: sliding windows, soft caps, sinks, latent attention, scaled logits, biases, blocks under other
+# names, state spaces, a part of a multimodal model, random layers. `python docs/make_models.py --check` measures all.
 SOME = [
     "mistral", "gemma2", "gpt_oss", "deepseek_v3", "cohere", "phi", "gpt2", "falcon_h1", "qwen3_next", "gemma3", "opt",
     "phi3/longrope",
@@ -170,3 +171,13 @@ def test_a_soft_cap_under_another_name_and_layers_left_out_at_random(
 ) -> None:
     make_family(name).save_pretrained(tmp_path)
     assert difference(tmp_path, device, make_family(name)) < 5e-5
+
+
+def test_experts_are_not_chosen_at_random_in_training() -> None:
+    """The router of Phi-3.5-MoE draws its experts where the model is in training mode."""
+    model, examples = make_family("phimoe"), pairs()[0]
+    expected = own_logprobs(model, examples)
+    policy = PlainPolicy(model).train()
+    assert policy.training
+    assert not model.training
+    assert (policy.token_logprobs(collate(examples, 2)) - expected).abs().max() < 5e-5

@@ -61,8 +61,13 @@ def check_values(folder: Path) -> None:
 
 
 def check_names(config: PreTrainedConfig, folder: Path) -> None:
-    """Raise ValueError for an activation or a kind of rotary positions that transformers does not know."""
-    for prefix, part in _parts(config.to_dict()):
+    """Raise ValueError for an activation or a kind of rotary positions that transformers does not know.
+
+    Of a multimodal model, the part that reads text is looked at; others have kinds of their own.
+    """
+    text = text_config(config)
+    whole = "" if text is config else "text_config."
+    for prefix, part in _parts(text.to_dict(), whole):
         for key, value in part.items():
             if _ACTIVATIONS.fullmatch(key) and isinstance(value, str) and value not in ACT2FN:
                 raise _unknown(folder, prefix + key, value, ACT2FN.keys())

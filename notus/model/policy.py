@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from notus.data.packing import Batch
 from notus.model.logprobs import linear_logprobs, linear_scores
+from notus.model.lora import lora_layers
 
 
 class Policy(nn.Module):
@@ -37,6 +38,7 @@ class Policy(nn.Module):
         if not hasattr(causal_lm.get_decoder(), "layers"):
             name = type(causal_lm).__name__
             raise ValueError(f"{name}: decoders that do not keep their blocks in `layers` are not supported")
+        self.train()
 
     @property
     def _head(self) -> nn.Linear:
@@ -96,6 +98,18 @@ class Policy(nn.Module):
     def new_cache(self) -> Any:
         """Return what `next_token` keeps between its calls."""
         return DynamicCache(config=self.causal_lm.config)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the adapters' dropout on or off; the model itself stays in evaluation mode.
+
+        The reference log-probs hold for that forward pass. In training mode some models choose at random beside
+        dropout: their experts (Phi-3.5-MoE), or which layers to leave out.
+        """
+        super().train(mode)
+        self.causal_lm.train(False)
+        for layer in lora_layers(self.causal_lm).values():
+            layer.train(mode)
+        return self
 
     def next_token(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Return the likeliest token after each sequence of a left-padded batch. Within `own_forward`, no gradients.
