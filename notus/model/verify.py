@@ -146,7 +146,7 @@ class _Trial:
         self._config, self._weights = self._copy(config, longest)
         row = _row(min(FEW_TOKENS, text_config(self._config).vocab_size))
         self._batch = row.to(device)
-        own = self._build("eager").eval()
+        own = new_model(self._config, "eager", trust, torch.float32, device).eval()  # as transformers has it
         own.load_state_dict(self._weights)
         with explained(f"model type {config.model_type!r}", config.to_dict(), "its own forward pass fails"):
             self._expected = _outcome(PlainPolicy(own), self._batch)
