@@ -241,7 +241,6 @@ DENSE = [
         "Gemma 3n (text)",
         num_hidden_layers=4,
         layer_types=FULL_AND_SLIDING * 2,
-        path="plain",
         num_kv_shared_layers=2,
         vocab_size_per_layer_input=400,
         hidden_size_per_layer_input=8,
@@ -255,7 +254,6 @@ DENSE = [
         "Gemma 4 E2B, E4B (text)",
         num_hidden_layers=4,
         layer_types=FULL_AND_SLIDING * 2,
-        path="plain",
         global_head_dim=16,
         vocab_size_per_layer_input=400,
         hidden_size_per_layer_input=8,
@@ -266,7 +264,6 @@ DENSE = [
         "Gemma 4 26B-A4B (text)",
         num_hidden_layers=4,
         layer_types=FULL_AND_SLIDING * 2,
-        path="plain",
         global_head_dim=16,
         hidden_size_per_layer_input=0,
         enable_moe_block=True,
@@ -318,6 +315,7 @@ DENSE = [
     _family(
         "modernbert-decoder",
         "Ettin decoders",
+        path="plain",
         num_hidden_layers=4,
         layer_types=FULL_AND_SLIDING * 2,
         local_attention=16,
@@ -325,15 +323,14 @@ DENSE = [
     ),
     _family("minicpm3", "MiniCPM3 4B", **LATENT, dim_model_base=16),
     _family("youtu", "Youtu-LLM 2B", **LATENT),
-    _family("persimmon", "Persimmon 8B", path="plain"),
-    _family("diffllama", "DiffLlama", path="plain"),
+    _family("persimmon", "Persimmon 8B"),
+    _family("diffllama", "DiffLlama"),
     _family("doge", "Doge (dense)", keep_window_size=64, path="plain"),
     _family(
         "gemma4_unified_text",
         "Gemma 4 12B (text)",
         num_hidden_layers=4,
         layer_types=FULL_AND_SLIDING * 2,
-        path="plain",
         global_head_dim=16,
     ),
     _family(
@@ -345,7 +342,6 @@ DENSE = [
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
             "full_attention": None,
         },
-        path="plain",
     ),
     _family(
         "lfm3",
@@ -373,7 +369,7 @@ OLDER = [
     _family("falcon", "Falcon 7B", path="plain"),
     _family("falcon/new", "Falcon 40B, Falcon 2", new_decoder_architecture=True, num_kv_heads=2, path="plain"),
     _family("falcon/alibi", "Falcon RW", alibi=True, multi_query=False, parallel_attn=False, bias=True, path="plain"),
-    _family("ctrl", "CTRL", dff=48, path="plain"),
+    _family("ctrl", "CTRL", dff=48),
     _family("openai-gpt", "GPT-1", path="plain"),
 ]
 EXPERTS = [
@@ -424,11 +420,10 @@ EXPERTS = [
         "DBRX",
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
-        path="plain",
     ),
     _family("minimax_m2", "MiniMax-M2"),
     _family("solar_open", "Solar Open 100B"),
-    _family("afmoe", "Arcee Trinity", num_hidden_layers=4, layer_types=FULL_AND_SLIDING * 2),
+    _family("afmoe", "Arcee Trinity", path="plain", num_hidden_layers=4, layer_types=FULL_AND_SLIDING * 2),
     _family(
         "mimo_v2_flash",
         "MiMo-V2-Flash",
@@ -447,7 +442,7 @@ EXPERTS = [
         floor_scale=4,
         path="plain",
     ),
-    _family("longcat_flash", "LongCat-Flash", **LATENT, num_layers=2, zero_expert_num=2, path="plain"),
+    _family("longcat_flash", "LongCat-Flash", **LATENT, num_layers=2, zero_expert_num=2),
     _family("aria_text", "Aria (text)", moe_num_experts=4),
     _family(
         "doge/moe",
@@ -480,6 +475,7 @@ EXPERTS = [
         "minimax_m3_vl_text",
         "MiniMax-M3 (text)",
         path="plain",
+        layer_types=["full_attention", "minimax_m3_sparse"],
         dense_intermediate_size=48,
         rotary_dim=4,
         mlp_layer_types=DENSE_AND_SPARSE,
@@ -627,7 +623,7 @@ OTHER_MIXERS = [
         linear_num_heads=4,
         path="plain",
     ),
-    _family("hrm_text", "HRM-Text", path="plain"),
+    _family("hrm_text", "HRM-Text"),
     _family(
         "deepseek_v4",
         "DeepSeek-V4",
@@ -718,7 +714,6 @@ VISION_LANGUAGE = [
         video_token_id=398,
         vision_start_token_id=397,
         vision_end_token_id=396,
-        path="plain",
     ),
     _vision_language(
         "qwen2_5_vl",
@@ -729,7 +724,6 @@ VISION_LANGUAGE = [
         video_token_id=398,
         vision_start_token_id=397,
         vision_end_token_id=396,
-        path="plain",
     ),
     _vision_language(
         "qwen3_vl",
@@ -740,7 +734,6 @@ VISION_LANGUAGE = [
         video_token_id=398,
         vision_start_token_id=397,
         vision_end_token_id=396,
-        path="plain",
     ),
     _vision_language(
         "qwen3_vl_moe",
@@ -751,7 +744,6 @@ VISION_LANGUAGE = [
         video_token_id=398,
         vision_start_token_id=397,
         vision_end_token_id=396,
-        path="plain",
     ),
     _vision_language(
         "qwen3_5",
@@ -797,7 +789,6 @@ VISION_LANGUAGE = [
             "num_kv_shared_layers": 2,
         },
         {"num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 16},
-        path="plain",
         image_token_id=399,
         video_token_id=398,
         boi_token_id=397,
@@ -828,7 +819,6 @@ VISION_LANGUAGE = [
             "supported_aspect_ratios": [[1, 1]],
             "max_num_tiles": 1,
         },
-        path="plain",
         image_token_index=399,
     ),
     _vision_language(
@@ -864,7 +854,6 @@ VISION_LANGUAGE = [
         image_end_token_id=396,
         video_start_token_id=395,
         video_end_token_id=394,
-        path="plain",
     ),
     _vision_language(
         "aria",
@@ -887,7 +876,6 @@ VISION_LANGUAGE = [
         image_end_token_id=396,
         video_start_token_id=395,
         video_end_token_id=394,
-        path="plain",
     ),
 ]
 FAMILIES: dict[str, Family] = {
