@@ -704,7 +704,9 @@ VISION_LANGUAGE = [
     _vision_language(
         "llava_onevision", "LLaVA-OneVision", QWEN2_TEXT, SIGLIP, image_token_index=399, video_token_index=398
     ),
-    _vision_language("aya_vision", "Aya Vision", {"model_type": "cohere2"}, SIGLIP, image_token_index=399),
+    _vision_language(
+        "aya_vision", "Aya Vision", {"model_type": "cohere2"}, SIGLIP, path="plain", image_token_index=399
+    ),
     _vision_language(
         "qwen2_vl",
         "Qwen2-VL",
@@ -826,6 +828,7 @@ VISION_LANGUAGE = [
         "Command-A Vision",
         {"model_type": "cohere2"},
         SIGLIP,
+        path="plain",
         image_token_id=399,
         alignment_intermediate_size=32,
     ),
