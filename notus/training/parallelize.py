@@ -45,7 +45,7 @@ from notus.model.policy import Policy
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
-from notus.runtime.distributed import gather_objects, mesh, say
+from notus.runtime.distributed import gather_objects, mesh, say, world_size
 from notus.runtime.process import first_line
 from notus.training.activation_checkpointing import checkpointed
 
@@ -156,6 +156,8 @@ def find_path(
         ValueError: as `choose_path`.
     """
     found = choose_path(config, wanted=wanted, longest=longest, device=device, trust_remote_code=trust_remote_code)
+    if world_size() == 1:
+        return found
     # Where ranks round differently, all take the most careful choice of any.
     return max(gather_objects(found), key=lambda each: (each.name == "plain", not each.padded, each.attention))
 
