@@ -24,6 +24,7 @@ from estimator import CPU, ROWS, SHAPES, fake_world, packed_row, run_row, size_o
 from notus.estimate.plan import Setting, job_of, moved_bytes
 from notus.model.flops import GPU, LINK_EFFICIENCY
 from notus.model.size import ModelSize
+from notus.model.verify import PathChoice
 from notus.training.memory_estimate import CHECKPOINTING, RUNTIME_MARGIN, footprint
 from notus.training.parallelize import build_policy
 from projections import RECIPE, UTILISATION, need, plan_of, rate, setting_of
@@ -66,7 +67,7 @@ def count(shape: str, checkpointing: str = "none", rows: int = 1) -> list[Event]
     with fake_world(RANKS):
         policy = build_policy(
             Path("."), MistralConfig(**SHAPES[shape]), device=CPU, precision="bf16",
-            activation_checkpointing=checkpointing,
+            activation_checkpointing=checkpointing, path=PathChoice("packed"),
         )  # fmt: skip
         batch = packed_row(*ROWS[shape])
         with _Events() as events:

@@ -42,6 +42,7 @@ from notus.model import load as weights
 from notus.model.flops import dimensions, visible_pairs
 from notus.model.lora import inject_lora
 from notus.model.size import ModelSize, model_size
+from notus.model.verify import PathChoice
 from notus.training import optimizers, parallelize
 from notus.training.gradient_clipping import clip_gradients, local_gradients
 from notus.training.memory_estimate import CHECKPOINTING, Footprint, Job, moments
@@ -190,6 +191,7 @@ def tracked_step(config: PreTrainedConfig, case: Case, row: Row, world_size: int
             precision="bf16",
             lora=adapter,
             activation_checkpointing=case.checkpointing,
+            path=PathChoice("packed"),
         )
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         stepper = build_optimizer(

@@ -46,7 +46,7 @@ from notus.model.policy import Policy
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
-from notus.runtime.distributed import gather_objects, mesh, say
+from notus.runtime.distributed import gather_objects, mesh, say, world_size
 from notus.training.activation_checkpointing import checkpointed
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ def find_path(
         ValueError: as `choose_path`.
     """
     found = choose_path(config, wanted=wanted, longest=longest, device=device, trust_remote_code=trust_remote_code)
+    if world_size() == 1:
+        return found
     # Where ranks round differently, all take the most careful choice of any.
     return max(gather_objects(found), key=lambda each: (each.name == "plain", not each.padded, each.attention))
 

@@ -311,9 +311,20 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         trust_remote_code=model.trust_remote_code,
         path=path,
     )
+    if path.reason:
+        distributed.say(_plain_notice(path.reason, train_rows))
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), model_folder, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
+
+
+def _plain_notice(reason: str, rows: TokenizedDataset) -> str:
+    """Say that the plain path is taken, why, and how many more tokens it computes."""
+    more = int(rows.separate_lengths(np.arange(len(rows))).sum()) / int(rows.lengths.sum())
+    return (
+        f"model.path: plain, because the packed path is not what this model computes: {reason}. Prompts are not shared "
+        f"({more:.2f}x the tokens), and sequences are not packed; docs/models.md has the speed"
+    )
