@@ -2,8 +2,8 @@
 
 `choose_path` finds out at the start of a run, before any data is read. A cut-down copy of the model, with random
 weights, computes one short row: two pairs, log-probs and gradients. The yardstick is plain transformers: each sequence
-by itself, through the model's own forward pass with its own `eager` attention, in evaluation mode. What is compared
-with it runs in training mode, so that what is random there is found as well.
+by itself, through the model's own forward pass with its own `eager` attention, in evaluation mode, in which a
+policy keeps the model in training, too (see `Policy.train`).
 
 Limits that the data reach (a sliding window, the context at which rotary frequencies change) lie within the short row;
 those that the data do not reach lie beyond it. So a model whose frequencies change at 4,096 tokens is packed where
@@ -131,7 +131,7 @@ def _choose(config: PreTrainedConfig, wanted: str, longest: int, device: torch.d
         if wrong is None:
             return PathChoice("plain", reason, attention, padded)
     raise ValueError(
-        f"model type {config.model_type!r}: in training mode its own forward pass is not what it is in evaluation "
+        f"model type {config.model_type!r}: its own forward pass is not the same with another attention, or twice "
         f"({wrong}); take another model"
     )
 
