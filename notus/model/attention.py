@@ -9,6 +9,7 @@ window if the model has one. The model reaches them through transformers' `Atten
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from notus.data.packing import Layout, build_layout
 from notus.model import attention_variants as variants
@@ -236,6 +237,32 @@ def check_call(module: torch.nn.Module, layout: object, attention_mask: object, 
         )
 
 
+# transformers' blocks that take keywords and hand none on to their attention.
+_DROP_KEYWORDS = frozenset({"StableLmDecoderLayer", "NemotronDecoderLayer"})
+_handed: Layout | None = None  # the layout of the block that runs, if it is one of these
+
+
+def hand_layout_on(block: torch.nn.Module) -> None:
+    """Give a row's layout to the attention of a block that drops it, by another `forward`; other blocks stay."""
+    kind = type(block)
+    if kind.__module__.startswith("transformers.models.") and kind.__name__ in _DROP_KEYWORDS:
+        block.forward = functools.partial(_forward_with_layout, block)
+
+
+def _forward_with_layout(block: Any, *args: Any, layout: Layout, **options: Any) -> Any:
+    global _handed
+    _handed = layout
+    try:
+        return type(block).forward(block, *args, **options)
+    finally:
+        _handed = None
+
+
+def handed_layout() -> Layout | None:
+    """Return the layout for a call that has none, see `hand_layout_on`."""
+    return _handed
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What kind of attention a layer has.
@@ -311,6 +338,7 @@ def packed_attention(
     Raises:
         ValueError: the layer asks for what packed attention does not compute.
     """
+    layout = _handed if layout is None else layout
     check_call(module, layout, attention_mask, options)
     assert layout is not None
     if _recorded is not None:
@@ -336,30 +364,37 @@ def _sizes(
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
 
 
-def attention_sizes(causal_lm: PreTrainedModel) -> Sizes:
-    """Return what kind of attention a model has, from its configuration and its modules.
+def attention_sizes(causal_lm: PreTrainedModel) -> list[Sizes]:
+    """Return what kinds of attention a model has, from its configuration and its modules: one for each size of heads.
 
-    Where layers differ, the largest heads, and the window, soft cap and sinks of those layers that have them.
+    Where some layers have a window, a soft cap or sinks and others do not, they are given as if all had.
     """
     config = text_config(causal_lm.config)
+    sinks = any("sinks" in module._parameters for module in causal_lm.modules())
+    # a config whose layers differ (Gemma 4) refuses to say what all of them have
+    layers: Any = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return list(dict.fromkeys(_configured(layer, sinks) for layer in layers))
 
-    def named(*names: str) -> Any:
-        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
-    heads = named("num_attention_heads", "n_head")
-    head_dim = named("head_dim") or config.hidden_size // heads
-    latent = getattr(config, "v_head_dim", None) is not None  # multi-head latent attention: keys are made anew per head
-    query_dim = head_dim
-    if latent and getattr(config, "qk_nope_head_dim", None) is not None:
-        query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+def kernel_name(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the kernels that compute a model's attention: what rounds otherwise has another name."""
+    return "-".join(dict.fromkeys(_kernel_of(sizes, device, dtype)[0] for sizes in attention_sizes(causal_lm)))
+
+
+def _configured(config: PreTrainedConfig, sinks: bool) -> Sizes:
+    heads = config.num_attention_heads
+    head_dim = query_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "qk_nope_head_dim", None) is not None:  # multi-head latent attention: keys are made per head
+        query_dim, groups = config.qk_nope_head_dim + config.qk_rope_head_dim, heads
     return Sizes(
         num_heads=heads,
-        num_kv_heads=heads if query_dim != head_dim else named("num_key_value_heads") or heads,
+        num_kv_heads=groups,
         head_dim=query_dim,
-        value_dim=config.v_head_dim if latent else head_dim,
-        window=named("sliding_window"),
-        softcap=named("attn_logit_softcapping"),
-        sinks=any("sinks" in module._parameters for module in causal_lm.modules()),
+        value_dim=getattr(config, "v_head_dim", None) or head_dim,
+        window=getattr(config, "sliding_window", None),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        sinks=sinks,
     )
 
 
@@ -394,7 +429,7 @@ def check_kernel(
     """
     sizes = Sizes(num_heads, num_kv_heads, head_dim, value_dim or head_dim, window, softcap, sinks)
     name = _kernel_of(sizes, device, dtype)[0]
-    problems = []
+    problems: list[str] = []
     if name in variants.failures:
         try:
             found = _fault(sizes, device, dtype)

@@ -178,9 +178,7 @@ def _keep_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _differentiate_plain(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     query, key, value, sinks, lengths, out, total = ctx.saved_tensors
-    grads = _plain_backward(
-        grad, query, key, value, sinks, out, total, lengths, ctx.scale, ctx.window, ctx.softcap
-    )
+    grads = _plain_backward(grad, query, key, value, sinks, out, total, lengths, ctx.scale, ctx.window, ctx.softcap)
     of_sinks = None if sinks is None else sink_gradient(sinks, grad, out, total)
     return *grads, of_sinks, None, None, None, None
 

@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from notus.data.packing import build_layout
 from notus.model import attention
+from notus.model import attention_variants as variants
 from notus.model.attention import (
     IMPLEMENTATION,
     causal_mask,
@@ -210,7 +211,7 @@ def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
 @pytest.mark.parametrize(("heads", "kv_heads", "window"), [(2, 2, None), (4, 2, None), (4, 2, 1), (2, 2, 3)])
 def test_flash_attention_is_asked_for_the_same(monkeypatch, stand_in, heads, kv_heads, window):
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", stand_in is varlen_by_the_book)
+    monkeypatch.setattr(variants, "TOLD_OF_GROUPS", stand_in is varlen_by_the_book)
     trunks, branches = ROWS["pairs"]
     leaves, _ = inputs(27, heads, kv_heads)
     layout = build_layout(trunks, branches)

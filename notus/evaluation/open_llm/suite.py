@@ -176,7 +176,7 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
     options = source.options(args)
     causal_lm, tokenizer = source.load(options, device)
     check_supported(causal_lm.config)
-    check_attention(causal_lm.config, device, options.dtype)
+    check_attention(causal_lm, device, options.dtype)
     longest = resolve_max_length(causal_lm.config, tokenizer)
     if args.max_length is not None and args.max_length > longest:
         raise ValueError(
