@@ -284,10 +284,25 @@ def _flash_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    of_query, of_key, of_value = torch.ops.torch_attn._varlen_attn_backward(
-        grad.contiguous(), query, key, value, out, total.t().contiguous(), query_starts, key_starts,
-        longest_query, longest_key, window is None, no_dropout, scale, [-1 if window is None else window - 1, 0],
-    )  # fmt: skip
+    starts = (query_starts, key_starts, longest_query, longest_key)
+    side = [-1 if window is None else window - 1, 0]
+    return _flash_gradients(
+        grad.contiguous(),
+        query,
+        key,
+        value,
+        out,
+        total.t().contiguous(),
+        *starts,
+        window is None,
+        no_dropout,
+        scale,
+        side,
+    )
+
+
+def _flash_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    of_query, of_key, of_value = torch.ops.torch_attn._varlen_attn_backward(*args)
     return of_query, of_key, of_value
 
 
