@@ -1,4 +1,4 @@
-"""Soft caps and sinks against each sequence alone, in fp64 and plainly written, and against values worked out by hand."""
+"""Soft caps and sinks against each sequence alone, in fp64 and plainly written, and against values found by hand."""
 
 import math
 
