@@ -315,7 +315,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     kernel: Kernel | None = None,
-    **options: Any,  # noqa: ANN401  # what a model hands on, checked one by one
+    **options: Any,  # what a model hands on, checked one by one
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' `AttentionInterface`.
 

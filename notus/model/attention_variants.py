@@ -5,7 +5,7 @@ With scores s, each query's weights are
     p_j = exp(f(s_j)) / (exp(a_h) + sum_i exp(f(s_i))),    f(s) = c tanh(s / c)
 
 where c is the soft cap (Gemma 2, 2408.00118, section 2) and a_h the sink of head h, a logit that takes weight and gives
-no value (gpt-oss; Xiao et al., 2309.17453, section 3.3). Without a soft cap f(s) = s, without sinks there is no exp(a_h).
+no value (gpt-oss; Xiao et al., 2309.17453). Without a soft cap f(s) = s, without sinks there is no exp(a_h).
 
 - `plain_kernel` computes both, segment by segment in fp32, with a backward pass that keeps no scores.
 - `sink_kernel` is FlashAttention-2 (CUDA). Its backward pass computes p from the log-sum-exp that it is given, and
@@ -30,7 +30,6 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from notus.data.packing import Layout
-
 
 # Why a kernel is not used in this process, by its name in `attention.kernel_for`.
 failures: dict[str, str | None] = {"flex": None, "varlen-sinks": None}

@@ -167,7 +167,7 @@ def hidden_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **options: Any,  # noqa: ANN401  # what a model hands on, checked one by one
+    **options: Any,  # what a model hands on, checked one by one
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' `AttentionInterface`: `packed_attention` behind one operator."""
     layout = handed_layout() if layout is None else layout
@@ -191,7 +191,7 @@ def graph_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **options: Any,  # noqa: ANN401  # what a model hands on, checked one by one
+    **options: Any,  # what a model hands on, checked one by one
 ) -> tuple[Tensor, None]:
     """The same with the operators in the graph: the gather, and torch's varlen attention.
 

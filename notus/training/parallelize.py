@@ -173,7 +173,7 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
 
 
 def check_attention(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Try the attention kernel of this device and dtype on the model's sizes; see `check_kernel`. Collective on CUDA."""
+    """Try the attention kernels of this device and dtype on the model's sizes; see `check_kernel`. Collective."""
     for sizes in attention_sizes(causal_lm):
         for problem in check_kernel(device, dtype, **dataclasses.asdict(sizes), gather=gather_objects):
             say(f"warning: {problem}")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.attention.varlen
+import transformers
 from toys import relative
 from transformers import AttentionInterface, AttentionMaskInterface
 
