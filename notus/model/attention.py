@@ -471,7 +471,7 @@ def _fault(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str | None
     for trunks, branches in _TRIED if several else _TRIED[:1]:
         layout = build_layout(trunks, branches).to(device)
         rows = sum(layout.query_lengths)
-        shapes = [(rows, wide[0], dim), (rows, wide[1], dim), (rows, wide[1], sizes.value_dim)]
+        shapes: list[tuple[int, ...]] = [(rows, wide[0], dim), (rows, wide[1], dim), (rows, wide[1], sizes.value_dim)]
         shapes += [(wide[0],)] if sizes.sinks else []
         *leaves, upstream = (
             torch.randn(shape, generator=generator).to(device, dtype)

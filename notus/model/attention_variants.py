@@ -390,22 +390,24 @@ def block_mask(layout: Layout, window: int | None) -> BlockMask:
 
 
 def _block_mask(layout: Layout, window: int | None) -> BlockMask:
-    parts: list[Tensor] = []
-    for blocks in _blocks(layout, window):
-        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-        parts.extend(part[None, None].int() for part in (blocks.sum(-1), order))
+    partial, full = (_ordered(blocks, layout.query_starts.device) for blocks in _blocks(layout, window))
     places = _places(layout)
+    lengths = (len(places[0]), len(places[2]))
     mask = BlockMask.from_kv_blocks(
-        *(part.to(layout.query_starts.device, non_blocking=True) for part in parts),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_seen(*places, window),
-        seq_lengths=(len(places[0]), len(places[2])),
+        *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=_seen(*places, window), seq_lengths=lengths
     )
-    blocks = (each for each in vars(mask).values() if isinstance(each, Tensor))
-    for each, first in [*((each, 2) for each in blocks), *((place, 0) for place in places)]:
+    made = [(each, 2) for each in vars(mask).values() if isinstance(each, Tensor)]
+    for each, first in [*made, *((place, 0) for place in places)]:
         for dim in range(first, each.dim()):
             maybe_mark_dynamic(each, dim)
     return mask
+
+
+def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which, those first: int32 [1, 1, Q] and [1, 1, Q, K]."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    count, order = (part[None, None].int().to(device, non_blocking=True) for part in (blocks.sum(-1), order))
+    return count, order
 
 
 def _blocks(layout: Layout, window: int | None) -> tuple[Tensor, Tensor]:
@@ -449,7 +451,11 @@ def _seen(of_query: Tensor, query_place: Tensor, of_key: Tensor, key_place: Tens
     def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (of_query[query] == of_key[key]) & (key_place[key] <= query_place[query])
 
-    def windowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return causal(batch, head, query, key) & (key_place[key] > query_place[query] - window)
+    if window is None:
+        return causal
+    nearest: int = window
 
-    return causal if window is None else windowed
+    def windowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return causal(batch, head, query, key) & (key_place[key] > query_place[query] - nearest)
+
+    return windowed
