@@ -42,6 +42,8 @@ ATTENTION = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "notus::packed_attention",
+        "notus::plain_attention",
+        "notus::sink_attention",
     }
 )
 # Operations whose backward pass reads none of their inputs: after its last product, a block may have these alone.

@@ -17,6 +17,7 @@
 Activation offload is not built: "full" leaves little to move, 1 GiB for 7B parameters and rows of 4,096 tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from torch.distributed.fsdp import (
 from torch.fx.experimental import _config as symbols
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from notus.model.attention import check_kernel
+from notus.model.attention import attention_sizes, check_kernel
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
@@ -113,7 +114,7 @@ def build_policy(
         path = find_path(config, path, longest=longest, device=device, trust_remote_code=trust_remote_code)
     causal_lm = _meta_model(config, trust_remote_code, path)
     if path.name == "packed":
-        check_attention(config, device, COMPUTE_DTYPES[precision])
+        check_attention(causal_lm, device, COMPUTE_DTYPES[precision])
         fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[precision], compile=compile)
     elif compile:
         raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
@@ -181,7 +182,11 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
     What cannot be used on this machine is replaced by its plain twin, with a warning.
     """
     if compile:
-        problems = check_graph_attention(device, dtype, **_attention_sizes(causal_lm.config), gather=gather_objects)
+        problems = [
+            problem
+            for sizes in attention_sizes(causal_lm)
+            for problem in check_graph_attention(device, dtype, **dataclasses.asdict(sizes), gather=gather_objects)
+        ]
     else:
         fuse(causal_lm)
         problems = check_fused(causal_lm, device, dtype, gather_objects)
@@ -189,19 +194,11 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
         say(f"warning: {problem}")
 
 
-def check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Try the attention kernel of this device and dtype on the model's sizes; see `check_kernel`."""
-    check_kernel(device, dtype, **_attention_sizes(config))
-
-
-def _attention_sizes(config: PreTrainedConfig) -> dict[str, Any]:
-    num_heads = config.num_attention_heads
-    return {
-        "num_heads": num_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        "window": getattr(config, "sliding_window", None),
-    }
+def check_attention(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Try the attention kernels of this device and dtype on the model's sizes; see `check_kernel`. Collective."""
+    for sizes in attention_sizes(causal_lm):
+        for problem in check_kernel(device, dtype, **dataclasses.asdict(sizes), gather=gather_objects):
+            say(f"warning: {problem}")
 
 
 def parallelize(

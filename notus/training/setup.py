@@ -17,7 +17,7 @@ from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
 from notus.data.display import describe_example
 from notus.data.packing import check_fits
-from notus.model.attention import kernel_for
+from notus.model.attention import kernel_name
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
 from notus.model.load import resolve_model_folder, weights_digest
@@ -93,7 +93,7 @@ class Run:
         """Name of the attention kernel in use, and of what computes the rest of the blocks."""
         if self.path.name == "plain":
             return self.path.kernel
-        name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
+        name = kernel_name(self.policy.causal_lm, self.device, COMPUTE_DTYPES[self.config.training.precision])
         return name + ("-compiled" if self.config.training.compile else rounding(self.device))
 
     @functools.cached_property
