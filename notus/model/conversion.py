@@ -6,18 +6,24 @@ operation classes (`transformers.core_model_loading`), which are used here. The 
 alone, on the meta device, so that every mistake is known before a value is read.
 """
 
+import contextlib
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -46,6 +52,17 @@ class Conversion:
         """All keys that it reads."""
         return [key for keys in self.sources.values() for key in keys]
 
+    def of_rows(self, start: int, stop: int) -> "Conversion | None":
+        """Return the conversion that makes rows [start, stop) of the target alone; None where rows have no own keys.
+
+        They have if the first operation stacks one tensor per row (an expert each) and the others stay within a row.
+        """
+        stack, *others = self.converter.operations
+        stacks = isinstance(stack, MergeModulelist) and stack.dim == 0 and len(self.converter.target_patterns) == 1
+        if not stacks or not all(map(_stays_within_rows, others)):
+            return None
+        return replace(self, sources={pattern: keys[start:stop] for pattern, keys in self.sources.items()})
+
     def run(self, model: PreTrainedModel, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return name in the model -> full tensor, made of what `read` returns for each key."""
         converter = copy.deepcopy(self.converter)
@@ -54,6 +71,12 @@ class Conversion:
                 converter.add_tensor(self.target, key, pattern, functools.partial(read, key))  # type: ignore[arg-type]
         made: dict[str, Any] = converter.convert(self.target, model=model, config=model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _stays_within_rows(operation: ConversionOps) -> bool:
+    if isinstance(operation, Concatenate):
+        return operation.dim > 0
+    return type(operation) is Transpose and not operation.check_dims and operation.dim0 > 0 and operation.dim1 > 0
 
 
 @dataclass
@@ -81,7 +104,8 @@ def plan_loading(model: PreTrainedModel, names: Mapping[str, Tensor], keys: Iter
         names: every name that a tensor of the model has -> that tensor.
         keys: all keys of the files.
     """
-    transforms = list(get_model_conversion_mapping(model))
+    with _own_class_names(model):
+        transforms = list(get_model_conversion_mapping(model))
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -123,7 +147,7 @@ class Stored:
         """Return published name -> tensor, of full tensors by their names in the model."""
         if not self.converted:
             return {next(iter(self.sizes)): tensors[self.names[0]]}
-        made = revert_weight_conversion(model, {name: tensors[name] for name in self.names})
+        made = _revert(model, {name: tensors[name] for name in self.names})
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
@@ -136,7 +160,7 @@ def plan_export(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtypes: M
         dtypes: name -> the dtype in which it is to be stored.
     """
     empty = {name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta") for name, tensor in tensors.items()}
-    published = revert_weight_conversion(model, dict(empty))
+    published = _revert(model, empty)
     renamed = {id(tensor): name for name, tensor in published.items()}
     plans: dict[str, Stored] = {}
     for group, names in _converted_together(model, empty).items():
@@ -144,7 +168,7 @@ def plan_export(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtypes: M
             sizes = {renamed[id(empty[names[0]])]: empty[names[0]].nbytes}
             plans[group] = Stored(names, sizes, converted=False)
         else:
-            made = revert_weight_conversion(model, {name: empty[name] for name in names})
+            made = _revert(model, {name: empty[name] for name in names})
             plans[group] = Stored(names, {name: tensor.nbytes for name, tensor in made.items()}, converted=True)
     found = sorted(name for plan in plans.values() for name in plan.sizes)
     assert found == sorted(published), f"conversions that depend on each other: {set(found) ^ set(published)}"
@@ -155,7 +179,8 @@ def _converted_together(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -
     """Some name -> the tensors that one reversed conversion needs together; a tensor by itself if none needs it."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:
-        transforms = get_model_conversion_mapping(model, add_legacy=False)
+        with _own_class_names(model):
+            transforms = get_model_conversion_mapping(model, add_legacy=False)
     reverse = [each.reverse_transform() for each in transforms[::-1] if isinstance(each, WeightConverter)]
     groups: dict[str, list[str]] = {}
     for name in tensors:
@@ -167,6 +192,27 @@ def _converted_together(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -
                 break
         groups.setdefault(group, []).append(name)
     return groups
+
+
+def _revert(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with _own_class_names(model):
+        published: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return published
+
+
+@contextlib.contextmanager
+def _own_class_names(model: PreTrainedModel) -> Iterator[None]:
+    """Let the classes that FSDP puts in front of a model's have the name and module by which transformers knows them."""
+    managed = {type(each) for each in model.modules() if isinstance(each, PreTrainedModel | FSDPModule)}
+    names = {kind: (kind.__name__, kind.__module__) for kind in managed if issubclass(kind, FSDPModule)}
+    for kind in names:
+        own = next(base for base in kind.__mro__ if not issubclass(base, FSDPModule))
+        kind.__name__, kind.__module__ = own.__name__, own.__module__
+    try:
+        yield
+    finally:
+        for kind, (name, module) in names.items():
+            kind.__name__, kind.__module__ = name, module
 
 
 def ignorable(model: PreTrainedModel, non_persistent: Iterable[str]) -> Callable[[str], bool]:

@@ -6,7 +6,6 @@ and compares them, and only then the folder gets its name.
 
 import copy
 import datetime
-import functools
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -33,10 +32,10 @@ from notus.model.conversion import Stored, plan_export
 from notus.model.load import (
     INDEX,
     WEIGHTS,
+    converted_rows,
     find_folder,
     match_tensors,
     open_tensors,
-    read_whole,
     resolve_model_folder,
     stored_tensors,
     weight_files,
@@ -52,7 +51,7 @@ from notus.model.peft_format import (
     load_adapter,
     read_adapter_settings,
 )
-from notus.model.sharded_tensors import gather, is_rank_zero, local_rows
+from notus.model.sharded_tensors import gather, is_rank_zero, local, local_rows
 from notus.model.structure import text_config
 from notus.model.usage import (
     ends_of,
@@ -398,25 +397,26 @@ def _check_weights(
                 if not _same(tensor, found[key][1].get_slice(key), dtypes[names[id(tensor)]]):
                     raise _not_as_written(found[key][0], key)
             for conversion in match.conversions:
-                read = functools.partial(read_whole, found, dtypes[conversion.target])
-                for name, made in conversion.run(causal_lm, read).items():
-                    if not _same(match.targets[name], made, dtypes[name]):
+                for name, rows in converted_rows(conversion, causal_lm, match.targets, found).items():
+                    if not _same_rows(match.targets[name], rows, dtypes[name]):
                         raise _not_as_written(found[conversion.keys[0]][0], name)
     except (SafetensorError, OSError) as error:
         raise _not_as_written(folder, f"it cannot be read ({error})") from error
 
 
-@torch.no_grad()
 def _same(tensor: Tensor, source: Any, dtype: torch.dtype) -> bool:
-    """Whether this rank's rows of a safetensors slice, or of a full tensor, are those of `tensor`, to the bit."""
-    if list(source.shape if isinstance(source, Tensor) else source.get_shape()) != list(tensor.shape):
+    """Whether this rank's rows of a safetensors slice are those of `tensor`, to the bit."""
+    if list(source.get_shape()) != list(tensor.shape):
         return False
     start, stop = local_rows(tensor) if tensor.dim() else (0, 1)
-    if start == stop:
-        return True
-    mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return start == stop or _same_rows(tensor, source[start:stop] if tensor.dim() else source[...], dtype)
+
+
+@torch.no_grad()
+def _same_rows(tensor: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this rank's rows of `tensor` are those that were found in a file, to the bit."""
+    mine = local(tensor)
     expected = (mine.to(dtype) if mine.is_floating_point() else mine).cpu()
-    found = source[start:stop] if tensor.dim() else source[...]
     # As bytes, since not-a-number is unequal to itself, and -0.0 equal to 0.0.
     return found.dtype == expected.dtype and torch.equal(_bytes(found), _bytes(expected))
 

@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightTransform
 from notus.model.buffers import initial_buffers, non_persistent, rebuild_buffers
 from notus.model.conversion import Conversion, LoadPlan, ignorable, plan_loading
 from notus.model.lora import LoRALinear
-from notus.model.sharded_tensors import fill_rows
+from notus.model.sharded_tensors import fill_rows, local, local_rows
 from notus.model.structure import text_config
 from notus.runtime.process import first_line
 
@@ -160,6 +160,7 @@ def _slots_by_parameter(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     return list(slots.values())
 
 
+@torch.no_grad()
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """Fill `model` from the safetensors files of `folder`, cast to each parameter's dtype.
 
@@ -182,9 +183,8 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
         for key, target in match.direct.items():
             fill_rows(target, found[key][1].get_slice(key))
         for conversion in match.conversions:
-            read = functools.partial(read_whole, found, _common_dtype(conversion, found))
-            for name, tensor in conversion.run(model, read).items():
-                fill_rows(match.targets[name], tensor)
+            for name, rows in converted_rows(conversion, model, match.targets, found).items():
+                local(match.targets[name]).copy_(rows)
         for name, tensor in computed.items():
             fill_rows(match.targets[name], tensor)
     model._weight_conversions = match.transforms  # an export writes the names that were read, as save_pretrained does
@@ -278,7 +278,9 @@ def match_tensors(model: PreTrainedModel, found: Found, folder: Path) -> Match:
     unexpected = [key for key, name in plan.unexpected.items() if not skipped(name) and not skipped(key)]
     _check_dtypes(plan, targets, found, unexpected)
     made = {name for each in plan.conversions for name in _check_conversion(each, model, targets, found)}
-    direct, missing, computed = {}, [], []
+    direct: dict[str, Tensor] = {}
+    missing: list[str] = []
+    computed: list[str] = []
     for names, tensor in stored:
         keys = [key for name in names for key in plan.direct.get(name, [])]
         if len(keys) > 1:
@@ -327,10 +329,26 @@ def _check_conversion(
     return list(made)
 
 
-def read_whole(found: Found, dtype: torch.dtype, key: str) -> Tensor:
-    """Read a tensor of the files, cast to `dtype`."""
-    tensor: Tensor = found[key][1].get_tensor(key)
-    return tensor.to(dtype)
+@torch.no_grad()
+def converted_rows(
+    conversion: Conversion, model: PreTrainedModel, targets: dict[str, Tensor], found: Found
+) -> dict[str, Tensor]:
+    """Name in the model -> this rank's rows of a tensor that has to be converted, in the dtype of the files.
+
+    Where rows come from different keys, as one expert's do, only those of this rank are read.
+    """
+    dtype = _common_dtype(conversion, found)
+
+    def read(key: str) -> Tensor:
+        tensor: Tensor = found[key][1].get_tensor(key)
+        return tensor.to(dtype)
+
+    start, stop = local_rows(targets[conversion.target])
+    part = conversion.of_rows(start, stop)
+    if part is None:
+        made = conversion.run(model, read)
+        return {name: tensor[slice(*local_rows(targets[name]))] for name, tensor in made.items()}
+    return part.run(model, read) if stop > start else {}
 
 
 def _common_dtype(conversion: Conversion, found: Found) -> torch.dtype:
