@@ -151,7 +151,9 @@ class Stored:
         return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
-def plan_export(model: PreTrainedModel, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> list[Stored]:
+def plan_export(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> list[Stored]:
     """Decide, as `save_pretrained` does, under which names a model's tensors are published, and which go together.
 
     Args:
@@ -202,7 +204,7 @@ def _revert(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 @contextlib.contextmanager
 def _own_class_names(model: PreTrainedModel) -> Iterator[None]:
-    """Let the classes that FSDP puts in front of a model's have the name and module by which transformers knows them."""
+    """Give the classes that FSDP puts in front of a model's the name and module by which transformers knows them."""
     managed = {type(each) for each in model.modules() if isinstance(each, PreTrainedModel | FSDPModule)}
     names = {kind: (kind.__name__, kind.__module__) for kind in managed if issubclass(kind, FSDPModule)}
     for kind in names:

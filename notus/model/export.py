@@ -83,10 +83,11 @@ def export_model(
 
     Rank 0 gathers the tensors of one file at a time (at most `max_shard_bytes`, or the tensors that have to be
     converted together, such as a layer's experts), so no rank ever holds the model. The names are the published ones,
-    as `save_pretrained` writes them; what transformers keeps in fp32 stays fp32. Tied tensors are stored once. Without `generation_config`, that of `causal_lm` is written. Both configs also name the
-    tokenizer's EOS, at which training teaches to stop. `plain_text`: the model learned plain text only, so a string
-    prompt is not a user's turn, although the tokenizer may have a chat template. An earlier export in `folder` is
-    replaced, whole. FSDP modules must be resharded before.
+    as `save_pretrained` writes them, and what transformers keeps in fp32 stays fp32. Tied tensors are stored once.
+    Without `generation_config`, that of `causal_lm` is written. Both configs also name the tokenizer's EOS, at which
+    training teaches to stop. `plain_text`: the model learned plain text only, so a string prompt is not a user's turn,
+    although the tokenizer may have a chat template. An earlier export in `folder` is replaced, whole. FSDP modules
+    must be resharded before.
 
     Raises:
         ValueError: `folder` holds something other than a model, the model has LoRA layers, or what was read back

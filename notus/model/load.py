@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from notus.runtime.process import first_line
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 # Other formats of the same weights. Of the subfolders only named chat templates (additional_chat_templates/) are taken.
 HUB_IGNORED = [*(f"*/{pattern}" for pattern in HUB_FILES if pattern != "*.jinja"), "consolidated*"]
 DIGEST_BLOCK = 64 * 2**20
@@ -187,7 +187,8 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
                 local(match.targets[name]).copy_(rows)
         for name, tensor in computed.items():
             fill_rows(match.targets[name], tensor)
-    model._weight_conversions = match.transforms  # an export writes the names that were read, as save_pretrained does
+    # An export then writes the names that were read, as save_pretrained does.
+    vars(model)["_weight_conversions"] = match.transforms
 
 
 Found = dict[str, tuple[Path, Any]]  # tensor name -> its file, and the open handle
@@ -298,7 +299,7 @@ def match_tensors(model: PreTrainedModel, found: Found, folder: Path) -> Match:
 
 
 def _is_computed(model: PreTrainedModel, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor may be absent from the files, since a new model has its value: a buffer, by transformers' word."""
+    """Whether a tensor may be absent from the files by transformers' word: a buffer whose value a new model has."""
     allowed = [*(model._keys_to_ignore_on_load_missing or []), *map(re.escape, model._keys_to_ignore_on_save or [])]
     return not isinstance(tensor, nn.Parameter) and any(re.search(pattern, name) for pattern in allowed)
 
@@ -359,16 +360,14 @@ def _common_dtype(conversion: Conversion, found: Found) -> torch.dtype:
 
 def _check_unquantized(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError, saying how to dequantize, if the configuration says that the weights are quantized."""
-    settings = getattr(config, "quantization_config", None) or getattr(
-        text_config(config), "quantization_config", None
-    )
+    settings = getattr(config, "quantization_config", None) or getattr(text_config(config), "quantization_config", None)
     if not settings:
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     method = str(getattr(method, "value", method))
     how = DEQUANTIZE.get(method, "with the tool that quantized them")
     raise ValueError(
-        f"{folder / 'config.json'}: quantization_config says that the weights are quantized ({method}); dequantize them "
+        f"{folder / 'config.json'}: by its quantization_config the weights are quantized ({method}); dequantize them "
         f"first, {how}, save the model with save_pretrained, and name the new folder"
     )
 
@@ -414,19 +413,61 @@ def _check_tied(names: list[str], found: Found) -> None:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """sha256 (hex) over a model's weights, and over the settings in config.json that alter its computation.
+    """sha256 (hex) over a model's weights, the settings in config.json that alter its computation, and its own code.
 
-    The same wherever the folder lies. Several threads hash blocks of the files: hashing frees Python's lock.
+    The code is every Python file of the folder, and of other repositories that `auto_map` names, as far as they are in
+    the cache. The same wherever the folder lies. Several threads hash blocks of the files: hashing frees Python's lock.
     """
     folder = Path(folder)
-    config = {k: v for k, v in read_json(folder / "config.json").items() if not WITHOUT_EFFECT.fullmatch(k)}
-    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    config = read_json(folder / "config.json")
+    total = hashlib.sha256(json.dumps(_with_effect(config), sort_keys=True).encode())
+    for reference, path in _code_files(folder, config):
+        total.update(f"{reference}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     files = weight_files(folder)
     blocks = [(path, start) for path in files for start in range(0, path.stat().st_size, DIGEST_BLOCK)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for digest in pool.map(_block_digest, blocks):
             total.update(digest)
     return total.hexdigest()
+
+
+def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that alter a computation, also of configurations inside a configuration."""
+    return {
+        name: _with_effect(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if not WITHOUT_EFFECT.fullmatch(name)
+    }
+
+
+def _code_files(folder: Path, config: dict[str, Any]) -> list[tuple[str, Path]]:
+    """Return (where it belongs, path) of each Python file that may compute the model.
+
+    They are those in its folder, and those of other repositories of code. `auto_map` names a class as `module.Class`, or as `repository--module.Class`, a repository being a folder or a hub
+    id. transformers never runs code of a model without `auto_map`.
+    """
+    auto_map = config.get("auto_map") or {}
+    references = {each for value in auto_map.values() for each in (value if isinstance(value, list) else [value])}
+    repositories = sorted({each.split("--")[0] for each in references if isinstance(each, str) and "--" in each})
+    found = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.py"))] if auto_map else []
+    for repository in repositories:
+        place = _code_folder(repository, references)
+        files = sorted(place.rglob("*.py")) if place is not None else []
+        found += [(f"{repository}--{path.relative_to(place).as_posix()}", path) for path in files if place]
+    return found
+
+
+def _code_folder(repository: str, references: set[str]) -> Path | None:
+    """The local copy of a repository of code; None if the hub's cache has none."""
+    if Path(repository).is_dir():
+        return Path(repository)
+    for reference in references:
+        if reference.startswith(f"{repository}--"):
+            module = reference.split("--")[1].rpartition(".")[0]
+            cached = try_to_load_from_cache(repository, f"{module}.py")
+            if isinstance(cached, str):
+                return Path(cached).parents[module.count("/")]
+    return None
 
 
 def _block_digest(block: tuple[Path, int]) -> bytes:

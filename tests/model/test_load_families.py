@@ -4,7 +4,6 @@ transformers writes a tiny model of each family in its published names. Loaded b
 every buffer; exported by us it must hold the same keys and load in transformers without a word, to the same logits.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,7 @@ def stored_keys(folder: Path) -> dict[str, tuple[list[int], str]]:
 def from_meta(folder: Path) -> PreTrainedModel:
     """A model of a folder, built on the meta device and loaded by us."""
     with torch.device("meta"):
-        model = make_model(
-            read_config(folder), trust_remote_code=False, attn_implementation=None, dtype=torch.float32
-        )
+        model = make_model(read_config(folder), trust_remote_code=False, attn_implementation=None, dtype=torch.float32)
     materialise(model, "cpu")
     load_weights(model, folder)
     return model.eval()
