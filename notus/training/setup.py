@@ -23,6 +23,7 @@ from notus.model.fused import rounding
 from notus.model.load import resolve_model_folder, weights_digest
 from notus.model.policy import Policy
 from notus.model.supported import check_context
+from notus.model.verify import PathChoice
 from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
@@ -32,7 +33,7 @@ from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
-from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
+from notus.training.parallelize import COMPUTE_DTYPES, build_policy, find_path, read_model_config
 from notus.training.reference import digest_of_rows
 from notus.training.run_data import Inputs, load_inputs
 from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
@@ -54,6 +55,7 @@ class Run:
         folder: the run's folder.
         model_folder: the model it starts from, on this machine.
         model_config, tokenizer: that model's.
+        path: how its log-probs are computed.
         policy: sharded, with the starting weights.
         inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
@@ -68,6 +70,7 @@ class Run:
     model_folder: Path
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    path: PathChoice
     policy: Policy
     inputs: Inputs
     plan: StepPlan
@@ -88,6 +91,8 @@ class Run:
     @property
     def kernel(self) -> str:
         """Name of the attention kernel in use, and of what computes the rest of the blocks."""
+        if self.path.name == "plain":
+            return self.path.kernel
         name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
         return name + ("-compiled" if self.config.training.compile else rounding(self.device))
 
@@ -267,6 +272,15 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     training, model = config.training, config.model
     model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
     model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
+    path = find_path(
+        model_config,
+        model.path,
+        longest=config.data.max_length,
+        device=device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if path.name == "plain" and training.compile:
+        raise ValueError(f"training.compile has no effect on the plain path, which {path.reason}: remove it")
     tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
     check_vocabulary(tokenizer, model_config.vocab_size)
     inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
@@ -295,10 +309,11 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         seed=training.seed,
         sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
+        path=path,
     )
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
-        config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
+        config, device, Path(training.output_dir), model_folder, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
