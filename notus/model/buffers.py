@@ -180,7 +180,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(self, name, param)
 
-    nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
+    nn.Module.register_parameter = registered  # type: ignore[method-assign]
     try:
         yield
     finally:

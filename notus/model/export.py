@@ -489,7 +489,7 @@ def _load_full(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Pre
     disable_progress_bar()  # transformers shows one per model, of file handles: over before it can be read
     config = read_config(folder, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = auto_class_of(config).from_pretrained(
+        loaded: Any = auto_class_of(config, trust_remote_code=trust_remote_code).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

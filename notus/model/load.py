@@ -421,8 +421,10 @@ def weights_digest(folder: str | Path) -> str:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     total = hashlib.sha256(json.dumps(_with_effect(config), sort_keys=True).encode())
-    for reference, path in _code_files(folder, config):
-        total.update(f"{reference}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    if auto_map := config.get("auto_map"):  # without it, transformers never runs code of a model
+        total.update(json.dumps(auto_map, sort_keys=True).encode())
+        for place, path in _code_files(folder, auto_map):
+            total.update(f"{place}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     files = weight_files(folder)
     blocks = [(path, start) for path in files for start in range(0, path.stat().st_size, DIGEST_BLOCK)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -440,34 +442,31 @@ def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _code_files(folder: Path, config: dict[str, Any]) -> list[tuple[str, Path]]:
+def _code_files(folder: Path, auto_map: dict[str, Any]) -> list[tuple[str, Path]]:
     """Return (where it belongs, path) of each Python file that may compute the model.
 
-    They are those in its folder, and those of other repositories of code. `auto_map` names a class as `module.Class`, or as `repository--module.Class`, a repository being a folder or a hub
-    id. transformers never runs code of a model without `auto_map`.
+    They are the files in its folder, and those of other repositories of code: `auto_map` names a class as
+    `module.Class`, or as `repository--module.Class`, where the repository is a hub id or a folder.
     """
-    auto_map = config.get("auto_map") or {}
     references = {each for value in auto_map.values() for each in (value if isinstance(value, list) else [value])}
-    repositories = sorted({each.split("--")[0] for each in references if isinstance(each, str) and "--" in each})
-    found = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.py"))] if auto_map else []
-    for repository in repositories:
-        place = _code_folder(repository, references)
-        files = sorted(place.rglob("*.py")) if place is not None else []
-        found += [(f"{repository}--{path.relative_to(place).as_posix()}", path) for path in files if place]
-    return found
+    elsewhere = sorted(each for each in references if isinstance(each, str) and "--" in each)
+    found = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py") if path.is_file()]
+    for repository, _, name in (each.partition("--") for each in elsewhere):
+        place = _code_folder(repository, name.rpartition(".")[0])
+        files = place.glob("*.py") if place is not None else ()
+        found += [(f"{repository}--{path.name}", path) for path in files if path.is_file()]
+    return sorted(set(found))
 
 
-def _code_folder(repository: str, references: set[str]) -> Path | None:
+def _code_folder(repository: str, module: str) -> Path | None:
     """The local copy of a repository of code; None if the hub's cache has none."""
     if Path(repository).is_dir():
         return Path(repository)
-    for reference in references:
-        if reference.startswith(f"{repository}--"):
-            module = reference.split("--")[1].rpartition(".")[0]
-            cached = try_to_load_from_cache(repository, f"{module}.py")
-            if isinstance(cached, str):
-                return Path(cached).parents[module.count("/")]
-    return None
+    try:
+        cached = try_to_load_from_cache(repository, f"{module}.py")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _block_digest(block: tuple[Path, int]) -> bytes:

@@ -44,7 +44,7 @@ def forget_attention(config: PreTrainedConfig) -> None:
     config._attn_implementation = None
 
 
-def auto_class_of(config: PreTrainedConfig) -> Any:
+def auto_class_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Any:
     """Return the Auto class that builds the whole model of a configuration, for training or evaluation on text.
 
     `AutoModelForCausalLM` also knows some multimodal configurations, for their language part alone (Llama 4, Qwen
@@ -56,8 +56,9 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
     causal, multimodal = (
         each._model_mapping.get(type(config), None) for each in (AutoModelForCausalLM, AutoModelForImageTextToText)
     )
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return AutoModelForCausalLM
+    for each in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if trust_remote_code and each.__name__ in (getattr(config, "auto_map", None) or {}):
+            return each
     if causal is None and multimodal is None:
         raise ValueError(
             f"transformers has no causal language model of type {config.model_type!r}; take another model, or set "
@@ -91,7 +92,7 @@ def make_model(
         ValueError: there is no such model, or it has no text decoder with a head.
     """
     config = copy.deepcopy(config)
-    auto_class = auto_class_of(config)
+    auto_class = auto_class_of(config, trust_remote_code=trust_remote_code)
     with meta_device_safe_creation_ops():  # code that reads a value of what it makes while it is built
         causal_lm: PreTrainedModel = auto_class.from_config(
             config, attn_implementation=attn_implementation, dtype=dtype, trust_remote_code=trust_remote_code

@@ -34,19 +34,19 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.fx.experimental import _config as symbols
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from notus.model.attention import check_kernel
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
+from notus.model.make import read_config
 from notus.model.policy import Policy
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, mesh, say
-from notus.runtime.process import first_line
 from notus.training.activation_checkpointing import checkpointed
 
 if TYPE_CHECKING:
@@ -61,13 +61,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
     Raises:
         ValueError: it is damaged, or of a model whose computation the policy could not reproduce.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises errors of every kind for what it does not understand
-        reason = first_line(error)
-        raise ValueError(
-            f"{folder / 'config.json'}: not the configuration of a model ({reason}); restore it from the model's source"
-        ) from error
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     check_supported(config)
     return config
 
