@@ -1,5 +1,6 @@
 """Published names: what the files hold, what a rank reads of it, and what is said of files that do not fit."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,19 @@ def written(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("mixtral", ["model.layers.1.block_sparse_moe.experts.3.w2.weight", "model.layers.0.block_sparse_moe.gate.weight"]),
-        ("qwen3_moe", ["model.layers.0.mlp.experts.3.gate_proj.weight", "model.layers.2.mlp.experts.0.down_proj.weight"]),
-        ("deepseek_v3", ["model.layers.2.mlp.experts.0.up_proj.weight", "model.layers.2.mlp.gate.e_score_correction_bias"]),
+        ("mixtral", ["model.layers.1.block_sparse_moe.experts.3.w2.weight"]),
+        ("qwen3_moe", ["model.layers.0.mlp.experts.3.gate_proj.weight"]),
+        ("deepseek_v3", ["model.layers.2.mlp.experts.0.up_proj.weight"]),
+        ("deepseek_v3", ["model.layers.2.mlp.gate.e_score_correction_bias"]),
         ("jamba", ["model.layers.1.feed_forward.experts.2.gate_proj.weight", "model.layers.0.mamba.A_log"]),
         ("gpt_oss", ["model.layers.0.self_attn.sinks", "model.layers.0.mlp.experts.gate_up_proj_bias"]),
         ("gpt_neox", ["embed_out.weight", "gpt_neox.embed_in.weight"]),
         ("gpt2", ["transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"]),
-        ("gemma3", ["language_model.model.layers.0.mlp.up_proj.weight", "multi_modal_projector.mm_input_projection_weight"]),
+        ("gemma3", ["language_model.model.layers.0.mlp.up_proj.weight"]),
+        ("gemma3", ["multi_modal_projector.mm_input_projection_weight"]),
         ("qwen2_5_vl", ["model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"]),
     ],
-)  # fmt: skip
+)
 def test_an_export_has_the_names_that_are_published(name: str, keys: list[str], tmp_path: Path) -> None:
     folder = written(make_family(name), tmp_path / "out")
     assert set(keys) <= set(stored_keys(folder))
@@ -116,18 +119,46 @@ def other_shape(tensors: Tensors) -> None:
     tensors[W2] = tensors[W2][:, :-1].contiguous()
 
 
+def a_layer_too_many(tensors: Tensors) -> None:
+    tensors[W1.replace("layers.1", "layers.7")] = torch.ones(48, 32)
+
+
+def in_eight_bits(tensors: Tensors) -> None:
+    tensors[W1] = tensors[W1].to(torch.float8_e4m3fn)
+
+
+EXPERTS = r"model\.layers\.1\.mlp\.experts"
+FIRST = r"model\.layers\.1\.block_sparse_moe\.experts\.0\.w"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_an_expert, r"safetensors: 6 tensors such as .*experts\.0\.w1\.weight make a model\.layers\.1\.mlp\.experts\.gate_up_proj of shape \[3, 96, 32\], the model needs \[4, 96, 32\]"),
-        (lambda tensors: tensors.pop(W1), r"safetensors: cannot convert .*experts\.0\.w1\.weight, .* to model\.layers\.1\.mlp\.experts\.gate_up_proj \(.*\); do config and"),
-        (without_a_layers_experts, r"MixtralForCausalLM: missing model\.layers\.1\.mlp\.experts\.gate_up_proj, model\.layers\.1\.mlp\.experts\.down_proj; do config"),
-        (other_shape, r"safetensors: cannot convert .*w2\.weight.* to model\.layers\.1\.mlp\.experts\.down_proj"),
-        (lambda tensors: tensors.update({"model.layers.7.block_sparse_moe.experts.0.w1.weight": torch.ones(48, 32)}), r"MixtralForCausalLM: unexpected model\.layers\.7\.block_sparse_moe\.experts\.0\.w1\.weight; do config"),
-        (lambda tensors: tensors.update({W1: tensors[W1].to(torch.float8_e4m3fn)}), r"experts\.2\.w1\.weight is stored as F8_E4M3, and weights must be F64, F32, F16 or BF16; dequantize them first"),
+        (
+            without_an_expert,
+            rf"safetensors: 6 tensors such as {FIRST}1\.weight make a {EXPERTS}\.gate_up_proj of shape \[3, 96, 32\], "
+            r"the model needs \[4, 96, 32\]",
+        ),
+        (
+            lambda tensors: tensors.pop(W1),
+            rf"safetensors: cannot convert {FIRST}1\.weight, .* to {EXPERTS}\.gate_up_proj \(.*\); do config and",
+        ),
+        (
+            without_a_layers_experts,
+            rf"MixtralForCausalLM: missing {EXPERTS}\.gate_up_proj, {EXPERTS}\.down_proj; do config",
+        ),
+        (other_shape, rf"safetensors: cannot convert {FIRST}2\.weight.* to {EXPERTS}\.down_proj"),
+        (
+            a_layer_too_many,
+            rf"MixtralForCausalLM: unexpected {re.escape(W1.replace('layers.1', 'layers.7'))}; do config",
+        ),
+        (
+            in_eight_bits,
+            rf"{W1} is stored as F8_E4M3, and weights must be F64, F32, F16 or BF16; dequantize them first",
+        ),
     ],
     ids=["an-expert", "a-matrix", "a-layer", "shape", "unexpected", "dtype"],
-)  # fmt: skip
+)
 def test_files_that_do_not_fit_are_one_error_and_nothing_is_written(
     damage: Callable[[Tensors], None], message: str, tmp_path: Path
 ) -> None:
@@ -240,7 +271,7 @@ SHARDED = [
 
 
 def sharded(folder: Path, *, whole: bool) -> PreTrainedModel:
-    """A model of a folder, loaded under FSDP; `whole`: transformers' model itself is managed, and not a wrapper of it."""
+    """A model of a folder, loaded under FSDP; `whole`: FSDP manages transformers' model itself, not a wrapper of it."""
     with torch.device("meta"):
         model = make_model(read_config(folder), trust_remote_code=False, attn_implementation=None, dtype=torch.float32)
     root = model if whole else Root(model)
