@@ -45,11 +45,26 @@ def rebuild_buffers(model: nn.Module, device: torch.device | str) -> None:
             if not isinstance(value, Tensor) or value.is_meta or value.shape != buffer.shape:
                 raise _unknown(place.module, name)
             buffer.copy_(value)
-        for name in [name for name, value in vars(place.module).items() if _is_own(name) and _on_meta(value)]:
-            value = _from_twin(place, name, twins)
-            if value is None or _on_meta(value):
-                raise _unknown(place.module, name)
-            setattr(place.module, name, _moved(value, device))
+        _rebuild_attributes(place, device, twins)
+
+
+def rebuild_attributes(model: nn.Module, device: torch.device | str) -> None:
+    """Put plain tensors that are on the meta device, which `from_pretrained` leaves there, on `device`.
+
+    Raises:
+        ValueError: there is no way to compute one of them.
+    """
+    twins: dict[int, nn.Module] = {}
+    for place in _places(model):
+        _rebuild_attributes(place, device, twins)
+
+
+def _rebuild_attributes(place: _Place, device: torch.device | str, twins: dict[int, nn.Module]) -> None:
+    for name in [name for name, value in vars(place.module).items() if _is_own(name) and _on_meta(value)]:
+        value = _from_twin(place, name, twins)
+        if value is None or _on_meta(value):
+            raise _unknown(place.module, name)
+        setattr(place.module, name, _moved(value, device))
 
 
 def initial_buffers(causal_lm: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:

@@ -12,12 +12,13 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -31,6 +32,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.dynamic_module_utils import custom_object_save
 
 
 @dataclass
@@ -194,6 +196,13 @@ def _converted_together(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -
                 break
         groups.setdefault(group, []).append(name)
     return groups
+
+
+def write_code(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> None:
+    """Copy the code that came with a model into a folder, and name it in `config`; do nothing for transformers' own."""
+    with _own_class_names(model):
+        if model.is_remote_code():
+            custom_object_save(model, folder, config=config)  # type: ignore[arg-type]  # it takes either
 
 
 def _revert(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,10 +28,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from notus.model.conversion import Stored, plan_export
+from notus.model.buffers import rebuild_attributes
+from notus.model.conversion import Stored, plan_export, write_code
 from notus.model.load import (
     INDEX,
     WEIGHTS,
+    check_dtypes,
     converted_rows,
     find_folder,
     match_tensors,
@@ -111,6 +113,7 @@ def export_model(
             weight_map = {name: file for file, parts in files.items() for part in parts for name in part.sizes}
             total = sum(size for parts in files.values() for part in parts for size in part.sizes.values())
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_code(causal_lm, partial, config)
         config.save_pretrained(partial)
         own = generation_config or causal_lm.generation_config
         write_generation_config(generation_config_to_write(own, text_config(hf_config), tokenizer), partial)
@@ -503,6 +506,9 @@ def _load_full(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Pre
     absent = sorted(report["missing_keys"])
     if absent:  # transformers makes up values for these, with a warning
         raise ValueError(f"{folder}: the weights lack {absent[0]}; do they belong to this config.json?")
+    if getattr(causal_lm, "hf_quantizer", None) is None:
+        check_dtypes(causal_lm, folder)
+    rebuild_attributes(causal_lm, "cpu")
     return causal_lm
 
 

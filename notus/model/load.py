@@ -298,6 +298,13 @@ def match_tensors(model: PreTrainedModel, found: Found, folder: Path) -> Match:
     return Match(direct, plan.conversions, targets, computed, plan.transforms)
 
 
+def check_dtypes(model: PreTrainedModel, folder: Path) -> None:
+    """Raises ValueError for a weight in a model's files that is no plain floating point; see `load_weights`."""
+    with open_tensors(weight_files(folder)) as found:
+        targets = {name: tensor for names, tensor in _stored(model) for name in names}
+        _check_dtypes(plan_loading(model, targets, found), targets, found, [])
+
+
 def _is_computed(model: PreTrainedModel, name: str, tensor: Tensor) -> bool:
     """Whether a tensor may be absent from the files by transformers' word: a buffer whose value a new model has."""
     allowed = [*(model._keys_to_ignore_on_load_missing or []), *map(re.escape, model._keys_to_ignore_on_save or [])]
