@@ -42,6 +42,8 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 STORED_DTYPES = FLOATS | {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# Causal masks, which older versions of transformers stored with GPT-2, GPT-Neo, GPT-J, GPT-NeoX and CodeGen.
+MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$")
 QUANTIZED = re.compile(r"F4.*|F6_.*|F8_.*|E8.*|[IU][48]|I32")
 
 # How transformers loads the weights of a quantization method as plain ones.
@@ -276,7 +278,8 @@ def match_tensors(model: PreTrainedModel, found: Found, folder: Path) -> Match:
     targets = {name: tensor for names, tensor in stored for name in names}
     plan = plan_loading(model, targets, found)
     skipped = ignorable(model, _non_persistent_names(model))
-    unexpected = [key for key, name in plan.unexpected.items() if not skipped(name) and not skipped(key)]
+    left = [key for key, name in plan.unexpected.items() if not skipped(name) and not skipped(key)]
+    unexpected = [key for key in left if not _is_mask(key, found)]
     _check_dtypes(plan, targets, found, unexpected)
     made = {name for each in plan.conversions for name in _check_conversion(each, model, targets, found)}
     direct: dict[str, Tensor] = {}
@@ -296,6 +299,14 @@ def match_tensors(model: PreTrainedModel, found: Found, folder: Path) -> Match:
             f"{_listed('unexpected', unexpected)}do config.json and the weights come from the same model?"
         )
     return Match(direct, plan.conversions, targets, computed, plan.transforms)
+
+
+def _is_mask(key: str, found: Found) -> bool:
+    """Whether a key that the model has no place for is a causal mask [1, 1, queries, keys], or the value that masks."""
+    if MASKS.search(key) is None:
+        return False
+    shape = found[key][1].get_slice(key).get_shape()
+    return len(shape) == 4 or (key.endswith("masked_bias") and shape in ([], [1]))
 
 
 def check_dtypes(model: PreTrainedModel, folder: Path) -> None:

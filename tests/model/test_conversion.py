@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from families import make_family
+from families import FAMILIES, make_family
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_load_families import assert_same_model, from_meta, logits, stored_keys
@@ -78,7 +78,11 @@ def test_an_export_has_the_names_that_are_published(name: str, keys: list[str], 
         ("gpt2", lambda key: key.removeprefix("transformer.")),  # as the first published GPT-2
         ("gemma3", lambda key: key.replace("language_model.model.", "model.language_model.")),  # as models of 5.x
         ("qwen2_5_vl", lambda key: f"model.language_{key}" if key.startswith("model.") else key),
+        ("gemma3", lambda key: key.replace("vision_tower.", "vision_tower.vision_model.")),  # gemma-3-4b's
+        ("llava", lambda key: key.replace("vision_tower.", "vision_tower.vision_model.")),
         ("llama", lambda key: key.removeprefix("model.")),
+        ("bloom", lambda key: key.removeprefix("transformer.")),  # bloom-560m's
+        ("opt", lambda key: key.removeprefix("model.")),  # opt-350m's
     ],
 )
 def test_other_published_names_of_the_same_tensors_load(
@@ -95,11 +99,50 @@ def test_other_published_names_of_the_same_tensors_load(
     assert stored_keys(written(ours, tmp_path / "ours")) == stored_keys(tmp_path / "theirs")
 
 
-def test_masks_of_old_files_are_ignored(tmp_path: Path) -> None:
-    model = saved("gpt2", tmp_path)
-    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 256, 256, dtype=torch.uint8) for i in range(2)}
-    edit(tmp_path, lambda tensors: tensors.update(masks))
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("gpt2", "h.{}.attn.bias"),
+        ("gpt2", "transformer.h.{}.attn.bias"),
+        ("gpt_neo", "transformer.h.{}.attn.attention.bias"),
+        ("gptj", "transformer.h.{}.attn.bias"),
+        ("codegen", "transformer.h.{}.attn.causal_mask"),
+        ("gpt_neox", "gpt_neox.layers.{}.attention.bias"),
+    ],
+)
+def test_masks_of_old_files_are_ignored(name: str, path: str, tmp_path: Path) -> None:
+    model = saved(name, tmp_path)
+    masks = {path.format(i): torch.ones(1, 1, 256, 256, dtype=torch.uint8) for i in range(2)}
+    values = {path.format(i).rpartition(".")[0] + ".masked_bias": torch.tensor(-1e9) for i in range(2)}
+    edit(tmp_path, lambda tensors: tensors.update(masks | values))
     assert torch.equal(logits(from_meta(tmp_path)), logits(model))
+
+
+def test_a_bias_that_the_model_does_not_have_is_no_mask(tmp_path: Path) -> None:
+    model = saved("gptj", tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(32)}))
+    with pytest.raises(ValueError, match=r"unexpected transformer\.h\.0\.attn\.bias; do config"):
+        load_weights(model, tmp_path)
+
+
+def test_the_language_part_alone_is_exported_with_its_own_config(tmp_path: Path) -> None:
+    config = FAMILIES["llama4"].config()
+    config.architectures = ["Llama4ForCausalLM"]
+    with torch.device("cpu"):
+        model = make_model(config, trust_remote_code=False, attn_implementation=None, dtype=torch.float32).eval()
+    written(model, tmp_path / "out", hf_config=config)
+    found, report = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(logits(found.eval()), logits(model))
+    assert read_config(tmp_path / "out").model_type == "llama4_text"
+
+
+def test_buffers_that_a_file_may_lack_are_those_of_a_new_model(tmp_path: Path) -> None:
+    model, name = saved("axk1", tmp_path), "e_score_correction_bias"
+    edit(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if name in key])
+    theirs, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert_same_model(from_meta(tmp_path), theirs.eval())
 
 
 W1, W2, W3 = (f"model.layers.1.block_sparse_moe.experts.2.{name}.weight" for name in ("w1", "w2", "w3"))
