@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,6 +338,22 @@ class OddForCausalLM(MistralForCausalLM):
 """
 
 
+@pytest.fixture
+def code_cache(tmp_path, monkeypatch):
+    """An empty folder for the code of models, which is not the user's, and no such code in memory, before and after."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "transformers_modules").is_dir()])
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("code_cache")
 def test_code_that_came_with_a_model_goes_with_its_export(tmp_path):
     base = toy_model_folder(tmp_path / "base")
     (base / "modeling_odd.py").write_text(CODE)
