@@ -353,7 +353,7 @@ def test_ranks_load_and_export_published_names(tmp_path: Path) -> None:
         assert torch.equal(logits(found.eval()), logits(model))
 
 
-def ranks_read_their_own_experts(folder: Path) -> None:
+def ranks_read_their_own_experts(folder: Path, shares: list[str]) -> None:
     read: list[str] = []
     open_file = weights.open_safetensors
 
@@ -373,12 +373,17 @@ def ranks_read_their_own_experts(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "open_safetensors", lambda path: Handle(open_file(path)))
-        sharded(folder, whole=False)
-    own = {0: "01", 1: "23"}[dist.get_rank()]
-    assert len(read) == 2 * 3 * 2  # of two layers, three matrices of each of two experts
+        model = sharded(folder, whole=False)
+    own = shares[dist.get_rank()]
+    assert len(read) == 2 * 3 * len(own)  # of two layers, three matrices of each expert
     assert {key.split("experts.")[1][0] for key in read} == set(own)
+    reference = stored_tensors(from_meta(folder))
+    for key, tensor in stored_tensors(model).items():
+        assert isinstance(tensor, DTensor)
+        assert torch.equal(tensor.full_tensor(), reference[key]), key
 
 
-def test_a_rank_reads_its_own_experts_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shares", [["01", "23"], ["01", "23", ""]])
+def test_a_rank_reads_its_own_experts_alone(shares: list[str], tmp_path: Path) -> None:
     saved("mixtral", tmp_path / "m")
-    run_ranks(ranks_read_their_own_experts, 2, tmp_path, tmp_path / "m")
+    run_ranks(ranks_read_their_own_experts, len(shares), tmp_path, tmp_path / "m", shares)
