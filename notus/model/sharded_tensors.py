@@ -42,9 +42,13 @@ def fill_rows(target: Tensor, source: Any) -> None:
         target.copy_(source[...])
         return
     start, stop = local_rows(target)
-    local = target.to_local() if isinstance(target, DTensor) else target
     if stop > start:
-        local.copy_(source[start:stop])
+        local(target).copy_(source[start:stop])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own rows of a tensor, as a plain one that shares their memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

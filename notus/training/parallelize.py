@@ -17,6 +17,7 @@
 Activation offload is not built: "full" leaves little to move, 1 GiB for 7B parameters and rows of 4,096 tokens.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -35,19 +36,19 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.fx.experimental import _config as symbols
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from notus.model.attention import attention_sizes, check_kernel
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
+from notus.model.make import auto_class_of, read_config, text_parameters
 from notus.model.policy import Policy
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, mesh, say, world_size
-from notus.runtime.process import first_line
 from notus.training.activation_checkpointing import checkpointed
 
 if TYPE_CHECKING:
@@ -62,14 +63,9 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
     Raises:
         ValueError: it is damaged, or of a model whose computation the policy could not reproduce.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises errors of every kind for what it does not understand
-        reason = first_line(error)
-        raise ValueError(
-            f"{folder / 'config.json'}: not the configuration of a model ({reason}); restore it from the model's source"
-        ) from error
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     check_supported(config)
+    auto_class_of(config, trust_remote_code=trust_remote_code)
     return config
 
 
@@ -120,6 +116,7 @@ def build_policy(
         raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
     if not trainable:
         causal_lm.requires_grad_(False)
+    freeze_other_inputs(causal_lm)
     if lora is not None:
         inject_lora(
             causal_lm,
@@ -161,6 +158,14 @@ def find_path(
         return found
     # Where ranks round differently, all take the most careful choice of any.
     return max(gather_objects(found), key=lambda each: (each.name == "plain", not each.padded, each.attention))
+
+
+def freeze_other_inputs(causal_lm: PreTrainedModel) -> None:
+    """Freeze what a text does not go through: the vision and audio parts of a multimodal model."""
+    of_text = text_parameters(causal_lm)
+    for name, parameter in causal_lm.named_parameters():
+        if name not in of_text:
+            parameter.requires_grad_(False)
 
 
 def _meta_model(config: PreTrainedConfig, trust_remote_code: bool, path: PathChoice) -> PreTrainedModel:
@@ -256,15 +261,26 @@ def parallelize(
 
 
 def _units(policy: Policy) -> list[nn.Module]:
-    """What is gathered by itself: each block.
+    """What FSDP gathers by itself: each block, and each part that reads no text, which is therefore never gathered.
 
     Blocks that share parameters with each other (Zamba) stay with the root, because FSDP shards a parameter once.
     """
-    owners: dict[int, int] = {}
-    for block in policy.blocks:
-        for parameter in block.parameters():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return [] if any(count > 1 for count in owners.values()) else list(policy.blocks)
+    owners = collections.Counter(id(each) for block in policy.blocks for each in block.parameters())
+    blocks = [] if max(owners.values(), default=0) > 1 else list(policy.blocks)
+    of_text = text_parameters(policy.causal_lm)
+    return blocks + _without(policy.causal_lm, of_text)
+
+
+def _without(module: nn.Module, names: set[str], prefix: str = "") -> list[nn.Module]:
+    """The largest modules that have parameters, but none of those names."""
+    found = []
+    for name, child in module.named_children():
+        own = [f"{prefix}{name}.{each}" for each, _ in child.named_parameters(remove_duplicate=False)]
+        if own and names.isdisjoint(own):
+            found.append(child)
+        elif own and not names.issuperset(own):
+            found += _without(child, names, f"{prefix}{name}.")
+    return found
 
 
 def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
