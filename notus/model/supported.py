@@ -16,7 +16,8 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "m
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise ValueError, naming the setting, for a model that no path can train.
 
-    Whether there is a class for it is `notus.model.make`'s to say. Whether a causal language model is computed packed or plain is found out by trial, see `notus.model.verify`.
+    Which class it has is found in `notus.model.make`, and whether it is computed packed or plain by trial, in
+    `notus.model.verify`.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "it is an encoder-decoder", "take a decoder-only model")
