@@ -50,7 +50,7 @@ def dimensions(causal_lm: "PreTrainedModel") -> Dimensions:
     return Dimensions(
         layers=size.layers,
         attention_width=size.attentions * (size.query_width + size.attended) // 2,
-        body_weights=sum(linear.weight.numel() for linear in linears),
+        body_weights=sum(linear.in_features * linear.out_features for linear in linears),  # in 4 bits as well
         head_weights=head.weight.numel(),
     )
 

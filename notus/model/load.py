@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from notus.model.lora import LoRALinear
+from notus.model.quantization import RowsToQuantize, rows_to_quantize
 from notus.model.sharded_tensors import fill_rows
 from notus.runtime.process import first_line
 
@@ -179,15 +180,17 @@ def _initialise_buffers(causal_lm: PreTrainedModel, owner: nn.Module) -> None:
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """Fill `model` from the safetensors files of `folder`, cast to each parameter's dtype.
 
-    Parameters are plain, or DTensors sharded on dim 0 or replicated; a rank reads the rows of its own shards
-    and no others. LoRA parameters are left alone. Every rank finds every mistake, before a value is written.
+    Parameters are plain, or DTensors sharded on dim 0 or replicated; a rank reads the rows of its own shards and no
+    others, and quantises those of layers in 4 bits. LoRA parameters are left alone. Every rank finds every mistake but
+    a weight that cannot be quantised before a value is written.
 
     Raises:
         ValueError: missing or unexpected keys, wrong shapes, an unreadable file; naming place and remedy.
     """
     folder = Path(folder)
     with _open_tensors(weight_files(folder)) as found:
-        targets = _match(model, found, folder)
+        packed = rows_to_quantize(model)
+        targets = {key: packed.get(id(target), target) for key, target in _match(model, found, folder).items()}
         for key, target in targets.items():
             check_shape(found[key], key, target)
         for key, target in targets.items():
@@ -212,7 +215,7 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from error
 
 
-def check_shape(source: tuple[Path, Any], key: str, target: Tensor) -> None:
+def check_shape(source: tuple[Path, Any], key: str, target: Tensor | RowsToQuantize) -> None:
     """Raises ValueError, naming file and key, unless the tensor `key` has the full shape of `target`."""
     path, handle = source
     shape = list(handle.get_slice(key).get_shape())

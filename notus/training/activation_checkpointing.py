@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from notus.model import quantization  # noqa: F401  (registers its operator)
 from notus.model.lora import lora_layers
 
 MODES = ("none", "products", "selective", "full")  # the faster ones first
@@ -103,6 +104,8 @@ class _InputKept:
 
 def _what(op: Any, args: tuple[Any, ...], adapter_rank: str) -> str | None:
     """ "product" or "attention" for an operation whose output may be kept, else None."""
+    if op is torch.ops.notus.quantized_linear.default:  # the product is within
+        return "product"
     if op in PRODUCTS:  # a product with a matrix of at most this rank is an adapter's; 0: there are none
         return "product" if min(args[-1].shape) > int(adapter_rank) else None
     return "attention" if getattr(op, "name", str)().partition(".")[0] in ATTENTION else None

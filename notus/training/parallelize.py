@@ -18,7 +18,7 @@ Activation offload is not built: "full" leaves little to move, 1 GiB for 7B para
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
+from notus.model.quantization import check_dequantize, quantize, summary
 from notus.model.supported import check_supported, disable_dropout
 from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, mesh, say
@@ -85,6 +86,8 @@ def build_policy(
     seed: int = 0,
     sharding: str = "full",
     trust_remote_code: bool = False,
+    quantization: str | None = None,
+    unquantized: Sequence[str] = (),
 ) -> Policy:
     """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
 
@@ -100,6 +103,8 @@ def build_policy(
         seed: of the adapters' start.
         sharding: "full" or "hybrid", see `distributed.mesh`.
         trust_remote_code: run model code that comes with the folder.
+        quantization: "nf4": frozen weights of the blocks in 4 bits, see `notus.model.quantization`; None: as computed.
+        unquantized: names of modules that keep their weights whatever `quantization` says.
     """
     check_attention(config, device, COMPUTE_DTYPES[precision])
     causal_lm = _meta_model(config, trust_remote_code)
@@ -116,6 +121,8 @@ def build_policy(
             rslora=lora.rslora,
         )
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
+    if quantization is not None:
+        quantize_or_warn(causal_lm, device, COMPUTE_DTYPES[precision], keep=unquantized)
     mode = activation_checkpointing
     policy = parallelize(
         Policy(causal_lm),
@@ -165,6 +172,16 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
         problems = check_fused(causal_lm, device, dtype, gather_objects)
     for problem in problems:
         say(f"warning: {problem}")
+
+
+def quantize_or_warn(
+    causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, keep: Sequence[str] = ()
+) -> None:
+    """`quantize` the model, and warn if the kernel that reads its weights is not used. Collective on CUDA."""
+    quantize(causal_lm, dtype, keep=keep)
+    for problem in check_dequantize(device, dtype, gather_objects):
+        say(f"warning: {problem}")
+    say(summary(causal_lm))
 
 
 def check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:

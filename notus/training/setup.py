@@ -17,6 +17,7 @@ from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
 from notus.data.display import describe_example
 from notus.data.packing import check_fits
+from notus.model import quantization
 from notus.model.attention import kernel_for
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
@@ -87,9 +88,10 @@ class Run:
 
     @property
     def kernel(self) -> str:
-        """Name of the attention kernel in use, and of what computes the rest of the blocks."""
+        """Name of the attention kernel in use, of what computes the rest of the blocks, and of their quantization."""
         name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
-        return name + ("-compiled" if self.config.training.compile else rounding(self.device))
+        name += "-compiled" if self.config.training.compile else rounding(self.device)
+        return name + quantization.describe(self.policy.causal_lm)
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -295,6 +297,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         seed=training.seed,
         sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
+        quantization=model.quantization,
+        unquantized=config.lora.modules_to_save,
     )
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
