@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from toys import relative, toy_config, toy_model
 from torch import nn
 from torch.nn import functional as F
+from toys import relative, toy_config, toy_model
 from transformers import AutoModelForCausalLM
 
 from notus.model import quantization

@@ -237,6 +237,7 @@ SPECIAL = {"Mistral": {"sliding_window": None}, "Youtu": LATENT, "NanoChat": {"f
         ("Mistral", Case(8, "products", "rmsprop")),
         ("Mistral", Case(8, "none", "rmsprop")),
         ("Mistral", Case(8, "full", "adamw", "bf16")),
+        *(("Mistral", Case(8, mode, "adamw", quantization="nf4")) for mode in CHECKPOINTING),
         ("Qwen3", Case(0, "full", "adamw", "bf16")),
         ("Phi3", Case(0, "none", "rmsprop")),
         *((kind, Case(0, mode, "rmsprop")) for kind, mode in [
@@ -251,7 +252,8 @@ def test_agrees_with_pytorchs_memory_tracker(kind, case):
     config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **SPECIAL.get(kind, {})})
     rows, update, seen = compare(case, config, ROW)
     assert rows.total == pytest.approx(seen.backward_peak, rel=0.1)
-    assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1)
+    # the row's batch is still there, which counts beside weights as small as these in 4 bits
+    assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1, abs=2**16 if case.quantization else 0)
     assert flops_ratio(case, config, ROW, seen.flops) == pytest.approx(1, abs=0.1)
 
 

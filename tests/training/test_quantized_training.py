@@ -17,6 +17,7 @@ from notus.config import LoraConfig, config_from_dict
 from notus.data.batching import step_rows
 from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs
+from notus.model import quantization
 from notus.model.lora import lora_layers
 from notus.model.policy import Policy
 from notus.model.quantization import dequantize_rows, quantize_rows, quantized_layers
@@ -121,6 +122,28 @@ def test_the_log_says_how_much_is_quantised(
 ) -> None:
     policy_of(model_folder, device, quantization="nf4")
     assert "model.quantization: 0.0 of 0.0 million weights in" in capsys.readouterr().out
+
+
+# q, v and gate are kept by "selective", all by "products"; the last, down, is read by nobody unless it has an adapter.
+@pytest.mark.parametrize(("mode", "targets", "again"), [
+    ("none", ["q_proj"], 0), ("products", ["q_proj"], 0), ("selective", ["q_proj"], 3), ("full", ["q_proj"], 6),
+    ("products", ["down_proj"], 0), ("full", ["down_proj"], 7),
+])  # fmt: skip
+def test_how_often_weights_are_dequantised(
+    mode: str, targets: list[str], again: int, model_folder: Path, pairs_file: Path, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    adapter = LoraConfig(rank=2, alpha=4, dropout=0.0, target_modules=targets)
+    policy = policy_of(model_folder, device, quantization="nf4", activation_checkpointing=mode, lora=adapter)
+    (batch,) = step_rows(rows_of(model_folder, pairs_file), np.arange(6), rank=0, world_size=1, tokens_per_row=1000)
+    counted: list[int] = []
+    inner = quantization.dequantize_rows
+    monkeypatch.setattr(quantization, "dequantize_rows", lambda *args: counted.append(1) or inner(*args))
+    logps = policy(batch)
+    assert len(counted) == 2 * 7
+    logps.sum().backward()
+    # the first block's input needs no gradient, so nothing flows back beyond the first adapter: through q, k and v, or all
+    assert len(counted) == 2 * 7 + 2 * again + 2 * 7 - {"q_proj": 3, "down_proj": 7}[targets[0]]
 
 
 # --- ranks ---
