@@ -142,7 +142,7 @@ def test_how_often_weights_are_dequantised(
     logps = policy(batch)
     assert len(counted) == 2 * 7
     logps.sum().backward()
-    # the first block's input needs no gradient, so nothing flows back beyond the first adapter: through q, k and v, or all
+    # the first block's input needs no gradient, so nothing flows back beyond its adapter: through q, k and v, or all
     assert len(counted) == 2 * 7 + 2 * again + 2 * 7 - {"q_proj": 3, "down_proj": 7}[targets[0]]
 
 
