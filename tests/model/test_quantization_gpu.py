@@ -70,7 +70,8 @@ def test_no_more_than_one_dequantised_weight_is_alive():
 
 
 @pytest.mark.parametrize("more", [
-    {}, {"training__compile": True}, {"training__cpu_offload": True}, {"training__activation_checkpointing": "products"},
+    {}, {"training__compile": True}, {"training__cpu_offload": True},
+    {"training__activation_checkpointing": "products"},
 ], ids=str)  # fmt: skip
 def test_a_run_on_a_gpu_is_that_on_the_dequantised_base(tmp_path: Path, more: dict[str, object]) -> None:
     from safetensors.torch import save_file
