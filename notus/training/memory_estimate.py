@@ -147,8 +147,8 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
     block, root = size.block_bytes(wide), wide * size.root
-    if job.alone:  # cast copies of the rank's own weights stay
-        gathered = size.layers * block + root
+    if job.alone:  # cast copies of the rank's own weights stay; those in 4 bits need none
+        gathered = size.layers * (block - size.quantized_bytes) + root
         while_block = while_head = while_reduced = gathered
     else:
         while_block, while_head, while_reduced = root + 2 * block, root + block, root + block

@@ -42,7 +42,7 @@ from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
-from notus.model.quantization import check_dequantize, quantize, summary
+from notus.model.quantization import check_dequantize, quantize, quantized_layers, summary
 from notus.model.supported import check_supported, disable_dropout
 from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, mesh, say
@@ -232,12 +232,15 @@ def parallelize(
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
     # Unless they are on the host: then one block at a time is to be on the device.
     gathers = cpu_offload or mesh.size(mesh.ndim - 1) > 1
+    # Weights in 4 bits are stored as they are gathered: a rank that has them all need not copy them.
+    packed = {layer.weight for layer in quantized_layers(policy).values()}
     shard = functools.partial(
         fully_shard,
         mesh=mesh,
         mp_policy=precision_policy,
         reshard_after_forward=gathers,
         offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        ignored_params=None if gathers else packed,
     )
     for block in policy.blocks:
         shard(block)
