@@ -20,7 +20,7 @@ Activation offload is not built: "full" leaves little to move, 1 GiB for 7B para
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from notus.model.load import load_weights, materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.make import auto_class_of, read_config, text_parameters
 from notus.model.policy import Policy
+from notus.model.quantization import check_dequantize, quantize, quantized_layers, summary
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
@@ -85,6 +86,8 @@ def build_policy(
     trust_remote_code: bool = False,
     path: str | PathChoice = "auto",
     longest: int = 0,
+    quantization: str | None = None,
+    unquantized: Sequence[str] = (),
 ) -> Policy:
     """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
 
@@ -102,6 +105,8 @@ def build_policy(
         trust_remote_code: run model code that comes with the folder.
         path: "auto", "packed", "plain", or what `find_path` returned.
         longest: most tokens of a sequence, see `choose_path`.
+        quantization: "nf4": frozen weights of the blocks in 4 bits, see `notus.model.quantization`; None: as computed.
+        unquantized: names of modules that keep their weights whatever `quantization` says.
 
     Raises:
         ValueError: the path that is asked for is not the model's, or cannot be compiled.
@@ -127,6 +132,8 @@ def build_policy(
             rslora=lora.rslora,
         )
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
+    if quantization is not None:
+        quantize_or_warn(causal_lm, device, COMPUTE_DTYPES[precision], keep=unquantized)
     mode = activation_checkpointing
     policy = parallelize(
         make_policy(causal_lm, path),
@@ -199,6 +206,16 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
         say(f"warning: {problem}")
 
 
+def quantize_or_warn(
+    causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, keep: Sequence[str] = ()
+) -> None:
+    """`quantize` the model, and warn if the kernel that reads its weights is not used. Collective on CUDA."""
+    quantize(causal_lm, dtype, keep=keep)
+    for problem in check_dequantize(device, dtype, gather_objects):
+        say(f"warning: {problem}")
+    say(summary(causal_lm))
+
+
 def check_attention(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Try the attention kernels of this device and dtype on the model's sizes; see `check_kernel`. Collective."""
     for sizes in attention_sizes(causal_lm):
@@ -239,12 +256,15 @@ def parallelize(
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
     # Unless they are on the host: then one block at a time is to be on the device.
     gathers = cpu_offload or mesh.size(mesh.ndim - 1) > 1
+    # Weights in 4 bits are stored as they are gathered: a rank that has them all need not copy them.
+    packed = {layer.weight for layer in quantized_layers(policy).values()}
     shard = functools.partial(
         fully_shard,
         mesh=mesh,
         mp_policy=precision_policy,
         reshard_after_forward=gathers,
         offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        ignored_params=None if gathers else packed,
     )
     for unit in _units(policy):
         shard(unit)

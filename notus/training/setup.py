@@ -17,6 +17,7 @@ from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
 from notus.data.display import describe_example
 from notus.data.packing import check_fits
+from notus.model import quantization
 from notus.model.attention import kernel_name
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
@@ -90,11 +91,13 @@ class Run:
 
     @property
     def kernel(self) -> str:
-        """Name of the attention kernel in use, and of what computes the rest of the blocks."""
+        """Name of the attention kernel in use, of what computes the rest of the blocks, and of their quantization."""
+        suffix = quantization.describe(self.policy.causal_lm)
         if self.path.name == "plain":
-            return self.path.kernel
+            return self.path.kernel + suffix
         name = kernel_name(self.policy.causal_lm, self.device, COMPUTE_DTYPES[self.config.training.precision])
-        return name + ("-compiled" if self.config.training.compile else rounding(self.device))
+        name += "-compiled" if self.config.training.compile else rounding(self.device)
+        return name + suffix
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -310,6 +313,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
         path=path,
+        quantization=model.quantization,
+        unquantized=config.lora.modules_to_save,
     )
     if path.reason:
         distributed.say(_plain_notice(path.reason, train_rows))
