@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from notus.model.lora import LoRALinear
+from notus.model.new_tokens import with_new_rows
 from notus.model.sharded_tensors import fill_rows
 from notus.runtime.process import first_line
 
@@ -176,17 +177,19 @@ def _initialise_buffers(causal_lm: PreTrainedModel, owner: nn.Module) -> None:
         del parameter._is_hf_initialized  # type: ignore[attr-defined]
 
 
-def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+def load_weights(model: PreTrainedModel, folder: str | Path, *, new_rows: int = 0) -> None:
     """Fill `model` from the safetensors files of `folder`, cast to each parameter's dtype.
 
     Parameters are plain, or DTensors sharded on dim 0 or replicated; a rank reads the rows of its own shards
     and no others. LoRA parameters are left alone. Every rank finds every mistake, before a value is written.
+    `new_rows`: how many rows embedding and head have beyond those in the files; they become the mean of these.
 
     Raises:
         ValueError: missing or unexpected keys, wrong shapes, an unreadable file; naming place and remedy.
     """
     folder = Path(folder)
     with _open_tensors(weight_files(folder)) as found:
+        found |= with_new_rows(model, found, new_rows)
         targets = _match(model, found, folder)
         for key, target in targets.items():
             check_shape(found[key], key, target)

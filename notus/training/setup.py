@@ -20,8 +20,10 @@ from notus.data.packing import check_fits
 from notus.model.attention import kernel_for
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
-from notus.model.load import resolve_model_folder, weights_digest
+from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
+from notus.model.peft_format import Adapter, read_adapter
 from notus.model.policy import Policy
+from notus.model.structure import text_config
 from notus.model.supported import check_context
 from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
@@ -31,6 +33,7 @@ from notus.training.checkpoint import Progress, check_contents, check_newest, lo
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
 from notus.training.memory_estimate import checkpointing_of
+from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
 from notus.training.reference import digest_of_rows
@@ -52,8 +55,9 @@ class Run:
         config: the run's settings.
         device: this rank's device.
         folder: the run's folder.
-        model_folder: the model it starts from, on this machine.
-        model_config, tokenizer: that model's.
+        model_folders: the model it starts from, on this machine, and an adapter of it.
+        new_rows: rows of the vocabulary that this model does not have.
+        model_config, tokenizer: that model's, with the run's new tokens.
         policy: sharded, with the starting weights.
         inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
@@ -65,7 +69,8 @@ class Run:
     config: Config
     device: torch.device
     folder: Path
-    model_folder: Path
+    model_folders: ModelFolders
+    new_rows: int
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
@@ -94,7 +99,10 @@ class Run:
     @functools.cached_property
     def weights_digest(self) -> str:
         """Digest of the starting weights' content; read on rank 0."""
-        return distributed.on_main(lambda: weights_digest(self.model_folder))
+        continues = self.config.lora.continue_
+        return distributed.on_main(
+            lambda: starting_digest(self.model_folders, continues=continues, new_rows=self.new_rows)
+        )
 
     @property
     def total_steps(self) -> int:
@@ -180,7 +188,7 @@ class Run:
             count=self.config.tracking.samples,
             max_new_tokens=self.config.tracking.sample_tokens,
             tokens_per_row=self.config.training.tokens_per_row,
-            generation_config=read_generation_config(self.model_folder),
+            generation_config=read_generation_config(self.model_folders.base),
             device=self.device,
         )
 
@@ -196,6 +204,11 @@ class Run:
             data=self.inputs.summary(),
         )
 
+    def _merged_adapter(self) -> Adapter | None:
+        """The adapter that was merged into the base, if there is one."""
+        folder = None if self.config.lora.continue_ else self.model_folders.adapter
+        return None if folder is None else read_adapter(folder)
+
     def _export(self) -> None:
         """Write the final model, or the adapter, to the run's folder."""
         target = self.folder / MODEL
@@ -203,10 +216,11 @@ class Run:
             export_adapter(
                 self.policy.causal_lm,
                 target,
-                base_model_name_or_path=self.config.model.name_or_path,
+                base_model_name_or_path=self.model_folders.name,
                 tokenizer=self.tokenizer,
-                generation_config=read_generation_config(self.model_folder),
+                generation_config=read_generation_config(self.model_folders.base),
                 plain_text=self.inputs.plain_text,
+                below=self._merged_adapter(),
             )
         else:
             export_model(
@@ -214,7 +228,7 @@ class Run:
                 target,
                 hf_config=self.model_config,
                 tokenizer=self.tokenizer,
-                generation_config=read_generation_config(self.model_folder),
+                generation_config=read_generation_config(self.model_folders.base),
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
                 plain_text=self.inputs.plain_text,
             )
@@ -265,10 +279,11 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
 
 def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
     training, model = config.training, config.model
-    model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
-    model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
-    tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
-    check_vocabulary(tokenizer, model_config.vocab_size)
+    folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
+    model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
+    new_rows = _new_rows(config, folders, model_config, tokenizer)
+    check_vocabulary(tokenizer, text_config(model_config).vocab_size)
     inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
     train_rows = inputs.train
     longest = max(rows.longest_sequence for rows in (inputs.train, inputs.eval) if rows is not None)
@@ -283,14 +298,17 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     check_fits(int(train_rows.lengths.max()), training.tokens_per_row)
     policy = build_policy(
-        model_folder,
+        folders.base,
         model_config,
         device=device,
         precision=training.precision,
         activation_checkpointing=checkpointing_of(training, train_rows, device) if train else "none",
         compile=training.compile,
         cpu_offload=training.cpu_offload,
-        lora=config.lora if config.lora.rank and train else None,
+        lora=config.lora if config.lora.rank and (train or config.lora.continue_) else None,
+        adapter=folders.adapter,
+        continue_adapter=config.lora.continue_,
+        new_tokens=new_rows,
         trainable=train,
         seed=training.seed,
         sharding=training.sharding,
@@ -299,6 +317,23 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
-        config, device, Path(training.output_dir), model_folder, model_config, tokenizer, policy,
+        config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
+
+
+def _new_rows(
+    config: Config, folders: ModelFolders, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Add the run's new tokens to the tokenizer; return how many rows the base lacks for them, and for the adapter's.
+
+    Raises ValueError: a token is there already; or LoRA does not train the new rows.
+    """
+    ids = add_tokens(tokenizer, config.data.new_tokens)
+    held = 0 if folders.adapter is None else read_adapter(folders.adapter).vocabulary
+    added = enlarge(model_config, max([held, *(each + 1 for each in ids)]))
+    if ids and config.lora.rank:
+        check_saved_vocabulary(
+            model_config, config.lora.modules_to_save, trust_remote_code=config.model.trust_remote_code
+        )
+    return added
