@@ -476,7 +476,7 @@ def stacked(causal_lm: PreTrainedModel, below: Adapter, *, base: str) -> tuple[d
     for name, layer in above.items():
         ranks[name] = ranks.get(name, 0) + layer.rank
     layers = {name: LayerSettings(rank, float(rank)) for name, rank in ranks.items()}
-    saved = {name: True for name in [*below.saved, *saved_parameters(causal_lm)]}
+    saved = dict.fromkeys([*below.saved, *saved_parameters(causal_lm)])
     dropout = next(iter(above.values())).dropout
     settings = settings_of(causal_lm, layers, saved, base=base, dropout=dropout)
     if not is_rank_zero():

@@ -1,6 +1,7 @@
 """Which folders a run's starting model comes from: a base, and perhaps an adapter of it.
 
-`model.name_or_path` may name a model, an adapter, or another run; `model.adapter` an adapter, or a run that trained one.
+`model.name_or_path` may name a model, an adapter, or another run; `model.adapter` an adapter, or a run that trained
+one.
 """
 
 import dataclasses

@@ -280,6 +280,8 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
 def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
+    if config.lora.continue_ and folders.adapter is None:
+        raise ValueError("lora.continue has no effect without an adapter: name the one to train further, model.adapter")
     model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
     new_rows = _new_rows(config, folders, model_config, tokenizer)

@@ -1,0 +1,174 @@
+"""Second stages: a run from an adapter, merged or trained further; modules trained in full; all by PEFT's log-probs."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import config, read_metrics, write_pairs
+from toys import toy_model_folder, toy_tokenizer
+from transformers import AutoModelForCausalLM
+
+from notus.data.dataset import TokenizedDataset
+from notus.model.export import load_causal_lm
+from notus.training import dpo
+from notus.training.scoring import score
+from notus.training.setup import start
+
+peft = pytest.importorskip("peft")
+QUICK = {"training__max_steps": 2, "training__learning_rate": 2e-2, "training__optimizer": "adamw"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return toy_model_folder(tmp_path / "base")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "pairs.jsonl", 10)
+
+
+def write_peft(base: Path, folder: Path, **settings: Any) -> Path:
+    """An adapter as PEFT makes it, whose B is not zero, and whose saved modules are not the base's."""
+    given = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], **settings}
+    torch.manual_seed(5)
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **given),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name and parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def with_peft(base: Path, *adapters: Path) -> torch.nn.Module:
+    """The base with adapters on it, one merged before the next."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for adapter in adapters:
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.eval()
+
+
+@torch.no_grad()
+def plain_logps(model: torch.nn.Module, rows: TokenizedDataset) -> torch.Tensor:
+    """fp32 [n, 2], by the model's own forward on each whole sequence."""
+    found = []
+    for example in rows(np.arange(len(rows))):
+        for branch, mask in zip(example.branches, example.loss_masks, strict=True):
+            ids = torch.tensor([[*example.trunk, *branch]], dtype=torch.long)
+            logps = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            found.append(logps[len(example.trunk) - 1 :][torch.from_numpy(mask)].sum())
+    return torch.stack(found).view(-1, 2)
+
+
+def train(settings: Any) -> tuple[torch.Tensor, torch.Tensor, TokenizedDataset]:
+    """Run DPO; return the reference's log-probs, the trained policy's, and the rows."""
+    with start(settings, "dpo") as job:
+        assert job is not None
+        task = dpo.build_task(job, settings)
+        assert job.train(task) == 0
+        rows = job.train_rows
+        logps = score(job.policy, rows, np.arange(len(rows)), tokens_per_row=400, device=job.device)
+        return task._train.reference, logps, rows
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-4)
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"up_proj": 2}},
+    "regex": {"target_modules": r".*\.1\..*(k_proj|down_proj)"},
+    "all-linear": {"target_modules": "all-linear"},
+    "some layers": {"layers_to_transform": [1]},
+    "saved": {"modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_starts_from_pefts_adapter(name: str, rank: int, base: Path, pairs: Path, tmp_path: Path) -> None:
+    adapter = write_peft(base, tmp_path / "adapter", **ADAPTERS[name])
+    lora = {"lora__rank": rank, "lora__target_modules": ["q_proj", "v_proj"]} if rank else {}
+    out = tmp_path / "run"
+    reference, trained, rows = train(config("dpo", out, base, pairs, model__adapter=str(adapter), **lora, **QUICK))
+    assert_near(reference, plain_logps(with_peft(base, adapter), rows))
+    assert (plain_logps(with_peft(base), rows) - reference).abs().max() > 0.3
+    assert (trained - reference).abs().max() > 0.1
+    result = with_peft(base, out / "model") if rank else AutoModelForCausalLM.from_pretrained(out / "model")
+    assert_near(plain_logps(result, rows), trained)
+    assert read_metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_is_trained_further(rslora: bool, base: Path, pairs: Path, tmp_path: Path) -> None:
+    adapter = write_peft(base, tmp_path / "adapter", use_rslora=rslora)
+    lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"], "lora__rslora": rslora}
+    out = tmp_path / "run"
+    settings = config(
+        "dpo", out, base, pairs, model__adapter=str(adapter), **{"lora__continue": True}, **lora, **QUICK
+    )
+    reference, trained, rows = train(settings)
+    assert_near(reference, plain_logps(with_peft(base, adapter), rows))
+    assert (trained - reference).abs().max() > 0.1
+    assert_near(plain_logps(with_peft(base, out / "model"), rows), trained)
+    assert read_metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    before, after = (peft.LoraConfig.from_pretrained(folder) for folder in (adapter, out / "model"))
+    assert (before.r, before.lora_alpha, before.target_modules) == (after.r, after.lora_alpha, after.target_modules)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora__rank": 2}, r"lora\.rank is 2, but 3 in the adapter: set lora\.rank=3"),
+        ({"lora__alpha": 12}, r"lora\.alpha is 12, but 6 in the adapter: set lora\.alpha=6"),
+        ({"lora__rslora": True}, r"lora\.rslora is true, but false in the adapter: set lora\.rslora=false"),
+        ({"lora__target_modules": ["q_proj"]}, r"set lora\.target_modules=\[q_proj, up_proj\]"),
+        ({"lora__modules_to_save": ["lm_head"]}, r"set lora\.modules_to_save=\[\]"),
+    ],
+)
+def test_training_further_needs_the_adapters_settings(
+    change: dict[str, Any], message: str, base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    adapter = write_peft(base, tmp_path / "adapter")
+    lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"], "lora__continue": True}
+    with pytest.raises(ValueError, match=message):
+        dpo.run(config("dpo", tmp_path / "run", base, pairs, model__adapter=str(adapter), **{**lora, **change}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("names", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head", "model.norm", "mlp"]])
+def test_modules_are_trained_in_full_beside_the_adapters(
+    names: list[str], tied: bool, pairs: Path, tmp_path: Path
+) -> None:
+    base = toy_model_folder(tmp_path / "base", "qwen3", tie_word_embeddings=tied)
+    lora = {"lora__rank": 2, "lora__modules_to_save": names}
+    out = tmp_path / "run"
+    reference, trained, rows = train(config("dpo", out, base, pairs, **lora, **QUICK))
+    assert_near(reference, plain_logps(with_peft(base), rows))
+    found = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "model").eval()
+    assert_near(plain_logps(found, rows), trained)
+    embedding, head = found.get_input_embeddings().weight, found.get_output_embeddings().weight
+    start_embedding = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    assert torch.equal(embedding, head) is tied
+    assert torch.equal(embedding, start_embedding) is (not tied and "embed_tokens" not in names)
+    merged, _ = load_causal_lm(out / "model", dtype=torch.float32, device="cpu")
+    assert_near(plain_logps(merged, rows), trained)
+    # and further, by merging, and by training the same
+    again = {"lora__rank": 2, "model__name_or_path": str(out), **QUICK}
+    reference, trained, _ = train(config("dpo", tmp_path / "merged", base, pairs, **again))
+    assert_near(reference, plain_logps(found, rows))
+    assert_near(plain_logps(with_peft(base, tmp_path / "merged" / "model"), rows), trained)
+    more = {**again, "lora__continue": True, "lora__modules_to_save": names}
+    reference, trained, _ = train(config("dpo", tmp_path / "more", base, pairs, **more))
+    assert_near(reference, plain_logps(found, rows))
+    assert_near(plain_logps(with_peft(base, tmp_path / "more" / "model"), rows), trained)
