@@ -133,7 +133,9 @@ def export_adapter(
     """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. All ranks call this.
 
     With them goes what is trained in full beside them. `below` is an adapter that was merged into the base before: what
-    is written is both together, as one adapter of the base without it, see `stacked`. The base is recorded under the given name, a local folder under its absolute path. `generation_config` and
+    is written is both together, as one adapter of the base without it, see `stacked`.
+
+    The base is recorded under the given name, a local folder under its absolute path. `generation_config` and
     `plain_text` are as in `export_model`. PEFT and transformers generate by the generation config of the base, not by
     the one that is written here; where the base does not stop at the EOS that was learned, a line says what to do.
 

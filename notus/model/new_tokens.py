@@ -155,12 +155,17 @@ def with_new_rows(
     return grown
 
 
+def vocabulary_rows(causal_lm: PreTrainedModel) -> int:
+    """Return how many token ids a model's embedding has rows for."""
+    embedding = causal_lm.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    return int(embedding.shape[0])
+
+
 @torch.no_grad()
 def grow(causal_lm: PreTrainedModel, rows: int) -> None:
     """Give an unsharded model at least so many rows, in place; the new ones are the mean of the old ones."""
-    embedding = causal_lm.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    if rows <= embedding.shape[0]:
+    if rows <= vocabulary_rows(causal_lm):
         return
     whole = [Rows(parameter.clone(), rows)[0:rows] for parameter in vocabulary_parameters(causal_lm)]
     causal_lm.resize_token_embeddings(rows, mean_resizing=False)

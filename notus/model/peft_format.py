@@ -82,7 +82,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """Read a PEFT adapter's config, and the names and shapes of its tensors.
 
     Raises:
-        ValueError: naming file and setting or tensor: it is damaged, or more than LoRA and modules that are saved whole.
+        ValueError: naming file and setting or tensor: it is damaged, or more than LoRA and modules saved in full.
     """
     folder = Path(folder)
     settings = read_adapter_settings(folder)
@@ -107,8 +107,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             f".{name.rpartition('.')[0]}".endswith(f".{module}") or f".{module}." in f".{name}" for name in saved
         ):
             raise ValueError(
-                f"{path}: no weights of {module}, which {ADAPTER_CONFIG} names in modules_to_save; take both files from "
-                "the same adapter"
+                f"{path}: no weights of {module}, which {ADAPTER_CONFIG} names in modules_to_save; take both files "
+                "from the same adapter"
             )
     return Adapter(folder, settings, layers, saved)
 

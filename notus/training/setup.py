@@ -37,7 +37,7 @@ from notus.training.model_folders import ModelFolders, resolve_model, starting_d
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
 from notus.training.reference import digest_of_rows
-from notus.training.run_data import Inputs, load_inputs
+from notus.training.run_data import Inputs, check_rows, load_inputs
 from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
@@ -288,6 +288,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     check_vocabulary(tokenizer, text_config(model_config).vocab_size)
     inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
     train_rows = inputs.train
+    for rows in filter(None, (inputs.train, inputs.eval)):
+        check_rows(rows, tokenizer, text_config(model_config).vocab_size)
     longest = max(rows.longest_sequence for rows in (inputs.train, inputs.eval) if rows is not None)
     check_context(model_config, longest, "data.max_length")
     if notice := plain_text_notice(inputs.reports["train"], tokenizer, config.data.chat_template):

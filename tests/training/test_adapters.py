@@ -1,7 +1,6 @@
 """Second stages: a run from an adapter, merged or trained further; modules trained in full; all by PEFT's log-probs."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from runs import config, read_metrics, write_pairs
-from toys import toy_model_folder, toy_tokenizer
+from toys import toy_model_folder
 from transformers import AutoModelForCausalLM
 
 from notus.data.dataset import TokenizedDataset
@@ -114,9 +113,7 @@ def test_an_adapter_is_trained_further(rslora: bool, base: Path, pairs: Path, tm
     adapter = write_peft(base, tmp_path / "adapter", use_rslora=rslora)
     lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"], "lora__rslora": rslora}
     out = tmp_path / "run"
-    settings = config(
-        "dpo", out, base, pairs, model__adapter=str(adapter), **{"lora__continue": True}, **lora, **QUICK
-    )
+    settings = config("dpo", out, base, pairs, model__adapter=str(adapter), **{"lora__continue": True}, **lora, **QUICK)
     reference, trained, rows = train(settings)
     assert_near(reference, plain_logps(with_peft(base, adapter), rows))
     assert (trained - reference).abs().max() > 0.1
