@@ -1,18 +1,31 @@
 """Second stages: a run from an adapter, merged or trained further; modules trained in full; all by PEFT's log-probs."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ranks import free_port, launched, run_ranks
 from runs import config, read_metrics, write_pairs
-from toys import toy_model_folder
+from toys import UNEVEN, logits, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from notus.data.dataset import TokenizedDataset
-from notus.model.export import load_causal_lm
+from notus.evaluation.preferences.scores import Scoring, score_model
+from notus.evaluation.resolve_model import (
+    adapter_below,
+    find_base,
+    find_source,
+    load_unfinished,
+    read_run_settings,
+    switches_to,
+)
+from notus.model.export import export_adapter, load_causal_lm
+from notus.model.lora import merge_lora
+from notus.runtime.distributed import process_group
 from notus.training import dpo
 from notus.training.scoring import score
 from notus.training.setup import start
@@ -113,7 +126,7 @@ def test_an_adapter_is_trained_further(rslora: bool, base: Path, pairs: Path, tm
     adapter = write_peft(base, tmp_path / "adapter", use_rslora=rslora)
     lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"], "lora__rslora": rslora}
     out = tmp_path / "run"
-    settings = config("dpo", out, base, pairs, model__adapter=str(adapter), **{"lora__continue": True}, **lora, **QUICK)
+    settings = config("dpo", out, base, pairs, model__adapter=str(adapter), lora__continue=True, **lora, **QUICK)
     reference, trained, rows = train(settings)
     assert_near(reference, plain_logps(with_peft(base, adapter), rows))
     assert (trained - reference).abs().max() > 0.1
@@ -169,3 +182,98 @@ def test_modules_are_trained_in_full_beside_the_adapters(
     reference, trained, _ = train(config("dpo", tmp_path / "more", base, pairs, **more))
     assert_near(reference, plain_logps(found, rows))
     assert_near(plain_logps(with_peft(base, tmp_path / "more" / "model"), rows), trained)
+
+
+@pytest.mark.parametrize("kind", ["merged", "continued"])
+def test_evaluation_takes_the_starting_model_for_the_reference(
+    kind: str, base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    adapter, out = write_peft(base, tmp_path / "adapter"), tmp_path / "run"
+    lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"]}
+    more = {"lora__continue": True} if kind == "continued" else {}
+    given = {"model__adapter": str(adapter), **lora, **more, **QUICK}
+    reference, trained, rows = train(config("dpo", out, base, pairs, training__save_every=1, **given))
+    with process_group() as device:
+        scoring = Scoring(pairs=rows, tokenizer=toy_tokenizer(), precision="fp32", device=device)
+        model = find_source(str(out))
+        start_model = find_base(model)
+        assert start_model is not None
+        assert not switches_to(model, start_model)
+        assert_near(score_model(start_model, scoring).pairs, reference)
+        assert_near(score_model(model, scoring).pairs, trained)
+        shutil.rmtree(out / "model")  # an unfinished run
+        snapshot, tokenizer, _ = load_unfinished(out, read_run_settings(out))
+    below = adapter_below(read_run_settings(out))
+    export_adapter(snapshot, tmp_path / "new", base_model_name_or_path=str(base), tokenizer=tokenizer, below=below)
+    assert_near(plain_logps(with_peft(base, tmp_path / "new"), rows), trained)
+    merge_lora(snapshot)
+    assert_near(plain_logps(snapshot.eval(), rows), trained)
+
+
+def test_a_reference_of_another_adapter_is_not_taken(base: Path, pairs: Path, tmp_path: Path) -> None:
+    cache = {"reference__cache_dir": str(tmp_path / "cache")}
+    found = []
+    for name in ("plain", "rslora"):
+        adapter = write_peft(base, tmp_path / name, **ADAPTERS[name])
+        found.append(
+            train(config("dpo", tmp_path / f"{name} run", base, pairs, model__adapter=str(adapter), **cache, **QUICK))
+        )
+    assert (found[0][0] - found[1][0]).abs().max() > 0.3
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+def test_the_reference_command_fills_what_the_run_reads(base: Path, pairs: Path, tmp_path: Path, capsys) -> None:
+    adapter = write_peft(base, tmp_path / "adapter")
+    lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"], "lora__continue": True}
+    settings = config("dpo", tmp_path / "run", base, pairs, model__adapter=str(adapter), **lora, **QUICK)
+    dpo.fill_reference(settings)
+    capsys.readouterr()
+    reference, _, rows = train(settings)
+    assert "rows read from" in capsys.readouterr().out
+    assert_near(reference, plain_logps(with_peft(base, adapter), rows))
+
+
+def test_tied_weights_that_peft_would_load_apart_are_refused(pairs: Path, tmp_path: Path) -> None:
+    base = toy_model_folder(tmp_path / "base", "qwen3", tie_word_embeddings=True)
+    adapter = write_peft(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"gives lm_head\.weight and model\.embed_tokens\.weight different weights"):
+        dpo.run(config("dpo", tmp_path / "run", base, pairs, model__adapter=str(adapter)))
+    adapter = write_peft(base, tmp_path / "tied", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    reference, _, rows = train(config("dpo", tmp_path / "run", base, pairs, model__adapter=str(adapter), **QUICK))
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    assert_near(reference, plain_logps(theirs, rows))
+
+
+@pytest.mark.parametrize("names", [["nothing"], ["q_proj"], ["self_attn"]])
+def test_modules_that_cannot_be_saved(names: list[str], base: Path, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"lora\.modules_to_save: (no module is named 'nothing'|.* is trained in full)"
+    ):
+        dpo.run(config("dpo", tmp_path / "run", base, pairs, lora__rank=2, lora__modules_to_save=names))
+
+
+def on_two_ranks(port: int, base: str, pairs: str, out: str, settings: dict[str, Any]) -> None:
+    with launched(port):
+        dpo.run(config("dpo", Path(out), Path(base), Path(pairs), **settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_two_ranks_merge_and_stack_as_one(rank: int, pairs: Path, tmp_path: Path) -> None:
+    base = toy_model_folder(tmp_path / "base", "qwen3", **{**UNEVEN, "tie_word_embeddings": False})
+    adapter = write_peft(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    lora = {"lora__rank": rank, "lora__modules_to_save": ["embed_tokens"]} if rank else {}
+    settings = {**QUICK, **lora, "training__optimizer": "rmsprop", "model__adapter": str(adapter)}
+    dpo.run(config("dpo", tmp_path / "one", base, pairs, **settings))
+    run_ranks(on_two_ranks, 2, tmp_path, free_port(), str(base), str(pairs), str(tmp_path / "two"), settings)
+    for key in ("loss", "logps/chosen", "grad_norm"):
+        ones, twos = ([line[key] for line in read_metrics(tmp_path / name)] for name in ("one", "two"))
+        assert twos == pytest.approx(ones, rel=1e-4)
+    found = []
+    for name in ("one", "two"):
+        model, _ = load_causal_lm(tmp_path / name / "model", dtype=torch.float32, device="cpu")
+        found.append(logits(model))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    if rank:
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "two" / "model")
+        torch.testing.assert_close(logits(model.eval()), found[1], rtol=1e-4, atol=1e-4)
