@@ -41,8 +41,11 @@ def render() -> str:
 def _table(title: str, cls: type) -> str:
     texts, hints = _descriptions(cls), get_type_hints(cls, include_extras=True)
     summary = inspect.cleandoc(cls.__doc__ or "").replace("\n", " ")
-    rows = [f"| `{item.name.rstrip('_')}` | {_default(item)} | {_cell(describe(hints[item.name]))} | {_cell(texts[item.name])} |"
-            for item in fields(cls)]  # fmt: skip
+    rows = [
+        f"| `{item.name.rstrip('_')}` | {_default(item)} | {_cell(describe(hints[item.name]))} "
+        f"| {_cell(texts[item.name])} |"
+        for item in fields(cls)
+    ]
     return "\n".join([f"## {title}", "", summary, "", "| key | default | value | |", "|---|---|---|---|", *rows, ""])
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from notus.model.lora import LoRALinear
-from notus.model.new_tokens import with_new_rows
 from notus.model.sharded_tensors import fill_rows
 from notus.runtime.process import first_line
 
@@ -177,20 +176,49 @@ def _initialise_buffers(causal_lm: PreTrainedModel, owner: nn.Module) -> None:
         del parameter._is_hf_initialized  # type: ignore[attr-defined]
 
 
-def load_weights(model: PreTrainedModel, folder: str | Path, *, new_rows: int = 0) -> None:
+Overlay = Mapping[int, Callable[[Any], Any]]  # id of a parameter -> source of its rows in the files -> the one to use
+
+
+class _Overlaid:
+    """An open safetensors file of which one tensor is changed."""
+
+    def __init__(self, handle: Any, change: Callable[[Any], Any]) -> None:
+        self._handle, self._change = handle, change
+
+    def get_slice(self, key: str) -> Any:
+        return self._change(self._handle.get_slice(key))
+
+
+def _laid_over(found: "Found", targets: Mapping[str, Tensor], overlay: Overlay, folder: Path) -> "Found":
+    """The files of the tensors that an overlay changes. Raises ValueError if one of them is not stored as it is."""
+    keys = {id(target): key for key, target in targets.items()}
+    left = len(overlay.keys() - keys.keys())
+    if left:
+        raise ValueError(
+            f"{folder}: {left} of the weights that an adapter or new tokens change are stored in another arrangement: "
+            "save the model again with transformers' save_pretrained, merged with its adapter"
+        )
+    return {
+        keys[number]: (found[keys[number]][0], _Overlaid(found[keys[number]][1], change))
+        for number, change in overlay.items()
+    }
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path, *, overlay: Overlay | None = None) -> None:
     """Fill `model` from the safetensors files of `folder`, cast to each parameter's dtype.
 
     Parameters are plain, or DTensors sharded on dim 0 or replicated; a rank reads the rows of its own shards
     and no others. LoRA parameters are left alone. Every rank finds every mistake, before a value is written.
-    `new_rows`: how many rows embedding and head have beyond those in the files; they become the mean of these.
+    `overlay`: what parameters get in place of what the files hold, made from that as it is read, before it is rounded.
 
     Raises:
         ValueError: missing or unexpected keys, wrong shapes, an unreadable file; naming place and remedy.
     """
     folder = Path(folder)
     with _open_tensors(weight_files(folder)) as found:
-        found |= with_new_rows(model, found, new_rows)
         targets = _match(model, found, folder)
+        if overlay:
+            found |= _laid_over(found, targets, overlay, folder)
         for key, target in targets.items():
             check_shape(found[key], key, target)
         for key, target in targets.items():

@@ -4,8 +4,8 @@ A new row starts as the mean of the old ones, as transformers' `resize_token_emb
 part: every rank, and every launch, must start from the same model.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,36 +123,17 @@ class Rows:
         return self._mean
 
 
-class _GrownFile:
-    """An open safetensors file of which a tensor goes on with new rows."""
-
-    def __init__(self, handle: Any, rows: int) -> None:
-        self._handle, self._rows = handle, rows
-
-    def get_slice(self, key: str) -> Rows:
-        return Rows(self._handle.get_slice(key), self._rows)
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self.get_slice(key)[0 : self._rows]
-
-
-def with_new_rows(
-    model: PreTrainedModel, found: Mapping[str, tuple[Path, Any]], new_rows: int
-) -> dict[str, tuple[Path, Any]]:
-    """Return the embedding and the head of `found`, tensor name -> (file, open handle), with rows for new tokens.
-
-    Those with as many rows as the model's tensor has without the new ones; others are left out.
-    """
+def new_rows_overlay(causal_lm: PreTrainedModel, new_rows: int) -> dict[int, Callable[[Any], Any]]:
+    """Return what `load_weights` lays over a base's embedding and head, which lack so many rows of the model's."""
     if not new_rows:
         return {}
-    rows = {id(parameter): parameter.shape[0] for parameter in vocabulary_parameters(model)}
-    grown: dict[str, tuple[Path, Any]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in found and id(parameter) in rows:
-            path, handle = found[name]
-            if handle.get_slice(name).get_shape()[0] == rows[id(parameter)] - new_rows:
-                grown[name] = path, _GrownFile(handle, rows[id(parameter)])
-    return grown
+    found = {id(parameter): parameter.shape[0] for parameter in vocabulary_parameters(causal_lm)}
+    return {parameter: functools.partial(_grown, rows, new_rows) for parameter, rows in found.items()}
+
+
+def _grown(rows: int, new_rows: int, source: Any) -> Any:
+    """A source with its new rows; one of another length stays as it is, for whoever checks shapes."""
+    return Rows(source, rows) if source.get_shape()[0] == rows - new_rows else source
 
 
 def vocabulary_rows(causal_lm: PreTrainedModel) -> int:

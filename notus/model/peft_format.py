@@ -4,27 +4,29 @@ Which layers an adapter has is read from the names of its tensors, not from `tar
 layers and ranks of their own need no rules of their own here.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from notus.model.load import open_safetensors, read_json
 from notus.model.lora import LayerSettings, inject_layers, lora_layers, saved_parameters
 from notus.model.new_tokens import Rows, vocabulary_parameters
-from notus.model.sharded_tensors import fill_rows, gather, is_rank_zero, local_rows
+from notus.model.sharded_tensors import fill_rows, gather, is_rank_zero
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+Change = Callable[[Any], Any]  # a source of a parameter's rows -> the one to use in its place
 # Settings that do not alter what the tensors, read by their names, mean.
 _PLAIN = frozenset(
     {
@@ -174,33 +176,64 @@ def adapter_digest(folder: str | Path) -> str:
 # ---- into a model ----
 
 
-@torch.no_grad()
-def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, new_rows: int = 0) -> None:
-    """W += s·BA for each of the adapter's layers, and take over what it saved in full.
+@contextlib.contextmanager
+def merging(model: PreTrainedModel, adapter: Adapter, *, new_rows: int = 0) -> Iterator[dict[int, Change]]:
+    """Yield what `load_weights` lays over the base's weights: W + s·BA, and what the adapter saved in full.
 
-    Each sum is fp32 and rounded once to W's dtype. Parameters are plain, or DTensors sharded on dim 0 or replicated: a
-    rank merges its own rows. `new_rows`: as many rows of embedding and head may be new, beyond the adapter's.
+    Each sum is fp32, and rounded once as it is stored, whatever it is stored in. A rank computes its own rows alone.
+    `new_rows`: as many rows of embedding and head may be new, beyond the adapter's.
 
     Raises:
         ValueError: naming file and tensor: the model has no such layer, or one of another shape; or the adapter has
-            separate weights for what the model ties. Nothing has been changed then.
+            separate weights for what the model ties.
     """
     linears = _linears(model, adapter)
     with open_safetensors(adapter.weights) as handle:
-        targets = _saved_targets(model, adapter, handle, new_rows)
+        found: dict[int, Change] = {}
         for name, linear in linears.items():
-            part = handle.get_tensor(f"{PREFIX}{name}.lora_A.weight")
-            _add_product(
-                linear.weight, part, handle.get_slice(f"{PREFIX}{name}.lora_B.weight"), adapter.layers[name].scaling
-            )
-        for target, source in targets:
-            fill_rows(target, source)
+            part_a, part_b = (handle.get_slice(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB")
+            scaling = adapter.layers[name].scaling
+            found[id(linear.weight)] = functools.partial(MergedRows, part_a, part_b, scaling)
+        for target, source in _saved_targets(model, adapter, handle, new_rows):
+            found[id(target)] = functools.partial(_instead, source)
+        yield found
+
+
+def _instead(source: Any, _: Any) -> Any:
+    return source
+
+
+class MergedRows:
+    """The rows of W + s·BA in fp32, computed as they are sliced; `base`, A and B are sources of rows themselves."""
+
+    def __init__(self, part_a: Any, part_b: Any, scaling: float, base: Any) -> None:
+        """`base` is W [out, in], `part_a` A [r, in], `part_b` B [out, r]."""
+        self._a, self._b, self._scaling, self._base = part_a, part_b, scaling, base
+
+    def get_shape(self) -> list[int]:
+        """Return the shape of W."""
+        return list(self._base.get_shape() if hasattr(self._base, "get_shape") else self._base.shape)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return rows [start, stop), in order."""
+        base = self._base[rows].float()
+        rows_b, part_a = (part.to(base.device, torch.float32) for part in (self._b[rows], self._a[:]))
+        return torch.addmm(base, rows_b, part_a, alpha=self._scaling)
+
+
+@torch.no_grad()
+def merge_adapter(model: PreTrainedModel, adapter: Adapter, *, new_rows: int = 0) -> None:
+    """Merge an adapter into an unsharded model that is loaded already, in place; see `merging`, also for errors."""
+    with merging(model, adapter, new_rows=new_rows) as changes:
+        for parameter in model.parameters():
+            if id(parameter) in changes:
+                parameter.copy_(changes[id(parameter)](parameter.detach())[0 : parameter.shape[0]])
 
 
 def inject_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
     """Put LoRA layers, without values, where an adapter has some; what it saved in full is trained, as in its training.
 
-    Raises ValueError as `merge_adapter`.
+    Raises ValueError as `merging`.
     """
     _linears(model, adapter)
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -341,16 +374,6 @@ def _check_tie(adapter: Adapter, handle: Any, name: str, names: set[str]) -> Non
             f"{adapter.weights}: gives {' and '.join(sorted(names))} different weights, which the model ties; set "
             "tie_word_embeddings to false in the base's config.json, and give it both weights"
         )
-
-
-def _add_product(weight: Tensor, part_a: Tensor, part_b: Any, scaling: float) -> None:
-    """weight[rows] += scaling * B[rows] @ A for the rows that this rank holds."""
-    start, stop = local_rows(weight)
-    if start == stop:
-        return
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    rows = part_b[start:stop].to(local.device, torch.float32)
-    local.copy_(local.float() + scaling * (rows @ part_a.to(local.device, torch.float32)))
 
 
 # ---- writing ----

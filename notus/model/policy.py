@@ -2,10 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from notus.data.packing import Batch
 from notus.model.logprobs import linear_logprobs, linear_scores
@@ -19,6 +20,9 @@ class Policy(nn.Module):
     hooks of these three (see `parallelize`), so never call the parts. The head stays a plain matrix multiplication
     inside them, so that logits exist only chunk-wise.
     """
+
+    path = "packed"
+    path_reason: str | None = None
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         """Wrap a transformers causal LM whose attention implementation is `attention.IMPLEMENTATION`.
@@ -89,7 +93,11 @@ class Policy(nn.Module):
             for module, forward in replaced.items():
                 module.forward = forward
 
-    def next_token(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
+    def new_cache(self) -> Any:
+        """Return what `next_token` keeps between its calls."""
+        return DynamicCache(config=self.causal_lm.config)
+
+    def next_token(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Return the likeliest token after each sequence of a left-padded batch. Within `own_forward`, no gradients.
 
         Of a sharded policy, this is a forward pass of its own beside `forward`, see `parallelize`.
@@ -98,7 +106,7 @@ class Policy(nn.Module):
             input_ids: int64 [B, T], the tokens that follow those in `cache`.
             attention_mask: int64 [B, tokens in the cache + T], 0 for padding.
             position_ids: int64 [B, T].
-            cache: keys and values of the tokens before; those of `input_ids` are added.
+            cache: from `new_cache`: keys and values of the tokens before; those of `input_ids` are added.
 
         Returns:
             int64 [B].

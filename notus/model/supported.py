@@ -1,73 +1,35 @@
-"""Which models this project computes exactly, how long their context is, and what it switches off in them."""
+"""What no path can train, how long a model's context is, and what is switched off in it."""
 
+import re
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from notus.model.lora import LoRALinear
+from notus.model.structure import text_config
 
-# The policy takes its log-probs from hidden states and head alone, and its attention is plain softmax(QKᵀ).
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "final_logit_softcapping": (None,),
-    "attn_logit_softcapping": (None,),
-    "logits_scaling": (None, 1),
-    "logit_scale": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "use_bidirectional_attention": (None, False),
-    "quantization_config": (None,),
-    "output_router_logits": (None, False),
-    "num_local_experts": (None, 0, 1),
-    "num_experts": (None, 0, 1),
-    "n_routed_experts": (None, 0, 1),
-    "moe_num_experts": (None, 0, 1),
-}
-# Frequencies that follow the longest position in the batch: a sequence packed with others would differ from it alone.
-LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # How configs name the number of positions. transformers' own all answer to the first name.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-OTHER_INPUTS = ("vision_config", "audio_config", "text_config", "type_vocab_size")
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raises ValueError, naming the setting, for a model that does something this project does not reproduce.
+    """Raise ValueError, naming the setting, for a model that no path can train.
 
-    Supported are dense, unquantised, decoder-only text models with causal softmax attention in every layer,
-    through transformers' attention interface, whose logits are the hidden states times the head.
+    Whether a causal language model is computed packed or plain is found out by trial, see `notus.model.verify`.
     """
-    obstacle = _obstacle(config)
-    if obstacle:
-        raise ValueError(
-            f"model type {config.model_type!r} is not supported: {obstacle}; "
-            "take a dense decoder-only text model such as Mistral, Llama, Qwen2 or Qwen3"
-        )
-
-
-def _obstacle(config: PreTrainedConfig) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
-    if any(getattr(config, name, None) is not None for name in OTHER_INPUTS):
-        return "it takes more than text tokens"
-    for name, neutral in NEUTRAL.items():
-        value = getattr(config, name, None)
-        if value not in neutral:
-            return f"{name} is {value}"
-    rope = _rope_types(getattr(config, "rope_parameters", None) or {})
-    if rope & LENGTH_DEPENDENT_ROPE:
-        return f"its rope_type {', '.join(sorted(rope))} makes positions depend on the longest sequence of a batch"
-    strange = sorted(set(getattr(config, "layer_types", None) or []) - LAYER_TYPES)
-    if strange:
-        return f"it has layers of type {', '.join(strange)}"
-    return _class_obstacle(config)
+        raise _unsupported(config, "it is an encoder-decoder", "take a decoder-only model")
+    if getattr(text_config(config), "quantization_config", None) or getattr(config, "quantization_config", None):
+        raise _unsupported(
+            config, "its weights are quantized (quantization_config)", "take the original weights, or dequantize them"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping and not (getattr(config, "auto_map", None) or {}):
+        raise _unsupported(config, "transformers has no causal language model for it", "take another model")
 
 
-def _rope_types(parameters: Mapping[str, Any]) -> set[str]:
-    """The types in a config's rope parameters, which may be nested by layer type."""
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    return {str(part["rope_type"]) for part in [parameters, *nested] if "rope_type" in part}
+def _unsupported(config: PreTrainedConfig, reason: str, remedy: str) -> ValueError:
+    return ValueError(f"model type {config.model_type!r} is not supported: {reason}; {remedy}")
 
 
 def context_of(config: PreTrainedConfig) -> int:
@@ -101,29 +63,20 @@ def check_context(config: PreTrainedConfig, longest: int, setting: str, *, model
         )
 
 
-def _class_obstacle(config: PreTrainedConfig) -> str | None:
-    """What transformers says about the model's class; nothing for a class that comes with the model."""
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return "it is no causal language model"
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    # Soft-capped attention and attention sinks declare themselves as beyond scaled-dot-product attention.
-    if not (model_class._supports_attention_backend and model_class._supports_sdpa):
-        return "its attention is not plain softmax attention behind transformers' attention interface"
-    return None
+# Attributes that hold a rate, of dropout or of noise, by which a forward pass is random in training.
+_RANDOM = re.compile(r"dropout|pdrop|layerdrop|drop_path|jitter")
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of the base model to 0, in its modules; leave LoRA's and the config alone.
+    """Set every rate of dropout or noise of the base model to 0, in its modules; leave LoRA's and the config alone.
 
     The reference log-probs hold for the policy at step 0 only if both are computed without dropout.
     """
     for module in model.modules():
         if isinstance(module, LoRALinear):
             continue
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            if _RANDOM.search(name) and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -17,6 +17,7 @@
 Activation offload is not built: "full" leaves little to move, 1 GiB for 7B parameters and rows of 4,096 tokens.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -34,23 +35,25 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.fx.experimental import _config as symbols
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from notus.model.attention import IMPLEMENTATION, check_kernel
+from notus.model.attention import check_kernel
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
 from notus.model.lora import LayerSettings, cast_frozen, init_lora, inject_lora
+from notus.model.new_tokens import new_rows_overlay
 from notus.model.peft_format import (
     Adapter,
     check_continued,
     inject_adapter,
     load_adapter,
-    merge_adapter,
+    merging,
     read_adapter,
 )
 from notus.model.policy import Policy
 from notus.model.supported import check_supported, disable_dropout
+from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, mesh, say
 from notus.runtime.process import first_line
@@ -96,6 +99,8 @@ def build_policy(
     seed: int = 0,
     sharding: str = "full",
     trust_remote_code: bool = False,
+    path: str | PathChoice = "auto",
+    longest: int = 0,
 ) -> Policy:
     """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
 
@@ -107,17 +112,27 @@ def build_policy(
         activation_checkpointing: a mode, see `parallelize`, or what chooses one, given the model on the meta device.
         compile, cpu_offload: see `parallelize`.
         lora: train LoRA adapters over a frozen base; None: train every parameter.
-        adapter: a PEFT adapter folder; it is merged into the weights after they are loaded.
+        adapter: a PEFT adapter folder; it is merged into the weights as they are loaded.
         continue_adapter: it is loaded into the LoRA layers instead: those of `lora`, or without that its own.
         new_tokens: rows of embedding and head, counted in `config`, that `folder` does not have.
         trainable: False for scoring alone: every parameter frozen and in the computation's dtype.
         seed: of the adapters' start.
         sharding: "full" or "hybrid", see `distributed.mesh`.
         trust_remote_code: run model code that comes with the folder.
+        path: "auto", "packed", "plain", or what `find_path` returned.
+        longest: most tokens of a sequence, see `choose_path`.
+
+    Raises:
+        ValueError: the path that is asked for is not the model's, or cannot be compiled.
     """
-    check_attention(config, device, COMPUTE_DTYPES[precision])
-    causal_lm = _meta_model(config, trust_remote_code)
-    fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[precision], compile=compile)
+    if isinstance(path, str):
+        path = find_path(config, path, longest=longest, device=device, trust_remote_code=trust_remote_code)
+    causal_lm = _meta_model(config, trust_remote_code, path)
+    if path.name == "packed":
+        check_attention(config, device, COMPUTE_DTYPES[precision])
+        fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[precision], compile=compile)
+    elif compile:
+        raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
     if not trainable:
         causal_lm.requires_grad_(False)
     held = None if adapter is None else read_adapter(adapter)
@@ -126,7 +141,7 @@ def build_policy(
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
     mode = activation_checkpointing
     policy = parallelize(
-        Policy(causal_lm),
+        make_policy(causal_lm, path),
         mesh(device, sharding),
         precision=precision,
         activation_checkpointing=mode if isinstance(mode, str) else mode(causal_lm),
@@ -136,11 +151,13 @@ def build_policy(
     materialise(policy, torch.device("cpu") if cpu_offload else device)
     if cpu_offload:
         _move_buffers(policy, device)
-    load_weights(causal_lm, folder, new_rows=new_tokens)
+    with contextlib.ExitStack() as stack:
+        overlay = new_rows_overlay(causal_lm, new_tokens)
+        if held is not None and continued is None:
+            overlay |= stack.enter_context(merging(causal_lm, held, new_rows=new_tokens))
+        load_weights(causal_lm, folder, overlay=overlay)
     if continued is not None:
         load_adapter(causal_lm, continued, new_rows=new_tokens)
-    elif held is not None:
-        merge_adapter(causal_lm, held, new_rows=new_tokens)
     if lora is not None and continued is None:
         init_lora(causal_lm, seed)
     return policy
@@ -165,14 +182,21 @@ def _inject(causal_lm: PreTrainedModel, lora: "LoraConfig | None", continued: Ad
     )
 
 
-def _meta_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=IMPLEMENTATION,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-        )
+def find_path(
+    config: PreTrainedConfig, wanted: str, *, longest: int, device: torch.device, trust_remote_code: bool = False
+) -> PathChoice:
+    """Choose the path of a model, the same on every rank: see `choose_path`; collective.
+
+    Raises:
+        ValueError: as `choose_path`.
+    """
+    found = choose_path(config, wanted=wanted, longest=longest, device=device, trust_remote_code=trust_remote_code)
+    # Where ranks round differently, all take the most careful choice of any.
+    return max(gather_objects(found), key=lambda each: (each.name == "plain", not each.padded, each.attention))
+
+
+def _meta_model(config: PreTrainedConfig, trust_remote_code: bool, path: PathChoice) -> PreTrainedModel:
+    causal_lm = new_model(config, path.implementation, trust_remote_code, torch.float32, "meta")
     disable_dropout(causal_lm)
     return causal_lm
 
@@ -253,8 +277,8 @@ def parallelize(
         reshard_after_forward=gathers,
         offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     )
-    for block in policy.blocks:
-        shard(block)
+    for unit in _units(policy):
+        shard(unit)
     # The backward pass begins with the root's head: freed after the forward pass, it would be gathered at once again.
     shard(policy, reshard_after_forward=False)
     for method in ("token_logprobs", "next_token"):  # like `forward`, they gather and free what the root holds
@@ -265,6 +289,18 @@ def parallelize(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return policy
+
+
+def _units(policy: Policy) -> list[nn.Module]:
+    """What is gathered by itself: each block.
+
+    Blocks that share parameters with each other (Zamba) stay with the root, because FSDP shards a parameter once.
+    """
+    owners: dict[int, int] = {}
+    for block in policy.blocks:
+        for parameter in block.parameters():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return [] if any(count > 1 for count in owners.values()) else list(policy.blocks)
 
 
 def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from notus.data.dataset import TokenizedDataset
 from notus.model.policy import Policy
@@ -130,7 +130,7 @@ class Sampler:
         prompt, mask, positions = self._left_padded(indices, passes)
         room = torch.tensor([self._room[index] for index in indices] or [0], device=self._device)
         ends = torch.tensor(sorted(self._ends), dtype=torch.int64, device=self._device)
-        cache = DynamicCache(config=self._policy.causal_lm.config)
+        cache = self._policy.new_cache()
         tokens, begin, end = [prompt], 0, prompt.shape[1]
         going = room > 0
         for number in range(passes):

@@ -25,6 +25,7 @@ from notus.model.peft_format import Adapter, read_adapter
 from notus.model.policy import Policy
 from notus.model.structure import text_config
 from notus.model.supported import check_context
+from notus.model.verify import PathChoice
 from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
@@ -35,7 +36,7 @@ from notus.training.dataloader import row_costs
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
-from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
+from notus.training.parallelize import COMPUTE_DTYPES, build_policy, find_path, read_model_config
 from notus.training.reference import digest_of_rows
 from notus.training.run_data import Inputs, check_rows, load_inputs
 from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
@@ -58,6 +59,7 @@ class Run:
         model_folders: the model it starts from, on this machine, and an adapter of it.
         new_rows: rows of the vocabulary that this model does not have.
         model_config, tokenizer: that model's, with the run's new tokens.
+        path: how its log-probs are computed.
         policy: sharded, with the starting weights.
         inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
@@ -73,6 +75,7 @@ class Run:
     new_rows: int
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    path: PathChoice
     policy: Policy
     inputs: Inputs
     plan: StepPlan
@@ -93,6 +96,8 @@ class Run:
     @property
     def kernel(self) -> str:
         """Name of the attention kernel in use, and of what computes the rest of the blocks."""
+        if self.path.name == "plain":
+            return self.path.kernel
         name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
         return name + ("-compiled" if self.config.training.compile else rounding(self.device))
 
@@ -283,6 +288,15 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     if config.lora.continue_ and folders.adapter is None:
         raise ValueError("lora.continue has no effect without an adapter: name the one to train further, model.adapter")
     model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
+    path = find_path(
+        model_config,
+        model.path,
+        longest=config.data.max_length,
+        device=device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if path.name == "plain" and training.compile:
+        raise ValueError(f"training.compile has no effect on the plain path, which {path.reason}: remove it")
     tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
     new_rows = _new_rows(config, folders, model_config, tokenizer)
     check_vocabulary(tokenizer, text_config(model_config).vocab_size)
@@ -317,11 +331,12 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         seed=training.seed,
         sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
+        path=path,
     )
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
-        config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, policy,
+        config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
 

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.evaluation.decoding import Decoding, KeptTokens, generate_ids
 from notus.evaluation.open_llm.scoring import KeptScores, Text, score_texts
-from notus.model.attention import IMPLEMENTATION
 from notus.model.policy import Policy
+from notus.model.verify import PathChoice, make_policy
 from notus.runtime.distributed import is_main, main_first
 from notus.runtime.process import first_line
 
@@ -50,6 +50,7 @@ class NotusLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str,
+        path: PathChoice,
         max_length: int,
         tokens_per_row: int | None,
         batch_size: int,
@@ -59,12 +60,13 @@ class NotusLM(TemplateLM):
     ) -> None:
         """Wrap a model that is whole on every rank, in evaluation mode.
 
-        Longer texts than `max_length` tokens lose their beginning. `tokens_per_row` bounds a forward pass; None: 4096,
+        `path` is how it is computed. Longer texts than `max_length` tokens lose their
+        beginning. `tokens_per_row` bounds a forward pass; None: 4096,
         or the longest text's. `batch_size` completions are generated at a time. The folder `kept` holds what is done,
         and `identity` says of which weights. `template` is Jinja text, for tasks run with a chat template.
         """
         super().__init__()
-        self.causal_lm, self.tokenizer, self.name = causal_lm, tokenizer, name
+        self.causal_lm, self.tokenizer, self.name, self.path = causal_lm, tokenizer, name, path
         self.max_length, self.tokens_per_row, self.batch_size = max_length, tokens_per_row, batch_size
         self.template = template
         self._device = causal_lm.device
@@ -102,7 +104,7 @@ class NotusLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **kwargs: Any) -> list[tuple[float, bool]]:
         texts = [self._text(*request) for request in requests]
-        with packed(self.causal_lm) as policy:
+        with as_policy(self.causal_lm, self.path) as policy:
             return score_texts(policy, texts, tokens_per_row=self.tokens_per_row, kept=self._scores)
 
     def _text(self, strings: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Text:
@@ -205,12 +207,12 @@ def _nothing(strings: tuple[str, str] | None) -> ValueError:
 
 
 @contextlib.contextmanager
-def packed(causal_lm: PreTrainedModel) -> Iterator[Policy]:
+def as_policy(causal_lm: PreTrainedModel, path: PathChoice) -> Iterator[Policy]:
     """The model as a policy, which reads packed rows; afterwards as it was."""
     before = causal_lm.config._attn_implementation
-    causal_lm.set_attn_implementation(IMPLEMENTATION)
+    causal_lm.set_attn_implementation(path.implementation)
     try:
-        yield Policy(causal_lm)
+        yield make_policy(causal_lm, path)
     finally:
         causal_lm.set_attn_implementation(before)
 

@@ -171,21 +171,30 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
     from notus.evaluation.decoding import model_digest
     from notus.evaluation.open_llm.harness import NotusLM
     from notus.model.supported import check_supported
-    from notus.training.parallelize import check_attention
+    from notus.training.parallelize import check_attention, find_path
 
     options = source.options(args)
     causal_lm, tokenizer = source.load(options, device)
     check_supported(causal_lm.config)
-    check_attention(causal_lm.config, device, options.dtype)
     longest = resolve_max_length(causal_lm.config, tokenizer)
     if args.max_length is not None and args.max_length > longest:
         raise ValueError(
             f"--max-length {args.max_length} is more than the model's context of {longest} tokens: lower it"
         )
+    path = find_path(
+        causal_lm.config,
+        "auto",
+        longest=args.max_length or longest,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if path.name == "packed":
+        check_attention(causal_lm.config, device, options.dtype)
     return NotusLM(
         causal_lm,
         tokenizer,
         name=source.name,
+        path=path,
         max_length=args.max_length or longest,
         tokens_per_row=args.tokens_per_row,
         batch_size=args.batch_size,

@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 
 from notus.evaluation.decoding import model_digest
 from notus.evaluation.open_llm.harness import NotusLM
+from notus.model.verify import PathChoice
 from notus.runtime import distributed
 
 
@@ -24,7 +25,13 @@ def group():
 
 
 def notus_lm(folder, causal_lm, tokenizer, *, max_length=256, **options):
-    settings = {"name": "toy", "tokens_per_row": None, "batch_size": 3, "identity": model_digest(causal_lm)}
+    settings = {
+        "name": "toy",
+        "path": PathChoice("packed"),
+        "tokens_per_row": None,
+        "batch_size": 3,
+        "identity": model_digest(causal_lm),
+    }
     return NotusLM(causal_lm, tokenizer, max_length=max_length, kept=folder, **{**settings, **options})
 
 

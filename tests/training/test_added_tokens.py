@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import free_port, launched, run_ranks
 from runs import config, read_metrics, write_pairs
-from test_adapters import assert_near, plain_logps, train
+from test_second_stages import assert_near, plain_logps, train
 from toys import toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -149,3 +149,31 @@ def test_two_ranks_start_and_end_as_one(rank: int, pairs: Path, tmp_path: Path) 
     for key in ("loss", "logps/chosen", "grad_norm"):
         ones, twos = ([line[key] for line in read_metrics(tmp_path / name)] for name in ("one", "two"))
         assert twos == pytest.approx(ones, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["merged", "stacked", "continued", "more"])
+def test_a_second_stage_keeps_the_tokens_of_the_first(stage: str, pairs: Path, tmp_path: Path) -> None:
+    base = toy_model_folder(tmp_path / "base", "qwen3", tie_word_embeddings=True)
+    first, second = tmp_path / "first", tmp_path / "second"
+    lora = {"lora__rank": 2, "lora__modules_to_save": ["embed_tokens"]}
+    _, trained, rows = train(config("dpo", first, base, pairs, **lora, **QUICK))
+    change: dict[str, Any] = {
+        "merged": {"data__new_tokens": []},
+        "stacked": {"data__new_tokens": [], "lora__rank": 3, "lora__target_modules": ["v_proj", "up_proj"]},
+        "continued": {"data__new_tokens": [], "lora__continue": True, **lora},
+        "more": {"data__new_tokens": ["<third>"]},
+    }[stage]
+    settings = config("dpo", second, first, pairs, **{**QUICK, **change})
+    reference, trained_again, again = train(settings)
+    if stage == "more":  # another row is another term of the softmax
+        start, _ = load_causal_lm(first / "model", dtype=torch.float32, device="cpu")
+        mean = start.get_input_embeddings().weight.detach().mean(0)
+        start.resize_token_embeddings(403, mean_resizing=False)
+        with torch.no_grad():
+            start.get_input_embeddings().weight[402:] = mean
+        trained = plain_logps(start.eval(), rows)
+    assert_near(reference, trained)
+    assert (again.digests() == rows.digests()).all()
+    model, tokenizer = load_causal_lm(second / "model", dtype=torch.float32, device="cpu")
+    assert_near(plain_logps(model, rows), trained_again)
+    assert len(tokenizer) == model.config.vocab_size == (403 if stage == "more" else 402)

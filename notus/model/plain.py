@@ -1,0 +1,164 @@
+"""The plain path: a packed batch in, one log-prob per completion out, by the model's own forward pass.
+
+It is for models that the packed path (`notus.model.policy`) cannot express: state-space and hybrid models, attention
+outside transformers' interface, heads that do more than a product. Every completion is computed together with its own
+copy of the prompt, so a shared prompt costs as often as it is used.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from notus.data.packing import Batch
+from notus.model.policy import Policy
+from notus.model.structure import blocks_of
+
+# Sequences are padded to one length while at most this share of a batch is padding.
+MOST_PADDING = 0.25
+
+
+class History:
+    """Stands where the packed policy has a cache of keys and values: the tokens so far, int64 [B, T]."""
+
+    tokens: Tensor | None = None
+
+
+class PlainPolicy(Policy):
+    """A causal language model's own forward pass, as a function from a packed row to completion log-probs.
+
+    Sharded ranks gather a block for each forward pass of the model, so all ranks must make equally many: those that
+    have fewer sequences run short ones that weigh nothing.
+    """
+
+    path = "plain"
+
+    def __init__(self, causal_lm: PreTrainedModel, *, padded: bool = False, reason: str | None = None) -> None:
+        """Wrap a transformers causal LM as it is.
+
+        Args:
+            causal_lm: with the attention implementation that it is to use.
+            padded: run sequences of similar length together, padded on the right. Only where `verify` found it equal.
+            reason: why this path is taken, for the user.
+        """
+        nn.Module.__init__(self)  # the packed path's has demands of its own
+        self.causal_lm = causal_lm
+        self.padded, self.path_reason = padded, reason
+        taken = inspect.signature(causal_lm.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in taken else {}
+        self._keeps = "logits_to_keep" in taken
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's layers, in order."""
+        return blocks_of(self.causal_lm)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum the completion log-probs of a row of E examples with K branches each: fp32 [E, K], in nats."""
+        tokens = self._token_logprobs(batch)
+        sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
+        return sums.view(batch.lengths.shape).clone()  # as in `Policy.forward`
+
+    def token_logprobs(self, batch: Batch) -> Tensor:
+        """Return the log-prob of every completion token of a row: fp32 [M], in nats."""
+        return self._token_logprobs(batch).clone()
+
+    def _token_logprobs(self, batch: Batch) -> Tensor:
+        found = [
+            -F.cross_entropy(logits, ids, reduction="none")
+            for logits, ids in zip(self._logits(batch), _per_sequence(batch, batch.targets), strict=True)
+        ]
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`token_logprobs`, and bool [M]: whether the token is the likeliest. No gradients."""
+        logits = self._logits(batch)
+        greedy = torch.cat([each.argmax(-1) for each in logits]) == batch.targets
+        each = zip(logits, _per_sequence(batch, batch.targets), strict=True)
+        return torch.cat([-F.cross_entropy(scores, ids, reduction="none") for scores, ids in each]), greedy
+
+    def _logits(self, batch: Batch) -> list[Tensor]:
+        """fp32 [n, V] for each sequence: the logits that predict its n completion tokens."""
+        layout = batch.layout
+        sequences = batch.input_ids[layout.key_index].split(layout.key_lengths)  # a copy of the prompt in each
+        return self._forwards(sequences, _per_sequence(batch, batch.position_ids[batch.sources]))
+
+    def _forwards(self, sequences: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
+        """fp32 [n, V] for each sequence [T]: its logits at n positions; as many forward passes on every rank."""
+        found: dict[int, Tensor] = {}
+        nothing = torch.zeros((), device=sequences[0].device)
+        groups = self._groups([len(each) for each in sequences])
+        passes = _most_of_all_ranks(len(groups), nothing.device) if isinstance(self, FSDPModule) else len(groups)
+        for number in range(passes):
+            if number < len(groups):
+                found |= self._forward(groups[number], sequences, positions)
+            else:
+                filler = sequences[0].new_zeros(2)
+                nothing = nothing + 0.0 * self._forward([0], [filler], [filler[:1]])[0].float().logsumexp(-1).sum()
+        return [found[index] + nothing for index in range(len(sequences))]
+
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        """Cut the sequences, the longest first, into those that run together."""
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        if not self.padded:
+            return [[index] for index in order]
+        groups: list[list[int]] = []
+        for index in order:
+            if groups and lengths[index] >= (1 - MOST_PADDING) * lengths[groups[-1][0]]:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        return groups
+
+    def _forward(self, group: list[int], sequences: Sequence[Tensor], positions: Sequence[Tensor]) -> dict[int, Tensor]:
+        if len(group) == 1:
+            (index,) = group
+            keep = {"logits_to_keep": positions[index]} if self._keeps else {}
+            logits = self.causal_lm(input_ids=sequences[index][None], **self._options, **keep).logits[0]
+            return {index: (logits if self._keeps else logits[positions[index]]).float()}
+        ids = nn.utils.rnn.pad_sequence([sequences[index] for index in group], batch_first=True)
+        lengths = torch.tensor([len(sequences[index]) for index in group], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        logits = self.causal_lm(input_ids=ids, attention_mask=mask, **self._options).logits
+        return {index: logits[row, positions[index]].float() for row, index in enumerate(group)}
+
+    @contextlib.contextmanager
+    def own_forward(self) -> Iterator[None]:
+        """Do nothing: it is the model's own forward pass already."""
+        yield
+
+    def new_cache(self) -> History:
+        """Return what `next_token` keeps between its calls."""
+        return History()
+
+    def next_token(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
+        """Return the likeliest token after each sequence of a left-padded batch, int64 [B]; see `Policy.next_token`.
+
+        Each sequence is computed from its beginning by itself: not every model has a cache, and not every one is
+        indifferent to padding on the left.
+        """
+        cache.tokens = input_ids if cache.tokens is None else torch.cat([cache.tokens, input_ids], dim=1)
+        sequences = [row[mask.bool()] for row, mask in zip(cache.tokens, attention_mask, strict=True)]
+        last = [torch.tensor([len(each) - 1], device=each.device) for each in sequences]
+        return torch.cat([logits.argmax(-1) for logits in self._forwards(sequences, last)])
+
+
+def _per_sequence(batch: Batch, values: Tensor) -> tuple[Tensor, ...]:
+    """Cut what the row's completion tokens have, [M], into a part for each sequence."""
+    return values.split(batch.lengths.flatten().tolist())
+
+
+def _most_of_all_ranks(count: int, device: torch.device) -> int:
+    if dist.get_world_size() == 1:
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most.item())

@@ -1,0 +1,357 @@
+"""Which path computes a model: packed where it is equal to the model's own forward pass, plain elsewhere.
+
+`choose_path` finds out at the start of a run, before any data is read. A cut-down copy of the model, with random
+weights, computes one short row: two pairs, log-probs and gradients. The yardstick is plain transformers: each sequence
+by itself, through the model's own forward pass with its own `eager` attention, in evaluation mode. What is compared
+with it runs in training mode, so that what is random there is found as well.
+
+Limits that the data reach (a sliding window, the context at which rotary frequencies change) lie within the short row;
+those that the data do not reach lie beyond it. So a model whose frequencies change at 4,096 tokens is packed where
+`longest` is less.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from notus.data.packing import Batch, Example, collate
+from notus.model.attention import IMPLEMENTATION
+from notus.model.fused import fuse
+from notus.model.plain import PlainPolicy
+from notus.model.policy import Policy
+from notus.model.structure import blocks_of, text_config
+from notus.model.supported import disable_dropout
+from notus.runtime.process import first_line
+
+# Nats, the largest difference of a token's log-prob; and of a parameter's gradient, relative. fp32 on random weights
+# gives 1e-5 and 1e-4 for deep models; what was wrong in models that were tried began at 1e-2.
+LOGPROB_TOLERANCE, GRADIENT_TOLERANCE = 5e-4, 2e-3
+# A copy with more parameters than this has fewer and narrower layers.
+SMALL = 20_000_000
+NARROW, FEW_TOKENS = 16, 512
+# (trunk, branches): longer and shorter than `WITHIN`.
+ROW = ((5, (9, 4)), (3, (2, 8)))
+WITHIN = 6
+
+_WIDTHS = re.compile(r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|n_inner)(_.*)?")
+_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+# Parameters of state-space layers that are no matrices of a product, and have values of their own.
+_OF_STATE = re.compile(r"(^|\.)(A_log|A|D|dt_bias|time_.*)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class PathChoice:
+    """How a model is computed.
+
+    Attributes:
+        name: "packed" or "plain".
+        reason: why not packed, where the user did not ask for plain.
+        attention: the implementation that the plain path uses, as transformers names it.
+        padded: the plain path may run sequences together, padded on the right.
+    """
+
+    name: str
+    reason: str | None = None
+    attention: str = "sdpa"
+    padded: bool = False
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation that the model is made with."""
+        return IMPLEMENTATION if self.name == "packed" else self.attention
+
+    @property
+    def kernel(self) -> str:
+        """What distinguishes its rounding from another path's, for the plain one."""
+        return f"plain-{self.attention}{'-padded' * self.padded}"
+
+
+def choose_path(
+    config: PreTrainedConfig,
+    *,
+    wanted: str = "auto",
+    longest: int = 0,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> PathChoice:
+    """Return how to compute a model; a few seconds at most, for which a cut-down copy is held in fp32.
+
+    Args:
+        config: of the model.
+        wanted: "auto", "packed" or "plain".
+        longest: most tokens of a sequence; 0: shorter than every limit of the model.
+        device: where to try; None: the CPU.
+        trust_remote_code: the code that comes with the model may run.
+
+    Raises:
+        ValueError: `wanted` is "packed" and that is not equal; the model cannot be built; it is not causal, or its own
+            forward pass is random.
+    """
+    described = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = (type(config), described, wanted, longest, device or torch.device("cpu"), trust_remote_code)
+    found = _cache.get(key)
+    if found is None:
+        with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+            found = _cache[key] = _choose(config, wanted, longest, key[4], trust_remote_code)
+    return found
+
+
+_cache: dict[tuple[Any, ...], PathChoice] = {}
+
+
+def _choose(config: PreTrainedConfig, wanted: str, longest: int, device: torch.device, trust: bool) -> PathChoice:
+    trial = _Trial(config, longest, device, trust)
+    reason = None
+    if wanted != "plain":
+        reason = trial.difference(trial.packed)
+        if reason is None:
+            return PathChoice("packed")
+        if wanted == "packed":
+            raise ValueError(
+                f"model.path is 'packed', but for {config.model_type!r} that is not what the model computes: {reason}; "
+                "set model.path=auto, which takes the plain path"
+            )
+    for attention, padded in (("sdpa", True), ("eager", True), ("sdpa", False), ("eager", False)):
+        wrong = trial.difference(functools.partial(trial.plain, attention, padded))
+        if wrong is None:
+            return PathChoice("plain", reason, attention, padded)
+    raise ValueError(
+        f"model type {config.model_type!r}: in training mode its own forward pass is not what it is in evaluation "
+        f"({wrong}); take another model"
+    )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a path computes for the row: log-probs of the completion tokens [M], and gradients by parameter."""
+
+    logps: Tensor
+    gradients: dict[str, Tensor]
+
+
+class _Trial:
+    """A cut-down copy, and what its own forward pass gives for the row."""
+
+    def __init__(self, config: PreTrainedConfig, longest: int, device: torch.device, trust: bool) -> None:
+        self._device, self._trust = device, trust
+        self._config, self._weights = self._copy(config, longest)
+        row = _row(min(FEW_TOKENS, text_config(self._config).vocab_size))
+        self._batch = row.to(device)
+        own = self._build("eager").eval()
+        own.load_state_dict(self._weights)
+        _check_causal(own, self._batch.input_ids[: ROW[0][0] + ROW[0][1][0]])
+        self._expected = _outcome(PlainPolicy(own), self._batch)
+
+    def _copy(self, config: PreTrainedConfig, longest: int) -> tuple[PreTrainedConfig, Mapping[str, Tensor]]:
+        """A configuration that is quick to compute, and weights for it. The narrowest that the model's class takes."""
+        failure: Exception = ValueError("no configuration")
+        for shape in _copies(config, longest, self._trust):
+            try:
+                self._config = shape
+                model = self._build("eager")
+                _randomise(model)
+                return shape, model.state_dict()
+            except Exception as error:  # a class may take no other sizes than its own, and says so in any way
+                failure = error
+        raise ValueError(
+            f"model type {config.model_type!r} cannot be built ({first_line(failure)}); check its config.json"
+        ) from failure
+
+    def _build(self, attention: str) -> PreTrainedModel:
+        causal_lm = new_model(self._config, attention, self._trust, torch.float32, self._device)
+        disable_dropout(causal_lm)
+        return causal_lm
+
+    def packed(self) -> Policy:
+        causal_lm = self._build(IMPLEMENTATION)
+        causal_lm.load_state_dict(self._weights)
+        fuse(causal_lm)
+        return Policy(causal_lm)
+
+    def plain(self, attention: str, padded: bool) -> PlainPolicy:
+        causal_lm = self._build(attention)
+        causal_lm.load_state_dict(self._weights)
+        return PlainPolicy(causal_lm, padded=padded)
+
+    def difference(self, build: Callable[[], Policy]) -> str | None:
+        """Say how a path differs from the model's own forward pass; None if it does not."""
+        try:
+            policy = build()
+            policy.train()
+            found = _outcome(policy, self._batch)
+        except Exception as error:  # a model's code may stumble over what it was not written for in any way
+            return first_line(error) or type(error).__name__
+        return _difference(found, self._expected)
+
+
+def make_policy(causal_lm: PreTrainedModel, path: PathChoice) -> Policy:
+    """Return the policy of a model that was made with the path's implementation of attention."""
+    if path.name == "packed":
+        return Policy(causal_lm)
+    return PlainPolicy(causal_lm, padded=path.padded, reason=path.reason)
+
+
+def new_model(
+    config: PreTrainedConfig, attention: str, trust: bool, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """Return a transformers causal LM without weights of its own, on a device, which may be "meta"."""
+    with torch.device(device):
+        causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust
+        )
+    return causal_lm
+
+
+def _row(vocabulary: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Any:
+        return torch.randint(3, vocabulary, (count,), generator=generator).numpy()
+
+    def example(index: int, trunk: int, branches: tuple[int, ...]) -> Example:
+        masks = tuple(torch.ones(length, dtype=torch.bool).numpy() for length in branches)
+        return Example(index, draw(trunk), tuple(draw(length) for length in branches), masks)
+
+    return collate([example(index, *lengths) for index, lengths in enumerate(ROW)], 2)
+
+
+def _outcome(policy: Policy, batch: Batch) -> Outcome:
+    logps = policy.token_logprobs(batch)
+    (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
+    gradients = {name: each.grad for name, each in policy.named_parameters() if each.grad is not None}
+    return Outcome(logps.detach(), gradients)
+
+
+def _difference(found: Outcome, expected: Outcome) -> str | None:
+    off = (found.logps - expected.logps).abs().max().item()
+    if not off <= LOGPROB_TOLERANCE:
+        return f"its log-probs are up to {off:.2g} nats off"
+    if not torch.isfinite(expected.logps).all():
+        return "its log-probs are not finite"
+    floor = 1e-3 * max(each.norm().item() for each in expected.gradients.values())
+    for name in sorted(found.gradients.keys() | expected.gradients.keys()):
+        pair = [each.gradients.get(name) for each in (found, expected)]
+        got, wanted = (torch.zeros(()) if each is None else each for each in pair)
+        error = ((got.to(wanted.device) - wanted).norm() / (wanted.norm() + floor)).item()
+        if not error <= GRADIENT_TOLERANCE:
+            return f"its gradient of {name} is off by {error:.1%}"
+    return None
+
+
+@torch.no_grad()
+def _check_causal(causal_lm: PreTrainedModel, ids: Tensor) -> None:
+    """Raise ValueError if a later token changes an earlier prediction."""
+    half = len(ids) // 2
+    whole, part = (causal_lm(input_ids=each[None]).logits[0, :half].float() for each in (ids, ids[:half]))
+    off = (whole.log_softmax(-1) - part.log_softmax(-1)).abs().max().item()
+    if off > LOGPROB_TOLERANCE * 10:
+        raise ValueError(
+            f"model type {causal_lm.config.model_type!r} is not causal as it is configured: later tokens change what "
+            "it predicts before; take a causal language model"
+        )
+
+
+# ---- the copy ----
+
+
+def _copies(config: PreTrainedConfig, longest: int, trust: bool) -> list[PreTrainedConfig]:
+    """Configurations to try, the smallest first: narrow, shallow, as it is."""
+    whole = copy.deepcopy(config)
+    _lower_limits(whole, longest)
+    meta = new_model(whole, "eager", trust, torch.float32, "meta")
+    if sum(each.numel() for each in meta.parameters()) <= SMALL:
+        return [whole]
+    shallow = copy.deepcopy(whole)
+    _cut_layers(shallow, _enough_layers(meta))
+    narrow = copy.deepcopy(shallow)
+    _cut_widths(narrow)
+    return [narrow, shallow]
+
+
+def _lower_limits(config: PreTrainedConfig, longest: int) -> None:
+    """Put limits that the data reach within the row, and let those that it does not reach lie beyond it."""
+    text = text_config(config)
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    for home in (vars(text), *([rope, *nested] if isinstance(rope, dict) else [])):
+        for name in _LIMITS:
+            value = home.get(name)
+            if isinstance(value, int) and 0 < value < longest:
+                home[name] = min(value, WITHIN)
+
+
+def _enough_layers(meta: PreTrainedModel) -> int:
+    """How many blocks, from the first, have one of each kind; two at least."""
+    kinds = [_kind(block) for block in blocks_of(meta)]
+    return max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What tells a block from others: its modules, and their settings but for its number."""
+    return tuple(
+        (name, type(module).__name__, tuple(sorted((key, repr(value)) for key, value in _settings(module))))
+        for name, module in block.named_modules()
+    )
+
+
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
+    simple = (bool, int, float, str, type(None))
+    return [
+        (key, value)
+        for key, value in vars(module).items()
+        if isinstance(value, simple) and not key.startswith("_") and "idx" not in key and "index" not in key
+    ]
+
+
+def _cut_layers(config: PreTrainedConfig, layers: int) -> None:
+    text = text_config(config)
+    whole = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == whole and whole > layers:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = min(whole, layers)
+    vision = getattr(config, "vision_config", None)
+    for name in ("num_hidden_layers", "depth"):
+        if isinstance(getattr(vision, name, None), int):
+            setattr(vision, name, 1)
+
+
+def _cut_widths(config: PreTrainedConfig) -> None:
+    """Narrow the MLPs and shorten the vocabulary; attention stays as it is."""
+    text = text_config(config)
+    for name, value in list(vars(text).items()):
+        if _WIDTHS.fullmatch(name):
+            if isinstance(value, int) and not isinstance(value, bool):
+                setattr(text, name, min(value, NARROW))
+            elif isinstance(value, list):
+                setattr(text, name, [min(each, NARROW) if isinstance(each, int) else each for each in value])
+    text.vocab_size = min(text.vocab_size, FEW_TOKENS)
+    for part in {id(config): config, id(text): text}.values():
+        for name, value in list(vars(part).items()):
+            if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= text.vocab_size:
+                setattr(part, name, None if name == "pad_token_id" else 2)
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel) -> None:
+    """Give every parameter a part in the result: a soft cap, a bias or a sink that is left out must show."""
+    generator = torch.Generator().manual_seed(0)
+    head = model.get_output_embeddings()
+    of_head = None if head is None else getattr(head, "weight", None)
+    for name, parameter in model.named_parameters():
+        if _OF_STATE.search(name):
+            continue
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        if parameter.dim() < 2:
+            parameter.add_((0.5 if name.endswith("bias") or "sink" in name else 0.1) * noise)
+        else:
+            gain = 3.0 if parameter is of_head else 1.5
+            parameter.copy_(gain * parameter.shape[-1] ** -0.5 * noise)
