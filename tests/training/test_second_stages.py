@@ -10,10 +10,14 @@ import pytest
 import torch
 from ranks import free_port, launched, run_ranks
 from runs import config, read_metrics, write_pairs
-from toys import UNEVEN, logits, toy_model_folder, toy_tokenizer
+from safetensors.torch import load_file
+from toys import UNEVEN, logits, relative, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
+from notus.config import LoraConfig
+from notus.data.batching import step_rows
 from notus.data.dataset import TokenizedDataset
+from notus.data.tokenize import load_pairs
 from notus.evaluation.preferences.scores import Scoring, score_model
 from notus.evaluation.resolve_model import (
     adapter_below,
@@ -24,9 +28,10 @@ from notus.evaluation.resolve_model import (
     switches_to,
 )
 from notus.model.export import export_adapter, load_causal_lm
-from notus.model.lora import merge_lora
+from notus.model.lora import merge_lora, saved_parameters
 from notus.runtime.distributed import process_group
 from notus.training import dpo
+from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients, read_model_config
 from notus.training.scoring import score
 from notus.training.setup import start
 
@@ -65,10 +70,9 @@ def with_peft(base: Path, *adapters: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(base)
     for adapter in adapters:
         model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
-@torch.no_grad()
 def plain_logps(model: torch.nn.Module, rows: TokenizedDataset) -> torch.Tensor:
     """fp32 [n, 2], by the model's own forward on each whole sequence."""
     found = []
@@ -77,7 +81,7 @@ def plain_logps(model: torch.nn.Module, rows: TokenizedDataset) -> torch.Tensor:
             ids = torch.tensor([[*example.trunk, *branch]], dtype=torch.long)
             logps = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             found.append(logps[len(example.trunk) - 1 :][torch.from_numpy(mask)].sum())
-    return torch.stack(found).view(-1, 2)
+    return torch.stack(found).view(-1, 2)  # with gradients, if the model's parameters have them
 
 
 def train(settings: Any) -> tuple[torch.Tensor, torch.Tensor, TokenizedDataset]:
@@ -277,3 +281,50 @@ def test_two_ranks_merge_and_stack_as_one(rank: int, pairs: Path, tmp_path: Path
     if rank:
         model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "two" / "model")
         torch.testing.assert_close(logits(model.eval()), found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_modules_trained_in_full_are_the_models_own(tied: bool, pairs: Path, tmp_path: Path) -> None:
+    base = toy_model_folder(tmp_path / "base", "qwen3", tie_word_embeddings=tied)
+    names = ["embed_tokens", "lm_head", "input_layernorm", "model.norm", "down_proj"]
+    lora = LoraConfig(rank=2, target_modules=["q_proj"], modules_to_save=names)
+    rows = TokenizedDataset(load_pairs(pairs, toy_tokenizer(), max_length=120, max_prompt_length=60)[0])
+    with process_group() as device:
+        policy = build_policy(base, read_model_config(base), device=device, precision="fp32", lora=lora)
+        batches = list(step_rows(rows, np.arange(len(rows)), rank=0, world_size=1, tokens_per_row=150))
+        for number, batch in enumerate(batches):
+            expect_last_row(policy, number == len(batches) - 1)
+            policy(batch).sum().backward()
+        hand_over_gradients(policy)
+        saved = saved_parameters(policy.causal_lm)
+        found = {name: each.grad.full_tensor() for name, each in saved.items() if each.grad is not None}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    plain_logps(model, rows).sum().backward()
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    assert len(found) == 1 + 1 + 2 + 1 + 2
+    for name, gradient in found.items():
+        assert relative(gradient, expected[name].grad) < 1e-5, name
+    others = {name for name, each in policy.causal_lm.named_parameters() if each.requires_grad} - found.keys()
+    assert {name.rpartition(".")[2] for name in others} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("kind", ["merged", "continued"])
+def test_in_bf16_masters_are_fp32_and_the_start_is_the_reference(
+    kind: str, base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    names = ["embed_tokens", "lm_head"]
+    adapter, out = write_peft(base, tmp_path / "adapter", modules_to_save=names), tmp_path / "run"
+    lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"]}
+    more = {"lora__continue": True} if kind == "continued" else {}
+    given = {"model__adapter": str(adapter), "lora__modules_to_save": names, **lora, **more, **QUICK}
+    given |= {"training__precision": "bf16", "training__learning_rate": 1e-5}
+    reference, _, rows = train(config("dpo", out, base, pairs, **given))
+    expected = plain_logps(with_peft(base, adapter), rows)
+    assert relative(reference, expected) < 0.02
+    assert read_metrics(out)[0]["loss"] == pytest.approx(math.log(2), abs=5e-3)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, out / "model"))
+    key = "base_model.model.model.embed_tokens.weight"
+    assert after[key].dtype == torch.float32
+    moved = (after[key] - before[key]).abs().max()
+    assert 0 < moved < 1e-4  # which bf16 would have rounded away
+    assert relative(plain_logps(with_peft(base, out / "model"), rows), expected) < 0.02
