@@ -287,6 +287,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
         raise ValueError("lora.continue has no effect without an adapter: name the one to train further, model.adapter")
+    _note_base(folders)
     model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
     path = find_path(
         model_config,
@@ -339,6 +340,16 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
+
+
+def _note_base(folders: ModelFolders) -> None:
+    """Say so if an adapter's config names another base: weights of the same shapes would be merged without an error."""
+    if folders.adapter is None:
+        return
+    named = read_adapter(folders.adapter).base
+    same = named == folders.name or (Path(named).is_dir() and Path(named).resolve() == folders.base.resolve())
+    if not same:
+        distributed.say(f"note: the adapter {folders.adapter} names {named} as its base; here it is {folders.name}")
 
 
 def _new_rows(
