@@ -21,7 +21,7 @@ from notus.model.attention import kernel_for
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
 from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
-from notus.model.peft_format import Adapter, read_adapter
+from notus.model.peft_format import Adapter, adapter_digest, read_adapter
 from notus.model.policy import Policy
 from notus.model.structure import text_config
 from notus.model.supported import check_context
@@ -166,7 +166,11 @@ class Run:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Digests of the data and of the starting weights, by the config key that names them."""
-        found = {"data.train": digest_of_rows(self.train_rows.digests()), "model.name_or_path": self.weights_digest}
+        found = {"data.train": digest_of_rows(self.train_rows.digests())}
+        adapter = self.model_folders.adapter
+        if adapter is not None:
+            found["model.adapter"] = distributed.on_main(lambda: adapter_digest(adapter))
+        found["model.name_or_path"] = self.weights_digest
         if self.eval_rows is not None:
             found["data.eval"] = digest_of_rows(self.eval_rows.digests())
         return found

@@ -11,13 +11,15 @@ import torch
 from ranks import free_port, launched, run_ranks
 from runs import config, read_metrics, write_pairs
 from safetensors.torch import load_file
-from toys import UNEVEN, logits, relative, toy_model_folder, toy_tokenizer
+from toys import UNEVEN, logits, relative, toy_config, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
-from notus.config import LoraConfig
+from notus import __main__ as entry
+from notus.config import LoraConfig, save_config
 from notus.data.batching import step_rows
 from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs
+from notus.estimate.sizes import sizes
 from notus.evaluation.preferences.scores import Scoring, score_model
 from notus.evaluation.resolve_model import (
     adapter_below,
@@ -283,14 +285,17 @@ def test_two_ranks_merge_and_stack_as_one(rank: int, pairs: Path, tmp_path: Path
         torch.testing.assert_close(logits(model.eval()), found[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", ["packed", "plain"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_gradients_of_modules_trained_in_full_are_the_models_own(tied: bool, pairs: Path, tmp_path: Path) -> None:
+def test_gradients_of_modules_trained_in_full_are_the_models_own(
+    tied: bool, path: str, pairs: Path, tmp_path: Path
+) -> None:
     base = toy_model_folder(tmp_path / "base", "qwen3", tie_word_embeddings=tied)
     names = ["embed_tokens", "lm_head", "input_layernorm", "model.norm", "down_proj"]
     lora = LoraConfig(rank=2, target_modules=["q_proj"], modules_to_save=names)
     rows = TokenizedDataset(load_pairs(pairs, toy_tokenizer(), max_length=120, max_prompt_length=60)[0])
     with process_group() as device:
-        policy = build_policy(base, read_model_config(base), device=device, precision="fp32", lora=lora)
+        policy = build_policy(base, read_model_config(base), device=device, precision="fp32", lora=lora, path=path)
         batches = list(step_rows(rows, np.arange(len(rows)), rank=0, world_size=1, tokens_per_row=150))
         for number, batch in enumerate(batches):
             expect_last_row(policy, number == len(batches) - 1)
@@ -328,3 +333,70 @@ def test_in_bf16_masters_are_fp32_and_the_start_is_the_reference(
     moved = (after[key] - before[key]).abs().max()
     assert 0 < moved < 1e-4  # which bf16 would have rounded away
     assert relative(plain_logps(with_peft(base, out / "model"), rows), expected) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["merged", "continued"])
+def test_a_resumed_second_stage_ends_as_an_undisturbed_one(kind: str, base: Path, pairs: Path, tmp_path: Path) -> None:
+    adapter = write_peft(base, tmp_path / "adapter")
+    lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"], "lora__dropout": 0.1}
+    more = {"lora__continue": True} if kind == "continued" else {}
+    given = {"model__adapter": str(adapter), **lora, **more, **QUICK, "training__save_every": 1}
+    dpo.run(config("dpo", tmp_path / "whole", base, pairs, **given))
+    given["training__resume"] = str(tmp_path / "whole" / "checkpoints" / "step-00000001")
+    dpo.run(config("dpo", tmp_path / "resumed", base, pairs, **given))
+    ours, theirs = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "resumed"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    write_peft(base, adapter, r=5)  # other contents under the same name
+    with pytest.raises(ValueError, match=r"(made from other contents of model\.adapter|set lora\.rank=5)"):
+        dpo.run(config("dpo", tmp_path / "other", base, pairs, **given))
+
+
+def test_dropout_on_a_trained_adapter_does_not_hide_a_wrong_reference(
+    base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = write_peft(base, tmp_path / "adapter")
+    lora = {"lora__rank": 3, "lora__alpha": 6, "lora__target_modules": ["up_proj", "q_proj"], "lora__dropout": 0.5}
+    given = {"model__adapter": str(adapter), "lora__continue": True, **lora, **QUICK}
+    dpo.run(config("dpo", tmp_path / "run", base, pairs, **given))
+    assert read_metrics(tmp_path / "run")[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+    passes = []
+
+    def other(*args: Any, **options: Any) -> torch.Tensor:
+        passes.append(1)
+        found = score(*args, **options)
+        return found + torch.tensor([0.0, 1.0]) if len(passes) == 1 else found
+
+    monkeypatch.setattr(dpo, "score", other)
+    with pytest.raises(ValueError, match=r"at step 0 the sigmoid loss is .*, not ln 2"):
+        dpo.run(config("dpo", tmp_path / "other", base, pairs, **given))
+
+
+def test_another_base_than_the_adapters_is_told(base: Path, pairs: Path, tmp_path: Path, capsys) -> None:
+    adapter = write_peft(base, tmp_path / "adapter")
+    given = {"model__adapter": str(adapter), **QUICK, "training__max_steps": 1}
+    dpo.run(config("dpo", tmp_path / "run", base, pairs, **given))
+    assert "names" not in capsys.readouterr().out
+    copy = shutil.copytree(base, tmp_path / "copy")
+    dpo.run(config("dpo", tmp_path / "other", copy, pairs, **given))
+    assert f"note: the adapter {adapter} names {base} as its base; here it is {copy}" in capsys.readouterr().out
+
+
+def test_the_estimate_of_a_second_stage(base: Path, pairs: Path, tmp_path: Path, capsys) -> None:
+    dpo.run(config("dpo", tmp_path / "run", base, pairs, lora__rank=2, **QUICK))
+    found = {}
+    for name, more in {
+        "full": {}, "lora": {"lora__rank": 2}, "saved": {"lora__rank": 2, "lora__modules_to_save": ["lm_head"]},
+    }.items():  # fmt: skip
+        path = tmp_path / f"{name}.yaml"
+        save_config(config("dpo", tmp_path / name, tmp_path / "run", pairs, **more), path)
+        capsys.readouterr()
+        assert entry.main(["estimate", str(path), "--gpus", "1", "--task", "dpo"]) == 0
+        text = capsys.readouterr().out
+        assert "10 examples of the data, tokenised" in text
+        found[name] = text
+    size = dict.fromkeys(found, 0)
+    for name, names in {"lora": [], "saved": ["lm_head"]}.items():
+        sized, _ = sizes(toy_config(), lora_rank=2, target_modules=["q_proj"], modules_to_save=names)
+        size[name] = sized.trained
+    assert size["saved"] - size["lora"] == 400 * 32
