@@ -30,6 +30,7 @@ from notus.runtime.process import STOPPED
 from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
+from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, read_model_config
@@ -238,6 +239,8 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         stack.enter_context(stop.listening())
         stack.enter_context(deterministic(training.deterministic))
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
+        if training.optimizer_dtype == "int8" and train:
+            check_torchao()
         if training.cpu_offload and device.type == "cpu":
             raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
