@@ -92,6 +92,7 @@ class ModelSize:
         reads_last: something other than the residual's sum reads the block's last product, such as a norm.
         keeps_factors: a gated MLP keeps its two factors alone, and not what the activation function gave.
         stack, stack_trained: parameters of all blocks, and those that are trained; None: all are like `block`.
+        stacked: parameters of all blocks that are experts stacked in one tensor, of which a rank holds whole experts.
     """
 
     layers: int
@@ -115,6 +116,7 @@ class ModelSize:
     keeps_factors: bool = False
     stack: int | None = None
     stack_trained: int | None = None
+    stacked: int = 0
 
     @property
     def _last(self) -> int | None:
@@ -149,6 +151,13 @@ class ModelSize:
     def experts(self) -> "tuple[Linear, ...]":
         """The products of a mixture of experts: the one before the activation function, and the last."""
         return tuple(linear for linear in self.linears if linear.experts)
+
+    def unevenly(self, ranks: int) -> int:
+        """Parameters that a rank holds beyond its even share of the experts, if their number does not divide."""
+        if not self.experts or not self.stacked:
+            return 0
+        count = self.experts[0].experts
+        return self.stacked * math.ceil(count / ranks) // count - self.stacked // ranks
 
     @property
     def parameters(self) -> int:
@@ -211,6 +220,7 @@ def _model_size(causal_lm: "PreTrainedModel", layers: int | None) -> ModelSize:
         keeps_factors=any(keeps_factors(module) for module in modules.values()),
         stack=None if layers else stack[0],
         stack_trained=None if layers else stack[1],
+        stacked=sum(each.numel() for each in blocks.parameters() if each.dim() == 3),
     )
 
 

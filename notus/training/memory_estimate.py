@@ -140,10 +140,14 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     """What is alive at each moment of a step at which memory may peak."""
     held = 0 if job.cpu_offload else 1
     share, wide = job.shard_size, BYTES[job.precision]
-    frozen = size.parameters - size.trained
-    weights = held * (4 * size.trained + wide * frozen) // share
-    gradients = held * 4 * size.trained // share
-    state = round(held * OPTIMIZER_STATES[job.optimizer] * STATE_BYTES[job.optimizer_dtype] * size.trained) // share
+    trained, frozen = size.trained // share, (size.parameters - size.trained) // share
+    if size.block_trained == size.block:
+        trained += size.unevenly(share)
+    else:
+        frozen += size.unevenly(share)
+    weights = held * (4 * trained + wide * frozen)
+    gradients = held * 4 * trained
+    state = round(held * OPTIMIZER_STATES[job.optimizer] * STATE_BYTES[job.optimizer_dtype] * trained)
     pieces = PIECES[job.optimizer, job.optimizer_dtype]
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
@@ -185,7 +189,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
         ),
         Footprint(
             "optimizer", **always, gradients=gradients,
-            optimizer_temporaries=round(held * pieces * min(PIECE, 4 * size.trained // share)),
+            optimizer_temporaries=round(held * pieces * min(PIECE, 4 * trained)),
         ),
     ]  # fmt: skip
 
@@ -203,7 +207,9 @@ def kept_per_block(size: ModelSize, job: Job) -> int:
 
 def _kept_products(size: ModelSize, job: Job) -> tuple[Linear, ...]:
     """The layers whose output checkpointing keeps, see `notus.training.activation_checkpointing`."""
-    each = {"products": size.linears, "selective": size.linears[::2]}.get(job.activation_checkpointing, ())
+    rank = max((linear.rank for linear in size.linears), default=0)
+    counted = [linear for linear in size.linears if min(linear.inputs, linear.outputs) > rank]  # a router may be small
+    each = {"products": counted, "selective": counted[::2]}.get(job.activation_checkpointing, ())
     return tuple(linear for linear in each if linear is not size.linears[-1] or size.reads_last)
 
 
@@ -286,13 +292,14 @@ def _working(size: ModelSize, job: Job) -> int:
 
 
 def _expert_gradients(size: ModelSize, job: Job) -> int:
-    """What the backward pass of a mixture has at once: gradients of its products' inputs and outputs, of each token's
-    copies, and of the experts' weights."""
+    """What the backward pass of a mixture has at once, of each token's copies and of the experts' last weights.
+
+    Gradients of the last product's input, and either of its output or of what goes into the activation function.
+    """
     first, last = size.experts
-    wide = BYTES[job.precision]
-    rows = job.tokens_per_row * wide * (size.hidden + last.gives + last.reads + first.gives)
-    trained = size.block_trained == size.block
-    return rows + (wide * last.experts * (last.inputs * last.outputs + first.inputs * first.outputs) if trained else 0)
+    rows = job.tokens_per_row * (size.hidden + last.reads + max(last.gives, first.gives))
+    weights = last.experts * last.inputs * last.outputs if size.block_trained == size.block else 0
+    return BYTES[job.precision] * (rows + weights)
 
 
 def _taken_over(size: ModelSize, job: Job) -> int:
