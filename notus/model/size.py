@@ -139,7 +139,9 @@ class ModelSize:
         if self._last is None or self._last == 0:
             return ()
         fitting, place = (self.inner, 2 * self.inner), self._last
-        before = [each for each in self.linears[max(0, place - 2) : place] if each.source == self.linears[place - 1].source]
+        before = [
+            each for each in self.linears[max(0, place - 2) : place] if each.source == self.linears[place - 1].source
+        ]
         return tuple(linear for linear in before if linear.outputs in fitting)
 
     @property

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from notus.model.lora import LoRALinear
+from notus.model.routers import disable_router_noise
 
 # The policy takes its log-probs from hidden states and head alone, and its attention is plain softmax(QKᵀ).
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -115,10 +116,12 @@ def _class_obstacle(config: PreTrainedConfig) -> str | None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of the base model to 0, in its modules; leave LoRA's and the config alone.
+    """Set every dropout rate of the base model to 0, in its modules, and switch off routers' noise; leave LoRA's and
+    the config alone.
 
     The reference log-probs hold for the policy at step 0 only if both are computed without dropout.
     """
+    disable_router_noise(model)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             continue

@@ -39,7 +39,13 @@ OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
 BYTES = {"bf16": 2, "fp32": 4}
 STATE_BYTES = {**BYTES, "int8": 1 + 4 / BLOCK}  # a code, and its share of a block's scale
 PIECE = 4 * CHUNK["cuda"]  # bytes of an update's piece, and how many of them it takes: see `notus.training.optimizers`
-PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 2.5, ("adamw", "fp32"): 0, ("adamw", "bf16"): 3, ("adamw", "int8"): 2.5}
+PIECES = {
+    ("rmsprop", "fp32"): 1,
+    ("rmsprop", "bf16"): 2.5,
+    ("adamw", "fp32"): 0,
+    ("adamw", "bf16"): 3,
+    ("adamw", "int8"): 2.5,
+}
 # An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
 RUNTIME_MARGIN = 3 * 2**30
 GIB = 2**30

@@ -22,6 +22,7 @@ from notus.model.export import export_adapter, export_model, load_tokenizer, rea
 from notus.model.fused import rounding
 from notus.model.load import resolve_model_folder, weights_digest
 from notus.model.policy import Policy
+from notus.model.routers import asks_for_own_loss, check_routers
 from notus.model.supported import check_context
 from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
@@ -266,10 +267,24 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         yield job
 
 
+def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
+    """Raise ValueError if training.router_aux_loss_coef cannot apply; say if the model's own router loss does not."""
+    coefficient = config.training.router_aux_loss_coef
+    if coefficient:
+        check_routers(model_config, trust_remote_code=config.model.trust_remote_code)
+    if asks_for_own_loss(model_config):
+        distributed.say(
+            "the model's config sets output_router_logits: its own router loss is not added, "
+            f"training.router_aux_loss_coef={coefficient:g} is"
+        )
+
+
 def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
     training, model = config.training, config.model
     model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
     model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
+    if train:
+        _check_router_loss(config, model_config)
     tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
     check_vocabulary(tokenizer, model_config.vocab_size)
     inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
