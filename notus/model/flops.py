@@ -17,7 +17,6 @@ import re
 from typing import TYPE_CHECKING
 
 import numpy as np
-
 from torch import nn
 
 from notus.model.size import active_shares, attention_widths, is_matrix
@@ -49,10 +48,10 @@ class Dimensions:
 def dimensions(causal_lm: "PreTrainedModel") -> Dimensions:
     """Of any transformers causal LM, sharded or not, on whatever device; of a multimodal one, its text part.
 
-    Every parameter with two dimensions or more is a matrix that tokens are multiplied with, but for embeddings: those of
-    linear layers and convolutions, routers, and experts, which are one parameter of three dimensions. One that several
-    blocks share counts for each. What state-space models and linear attention compute in their recurrence, which is
-    no matrix product and small beside the projections, is left out.
+    Every parameter with two dimensions or more is a matrix that tokens are multiplied with, but for embeddings: those
+    of linear layers and convolutions, routers, and experts, which are one parameter of three dimensions. One that
+    several blocks share counts for each. What state-space models and linear attention compute in their recurrence,
+    which is small beside the projections, is left out.
     """
     decoder, head = decoder_of(causal_lm), causal_lm.get_output_embeddings()
     shares, weights = active_shares(decoder, text_config(causal_lm.config)), 0.0

@@ -1,13 +1,14 @@
 """Routers of mixtures of experts: the loss that balances their experts, and the noise that is switched off.
 
-The loss of an example, over its T tokens (the trunk once) and the E experts of a layer, of which each token is sent to k
-(Switch Transformer, arXiv 2101.03961, equations 4 to 6; sequence by sequence as in DeepSeek-V2, arXiv 2405.04434):
+The loss of an example, over its T tokens (the trunk once) and the E experts of a layer, of which each token is sent to
+k (Switch Transformer, arXiv 2101.03961, equations 4 to 6; sequence by sequence as in DeepSeek-V2, arXiv 2405.04434):
 
     L = E * sum over i of f_i P_i,    f_i = tokens sent to expert i / T,    P_i = mean probability of expert i
 
 averaged over the layers, and over the step's examples. It is k where experts are used evenly. f is counted, so the
-gradient goes through P. A batch's loss in transformers (`load_balancing_loss_func`) is the same function of the tokens of
-all its sequences together; taken example by example, it depends neither on what is packed together nor on the ranks.
+gradient goes through P. transformers' `load_balancing_loss_func` is the same for one sequence and one layer; it takes
+all tokens of a batch, and those of all layers, together. Taken example by example, the loss depends neither on what is
+packed together nor on the ranks; taken layer by layer, one layer's imbalance does not hide another's.
 """
 
 import contextlib

@@ -388,7 +388,7 @@ def active_shares(decoder: "nn.Module", config: Any) -> dict[str, float]:
         decoder: a text decoder.
         config: its configuration.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, module in decoder.named_modules(remove_duplicate=False):
         count = expert_count(name, module)
         if count:
@@ -407,8 +407,9 @@ def expert_count(name: str, module: "nn.Module") -> int:
     count = getattr(module, "num_experts", None) or (own[0].shape[0] if own else 0)
     if any(each.dim() == 3 and each.shape[0] == count > 1 for each in own) and not isinstance(module, nn.Conv1d):
         return int(count)
-    stacked = "expert" in type(module).__name__.lower() and getattr(module, "moe_num_experts", 0)
-    return int(stacked) if own and own[0].dim() == 2 else 0
+    if own and own[0].dim() == 2 and "expert" in type(module).__name__.lower():  # stacked in the first dimension
+        return int(getattr(module, "moe_num_experts", 0))
+    return 0
 
 
 def _top_k(name: str, decoder: "nn.Module", config: Any) -> int:

@@ -33,7 +33,6 @@ from notus.training.throughput import Meter
 from notus.training.tracking import Tracker
 from notus.training.warnings import Guard, Guards
 
-
 _ROUTER_SUMS = 2  # behind the task's: the routers' loss, and of how many examples
 
 

@@ -20,10 +20,10 @@ from notus.training.activation_checkpointing import MODES, checkpointed
 SHAPE = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "tie_word_embeddings": False,
-    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 40, "pad_token_id": None, "sliding_window": None, "first_k_dense_replace": 1,
-    "n_group": 1, "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "pad_token_id": None, "sliding_window": None,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
 }  # fmt: skip
 FAMILIES = ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Phimoe", "FlexOlmo"]
 
@@ -159,5 +159,5 @@ def test_routers_choose_in_training_as_in_evaluation(kind: str, noise: dict[str,
 def test_models_without_such_routers_are_refused() -> None:
     with pytest.raises(ValueError, match="router_aux_loss_coef has no effect: MistralForCausalLM has no routers"):
         check_routers(transformers.MistralConfig(num_hidden_layers=1))
-    with pytest.raises(ValueError, match="DeepseekV3TopkRouter.*balanced by a bias"):
+    with pytest.raises(ValueError, match=r"DeepseekV3TopkRouter.*balanced by a bias"):
         check_routers(toy_mixture("DeepseekV3").config)
