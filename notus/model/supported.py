@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from notus.model.lora import LoRALinear
+from notus.model.routers import disable_router_noise
 from notus.model.structure import text_config
 
 # How configs name the number of positions. transformers' own all answer to the first name.
@@ -71,6 +72,7 @@ def disable_dropout(model: nn.Module) -> None:
 
     The reference log-probs hold for the policy at step 0 only if both are computed without dropout.
     """
+    disable_router_noise(model)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             continue
