@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import MistralConfig
 
 from common import GIB, markdown
-from estimator import CPU, ROWS, SHAPES, fake_world, packed_row, run_row, size_of
+from estimator import CPU, ROWS, SHAPES, Case, fake_world, packed_row, run_row, size_of
 from notus.estimate.plan import Setting, job_of, moved_bytes
 from notus.model.flops import GPU, LINK_EFFICIENCY
 from notus.model.size import ModelSize
@@ -88,7 +88,7 @@ def order(events: list[Event]) -> str:
 
 def counted(shape: str) -> list[str]:
     """The count beside the estimate."""
-    size, lines = size_of(MistralConfig(**SHAPES[shape]), 0), []
+    size, lines = size_of(MistralConfig(**SHAPES[shape]), Case(0, "none", "rmsprop")), []
     for rows in (1, 2):
         events = count(shape, rows=rows)
         gathers, reduces = ([event.size for event in events if event.kind == kind] for kind in ("gather", "reduce"))

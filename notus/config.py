@@ -111,8 +111,8 @@ class ModelConfig:
     """A LoRA adapter (this project's or PEFT's) of the model. It is merged into the model before anything else, unless
     `lora.continue` trains it further. The reference has it, too."""
     quantization: Literal["nf4"] | None = None
-    """"nf4": keep the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314). Needs LoRA, and
-    `pip install "notus-dpo[quantization]"`. null: no quantization."""
+    """"nf4": keep the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314). Needs LoRA.
+    null: no quantization."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -277,8 +277,8 @@ class LoraConfig:
     """Names of modules that are trained in full beside the adapters, such as `embed_tokens` and `lm_head`, and saved
     with them."""
     continue_: bool = False
-    """Train the adapter of `model.adapter` further, in place of a new one. Its rank, alpha and targets must be these.
-    The reference is the model with that adapter."""
+    """Train the adapter of `model.adapter`, or of a run in `model.name_or_path`, further, in place of a new one. Its
+    rank, alpha and targets must be these. The reference is the model with that adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -423,12 +423,12 @@ def _without_effect(name: str, section: Any, why: str, keys: tuple[str, ...] | N
 
 def _model_conflicts(config: Config) -> Iterator[Invalid]:
     model, training = config.model, config.training
-    if config.lora.continue_ and model.adapter is None:
-        yield Invalid("lora.continue", "has no effect without model.adapter: name the adapter to train further")
     if model.quantization and config.lora.rank == 0:
         yield Invalid("model.quantization", "needs adapters, since quantized weights are not trained: set lora.rank")
     if model.path == "plain" and training.compile:
         yield Invalid("training.compile", "has no effect with model.path 'plain': remove it")
+    if training.router_aux_loss_coef and training.compile:
+        yield Invalid("training.router_aux_loss_coef", "reads routers between operations: set training.compile=false")
     if training.optimizer_dtype == "int8" and training.optimizer != "adamw":
         yield Invalid("training.optimizer_dtype", "'int8' is for AdamW: set training.optimizer=adamw, or take bf16")
 

@@ -6,8 +6,9 @@ and compares them, and only then the folder gets its name.
 
 import copy
 import datetime
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,25 +28,36 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from notus.model.buffers import rebuild_attributes
+from notus.model.conversion import Stored, plan_export, write_code
 from notus.model.load import (
     INDEX,
     WEIGHTS,
+    check_dtypes,
+    converted_rows,
     find_folder,
+    match_tensors,
+    open_tensors,
     resolve_model_folder,
     stored_tensors,
     weight_files,
     write_json,
 )
-from notus.model.lora import inject_lora, lora_layers, merge_lora
+from notus.model.lora import lora_layers
+from notus.model.make import auto_class_of, forget_attention, read_config
+from notus.model.new_tokens import grow
 from notus.model.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    Adapter,
     adapter_settings,
     adapter_tensors,
-    load_adapter,
-    read_adapter_settings,
+    merge_adapter,
+    read_adapter,
+    stacked,
 )
-from notus.model.sharded_tensors import gather, is_rank_zero, local_rows
+from notus.model.sharded_tensors import gather, is_rank_zero, local, local_rows
+from notus.model.structure import text_config
 from notus.model.usage import (
     ends_of,
     generation_config_to_write,
@@ -75,11 +86,13 @@ def export_model(
 ) -> None:
     """Write a Hugging Face folder: weights in `dtype`, config, tokenizer and generation config. All ranks call this.
 
-    Rank 0 gathers the tensors of one file at a time (at most `max_shard_bytes`), so no rank ever holds the model. Tied
-    tensors are stored once. Without `generation_config`, that of `causal_lm` is written. Both configs also name the
-    tokenizer's EOS, at which training teaches to stop. `plain_text`: the model learned plain text only, so a string
-    prompt is not a user's turn, although the tokenizer may have a chat template. An earlier export in `folder` is
-    replaced, whole. FSDP modules must be resharded before.
+    Rank 0 gathers the tensors of one file at a time (at most `max_shard_bytes`, or the tensors that have to be
+    converted together, such as a layer's experts), so no rank ever holds the model. The names are the published ones,
+    as `save_pretrained` writes them, and what transformers keeps in fp32 stays fp32. Tied tensors are stored once.
+    Without `generation_config`, that of `causal_lm` is written. Both configs also name the tokenizer's EOS, at which
+    training teaches to stop. `plain_text`: the model learned plain text only, so a string prompt is not a user's turn,
+    although the tokenizer may have a chat template. An earlier export in `folder` is replaced, whole. FSDP modules
+    must be resharded before.
 
     Raises:
         ValueError: `folder` holds something other than a model, the model has LoRA layers, or what was read back
@@ -88,33 +101,55 @@ def export_model(
     """
     if lora_layers(causal_lm):
         raise ValueError("the model has LoRA layers: export its adapter, or merge it into the base first")
-    tensors = stored_tensors(causal_lm)
+    tensors = _published_tensors(causal_lm)
     kinds = {isinstance(tensor, DTensor) for tensor in tensors.values() if isinstance(tensor, nn.Parameter)}
     assert len(kinds) == 1, "some parameters are gathered in the dtype of the computation: reshard first"
-    sizes = {name: _stored_bytes(tensor, dtype) for name, tensor in tensors.items()}
-    files = _plan_files(sizes, max_shard_bytes)
+    dtypes = _export_dtypes(causal_lm, tensors, dtype)
+    files = _plan_files(plan_export(causal_lm, tensors, dtypes), max_shard_bytes)
     new = NewFolder(folder, markers={"config.json", ADAPTER_CONFIG})
-    for file, names in files.items():
-        new.write_gathered(file, {name: tensors[name] for name in names}, dtype)
+    for file, parts in files.items():
+        new.write_published(file, parts, causal_lm, tensors, dtypes)
+    config = _config_to_write(hf_config, causal_lm, dtype, tokenizer)
 
     def write_rest(partial: Path) -> None:
         if len(files) > 1:
-            weight_map = {name: file for file, names in files.items() for name in names}
-            write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-        _config_to_write(hf_config, causal_lm, dtype, tokenizer).save_pretrained(partial)
+            weight_map = {name: file for file, parts in files.items() for part in parts for name in part.sizes}
+            total = sum(size for parts in files.values() for part in parts for size in part.sizes.values())
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_code(causal_lm, partial, config)
+        config.save_pretrained(partial)
         own = generation_config or causal_lm.generation_config
-        write_generation_config(generation_config_to_write(own, hf_config, tokenizer), partial)
+        write_generation_config(generation_config_to_write(own, text_config(hf_config), tokenizer), partial)
         _write_usage(tokenizer, partial, plain_text)
 
     def check(partial: Path) -> None:
-        if [path.name for path in weight_files(partial)] != sorted(files):
+        paths = weight_files(partial)
+        if [path.name for path in paths] != sorted(files):
             raise _not_as_written(partial / INDEX, "weight_map")
-        for file, names in files.items():
-            check_tensors(partial / file, {name: tensors[name] for name in names}, dtype)
-        _check_loads(partial, tokenizer, hf_config)
+        _check_weights(partial, paths, causal_lm, tensors, dtypes)
+        _check_loads(partial, tokenizer, config)
 
     new.write(write_rest)
     new.publish(check)
+
+
+def _published_tensors(causal_lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor of a model by its name, without those that transformers leaves out of files and computes anew."""
+    left_out = set(causal_lm._keys_to_ignore_on_save or [])
+    return {name: tensor for name, tensor in stored_tensors(causal_lm).items() if name not in left_out}
+
+
+def _export_dtypes(
+    causal_lm: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Name -> the dtype to store: `dtype`, but for what transformers keeps in fp32 and what is no floating point."""
+    plan = causal_lm._get_dtype_plan(dtype)
+    kept = re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in plan)) if plan else None
+    found = {}
+    for name, tensor in tensors.items():
+        wide = torch.float32 if kept is not None and kept.search(name) else dtype
+        found[name] = wide if tensor.is_floating_point() else tensor.dtype
+    return found
 
 
 def export_adapter(
@@ -125,8 +160,12 @@ def export_adapter(
     tokenizer: PreTrainedTokenizerBase,
     generation_config: GenerationConfig | None = None,
     plain_text: bool = False,
+    below: Adapter | None = None,
 ) -> None:
     """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. All ranks call this.
+
+    With them goes what is trained in full beside them. `below` is an adapter that was merged into the base before: what
+    is written is both together, as one adapter of the base without it, see `stacked`.
 
     The base is recorded under the given name, a local folder under its absolute path. `generation_config` and
     `plain_text` are as in `export_model`. PEFT and transformers generate by the generation config of the base, not by
@@ -137,12 +176,18 @@ def export_adapter(
         OSError: the disk fails; both on every rank.
     """
     base = Path(base_model_name_or_path).expanduser()
-    settings = adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
-    tensors = adapter_tensors(causal_lm)
+    name = str(base.resolve()) if base.is_dir() else base_model_name_or_path
+    if below is None:
+        settings, tensors = adapter_settings(causal_lm, name), adapter_tensors(causal_lm)
+        full = gather(tensors, torch.float32)
+    else:
+        settings, full = stacked(causal_lm, below, base=name)
+        tensors = full
     of_base = generation_config or causal_lm.generation_config
     generation = generation_config_to_write(of_base, causal_lm.config, tokenizer)
     new = NewFolder(folder, markers={ADAPTER_CONFIG})
-    new.write_gathered(ADAPTER_WEIGHTS, tensors, torch.float32)
+    # a tied tensor, which PEFT has under two names, must not lie in one place
+    new.write(lambda partial: write_tensors(partial / ADAPTER_WEIGHTS, {key: full[key].clone() for key in full}))
 
     def write_rest(partial: Path) -> None:
         write_json(partial / ADAPTER_CONFIG, settings)
@@ -150,9 +195,10 @@ def export_adapter(
         _write_usage(tokenizer, partial, plain_text)
 
     def check(partial: Path) -> None:
-        check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
+        if tensors:  # of a stacked adapter, the first rank alone has them
+            check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
         _check_loads(partial, tokenizer)
-        read_adapter_settings(partial)
+        read_adapter(partial)
 
     new.write(write_rest)
     new.publish(check)
@@ -177,31 +223,33 @@ def _unknown_end(tokenizer: PreTrainedTokenizerBase, ends: object, folder: str |
     )
 
 
-def _stored_bytes(tensor: Tensor, dtype: torch.dtype) -> int:
-    return tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-
-
-def _plan_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in order; a file holds at most `limit` bytes, or one larger tensor."""
-    groups: list[list[str]] = [[]]
+def _plan_files(parts: list[Stored], limit: int) -> dict[str, list[Stored]]:
+    """File name -> what it holds, in order: at most `limit` bytes, or one larger part."""
+    groups: list[list[Stored]] = [[]]
     filled = 0
-    for name, size in sizes.items():
+    for part in parts:
+        size = sum(part.sizes.values())
         if groups[-1] and filled + size > limit:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
+        groups[-1].append(part)
         filled += size
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": each for i, each in enumerate(groups, 1)}
 
 
 def _config_to_write(
     config: PreTrainedConfig, causal_lm: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    config.dtype = dtype
-    config.eos_token_id = with_learned_end(ends_of(None, config), tokenizer)
+    """The configuration of what is written: of the model, where that is the language part of a larger one alone."""
+    whole = type(causal_lm.config) is type(config)
+    config = copy.deepcopy(config if whole else causal_lm.config)
+    forget_attention(config)
+    for each in {id(part): part for part in (config, text_config(config))}.values():
+        each.dtype = dtype
+        if each is text_config(config) or getattr(each, "eos_token_id", None) is not None:
+            each.eos_token_id = with_learned_end(ends_of(None, each), tokenizer)
     # FSDP puts a class of its own in front of a module that it manages.
     classes = type(causal_lm).__mro__
     config.architectures = [next(base.__name__ for base in classes if not issubclass(base, FSDPModule))]
@@ -246,6 +294,24 @@ class NewFolder:
         """Gather the tensors, cast to `dtype`, and write them as a safetensors file."""
         full = gather(tensors, dtype)
         self.write(lambda partial: write_tensors(partial / file, full))
+
+    def write_published(
+        self,
+        file: str,
+        parts: Sequence[Stored],
+        causal_lm: PreTrainedModel,
+        tensors: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        """Gather parts of a model, one by one, convert them to what is published, and write that as one file."""
+        published: dict[str, Tensor] = {}
+        for part in parts:
+            full: dict[str, Tensor] = {}
+            for name in part.names:
+                full |= gather({name: tensors[name]}, dtypes[name])
+            if is_rank_zero():
+                published |= part.publish(causal_lm, full)
+        self.write(lambda partial: write_tensors(partial / file, published))
 
     def publish(self, check: Callable[[Path], None] | None = None) -> None:
         """Give the folder its name; or raise on every rank what failed on one of them, and change nothing.
@@ -329,17 +395,46 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype)
         raise _not_as_written(path, differing[0])
 
 
-@torch.no_grad()
+def _check_weights(
+    folder: Path,
+    paths: list[Path],
+    causal_lm: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
+    """Load a written folder as `load_weights` does, and compare with the model, bit by bit; each rank its own rows.
+
+    Raises:
+        ValueError: naming the file, and a tensor that differs.
+    """
+    try:
+        with open_tensors(paths) as found:
+            match = match_tensors(causal_lm, found, folder)
+            names = {id(tensor): name for name, tensor in tensors.items()}
+            for key, tensor in match.direct.items():
+                if not _same(tensor, found[key][1].get_slice(key), dtypes[names[id(tensor)]]):
+                    raise _not_as_written(found[key][0], key)
+            for conversion in match.conversions:
+                for name, rows in converted_rows(conversion, causal_lm, match.targets, found).items():
+                    if not _same_rows(match.targets[name], rows, dtypes[name]):
+                        raise _not_as_written(found[conversion.keys[0]][0], name)
+    except (SafetensorError, OSError) as error:
+        raise _not_as_written(folder, f"it cannot be read ({error})") from error
+
+
 def _same(tensor: Tensor, source: Any, dtype: torch.dtype) -> bool:
     """Whether this rank's rows of a safetensors slice are those of `tensor`, to the bit."""
     if list(source.get_shape()) != list(tensor.shape):
         return False
     start, stop = local_rows(tensor) if tensor.dim() else (0, 1)
-    if start == stop:
-        return True
-    mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return start == stop or _same_rows(tensor, source[start:stop] if tensor.dim() else source[...], dtype)
+
+
+@torch.no_grad()
+def _same_rows(tensor: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
+    """Whether this rank's rows of `tensor` are those that were found in a file, to the bit."""
+    mine = local(tensor)
     expected = (mine.to(dtype) if mine.is_floating_point() else mine).cpu()
-    found = source[start:stop] if tensor.dim() else source[...]
     # As bytes, since not-a-number is unequal to itself, and -0.0 equal to 0.0.
     return found.dtype == expected.dtype and torch.equal(_bytes(found), _bytes(expected))
 
@@ -358,7 +453,8 @@ def _check_loads(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTr
         return
     if config is not None:
         again = _load(folder, type(config))
-        if (again.model_type, again.vocab_size) != (config.model_type, config.vocab_size):
+        sizes = [text_config(each).vocab_size for each in (again, config)]
+        if again.model_type != config.model_type or sizes[0] != sizes[1]:
             raise _not_as_written(folder / "config.json", "model_type or vocab_size")
     custom = not type(tokenizer).__module__.startswith("transformers.") or "auto_map" in tokenizer.init_kwargs
     differing = tokenizer_difference(tokenizer, _load(folder, type(tokenizer) if custom else AutoTokenizer))
@@ -408,9 +504,11 @@ def _is_model(folder: Path) -> bool:
 def _load_full(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     weight_files(folder)  # refuses what is no safetensors, and an index that leads out of the folder
     disable_progress_bar()  # transformers shows one per model, of file handles: over before it can be read
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class_of(config, trust_remote_code=trust_remote_code).from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -422,23 +520,17 @@ def _load_full(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Pre
     absent = sorted(report["missing_keys"])
     if absent:  # transformers makes up values for these, with a warning
         raise ValueError(f"{folder}: the weights lack {absent[0]}; do they belong to this config.json?")
+    if getattr(causal_lm, "hf_quantizer", None) is None:
+        check_dtypes(causal_lm, folder)
+    rebuild_attributes(causal_lm, "cpu")
     return causal_lm
 
 
 def _load_merged(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    settings = read_adapter_settings(folder)
-    base = resolve_model_folder(settings["base_model_name_or_path"])
-    causal_lm = _load_full(base, dtype, trust_remote_code)
-    inject_lora(
-        causal_lm,
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
-        dropout=settings["lora_dropout"],
-        target_modules=settings["target_modules"],
-        rslora=settings["use_rslora"],
-    )
-    load_adapter(causal_lm, folder)
-    merge_lora(causal_lm)
+    adapter = read_adapter(folder)
+    causal_lm = _load_full(resolve_model_folder(adapter.base), dtype, trust_remote_code)
+    grow(causal_lm, adapter.vocabulary)
+    merge_adapter(causal_lm, adapter)
     return causal_lm
 
 

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from notus.data.packing import Batch, Example, collate
-from notus.model.attention import IMPLEMENTATION
+from notus.model.attention import IMPLEMENTATION, recorded_calls
 from notus.model.check_config import explained
 from notus.model.fused import fuse
+from notus.model.make import make_model
 from notus.model.plain import PlainPolicy
 from notus.model.policy import Policy
 from notus.model.structure import blocks_of, text_config
@@ -194,7 +195,10 @@ class _Trial:
         try:
             policy = build()
             policy.train()
-            found = _outcome(policy, self._batch)
+            with recorded_calls() as calls:
+                found = _outcome(policy, self._batch)
+            if policy.path == "packed":
+                _check_called(policy, set(calls))
         except Exception as error:  # a model's code may stumble over what it was not written for in any way
             return _in_words(error)
         return _difference(found, self._expected)
@@ -212,10 +216,7 @@ def new_model(
 ) -> PreTrainedModel:
     """Return a transformers causal LM without weights of its own, on a device, which may be "meta"."""
     with torch.device(device):
-        causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust
-        )
-    return causal_lm
+        return make_model(config, trust_remote_code=trust, attn_implementation=attention, dtype=dtype)
 
 
 def _row(vocabulary: int) -> Batch:
@@ -236,6 +237,13 @@ def _outcome(policy: Policy, batch: Batch) -> Outcome:
     (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
     gradients = {name: each.grad for name, each in policy.named_parameters() if each.grad is not None}
     return Outcome(logps.detach(), gradients)
+
+
+def _check_called(policy: Policy, calls: set[nn.Module]) -> None:
+    """Raise ValueError for a block in which nothing called the packed attention, so that it may mix what is packed."""
+    for number, block in enumerate(policy.blocks):
+        if not calls & set(block.modules()):
+            raise ValueError(f"block {number} ({type(block).__name__}) does not attend through packed attention")
 
 
 def _in_words(error: Exception) -> str:

@@ -11,6 +11,9 @@ end by adding it to the residual. The two products of a LoRA adapter are compute
 / width of the layer's own product, while their output would take as much memory. With LoRA, a product with a matrix of
 at most its rank is taken for an adapter's.
 
+A mixture of experts has two products for all experts together (grouped, or a product with a vector for each token's
+copy), after its router's. Its order of tokens is found again, from the same numbers.
+
 `torch.utils.checkpoint` recomputes; which values it finds kept is decided by two dispatch modes of our own. Torch's own
 selective checkpointing keeps an output as it is in memory, so that an in-place operation on it (`clamp_` after a
 projection, as OLMo has with `clip_qkv`) changes the kept value as well, without an error, and the recomputation applies
@@ -30,9 +33,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from notus.model.lora import lora_layers
+from notus.model.quantization import quantized_layers
 
 MODES = ("none", "products", "selective", "full")  # the faster ones first
 PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+# Of a mixture's experts, by name: not every build has all of them. The second argument holds the weights.
+EXPERT_PRODUCTS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 # By name, since not every build has all of them. All that compute attention with a backward pass of its own.
 ATTENTION = frozenset(
     {
@@ -42,6 +48,8 @@ ATTENTION = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "notus::packed_attention",
+        "notus::plain_attention",
+        "notus::sink_attention",
     }
 )
 # Operations whose backward pass reads none of their inputs: after its last product, a block may have these alone.
@@ -68,7 +76,7 @@ def checkpointed(block: nn.Module, mode: str, *, compiled: bool = False) -> Call
         # Adapters alone draw random numbers; to keep a generator's state costs a copy, on a GPU a host sync.
         "preserve_rng_state": any(layer.dropout > 0 for layer in layers),
     }
-    if mode != "full":
+    if mode != "full" or (quantized_layers(block) and not compiled):  # see `_Reuse`
         rank = max((layer.rank for layer in layers), default=0)
         # As digits, since the compiler would take a number for a symbol.
         options["context_fn"] = functools.partial(_compiled_contexts if compiled else _contexts, mode, str(rank))
@@ -103,14 +111,19 @@ class _InputKept:
 
 def _what(op: Any, args: tuple[Any, ...], adapter_rank: str) -> str | None:
     """ "product" or "attention" for an operation whose output may be kept, else None."""
-    if op in PRODUCTS:  # a product with a matrix of at most this rank is an adapter's; 0: there are none
-        return "product" if min(args[-1].shape) > int(adapter_rank) else None
-    return "attention" if getattr(op, "name", str)().partition(".")[0] in ATTENTION else None
+    if op is torch.ops.notus.quantized_linear.default:  # the product is within
+        return "product"
+    name = getattr(op, "name", str)().partition(".")[0]
+    if op in PRODUCTS or name in EXPERT_PRODUCTS or (name == "aten::bmm" and args[1].shape[-1] == 1):
+        factor = args[0] if name == "aten::bmm" else args[1] if name in EXPERT_PRODUCTS else args[-1]
+        # a product with a matrix of at most this rank is an adapter's; 0: there are none
+        return "product" if min(factor.shape[-2:]) > int(adapter_rank) else None
+    return "attention" if name in ATTENTION else None
 
 
 def _keeps(mode: str, what: str, number: int) -> bool:
     """Whether the product of this number, counted from 1, or an attention, is kept."""
-    return what == "attention" or mode == "products" or number % 2 == 1
+    return mode != "full" and (what == "attention" or mode == "products" or number % 2 == 1)
 
 
 class _Kept:
@@ -119,6 +132,7 @@ class _Kept:
     def __init__(self, mode: str, adapter_rank: str) -> None:
         self.mode, self.adapter_rank = mode, adapter_rank
         self.values: dict[int, Any] = {}
+        self.unread: int | None = None  # the place of the block's last product, if no backward pass reads its value
 
 
 class _Keep(TorchDispatchMode):
@@ -162,12 +176,18 @@ class _Keep(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._kept.unread = self._unread
         if self._unread is not None:
             self._kept.values.pop(self._unread, None)
 
 
 class _Reuse(TorchDispatchMode):
-    """Hands out the kept values during the recomputation, each once; computes what was not kept."""
+    """Hands out the kept values during the recomputation, each once; computes what was not kept.
+
+    The recomputation ends as soon as autograd has all that it keeps. A plain product hands over what it keeps before it
+    computes, one with weights in 4 bits afterwards, as every operator that is written in Python: if nobody reads the
+    last one's value, it is not computed.
+    """
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()
@@ -178,6 +198,8 @@ class _Reuse(TorchDispatchMode):
         if _what(op, args, self._kept.adapter_rank) is None:
             return op(*args, **(kwargs or {}))
         place, self._place = self._place, self._place + 1
+        if place == self._kept.unread and op is torch.ops.notus.quantized_linear.default:
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[0])
         return self._kept.values.pop(place) if place in self._kept.values else op(*args, **(kwargs or {}))
 
 

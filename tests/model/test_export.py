@@ -1,6 +1,9 @@
 """Export: what is written is what transformers and PEFT load; folders appear whole; adapters come back."""
 
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from notus.model import export
 from notus.model.export import export_adapter, export_model, load_causal_lm, load_tokenizer, read_generation_config
 from notus.model.load import load_weights, materialise, resolve_model_folder, weight_files
 from notus.model.lora import LoRALinear, init_lora, inject_lora, lora_layers
+from notus.model.make import make_model, read_config
 from notus.model.peft_format import load_adapter
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
@@ -197,10 +201,10 @@ def test_an_adapter_comes_back_into_an_injected_model(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 2}, "adapter: r is 3 in the adapter, 2 in the model"),
-        ({"alpha": 12}, "lora_alpha is 6 in the adapter, 12 in the model"),
-        ({"rslora": True}, "use_rslora is False in the adapter, True"),
-        ({"target_modules": ["q_proj"]}, r"target_modules is \['q_proj', 'up_proj'\] in the adapter, \['q_proj'\]"),
+        ({"rank": 2}, r"adapter: cannot be .*: lora\.rank is 2, but 3 in the adapter: set lora\.rank=3"),
+        ({"alpha": 12}, r"lora\.alpha is 12, but 6 in the adapter: set lora\.alpha=6"),
+        ({"rslora": True}, r"lora\.rslora is true, but false in the adapter: set lora\.rslora=false"),
+        ({"target_modules": ["q_proj"]}, r"does not name its layers: set lora\.target_modules=\[q_proj, up_proj\]"),
     ],
 )
 def test_an_adapter_of_other_settings_is_refused(tmp_path, change, message):
@@ -224,7 +228,17 @@ def test_adapters_that_do_not_fit_are_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"up_proj\.lora_A\.weight has shape \[3, 31\], the model needs \[3, 32\]"):
         load_adapter(model, folder)
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, weights)
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not both it and the model have .*lora_A"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .*layers\.0\.mlp\.up_proj has no lora_A"):
+        load_adapter(model, folder)
+    without = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.up_proj" not in name}
+    save_file(without, weights)
+    with pytest.raises(ValueError, match=r"it does not adapt the layer model\.layers\.0\.mlp\.up_proj"):
+        load_adapter(model, folder)
+    save_file({name: torch.ones(4, *tensor.shape[1:]) for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ValueError, match=r"has A \[4, 32\] and B .* but adapter_config\.json says rank 3"):
+        load_adapter(model, folder)
+    save_file({**tensors, key.replace("lora_A", "lora_magnitude_vector"): torch.ones(3)}, weights)
+    with pytest.raises(ValueError, match=r"lora_magnitude_vector\.weight is no part of a plain LoRA adapter"):
         load_adapter(model, folder)
     weights.write_bytes(b"")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
@@ -235,10 +249,14 @@ def test_adapters_that_do_not_fit_are_one_clear_error(tmp_path):
     ("setting", "message"),
     [
         ({"use_dora": True}, "only plain LoRA adapters are supported; this one sets use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "this one sets modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "no weights of lm_head, which adapter_config.json names in modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "this one sets init_lora_weights='pissa'"),
+        ({"alora_invocation_tokens": [3]}, "this one sets alora_invocation_tokens"),
+        ({"lora_bias": True}, "this one sets lora_bias"),
+        ({"trainable_token_indices": [3]}, "this one sets trainable_token_indices"),
+        ({"of_the_future": True}, "this one sets of_the_future"),
         ({"peft_type": "IA3"}, "this one sets peft_type or bias"),
         ({"r": None}, "r is missing"),
-        ({"target_modules": ".*q_proj"}, "target_modules is a pattern"),
         ({"base_model_name_or_path": "/absent"}, "/absent: no such folder"),
     ],
 )
@@ -307,6 +325,77 @@ def test_stories_reproduce_their_golden_text(tmp_path):
     assert len(tokens) == 1 + 256
     golden = (assets / "stories260K" / "golden-greedy.txt").read_text()
     assert tokenizer.decode(tokens, skip_special_tokens=True) + "\n" == golden  # a text file's last newline
+
+
+CODE = """
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from .odd_parts import SCALE
+
+
+class OddConfig(MistralConfig):
+    model_type = "odd"
+
+
+class OddForCausalLM(MistralForCausalLM):
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = torch.arange(config.vocab_size) * SCALE
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.logits = output.logits + self.table
+        return output
+"""
+
+
+@pytest.fixture
+def code_cache(tmp_path, monkeypatch):
+    """An empty folder for the code of models, which is not the user's, and no such code in memory, before and after."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not Path(p, "transformers_modules").is_dir()])
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("code_cache")
+def test_code_that_came_with_a_model_goes_with_its_export(tmp_path):
+    base = toy_model_folder(tmp_path / "base")
+    (base / "modeling_odd.py").write_text(CODE)
+    (base / "odd_parts.py").write_text("SCALE = 0.25\n")
+    kinds = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "odd", "auto_map": kinds}))
+    config = read_config(base, trust_remote_code=True)
+    with torch.device("meta"):
+        model = make_model(config, trust_remote_code=True, attn_implementation=None, dtype=torch.float32)
+    materialise(model, "cpu")
+    load_weights(model, base)
+    expected = logits(toy_model()) + 0.25 * torch.arange(400)
+    assert torch.equal(logits(model.eval()), expected)
+    export_model(model, tmp_path / "out", hf_config=config, tokenizer=toy_tokenizer(), dtype=torch.float32)
+    shutil.rmtree(base)
+    again, _ = load_causal_lm(tmp_path / "out", **CPU, trust_remote_code=True)
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(ValueError, match=r"out/config\.json: not the configuration of a model"):
+        load_causal_lm(tmp_path / "out", **CPU)
+
+
+def test_weights_that_are_no_plain_floats_are_not_evaluated_either(tmp_path):
+    base, key = toy_model_folder(tmp_path / "base"), "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, key: tensors[key].to(torch.int8)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{key} is stored as I8, and weights must be"):
+        load_causal_lm(base, **CPU)
 
 
 def shard(causal_lm, folder):

@@ -286,11 +286,12 @@ def test_a_hub_id_is_downloaded_without_other_formats(tmp_path, monkeypatch):
     held = [
         "config.json", "model.safetensors", "pytorch_model.bin", "consolidated.safetensors", "chat_template.jinja",
         "additional_chat_templates/tool_use.jinja", "onnx/config.json", "original/model.safetensors",
-        "original/tokenizer.model", "src/code.py",
+        "original/tokenizer.model", "src/code.py", "modeling_odd.py",
     ]  # fmt: skip
     taken = filter_repo_objects(held, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"])
     assert list(taken) == [
         "config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+        "modeling_odd.py",
     ]  # fmt: skip
     assert find_folder("someone/model", weights=False) == folder
     assert "*.safetensors" in asked["ignore"]
@@ -313,6 +314,45 @@ def test_digest_follows_weights_and_computation_alone(tmp_path):
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
     assert weights_digest(folder) != digest
+
+
+def test_digest_covers_settings_of_configs_inside_the_config(tmp_path):
+    folder = toy_model_folder(tmp_path / "m")
+    edit_config(folder, text_config={"rms_norm_eps": 1e-5, "use_cache": True, "vision": {"patch": 8, "dtype": "x"}})
+    digest = weights_digest(folder)
+    edit_config(folder, text_config={"rms_norm_eps": 1e-5, "use_cache": False, "vision": {"patch": 8, "dtype": "y"}})
+    assert weights_digest(folder) == digest
+    edit_config(folder, text_config={"rms_norm_eps": 1e-5, "use_cache": True, "vision": {"patch": 9, "dtype": "x"}})
+    assert weights_digest(folder) != digest
+
+
+def test_digest_covers_code_that_comes_with_the_model(tmp_path, monkeypatch):
+    folder = toy_model_folder(tmp_path / "m")
+    bare = weights_digest(folder)
+    (folder / "modeling_odd.py").write_text("scale = 1")
+    assert weights_digest(folder) == bare  # nobody runs it
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_odd.Odd"})
+    seen = {bare, weights_digest(folder)}
+    assert weights_digest(shutil.copytree(folder, tmp_path / "copy")) in seen
+    (folder / "modeling_odd.py").write_text("scale = 2")
+    seen.add(weights_digest(folder))
+    (folder / "parts").mkdir()
+    (folder / "parts" / "head.py").write_text("scale = 1")
+    seen.add(weights_digest(folder))
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_odd.Other"})
+    seen.add(weights_digest(folder))
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "someone/code--modeling_odd.Odd"})
+    seen.add(weights_digest(folder))
+    cached = tmp_path / "cache" / "modeling_odd.py"
+    cached.parent.mkdir()
+    cached.write_text("scale = 1")
+    asked = []
+    monkeypatch.setattr(weights, "try_to_load_from_cache", lambda *args: asked.append(args) or str(cached))
+    seen.add(weights_digest(folder))
+    cached.write_text("scale = 2")
+    seen.add(weights_digest(folder))
+    assert set(asked) == {("someone/code", "modeling_odd.py")}
+    assert len(seen) == 8
 
 
 def test_digest_covers_every_block(tmp_path, monkeypatch):
@@ -387,7 +427,7 @@ def count_rows(monkeypatch):
     class Slice:
         def __init__(self, inner, key):
             self.inner, self.key = inner, key
-            self.get_shape = inner.get_shape
+            self.get_shape, self.get_dtype = inner.get_shape, inner.get_dtype
 
         def __getitem__(self, rows):
             read[self.key] = (rows.start, rows.stop)
