@@ -392,7 +392,7 @@ def _configured(config: PreTrainedConfig, sinks: bool) -> Sizes:
         num_kv_heads=groups,
         head_dim=query_dim,
         value_dim=getattr(config, "v_head_dim", None) or head_dim,
-        window=getattr(config, "sliding_window", None),
+        window=getattr(config, "sliding_window", None) or None,  # Qwen2-MoE writes 0 for none
         softcap=getattr(config, "attn_logit_softcapping", None),
         sinks=sinks,
     )

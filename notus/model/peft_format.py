@@ -435,7 +435,7 @@ def settings_of(
             {n: _number(each.alpha) for n, each in layers.items()}, _number(usual.alpha), linears
         ),
         "lora_dropout": dropout,
-        "target_modules": _short(list(layers), linears),
+        "target_modules": _short(list(layers), modules),  # also of other kinds: PEFT fails on those
         "use_rslora": usual.rslora,
         "bias": "none",
         "fan_in_fan_out": False,
