@@ -13,7 +13,7 @@ from notus.model.attention import hand_layout_on
 from notus.model.head import head_of
 from notus.model.logprobs import linear_logprobs, linear_scores
 from notus.model.lora import lora_layers
-from notus.model.structure import blocks_of, decoder_of, text_config
+from notus.model.structure import blocks_of, decoder_of
 
 
 class Policy(nn.Module):
@@ -38,7 +38,6 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm: PreTrainedModel = causal_lm
         self._head = head_of(causal_lm)
-        _check_layer_types(causal_lm)
         for block in blocks_of(causal_lm):
             hand_layout_on(block)
         self.train()
@@ -136,15 +135,6 @@ class Policy(nn.Module):
             use_cache=True,
         )
         return self._head.logits(_last_hidden(output)[:, -1]).argmax(-1)
-
-
-def _check_layer_types(causal_lm: PreTrainedModel) -> None:
-    """Refuse attention in chunks (Llama 4): no layer says so to its attention function, the mask alone has them."""
-    kinds = getattr(text_config(causal_lm.config), "layer_types", None) or []
-    if "chunked_attention" in kinds:
-        raise ValueError(
-            f"{type(causal_lm).__name__} attends in chunks, which packed attention does not know; set model.path: plain"
-        )
 
 
 def _last_hidden(output: Any) -> Tensor:
