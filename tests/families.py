@@ -822,6 +822,7 @@ VISION_LANGUAGE = [
             "supported_aspect_ratios": [[1, 1]],
             "max_num_tiles": 1,
         },
+        path="plain",
         image_token_index=399,
     ),
     _vision_language(
