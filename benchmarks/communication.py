@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import MistralConfig
 
 from common import GIB, markdown
-from estimator import CPU, ROWS, SHAPES, fake_world, packed_row, run_row, size_of
+from estimator import CPU, ROWS, SHAPES, Case, fake_world, packed_row, run_row, size_of
 from notus.estimate.plan import Setting, job_of, moved_bytes
 from notus.model.flops import GPU, LINK_EFFICIENCY
 from notus.model.size import ModelSize
+from notus.model.verify import PathChoice
 from notus.training.memory_estimate import CHECKPOINTING, RUNTIME_MARGIN, footprint
 from notus.training.parallelize import build_policy
 from projections import RECIPE, UTILISATION, need, plan_of, rate, setting_of
@@ -66,7 +67,7 @@ def count(shape: str, checkpointing: str = "none", rows: int = 1) -> list[Event]
     with fake_world(RANKS):
         policy = build_policy(
             Path("."), MistralConfig(**SHAPES[shape]), device=CPU, precision="bf16",
-            activation_checkpointing=checkpointing,
+            activation_checkpointing=checkpointing, path=PathChoice("packed"),
         )  # fmt: skip
         batch = packed_row(*ROWS[shape])
         with _Events() as events:
@@ -87,7 +88,7 @@ def order(events: list[Event]) -> str:
 
 def counted(shape: str) -> list[str]:
     """The count beside the estimate."""
-    size, lines = size_of(MistralConfig(**SHAPES[shape]), 0), []
+    size, lines = size_of(MistralConfig(**SHAPES[shape]), Case(0, "none", "rmsprop")), []
     for rows in (1, 2):
         events = count(shape, rows=rows)
         gathers, reduces = ([event.size for event in events if event.kind == kind] for kind in ("gather", "reduce"))

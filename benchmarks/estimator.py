@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import varlen
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
 
 import common  # noqa: F401  (the project's path)
@@ -41,7 +42,9 @@ from notus.model import attention
 from notus.model import load as weights
 from notus.model.flops import dimensions, visible_pairs
 from notus.model.lora import inject_lora
+from notus.model.quantization import quantize
 from notus.model.size import ModelSize, model_size
+from notus.model.verify import PathChoice
 from notus.training import optimizers, parallelize
 from notus.training.gradient_clipping import clip_gradients, local_gradients
 from notus.training.memory_estimate import CHECKPOINTING, Footprint, Job, moments
@@ -61,15 +64,17 @@ ROWS: dict[str, Row] = {"mid": (176, [300, 280], 5), "7b": (176, [300, 280], 10)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kind of run: LoRA of a rank (0: full), and the dials."""
+    """One kind of run: LoRA of a rank (0: full), the dials, and whether the base is in 4 bits."""
 
     rank: int
     checkpointing: str
     optimizer: str
     optimizer_dtype: str = "fp32"
+    quantization: str | None = None
 
     def __str__(self) -> str:
-        return f"{f'LoRA {self.rank}' if self.rank else 'full':<8} {self.checkpointing:<9} {self.optimizer:<7}"
+        kind = f"{'Q' if self.quantization else ''}LoRA {self.rank}" if self.rank else "full"
+        return f"{kind:<8} {self.checkpointing:<9} {self.optimizer:<7}"
 
 
 # ---- what the trackers see ----
@@ -96,15 +101,21 @@ class Tracked:
 
 
 class _LikeAGPU(TorchDispatchMode):
-    """Allocates what FlashAttention-2's backward pass needs besides its results, which its fake kernel leaves out.
+    """Allocates what operators need besides their results, which their fake kernels leave out.
 
-    And frees what the trackers keep alive: their hooks catch the exception with which checkpointing ends a block's
+    That is the workspace of FlashAttention-2's backward pass, and the dequantised weight of a layer in 4 bits. It also
+    frees what the trackers keep alive: their hooks catch the exception with which checkpointing ends a block's
     recomputation early, whose frames then hold tensors in a cycle. Without their hooks there is no such cycle.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.mm.default and torch._C._current_graph_task_id() != -1:
             gc.collect()
+        if func.namespace == "notus" and "quantized_linear" in func.name():
+            given, weight, *rest = args
+            inputs = rest[0] if "backward" in func.name() else given.shape[-1]
+            dequantized = given.new_empty(weight.shape[0], inputs)  # noqa: F841  (alive while the operator runs)
+            return func(*args, **(kwargs or {}))
         if func is not varlen._varlen_attn_backward._opoverload:
             return func(*args, **(kwargs or {}))
         _, query, key, *_ = args
@@ -190,6 +201,8 @@ def tracked_step(config: PreTrainedConfig, case: Case, row: Row, world_size: int
             precision="bf16",
             lora=adapter,
             activation_checkpointing=case.checkpointing,
+            path=PathChoice("packed"),
+            quantization=case.quantization,
         )
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         stepper = build_optimizer(
@@ -230,12 +243,25 @@ def _peak(tracker: FSDPMemTracker) -> int:
 # ---- what the estimator says ----
 
 
-def size_of(config: PreTrainedConfig, rank: int) -> ModelSize:
+@register_flop_formula(torch.ops.notus.quantized_linear)
+def _forward_flops(given: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of shapes: a multiply and an add for each weight and token."""
+    return 2 * math.prod(given) * weight[0]
+
+
+@register_flop_formula(torch.ops.notus.quantized_linear_backward)
+def _backward_flops(grad: Any, weight: Any, inputs: int, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad) * inputs
+
+
+def size_of(config: PreTrainedConfig, case: Case) -> ModelSize:
     """The sizes of a model with adapters as the tracked one has them."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if rank:
-        inject_lora(causal_lm, rank=rank, alpha=16.0, dropout=0.0, target_modules=list(TARGETS))
+    if case.rank:
+        inject_lora(causal_lm, rank=case.rank, alpha=16.0, dropout=0.0, target_modules=list(TARGETS))
+    if case.quantization:
+        quantize(causal_lm, torch.bfloat16)
     return model_size(causal_lm)
 
 
@@ -258,7 +284,7 @@ def compare(
     case: Case, config: PreTrainedConfig, row: Row, *, world_size: int = 8
 ) -> tuple[Footprint, Footprint, Tracked]:
     """(estimate of the rows, of the update, what the trackers saw)."""
-    *rows, update = moments(size_of(config, case.rank), job_of(case, row, world_size))
+    *rows, update = moments(size_of(config, case), job_of(case, row, world_size))
     return max(rows, key=lambda moment: moment.total), update, tracked_step(config, case, row, world_size)
 
 
@@ -269,7 +295,7 @@ def flops_ratio(case: Case, config: PreTrainedConfig, row: Row, seen: int) -> fl
     lengths = Lengths(np.array([trunk]), np.array([branches]), "one")
     with torch.device("meta"):
         size = dimensions(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    work = arithmetic(size_of(config, case.rank), size, lengths, case.checkpointing)
+    work = arithmetic(size_of(config, case), size, lengths, case.checkpointing)
     pairs = visible_pairs(lengths.trunks, lengths.branches).item()
     passes = 4 if case.checkpointing == "full" else 3  # a backward pass is two
     attention = passes * 4 * size.layers * size.attention_width * pairs
@@ -285,7 +311,9 @@ def main() -> None:
     config, row, rank = MistralConfig(**SHAPES[args.shape]), ROWS[args.shape], 64 if args.shape == "7b" else 16
     titles = f"{'case':<26} {'estimate':>10} {'tracker':>10} {'ratio':>6}"
     lines = [f"{titles}   update: estimate, tracker   operations   peak at (MiB, ratios)"]
-    for case in itertools.starmap(Case, itertools.product((0, rank), CHECKPOINTING, ("rmsprop", "adamw"))):
+    cases = list(itertools.starmap(Case, itertools.product((0, rank), CHECKPOINTING, ("rmsprop", "adamw"))))
+    cases += [Case(rank, mode, "adamw", quantization="nf4") for mode in CHECKPOINTING]
+    for case in cases:
         rows, update, seen = compare(case, config, row, world_size=args.world_size)
         whole, flops = max(rows.total, update.total), flops_ratio(case, config, row, seen.flops)
         lines.append(

@@ -35,7 +35,7 @@ PREDICTED = {
     "all of these optimisations": "",
 }
 HEADS = ("configuration", "pairs/s", "tokens/s", "s/step", "MFU", "hardware use", "peak GiB", "reserved", "predicted")
-CONFIGURATION = ("task", "rank", "variant", "checkpointing", "compile")
+CONFIGURATION = ("task", "rank", "variant", "checkpointing", "compile", "quantization")
 
 
 # ---- the file ----
@@ -249,7 +249,7 @@ def _saving(report: Report, change: str) -> str:
 
 
 def _is_change(change: str, slow: dict[str, Any], fast: dict[str, Any]) -> bool:
-    alike = [key for key in CONFIGURATION if slow[key] == fast[key]]
+    alike = [key for key in CONFIGURATION if slow.get(key) == fast.get(key)]
     if change.startswith("checkpointing"):
         modes = (fast["checkpointing"], slow["checkpointing"], fast["compile"], fast["without"])
         return len(alike) == len(CONFIGURATION) - 1 and modes == ("products", "selective", False, [])

@@ -17,6 +17,7 @@ from gpu_report import in_words
 from notus.data.packing import Example, collate
 from notus.model.fused import KERNELS
 from notus.model.kernels import failures
+from notus.model.quantization import DEQUANTIZE
 from notus.runtime.switches import OPTIMISATIONS, disabled, disabled_names
 from notus.training.activation_checkpointing import MODES
 from notus.training.optimizers import RMSprop
@@ -150,6 +151,7 @@ class Row:
         profile: find the shares of its time, too.
         without: optimisations that are switched off, see `notus.runtime.switches`.
         again: measured before; how far two measurements are apart says what a difference means.
+        quantization: of the frozen base: "nf4" or None.
     """
 
     task: str
@@ -160,10 +162,11 @@ class Row:
     profile: bool = False
     without: tuple[str, ...] = ()
     again: bool = False
+    quantization: str | None = None
 
     @property
     def name(self) -> str:
-        kind = f"LoRA r={self.rank}" if self.rank else "full"
+        kind = f"{'Q' if self.quantization else ''}LoRA r={self.rank}" if self.rank else "full"
         compiled = ", compiled" if self.compile else ""
         without = f", without {self.without[0]}" if self.without else ", again" if self.again else ""
         without = ", all optimisations off" if len(self.without) > 1 else without
@@ -187,9 +190,11 @@ def plan(rank: int) -> list[Row | str]:
         first += [Row(task, size, sharing), Row(task, size, "padded")]
         later += [Row(task, size, sharing, compile=True)]
         later += [Row(task, size, sharing, mode) for mode in BY_PREFERENCE[1:]]
+    quantized = [Row("dpo", rank, "shared", mode, quantization="nf4") for mode in BY_PREFERENCE]
+    later += [Row("dpo", rank, "shared", compile=True, quantization="nf4")]
     return [
         *full, *compiled[:2], "transformers", "trl", Row("dpo", 0, "padded"), *switched,
-        *first, "recompiles", Row("dpo", 0, "packed"), Row("dpo", rank, "packed"), *compiled[2:], *later,
+        *first, *quantized, "recompiles", Row("dpo", 0, "packed"), Row("dpo", rank, "packed"), *compiled[2:], *later,
     ]  # fmt: skip
 
 
@@ -244,7 +249,14 @@ def _try(
 def _measured(
     row: Row, config: MistralConfig, scale: Scale, device: torch.device, seconds: float, tokens_per_row: int
 ) -> dict[str, Any]:
-    policy, work = build(config, device, rank=row.rank, checkpointing=row.checkpointing, compile=row.compile)
+    policy, work = build(
+        config,
+        device,
+        rank=row.rank,
+        checkpointing=row.checkpointing,
+        compile=row.compile,
+        quantization=row.quantization,
+    )
     step = Step(policy, row.task, config.vocab_size)
     steps = steps_of(row, scale, config.vocab_size)
     longest = LONGEST // scale.divisor
@@ -258,7 +270,7 @@ def _measured(
         "necessary_flops_per_second": median(work.necessary(steps[number]) / took for number, took in times),
         **peaks(device),
     }
-    if unused := failures((*KERNELS, RMSprop.kernel)):
+    if unused := failures((*KERNELS, DEQUANTIZE, RMSprop.kernel)):
         found["notes"] = unused
     extra(found, "done_flops_per_second", lambda: median(work.done(batches[number]) / took for number, took in times))
     fullest = [each for batch in batches for each in batch]

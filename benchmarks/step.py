@@ -20,6 +20,7 @@ from notus.model.flops import Dimensions, dimensions
 from notus.model.load import materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
 from notus.model.policy import Policy
+from notus.model.quantization import RowsToQuantize, quantized_layers
 from notus.model.size import ModelSize, model_size
 from notus.model.supported import disable_dropout
 from notus.runtime.distributed import mesh, world_size
@@ -33,6 +34,7 @@ from notus.training.parallelize import (
     fuse_or_check_graph,
     hand_over_gradients,
     parallelize,
+    quantize_or_warn,
 )
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -171,6 +173,7 @@ def build(
     checkpointing: str = "none",
     compile: bool = False,
     precision: str = "bf16",
+    quantization: str | None = None,
 ) -> tuple[Policy, Work]:
     """As `notus.training.parallelize.build_policy` has it, with random weights in the place of a folder's.
 
@@ -181,6 +184,7 @@ def build(
         checkpointing: a mode of `notus.training.activation_checkpointing`.
         compile: each block.
         precision: "bf16" or "fp32".
+        quantization: of the frozen base: "nf4" or None.
     """
     dtype = COMPUTE_DTYPES[precision]
     with torch.device("meta"):
@@ -191,6 +195,8 @@ def build(
     if rank:
         inject_lora(causal_lm, rank=rank, alpha=rank, dropout=0.0, target_modules=LORA_TARGETS)
     cast_frozen(causal_lm, dtype)
+    if quantization is not None:
+        quantize_or_warn(causal_lm, device, dtype)
     policy = Policy(causal_lm)
     work = Work(size, model_size(causal_lm), checkpointing)
     parallelize(policy, mesh(device), precision=precision, activation_checkpointing=checkpointing, compile=compile)
@@ -203,11 +209,16 @@ def build(
 
 @torch.no_grad()
 def _randomise(policy: Policy) -> None:
-    """Matrices from a normal distribution, vectors (the norms' weights) 1."""
+    """Matrices from a normal distribution, vectors (the norms' weights) 1; what is in 4 bits layer by layer."""
     torch.manual_seed(0)
-    for parameter in policy.parameters():
+    layers = {id(layer.weight): layer for layer in quantized_layers(policy).values()}
+    for name, parameter in policy.named_parameters():
         local = parameter.to_local()
-        if parameter.dim() == 1:
+        if id(parameter) in layers:
+            layer = layers[id(parameter)]
+            values = torch.empty(layer.out_features, layer.in_features, device=local.device, dtype=local.dtype)
+            RowsToQuantize(layer, name).fill(values.normal_(0.0, 0.02))
+        elif parameter.dim() == 1:
             local.fill_(1.0)
         else:
             local.normal_(0.0, 0.02)

@@ -111,8 +111,8 @@ class ModelConfig:
     """A LoRA adapter (this project's or PEFT's) of the model. It is merged into the model before anything else, unless
     `lora.continue` trains it further. The reference has it, too."""
     quantization: Literal["nf4"] | None = None
-    """"nf4": keep the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314). Needs LoRA, and
-    `pip install "notus-dpo[quantization]"`. null: no quantization."""
+    """"nf4": keep the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314). Needs LoRA.
+    null: no quantization."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)

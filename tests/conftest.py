@@ -7,7 +7,7 @@ import torch
 from runs import write_pairs
 from toys import toy_model_folder
 
-from notus.model import fused
+from notus.model import fused, quantization
 from notus.model.kernels import Kernel
 from notus.runtime import switches
 from notus.runtime.distributed import process_group
@@ -25,7 +25,7 @@ def device() -> Iterator[torch.device]:
 def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     """Have every kernel used on the CPU too, compiled by a backend that runs the graph as it is."""
     kernels = [each for each in vars(fused).values() if isinstance(each, Kernel)]
-    kernels += [optimizers.RMSprop.kernel, optimizers.AdamW.kernel]
+    kernels += [optimizers.RMSprop.kernel, optimizers.AdamW.kernel, quantization.DEQUANTIZE]
     on = switches.enabled
     torch._dynamo.reset()
     monkeypatch.setattr(Kernel, "usable", lambda self, _: self.failure is None and on(self._switch))

@@ -10,12 +10,12 @@ from notus.estimate.plan import moved_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import communication
-from estimator import SHAPES, size_of
+from estimator import SHAPES, Case, size_of
 
 
 @pytest.mark.parametrize("mode", ["none", "products"])
 def test_the_estimate_moves_the_bytes_that_the_collectives_move(mode):
-    size = size_of(MistralConfig(**SHAPES["mid"]), 0)
+    size = size_of(MistralConfig(**SHAPES["mid"]), Case(0, "none", "rmsprop"))
     events = communication.count("mid", mode)
     found = {kind: [event.size for event in events if event.kind == kind] for kind in ("gather", "reduce")}
     assert (sum(found["gather"]), sum(found["reduce"])) == moved_bytes(size, precision="bf16", backward=True)

@@ -50,6 +50,20 @@ def test_the_other_recipes_fit(capsys, name):
     assert "Fits 39.59 GiB" in told(capsys, str(RECIPES / f"{name}.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("gpu", "gib"), [("rtx4090", "23.99"), ("rtx-3090", "24.00"), ("l4", "22.49"), ("a10g", "22.49")]
+)
+def test_qlora_of_7b_fits_24_gigabytes_and_lora_does_not(capsys, gpu, gib):
+    words = (str(RECIPES / "dpo-qlora-24gb.yaml"), "--gpus", "1", "--gpu", gpu)
+    text = told(capsys, *words)
+    assert f"Fits {gib} GiB" in text
+    assert "7.41 billion parameters, 0.17 billion trained" in text
+    # 32 blocks of 41.9 (attention) + 176.2 (MLP) million weights in 4.14 bits, the rest in bf16, 0.17 billion in fp32
+    expected = (32 * 218.1e6 * 4.14 / 8 + 262e6 * 2 + 0.168e9 * 4) / 2**30
+    assert number(text, r"weights \(.*\) +([\d.]+)\n") == pytest.approx(expected, rel=0.01)
+    assert "Does NOT fit" in told(capsys, *words, "--model.quantization=null")
+
+
 def test_70b_answers_within_ten_seconds_of_cpu_time_and_tells_what_would_fit(capsys):
     began = time.process_time()
     text = told(capsys, FULL, "--gpus", "8", "--gpu", "h100", "--model.name_or_path=meta-llama/Llama-3.1-70B")

@@ -18,8 +18,8 @@ from notus.training.run_folder import CHECKPOINTS, REFERENCE
 def reward_margins(run: str, data: Data, device: torch.device, *, trust_remote_code: bool) -> np.ndarray:
     """Score a split's pairs under a run's newest model; collective.
 
-    The reference's log-probs are those that the run keeps, if it trained on or evaluated these very rows; else its
-    reference is scored, too.
+    The reference's log-probs are those that the run keeps, if it trained on or evaluated these very rows; else, and
+    with `model.quantization`, its reference is scored, too.
 
     Returns:
         fp64 [n] margins in nats.
@@ -58,8 +58,13 @@ def _logps(model: ModelSource, scoring: Scoring) -> tuple[Tensor, Tensor]:
 
 
 def _stored_reference(model: ModelSource, scoring: Scoring) -> Tensor | None:
-    """The log-probs that the run's checkpoints name, if they cover all of the pairs."""
+    """The log-probs that the run's checkpoints name, if they cover all of the pairs.
+
+    Those of a run with a quantised base do not count: here the policy is scored on the base as it was.
+    """
     assert model.run is not None
+    if model.settings["model"].get("quantization"):
+        return None
     folder = Path(model.settings["reference"]["cache_dir"] or model.run / REFERENCE).expanduser()
     identities = [read_identity(path) for path in checkpoints_in(model.run / CHECKPOINTS)]
     names = {each[key] for each in identities for key in ("reference.train", "reference.eval") if key in each}

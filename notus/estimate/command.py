@@ -106,7 +106,13 @@ def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "t
 
     gpu, training, lora = find_gpu(args.gpu), config.training, config.lora
     model, source = find_config(args.model_config or config.model.name_or_path)
-    size, dimensions = sizes(model, lora_rank=lora.rank, lora_dropout=lora.dropout, target_modules=lora.target_modules)
+    size, dimensions = sizes(
+        model,
+        lora_rank=lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        quantization=config.model.quantization,
+    )
     if training.sharding == "hybrid" and args.gpus <= PER_NODE:
         raise ValueError(
             f"training.sharding=hybrid has no effect on {args.gpus} GPUs, one node: set training.sharding=full"

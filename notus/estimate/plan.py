@@ -124,7 +124,8 @@ def communication(
 
 def moved_bytes(size: ModelSize, *, precision: str, backward: bool) -> tuple[int, int]:
     """Whole tensors of one row: what is gathered, blocks again for the backward pass, and the reduced gradients."""
-    gathered = BYTES[precision] * (size.layers * size.block * (1 + backward) + size.root)
+    wide = BYTES[precision]
+    gathered = size.layers * size.block_bytes(wide) * (1 + backward) + wide * size.root
     return gathered, 4 * size.trained * backward
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from notus.model.flops import Dimensions, dimensions
 from notus.model.lora import inject_lora
+from notus.model.quantization import quantize
 from notus.model.size import ModelSize, model_size
 from notus.model.supported import check_supported, disable_dropout
 from notus.runtime.process import first_line
@@ -120,8 +121,11 @@ def sizes(
     lora_rank: int = 0,
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] | str = (),
+    quantization: str | None = None,
 ) -> tuple[ModelSize, Dimensions]:
-    """What memory and arithmetic follow from, of a model on the meta device. Raises ValueError as `inject_lora`."""
+    """What memory and arithmetic follow from, of a model on the meta device. Raises ValueError as `inject_lora`
+    and `quantize`.
+    """
     layers = config.num_hidden_layers
     config = copy.deepcopy(config)
     config.num_hidden_layers = 1
@@ -134,6 +138,8 @@ def sizes(
     arithmetic = Dimensions(layers, one.attention_width, layers * one.body_weights, one.head_weights)
     if lora_rank:
         inject_lora(causal_lm, rank=lora_rank, alpha=1.0, dropout=lora_dropout, target_modules=target_modules)
+    if quantization is not None:
+        quantize(causal_lm, torch.bfloat16)
     return model_size(causal_lm, layers=layers), arithmetic
 
 

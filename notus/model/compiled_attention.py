@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 
 from notus.data.packing import Layout, build_layout
 from notus.model import attention
-from notus.model.attention import add_copies, packed_attention
+from notus.model.attention import add_copies, check_call, handed_layout, packed_attention
+from notus.model.attention_variants import FLASH_HEAD_DIM
 from notus.model.kernels import Gather, relative_error
 from notus.runtime import switches
 from notus.runtime.process import first_line
@@ -38,13 +39,15 @@ def _attention(
     lengths: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    return _packed(query, key, value, index, lengths, scale, window)
+    return _packed(query, key, value, index, lengths, scale, window, softcap, sinks)
 
 
 @_attention.register_fake
-def _(query: Tensor, *_: object) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 @torch.library.custom_op("notus::packed_attention_backward", mutates_args=())
@@ -57,23 +60,34 @@ def _attention_backward(
     lengths: Tensor,
     scale: float,
     window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of query, key and value, and of the sinks if there are some."""
+    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value, sinks) if tensor is not None]
     with torch._C._ForceDispatchKeyGuard(*_ABOVE_AUTOGRAD), torch.enable_grad():
-        out = _packed(inputs[0], inputs[1], inputs[2], index, lengths, scale, window)
+        given = inputs[3] if len(inputs) > 3 else None
+        out = _packed(inputs[0], inputs[1], inputs[2], index, lengths, scale, window, softcap, given)
         found = torch.autograd.grad(out, inputs, grad)
-    query_grad, key_grad, value_grad = (tensor.clone(memory_format=torch.contiguous_format) for tensor in found)
-    return query_grad, key_grad, value_grad
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in found]
 
 
 @_attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
     new = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-    return new(query), new(key), new(value)
+    return [new(each) for each in (query, key, value, rest[-1]) if each is not None]
 
 
 def _packed(
-    query: Tensor, key: Tensor, value: Tensor, index: list[Tensor], lengths: Tensor, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: list[Tensor],
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     key_index, first_copy, query_starts, key_starts, *copies = index
     query_lengths, key_lengths = lengths.view(2, -1).tolist()
@@ -82,19 +96,21 @@ def _packed(
         key_index, first_copy, pairs, query_starts, key_starts, query_lengths, key_lengths, lengths,
         max(query_lengths), max(key_lengths),
     )  # fmt: skip
-    out, _ = packed_attention(_NOBODY, query, key, value, None, scaling=scale, layout=layout, sliding_window=window)
+    options: dict[str, Any] = {"scaling": scale, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
+    out, _ = packed_attention(_NOBODY, query, key, value, None, layout=layout, **options)
     return out.contiguous()
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, index, lengths, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, lengths, *index)
+    query, key, value, index, lengths, ctx.scale, ctx.window, ctx.softcap, sinks = inputs
+    ctx.save_for_backward(query, key, value, lengths, sinks, *index)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key, value, lengths, *index = ctx.saved_tensors
-    grads = _attention_backward(grad, query, key, value, index, lengths, ctx.scale, ctx.window)
-    return *grads, [None] * len(index), None, None, None
+    query, key, value, lengths, sinks, *index = ctx.saved_tensors
+    options = (ctx.scale, ctx.window, ctx.softcap, sinks)
+    of_query, of_key, of_value, *of_sinks = _attention_backward(grad, query, key, value, index, lengths, *options)
+    return of_query, of_key, of_value, [None] * len(index), None, None, None, None, of_sinks[0] if of_sinks else None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)
@@ -146,15 +162,21 @@ def hidden_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float,
-    layout: Layout,
+    scaling: float | None = None,
+    layout: Layout | None = None,
     sliding_window: int | None = None,
-    **_: object,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,  # what a model hands on, checked one by one
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' `AttentionInterface`: `packed_attention` behind one operator."""
+    layout = handed_layout() if layout is None else layout
+    check_call(module, layout, attention_mask, options)
+    assert layout is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     copies = [tensor for pair in layout.extra_copies for tensor in pair]
     index = [layout.key_index, layout.first_copy, layout.query_starts, layout.key_starts, *copies]
-    return _attention(query, key, value, index, layout.lengths, scaling, sliding_window), None
+    return _attention(query, key, value, index, layout.lengths, scale, sliding_window, softcap, s_aux), None
 
 
 def graph_attention(
@@ -164,16 +186,30 @@ def graph_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float,
-    layout: Layout,
+    scaling: float | None = None,
+    layout: Layout | None = None,
     sliding_window: int | None = None,
-    **_: object,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,  # what a model hands on, checked one by one
 ) -> tuple[Tensor, None]:
-    """The same with the operators in the graph: the gather, and torch's varlen attention."""
+    """The same with the operators in the graph: the gather, and torch's varlen attention.
+
+    Heads that it does not take, soft caps and sinks go the way of `hidden_attention`.
+    """
+    if softcap is not None or s_aux is not None or query.shape[-1] > FLASH_HEAD_DIM:
+        return hidden_attention(
+            module, query, key, value, attention_mask,
+            scaling=scaling, layout=layout, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, **options,
+        )  # fmt: skip
+    layout = handed_layout() if layout is None else layout
+    check_call(module, layout, attention_mask, options)
+    assert layout is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     copies = [tensor for pair in layout.extra_copies for tensor in pair]
     rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     keys, values = (_gather(row, layout.key_index, layout.first_copy, copies) for row in rows[1:])
-    return attention.varlen_kernel(rows[0], keys, values, layout, scaling, sliding_window).unsqueeze(0), None
+    return attention.varlen_kernel(rows[0], keys, values, layout, scale, sliding_window).unsqueeze(0), None
 
 
 AttentionInterface.register(HIDDEN, hidden_attention)
@@ -196,6 +232,9 @@ def check_graph_attention(
     num_kv_heads: int,
     head_dim: int,
     window: int | None,
+    value_dim: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
     gather: Gather,
 ) -> list[str]:
     """Compile attention, forward and backward, on a small row and compare it with the dense reference; on CUDA alone.
@@ -206,11 +245,13 @@ def check_graph_attention(
         What is wrong, one line or none.
     """
     global _failure
-    if compiled_implementation(device, dtype) == HIDDEN:
+    hidden = softcap is not None or sinks or head_dim > FLASH_HEAD_DIM  # see `graph_attention`
+    if hidden or compiled_implementation(device, dtype) == HIDDEN:
         return []
     layout = build_layout([50, 30], [[40, 60], [20, 70]]).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    shapes = [(1, heads, sum(layout.query_lengths), head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    sizes = ((num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, value_dim or head_dim))
+    shapes = [(1, heads, sum(layout.query_lengths), dim) for heads, dim in sizes]
     leaves = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
     if isinstance(leaves[0], FakeTensor):
         return []

@@ -50,7 +50,7 @@ def dimensions(causal_lm: "PreTrainedModel") -> Dimensions:
     return Dimensions(
         layers=size.layers,
         attention_width=size.attentions * (size.query_width + size.attended) // 2,
-        body_weights=sum(linear.weight.numel() for linear in linears),
+        body_weights=sum(linear.in_features * linear.out_features for linear in linears),  # in 4 bits as well
         head_weights=head.weight.numel(),
     )
 
@@ -176,7 +176,7 @@ _OTHERS = frozenset({"laptop", "max", "mig", "ti", "super", "d"})
 
 def find_gpu(name: str) -> GPU:
     """Raises ValueError, naming the nearest one, for a GPU that is not known."""
-    key = name.lower().replace(" ", "").replace("_", "-")
+    key = name.lower().replace(" ", "").replace("_", "-").replace("rtx-", "rtx")
     if key not in GPUS:
         near = [known for known in GPUS if known.startswith(key)] or difflib.get_close_matches(key, GPUS, n=1)
         hint = f"did you mean {' or '.join(near)}?" if near else f"take one of {', '.join(GPUS)}"

@@ -42,9 +42,18 @@ def fuse(causal_lm: PreTrainedModel) -> None:
 
 
 def is_known(module: nn.Module, names: frozenset[str]) -> bool:
-    """Return whether a module is transformers' own of one of these names, such as `NORMS`."""
+    """Return whether a module is transformers' own of one of these names, such as `NORMS`.
+
+    Of the family that its name says: others have modules of the same name that may compute something else.
+    """
     kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.__name__ in names
+    _, _, rest = kind.__module__.partition("transformers.models.")
+    family = rest.partition(".")[0]
+    return (
+        kind.__name__ in names
+        and kind.__module__ == f"transformers.models.{family}.modeling_{family}"
+        and (kind.__name__.lower().startswith(family))
+    )
 
 
 def keeps_factors(module: Any) -> bool:

@@ -26,6 +26,7 @@ from transformers.core_model_loading import WeightTransform
 from notus.model.buffers import initial_buffers, non_persistent, rebuild_buffers
 from notus.model.conversion import Conversion, LoadPlan, ignorable, plan_loading
 from notus.model.lora import LoRALinear
+from notus.model.quantization import RowsToQuantize, rows_to_quantize
 from notus.model.sharded_tensors import fill_rows, local, local_rows
 from notus.model.structure import text_config
 from notus.runtime.process import first_line
@@ -168,8 +169,9 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
     The files may have the published names of a model whose tensors transformers names or arranges otherwise: see
     `notus.model.conversion`. Parameters are plain, or DTensors sharded on dim 0 or replicated. A rank reads the rows
-    of its own shards and no others; of a tensor that has to be converted, it holds all for a moment, one conversion at
-    a time. LoRA parameters are left alone. Every rank finds every mistake, before a value is written.
+    of its own shards and no others, and quantises those of layers in 4 bits; of a tensor that has to be converted, it
+    holds all for a moment, one conversion at a time. LoRA parameters are left alone. Every rank finds every mistake but
+    a weight that cannot be quantised before a value is written.
 
     Raises:
         ValueError: missing or unexpected keys, wrong shapes, a dtype that cannot be trained from, an unreadable file;
@@ -177,12 +179,20 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     _check_unquantized(folder, model.config)
+    packed = rows_to_quantize(model)
     with open_tensors(weight_files(folder)) as found:
         match = match_tensors(model, found, folder)
-        for key, target in match.direct.items():
+        for conversion in match.conversions:
+            if id(match.targets[conversion.target]) in packed:
+                raise ValueError(
+                    f"model.quantization: {conversion.target} is converted as it is read, which works unquantized "
+                    "alone: remove model.quantization"
+                )
+        direct = {key: packed.get(id(target), target) for key, target in match.direct.items()}
+        for key, target in direct.items():
             check_shape(found[key], key, target)
         computed = initial_buffers(model, match.computed) if match.computed else {}
-        for key, target in match.direct.items():
+        for key, target in direct.items():
             fill_rows(target, found[key][1].get_slice(key))
         for conversion in match.conversions:
             for name, rows in converted_rows(conversion, model, match.targets, found).items():
@@ -212,7 +222,7 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from error
 
 
-def check_shape(source: tuple[Path, Any], key: str, target: Tensor) -> None:
+def check_shape(source: tuple[Path, Any], key: str, target: Tensor | RowsToQuantize) -> None:
     """Raises ValueError, naming file and key, unless the tensor `key` has the full shape of `target`."""
     path, handle = source
     shape = list(handle.get_slice(key).get_shape())

@@ -13,9 +13,22 @@ from notus.runtime import switches
 CHUNK_TOKENS = 1024
 
 
-def full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def full_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """The plain reference of `linear_logprobs`: all logits at once, in fp32."""
     logits = (hidden @ weight.t()).float()
+    if bias is not None:
+        logits = logits + bias.float()
+    logits = scale * logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
@@ -57,6 +70,82 @@ class _LinearLogprobs(torch.autograd.Function):
             del grad_logits
         grad_hidden = torch.cat(parts[::-1]) if need_hidden else None
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """`_LinearLogprobs` of softcap(scale * (hidden @ weight.T + bias)), all that follows the product in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+    ) -> Tensor:
+        logps = []
+        for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logps.append(_gathered(_head_logits(rows, weight, bias, scale, softcap), ids)[0])
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
+        return torch.cat(logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        parts: list[Tensor] = []
+        grad_weight: Tensor | None = None
+        grad_bias = torch.zeros(weight.shape[:1], device=weight.device) if need_bias else None
+        for rows, ids, upstream in zip(*(each.split(ctx.chunk) for each in (hidden, targets, grad)), strict=True):
+            logits = _head_logits(rows, weight, bias, ctx.scale, ctx.softcap)
+            slope = ctx.scale if ctx.softcap is None else _cap_slope(logits, ctx.softcap).mul_(ctx.scale)
+            # d logp[target] / d logits = onehot(target) - softmax
+            exact = torch.softmax(logits, -1, out=logits).mul_(-upstream[:, None])
+            exact.scatter_add_(-1, ids[:, None], upstream[:, None])
+            exact.mul_(slope)
+            if grad_bias is not None:
+                grad_bias.add_(exact.sum(0))
+            grad_logits = exact.to(weight.dtype)
+            del logits, slope, exact
+            if need_hidden:
+                parts.append(grad_logits @ weight)
+            if need_weight:
+                grad_weight = _add_product(grad_weight, grad_logits.t(), rows)
+            del grad_logits
+        return (
+            torch.cat(parts) if need_hidden else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """fp32 [N, V], in memory of their own."""
+    logits = (hidden @ weight.t()).float()
+    if bias is not None:
+        logits.add_(bias)
+    if softcap is not None:
+        return logits.mul_(scale / softcap).tanh_().mul_(softcap)
+    return logits.mul_(scale)
+
+
+def _cap_slope(logits: Tensor, softcap: float) -> Tensor:
+    """d capped / d logits = 1 - tanh², of capped logits."""
+    return (logits / softcap).square_().neg_().add_(1)
+
+
+def _gathered(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax of fp32 logits [N, V], which are used up, at `ids` [N]; and whether each is the argmax."""
+    top, where = logits.max(-1, keepdim=True)
+    above = logits.gather(-1, ids[:, None]) - top
+    probs = torch.softmax(logits, -1, out=logits)
+    return (above + probs.gather(-1, where).log_()).squeeze(-1), where.squeeze(-1) == ids
 
 
 def _chunk_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,39 +195,70 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((total == 32).all())
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
-    """log softmax(hidden @ weight.T) at the targets.
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """log softmax(f(scale * (hidden @ weight.T + bias))) at the targets, f(x) = softcap * tanh(x / softcap) or x.
 
-    Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32, and all but the last chunk's computed
+    Logits are computed chunk by chunk in the inputs' dtype, normalised in fp32 (scaled and capped too), and computed
     again in the backward pass; the weight's gradient is accumulated in fp32, and skipped when the weight is frozen.
+    Without bias, scale and soft cap, the last chunk is not computed again.
 
     Args:
         hidden: [N, D] final hidden states.
         weight: [V, D] of the output head, same dtype.
         targets: [N] int64 token ids.
+        bias: [V] of the output head.
+        scale: factor on the logits.
+        softcap: bound of the logits.
         chunk_tokens: rows whose logits are held at a time.
 
     Returns:
         fp32 [N], nats.
     """
-    return _LinearLogprobs.apply(hidden, weight, targets, chunk_tokens)
+    if _is_plain(bias, scale, softcap):
+        return _LinearLogprobs.apply(hidden, weight, targets, chunk_tokens)
+    return _HeadLogprobs.apply(hidden, weight, bias, targets, scale, softcap, chunk_tokens)
+
+
+def _is_plain(bias: Tensor | None, scale: float, softcap: float | None) -> bool:
+    return bias is None and scale == 1.0 and softcap is None
 
 
 @torch.no_grad()
 def linear_scores(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprobs` with no backward pass, and from the same logits whether each target is the likeliest token.
 
     Args:
-        hidden, weight, targets, chunk_tokens: as `linear_logprobs` has them.
+        hidden, weight, targets, bias, scale, softcap, chunk_tokens: as `linear_logprobs` has them.
 
     Returns:
         fp32 [N], nats; and bool [N].
     """
     logps, greedy = [], []
     for rows, ids in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        logp, _, likeliest = _chunk_logprobs(rows, weight, ids[:, None])
-        logps.append(logp.squeeze(-1))
-        greedy.append(likeliest.squeeze(-1) == ids)
+        if _is_plain(bias, scale, softcap):
+            logp, _, likeliest = _chunk_logprobs(rows, weight, ids[:, None])
+            logps.append(logp.squeeze(-1))
+            greedy.append(likeliest.squeeze(-1) == ids)
+        else:
+            logp, likeliest = _gathered(_head_logits(rows, weight, bias, scale, softcap), ids)
+            logps.append(logp)
+            greedy.append(likeliest)
     return torch.cat(logps), torch.cat(greedy)

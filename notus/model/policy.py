@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from notus.data.packing import Batch
+from notus.model.attention import hand_layout_on
+from notus.model.head import head_of
 from notus.model.logprobs import linear_logprobs, linear_scores
+from notus.model.structure import blocks_of, decoder_of, text_config
 
 
 class Policy(nn.Module):
@@ -28,24 +31,20 @@ class Policy(nn.Module):
         """Wrap a transformers causal LM whose attention implementation is `attention.IMPLEMENTATION`.
 
         Raises:
-            ValueError: the model's output head has a bias, or its blocks cannot be found.
+            ValueError: the model's output head is not understood, its blocks cannot be found, or their attention has
+                chunks.
         """
         super().__init__()
         self.causal_lm: PreTrainedModel = causal_lm
-        if self._head.bias is not None:
-            raise ValueError(f"{type(causal_lm).__name__}: output heads with a bias are not supported")
-        if not hasattr(causal_lm.get_decoder(), "layers"):
-            name = type(causal_lm).__name__
-            raise ValueError(f"{name}: decoders that do not keep their blocks in `layers` are not supported")
-
-    @property
-    def _head(self) -> nn.Linear:
-        return self.causal_lm.get_output_embeddings()
+        self._head = head_of(causal_lm)
+        _check_layer_types(causal_lm)
+        for block in blocks_of(causal_lm):
+            hand_layout_on(block)
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder's layers, in order."""
-        return self.causal_lm.get_decoder().layers
+        return blocks_of(self.causal_lm)
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum the completion log-probs of a packed row of E examples with K branches each: fp32 [E, K], in nats."""
@@ -58,22 +57,26 @@ class Policy(nn.Module):
         return self._token_logprobs(batch).clone()  # as in `forward`
 
     def _token_logprobs(self, batch: Batch) -> Tensor:
-        return linear_logprobs(self._hidden(batch, batch.sources), self._head.weight, batch.targets)
+        hidden, head = self._hidden(batch, batch.sources), self._head
+        weight, bias = head.linear.weight, head.linear.bias
+        return linear_logprobs(hidden, weight, batch.targets, bias=bias, scale=head.scale, softcap=head.softcap)
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`token_logprobs`, and bool [M]: whether the token is the likeliest. Of an unsharded policy, no gradients."""
-        return linear_scores(self._hidden(batch, batch.sources), self._head.weight, batch.targets)
+        hidden, head = self._hidden(batch, batch.sources), self._head
+        weight, bias = head.linear.weight, head.linear.bias
+        return linear_scores(hidden, weight, batch.targets, bias=bias, scale=head.scale, softcap=head.softcap)
 
     def _hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """[n, D]: the final hidden states at n row positions."""
-        hidden = self.causal_lm.get_decoder()(
+        output = decoder_of(self.causal_lm)(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             use_cache=False,
             layout=batch.layout,
-        ).last_hidden_state.squeeze(0)
-        return hidden.index_select(0, positions)
+        )
+        return _last_hidden(output).squeeze(0).index_select(0, positions)
 
     @contextlib.contextmanager
     def own_forward(self) -> Iterator[None]:
@@ -111,11 +114,26 @@ class Policy(nn.Module):
         Returns:
             int64 [B].
         """
-        hidden = self.causal_lm.get_decoder()(
+        output = decoder_of(self.causal_lm)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state
-        return (hidden[:, -1] @ self._head.weight.t()).argmax(-1)
+        )
+        return self._head.logits(_last_hidden(output)[:, -1]).argmax(-1)
+
+
+def _check_layer_types(causal_lm: PreTrainedModel) -> None:
+    """Refuse attention in chunks (Llama 4): no layer says so to its attention function, the mask alone has them."""
+    kinds = getattr(text_config(causal_lm.config), "layer_types", None) or []
+    if "chunked_attention" in kinds:
+        raise ValueError(
+            f"{type(causal_lm).__name__} attends in chunks, which packed attention does not know; set model.path: plain"
+        )
+
+
+def _last_hidden(output: Any) -> Tensor:
+    """[B, T, D] of what a decoder returns: its first output, a tuple's first."""
+    hidden: Tensor = output[0]
+    return hidden

@@ -1,11 +1,18 @@
 """Parameters, plain or sharded over ranks: which rows are here, how to fill them, how to gather them."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+
+class Rows(Protocol):
+    """What takes rows of a full tensor otherwise than by copying them."""
+
+    def fill(self, source: Any) -> None:
+        """Take this rank's rows of `source`, as `fill_rows` has it."""
 
 
 def is_rank_zero() -> bool:
@@ -33,11 +40,14 @@ def local_rows(tensor: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def fill_rows(target: Tensor, source: Any) -> None:
+def fill_rows(target: Tensor | Rows, source: Any) -> None:
     """Copy into `target` its own rows of `source`, reading no other row; values are cast to its dtype.
 
     `source` is a full tensor or a safetensors slice, of the full shape of `target`.
     """
+    if not isinstance(target, Tensor):
+        target.fill(source)
+        return
     if target.dim() == 0:
         target.copy_(source[...])
         return

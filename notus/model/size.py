@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from notus.model.fused import NORMS, is_known, keeps_factors
+from notus.model.quantization import quantized_layers
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,9 @@ class ModelSize:
         squares: the MLP's activation function is a square, whose gradient is taken in three steps.
         reads_last: something other than the residual's sum reads the block's last product, such as a norm.
         keeps_factors: a gated MLP keeps its two factors alone, and not what the activation function gave.
+        quantized: those parameters of a block that are stored in 4 bits.
+        quantized_bytes: what they take.
+        dequantized: the most of them that one layer has, and dequantises to compute.
     """
 
     layers: int
@@ -97,6 +101,9 @@ class ModelSize:
     squares: bool = False
     reads_last: bool = False
     keeps_factors: bool = False
+    quantized: int = 0
+    quantized_bytes: int = 0
+    dequantized: int = 0
 
     @property
     def inner(self) -> int:
@@ -125,6 +132,10 @@ class ModelSize:
         """Those that the optimizer updates."""
         return self.layers * self.block_trained + self.root_trained
 
+    def block_bytes(self, width: int) -> int:
+        """Of a block's parameters, with `width` bytes for each that is not in 4 bits."""
+        return width * (self.block - self.quantized) + self.quantized_bytes
+
 
 def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> ModelSize:
     """Of a transformers causal LM, on whatever device, with its adapters and before or after it is sharded.
@@ -140,6 +151,8 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
     linears = _linears(modules)
     widths = _attention_widths(modules, linears)
     counts, whole, stack = (_counts(each) for each in (block, causal_lm, causal_lm.get_decoder().layers))
+    packed = quantized_layers(block).values()
+    in_4_bits = [layer.in_features * layer.out_features for layer in packed]
     return ModelSize(
         layers=layers or config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -148,7 +161,7 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
         vocabulary=causal_lm.get_output_embeddings().weight.shape[0],
         linears=tuple(linears.values()),
         norms=_norms(modules, widths, config.hidden_size),
-        block=counts[0],
+        block=counts[0] + sum(in_4_bits) - sum(layer.weight.numel() for layer in packed),
         block_trained=counts[1],
         root=whole[0] - stack[0],
         root_trained=whole[1] - stack[1],
@@ -157,6 +170,9 @@ def model_size(causal_lm: "PreTrainedModel", *, layers: int | None = None) -> Mo
         squares=any("Squared" in type(module).__name__ for module in modules.values()),
         reads_last=any(_BEHIND_LAST.search(name) for name in modules),
         keeps_factors=any(keeps_factors(module) for module in modules.values()),
+        quantized=sum(in_4_bits),
+        quantized_bytes=sum(layer.weight.numel() * layer.weight.itemsize for layer in packed),
+        dequantized=max(in_4_bits, default=0),
     )
 
 

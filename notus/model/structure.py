@@ -15,7 +15,8 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def decoder_of(causal_lm: PreTrainedModel) -> nn.Module:
     """Return the module that turns token ids into final hidden states, without the head."""
     decoder: Any = causal_lm.get_decoder()
-    return decoder
+    # Llama 4's text model names another attribute than the one that holds its decoder
+    return decoder if decoder is not causal_lm else causal_lm.model
 
 
 def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:

@@ -4,7 +4,7 @@ import re
 import sys
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from notus.model.lora import LoRALinear
 from notus.model.structure import text_config
@@ -16,7 +16,8 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "m
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise ValueError, naming the setting, for a model that no path can train.
 
-    Whether a causal language model is computed packed or plain is found out by trial, see `notus.model.verify`.
+    Which class it has is found in `notus.model.make`, and whether it is computed packed or plain by trial, in
+    `notus.model.verify`.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "it is an encoder-decoder", "take a decoder-only model")
@@ -24,8 +25,6 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise _unsupported(
             config, "its weights are quantized (quantization_config)", "take the original weights, or dequantize them"
         )
-    if type(config) not in AutoModelForCausalLM._model_mapping and not (getattr(config, "auto_map", None) or {}):
-        raise _unsupported(config, "transformers has no causal language model for it", "take another model")
 
 
 def _unsupported(config: PreTrainedConfig, reason: str, remedy: str) -> ValueError:

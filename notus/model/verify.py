@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from notus.data.packing import Batch, Example, collate
-from notus.model.attention import IMPLEMENTATION
+from notus.model.attention import IMPLEMENTATION, recorded_calls
 from notus.model.fused import fuse
+from notus.model.make import make_model
 from notus.model.plain import PlainPolicy
 from notus.model.policy import Policy
 from notus.model.structure import blocks_of, text_config
@@ -37,12 +39,13 @@ LOGPROB_TOLERANCE, GRADIENT_TOLERANCE = 5e-4, 2e-3
 # A copy with more parameters than this has fewer and narrower layers.
 SMALL = 20_000_000
 NARROW, FEW_TOKENS = 16, 512
-# (trunk, branches): longer and shorter than `WITHIN`.
-ROW = ((5, (9, 4)), (3, (2, 8)))
-WITHIN = 6
+# (trunk, branches): sequences of 10, 7, 4 and 9 tokens.
+ROW = ((4, (6, 3)), (2, (2, 7)))
 
 _WIDTHS = re.compile(r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|n_inner)(_.*)?")
-_LIMITS = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings")
+# What a limit that the data reach becomes. Of the two sequences that padding brings together, one is beyond the context
+# from which frequencies change, and one is not.
+_LIMITS = {"sliding_window": 5, "attention_chunk_size": 5, "original_max_position_embeddings": 9}
 # Parameters of state-space layers that are no matrices of a product, and have values of their own.
 _OF_STATE = re.compile(r"(^|\.)(A_log|A|D|dt_bias|time_.*)$")
 
@@ -99,7 +102,11 @@ def choose_path(
     key = (type(config), described, wanted, longest, device or torch.device("cpu"), trust_remote_code)
     found = _cache.get(key)
     if found is None:
-        with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        # Under a mode, tensors may hold no numbers; what is random here must not move what is random elsewhere.
+        with (
+            _disable_current_modes(),
+            torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []),
+        ):
             found = _cache[key] = _choose(config, wanted, longest, key[4], trust_remote_code)
     return found
 
@@ -186,9 +193,12 @@ class _Trial:
         try:
             policy = build()
             policy.train()
-            found = _outcome(policy, self._batch)
+            with recorded_calls() as calls:
+                found = _outcome(policy, self._batch)
+            if policy.path == "packed":
+                _check_called(policy, set(calls))
         except Exception as error:  # a model's code may stumble over what it was not written for in any way
-            return first_line(error) or type(error).__name__
+            return _in_words(error)
         return _difference(found, self._expected)
 
 
@@ -204,10 +214,7 @@ def new_model(
 ) -> PreTrainedModel:
     """Return a transformers causal LM without weights of its own, on a device, which may be "meta"."""
     with torch.device(device):
-        causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust
-        )
-    return causal_lm
+        return make_model(config, trust_remote_code=trust, attn_implementation=attention, dtype=dtype)
 
 
 def _row(vocabulary: int) -> Batch:
@@ -230,6 +237,19 @@ def _outcome(policy: Policy, batch: Batch) -> Outcome:
     return Outcome(logps.detach(), gradients)
 
 
+def _check_called(policy: Policy, calls: set[nn.Module]) -> None:
+    """Raise ValueError for a block in which nothing called the packed attention, so that it may mix what is packed."""
+    for number, block in enumerate(policy.blocks):
+        if not calls & set(block.modules()):
+            raise ValueError(f"block {number} ({type(block).__name__}) does not attend through packed attention")
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):  # looked up in a table of its own
+        return "its attention is not behind transformers' attention interface"
+    return first_line(error) or type(error).__name__
+
+
 def _difference(found: Outcome, expected: Outcome) -> str | None:
     off = (found.logps - expected.logps).abs().max().item()
     if not off <= LOGPROB_TOLERANCE:
@@ -250,8 +270,9 @@ def _difference(found: Outcome, expected: Outcome) -> str | None:
 def _check_causal(causal_lm: PreTrainedModel, ids: Tensor) -> None:
     """Raise ValueError if a later token changes an earlier prediction."""
     half = len(ids) // 2
-    whole, part = (causal_lm(input_ids=each[None]).logits[0, :half].float() for each in (ids, ids[:half]))
-    off = (whole.log_softmax(-1) - part.log_softmax(-1)).abs().max().item()
+    other = torch.cat([ids[:half], ids[half:].flip(0)])  # as long, since lengths may matter
+    one, two = (causal_lm(input_ids=each[None]).logits[0, :half].float().log_softmax(-1) for each in (ids, other))
+    off = (one - two).abs().max().item()
     if off > LOGPROB_TOLERANCE * 10:
         raise ValueError(
             f"model type {causal_lm.config.model_type!r} is not causal as it is configured: later tokens change what "
@@ -263,7 +284,7 @@ def _check_causal(causal_lm: PreTrainedModel, ids: Tensor) -> None:
 
 
 def _copies(config: PreTrainedConfig, longest: int, trust: bool) -> list[PreTrainedConfig]:
-    """Configurations to try, the smallest first: narrow, shallow, as it is."""
+    """Configurations to try, the smallest first. Not every model takes narrow layers; then it has few of its own."""
     whole = copy.deepcopy(config)
     _lower_limits(whole, longest)
     meta = new_model(whole, "eager", trust, torch.float32, "meta")
@@ -273,7 +294,9 @@ def _copies(config: PreTrainedConfig, longest: int, trust: bool) -> list[PreTrai
     _cut_layers(shallow, _enough_layers(meta))
     narrow = copy.deepcopy(shallow)
     _cut_widths(narrow)
-    return [narrow, shallow]
+    slim = copy.deepcopy(narrow)
+    _cut_heads(slim)
+    return [slim, narrow, shallow]
 
 
 def _lower_limits(config: PreTrainedConfig, longest: int) -> None:
@@ -282,10 +305,10 @@ def _lower_limits(config: PreTrainedConfig, longest: int) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     for home in (vars(text), *([rope, *nested] if isinstance(rope, dict) else [])):
-        for name in _LIMITS:
+        for name, within in _LIMITS.items():
             value = home.get(name)
             if isinstance(value, int) and 0 < value < longest:
-                home[name] = min(value, WITHIN)
+                home[name] = min(value, within)
 
 
 def _enough_layers(meta: PreTrainedModel) -> int:
@@ -325,7 +348,7 @@ def _cut_layers(config: PreTrainedConfig, layers: int) -> None:
 
 
 def _cut_widths(config: PreTrainedConfig) -> None:
-    """Narrow the MLPs and shorten the vocabulary; attention stays as it is."""
+    """Narrow the MLPs and shorten the vocabulary."""
     text = text_config(config)
     for name, value in list(vars(text).items()):
         if _WIDTHS.fullmatch(name):
@@ -338,6 +361,17 @@ def _cut_widths(config: PreTrainedConfig) -> None:
         for name, value in list(vars(part).items()):
             if name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= text.vocab_size:
                 setattr(part, name, None if name == "pad_token_id" else 2)
+
+
+def _cut_heads(config: PreTrainedConfig) -> None:
+    """Keep two groups of heads, with as many queries a group, and a residual stream that is as much narrower."""
+    text = text_config(config)
+    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    fewer = 2 if groups in (None, heads) else min(2, groups) * (heads // groups)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    text.hidden_size, text.num_attention_heads = min(text.hidden_size, fewer * width), fewer
+    if groups is not None:
+        text.num_key_value_heads = min(2, groups)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ OPTIMISATIONS = {
     "fp32_addmm": "the head's weight gradient is accumulated in fp32 by the matrix product itself (CUDA)",
     "gradient_handover": "a lone rank takes its gradients from FSDP without copies",
     "graph_attention": "compiled blocks see the attention kernel itself, in place of an operator that hides it (CUDA)",
+    "attention_variants": "attention with soft caps or sinks by one kernel, in place of one pass per segment (CUDA)",
 }
 VARIABLE = "NOTUS_DISABLE"
 

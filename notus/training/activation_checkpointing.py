@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from notus.model.lora import lora_layers
+from notus.model.quantization import quantized_layers
 
 MODES = ("none", "products", "selective", "full")  # the faster ones first
 PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
@@ -42,6 +43,8 @@ ATTENTION = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "notus::packed_attention",
+        "notus::plain_attention",
+        "notus::sink_attention",
     }
 )
 # Operations whose backward pass reads none of their inputs: after its last product, a block may have these alone.
@@ -68,7 +71,7 @@ def checkpointed(block: nn.Module, mode: str, *, compiled: bool = False) -> Call
         # Adapters alone draw random numbers; to keep a generator's state costs a copy, on a GPU a host sync.
         "preserve_rng_state": any(layer.dropout > 0 for layer in layers),
     }
-    if mode != "full":
+    if mode != "full" or (quantized_layers(block) and not compiled):  # see `_Reuse`
         rank = max((layer.rank for layer in layers), default=0)
         # As digits, since the compiler would take a number for a symbol.
         options["context_fn"] = functools.partial(_compiled_contexts if compiled else _contexts, mode, str(rank))
@@ -103,6 +106,8 @@ class _InputKept:
 
 def _what(op: Any, args: tuple[Any, ...], adapter_rank: str) -> str | None:
     """ "product" or "attention" for an operation whose output may be kept, else None."""
+    if op is torch.ops.notus.quantized_linear.default:  # the product is within
+        return "product"
     if op in PRODUCTS:  # a product with a matrix of at most this rank is an adapter's; 0: there are none
         return "product" if min(args[-1].shape) > int(adapter_rank) else None
     return "attention" if getattr(op, "name", str)().partition(".")[0] in ATTENTION else None
@@ -110,7 +115,7 @@ def _what(op: Any, args: tuple[Any, ...], adapter_rank: str) -> str | None:
 
 def _keeps(mode: str, what: str, number: int) -> bool:
     """Whether the product of this number, counted from 1, or an attention, is kept."""
-    return what == "attention" or mode == "products" or number % 2 == 1
+    return mode != "full" and (what == "attention" or mode == "products" or number % 2 == 1)
 
 
 class _Kept:
@@ -119,6 +124,7 @@ class _Kept:
     def __init__(self, mode: str, adapter_rank: str) -> None:
         self.mode, self.adapter_rank = mode, adapter_rank
         self.values: dict[int, Any] = {}
+        self.unread: int | None = None  # the place of the block's last product, if no backward pass reads its value
 
 
 class _Keep(TorchDispatchMode):
@@ -162,12 +168,18 @@ class _Keep(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._kept.unread = self._unread
         if self._unread is not None:
             self._kept.values.pop(self._unread, None)
 
 
 class _Reuse(TorchDispatchMode):
-    """Hands out the kept values during the recomputation, each once; computes what was not kept."""
+    """Hands out the kept values during the recomputation, each once; computes what was not kept.
+
+    The recomputation ends as soon as autograd has all that it keeps. A plain product hands over what it keeps before it
+    computes, one with weights in 4 bits afterwards, as every operator that is written in Python: if nobody reads the
+    last one's value, it is not computed.
+    """
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()
@@ -178,6 +190,8 @@ class _Reuse(TorchDispatchMode):
         if _what(op, args, self._kept.adapter_rank) is None:
             return op(*args, **(kwargs or {}))
         place, self._place = self._place, self._place + 1
+        if place == self._kept.unread and op is torch.ops.notus.quantized_linear.default:
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[0])
         return self._kept.values.pop(place) if place in self._kept.values else op(*args, **(kwargs or {}))
 
 

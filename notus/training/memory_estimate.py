@@ -49,14 +49,15 @@ class Footprint:
 
     Attributes:
         moment: where in the step.
-        weights: this rank's share of the parameters: fp32 masters, frozen ones in the computation's dtype.
+        weights: this rank's share of the parameters: fp32 masters, frozen ones in the computation's dtype or in 4 bits.
         gradients: its share of the gradients, fp32, as they add up over rows.
         optimizer_state: its share of the averages.
         optimizer_temporaries: what the update of one piece computes.
         gathered: whole blocks and the root, in the computation's dtype, with the buffer of the next block's gathering.
         whole_gradients: gradients of whole blocks, and the buffers of their reduction in fp32.
         activations: what the forward pass keeps for the backward pass.
-        working: activations of the block in work, computed again, and its intermediate gradients.
+        working: activations of the block in work, computed again, its intermediate gradients, and a layer's dequantised
+            weight.
         head: logits of a chunk of tokens, and the head's gradient in fp32.
         batch: token ids, positions, indices.
     """
@@ -138,16 +139,16 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     """What is alive at each moment of a step at which memory may peak."""
     held = 0 if job.cpu_offload else 1
     share, wide = job.shard_size, BYTES[job.precision]
-    frozen = size.parameters - size.trained
-    weights = held * (4 * size.trained + wide * frozen) // share
+    stored = size.layers * size.block_bytes(wide) + wide * size.root  # as gathered, trained ones included
+    weights = held * (stored + (4 - wide) * size.trained) // share
     gradients = held * 4 * size.trained // share
     state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
     pieces = PIECES[job.optimizer, job.optimizer_dtype]
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
-    block, root = wide * size.block, wide * size.root
-    if job.alone:  # cast copies of the rank's own weights stay
-        gathered = size.layers * block + root
+    block, root = size.block_bytes(wide), wide * size.root
+    if job.alone:  # cast copies of the rank's own weights stay; those in 4 bits need none
+        gathered = size.layers * (block - size.quantized_bytes) + root
         while_block = while_head = while_reduced = gathered
     else:
         while_block, while_head, while_reduced = root + 2 * block, root + block, root + block
@@ -261,6 +262,7 @@ def _working(size: ModelSize, job: Job) -> int:
     # gradients of the factors and of their product, which takes the place of the product where that was kept
     gradients = 1 + size.gated + 2 * size.squares + (size.block_trained != size.block)
     extra = tokens * wide * (gradients * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
+    extra += wide * size.dequantized
     if job.activation_checkpointing == "none":
         return extra
     again = activations_per_block(size, job)

@@ -17,8 +17,10 @@
 Activation offload is not built: "full" leaves little to move, 1 GiB for 7B parameters and rows of 4,096 tokens.
 """
 
+import collections
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,17 +38,18 @@ from torch.distributed.fsdp import (
 from torch.fx.experimental import _config as symbols
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from notus.model.attention import check_kernel
+from notus.model.attention import attention_sizes, check_kernel
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
 from notus.model.lora import cast_frozen, init_lora, inject_lora
-from notus.model.make import read_config
+from notus.model.make import auto_class_of, read_config, text_parameters
 from notus.model.policy import Policy
+from notus.model.quantization import check_dequantize, quantize, quantized_layers, summary
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches
-from notus.runtime.distributed import gather_objects, mesh, say
+from notus.runtime.distributed import gather_objects, mesh, say, world_size
 from notus.training.activation_checkpointing import checkpointed
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_supported(config)
+    auto_class_of(config, trust_remote_code=trust_remote_code)
     return config
 
 
@@ -82,6 +86,8 @@ def build_policy(
     trust_remote_code: bool = False,
     path: str | PathChoice = "auto",
     longest: int = 0,
+    quantization: str | None = None,
+    unquantized: Sequence[str] = (),
 ) -> Policy:
     """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
 
@@ -99,6 +105,8 @@ def build_policy(
         trust_remote_code: run model code that comes with the folder.
         path: "auto", "packed", "plain", or what `find_path` returned.
         longest: most tokens of a sequence, see `choose_path`.
+        quantization: "nf4": frozen weights of the blocks in 4 bits, see `notus.model.quantization`; None: as computed.
+        unquantized: names of modules that keep their weights whatever `quantization` says.
 
     Raises:
         ValueError: the path that is asked for is not the model's, or cannot be compiled.
@@ -107,12 +115,13 @@ def build_policy(
         path = find_path(config, path, longest=longest, device=device, trust_remote_code=trust_remote_code)
     causal_lm = _meta_model(config, trust_remote_code, path)
     if path.name == "packed":
-        check_attention(config, device, COMPUTE_DTYPES[precision])
+        check_attention(causal_lm, device, COMPUTE_DTYPES[precision])
         fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[precision], compile=compile)
     elif compile:
         raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
     if not trainable:
         causal_lm.requires_grad_(False)
+    freeze_other_inputs(causal_lm)
     if lora is not None:
         inject_lora(
             causal_lm,
@@ -123,6 +132,8 @@ def build_policy(
             rslora=lora.rslora,
         )
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
+    if quantization is not None:
+        quantize_or_warn(causal_lm, device, COMPUTE_DTYPES[precision], keep=unquantized)
     mode = activation_checkpointing
     policy = parallelize(
         make_policy(causal_lm, path),
@@ -150,8 +161,18 @@ def find_path(
         ValueError: as `choose_path`.
     """
     found = choose_path(config, wanted=wanted, longest=longest, device=device, trust_remote_code=trust_remote_code)
+    if world_size() == 1:
+        return found
     # Where ranks round differently, all take the most careful choice of any.
     return max(gather_objects(found), key=lambda each: (each.name == "plain", not each.padded, each.attention))
+
+
+def freeze_other_inputs(causal_lm: PreTrainedModel) -> None:
+    """Freeze what a text does not go through: the vision and audio parts of a multimodal model."""
+    of_text = text_parameters(causal_lm)
+    for name, parameter in causal_lm.named_parameters():
+        if name not in of_text:
+            parameter.requires_grad_(False)
 
 
 def _meta_model(config: PreTrainedConfig, trust_remote_code: bool, path: PathChoice) -> PreTrainedModel:
@@ -173,7 +194,11 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
     What cannot be used on this machine is replaced by its plain twin, with a warning.
     """
     if compile:
-        problems = check_graph_attention(device, dtype, **_attention_sizes(causal_lm.config), gather=gather_objects)
+        problems = [
+            problem
+            for sizes in attention_sizes(causal_lm)
+            for problem in check_graph_attention(device, dtype, **dataclasses.asdict(sizes), gather=gather_objects)
+        ]
     else:
         fuse(causal_lm)
         problems = check_fused(causal_lm, device, dtype, gather_objects)
@@ -181,19 +206,21 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
         say(f"warning: {problem}")
 
 
-def check_attention(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Try the attention kernel of this device and dtype on the model's sizes; see `check_kernel`."""
-    check_kernel(device, dtype, **_attention_sizes(config))
+def quantize_or_warn(
+    causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, keep: Sequence[str] = ()
+) -> None:
+    """`quantize` the model, and warn if the kernel that reads its weights is not used. Collective on CUDA."""
+    quantize(causal_lm, dtype, keep=keep)
+    for problem in check_dequantize(device, dtype, gather_objects):
+        say(f"warning: {problem}")
+    say(summary(causal_lm))
 
 
-def _attention_sizes(config: PreTrainedConfig) -> dict[str, Any]:
-    num_heads = config.num_attention_heads
-    return {
-        "num_heads": num_heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or num_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        "window": getattr(config, "sliding_window", None),
-    }
+def check_attention(causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Try the attention kernels of this device and dtype on the model's sizes; see `check_kernel`. Collective."""
+    for sizes in attention_sizes(causal_lm):
+        for problem in check_kernel(device, dtype, **dataclasses.asdict(sizes), gather=gather_objects):
+            say(f"warning: {problem}")
 
 
 def parallelize(
@@ -229,12 +256,15 @@ def parallelize(
     # A rank that holds all rows has nothing to gather: freeing and copying its own weights twice a step would be waste.
     # Unless they are on the host: then one block at a time is to be on the device.
     gathers = cpu_offload or mesh.size(mesh.ndim - 1) > 1
+    # Weights in 4 bits are stored as they are gathered: a rank that has them all need not copy them.
+    packed = {layer.weight for layer in quantized_layers(policy).values()}
     shard = functools.partial(
         fully_shard,
         mesh=mesh,
         mp_policy=precision_policy,
         reshard_after_forward=gathers,
         offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        ignored_params=None if gathers else packed,
     )
     for unit in _units(policy):
         shard(unit)
@@ -251,15 +281,26 @@ def parallelize(
 
 
 def _units(policy: Policy) -> list[nn.Module]:
-    """What is gathered by itself: each block.
+    """What FSDP gathers by itself: each block, and each part that reads no text, which is therefore never gathered.
 
     Blocks that share parameters with each other (Zamba) stay with the root, because FSDP shards a parameter once.
     """
-    owners: dict[int, int] = {}
-    for block in policy.blocks:
-        for parameter in block.parameters():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return [] if any(count > 1 for count in owners.values()) else list(policy.blocks)
+    owners = collections.Counter(id(each) for block in policy.blocks for each in block.parameters())
+    blocks = [] if max(owners.values(), default=0) > 1 else list(policy.blocks)
+    of_text = text_parameters(policy.causal_lm)
+    return blocks + _without(policy.causal_lm, of_text)
+
+
+def _without(module: nn.Module, names: set[str], prefix: str = "") -> list[nn.Module]:
+    """The largest modules that have parameters, but none of those names."""
+    found = []
+    for name, child in module.named_children():
+        own = [f"{prefix}{name}.{each}" for each, _ in child.named_parameters(remove_duplicate=False)]
+        if own and names.isdisjoint(own):
+            found.append(child)
+        elif own and not names.issuperset(own):
+            found += _without(child, names, f"{prefix}{name}.")
+    return found
 
 
 def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

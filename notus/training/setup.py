@@ -17,7 +17,8 @@ from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
 from notus.data.display import describe_example
 from notus.data.packing import check_fits
-from notus.model.attention import kernel_for
+from notus.model import quantization
+from notus.model.attention import kernel_name
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
 from notus.model.load import resolve_model_folder, weights_digest
@@ -90,11 +91,13 @@ class Run:
 
     @property
     def kernel(self) -> str:
-        """Name of the attention kernel in use, and of what computes the rest of the blocks."""
+        """Name of the attention kernel in use, of what computes the rest of the blocks, and of their quantization."""
+        suffix = quantization.describe(self.policy.causal_lm)
         if self.path.name == "plain":
-            return self.path.kernel
-        name = kernel_for(self.device, COMPUTE_DTYPES[self.config.training.precision])[0]
-        return name + ("-compiled" if self.config.training.compile else rounding(self.device))
+            return self.path.kernel + suffix
+        name = kernel_name(self.policy.causal_lm, self.device, COMPUTE_DTYPES[self.config.training.precision])
+        name += "-compiled" if self.config.training.compile else rounding(self.device)
+        return name + suffix
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -310,10 +313,23 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         sharding=training.sharding,
         trust_remote_code=model.trust_remote_code,
         path=path,
+        quantization=model.quantization,
+        unquantized=config.lora.modules_to_save,
     )
+    if path.reason:
+        distributed.say(_plain_notice(path.reason, train_rows))
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), model_folder, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
+
+
+def _plain_notice(reason: str, rows: TokenizedDataset) -> str:
+    """Say that the plain path is taken, why, and how many more tokens it computes."""
+    more = int(rows.separate_lengths(np.arange(len(rows))).sum()) / int(rows.lengths.sum())
+    return (
+        f"model.path: plain, because the packed path is not what this model computes: {reason}. Prompts are not shared "
+        f"({more:.2f}x the tokens), and sequences are not packed; docs/models.md has the speed"
+    )

@@ -3,22 +3,29 @@
 import pytest
 import torch
 import torch.nn.attention.varlen
+import transformers
 from toys import relative
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from notus.data.packing import build_layout
 from notus.model import attention
+from notus.model import attention_variants as variants
 from notus.model.attention import (
     IMPLEMENTATION,
+    Sizes,
+    attention_sizes,
     causal_mask,
     check_kernel,
     dense_kernel,
     kernel_for,
+    kernel_name,
     mask_alignment,
     packed_attention,
+    recorded_calls,
     sdpa_kernel,
     varlen_kernel,
 )
+from notus.model.compiled_attention import hidden_attention
 
 CPU = torch.device("cpu")
 KERNELS = {"sdpa": sdpa_kernel, "dense": dense_kernel}
@@ -210,7 +217,7 @@ def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
 @pytest.mark.parametrize(("heads", "kv_heads", "window"), [(2, 2, None), (4, 2, None), (4, 2, 1), (2, 2, 3)])
 def test_flash_attention_is_asked_for_the_same(monkeypatch, stand_in, heads, kv_heads, window):
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", stand_in is varlen_by_the_book)
+    monkeypatch.setattr(variants, "TOLD_OF_GROUPS", stand_in is varlen_by_the_book)
     trunks, branches = ROWS["pairs"]
     leaves, _ = inputs(27, heads, kv_heads)
     layout = build_layout(trunks, branches)
@@ -301,3 +308,145 @@ def test_check_refuses_a_wrong_gather(monkeypatch):
     monkeypatch.setattr(attention, "_GatherKeys", Forgetful)
     with pytest.raises(ValueError, match="in its key"):
         check_kernel(CPU, torch.float32, num_heads=4, num_kv_heads=2, head_dim=8, window=None)
+
+
+# --- what a model may ask for ---
+
+
+def ask(module=None, mask=None, **options):
+    query = torch.zeros(1, 2, 4, 4)
+    layout = build_layout([2], [[2]])
+    return packed_attention(module or torch.nn.Identity(), query, query, query, mask, layout=layout, **options)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "told"),
+    [
+        ("position_bias", torch.zeros(1), "position_bias,"),
+        ("indices", torch.zeros(1), "indices,"),
+        ("is_causal", False, "is_causal=False,"),
+        ("dropout", 0.1, "dropout=0.1,"),
+        ("use_cache", True, "use_cache=True,"),
+        ("output_attentions", True, "output_attentions=True,"),
+        ("cu_seq_lens_q", torch.zeros(1), "cu_seq_lens_q,"),
+        ("logit_cap", 30.0, "logit_cap=30.0,"),
+    ],
+)
+def test_an_unknown_keyword_is_refused_by_name(keyword, value, told):
+    with pytest.raises(ValueError, match=rf"^Identity calls its attention with {told} which packed attention does not"):
+        ask(**{keyword: value})
+    with pytest.raises(ValueError, match=told):
+        hidden_attention(
+            torch.nn.Identity(),
+            *[torch.zeros(1, 2, 4, 4)] * 3,
+            None,
+            layout=build_layout([2], [[2]]),
+            **{keyword: value},
+        )
+
+
+def test_keywords_that_change_nothing_are_let_pass():
+    neutral = {"use_cache": False, "output_attentions": False, "is_causal": True, "dropout": 0.0, "position_bias": None}
+    out, _ = ask(**neutral, position_ids=torch.arange(4)[None], cache_position=torch.arange(4), indices=None)
+    torch.testing.assert_close(out, ask()[0])
+
+
+def test_a_mask_that_the_model_built_and_a_layer_that_is_not_causal_are_refused():
+    with pytest.raises(ValueError, match=r"^Identity built an attention mask by itself"):
+        ask(mask=torch.zeros(1, 1, 4, 4))
+    module = torch.nn.Identity()
+    module.is_causal = False
+    with pytest.raises(ValueError, match=r"^Identity is not causal"):
+        ask(module)
+
+
+def test_without_a_scale_it_is_that_of_the_heads():
+    leaves, _ = inputs(27, 4, 2)
+    layout = build_layout(*ROWS["pairs"])
+    torch.testing.assert_close(attend(*leaves, layout, scale=None), attend(*leaves, layout, scale=8**-0.5))
+
+
+def test_calls_are_recorded_within_the_context_alone():
+    first, second = torch.nn.Identity(), torch.nn.Identity()
+    ask(first)
+    with recorded_calls() as calls:
+        ask(second, sliding_window=3, softcap=2.0)
+        assert list(calls) == [second]
+        with recorded_calls() as inner:
+            ask(first, s_aux=torch.zeros(2))
+        ask(first)
+    ask(torch.nn.Identity())
+    assert list(calls) == [second, first]
+    assert calls[second] == Sizes(2, 2, 4, 4, window=3, softcap=2.0)
+    assert inner == {first: Sizes(2, 2, 4, 4, sinks=True)}
+
+
+# --- values of another size than queries and keys, as multi-head latent attention has them ---
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("value_dim", [5, 8, 11])
+def test_values_may_have_another_size(kernel, window, value_dim):
+    trunks, branches = ROWS["pairs"]
+    query, key, value = inputs(27, 4, 2)[0]
+    value = torch.randn(27, 2, value_dim, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    found = attend(query, key, value, build_layout(trunks, branches), kernel=KERNELS[kernel], window=window)
+    wide = torch.nn.functional.pad(value, (0, 11 - value_dim))
+    expected = alone(
+        *(torch.nn.functional.pad(each, (0, 3)) for each in (query, key)), wide, trunks, branches, window=window
+    )
+    assert found.shape == (27, 4, value_dim)
+    assert relative(found, expected[..., :value_dim]) < 1e-6
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(expected[..., :value_dim], (query, key, value), upstream.double())
+    for got, gradient in zip(torch.autograd.grad(found, (query, key, value), upstream), wanted, strict=True):
+        assert relative(got, gradient) < 1e-5
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim", "asked"), [(12, 6, 16), (8, 16, 16), (24, 24, 24), (20, 20, 24)])
+def test_flash_attention_gets_heads_of_one_size_that_it_takes(monkeypatch, head_dim, value_dim, asked):
+    seen = []
+
+    def stand_in(query, key, value, *rest, **options):
+        seen.append((query.shape[-1], key.shape[-1], value.shape[-1]))
+        return varlen_by_the_book(query, key, value, *rest, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    monkeypatch.setattr(variants, "TOLD_OF_GROUPS", True)
+    trunks, branches = ROWS["pairs"]
+    query, key, _ = inputs(27, 4, 2, head_dim=head_dim)[0]
+    value = inputs(27, 4, 2, head_dim=value_dim)[0][2]
+    found = attend(query, key, value, build_layout(trunks, branches), kernel=varlen_kernel)
+    expected = attend(query, key, value, build_layout(trunks, branches), kernel=dense_kernel)
+    assert seen == [(asked, asked, asked)]
+    torch.testing.assert_close(found, expected)
+
+
+def test_flash_attention_is_not_asked_for_heads_that_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", None)
+    trunks, branches = ROWS["pairs"]
+    leaves, _ = inputs(27, 4, 2, head_dim=512)
+    found = attend(*leaves, build_layout(trunks, branches), kernel=varlen_kernel)
+    torch.testing.assert_close(found, attend(*leaves, build_layout(trunks, branches), kernel=dense_kernel))
+
+
+def test_check_takes_values_of_another_size():
+    check_kernel(CPU, torch.float32, num_heads=8, num_kv_heads=8, head_dim=24, value_dim=16, window=None)
+
+
+def test_sizes_are_those_of_every_kind_of_layer():
+    mla = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    shape = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 9, "pad_token_id": 0}
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**shape, **mla, **experts))
+    assert attention_sizes(model) == [Sizes(4, 4, 12, 6)]
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "num_local_experts": 2}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**shape))
+    assert attention_sizes(model) == [Sizes(4, 2, 8, 8, window=5, sinks=True)]
+    assert kernel_name(model, torch.device("cuda"), torch.bfloat16) == "varlen-sinks"
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape, attn_logit_softcapping=2.0))
+    assert attention_sizes(model) == [Sizes(4, 2, 8, 8, window=5, softcap=2.0)]
+    assert kernel_name(model, torch.device("cuda"), torch.bfloat16) == "flex"
+    assert kernel_name(model, CPU, torch.bfloat16) == "plain"

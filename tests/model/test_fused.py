@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from toys import toy_model
+from toys import toy_config, toy_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from notus.model import fused
@@ -63,6 +64,22 @@ def test_other_modules_keep_their_forward() -> None:
     fuse(model)
     assert "forward" not in vars(model.model.norm)
     assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+def test_modules_of_the_same_name_in_another_family_keep_their_forward() -> None:
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+
+    assert modeling_qwen2_vl.Qwen2MLP.__name__ in MLPS
+    assert not fused.is_known(modeling_qwen2_vl.Qwen2MLP(toy_config("qwen2")), MLPS)
+
+
+@pytest.mark.parametrize("kind", ["GraniteConfig", "Gemma2Config", "CohereConfig", "MixtralConfig", "Qwen3MoeConfig"])
+def test_no_block_is_fused_whose_own_forward_does_something_else(kind: str) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = getattr(transformers, kind)(**shape, num_key_value_heads=2, vocab_size=9, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    fuse(model)
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == []
 
 
 def test_switched_off_blocks_and_mlps_keep_their_forward() -> None:

@@ -189,3 +189,103 @@ def test_products_that_add_to_fp32_are_used_where_they_work(monkeypatch):
         again = with_gradients(chunked, *inputs(torch.bfloat16))
     assert used == []
     assert torch.equal(again[2], plain[2])
+
+
+# --- heads with a bias, a scale, a soft cap ---
+
+HEADS = {
+    "bias": {"bias": True},
+    "scale": {"scale": 0.125},
+    "soft cap": {"softcap": 3.0},
+    "all": {"bias": True, "scale": 2.5, "softcap": 3.0},
+}
+
+
+def head_inputs(name, dtype=torch.float32, num_tokens=21):
+    hidden, weight, targets, upstream = inputs(dtype, num_tokens=num_tokens)
+    head = dict(HEADS[name])
+    if head.get("bias"):
+        head["bias"] = (
+            torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        )
+    return (hidden, weight, targets), upstream, head
+
+
+def head_gradients(function, args, upstream, head, dtype=None):
+    hidden, weight, targets = args
+
+    def cast(x):
+        return x.detach().to(dtype or x.dtype).requires_grad_()
+
+    head = {key: cast(value) if isinstance(value, torch.Tensor) else value for key, value in head.items()}
+    hidden, weight = cast(hidden), cast(weight)
+    logps = function(hidden, weight, targets, **head)
+    leaves = [hidden, weight, *([head["bias"]] if "bias" in head else [])]
+    return [logps.detach(), *torch.autograd.grad(logps, leaves, upstream.to(logps.dtype))]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 21, 100])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_the_plain_one_with_all_gradients(name, chunk):
+    args, upstream, head = head_inputs(name)
+    found = head_gradients(partial(linear_logprobs, chunk_tokens=chunk), args, upstream, head)
+    exact = head_gradients(_plain_head, args, upstream, head, torch.float64)
+    plain = head_gradients(full_logprobs, args, upstream, head)
+    for got, wanted, other in zip(found, exact, plain, strict=True):
+        torch.testing.assert_close(got, wanted.float(), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(other, wanted.float(), rtol=2e-5, atol=2e-5)
+
+
+def _plain_head(hidden, weight, targets, bias=None, scale=1.0, softcap=None):
+    """As transformers writes it, in the inputs' dtype."""
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_in_bf16_a_head_is_no_worse_than_as_transformers_has_it(name):
+    args, upstream, head = head_inputs(name, torch.bfloat16, num_tokens=64)
+    exact = head_gradients(_plain_head, args, upstream, head, torch.float64)
+    plain = head_gradients(_plain_head, args, upstream, head)
+    found = head_gradients(partial(linear_logprobs, chunk_tokens=10), args, upstream, head)
+    assert found[0].dtype == torch.float32
+    for got, wanted, other in zip(found, exact, plain, strict=True):
+        assert (got - wanted).norm() <= 1.5 * (other - wanted).norm()  # allows for luck, not for a factor of two
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_scores_of_a_head_are_its_logprobs_and_its_likeliest_tokens(name):
+    (hidden, weight, targets), _, head = head_inputs(name)
+    logps, greedy = linear_scores(hidden, weight, targets, **head, chunk_tokens=5)
+    torch.testing.assert_close(logps, full_logprobs(hidden, weight, targets, **head).detach())
+    logits = torch.nn.functional.linear(hidden, weight, head.get("bias"))
+    assert torch.equal(greedy, logits.argmax(-1) == targets)
+    _, all_greedy = linear_scores(hidden, weight, logits.argmax(-1), **head, chunk_tokens=5)
+    assert all_greedy.all()
+
+
+def test_a_head_by_hand():
+    # logits 0 and 2 (log 3) / 2 capped at log 3: (log 3) tanh(1); with a bias of log 3 on the first: equal at scale 1
+    weight, hidden, targets = torch.tensor([[0.0], [1.0]]), torch.tensor([[math.log(3)]]), torch.tensor([1])
+    bias = torch.tensor([math.log(3), 0.0])
+    assert linear_logprobs(hidden, weight, targets, bias=bias).item() == pytest.approx(-math.log(2))
+    scaled = linear_logprobs(hidden, weight, targets, scale=2.0).item()
+    assert scaled == pytest.approx(math.log(9 / 10))
+    capped = linear_logprobs(1e4 * hidden, weight, targets, softcap=math.log(3)).item()
+    assert capped == pytest.approx(math.log(3 / 4))
+
+
+def test_what_is_frozen_in_a_head_gets_no_gradient():
+    (hidden, weight, targets), _, head = head_inputs("all")
+    linear_logprobs(hidden.detach(), weight.detach(), targets, **head).sum().backward()
+    assert head["bias"].grad is not None
+    assert not linear_logprobs(hidden.detach(), weight.detach(), targets, scale=2.0).requires_grad
+
+
+def test_without_bias_scale_and_cap_a_head_is_the_fast_path_bit_for_bit():
+    args, upstream, _ = head_inputs("scale")
+    expected = with_gradients(linear_logprobs, *args, upstream)
+    found = head_gradients(partial(linear_logprobs, bias=None, scale=1.0, softcap=None), args, upstream, {})
+    assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))

@@ -189,12 +189,12 @@ def test_a_branchs_logprob_is_the_sum_of_its_tokens():
     torch.testing.assert_close(policy(batch).flatten(), torch.stack(expected))
 
 
-def test_a_head_with_a_bias_and_a_decoder_without_layers_are_refused():
+def test_a_head_that_is_not_understood_and_a_decoder_without_blocks_are_refused():
     model = toy_model()
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(400))
-    with pytest.raises(ValueError, match="MistralForCausalLM: output heads with a bias"):
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="MistralForCausalLM: its output head is not understood: it is a Sequential"):
         Policy(model)
     model = toy_model()
     del model.model.layers
-    with pytest.raises(ValueError, match="MistralForCausalLM: decoders that do not keep their blocks in `layers`"):
+    with pytest.raises(ValueError, match="MistralForCausalLM: its decoder has no list of blocks"):
         Policy(model)

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from transformers import MistralConfig
 
+from notus.config import LoraConfig
 from notus.data.packing import Example, collate
+from notus.model.quantization import quantized_layers
 from notus.model.size import model_size
 from notus.training import parallelize
 from notus.training.memory_estimate import CHECKPOINTING, Job, footprint
@@ -42,20 +44,26 @@ def left():
 
 
 @pytest.mark.parametrize("mode", CHECKPOINTING)
-@pytest.mark.parametrize("cpu_offload", [False, True])
-def test_a_steps_peak_on_the_device(alone, left, mode, cpu_offload):
+@pytest.mark.parametrize(("cpu_offload", "quantization"), [(False, None), (True, None), (False, "nf4"), (True, "nf4")])
+def test_a_steps_peak_on_the_device(alone, left, mode, cpu_offload, quantization):
     config = MistralConfig(
         vocab_size=16000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=4, head_dim=64, sliding_window=None,
     )  # fmt: skip
     sizes = []
+    adapter = LoraConfig(rank=16, target_modules="all-linear", dropout=0.0) if quantization else None
     with mock.patch.object(parallelize, "load_weights"):  # whatever the memory held
         policy = build_policy(
-            Path("."), config, device=CUDA, precision="bf16", cpu_offload=cpu_offload,
+            Path("."), config, device=CUDA, precision="bf16", cpu_offload=cpu_offload, lora=adapter,
+            quantization=quantization,
             activation_checkpointing=lambda causal_lm: sizes.append(model_size(causal_lm)) or mode,
         )  # fmt: skip
+    packed = {id(layer.weight) for layer in quantized_layers(policy).values()}
     for parameter in policy.parameters():
-        torch.nn.init.normal_(parameter.to_local(), std=0.02)
+        if id(parameter) in packed:
+            parameter.to_local().view(torch.uint8).zero_()  # a scale of zero: whatever the codes, weights of zero
+        else:
+            torch.nn.init.normal_(parameter.to_local(), std=0.02)
     optimizer = build_optimizer(policy.parameters(), name="rmsprop", learning_rate=1e-6, weight_decay=0.0)
     ones = [np.ones(length, dtype=np.int64) for length in (TRUNK, *BRANCHES)]
     example = Example(0, ones[0], tuple(ones[1:]), tuple(part.astype(bool) for part in ones[1:]))

@@ -20,6 +20,7 @@ from toys import toy_examples, toy_model_folder
 from notus.config import LoraConfig
 from notus.data.packing import Batch, collate
 from notus.model import attention, compiled_attention
+from notus.model import attention_variants as variants
 from notus.model.compiled_attention import check_graph_attention
 from notus.model.policy import Policy
 from notus.runtime import switches
@@ -105,7 +106,7 @@ def _varlen(
 def _use_cudas_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "kernel_for", lambda device, dtype: ("varlen", attention.varlen_kernel))
     monkeypatch.setattr(attention, "varlen_attn", _varlen)
-    monkeypatch.setattr(attention, "_TOLD_OF_GROUPS", True)
+    monkeypatch.setattr(variants, "TOLD_OF_GROUPS", True)
 
 
 @pytest.fixture(params=["operator", "graph"])

@@ -189,7 +189,7 @@ def _load(args: argparse.Namespace, source: "ModelSource", kept: Path, device: "
         trust_remote_code=options.trust_remote_code,
     )
     if path.name == "packed":
-        check_attention(causal_lm.config, device, options.dtype)
+        check_attention(causal_lm, device, options.dtype)
     return NotusLM(
         causal_lm,
         tokenizer,

@@ -1,0 +1,144 @@
+"""Which path a model takes, and what the check at load finds."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from toys import toy_config, toy_model
+
+from notus.model import policy as policies
+from notus.model import verify
+from notus.model.structure import blocks_of, text_config
+from notus.model.verify import choose_path
+
+SMALL = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch):
+    monkeypatch.setattr(verify, "_cache", {})
+
+
+def phi3(**settings):
+    return transformers.Phi3Config(
+        **{**SMALL, "max_position_embeddings": 4096}, original_max_position_embeddings=64,
+        rope_parameters=dict(LONG_ROPE), **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", "gemma", "opt"])
+def test_what_the_packed_path_expresses_is_packed(kind):
+    assert choose_path(toy_config(kind)).name == "packed"
+
+
+def test_a_state_space_model_is_plain():
+    config = transformers.MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)
+    found = choose_path(config)
+    assert found.name == "plain"
+    assert "off" in found.reason
+
+
+def test_a_head_that_the_policy_forgets_is_found(monkeypatch):
+    """As a soft cap under a name that nobody knows would be."""
+    whole = policies.Policy._token_logprobs
+    monkeypatch.setattr(policies.Policy, "_token_logprobs", lambda self, batch: 1.01 * whole(self, batch))
+    assert choose_path(toy_config("llama")).name == "plain"
+
+
+def test_a_gradient_that_is_off_is_found(monkeypatch):
+    whole = policies.Policy._token_logprobs
+
+    def detached(self, batch):
+        found = whole(self, batch)
+        return found.detach() + 0.99 * (found - found.detach())
+
+    monkeypatch.setattr(policies.Policy, "_token_logprobs", detached)
+    found = choose_path(toy_config("llama"))
+    assert "gradient" in found.reason
+
+
+def test_asking_for_packed_where_it_is_wrong_is_an_error():
+    config = transformers.MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)
+    with pytest.raises(ValueError, match=r"^model.path is 'packed', but for 'mamba' .*set model.path=auto"):
+        choose_path(config, wanted="packed")
+
+
+def test_asking_for_plain_gives_plain_without_a_reason():
+    found = choose_path(toy_config("llama"), wanted="plain")
+    assert (found.name, found.reason) == ("plain", None)
+
+
+def test_frequencies_that_change_beyond_a_context_matter_where_the_data_get_there():
+    assert choose_path(phi3(), longest=64).name == "packed"
+    beyond = choose_path(phi3(), longest=65)
+    assert beyond.name == "plain"
+    assert not beyond.padded  # a longer sequence beside it would change a shorter one's frequencies
+
+
+def test_windows_are_tried_where_the_data_fill_them():
+    assert choose_path(toy_config("mistral", sliding_window=64), longest=200).name == "packed"
+
+
+def test_a_model_that_sees_later_tokens_is_an_error():
+    config = transformers.BertConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    with pytest.raises(ValueError, match="'bert' is not causal as it is configured"):
+        choose_path(config)
+
+
+def test_what_is_random_in_training_is_an_error(monkeypatch):
+    monkeypatch.setattr(verify, "disable_dropout", lambda model: None)
+    with pytest.raises(ValueError, match="in training mode its own forward pass is not what it is in evaluation"):
+        choose_path(toy_config("mistral", attention_dropout=0.5), wanted="plain")
+
+
+def test_the_check_draws_from_nobodys_random_numbers():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    choose_path(toy_config("qwen2"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_config_stays_as_it_is():
+    config = phi3()
+    before = json.dumps(config.to_dict(), default=str)
+    choose_path(config, longest=4096)
+    assert json.dumps(config.to_dict(), default=str) == before
+
+
+def test_the_copy_of_a_large_model_is_small_and_has_every_kind_of_layer():
+    config = transformers.Gemma3TextConfig()  # 26 layers, the 6th attends to everything
+    copies = verify._copies(config, 8192, False)
+    assert [len(blocks_of(verify.new_model(each, "eager", False, torch.float32, "meta"))) for each in copies] == [6] * 3
+    assert copies[0].layer_types == config.layer_types[:6]
+    sizes = [
+        sum(each.numel() for each in verify.new_model(copy, "eager", False, torch.float32, "meta").parameters())
+        for copy in copies
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 0.05 * sum(each.numel() for each in verify.new_model(
+        config, "eager", False, torch.float32, "meta").parameters())  # fmt: skip
+    assert text_config(copies[0]).sliding_window < 10 < config.sliding_window
+
+
+def test_tokens_of_a_cut_vocabulary_exist():
+    config = transformers.LlamaConfig(vocab_size=128256, bos_token_id=128000, eos_token_id=[128001, 128009])
+    assert choose_path(config).name == "packed"
+
+
+def test_the_toy_is_expressed_at_once(monkeypatch):
+    """A second run of the same model in one process does not try again."""
+    tried = []
+    inner = verify._choose
+    monkeypatch.setattr(verify, "_choose", lambda *args: tried.append(1) or inner(*args))
+    config = toy_model("mistral").config
+    assert choose_path(config) == choose_path(config)
+    assert tried == [1]
