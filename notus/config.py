@@ -277,8 +277,8 @@ class LoraConfig:
     """Names of modules that are trained in full beside the adapters, such as `embed_tokens` and `lm_head`, and saved
     with them."""
     continue_: bool = False
-    """Train the adapter of `model.adapter` further, in place of a new one. Its rank, alpha and targets must be these.
-    The reference is the model with that adapter."""
+    """Train the adapter of `model.adapter`, or of a run in `model.name_or_path`, further, in place of a new one. Its
+    rank, alpha and targets must be these. The reference is the model with that adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -423,8 +423,6 @@ def _without_effect(name: str, section: Any, why: str, keys: tuple[str, ...] | N
 
 def _model_conflicts(config: Config) -> Iterator[Invalid]:
     model, training = config.model, config.training
-    if config.lora.continue_ and model.adapter is None:
-        yield Invalid("lora.continue", "has no effect without model.adapter: name the adapter to train further")
     if model.quantization and config.lora.rank == 0:
         yield Invalid("model.quantization", "needs adapters, since quantized weights are not trained: set lora.rank")
     if model.path == "plain" and training.compile:

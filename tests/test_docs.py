@@ -10,10 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import write_pairs
 from toys import toy_model_folder
 
-from notus.config import SECTIONS
+from notus.config import SECTIONS, config_from_dict
 from notus.data.formats import normalize
 from notus.losses import LOSS_TYPES
 
@@ -81,3 +82,11 @@ def test_the_example_scores_pairs(tmp_path):
     assert "7 kept" in outputs[0]
     assert "loss 0.6931  accuracy 0.0%" in outputs[0]  # the policy is the reference: ln 2, and no pair is won
     assert "loss 0.6931" not in outputs[1]
+
+
+def test_what_the_page_on_adapters_shows_is_config():
+    for block in blocks("adapters.md", "yaml"):
+        tree = yaml.safe_load(block)
+        tree = {"model": {"name_or_path": "m"}, "data": {}, "training": {"output_dir": "o"}, **tree}
+        tree["data"] = {"train": "pairs.jsonl", **tree["data"]}
+        config_from_dict(tree, "dpo")

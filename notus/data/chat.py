@@ -523,12 +523,30 @@ class _Row:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise ValueError if the tokenizer has ids that the model's embedding of `vocab_size` rows does not."""
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    """Raise ValueError if the model's embedding of `vocab_size` rows lacks a token that every text may have.
+
+    Such are those of the tokenizer's own vocabulary, BOS and EOS. An added token without a row, such as the image's
+    that a text model shares with a larger one, does no harm before it is used: `check_ids` looks for that.
+    """
+    added = tokenizer.added_tokens_decoder
+    every = {token: number for token, number in tokenizer.get_vocab().items() if number not in added}
+    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        if token is not None:
+            every[token] = tokenizer.get_vocab()[token]
+    token, largest = max(every.items(), key=lambda item: item[1])
     if largest >= vocab_size:
         raise ValueError(
             f"the tokenizer does not fit the model: its token {token!r} has id {largest}, but the model's "
             f"vocabulary ends at {vocab_size - 1}; use the model's own tokenizer"
+        )
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, place: str, largest: int, vocab_size: int) -> None:
+    """Raise ValueError if the largest token id of `place` is beyond the model's embedding of `vocab_size` rows."""
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{place}: its token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model's "
+            f"vocabulary ends at {vocab_size - 1}; take that token out, or use a model that has it"
         )
 
 

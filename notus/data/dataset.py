@@ -158,6 +158,18 @@ class TokenizedDataset:
         """The most tokens of a trunk with one of its branches: how many positions the model needs."""
         return int((self.trunk_lengths + self.branch_lengths.max(axis=1)).max())
 
+    def first_beyond(self, vocabulary: int) -> tuple[int, int] | None:
+        """Return the first row with a token id of `vocabulary` or above, and that id; None if there is none."""
+        stored = (ids for chunk in self._chunks for ids in (chunk.trunk_ids, chunk.branch_ids))
+        if all(ids.max(initial=-1) < vocabulary for ids in stored):
+            return None
+        for index in range(len(self)):  # a stored row may be left out
+            example = self._example(index)
+            largest = max(int(ids.max(initial=-1)) for ids in (example.trunk, *example.branches))
+            if largest >= vocabulary:
+                return index, largest
+        return None
+
     @functools.cached_property
     def sources(self) -> list[str] | None:
         """[n]: what the data call each row's source, `UNKNOWN_SOURCE` where they do not; None: they never do."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from notus.data_browser.rows import Data
 from notus.evaluation.preferences.scores import Scoring, score_adapter, score_model
-from notus.evaluation.resolve_model import ModelSource, find_together
+from notus.evaluation.resolve_model import ModelSource, find_base, find_together, switches_to
 from notus.runtime.distributed import on_main, say
 from notus.training.checkpoint import checkpoints_in, read_identity
 from notus.training.reference import stored_logps
@@ -50,10 +50,11 @@ def _logps(model: ModelSource, scoring: Scoring) -> tuple[Tensor, Tensor]:
     if stored is not None:
         say("reference log-probs: read from the run")
         return score_model(model, scoring).pairs, stored
-    if model.base:
+    start = find_base(model, trust_remote_code=scoring.trust_remote_code)
+    assert start is not None  # of a DPO run
+    if switches_to(model, start):
         adapted, base = score_adapter(model, scoring)
         return adapted.pairs, base.pairs
-    start = find_together(model.settings["model"]["name_or_path"], trust_remote_code=scoring.trust_remote_code)
     return score_model(model, scoring).pairs, score_model(start, scoring).pairs
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,10 @@ from notus.data.formats import guess_task, used_columns
 from notus.data.sources import open_source, parts, read_rows
 from notus.model.export import load_tokenizer
 from notus.model.load import find_folder
+from notus.model.new_tokens import add_tokens
+from notus.model.structure import text_config
 from notus.runtime.distributed import main_first, on_main
+from notus.training.model_folders import local_names
 from notus.training.parallelize import read_model_config
 from notus.training.run_data import length_histogram, load_inputs
 from notus.training.run_folder import template_date
@@ -265,11 +269,12 @@ def load(config: Config, split: str, *, name: str, run: str | None = None) -> Da
     data = config.data
     if split == "eval" and data.eval is None and not data.eval_size:
         raise ValueError(f"{name}: no evaluation rows: set data.eval or data.eval_size, or leave --split eval out")
-    folder = main_first(lambda: find_folder(config.model.name_or_path, weights=False))
+    folder = main_first(lambda: _tokenizer_folder(config))
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
-    if (folder / "config.json").is_file():
+    added = add_tokens(tokenizer, config.data.new_tokens)
+    if not added and (folder / "config.json").is_file():
         model = read_model_config(folder, trust_remote_code=config.model.trust_remote_code)
-        check_vocabulary(tokenizer, model.vocab_size)
+        check_vocabulary(tokenizer, text_config(model).vocab_size)
     template = _describe_template(data, tokenizer)  # before loading gives the tokenizer that template
     with _quiet_reports() as said:
         inputs = load_inputs(config.data, tokenizer, task=config.task, seed=config.training.seed)
@@ -279,6 +284,16 @@ def load(config: Config, split: str, *, name: str, run: str | None = None) -> Da
     assert rows is not None
     report = inputs.reports.get(split, inputs.reports["train"])
     return Data(name, split, config.task, rows, other, report, tokenizer, template)
+
+
+def _tokenizer_folder(config: Config) -> Path:
+    """Where the tokenizer of a run's starting model is; weights are not downloaded."""
+    names = local_names(config.model.name_or_path, config.model.adapter)
+    for name in filter(None, (names.adapter, names.base)):
+        folder = find_folder(name, weights=False)
+        if (folder / "tokenizer_config.json").is_file():
+            return folder
+    return folder
 
 
 @contextlib.contextmanager

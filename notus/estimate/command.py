@@ -103,15 +103,18 @@ def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "t
     from notus.estimate.plan import Setting
     from notus.estimate.sizes import find_config, sizes
     from notus.model.flops import PER_NODE, find_gpu
+    from notus.training.model_folders import local_names
 
     gpu, training, lora = find_gpu(args.gpu), config.training, config.lora
-    model, source = find_config(args.model_config or config.model.name_or_path)
+    names = local_names(config.model.name_or_path, config.model.adapter)
+    model, source = find_config(args.model_config or names.base)
     size, dimensions = sizes(
         model,
         lora_rank=lora.rank,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         quantization=config.model.quantization,
+        modules_to_save=lora.modules_to_save,
     )
     if training.sharding == "hybrid" and args.gpus <= PER_NODE:
         raise ValueError(
@@ -170,7 +173,12 @@ def _rows(sources: list[dict[str, Any]]) -> int | None:
 
 def _tokenised(config: Config) -> "Lengths | None":
     """The true lengths, if data and tokenizer are on this machine and small."""
-    paths, folder = [Path(source["path"]) for source in config.data.train], Path(config.model.name_or_path)
+    from notus.training.model_folders import local_names
+
+    names = local_names(config.model.name_or_path, config.model.adapter)
+    folders = [Path(name) for name in (names.adapter, names.base) if name is not None]
+    folder = next((each for each in folders if (each / "tokenizer_config.json").is_file()), folders[-1])
+    paths = [Path(source["path"]) for source in config.data.train]
     if not all(path.is_file() for path in paths) or not (folder / "tokenizer_config.json").is_file():
         return None
     if sum(path.stat().st_size for path in paths) > SMALL_DATA:
@@ -180,9 +188,11 @@ def _tokenised(config: Config) -> "Lengths | None":
     from notus.data.tokenize import read_shares
     from notus.estimate.sizes import tokenised
     from notus.model.export import load_tokenizer
+    from notus.model.new_tokens import add_tokens
     from notus.training.run_data import rule_of
 
     data, tokenizer = config.data, load_tokenizer(folder, config.model.trust_remote_code)
+    add_tokens(tokenizer, data.new_tokens)
     shares, _ = read_shares(
         data.train,
         rule_of(data, tokenizer, config.task),

@@ -80,15 +80,19 @@ class Arithmetic:
 
 
 def arithmetic(size: ModelSize, dimensions: Dimensions, lengths: Lengths, checkpointing: str) -> Arithmetic:
-    """Means over examples. A frozen weight has no gradient; adapters are counted with their two passes."""
+    """Means over examples. A frozen weight has no gradient; adapters are counted with their two passes.
+
+    Where LoRA trains modules in full, those of blocks count as adapters, and the head's gradient as one more product.
+    """
     scored = lengths.branches.sum(axis=1)
     forward = forward_flops(dimensions, lengths.trunks, lengths.branches, scored).mean()
     pairs = visible_pairs(lengths.trunks, lengths.branches).mean()
     attention = 4 * dimensions.layers * dimensions.attention_width * pairs
     linear, head = forward - attention, 2 * dimensions.head_weights * scored.mean()
     full = size.trained == size.parameters
-    adapters = 0.0 if full else 2 * size.trained * lengths.totals.mean()
-    necessary = 3 * forward if full else 2 * linear + 3 * attention + 3 * adapters
+    adapters = 0.0 if full else 2 * (size.trained - size.root_trained) * lengths.totals.mean()
+    head_gradient = head if size.root_trained >= size.vocabulary * size.hidden else 0.0
+    necessary = 3 * forward if full else 2 * linear + 3 * attention + 3 * adapters + head_gradient
     products = (linear - head) * _recomputed_share(size, checkpointing)
     again = products + (0.0 if checkpointing == "none" else adapters) + (attention if checkpointing == "full" else 0.0)
     return Arithmetic(float(forward), float(necessary), float(necessary + again + head))

@@ -122,6 +122,7 @@ def sizes(
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] | str = (),
     quantization: str | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> tuple[ModelSize, Dimensions]:
     """What memory and arithmetic follow from, of a model on the meta device. Raises ValueError as `inject_lora`
     and `quantize`.
@@ -137,9 +138,16 @@ def sizes(
     one = dimensions(causal_lm)
     arithmetic = Dimensions(layers, one.attention_width, layers * one.body_weights, one.head_weights)
     if lora_rank:
-        inject_lora(causal_lm, rank=lora_rank, alpha=1.0, dropout=lora_dropout, target_modules=target_modules)
+        inject_lora(
+            causal_lm,
+            rank=lora_rank,
+            alpha=1.0,
+            dropout=lora_dropout,
+            target_modules=target_modules,
+            modules_to_save=modules_to_save,
+        )
     if quantization is not None:
-        quantize(causal_lm, torch.bfloat16)
+        quantize(causal_lm, torch.bfloat16, keep=modules_to_save)
     return model_size(causal_lm, layers=layers), arithmetic
 
 

@@ -23,10 +23,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from notus.data.chat import ChatEncoder
+from notus.data.chat import ChatEncoder, check_ids
 from notus.evaluation.prompts import Prompt
 from notus.evaluation.results import KeptRecords
 from notus.model.load import WITHOUT_EFFECT
+from notus.model.new_tokens import vocabulary_rows
 from notus.model.supported import context_of
 from notus.runtime.distributed import gather_objects
 from notus.training.sampling import end_tokens
@@ -125,6 +126,9 @@ def generate_ids(
     """
     assert not (with_end and kept), "saved completions have no ends"
     config = _generation_config(causal_lm, tokenizer, decoding)
+    rows = vocabulary_rows(causal_lm)
+    for number, ids in enumerate(prompts, start=1):
+        check_ids(tokenizer, f"prompt {number}", max(ids, default=-1), rows)
     batches = _batches(prompts, room, decoding)
     # What decides completions beside weights, prompts and room.
     names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")

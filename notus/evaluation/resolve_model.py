@@ -7,7 +7,6 @@ training at that moment. It is not disturbed: checkpoints appear whole and are o
 import argparse
 import contextlib
 import dataclasses
-import functools
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,15 +24,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder, check_vocabulary
 from notus.evaluation.results import check_folder, is_run
-from notus.model.export import export_adapter, export_model, load_causal_lm
+from notus.model.export import export_adapter, export_model, load_causal_lm, load_tokenizer
 from notus.model.load import find_folder, read_json, resolve_model_folder
 from notus.model.lora import inject_lora, lora_layers, merge_lora
-from notus.model.peft_format import ADAPTER_CONFIG, read_adapter_settings
+from notus.model.new_tokens import add_tokens, grow, vocabulary_rows
+from notus.model.peft_format import ADAPTER_CONFIG, Adapter, merge_adapter, read_adapter, read_adapter_settings
 from notus.model.policy import Policy
 from notus.model.usage import learned_plain_text, set_trained_templates
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.files import is_locked, lock
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
+from notus.training.model_folders import ModelFolders, local_names, resolve_model
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
@@ -132,6 +133,7 @@ class ModelSource:
     settings: Settings = dataclasses.field(default_factory=dict)
     run: Path | None = None  # a run's folder; None for anything but a run
     plain_text: bool = False  # it learned plain text only, no conversation
+    rows: int = 0  # rows that its vocabulary gets at least, for tokens that a run adds to it
 
     def choose(self, given: Any, key: str, default: Any) -> Any:
         """Return what the user gave; else what the run's setting `section.name` says; else `default`."""
@@ -193,6 +195,40 @@ def find_together(name: str, *, trust_remote_code: bool = False) -> ModelSource:
     if source.run:
         raise ValueError(f"{source.folder}: the first rank sees it, this one does not; use a disk that all share")
     return find_source(name, trust_remote_code=trust_remote_code)  # of the hub: each machine has it in its own cache
+
+
+def find_base(model: ModelSource, given: str | None = None, *, trust_remote_code: bool = False) -> ModelSource | None:
+    """Find what a model's rewards are relative to; collective. None if nothing says what that is.
+
+    It is what the user gave. Else of a DPO run its reference: the model that it started from, with the adapter that it
+    started from and rows for its new tokens; and of an adapter its base. Raises ValueError and OSError as
+    `find_together`.
+    """
+    settings = model.settings if "dpo" in model.settings else {}
+    start = settings.get("model", {})
+    if given is None and start:
+        names = local_names(start["name_or_path"], start.get("adapter"))
+        new = settings["data"].get("new_tokens") or []
+        if names.adapter is not None or new:
+            found = find_together(names.adapter or names.base, trust_remote_code=trust_remote_code)
+            return dataclasses.replace(found, rows=_rows_of(new, model.folder, trust_remote_code))
+    named = given or model.base or start.get("name_or_path")
+    return find_together(named, trust_remote_code=trust_remote_code) if named else None
+
+
+def switches_to(model: ModelSource, base: ModelSource | None) -> bool:
+    """Whether `model` is an adapter that becomes `base` when its LoRA layers are switched off."""
+    if base is None or model.base != base.name or base.base is not None or base.rows:
+        return False
+    return not read_adapter(model.folder).saved
+
+
+def _rows_of(new_tokens: Sequence[str], folder: Path, trust_remote_code: bool) -> int:
+    """Rows that the tokens of a trained model's tokenizer need."""
+    if not new_tokens:
+        return 0
+    known = load_tokenizer(folder, trust_remote_code).get_vocab()
+    return 1 + max(known[token] for token in new_tokens)
 
 
 def _source(name: str, folder: Path, settings: Settings | None = None, run: Path | None = None) -> ModelSource:
@@ -372,8 +408,15 @@ def _main(run_folder: str, folder: str, trust_remote_code: str) -> int:
             settings, trust = read_run_settings(run), trust_remote_code == "True"
             causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust)
             out, dtype = Path(folder) / checkpoint.name, COMPUTE_DTYPES[settings["training"]["precision"]]
-            base, plain_text = settings["model"]["name_or_path"], run_learned_plain_text(run)
-            write_model(causal_lm, tokenizer, out, base=base, dtype=dtype, plain_text=plain_text)
+            write_model(
+                causal_lm,
+                tokenizer,
+                out,
+                base=starting_folders(settings).name,
+                dtype=dtype,
+                plain_text=run_learned_plain_text(run),
+                below=adapter_below(settings),
+            )
             with contextlib.suppress(FileNotFoundError):  # the run has removed the checkpoint meanwhile
                 shutil.copyfile(checkpoint / STATE_FILE, out / _SOURCE)
     except (ValueError, OSError) as error:
@@ -390,9 +433,16 @@ def load_unfinished(
     All is on the CPU, in fp32. In a process group of one. Raises ValueError if there is no whole checkpoint.
     """
     newest_checkpoint(run)
-    load = functools.partial(load_causal_lm, dtype=torch.float32, device="cpu", trust_remote_code=trust_remote_code)
-    causal_lm, tokenizer = load(settings["model"]["name_or_path"])
-    lora = settings["lora"]
+    folders, lora = starting_folders(settings), settings["lora"]
+    causal_lm, _ = load_causal_lm(folders.base, dtype=torch.float32, device="cpu", trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folders.tokenizer, trust_remote_code)
+    ids = add_tokens(tokenizer, settings["data"].get("new_tokens") or [])
+    held = None if folders.adapter is None else read_adapter(folders.adapter)
+    old = vocabulary_rows(causal_lm)
+    rows = max([old, 0 if held is None else held.vocabulary, *(number + 1 for number in ids)])
+    grow(causal_lm, rows)
+    if held is not None and not lora.get("continue"):  # else the checkpoint has all of it
+        merge_adapter(causal_lm, held, new_rows=rows - old)
     if lora["rank"]:
         inject_lora(
             causal_lm,
@@ -401,11 +451,23 @@ def load_unfinished(
             dropout=lora["dropout"],
             target_modules=lora["target_modules"],
             rslora=lora["rslora"],
+            modules_to_save=lora.get("modules_to_save") or [],
         )
     data = read_json(run / DATA_FILE) if (run / DATA_FILE).is_file() else None
     if learned_chat(settings, data):  # at the end of a run, the run does the same
         set_trained_templates(tokenizer, ChatSettings.of_run(settings).encoder(tokenizer))
     return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
+
+
+def starting_folders(settings: Settings) -> ModelFolders:
+    """Return the folders of the model that a run started from. Raises ValueError as `resolve_model`."""
+    return resolve_model(settings["model"]["name_or_path"], settings["model"].get("adapter"))
+
+
+def adapter_below(settings: Settings) -> Adapter | None:
+    """Return the adapter on which a run trained another one: it is exported together with that. None: there is none."""
+    folder = starting_folders(settings).adapter
+    return None if folder is None or settings["lora"].get("continue") else read_adapter(folder)
 
 
 def learned_chat(settings: Settings, data: Mapping[str, Any] | None) -> bool:
@@ -445,13 +507,21 @@ def write_model(
     merge: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD,
     plain_text: bool = False,
+    below: Adapter | None = None,
 ) -> None:
     """Write LoRA layers as PEFT's adapter of `base`, unless they are to be merged; anything else as a whole model.
 
-    `plain_text` is as in `export_model`.
+    `plain_text` and `below` are as in `export_model` and `export_adapter`.
     """
     if lora_layers(causal_lm) and not merge:
-        export_adapter(causal_lm, out, base_model_name_or_path=base, tokenizer=tokenizer, plain_text=plain_text)
+        export_adapter(
+            causal_lm,
+            out,
+            base_model_name_or_path=base,
+            tokenizer=tokenizer,
+            plain_text=plain_text,
+            below=below,
+        )
         return
     merge_lora(causal_lm)
     export_model(

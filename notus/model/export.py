@@ -43,15 +43,18 @@ from notus.model.load import (
     weight_files,
     write_json,
 )
-from notus.model.lora import inject_lora, lora_layers, merge_lora
+from notus.model.lora import lora_layers
 from notus.model.make import auto_class_of, forget_attention, read_config
+from notus.model.new_tokens import grow
 from notus.model.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    Adapter,
     adapter_settings,
     adapter_tensors,
-    load_adapter,
-    read_adapter_settings,
+    merge_adapter,
+    read_adapter,
+    stacked,
 )
 from notus.model.sharded_tensors import gather, is_rank_zero, local, local_rows
 from notus.model.structure import text_config
@@ -157,8 +160,12 @@ def export_adapter(
     tokenizer: PreTrainedTokenizerBase,
     generation_config: GenerationConfig | None = None,
     plain_text: bool = False,
+    below: Adapter | None = None,
 ) -> None:
     """Write the LoRA layers' A and B (fp32) as a PEFT adapter folder, with the tokenizer. All ranks call this.
+
+    With them goes what is trained in full beside them. `below` is an adapter that was merged into the base before: what
+    is written is both together, as one adapter of the base without it, see `stacked`.
 
     The base is recorded under the given name, a local folder under its absolute path. `generation_config` and
     `plain_text` are as in `export_model`. PEFT and transformers generate by the generation config of the base, not by
@@ -169,12 +176,18 @@ def export_adapter(
         OSError: the disk fails; both on every rank.
     """
     base = Path(base_model_name_or_path).expanduser()
-    settings = adapter_settings(causal_lm, str(base.resolve()) if base.is_dir() else base_model_name_or_path)
-    tensors = adapter_tensors(causal_lm)
+    name = str(base.resolve()) if base.is_dir() else base_model_name_or_path
+    if below is None:
+        settings, tensors = adapter_settings(causal_lm, name), adapter_tensors(causal_lm)
+        full = gather(tensors, torch.float32)
+    else:
+        settings, full = stacked(causal_lm, below, base=name)
+        tensors = full
     of_base = generation_config or causal_lm.generation_config
     generation = generation_config_to_write(of_base, causal_lm.config, tokenizer)
     new = NewFolder(folder, markers={ADAPTER_CONFIG})
-    new.write_gathered(ADAPTER_WEIGHTS, tensors, torch.float32)
+    # a tied tensor, which PEFT has under two names, must not lie in one place
+    new.write(lambda partial: write_tensors(partial / ADAPTER_WEIGHTS, {key: full[key].clone() for key in full}))
 
     def write_rest(partial: Path) -> None:
         write_json(partial / ADAPTER_CONFIG, settings)
@@ -182,9 +195,10 @@ def export_adapter(
         _write_usage(tokenizer, partial, plain_text)
 
     def check(partial: Path) -> None:
-        check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
+        if tensors:  # of a stacked adapter, the first rank alone has them
+            check_tensors(partial / ADAPTER_WEIGHTS, tensors, torch.float32)
         _check_loads(partial, tokenizer)
-        read_adapter_settings(partial)
+        read_adapter(partial)
 
     new.write(write_rest)
     new.publish(check)
@@ -513,19 +527,10 @@ def _load_full(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Pre
 
 
 def _load_merged(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    settings = read_adapter_settings(folder)
-    base = resolve_model_folder(settings["base_model_name_or_path"])
-    causal_lm = _load_full(base, dtype, trust_remote_code)
-    inject_lora(
-        causal_lm,
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
-        dropout=settings["lora_dropout"],
-        target_modules=settings["target_modules"],
-        rslora=settings["use_rslora"],
-    )
-    load_adapter(causal_lm, folder)
-    merge_lora(causal_lm)
+    adapter = read_adapter(folder)
+    causal_lm = _load_full(resolve_model_folder(adapter.base), dtype, trust_remote_code)
+    grow(causal_lm, adapter.vocabulary)
+    merge_adapter(causal_lm, adapter)
     return causal_lm
 
 

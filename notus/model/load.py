@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +163,36 @@ def _slots_by_parameter(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     return list(slots.values())
 
 
+Overlay = Mapping[int, Callable[[Any], Any]]  # id of a parameter -> source of its rows in the files -> the one to use
+
+
+class _Overlaid:
+    """An open safetensors file of which one tensor is changed."""
+
+    def __init__(self, handle: Any, change: Callable[[Any], Any]) -> None:
+        self._handle, self._change = handle, change
+
+    def get_slice(self, key: str) -> Any:
+        return self._change(self._handle.get_slice(key))
+
+
+def _laid_over(found: "Found", targets: Mapping[str, Tensor], overlay: Overlay, folder: Path) -> "Found":
+    """The files of the tensors that an overlay changes. Raises ValueError if one of them is not stored as it is."""
+    keys = {id(target): key for key, target in targets.items()}
+    left = len(overlay.keys() - keys.keys())
+    if left:
+        raise ValueError(
+            f"{folder}: {left} of the weights that an adapter or new tokens change are stored in another arrangement: "
+            "save the model again with transformers' save_pretrained, merged with its adapter"
+        )
+    return {
+        keys[number]: (found[keys[number]][0], _Overlaid(found[keys[number]][1], change))
+        for number, change in overlay.items()
+    }
+
+
 @torch.no_grad()
-def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+def load_weights(model: PreTrainedModel, folder: str | Path, *, overlay: Overlay | None = None) -> None:
     """Fill `model` from the safetensors files of `folder`, cast to each parameter's dtype.
 
     The files may have the published names of a model whose tensors transformers names or arranges otherwise: see
@@ -172,6 +200,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     of its own shards and no others, and quantises those of layers in 4 bits; of a tensor that has to be converted, it
     holds all for a moment, one conversion at a time. LoRA parameters are left alone. Every rank finds every mistake but
     a weight that cannot be quantised before a value is written.
+    `overlay`: what parameters get in place of what the files hold, made from that as it is read, before it is rounded.
 
     Raises:
         ValueError: missing or unexpected keys, wrong shapes, a dtype that cannot be trained from, an unreadable file;
@@ -188,6 +217,8 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
                     f"model.quantization: {conversion.target} is converted as it is read, which works unquantized "
                     "alone: remove model.quantization"
                 )
+        if overlay:
+            found |= _laid_over(found, match.direct, overlay, folder)
         direct = {key: packed.get(id(target), target) for key, target in match.direct.items()}
         for key, target in direct.items():
             check_shape(found[key], key, target)

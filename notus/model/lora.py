@@ -3,10 +3,11 @@
 A layer's frozen weight keeps its name; `lora_A` and `lora_B` stand beside it.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +18,20 @@ from transformers import PreTrainedModel
 from notus.model.sharded_tensors import fill_rows
 
 ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings:
+    """The rank r and α of a layer's adapter, and whether it is scaled by α/√r in place of α/r."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """What BA is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LoRALinear(nn.Linear):
@@ -30,12 +45,17 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
-        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.scaling = self.settings.scaling
         self.adapter_on = True
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=device, dtype=torch.float32))
         self.train(base.training)
+
+    @property
+    def settings(self) -> LayerSettings:
+        """Rank and scaling."""
+        return LayerSettings(self.rank, self.alpha, self.rslora)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -62,20 +82,71 @@ def inject_lora(
     dropout: float,
     target_modules: Sequence[str] | str,
     rslora: bool = False,
+    modules_to_save: Sequence[str] = (),
 ) -> None:
     """Freeze `model` and put a LoRA layer in the place of each linear layer named by `target_modules`.
 
     A name is the last component of a module's name ("q_proj"); "all-linear" means every linear layer but the output
-    head. A and B have no values before `init_lora`. Raises ValueError for a name that matches no linear layer, for a
-    rank that a layer cannot hold, and for the output head, whose weight the log-probs read without calling the layer.
+    head. A and B have no values before `init_lora`. The modules of `modules_to_save` are trained in full: each of them
+    is a module's name, or its last components. A tied tensor is trained, and saved, as both of its modules.
+
+    Raises:
+        ValueError: a name matches no linear layer, or no module with parameters; a layer cannot hold the rank; a target
+            is the output head, whose weight the log-probs read without calling the layer; or a target is trained in
+            full as well.
     """
+    targets = _targets(model, target_modules)
+    whole = _modules_to_save(model, modules_to_save)
+    for name in targets:
+        within = [module for module in whole if f"{name}.".startswith(f"{module}.")]
+        if within:
+            raise ValueError(
+                f"lora.modules_to_save: {within[0]} is trained in full, but {name} is also a LoRA target: take it out "
+                "of one of the two"
+            )
     model.requires_grad_(False)
-    for name, linear in _targets(model, target_modules).items():
+    for module in whole.values():
+        module.requires_grad_(True)
+    for name, linear in targets.items():
         most = min(linear.in_features, linear.out_features)
         if rank > most:
             raise ValueError(f"lora.rank {rank} is above what {name} can hold, {most}: lower it")
-        layer = LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
+    inject_layers(model, dict.fromkeys(targets, LayerSettings(rank, alpha, rslora)), dropout=dropout)
+
+
+def inject_layers(model: nn.Module, layers: Mapping[str, LayerSettings], *, dropout: float = 0.0) -> None:
+    """Put a LoRA layer in the place of each of these linear layers, named in full; all else stays as it is."""
+    for name, settings in layers.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), name
+        layer = LoRALinear(linear, rank=settings.rank, alpha=settings.alpha, dropout=dropout, rslora=settings.rslora)
         _replace(model, name, layer)
+
+
+def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter that is trained in full beside the LoRA layers; a tied one under each of its names."""
+    adapters = {id(part) for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B)}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: each for name, each in named if each.requires_grad and id(each) not in adapters}
+
+
+def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Full name -> module, of each module with parameters that one of the names stands for."""
+    modules = {name: module for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+    found: dict[str, nn.Module] = {}
+    for wanted in names:
+        fitting = {name: each for name, each in modules.items() if name == wanted or name.endswith(f".{wanted}")}
+        if not fitting:
+            available = sorted({_last(name) for name in modules if name})
+            near = difflib.get_close_matches(wanted, available, n=2, cutoff=0.5) or available
+            raise ValueError(f"lora.modules_to_save: no module is named {wanted!r}; take one of: {', '.join(near)}")
+        found |= fitting
+    for name, module in found.items():
+        unsaved = [buffer for buffer in module.state_dict() if buffer not in dict(module.named_parameters())]
+        tied = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+        if set(unsaved) - tied:
+            raise ValueError(f"lora.modules_to_save: {name} holds more than parameters ({unsaved[0]}): leave it out")
+    return found
 
 
 def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn.Linear]:

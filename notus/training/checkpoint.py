@@ -204,7 +204,7 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
 
 
 # Contents that a run cannot change when it is resumed.
-_BOUND = ("data.train", "data.eval", "model.name_or_path")
+_BOUND = ("data.train", "data.eval", "model.adapter", "model.name_or_path")
 
 
 def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -87,6 +87,7 @@ class DPOTask:
         self._train, self._held_out, self._config = train, held_out, config
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
         per_token = config.loss_type in LENGTH_NORMALISED_LOSSES
+        self._start_checked = False
         self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -150,6 +151,8 @@ class DPOTask:
         Raises:
             ValueError: it is not.
         """
+        if self._start_checked:
+            return
         total, tolerance = PairSums(*sums), FIRST_LOSS_TOLERANCE[self._precision]
         found = total.sigmoid_loss / total.pairs
         if self._precision == "bf16":
@@ -160,6 +163,18 @@ class DPOTask:
                 "policy and reference log-probs disagree before training. Delete the reference cache; if it happens "
                 "again, the attention kernel or the precision differs between the two passes"
             )
+
+    def check_start(self, policy: Policy) -> None:
+        """Make the check of `check_first_step` now, by a pass without dropout; collective.
+
+        Dropout changes what a trained adapter adds: the loss of the first step itself is not ln 2 then.
+        """
+        indices = self.plan.indices(0)
+        logps = score(policy, self.rows, indices, tokens_per_row=self._tokens_per_row, device=self._device)
+        reference, lengths = self._train.reference[indices], torch.from_numpy(self.rows.loss_tokens[indices])
+        losses, rewards = self._losses(logps, reference, lengths)
+        self.check_first_step(_sums(losses, rewards, logps, reference, torch.ones(len(indices)), lengths).tolist())
+        self._start_checked = True
 
     def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
         """Loss, rewards and log-probs on the held-out pairs, under `eval_` names."""
@@ -221,7 +236,7 @@ def fill_reference(config: Config) -> None:
 
 def build_task(job: Run, config: Config) -> DPOTask:
     """The task of a run: its pairs, with the reference log-probs read or computed here; collective."""
-    return DPOTask(
+    task = DPOTask(
         _with_reference(job, config, "train", job.train_rows),
         None if job.eval_rows is None else _with_reference(job, config, "eval", job.eval_rows),
         plan=job.plan,
@@ -230,6 +245,9 @@ def build_task(job: Run, config: Config) -> DPOTask:
         tokens_per_row=config.training.tokens_per_row,
         device=job.device,
     )
+    if config.lora.continue_ and config.lora.dropout:
+        task.check_start(job.policy)
+    return task
 
 
 def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Preferences:

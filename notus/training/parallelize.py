@@ -18,6 +18,7 @@ Activation offload is not built: "full" leaves little to move, 1 GiB for 7B para
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -42,8 +43,17 @@ from notus.model.attention import attention_sizes, check_kernel
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise
-from notus.model.lora import cast_frozen, init_lora, inject_lora
+from notus.model.lora import LayerSettings, cast_frozen, init_lora, inject_lora
 from notus.model.make import auto_class_of, read_config, text_parameters
+from notus.model.new_tokens import new_rows_overlay
+from notus.model.peft_format import (
+    Adapter,
+    check_continued,
+    inject_adapter,
+    load_adapter,
+    merging,
+    read_adapter,
+)
 from notus.model.policy import Policy
 from notus.model.quantization import check_dequantize, quantize, quantized_layers, summary
 from notus.model.supported import check_supported, disable_dropout
@@ -80,6 +90,9 @@ def build_policy(
     compile: bool = False,
     cpu_offload: bool = False,
     lora: "LoraConfig | None" = None,
+    adapter: Path | None = None,
+    continue_adapter: bool = False,
+    new_tokens: int = 0,
     trainable: bool = True,
     seed: int = 0,
     sharding: str = "full",
@@ -99,6 +112,9 @@ def build_policy(
         activation_checkpointing: a mode, see `parallelize`, or what chooses one, given the model on the meta device.
         compile, cpu_offload: see `parallelize`.
         lora: train LoRA adapters over a frozen base; None: train every parameter.
+        adapter: a PEFT adapter folder; it is merged into the weights as they are loaded.
+        continue_adapter: it is loaded into the LoRA layers instead: those of `lora`, or without that its own.
+        new_tokens: rows of embedding and head, counted in `config`, that `folder` does not have.
         trainable: False for scoring alone: every parameter frozen and in the computation's dtype.
         seed: of the adapters' start.
         sharding: "full" or "hybrid", see `distributed.mesh`.
@@ -122,15 +138,9 @@ def build_policy(
     if not trainable:
         causal_lm.requires_grad_(False)
     freeze_other_inputs(causal_lm)
-    if lora is not None:
-        inject_lora(
-            causal_lm,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            rslora=lora.rslora,
-        )
+    held = None if adapter is None else read_adapter(adapter)
+    continued = held if continue_adapter else None
+    _inject(causal_lm, lora, continued)
     cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
     if quantization is not None:
         quantize_or_warn(causal_lm, device, COMPUTE_DTYPES[precision], keep=unquantized)
@@ -146,10 +156,35 @@ def build_policy(
     materialise(policy, torch.device("cpu") if cpu_offload else device)
     if cpu_offload:
         _move_buffers(policy, device)
-    load_weights(causal_lm, folder)
-    if lora is not None:
+    with contextlib.ExitStack() as stack:
+        overlay = new_rows_overlay(causal_lm, new_tokens)
+        if held is not None and continued is None:
+            overlay |= stack.enter_context(merging(causal_lm, held, new_rows=new_tokens))
+        load_weights(causal_lm, folder, overlay=overlay)
+    if continued is not None:
+        load_adapter(causal_lm, continued, new_rows=new_tokens)
+    if lora is not None and continued is None:
         init_lora(causal_lm, seed)
     return policy
+
+
+def _inject(causal_lm: PreTrainedModel, lora: "LoraConfig | None", continued: Adapter | None) -> None:
+    """Put LoRA layers, without values, where the config, or else an adapter, has them."""
+    if lora is None:
+        if continued is not None:
+            inject_adapter(causal_lm, continued)
+        return
+    if continued is not None:
+        check_continued(continued, alike=LayerSettings(lora.rank, lora.alpha, lora.rslora))
+    inject_lora(
+        causal_lm,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        rslora=lora.rslora,
+        modules_to_save=lora.modules_to_save,
+    )
 
 
 def find_path(

@@ -1,8 +1,9 @@
 """The reference log-prob cache: one safetensors file per (reference weights, tokenised rows, precision, kernel).
 
-It is filled before training by the policy itself, which still has the reference's weights (with LoRA: whose adapters
-still add nothing), with the forward, kernels and precision of training. Batch size, seed and the number of ranks are
-not part of the key, so a sweep over β or the learning rate fills it once.
+It is filled before training by the policy itself, which still has the reference's weights, with the forward, kernels
+and precision of training: a new LoRA adapter adds nothing yet, and one that is trained further belongs to the
+reference. Batch size, seed and the number of ranks are not part of the key, so a sweep over β or the learning rate
+fills it once.
 """
 
 import dataclasses

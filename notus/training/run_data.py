@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from notus.config import DataConfig, Task
-from notus.data.chat import ChatEncoder
+from notus.data.chat import ChatEncoder, check_ids
 from notus.data.dataset import TokenizedDataset
 from notus.data.drop_report import DropReport
 from notus.data.mixture import Share, hold_out, mixed, without
@@ -99,6 +99,14 @@ def load_held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task:
         held_out = hold_out(reader.read("train", data.train), data.eval_size, seed)[1]
     reader.say_reports()
     return TokenizedDataset(held_out)
+
+
+def check_rows(rows: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise ValueError, naming the first row, if one has a token beyond the model's embedding of `vocab_size` rows."""
+    found = rows.first_beyond(vocab_size)
+    if found is not None:
+        index, largest = found
+        check_ids(tokenizer, rows.info(index).place, largest, vocab_size)
 
 
 def boundary_notice(encoder: ChatEncoder) -> str | None:

@@ -21,8 +21,10 @@ from notus.model import quantization
 from notus.model.attention import kernel_name
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
-from notus.model.load import resolve_model_folder, weights_digest
+from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
+from notus.model.peft_format import Adapter, adapter_digest, read_adapter
 from notus.model.policy import Policy
+from notus.model.structure import text_config
 from notus.model.supported import check_context
 from notus.model.verify import PathChoice
 from notus.runtime import distributed
@@ -33,10 +35,11 @@ from notus.training.checkpoint import Progress, check_contents, check_newest, lo
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
 from notus.training.memory_estimate import checkpointing_of
+from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, find_path, read_model_config
 from notus.training.reference import digest_of_rows
-from notus.training.run_data import Inputs, load_inputs
+from notus.training.run_data import Inputs, check_rows, load_inputs
 from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
@@ -54,8 +57,9 @@ class Run:
         config: the run's settings.
         device: this rank's device.
         folder: the run's folder.
-        model_folder: the model it starts from, on this machine.
-        model_config, tokenizer: that model's.
+        model_folders: the model it starts from, on this machine, and an adapter of it.
+        new_rows: rows of the vocabulary that this model does not have.
+        model_config, tokenizer: that model's, with the run's new tokens.
         path: how its log-probs are computed.
         policy: sharded, with the starting weights.
         inputs: tokenised data, and what became of it on the way.
@@ -68,7 +72,8 @@ class Run:
     config: Config
     device: torch.device
     folder: Path
-    model_folder: Path
+    model_folders: ModelFolders
+    new_rows: int
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     path: PathChoice
@@ -102,7 +107,10 @@ class Run:
     @functools.cached_property
     def weights_digest(self) -> str:
         """Digest of the starting weights' content; read on rank 0."""
-        return distributed.on_main(lambda: weights_digest(self.model_folder))
+        continues = self.config.lora.continue_
+        return distributed.on_main(
+            lambda: starting_digest(self.model_folders, continues=continues, new_rows=self.new_rows)
+        )
 
     @property
     def total_steps(self) -> int:
@@ -161,7 +169,11 @@ class Run:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Digests of the data and of the starting weights, by the config key that names them."""
-        found = {"data.train": digest_of_rows(self.train_rows.digests()), "model.name_or_path": self.weights_digest}
+        found = {"data.train": digest_of_rows(self.train_rows.digests())}
+        adapter = self.model_folders.adapter
+        if adapter is not None:
+            found["model.adapter"] = distributed.on_main(lambda: adapter_digest(adapter))
+        found["model.name_or_path"] = self.weights_digest
         if self.eval_rows is not None:
             found["data.eval"] = digest_of_rows(self.eval_rows.digests())
         return found
@@ -188,7 +200,7 @@ class Run:
             count=self.config.tracking.samples,
             max_new_tokens=self.config.tracking.sample_tokens,
             tokens_per_row=self.config.training.tokens_per_row,
-            generation_config=read_generation_config(self.model_folder),
+            generation_config=read_generation_config(self.model_folders.base),
             device=self.device,
         )
 
@@ -204,6 +216,11 @@ class Run:
             data=self.inputs.summary(),
         )
 
+    def _merged_adapter(self) -> Adapter | None:
+        """The adapter that was merged into the base, if there is one."""
+        folder = None if self.config.lora.continue_ else self.model_folders.adapter
+        return None if folder is None else read_adapter(folder)
+
     def _export(self) -> None:
         """Write the final model, or the adapter, to the run's folder."""
         target = self.folder / MODEL
@@ -211,10 +228,11 @@ class Run:
             export_adapter(
                 self.policy.causal_lm,
                 target,
-                base_model_name_or_path=self.config.model.name_or_path,
+                base_model_name_or_path=self.model_folders.name,
                 tokenizer=self.tokenizer,
-                generation_config=read_generation_config(self.model_folder),
+                generation_config=read_generation_config(self.model_folders.base),
                 plain_text=self.inputs.plain_text,
+                below=self._merged_adapter(),
             )
         else:
             export_model(
@@ -222,7 +240,7 @@ class Run:
                 target,
                 hf_config=self.model_config,
                 tokenizer=self.tokenizer,
-                generation_config=read_generation_config(self.model_folder),
+                generation_config=read_generation_config(self.model_folders.base),
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
                 plain_text=self.inputs.plain_text,
             )
@@ -273,8 +291,11 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
 
 def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
     training, model = config.training, config.model
-    model_folder = distributed.main_first(lambda: resolve_model_folder(model.name_or_path))
-    model_config = read_model_config(model_folder, trust_remote_code=model.trust_remote_code)
+    folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
+    if config.lora.continue_ and folders.adapter is None:
+        raise ValueError("lora.continue has no effect without an adapter: name the one to train further, model.adapter")
+    _note_base(folders)
+    model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
     path = find_path(
         model_config,
         model.path,
@@ -284,10 +305,13 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     )
     if path.name == "plain" and training.compile:
         raise ValueError(f"training.compile has no effect on the plain path, which {path.reason}: remove it")
-    tokenizer = load_tokenizer(model_folder, model.trust_remote_code)
-    check_vocabulary(tokenizer, model_config.vocab_size)
+    tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
+    new_rows = _new_rows(config, folders, model_config, tokenizer)
+    check_vocabulary(tokenizer, text_config(model_config).vocab_size)
     inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
     train_rows = inputs.train
+    for rows in filter(None, (inputs.train, inputs.eval)):
+        check_rows(rows, tokenizer, text_config(model_config).vocab_size)
     longest = max(rows.longest_sequence for rows in (inputs.train, inputs.eval) if rows is not None)
     check_context(model_config, longest, "data.max_length")
     if notice := plain_text_notice(inputs.reports["train"], tokenizer, config.data.chat_template):
@@ -300,14 +324,17 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     check_fits(int(train_rows.lengths.max()), training.tokens_per_row)
     policy = build_policy(
-        model_folder,
+        folders.base,
         model_config,
         device=device,
         precision=training.precision,
         activation_checkpointing=checkpointing_of(training, train_rows, device) if train else "none",
         compile=training.compile,
         cpu_offload=training.cpu_offload,
-        lora=config.lora if config.lora.rank and train else None,
+        lora=config.lora if config.lora.rank and (train or config.lora.continue_) else None,
+        adapter=folders.adapter,
+        continue_adapter=config.lora.continue_,
+        new_tokens=new_rows,
         trainable=train,
         seed=training.seed,
         sharding=training.sharding,
@@ -321,9 +348,36 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
-        config, device, Path(training.output_dir), model_folder, model_config, tokenizer, path, policy,
+        config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
+
+
+def _note_base(folders: ModelFolders) -> None:
+    """Say so if an adapter's config names another base: weights of the same shapes would be merged without an error."""
+    if folders.adapter is None:
+        return
+    named = read_adapter(folders.adapter).base
+    same = named == folders.name or (Path(named).is_dir() and Path(named).resolve() == folders.base.resolve())
+    if not same:
+        distributed.say(f"note: the adapter {folders.adapter} names {named} as its base; here it is {folders.name}")
+
+
+def _new_rows(
+    config: Config, folders: ModelFolders, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Add the run's new tokens to the tokenizer; return how many rows the base lacks for them, and for the adapter's.
+
+    Raises ValueError: a token is there already; or LoRA does not train the new rows.
+    """
+    ids = add_tokens(tokenizer, config.data.new_tokens)
+    held = 0 if folders.adapter is None else read_adapter(folders.adapter).vocabulary
+    added = enlarge(model_config, max([held, *(each + 1 for each in ids)]))
+    if ids and config.lora.rank:
+        check_saved_vocabulary(
+            model_config, config.lora.modules_to_save, trust_remote_code=config.model.trust_remote_code
+        )
+    return added
 
 
 def _plain_notice(reason: str, rows: TokenizedDataset) -> str:

@@ -9,6 +9,7 @@ import torch
 from notus.data.batching import StepPlan
 from notus.data.dataset import TokenizedDataset
 from notus.model.flops import dimensions, gpu_of_driver, training_flops
+from notus.model.new_tokens import vocabulary_parameters
 from notus.model.policy import Policy
 from notus.runtime.distributed import world_size
 
@@ -52,8 +53,11 @@ class Meter:
 
 def _step_costs(policy: Policy, rows: TokenizedDataset) -> np.ndarray:
     """Necessary operations of a forward and backward pass, for each example."""
-    trained = [parameter.numel() for parameter in policy.parameters() if parameter.requires_grad]
-    frozen = len(trained) < len(list(policy.parameters()))
+    everything = list(policy.parameters())
+    frozen = not all(parameter.requires_grad for parameter in everything)
+    # An embedding that is trained beside adapters takes no products, and a head some for scored tokens alone.
+    left_out = {id(parameter) for parameter in vocabulary_parameters(policy.causal_lm)}
+    trained = [each.numel() for each in everything if each.requires_grad and id(each) not in left_out]
     return training_flops(
         dimensions(policy.causal_lm),
         rows.trunk_lengths,

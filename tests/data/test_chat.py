@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from toys import assets_dir, toy_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from notus.data.chat import ChatEncoder, EncodingError, Rendered, check_vocabulary, resolve_template
+from notus.data.chat import ChatEncoder, EncodingError, Rendered, check_ids, check_vocabulary, resolve_template
 from notus.data.messages import read_messages
 
 BOS_ID, EOS_ID = 1, 2
@@ -681,6 +681,18 @@ class TestSettings:
         check_vocabulary(toy_tokenizer(), largest + 1)
         with pytest.raises(ValueError, match=f"id {largest}, but the model's vocabulary ends at {largest - 1}"):
             check_vocabulary(toy_tokenizer(), largest)
+
+    def test_an_added_token_needs_a_row_only_where_it_is_used(self) -> None:
+        tokenizer = toy_tokenizer()
+        size = 1 + max(tokenizer.get_vocab().values())
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+        check_vocabulary(tokenizer, size)
+        check_ids(tokenizer, "row 1", size - 1, size)
+        with pytest.raises(ValueError, match=f"row 2: its token '<image>' has id {size}, .* ends at {size - 1}"):
+            check_ids(tokenizer, "row 2", size, size)
+        tokenizer.eos_token = "<image>"
+        with pytest.raises(ValueError, match=f"its token '<image>' has id {size}"):
+            check_vocabulary(tokenizer, size)
 
     def test_digest_covers_what_decides_the_tokens_and_no_more(self) -> None:
         tokenizer = toy_tokenizer()

@@ -201,10 +201,10 @@ def test_an_adapter_comes_back_into_an_injected_model(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 2}, "adapter: r is 3 in the adapter, 2 in the model"),
-        ({"alpha": 12}, "lora_alpha is 6 in the adapter, 12 in the model"),
-        ({"rslora": True}, "use_rslora is False in the adapter, True"),
-        ({"target_modules": ["q_proj"]}, r"target_modules is \['q_proj', 'up_proj'\] in the adapter, \['q_proj'\]"),
+        ({"rank": 2}, r"adapter: cannot be .*: lora\.rank is 2, but 3 in the adapter: set lora\.rank=3"),
+        ({"alpha": 12}, r"lora\.alpha is 12, but 6 in the adapter: set lora\.alpha=6"),
+        ({"rslora": True}, r"lora\.rslora is true, but false in the adapter: set lora\.rslora=false"),
+        ({"target_modules": ["q_proj"]}, r"does not name its layers: set lora\.target_modules=\[q_proj, up_proj\]"),
     ],
 )
 def test_an_adapter_of_other_settings_is_refused(tmp_path, change, message):
@@ -228,7 +228,17 @@ def test_adapters_that_do_not_fit_are_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"up_proj\.lora_A\.weight has shape \[3, 31\], the model needs \[3, 32\]"):
         load_adapter(model, folder)
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, weights)
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not both it and the model have .*lora_A"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .*layers\.0\.mlp\.up_proj has no lora_A"):
+        load_adapter(model, folder)
+    without = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.up_proj" not in name}
+    save_file(without, weights)
+    with pytest.raises(ValueError, match=r"it does not adapt the layer model\.layers\.0\.mlp\.up_proj"):
+        load_adapter(model, folder)
+    save_file({name: torch.ones(4, *tensor.shape[1:]) for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ValueError, match=r"has A \[4, 32\] and B .* but adapter_config\.json says rank 3"):
+        load_adapter(model, folder)
+    save_file({**tensors, key.replace("lora_A", "lora_magnitude_vector"): torch.ones(3)}, weights)
+    with pytest.raises(ValueError, match=r"lora_magnitude_vector\.weight is no part of a plain LoRA adapter"):
         load_adapter(model, folder)
     weights.write_bytes(b"")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
@@ -239,10 +249,14 @@ def test_adapters_that_do_not_fit_are_one_clear_error(tmp_path):
     ("setting", "message"),
     [
         ({"use_dora": True}, "only plain LoRA adapters are supported; this one sets use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "this one sets modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "no weights of lm_head, which adapter_config.json names in modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "this one sets init_lora_weights='pissa'"),
+        ({"alora_invocation_tokens": [3]}, "this one sets alora_invocation_tokens"),
+        ({"lora_bias": True}, "this one sets lora_bias"),
+        ({"trainable_token_indices": [3]}, "this one sets trainable_token_indices"),
+        ({"of_the_future": True}, "this one sets of_the_future"),
         ({"peft_type": "IA3"}, "this one sets peft_type or bias"),
         ({"r": None}, "r is missing"),
-        ({"target_modules": ".*q_proj"}, "target_modules is a pattern"),
         ({"base_model_name_or_path": "/absent"}, "/absent: no such folder"),
     ],
 )

@@ -108,16 +108,14 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError or OSError with a message for the user.
     """
-    from notus.evaluation.resolve_model import find_together
+    from notus.evaluation.resolve_model import find_base, find_together
     from notus.runtime import distributed
 
     with distributed.process_group() as device:
         if args.output:
             distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs or args.model))
         model = find_together(args.model, trust_remote_code=args.trust_remote_code)
-        start = model.settings["model"]["name_or_path"] if "dpo" in model.settings else None
-        named = args.base or model.base or start
-        base = find_together(named, trust_remote_code=args.trust_remote_code) if named else None
+        base = find_base(model, args.base, trust_remote_code=args.trust_remote_code)
         _check_options(args, base)
         if model.run:
             folder, remedy = model.run / EVALUATIONS / SUITE, f"evaluate {model.folder}, which keeps none"
@@ -151,6 +149,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Return what the table shows and the file gets: how it was computed, then the metrics."""
     from notus.evaluation.preferences.scores import Scoring, load_pairs_of, name_pairs, score_adapter, score_model
+    from notus.evaluation.resolve_model import switches_to
     from notus.model.export import load_tokenizer
 
     tokenizer = load_tokenizer(model.folder, args.trust_remote_code)
@@ -166,7 +165,7 @@ def _evaluate(
     samples = _sample(args, model, scoring) if args.kl_samples else None
     rows = samples.rows if samples else None
     base_scores: Scores | None
-    if model.base and not args.base:
+    if not args.base and switches_to(model, base):
         scores, base_scores = score_adapter(model, scoring, rows)
     else:
         scores = score_model(model, scoring, rows)

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from notus.config import LoraConfig, config_from_dict
+from notus.config import config_from_dict
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs
 from notus.evaluation.resolve_model import ChatSettings, ModelSource
 from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
-from notus.model.peft_format import load_adapter, read_adapter_settings
+from notus.model.new_tokens import enlarge
+from notus.model.peft_format import read_adapter
 from notus.model.policy import Policy
+from notus.model.structure import text_config
 from notus.model.supported import check_context
 from notus.runtime.distributed import main_first, on_main, say
 from notus.training.checkpoint import checkpoints_in, read_identity
 from notus.training.parallelize import build_policy, read_model_config
 from notus.training.reference import digest_of_rows
-from notus.training.run_data import load_held_out
+from notus.training.run_data import check_rows, load_held_out
 from notus.training.run_folder import CHECKPOINTS
 from notus.training.scoring import score_all, score_tokens
 
@@ -132,7 +134,10 @@ def score_model(source: ModelSource, scoring: Scoring, samples: TokenizedDataset
 def score_adapter(
     source: ModelSource, scoring: Scoring, samples: TokenizedDataset | None = None
 ) -> tuple[Scores, Scores]:
-    """Score under an adapter and, with it switched off, under its own base, which is loaded once for both."""
+    """Score under an adapter and, with it switched off, under its own base, which is loaded once for both.
+
+    The base must be what is left then: see `switches_to`.
+    """
     policy = _build(source, scoring)
     adapted = _score(policy, source.name, scoring, samples)
     with adapters_off(policy.causal_lm):
@@ -176,30 +181,23 @@ def _build(source: ModelSource, scoring: Scoring) -> Policy:
     trust = scoring.trust_remote_code
     folder: Path = main_first(lambda: resolve_model_folder(source.base or source.folder))
     config = read_model_config(folder, trust_remote_code=trust)
-    check_vocabulary(scoring.tokenizer, config.vocab_size)
+    held = read_adapter(source.folder) if source.base else None
+    new_rows = enlarge(config, max(source.rows, 0 if held is None else held.vocabulary))
+    vocabulary = text_config(config).vocab_size
+    check_vocabulary(scoring.tokenizer, vocabulary)
+    check_rows(scoring.pairs, scoring.tokenizer, vocabulary)
     check_context(config, scoring.pairs.longest_sequence, "--max-length", model=source.name)
-    lora = None
-    if source.base:
-        adapter = read_adapter_settings(source.folder)
-        lora = LoraConfig(
-            rank=adapter["r"],
-            alpha=adapter["lora_alpha"],
-            dropout=adapter["lora_dropout"],
-            target_modules=adapter["target_modules"],
-            rslora=adapter["use_rslora"],
-        )
-    policy = build_policy(
+    return build_policy(
         folder,
         config,
         device=scoring.device,
         precision=scoring.precision,
-        lora=lora,
+        adapter=None if held is None else held.folder,
+        continue_adapter=held is not None,
+        new_tokens=new_rows,
         trainable=False,
         trust_remote_code=trust,
     )
-    if source.base:
-        load_adapter(policy.causal_lm, source.folder)
-    return policy
 
 
 def free_memory() -> None:

@@ -158,7 +158,14 @@ def _export(args: argparse.Namespace, release: Release) -> None:
 
 def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Callable[[Path], None]]:
     """Load the final model, or that of the newest checkpoint; return its step, and how to write it into a folder."""
-    from notus.evaluation.resolve_model import DEFAULT_SHARD, load_unfinished, run_learned_plain_text, write_model
+    from notus.evaluation.resolve_model import (
+        DEFAULT_SHARD,
+        adapter_below,
+        load_unfinished,
+        run_learned_plain_text,
+        starting_folders,
+        write_model,
+    )
     from notus.model.export import load_causal_lm
     from notus.model.load import read_json, write_json
     from notus.model.peft_format import ADAPTER_CONFIG
@@ -166,6 +173,7 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
     from notus.training.run_folder import MODEL
 
     run, dtype, trust, step = release.run, _dtype(args, release.run), args.trust_remote_code, None
+    base, below = args.base_model or run.base, None
     final = run.folder / MODEL
     if final.is_dir() and release.variant == "adapter":
 
@@ -180,6 +188,7 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
         causal_lm, tokenizer = load_causal_lm(final, dtype=dtype, device="cpu", trust_remote_code=trust)
     else:
         causal_lm, tokenizer, checkpoint = load_unfinished(run.folder, run.settings, trust_remote_code=trust)
+        base, below = args.base_model or starting_folders(run.settings).name, adapter_below(run.settings)
         print(f"the run has not finished: exporting {checkpoint}", flush=True)
         step = step_of(checkpoint)
 
@@ -188,11 +197,12 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
             causal_lm,
             tokenizer,
             partial,
-            base=args.base_model or run.base,
+            base=base,
             dtype=dtype,
             merge=args.merge,
             max_shard_bytes=args.max_shard_size or DEFAULT_SHARD,
             plain_text=run_learned_plain_text(run.folder),
+            below=below,
         )
 
     return step, fill
