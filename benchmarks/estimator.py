@@ -45,7 +45,7 @@ from notus.model.lora import inject_lora
 from notus.model.quantization import quantize
 from notus.model.size import ModelSize, model_size
 from notus.model.verify import PathChoice
-from notus.training import optimizers, parallelize
+from notus.training import int8_states, optimizers, parallelize
 from notus.training.gradient_clipping import clip_gradients, local_gradients
 from notus.training.memory_estimate import CHECKPOINTING, Footprint, Job, moments
 from notus.training.optimizers import build_optimizer
@@ -140,9 +140,11 @@ class _Count(float):
         return float(self)
 
 
+_new_state = optimizers.PiecewiseOptimizer.new_state
+
+
 def _counted(self: optimizers.PiecewiseOptimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
-    zeros = {name: torch.zeros_like(parameter.detach(), dtype=self.state_dtype) for name in self.moments}
-    return {"step": _Count(0.0), **zeros}
+    return {**_new_state(self, parameter), "step": _Count(0.0)}
 
 
 def _round_at_random(values: torch.Tensor, _: object) -> torch.Tensor:
@@ -163,7 +165,8 @@ def fake_world(world_size: int) -> Iterator[None]:
             mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
             mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),
             mock.patch.object(optimizers.PiecewiseOptimizer, "new_state", _counted),
-            mock.patch.object(optimizers.PiecewiseOptimizer, "_noise"),
+            mock.patch.object(optimizers.PiecewiseOptimizer, "_noise", return_value=None),
+            mock.patch.object(int8_states, "_map", lambda signed, device: torch.empty(256, device=device)),
             mock.patch.object(optimizers, "round_at_random", _round_at_random),
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
@@ -222,6 +225,7 @@ def tracked_step(config: PreTrainedConfig, case: Case, row: Row, world_size: int
                         run_row(policy, batch)
                 if world_size == 1:
                     hand_over_gradients(policy)
+                gc.collect()
                 backward_peak = _peak(tracker)
                 # as on a GPU, where clipping needs no tensors of its own
                 clip_gradients(local_gradients(trainable), torch.ones(()), 1.0)

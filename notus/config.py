@@ -427,6 +427,8 @@ def _model_conflicts(config: Config) -> Iterator[Invalid]:
         yield Invalid("model.quantization", "needs adapters, since quantized weights are not trained: set lora.rank")
     if model.path == "plain" and training.compile:
         yield Invalid("training.compile", "has no effect with model.path 'plain': remove it")
+    if training.router_aux_loss_coef and training.compile:
+        yield Invalid("training.router_aux_loss_coef", "reads routers between operations: set training.compile=false")
     if training.optimizer_dtype == "int8" and training.optimizer != "adamw":
         yield Invalid("training.optimizer_dtype", "'int8' is for AdamW: set training.optimizer=adamw, or take bf16")
 

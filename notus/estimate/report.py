@@ -1,7 +1,7 @@
 """The estimate as lines of text."""
 
 from notus.estimate.plan import Plan, Setting, fastest
-from notus.training.memory_estimate import BYTES, OPTIMIZER_STATES, RUNTIME_MARGIN
+from notus.training.memory_estimate import BYTES, OPTIMIZER_STATES, RUNTIME_MARGIN, STATE_BYTES
 
 NAMES = {
     "weights": "weights (this GPU's share; trained ones in fp32)",
@@ -38,9 +38,9 @@ def memory(plan: Plan) -> list[str]:
 
 def _host(setting: Setting) -> int:
     """Bytes of weights (frozen ones in the computation's dtype), gradients and optimizer state."""
-    states = OPTIMIZER_STATES[setting.optimizer] * BYTES[setting.optimizer_dtype]
+    states = OPTIMIZER_STATES[setting.optimizer] * STATE_BYTES[setting.optimizer_dtype]
     frozen = setting.size.parameters - setting.size.trained
-    return (4 + 4 + states) * setting.size.trained + BYTES[setting.precision] * frozen
+    return round((4 + 4 + states) * setting.size.trained) + BYTES[setting.precision] * frozen
 
 
 def verdict(plan: Plan) -> str:

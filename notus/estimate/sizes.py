@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from notus.model.flops import Dimensions, dimensions
 from notus.model.lora import inject_lora
 from notus.model.quantization import quantize
-from notus.model.size import ModelSize, model_size
+from notus.model.size import ModelSize, UnknownSizeError, model_size
 from notus.model.supported import check_supported, disable_dropout
 from notus.runtime.process import first_line
 
@@ -124,19 +124,15 @@ def sizes(
     quantization: str | None = None,
     modules_to_save: Sequence[str] = (),
 ) -> tuple[ModelSize, Dimensions]:
-    """What memory and arithmetic follow from, of a model on the meta device. Raises ValueError as `inject_lora`
-    and `quantize`.
+    """What memory and arithmetic follow from, of a model on the meta device.
+
+    Raises:
+        ValueError: as `inject_lora` and `quantize`, or the memory of such a model cannot be estimated.
     """
-    layers = config.num_hidden_layers
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        causal_lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     disable_dropout(causal_lm)
-    one = dimensions(causal_lm)
-    arithmetic = Dimensions(layers, one.attention_width, layers * one.body_weights, one.head_weights)
+    arithmetic = dimensions(causal_lm)
     if lora_rank:
         inject_lora(
             causal_lm,
@@ -148,7 +144,13 @@ def sizes(
         )
     if quantization is not None:
         quantize(causal_lm, torch.bfloat16, keep=modules_to_save)
-    return model_size(causal_lm, layers=layers), arithmetic
+    try:
+        return model_size(causal_lm), arithmetic
+    except UnknownSizeError as error:
+        raise ValueError(
+            f"{error}, so memory cannot be estimated: try a run of training.max_steps=1, first with "
+            "training.activation_checkpointing=full"
+        ) from error
 
 
 # UltraFeedback through Zephyr's template: means of trunk, chosen and rejected; the spread of their logarithms is an

@@ -17,8 +17,11 @@ import re
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
-from notus.model.size import model_size
+from notus.model.quantization import QuantizedLinear
+from notus.model.size import active_shares, attention_widths, is_matrix
+from notus.model.structure import decoder_of, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,9 +32,11 @@ class Dimensions:
     """What the arithmetic of a decoder follows from.
 
     Attributes:
-        layers: number of blocks.
-        attention_width: query heads times their dimension; where queries and values differ in it, the mean.
-        body_weights: weights of all linear layers but the head.
+        layers: number of attentions, of each token to all before it.
+        attention_width: query heads times their dimension, the mean over them; where queries and values differ
+            in it, the mean of both.
+        body_weights: what a token is multiplied with besides the head: of a mixture of experts, the share of the
+            experts' weights that is active.
         head_weights: weights of the output head.
     """
 
@@ -42,16 +47,29 @@ class Dimensions:
 
 
 def dimensions(causal_lm: "PreTrainedModel") -> Dimensions:
-    """Of a transformers causal LM, which may be on the meta device, before it is sharded."""
-    from torch import nn
+    """Of any transformers causal LM, sharded or not, on whatever device; of a multimodal one, its text part.
 
-    head, size = causal_lm.get_output_embeddings(), model_size(causal_lm)
-    linears = (module for module in causal_lm.modules() if isinstance(module, nn.Linear) and module is not head)
+    Every parameter with two dimensions or more is a matrix that tokens are multiplied with, but for embeddings: those
+    of linear layers and convolutions, routers, and experts, which are one parameter of three dimensions. One that
+    several blocks share counts for each. What state-space models and linear attention compute in their recurrence,
+    which is small beside the projections, is left out.
+    """
+    decoder, head = decoder_of(causal_lm), causal_lm.get_output_embeddings()
+    shares, weights = active_shares(decoder, text_config(causal_lm.config)), 0.0
+    for prefix, module in decoder.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Embedding) or module is head:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_matrix(name, parameter):
+                in_4_bits = name == "weight" and isinstance(module, QuantizedLinear)
+                count = module.in_features * module.out_features if in_4_bits else parameter.numel()
+                weights += count * shares.get(f"{prefix}.{name}", 1.0)
+    widths = attention_widths(decoder)
     return Dimensions(
-        layers=size.layers,
-        attention_width=size.attentions * (size.query_width + size.attended) // 2,
-        body_weights=sum(linear.in_features * linear.out_features for linear in linears),  # in 4 bits as well
-        head_weights=head.weight.numel(),
+        layers=len(widths),
+        attention_width=round(sum(widths) / len(widths)) if widths else 0,
+        body_weights=round(weights),
+        head_weights=0 if head is None else head.weight.numel(),
     )
 
 

@@ -151,10 +151,18 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Mod
 
 def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # a subclass may compute more than a product, as the router of Llama 4 does
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    }
     body = {name: module for name, module in linears.items() if module is not head}
+    if not body:
+        raise ValueError(f"LoRA: {type(model).__name__} has no linear layers beside its head: set lora.rank to 0")
     wanted = {names} if isinstance(names, str) else set(names)
     if wanted == {ALL_LINEAR}:
+        _check_experts(model, body, body)
         return body
     available = sorted({_last(name) for name in body})
     for name in sorted(wanted - set(available)):
@@ -163,7 +171,27 @@ def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn
         near = difflib.get_close_matches(name, available, n=2, cutoff=0.5) or available
         choice = ", ".join([*near, ALL_LINEAR])
         raise ValueError(f"LoRA target {name!r} matches no linear layer; take one of: {choice}")
-    return {name: module for name, module in body.items() if _last(name) in wanted}
+    found = {name: module for name, module in body.items() if _last(name) in wanted}
+    _check_experts(model, found, body)
+    return found
+
+
+# What PEFT, with transformers 5, takes for parts of routed experts, whatever comes before in a layer's name
+# (peft/utils/transformers_weight_conversion.py).
+OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def _check_experts(model: nn.Module, targets: Mapping[str, nn.Linear], body: Mapping[str, nn.Linear]) -> None:
+    """Raise ValueError if PEFT would load an adapter of these layers onto others: those of fused experts."""
+    fused = any(parameter.dim() == 3 and "experts" in name.split(".") for name, parameter in model.named_parameters())
+    misread = sorted({_last(name) for name in targets} & OF_EXPERTS)
+    if not (fused and misread):
+        return
+    others = {_last(name) for name, linear in body.items() if min(linear.in_features, linear.out_features) > 1}
+    raise ValueError(
+        f"LoRA: PEFT takes {', '.join(misread)} of {type(model).__name__} for parts of its routed experts, so an "
+        f"adapter would load as another one: set lora.target_modules=[{', '.join(sorted(others - OF_EXPERTS))}]"
+    )
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

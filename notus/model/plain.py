@@ -54,6 +54,7 @@ class PlainPolicy(Policy):
         taken = inspect.signature(causal_lm.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in taken else {}
         self._keeps = "logits_to_keep" in taken
+        self.train()
 
     @property
     def blocks(self) -> nn.ModuleList:

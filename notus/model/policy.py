@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from notus.data.packing import Batch
 from notus.model.attention import hand_layout_on
 from notus.model.head import head_of
 from notus.model.logprobs import linear_logprobs, linear_scores
-from notus.model.structure import blocks_of, decoder_of, text_config
+from notus.model.lora import lora_layers
+from notus.model.structure import blocks_of, decoder_of
 
 
 class Policy(nn.Module):
@@ -37,9 +38,9 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm: PreTrainedModel = causal_lm
         self._head = head_of(causal_lm)
-        _check_layer_types(causal_lm)
         for block in blocks_of(causal_lm):
             hand_layout_on(block)
+        self.train()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -100,6 +101,18 @@ class Policy(nn.Module):
         """Return what `next_token` keeps between its calls."""
         return DynamicCache(config=self.causal_lm.config)
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch the adapters' dropout on or off; the model itself stays in evaluation mode.
+
+        The reference log-probs hold for that forward pass. In training mode some models choose at random beside
+        dropout: their experts (Phi-3.5-MoE), or which layers to leave out.
+        """
+        super().train(mode)
+        self.causal_lm.train(False)
+        for layer in lora_layers(self.causal_lm).values():
+            layer.train(mode)
+        return self
+
     def next_token(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
         """Return the likeliest token after each sequence of a left-padded batch. Within `own_forward`, no gradients.
 
@@ -122,15 +135,6 @@ class Policy(nn.Module):
             use_cache=True,
         )
         return self._head.logits(_last_hidden(output)[:, -1]).argmax(-1)
-
-
-def _check_layer_types(causal_lm: PreTrainedModel) -> None:
-    """Refuse attention in chunks (Llama 4): no layer says so to its attention function, the mask alone has them."""
-    kinds = getattr(text_config(causal_lm.config), "layer_types", None) or []
-    if "chunked_attention" in kinds:
-        raise ValueError(
-            f"{type(causal_lm).__name__} attends in chunks, which packed attention does not know; set model.path: plain"
-        )
 
 
 def _last_hidden(output: Any) -> Tensor:

@@ -15,8 +15,10 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def decoder_of(causal_lm: PreTrainedModel) -> nn.Module:
     """Return the module that turns token ids into final hidden states, without the head."""
     decoder: Any = causal_lm.get_decoder()
-    # Llama 4's text model names another attribute than the one that holds its decoder
-    return decoder if decoder is not causal_lm else causal_lm.model
+    if decoder is causal_lm or isinstance(decoder, nn.Linear):
+        # ModernBERT calls its head `decoder`, and Llama 4's text model does not say which part it is
+        decoder = next((part for part in causal_lm.children() if isinstance(part, PreTrainedModel)), decoder)
+    return decoder
 
 
 def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:

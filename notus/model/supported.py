@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from notus.model.lora import LoRALinear
+from notus.model.routers import disable_router_noise
 from notus.model.structure import text_config
 
 # How configs name the number of positions. transformers' own all answer to the first name.
@@ -62,15 +63,17 @@ def check_context(config: PreTrainedConfig, longest: int, setting: str, *, model
         )
 
 
-# Attributes that hold a rate, of dropout or of noise, by which a forward pass is random in training.
-_RANDOM = re.compile(r"dropout|pdrop|layerdrop|drop_path|jitter")
+# Attributes that hold a rate of dropout, by which a forward pass is random in training. A router's jitter is none: to
+# Phi-3.5-MoE it also says how close in score two experts must be to share a token.
+_RANDOM = re.compile(r"dropout|pdrop|layerdrop|drop_path")
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every rate of dropout or noise of the base model to 0, in its modules; leave LoRA's and the config alone.
+    """Set every rate of dropout of the base model to 0, in its modules; leave LoRA's and the config alone.
 
     The reference log-probs hold for the policy at step 0 only if both are computed without dropout.
     """
+    disable_router_noise(model)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             continue

@@ -2,8 +2,8 @@
 
 `choose_path` finds out at the start of a run, before any data is read. A cut-down copy of the model, with random
 weights, computes one short row: two pairs, log-probs and gradients. The yardstick is plain transformers: each sequence
-by itself, through the model's own forward pass with its own `eager` attention, in evaluation mode. What is compared
-with it runs in training mode, so that what is random there is found as well.
+by itself, through the model's own forward pass with its own `eager` attention, in evaluation mode, in which a
+policy keeps the model in training, too (see `Policy.train`).
 
 Limits that the data reach (a sliding window, the context at which rotary frequencies change) lie within the short row;
 those that the data do not reach lie beyond it. So a model whose frequencies change at 4,096 tokens is packed where
@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from notus.data.packing import Batch, Example, collate
 from notus.model.attention import IMPLEMENTATION, recorded_calls
+from notus.model.check_config import explained
 from notus.model.fused import fuse
 from notus.model.make import make_model
 from notus.model.plain import PlainPolicy
@@ -131,7 +132,7 @@ def _choose(config: PreTrainedConfig, wanted: str, longest: int, device: torch.d
         if wrong is None:
             return PathChoice("plain", reason, attention, padded)
     raise ValueError(
-        f"model type {config.model_type!r}: in training mode its own forward pass is not what it is in evaluation "
+        f"model type {config.model_type!r}: its own forward pass is not the same with another attention, or twice "
         f"({wrong}); take another model"
     )
 
@@ -152,10 +153,11 @@ class _Trial:
         self._config, self._weights = self._copy(config, longest)
         row = _row(min(FEW_TOKENS, text_config(self._config).vocab_size))
         self._batch = row.to(device)
-        own = self._build("eager").eval()
+        own = new_model(self._config, "eager", trust, torch.float32, device).eval()  # as transformers has it
         own.load_state_dict(self._weights)
+        with explained(f"model type {config.model_type!r}", config.to_dict(), "its own forward pass fails"):
+            self._expected = _outcome(PlainPolicy(own), self._batch)
         _check_causal(own, self._batch.input_ids[: ROW[0][0] + ROW[0][1][0]])
-        self._expected = _outcome(PlainPolicy(own), self._batch)
 
     def _copy(self, config: PreTrainedConfig, longest: int) -> tuple[PreTrainedConfig, Mapping[str, Tensor]]:
         """A configuration that is quick to compute, and weights for it. The narrowest that the model's class takes."""

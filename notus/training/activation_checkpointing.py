@@ -11,6 +11,9 @@ end by adding it to the residual. The two products of a LoRA adapter are compute
 / width of the layer's own product, while their output would take as much memory. With LoRA, a product with a matrix of
 at most its rank is taken for an adapter's.
 
+A mixture of experts has two products for all experts together (grouped, or a product with a vector for each token's
+copy), after its router's. Its order of tokens is found again, from the same numbers.
+
 `torch.utils.checkpoint` recomputes; which values it finds kept is decided by two dispatch modes of our own. Torch's own
 selective checkpointing keeps an output as it is in memory, so that an in-place operation on it (`clamp_` after a
 projection, as OLMo has with `clip_qkv`) changes the kept value as well, without an error, and the recomputation applies
@@ -34,6 +37,8 @@ from notus.model.quantization import quantized_layers
 
 MODES = ("none", "products", "selective", "full")  # the faster ones first
 PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+# Of a mixture's experts, by name: not every build has all of them. The second argument holds the weights.
+EXPERT_PRODUCTS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 # By name, since not every build has all of them. All that compute attention with a backward pass of its own.
 ATTENTION = frozenset(
     {
@@ -108,9 +113,12 @@ def _what(op: Any, args: tuple[Any, ...], adapter_rank: str) -> str | None:
     """ "product" or "attention" for an operation whose output may be kept, else None."""
     if op is torch.ops.notus.quantized_linear.default:  # the product is within
         return "product"
-    if op in PRODUCTS:  # a product with a matrix of at most this rank is an adapter's; 0: there are none
-        return "product" if min(args[-1].shape) > int(adapter_rank) else None
-    return "attention" if getattr(op, "name", str)().partition(".")[0] in ATTENTION else None
+    name = getattr(op, "name", str)().partition(".")[0]
+    if op in PRODUCTS or name in EXPERT_PRODUCTS or (name == "aten::bmm" and args[1].shape[-1] == 1):
+        factor = args[0] if name == "aten::bmm" else args[1] if name in EXPERT_PRODUCTS else args[-1]
+        # a product with a matrix of at most this rank is an adapter's; 0: there are none
+        return "product" if min(factor.shape[-2:]) > int(adapter_rank) else None
+    return "attention" if name in ATTENTION else None
 
 
 def _keeps(mode: str, what: str, number: int) -> bool:

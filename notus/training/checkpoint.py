@@ -79,6 +79,8 @@ def load_checkpoint(
     _check_files(path, written["files"])
     if optimizer is not None and written["optimizer"] != type(optimizer).__name__:
         raise ValueError(f"{path} was written with {written['optimizer']}, not {type(optimizer).__name__}")
+    if optimizer is not None:
+        _check_dtype(path, written.get("optimizer_dtype"), optimizer.state_dtype_name)
     tensors = named_tensors(parameters, optimizer)
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)))
@@ -89,6 +91,15 @@ def load_checkpoint(
         for state in optimizer.state.values():
             state["step"].fill_(float(progress.step))
     return progress
+
+
+def _check_dtype(path: Path, written: str | None, now: str) -> None:
+    """Raise ValueError if the states are in another dtype; before version 0.3 it was not written down."""
+    if written not in (None, now):
+        raise ValueError(
+            f"{path} was written with training.optimizer_dtype={written}, not {now}: set it back to resume, or start "
+            "over with training.resume=never"
+        )
 
 
 def read_identity(path: Path) -> dict[str, str]:
@@ -133,13 +144,21 @@ def named_tensors(
         if not optimizer.state[parameter]:
             optimizer.state[parameter] = optimizer.new_state(parameter)
         state = optimizer.state[parameter]
-        tensors.update({f"optimizer.{moment}.{name}": state[moment] for moment in optimizer.moments})
+        tensors.update({f"optimizer.{key}.{name}": value for key, value in state.items() if key != "step"})
     return tensors
 
 
-def describe(progress: Progress, optimizer: str, files: dict[str, dict[str, Any]]) -> str:
-    """The text of `state.json`; `files`: size and sha256 of each, by name."""
-    state = {"format": _FORMAT, "optimizer": optimizer, "progress": dataclasses.asdict(progress), "files": files}
+def describe(
+    progress: Progress, optimizer: str, files: dict[str, dict[str, Any]], *, optimizer_dtype: str | None = None
+) -> str:
+    """The text of `state.json`; `files`: size and sha256 of each, by name; `optimizer_dtype`: None if not known."""
+    state = {
+        "format": _FORMAT,
+        "optimizer": optimizer,
+        "optimizer_dtype": optimizer_dtype,
+        "progress": dataclasses.asdict(progress),
+        "files": files,
+    }
     return json.dumps({**state, "digest": _digest_of(state)}, indent=1)
 
 

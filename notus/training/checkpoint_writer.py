@@ -44,7 +44,7 @@ from notus.training.optimizers import PiecewiseOptimizer
 
 LATEST = "latest"
 _BLOCK = 16 * 2**20
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 class Checkpoints:
@@ -88,7 +88,8 @@ class Checkpoints:
         """
         self.wait()
         self._path = self._folder / step_folder(progress.step)
-        commit = _Commit(self._path, copy.deepcopy(progress), type(optimizer).__name__, self._keep, self._keep_every)
+        names = type(optimizer).__name__, optimizer.state_dtype_name
+        commit = _Commit(self._path, copy.deepcopy(progress), *names, self._keep, self._keep_every)
         tensors = named_tensors(parameters, optimizer)  # in the thread, of interest by their shapes and places alone
         local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
         if self._thread is None:
@@ -139,6 +140,7 @@ class _Commit:
     path: Path
     progress: Progress
     optimizer: str
+    optimizer_dtype: str
     keep: int | None
     keep_every: int | None
 
@@ -150,7 +152,8 @@ class _Commit:
     def publish(self, files: dict[str, dict[str, Any]]) -> None:
         """Complete the folder, put it in its place, and drop older ones; for one rank, once all have written."""
         folder = self.path.parent
-        write_text(self.partial / STATE_FILE, describe(self.progress, self.optimizer, files))
+        described = describe(self.progress, self.optimizer, files, optimizer_dtype=self.optimizer_dtype)
+        write_text(self.partial / STATE_FILE, described)
         sync(self.partial)
         _remove(self.path)
         os.rename(self.partial, self.path)

@@ -23,10 +23,11 @@ import torch
 from transformers import PreTrainedModel
 
 from notus.model.logprobs import CHUNK_TOKENS
-from notus.model.size import ATTENTION, Linear, ModelSize, model_size
+from notus.model.size import ATTENTION, Linear, ModelSize, UnknownSizeError, model_size
 from notus.runtime.distributed import gather_objects, ranks_per_node, say, world_size
 from notus.runtime.switches import enabled
 from notus.training.activation_checkpointing import MODES
+from notus.training.int8_states import BLOCK
 from notus.training.optimizers import CHUNK
 
 if TYPE_CHECKING:
@@ -36,8 +37,15 @@ if TYPE_CHECKING:
 CHECKPOINTING = MODES  # the faster ones first
 OPTIMIZER_STATES = {"rmsprop": 1, "adamw": 2}
 BYTES = {"bf16": 2, "fp32": 4}
+STATE_BYTES = {**BYTES, "int8": 1 + 4 / BLOCK}  # a code, and its share of a block's scale
 PIECE = 4 * CHUNK["cuda"]  # bytes of an update's piece, and how many of them it takes: see `notus.training.optimizers`
-PIECES = {("rmsprop", "fp32"): 1, ("rmsprop", "bf16"): 2.5, ("adamw", "fp32"): 0, ("adamw", "bf16"): 3}
+PIECES = {
+    ("rmsprop", "fp32"): 1,
+    ("rmsprop", "bf16"): 2.5,
+    ("adamw", "fp32"): 0,
+    ("adamw", "bf16"): 3,
+    ("adamw", "int8"): 2.5,
+}
 # An assumption, not measured: context and kernels 0.6 GiB, NCCL 0.9 GiB, 1.5 GiB for the allocator's gaps.
 RUNTIME_MARGIN = 3 * 2**30
 GIB = 2**30
@@ -139,10 +147,15 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     """What is alive at each moment of a step at which memory may peak."""
     held = 0 if job.cpu_offload else 1
     share, wide = job.shard_size, BYTES[job.precision]
-    stored = size.layers * size.block_bytes(wide) + wide * size.root  # as gathered, trained ones included
-    weights = held * (stored + (4 - wide) * size.trained) // share
-    gradients = held * 4 * size.trained // share
-    state = held * OPTIMIZER_STATES[job.optimizer] * BYTES[job.optimizer_dtype] * size.trained // share
+    trained, frozen = size.trained // share, (size.parameters - size.trained) // share
+    if size.block_trained == size.block:
+        trained += size.unevenly(share)
+    else:
+        frozen += size.unevenly(share)
+    in_4_bits = size.layers * (wide * size.quantized - size.quantized_bytes) // share  # what these save
+    weights = held * (4 * trained + wide * frozen - in_4_bits)
+    gradients = held * 4 * trained
+    state = round(held * OPTIMIZER_STATES[job.optimizer] * STATE_BYTES[job.optimizer_dtype] * trained)
     pieces = PIECES[job.optimizer, job.optimizer_dtype]
     always = {"weights": weights, "optimizer_state": state}
     in_rows = {**always, "gradients": gradients, "batch": _batch(job)}
@@ -184,7 +197,7 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
         ),
         Footprint(
             "optimizer", **always, gradients=gradients,
-            optimizer_temporaries=round(held * pieces * min(PIECE, 4 * size.trained // share)),
+            optimizer_temporaries=round(held * pieces * min(PIECE, 4 * trained)),
         ),
     ]  # fmt: skip
 
@@ -194,7 +207,7 @@ def kept_per_block(size: ModelSize, job: Job) -> int:
     if job.activation_checkpointing == "none":
         return activations_per_block(size, job)
     wide = BYTES[job.precision]
-    kept = wide * (size.hidden + sum(linear.outputs for linear in _kept_products(size, job)))
+    kept = wide * (size.hidden + sum(linear.gives for linear in _kept_products(size, job)))
     if job.activation_checkpointing != "full":
         kept += _attended(size, wide)
     return job.tokens_per_row * kept
@@ -202,7 +215,9 @@ def kept_per_block(size: ModelSize, job: Job) -> int:
 
 def _kept_products(size: ModelSize, job: Job) -> tuple[Linear, ...]:
     """The layers whose output checkpointing keeps, see `notus.training.activation_checkpointing`."""
-    each = {"products": size.linears, "selective": size.linears[::2]}.get(job.activation_checkpointing, ())
+    rank = max((linear.rank for linear in size.linears), default=0)
+    counted = [linear for linear in size.linears if min(linear.inputs, linear.outputs) > rank]  # a router may be small
+    each = {"products": counted, "selective": counted[::2]}.get(job.activation_checkpointing, ())
     return tuple(linear for linear in each if linear is not size.linears[-1] or size.reads_last)
 
 
@@ -224,7 +239,19 @@ def activations_per_block(size: ModelSize, job: Job) -> int:
     attention = wide * size.query_width + size.attentions * gathered + _attended(size, wide)
     # the product, down's input, is among the linear inputs
     mlp = wide * size.inner * ((2 if size.keeps_factors else 3) if size.gated else 1)
-    return math.ceil(job.tokens_per_row * (norms + attention + mlp + _linear_inputs(size, wide, trained)))
+    experts = _expert_activations(size, wide)
+    return math.ceil(job.tokens_per_row * (norms + attention + mlp + experts + _linear_inputs(size, wide, trained)))
+
+
+def _expert_activations(size: ModelSize, wide: int) -> float:
+    """Bytes per token that a mixture keeps besides the inputs of its products: what the activation function reads and
+    gives, what is weighted by the router, and the order of the tokens, int64."""
+    if not size.experts:
+        return 0.0
+    first, last = size.experts
+    gated = first.outputs == 2 * last.inputs
+    router = 4 * last.experts + (wide + 3 * 8) * last.copies
+    return wide * (first.gives + gated * last.reads + last.gives) + router
 
 
 def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
@@ -233,7 +260,7 @@ def _linear_inputs(size: ModelSize, wide: int, trained: bool) -> int:
     total, seen = 0, {ATTENTION}
     for linear in size.linears:
         if (trained or (linear.rank and not size.dropout)) and linear.source not in seen:
-            total += wide * linear.inputs
+            total += wide * linear.reads
             seen.add(linear.source)
         if linear.rank:
             total += wide * linear.rank + (size.dropout and (wide + 1) * linear.inputs)
@@ -263,12 +290,25 @@ def _working(size: ModelSize, job: Job) -> int:
     gradients = 1 + size.gated + 2 * size.squares + (size.block_trained != size.block)
     extra = tokens * wide * (gradients * inner + size.hidden) + (wide * size.hidden * inner if size.root_trained else 0)
     extra += wide * size.dequantized
+    if size.experts:
+        extra = max(extra, _expert_gradients(size, job))
     if job.activation_checkpointing == "none":
         return extra
     again = activations_per_block(size, job)
     if job.activation_checkpointing != "full":
         again -= tokens * (_attended(size, wide) + wide * _taken_over(size, job))
     return again + extra
+
+
+def _expert_gradients(size: ModelSize, job: Job) -> int:
+    """What the backward pass of a mixture has at once, of each token's copies and of the experts' last weights.
+
+    Gradients of the last product's input, and either of its output or of what goes into the activation function.
+    """
+    first, last = size.experts
+    rows = job.tokens_per_row * (size.hidden + last.reads + max(last.gives, first.gives))
+    weights = last.experts * last.inputs * last.outputs if size.block_trained == size.block else 0
+    return BYTES[job.precision] * (rows + weights)
 
 
 def _taken_over(size: ModelSize, job: Job) -> int:
@@ -278,7 +318,7 @@ def _taken_over(size: ModelSize, job: Job) -> int:
     backward pass begins; the MLP's factors are read themselves, unless an adapter adds to them.
     """
     kept = _kept_products(size, job)
-    return sum(linear.outputs for linear in kept if linear not in size.factors or not linear.rank)
+    return sum(linear.gives for linear in kept if linear not in size.factors or not linear.rank)
 
 
 def _head(size: ModelSize, job: Job) -> int:
@@ -331,7 +371,15 @@ def choose_checkpointing(causal_lm: PreTrainedModel, job: Job, device: torch.dev
         job: what else the memory follows from; its own mode is not looked at.
         device: this rank's.
     """
-    capacity, size = min(gather_objects(capacity_of(device))), model_size(causal_lm)
+    capacity = min(gather_objects(capacity_of(device)))
+    try:
+        size = model_size(causal_lm)
+    except UnknownSizeError as error:
+        say(
+            f"warning: training.activation_checkpointing=auto: {CHECKPOINTING[-1]}, since memory cannot be estimated "
+            f"({error}); set training.activation_checkpointing to selective, products or none if it fits"
+        )
+        return CHECKPOINTING[-1]
     mode = fastest_checkpointing(capacity, size, job)
     need = footprint(size, dataclasses.replace(job, activation_checkpointing=mode)).total + RUNTIME_MARGIN
     fits = need <= capacity

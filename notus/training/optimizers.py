@@ -1,4 +1,4 @@
-"""RMSprop and AdamW, as torch has them, in pieces: small temporaries, and averages in fp32 or bf16.
+"""RMSprop and AdamW, as torch has them, in pieces: small temporaries, and averages in fp32, bf16 or, for AdamW, int8.
 
 torch.optim computes a list operation for all parameters before the next one: temporaries as large as the parameters.
 Here the update goes piece by piece over each rank's own shards. The bytes that it takes beside the states, with C the
@@ -9,7 +9,8 @@ piece (`CHUNK` numbers of 4 bytes: 64 MiB on a GPU, 1 MiB on a CPU, where a piec
 | RMSprop | C (the denominators) | 2.5 C (the average in fp32, random bits, and what they round) |
 | AdamW, fused | 0 | 3 C (both averages in fp32, random bits of one; half a C more if one tensor fills a piece) |
 
-and C more for RMSprop with weight decay, and C more if gradients are clipped, for the scaled gradients.
+AdamW's states in int8 take 2.5 C (pieces of a quarter of C: both averages in fp32, and what they round to codes). And C
+more for RMSprop with weight decay, and C more if gradients are clipped, for the scaled gradients.
 
 On a GPU with fp32 states, one kernel updates a parameter in one pass, clipping included, and needs none of these. They
 are needed on a CPU, for bf16 states, with offload, and where the kernel is not used (`check_update`).
@@ -17,7 +18,7 @@ are needed on a CPU, for bf16 states, with offload, and where the kernel is not 
 In bf16, with its 8 bits, an average that is to change by less than 1/512 stays where it is if it is rounded to the
 nearest number: at α 0.99 or β₂ 0.999 it would stall. It is rounded up or down at random instead, up with the
 probability that keeps the expectation. The random numbers depend on the step and the shard alone, so that a resumed run
-continues to the bit, and replicas of a shard stay equal.
+continues to the bit, and replicas of a shard stay equal. States in int8 are rounded likewise, see `int8_states`.
 """
 
 import math
@@ -33,12 +34,15 @@ from notus.model import kernels
 from notus.model.kernels import Kernel
 from notus.runtime import switches
 from notus.runtime.distributed import gather_objects, say
+from notus.training import int8_states
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 _LINE = 1024
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+SCALE = ".scale"  # after the name of a state in int8: its blocks' scales
 
 Piece = tuple[Tensor, Tensor, list[Tensor]]  # parameter, gradient, its averages: flat views
+RowPiece = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]  # the same of rows, averages as codes and scales
 
 
 class PiecewiseOptimizer(torch.optim.Optimizer):
@@ -48,10 +52,25 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
     state_dtype: torch.dtype
     kernel: ClassVar[Kernel | None] = None  # updates a parameter in one pass; None: there is none
 
+    @property
+    def state_dtype_name(self) -> str:
+        """ "fp32", "bf16" or "int8"."""
+        return next(name for name, dtype in STATE_DTYPES.items() if dtype == self.state_dtype)
+
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What a parameter's state is before the first step."""
-        zeros = {name: torch.zeros_like(parameter.detach(), dtype=self.state_dtype) for name in self.moments}
-        return {"step": torch.tensor(0.0), **zeros}
+        state = {"step": torch.tensor(0.0)}
+        for name in self.moments:
+            if self.in_int8(parameter):
+                state[name], state[name + SCALE] = int8_states.new_state(parameter)
+            else:
+                dtype = torch.float32 if self.state_dtype == torch.uint8 else self.state_dtype
+                state[name] = torch.zeros_like(parameter.detach(), dtype=dtype)
+        return state
+
+    def in_int8(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter's averages are codes and scales."""
+        return self.state_dtype == torch.uint8 and int8_states.is_quantized(parameter)
 
     @torch.no_grad()
     def step(self, closure: Any = None, *, scale: Tensor | None = None) -> None:  # type: ignore[override]
@@ -68,26 +87,71 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
                 if not self.state[parameter]:
                     self.state[parameter] = self.new_state(parameter)
                 self.state[parameter]["step"] += 1
-            if not parameters:
-                continue
-            if self.state_dtype == torch.float32 and self.kernel and self.kernel.usable(_local(parameters[0])):
-                self._in_one_pass(parameters, group, scale)
-                continue
-            noise = self._noise(parameters[0])
-            for chunk in self._chunks(parameters):
-                values, gradients, averages = (list(column) for column in zip(*chunk, strict=True))
+            plain = [parameter for parameter in parameters if not self.in_int8(parameter)]
+            if plain and self.state_dtype == torch.float32 and self.kernel and self.kernel.usable(_local(plain[0])):
+                self._in_one_pass(plain, group, scale)
+            elif plain:
+                self._in_pieces(plain, group, scale)
+            if len(plain) < len(parameters):
+                self._in_blocks([each for each in parameters if self.in_int8(each)], group, scale)
+
+    def _in_pieces(self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None) -> None:
+        """Update parameters whose averages are numbers, in fp32 or bf16."""
+        noise = self._noise(parameters[0])
+        for chunk in self._chunks(parameters):
+            values, gradients, averages = (list(column) for column in zip(*chunk, strict=True))
+            if scale is not None:
+                gradients = list(torch._foreach_mul(gradients, scale.to(gradients[0].device)))
+            columns = [list(column) for column in zip(*averages, strict=True)]
+            exact = columns
+            if self.state_dtype == torch.bfloat16:
+                exact = [[average.float() for average in column] for column in columns]
+            self.update(values, gradients, exact, group, self.state[parameters[0]]["step"])
+            if exact is not columns:
+                for column, rounded in zip(exact, columns, strict=True):
+                    for average, place in zip(column, rounded, strict=True):
+                        place.copy_(round_at_random(average, noise))
+                del average, column  # or the last of them would stay through the next piece
+
+    def _in_blocks(self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None) -> None:
+        """Update parameters whose averages are codes and scales. The first is that of the gradients, with a sign."""
+        noise = self._noise(parameters[0])
+        for parameter in parameters:
+            for value, gradient, stored in self._row_pieces(parameter):
                 if scale is not None:
-                    gradients = list(torch._foreach_mul(gradients, scale.to(gradients[0].device)))
-                columns = [list(column) for column in zip(*averages, strict=True)]
-                exact = columns
-                if self.state_dtype != torch.float32:
-                    exact = [[average.float() for average in column] for column in columns]
-                self.update(values, gradients, exact, group, self.state[parameters[0]]["step"])
-                if exact is not columns:
-                    for column, rounded in zip(exact, columns, strict=True):
-                        for average, place in zip(column, rounded, strict=True):
-                            place.copy_(round_at_random(average, noise))
-                    del average, column  # or the last of them would stay through the next piece
+                    gradient = gradient * scale.to(gradient.device)
+                signs = [name == "exp_avg" for name in self.moments]
+                averages = [
+                    int8_states.dequantize(codes, scales, signed=signed)
+                    for (codes, scales), signed in zip(stored, signs, strict=True)
+                ]
+                exact = [[average] for average in averages]
+                self.update([value], [gradient], exact, group, self.state[parameter]["step"])
+                for average, (codes, scales), signed in zip(averages, stored, signs, strict=True):
+                    int8_states.quantize(average, codes, scales, signed=signed, noise=noise)
+                del average, averages, exact  # or they would stay through the next piece
+
+    def _row_pieces(self, parameter: nn.Parameter) -> Iterator[RowPiece]:
+        """Whole rows of at most a quarter of CHUNK numbers together, or parts of a longer row, of whole blocks."""
+        state = self.state[parameter]
+        assert parameter.grad is not None
+        names = [name + end for name in self.moments for end in ("", SCALE)]
+        tensors = [_local(each) for each in (parameter, parameter.grad, *(state[name] for name in names))]
+        if tensors[0].numel() == 0:
+            return
+        value, gradient, *stored = (each.view(len(each), -1) for each in tensors)
+        limit = max(CHUNK[value.device.type] // 4, int8_states.BLOCK)
+        rows, columns = max(1, limit // value.shape[1]), limit // int8_states.BLOCK * int8_states.BLOCK
+        for row in range(0, len(value), rows):
+            for column in range(0, value.shape[1], columns):
+                place = (slice(row, row + rows), slice(column, column + columns))
+                blocks = slice(column // int8_states.BLOCK, (column + columns) // int8_states.BLOCK)
+                codes, scales = stored[::2], stored[1::2]
+                yield (
+                    value[place],
+                    gradient[place],
+                    [(each[place], other[place[0], blocks]) for each, other in zip(codes, scales, strict=True)],
+                )
 
     def update(
         self, values: list[Tensor], gradients: list[Tensor], averages: list[list[Tensor]], group: Any, step: Tensor
@@ -170,6 +234,7 @@ class RMSprop(PiecewiseOptimizer, torch.optim.RMSprop):
 
     def __init__(self, parameters: list[nn.Parameter], *, state_dtype: str = "fp32", **options: Any) -> None:
         super().__init__(parameters, **options)
+        assert state_dtype != "int8"  # the config refuses it
         self.state_dtype = STATE_DTYPES[state_dtype]
 
     def update(

@@ -37,14 +37,15 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.fx.experimental import _config as symbols
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from notus.model.attention import attention_sizes, check_kernel
+from notus.model.check_config import check_names, check_shapes, check_values, explained
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
-from notus.model.load import load_weights, materialise
+from notus.model.load import load_weights, materialise, read_json
 from notus.model.lora import LayerSettings, cast_frozen, init_lora, inject_lora
-from notus.model.make import auto_class_of, read_config, text_parameters
+from notus.model.make import forget_attention, text_parameters
 from notus.model.new_tokens import new_rows_overlay
 from notus.model.peft_format import (
     Adapter,
@@ -72,11 +73,18 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
     """Return the model's configuration.
 
     Raises:
-        ValueError: it is damaged, or of a model whose computation the policy could not reproduce.
+        ValueError: it is damaged, of a model that no path can train, or not that of the folder's weights.
     """
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_values(folder)
+    path = folder / "config.json"
+    with explained(path, read_json(path), "not the configuration of a model"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    forget_attention(config)
     check_supported(config)
-    auto_class_of(config, trust_remote_code=trust_remote_code)
+    check_names(config, folder)
+    with explained(path, config.to_dict(), "no model can be built from it"):
+        causal_lm = new_model(config, "eager", trust_remote_code, torch.float32, "meta")
+    check_shapes(config, causal_lm, folder)
     return config
 
 

@@ -24,6 +24,7 @@ from notus.model.fused import rounding
 from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
 from notus.model.peft_format import Adapter, adapter_digest, read_adapter
 from notus.model.policy import Policy
+from notus.model.routers import asks_for_own_loss, check_routers
 from notus.model.structure import text_config
 from notus.model.supported import check_context
 from notus.model.verify import PathChoice
@@ -34,6 +35,7 @@ from notus.runtime.process import STOPPED
 from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
+from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
@@ -264,6 +266,8 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         stack.enter_context(stop.listening())
         stack.enter_context(deterministic(training.deterministic))
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
+        if training.optimizer_dtype == "int8" and train:
+            check_torchao()
         if training.cpu_offload and device.type == "cpu":
             raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
@@ -289,6 +293,18 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
         yield job
 
 
+def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
+    """Raise ValueError if training.router_aux_loss_coef cannot apply; say if the model's own router loss does not."""
+    coefficient = config.training.router_aux_loss_coef
+    if coefficient:
+        check_routers(model_config, trust_remote_code=config.model.trust_remote_code)
+    if asks_for_own_loss(model_config):
+        distributed.say(
+            "the model's config sets output_router_logits: its own router loss is not added, "
+            f"training.router_aux_loss_coef={coefficient:g} is"
+        )
+
+
 def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
@@ -305,6 +321,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     )
     if path.name == "plain" and training.compile:
         raise ValueError(f"training.compile has no effect on the plain path, which {path.reason}: remove it")
+    if train:
+        _check_router_loss(config, model_config)
     tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
     new_rows = _new_rows(config, folders, model_config, tokenizer)
     check_vocabulary(tokenizer, text_config(model_config).vocab_size)

@@ -19,6 +19,7 @@ from notus.data.batching import StepPlan
 from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
 from notus.model.policy import Policy
+from notus.model.routers import Routers
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
 from notus.training.checkpoint import Progress
@@ -31,6 +32,8 @@ from notus.training.sampling import Sample
 from notus.training.throughput import Meter
 from notus.training.tracking import Tracker
 from notus.training.warnings import Guard, Guards
+
+_ROUTER_SUMS = 2  # behind the task's: the routers' loss, and of how many examples
 
 
 class NonFiniteError(ValueError):
@@ -164,8 +167,10 @@ class Trainer:
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
         self.stop, self.meter, self.sample = stop, meter, sample
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self._routers = Routers(policy.causal_lm) if config.router_aux_loss_coef else None
         # Metric sums stay on the device in fp64 until a line of metrics is due: no host sync per row.
-        self._sums = torch.tensor(_own_share(progress.window_sums, task.num_sums), dtype=torch.float64, device=device)
+        count = task.num_sums + (_ROUTER_SUMS if self._routers else 0)
+        self._sums = torch.tensor(_own_share(progress.window_sums, count), dtype=torch.float64, device=device)
         self._seconds = progress.window_seconds
         self._trained = 0.0  # seconds of this launch's steps
         self._guards = Guards(task.guards)
@@ -234,7 +239,7 @@ class Trainer:
             if self._whole:
                 expect_last_row(self.policy, last)
             batch = batch.to(self.device)
-            row = self.task.row_loss(self.policy(batch), batch, indices)
+            row = self._row_loss(batch, indices)
             row.loss.backward()
             self._sums += row.sums
             bad_losses += ~torch.isfinite(row.loss.detach())
@@ -242,6 +247,21 @@ class Trainer:
         if self._whole:
             hand_over_gradients(self.policy)
         return Accumulated(local_gradients(self.trainable), bad_losses, losses)
+
+    def _row_loss(self, batch: Batch, indices: np.ndarray) -> RowLoss:
+        """Run a row forward; with `router_aux_loss_coef`, the routers' loss is added, as a mean over the examples."""
+        if self._routers is None:
+            return self.task.row_loss(self.policy(batch), batch, indices)
+        with self._routers.reading():
+            logps = self.policy(batch)
+        row, losses = self.task.row_loss(logps, batch, indices), self._routers.losses(batch)
+        balance = (losses * batch.weights).sum()
+        sums = torch.stack([balance.detach(), batch.weights.sum()]).double()
+        return RowLoss(
+            loss=row.loss + self.config.router_aux_loss_coef * balance / len(indices),
+            sums=torch.cat([row.sums, sums]),
+            per_example=row.per_example + losses.detach(),
+        )
 
     def _agree(self, accumulated: Accumulated) -> Agreement:
         """Reduce the gradient's norm and the ranks' flags together: the step's one host sync."""
@@ -322,7 +342,11 @@ class Trainer:
         memory = torch.zeros(ranks, dtype=torch.float64, device=self.device)
         memory[rank()] = self.meter.memory()  # the sum over ranks has every rank's
         reduced = sum_across_ranks(torch.cat([memory, self._sums])).tolist()
-        metrics = self.task.metrics(reduced[ranks:], self._seconds)
+        own = reduced[ranks : ranks + self.task.num_sums]
+        metrics = self.task.metrics(own, self._seconds)
+        if self._routers is not None:
+            balance, examples = reduced[ranks + self.task.num_sums :]
+            metrics["router_aux_loss"] = balance / examples
         metrics["grad_norm"] = progress.grad_norm
         metrics["learning_rate"] = progress.learning_rate
         metrics["epoch"] = progress.step / self.task.plan.steps_per_epoch
@@ -334,7 +358,7 @@ class Trainer:
         return metrics
 
     def _global_sums(self) -> list[float]:
-        return sum_across_ranks(self._sums.clone()).tolist()
+        return sum_across_ranks(self._sums[: self.task.num_sums].clone()).tolist()
 
     def _save(self) -> None:
         # The sums since the last line go with the checkpoint, so that the next line is that of an undisturbed run.
@@ -363,8 +387,10 @@ class Trainer:
 
 def _own_share(window_sums: list[list[float]], count: int) -> list[float]:
     """This rank's metric sums from a checkpoint; if other ranks wrote it, the first one carries them all."""
+    found: list[float] = []
     if len(window_sums) == world_size():
-        return window_sums[rank()]
-    if rank() == 0 and window_sums:
-        return [sum(column) for column in zip(*window_sums, strict=True)]
-    return [0.0] * count
+        found = window_sums[rank()]
+    elif rank() == 0 and window_sums:
+        found = [sum(column) for column in zip(*window_sums, strict=True)]
+    # the routers' sums come last: a run that is resumed with or without their loss has more or fewer
+    return [*found, *[0.0] * count][:count]

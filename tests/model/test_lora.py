@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from families import make_family
 from torch import nn
 from toys import logits, toy_model
 
@@ -159,3 +160,24 @@ def test_cast_frozen_keeps_ties_and_spares_the_trained():
     assert dtypes["model.embed_tokens.weight"] == torch.bfloat16
     assert dtypes["model.layers.0.self_attn.v_proj.lora_A"] == torch.float32
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_beside_routed_experts_layers_that_peft_misreads_are_refused() -> None:
+    """PEFT takes `gate_proj` of DeepSeek's dense first layer for its experts'."""
+    model = make_family("deepseek_v3")
+    with pytest.raises(ValueError, match=r"set lora.target_modules=\[kv_a_proj_with_mqa, kv_b_proj, o_proj"):
+        inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    with pytest.raises(ValueError, match="gate_proj"):
+        inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules=["o_proj", "gate_proj"])
+    inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules=["o_proj"])
+
+
+def test_a_layer_that_does_more_than_a_product_takes_no_adapter() -> None:
+    model = make_family("llama4_text")  # its router is a subclass of nn.Linear
+    with pytest.raises(ValueError, match="router"):
+        inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules=["router"])
+
+
+def test_a_model_without_linear_layers_says_so() -> None:
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layers"):
+        inject_lora(make_family("gpt2"), rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from toys import toy_config, toy_model
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from notus.model import policy as policies
 from notus.model import verify
@@ -93,10 +94,16 @@ def test_a_model_that_sees_later_tokens_is_an_error():
         choose_path(config)
 
 
-def test_what_is_random_in_training_is_an_error(monkeypatch):
+def test_what_is_random_in_training_does_not_run(monkeypatch):
     monkeypatch.setattr(verify, "disable_dropout", lambda model: None)
-    with pytest.raises(ValueError, match="in training mode its own forward pass is not what it is in evaluation"):
-        choose_path(toy_config("mistral", attention_dropout=0.5), wanted="plain")
+    assert choose_path(toy_config("mistral", attention_dropout=0.5)).name == "packed"
+
+
+def test_a_forward_pass_that_is_random_is_an_error(monkeypatch):
+    forward = MistralMLP.forward
+    monkeypatch.setattr(MistralMLP, "forward", lambda self, x: forward(self, x) * (1 + torch.rand(1)))
+    with pytest.raises(ValueError, match=r"its own forward pass is not the same|is not causal"):
+        choose_path(toy_config("mistral", rms_norm_eps=1e-7), wanted="plain")
 
 
 def test_the_check_draws_from_nobodys_random_numbers():

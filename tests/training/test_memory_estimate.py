@@ -238,6 +238,7 @@ SPECIAL = {"Mistral": {"sliding_window": None}, "Youtu": LATENT, "NanoChat": {"f
         ("Mistral", Case(8, "none", "rmsprop")),
         ("Mistral", Case(8, "full", "adamw", "bf16")),
         *(("Mistral", Case(8, mode, "adamw", quantization="nf4")) for mode in CHECKPOINTING),
+        ("Mistral", Case(0, "none", "adamw", "int8")),
         ("Qwen3", Case(0, "full", "adamw", "bf16")),
         ("Phi3", Case(0, "none", "rmsprop")),
         *((kind, Case(0, mode, "rmsprop")) for kind, mode in [
@@ -255,6 +256,74 @@ def test_agrees_with_pytorchs_memory_tracker(kind, case):
     # the row's batch is still there, which counts beside weights as small as these in 4 bits
     assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1, abs=2**16 if case.quantization else 0)
     assert flops_ratio(case, config, ROW, seen.flops) == pytest.approx(1, abs=0.1)
+
+
+EXPERTS = {
+    "num_local_experts": 8, "num_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "moe_intermediate_size": 384,
+    "shared_expert_intermediate_size": 512, "sliding_window": None,
+}  # fmt: skip
+
+
+def mixture(kind: str, **settings: object) -> PreTrainedConfig:
+    made = getattr(transformers, f"{kind}Config")
+    default = made()
+    known = {name: value for name, value in (EXPERTS | settings).items() if hasattr(default, name)}
+    latent = LATENT if hasattr(default, "kv_lora_rank") else {}
+    return made(**{**SHAPE, "num_hidden_layers": 3, **known, **latent})
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        ("Mixtral", Case(0, "products", "rmsprop")),
+        ("Mixtral", Case(0, "full", "adamw", "int8")),
+        ("Mixtral", Case(8, "selective", "rmsprop")),
+        ("Qwen2Moe", Case(0, "none", "rmsprop")),
+        ("DeepseekV3", Case(0, "full", "rmsprop")),
+    ],
+    ids=str,
+)
+def test_mixtures_of_experts_agree_with_the_tracker(kind, case):
+    rows, update, seen = compare(case, mixture(kind), ROW)
+    assert rows.total == pytest.approx(seen.backward_peak, rel=0.1)
+    assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1)
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_experts_that_do_not_divide_by_the_ranks_are_held_whole():
+    """Of 4 experts on 8 ranks, a rank holds one or none."""
+    rows, update, seen = compare(Case(0, "none", "rmsprop"), mixture("Mixtral", num_local_experts=4), ROW)
+    assert rows.total == pytest.approx(seen.backward_peak, rel=0.1)
+    assert update.total == pytest.approx(seen.optimizer_peak, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "DeepseekV2", "DeepseekV3"])
+def test_the_parameters_of_a_mixture_are_exact(kind):
+    """Also where the first block is another: DeepSeek's has no experts."""
+    model = build(mixture(kind))
+    size = model_size(model)
+    assert size.parameters == size.trained == sum(each.numel() for each in model.parameters())
+    first, last = size.experts
+    assert (first.copies, first.experts, last.outputs, first.outputs) == (2, 8, 256, 2 * last.inputs)
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "GPT2", "Jamba", "Qwen3Next"])
+def test_a_model_of_unknown_blocks_is_told_in_a_line(kind, device, capsys):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**NO_TOKENS))
+    with pytest.raises(ValueError, match="not known"):
+        model_size(model)
+    assert choose_checkpointing(model, SMALL_JOB, device) == "full"
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 1
+    assert "auto: full, since memory cannot be estimated" in told[0]
+
+
+def test_states_in_8_bits_by_hand():
+    update = moments(TOY, dataclasses.replace(JOB, optimizer="adamw", optimizer_dtype="int8"))[-1]
+    assert update.optimizer_state == round(2 * (1 + 4 / 256) * 170)
 
 
 @pytest.mark.usefixtures("in_pieces")
