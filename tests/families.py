@@ -8,6 +8,7 @@ forgets one computes something else.
 `FAMILIES` holds those that the installed transformers knows.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -157,7 +158,7 @@ def _settings(config_class: Any, sizes: Mapping[str, Any], overrides: Mapping[st
         own = name if name in known else (config_class.attribute_map or {}).get(name)
         if own in known:
             settings[own] = value
-    return {**settings, **overrides}
+    return copy.deepcopy({**settings, **overrides})  # a config may write into what it is given
 
 
 def _family(
