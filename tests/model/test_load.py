@@ -372,7 +372,6 @@ def test_digest_covers_every_block(tmp_path, monkeypatch):
     [
         (transformers.BartConfig(), "it is an encoder-decoder"),
         (transformers.MistralConfig(quantization_config={"quant_method": "fp8"}), "its weights are quantized"),
-        (transformers.CLIPTextConfig(), "no causal language model"),
     ],
 )
 def test_models_that_no_path_trains_are_refused(config, message):
