@@ -71,6 +71,7 @@ class DPOTask:
     """The preference loss on packed pairs, against cached reference log-probs."""
 
     num_sums = len(PairSums._fields)
+    _start_checked = False
 
     def __init__(
         self,
@@ -87,7 +88,6 @@ class DPOTask:
         self._train, self._held_out, self._config = train, held_out, config
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
         per_token = config.loss_type in LENGTH_NORMALISED_LOSSES
-        self._start_checked = False
         self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
     def prepare(self, batch: Batch) -> Batch:

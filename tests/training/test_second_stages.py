@@ -400,3 +400,18 @@ def test_the_estimate_of_a_second_stage(base: Path, pairs: Path, tmp_path: Path,
         sized, _ = sizes(toy_config(), lora_rank=2, target_modules=["q_proj"], modules_to_save=names)
         size[name] = sized.trained
     assert size["saved"] - size["lora"] == 400 * 32
+
+
+@pytest.mark.parametrize("names", [[], ["lm_head"]])
+def test_an_adapter_is_merged_before_weights_are_quantised(
+    names: list[str], base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    adapter, merged = write_peft(base, tmp_path / "adapter"), tmp_path / "merged"
+    with_peft(base, adapter).save_pretrained(merged)
+    toy_tokenizer().save_pretrained(merged)
+    given = {"lora__rank": 2, "lora__modules_to_save": names, "model__quantization": "nf4", **QUICK}
+    once = train(config("dpo", tmp_path / "one", base, pairs, model__adapter=str(adapter), **given))
+    other = train(config("dpo", tmp_path / "other", merged, pairs, **given))
+    assert_near(once[0], other[0])
+    assert_near(once[1], other[1])
+    assert (once[0] - plain_logps(with_peft(merged), once[2])).abs().max() > 0.1  # 4 bits are not 32
