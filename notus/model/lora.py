@@ -66,8 +66,9 @@ def inject_lora(
     """Freeze `model` and put a LoRA layer in the place of each linear layer named by `target_modules`.
 
     A name is the last component of a module's name ("q_proj"); "all-linear" means every linear layer but the output
-    head. A and B have no values before `init_lora`. Raises ValueError for a name that matches no linear layer, for a
-    rank that a layer cannot hold, and for the output head, whose weight the log-probs read without calling the layer.
+    head and gates of one number. Experts that are stacked in one parameter are no linear layers. A and B have no values
+    before `init_lora`. Raises ValueError for a name that matches no linear layer, for a rank that a layer cannot hold,
+    and for the output head, whose weight the log-probs read without calling the layer.
     """
     model.requires_grad_(False)
     for name, linear in _targets(model, target_modules).items():
@@ -80,11 +81,13 @@ def inject_lora(
 
 def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # a router that is a linear layer gives more than its product
+    own = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in own.items() if type(module).forward is nn.Linear.forward}
     body = {name: module for name, module in linears.items() if module is not head}
     wanted = {names} if isinstance(names, str) else set(names)
-    if wanted == {ALL_LINEAR}:
-        return body
+    if wanted == {ALL_LINEAR}:  # but for gates of one number, which hold no adapter
+        return {name: module for name, module in body.items() if min(module.in_features, module.out_features) > 1}
     available = sorted({_last(name) for name in body})
     for name in sorted(wanted - set(available)):
         if any(_last(other) == name for other in linears):
