@@ -57,7 +57,7 @@ class Routers:
                 hook.remove()
 
     def _note(self, router: nn.Module, _: Any, output: Any) -> None:
-        self._read[router].append(_logits_and_experts(router, output))
+        self._read[router].append(_logits_and_experts(output))
 
     def losses(self, batch: Batch) -> Tensor:
         """Return each example's loss, fp32 [E] with gradient, after a forward pass of `batch` within `reading`.
@@ -73,12 +73,11 @@ class Routers:
         return torch.stack(layers).mean(0)
 
 
-def _logits_and_experts(router: nn.Module, output: Any) -> tuple[Tensor, Tensor]:
-    """Of a router's output: logits [N, E], and the experts that it chose [N, k]."""
-    if type(router).__name__.endswith("TopKGating"):  # gives its tokens sorted by expert
-        logits: Tensor = output[-1]
-        return logits, logits.topk(router.top_k, dim=-1).indices
-    logits, _, experts = output
+def _logits_and_experts(output: Any) -> tuple[Tensor, Tensor]:
+    """Of a router's output: logits [N, E], and the experts that it chose [N, k], integers; some give these first."""
+    first, _, last = output
+    logits, experts = (first, last) if first.is_floating_point() else (last, first)
+    assert logits.is_floating_point() and not experts.is_floating_point()
     return logits, experts
 
 
