@@ -77,7 +77,8 @@ def _logits_and_experts(output: Any) -> tuple[Tensor, Tensor]:
     """Of a router's output: logits [N, E], and the experts that it chose [N, k], integers; some give these first."""
     first, _, last = output
     logits, experts = (first, last) if first.is_floating_point() else (last, first)
-    assert logits.is_floating_point() and not experts.is_floating_point()
+    assert logits.is_floating_point()
+    assert not experts.is_floating_point()
     return logits, experts
 
 
