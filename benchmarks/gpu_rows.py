@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch._dynamo.utils
-from transformers import MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig, OlmoeConfig, PreTrainedConfig
 
 from common import GIB, synchronize
 from gpu_report import in_words
@@ -44,6 +44,17 @@ SMALL = MistralConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_attention_heads=32,
     num_key_value_heads=8, head_dim=64, max_position_embeddings=32768, sliding_window=4096, pad_token_id=None,
 )  # fmt: skip
+# OLMoE-1B-7B: 6.9 billion parameters, of which a token meets 1.3 billion.
+OLMOE_7B = OlmoeConfig(
+    vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
+    num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, max_position_embeddings=4096, pad_token_id=None,
+    tie_word_embeddings=False,
+)  # fmt: skip
+TOY_MIXTURE = OlmoeConfig(
+    vocab_size=400, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, max_position_embeddings=512, pad_token_id=None,
+    bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
+)  # fmt: skip
 TOY = MistralConfig(
     vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=None, pad_token_id=None,
@@ -55,14 +66,15 @@ class Scale:
     """How large everything is.
 
     Attributes:
-        shapes: by name, the largest first; layers are left out until one fits.
+        shapes, mixtures: by name, the largest first; layers are left out until one fits. Mixtures are of experts.
         pairs_per_step: of an optimizer step.
         divisor: lengths are UltraFeedback's divided by this.
         tokens_per_row: to begin with, by activation checkpointing; halved while memory does not suffice.
         least_tokens_per_row: below which it is not halved.
     """
 
-    shapes: dict[str, MistralConfig]
+    shapes: dict[str, PreTrainedConfig]
+    mixtures: dict[str, PreTrainedConfig]
     pairs_per_step: int
     divisor: int
     tokens_per_row: dict[str, int]
@@ -71,6 +83,7 @@ class Scale:
 
 GPU = Scale(
     shapes={"Mistral-7B": MISTRAL_7B, "Mistral, width 2048": SMALL},
+    mixtures={"OLMoE-1B-7B": OLMOE_7B},
     pairs_per_step=PAIRS_PER_STEP,
     divisor=1,
     tokens_per_row={"full": 16384, "selective": 8192, "products": 8192, "none": 4096},
@@ -78,6 +91,7 @@ GPU = Scale(
 )
 CPU = Scale(
     shapes={"toy": TOY},
+    mixtures={"toy mixture": TOY_MIXTURE},
     pairs_per_step=8,
     divisor=16,
     tokens_per_row={"full": 512, "selective": 256, "products": 256, "none": 256},
@@ -85,24 +99,23 @@ CPU = Scale(
 )
 
 
-def parameters(config: MistralConfig) -> int:
-    """Of a model with an untied head."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    attention = 2 * config.hidden_size * heads * config.head_dim
-    layer = attention + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
-    return config.num_hidden_layers * layer + 2 * config.vocab_size * config.hidden_size + config.hidden_size
+def parameters(config: PreTrainedConfig) -> int:
+    """Of a model of this shape."""
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in causal_lm.parameters())
 
 
-def fitting(scale: Scale, memory: int | None, *, lora: bool) -> tuple[str, MistralConfig]:
+def fitting(scale: Scale, memory: int | None, *, lora: bool, mixture: bool = False) -> tuple[str, PreTrainedConfig]:
     """The name and the largest shape whose weights and optimizer fit into `memory` bytes (None: any fits).
 
     Raises:
         ValueError: not even four layers of the smallest shape do.
     """
     per_parameter = BYTES_LORA if lora else BYTES_FULL
-    for name, whole in scale.shapes.items():
+    for name, whole in (scale.mixtures if mixture else scale.shapes).items():
         for layers in sorted({whole.num_hidden_layers, 24, 16, 12, 8, 4}, reverse=True):
-            config = MistralConfig(**{**whole.to_dict(), "num_hidden_layers": min(layers, whole.num_hidden_layers)})
+            config = type(whole)(**{**whole.to_dict(), "num_hidden_layers": min(layers, whole.num_hidden_layers)})
             if memory is None or parameters(config) * per_parameter <= (1 - SHARE_FOR_ACTIVATIONS) * memory:
                 cut = layers < whole.num_hidden_layers
                 return f"{name}, {layers} of {whole.num_hidden_layers} layers" if cut else name, config
@@ -152,6 +165,8 @@ class Row:
         without: optimisations that are switched off, see `notus.runtime.switches`.
         again: measured before; how far two measurements are apart says what a difference means.
         quantization: of the frozen base: "nf4" or None.
+        optimizer: its name and the dtype of its states, as in the config.
+        mixture: of experts, not a dense model.
     """
 
     task: str
@@ -163,6 +178,8 @@ class Row:
     without: tuple[str, ...] = ()
     again: bool = False
     quantization: str | None = None
+    optimizer: tuple[str, str] = ("rmsprop", "fp32")
+    mixture: bool = False
 
     @property
     def name(self) -> str:
@@ -170,7 +187,10 @@ class Row:
         compiled = ", compiled" if self.compile else ""
         without = f", without {self.without[0]}" if self.without else ", again" if self.again else ""
         without = ", all optimisations off" if len(self.without) > 1 else without
-        return f"{self.task.upper()} {kind}, {self.variant}, checkpointing {self.checkpointing}{compiled}{without}"
+        mixture = "MoE " if self.mixture else ""
+        states = "" if self.optimizer == ("rmsprop", "fp32") else f", {' '.join(self.optimizer)}"
+        what = f"{mixture}{self.task.upper()} {kind}, {self.variant}, checkpointing {self.checkpointing}"
+        return f"{what}{compiled}{states}{without}"
 
 
 def plan(rank: int) -> list[Row | str]:
@@ -185,6 +205,8 @@ def plan(rank: int) -> list[Row | str]:
     switched += [Row("dpo", 0, "shared", without=(name,)) for name in COMPARED]
     switched += [Row("dpo", 0, "shared", compile=True, without=(name,)) for name in COMPARED_COMPILED]
     switched.append(Row("dpo", 0, "shared", without=tuple(OPTIMISATIONS)))
+    states = [Row("dpo", 0, "shared", optimizer=("adamw", dtype)) for dtype in ("int8", "bf16", "fp32")]
+    mixtures = [Row("dpo", 0, "shared", mode, mixture=True) for mode in ("products", "full")]
     first, later = [], []
     for task, size, sharing in (("dpo", rank, "shared"), ("sft", 0, "packed")):
         first += [Row(task, size, sharing), Row(task, size, "padded")]
@@ -193,7 +215,7 @@ def plan(rank: int) -> list[Row | str]:
     quantized = [Row("dpo", rank, "shared", mode, quantization="nf4") for mode in BY_PREFERENCE]
     later += [Row("dpo", rank, "shared", compile=True, quantization="nf4")]
     return [
-        *full, *compiled[:2], "transformers", "trl", Row("dpo", 0, "padded"), *switched,
+        *full, *compiled[:2], "transformers", "trl", Row("dpo", 0, "padded"), *mixtures, *states, *switched,
         *first, *quantized, "recompiles", Row("dpo", 0, "packed"), Row("dpo", rank, "packed"), *compiled[2:], *later,
     ]  # fmt: skip
 
@@ -223,7 +245,7 @@ def measure(row: Row, scale: Scale, device: torch.device, seconds: float, memory
     Raises:
         torch.OutOfMemoryError: not even the shortest rows fit.
     """
-    shape, config = fitting(scale, memory, lora=row.rank > 0)
+    shape, config = fitting(scale, memory, lora=row.rank > 0, mixture=row.mixture)
     tokens = scale.tokens_per_row[row.checkpointing]
     while True:
         found = _try(row, config, scale, device, seconds, tokens)
@@ -236,7 +258,7 @@ def measure(row: Row, scale: Scale, device: torch.device, seconds: float, memory
 
 
 def _try(
-    row: Row, config: MistralConfig, scale: Scale, device: torch.device, seconds: float, tokens_per_row: int
+    row: Row, config: PreTrainedConfig, scale: Scale, device: torch.device, seconds: float, tokens_per_row: int
 ) -> dict[str, Any] | None:
     """None if memory does not suffice; what was built is gone by the return."""
     try:
@@ -247,7 +269,7 @@ def _try(
 
 
 def _measured(
-    row: Row, config: MistralConfig, scale: Scale, device: torch.device, seconds: float, tokens_per_row: int
+    row: Row, config: PreTrainedConfig, scale: Scale, device: torch.device, seconds: float, tokens_per_row: int
 ) -> dict[str, Any]:
     policy, work = build(
         config,
@@ -257,7 +279,7 @@ def _measured(
         compile=row.compile,
         quantization=row.quantization,
     )
-    step = Step(policy, row.task, config.vocab_size)
+    step = Step(policy, row.task, config.vocab_size, row.optimizer)
     steps = steps_of(row, scale, config.vocab_size)
     longest = LONGEST // scale.divisor
     batches = [rows_of(row.variant, examples, tokens_per_row, longest) for examples in steps]
@@ -274,7 +296,7 @@ def _measured(
         found["notes"] = unused
     extra(found, "done_flops_per_second", lambda: median(work.done(batches[number]) / took for number, took in times))
     fullest = [each for batch in batches for each in batch]
-    extra(found, "predicted_gib", lambda: predicted_bytes(work, fullest) / GIB)
+    extra(found, "predicted_gib", lambda: predicted_bytes(work, fullest, optimizer=row.optimizer) / GIB)
     if row.profile:
         extra(found, "shares", lambda: _profile(found, lambda: step(batches[0])))
     return found

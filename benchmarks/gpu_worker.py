@@ -282,7 +282,7 @@ def row_tasks(device: torch.device, seconds: float) -> list[Task]:
 
     for item in plan(rank=64 if cuda else 8):
         if isinstance(item, Row):
-            if cuda or not item.compile:
+            if (cuda or not item.compile) and (item.optimizer[1] != "int8" or _version("torchao")):
                 add(item.name, measure, item, scale, device, per_row, memory)
         elif item == "recompiles":
             if cuda:

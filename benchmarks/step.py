@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import common  # noqa: F401  (the project's path)
 from notus.data.batching import balance
@@ -136,14 +136,19 @@ def _as_computed(item: Example) -> list[tuple[int, ...]]:
     return [(len(branch) - count, count) for branch, count in zip(item.branches, scored, strict=True)]
 
 
-def work_of(config: MistralConfig, checkpointing: str) -> Work:
+def work_of(config: PreTrainedConfig, checkpointing: str) -> Work:
     """Of full fine-tuning of a model of this shape."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config)
     return Work(dimensions(causal_lm), model_size(causal_lm), checkpointing)
 
 
-def predicted_bytes(work: Work, rows: Sequence[Sequence[Example]], precision: str = "bf16") -> int:
+def predicted_bytes(
+    work: Work,
+    rows: Sequence[Sequence[Example]],
+    precision: str = "bf16",
+    optimizer: tuple[str, str] = ("rmsprop", "fp32"),
+) -> int:
     """What `notus.training.memory_estimate` says of the fullest of these rows, without the runtime's margin."""
     fullest = max(rows, key=_tokens)
     keys = sum(len(item.trunk) * len(item.branches) + sum(map(len, item.branches)) for item in fullest)
@@ -152,6 +157,8 @@ def predicted_bytes(work: Work, rows: Sequence[Sequence[Example]], precision: st
         tokens_per_row=_tokens(fullest),
         scored_per_row=sum(int(mask.sum()) for item in fullest for mask in item.loss_masks),
         precision=precision,
+        optimizer=optimizer[0],
+        optimizer_dtype=optimizer[1],
         activation_checkpointing=work.checkpointing,
         key_ratio=keys / _tokens(fullest),
     )
@@ -166,7 +173,7 @@ def _tokens(examples: Sequence[Example]) -> int:
 
 
 def build(
-    config: MistralConfig,
+    config: PreTrainedConfig,
     device: torch.device,
     *,
     rank: int = 0,
@@ -230,12 +237,14 @@ def _randomise(policy: Policy) -> None:
 class Step:
     """What `notus.training.trainer` does in a step, without its books: rows, losses, norm, clipping, update."""
 
-    def __init__(self, policy: Policy, task: str, vocab: int) -> None:
-        """`task`: "dpo" or "sft"; `vocab`: size of the vocabulary."""
+    def __init__(self, policy: Policy, task: str, vocab: int, optimizer: tuple[str, str] = ("rmsprop", "fp32")) -> None:
+        """`task`: "dpo" or "sft"; `vocab`: size of the vocabulary; `optimizer`: its name and its states' dtype."""
         self.policy, self._task, self._log_vocab = policy, task, float(np.log(vocab))
         self._trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._device, self._whole = self._trainable[0].device, world_size() == 1
-        self._optimizer = build_optimizer(self._trainable, name="rmsprop", learning_rate=5e-7, weight_decay=0.0)
+        self._optimizer = build_optimizer(
+            self._trainable, name=optimizer[0], state_dtype=optimizer[1], learning_rate=5e-7, weight_decay=0.0
+        )
 
     def __call__(self, rows: Sequence[Sequence[Example]]) -> float:
         """One optimizer step on these rows; the norm of its gradient, for which the host waits.

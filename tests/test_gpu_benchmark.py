@@ -458,7 +458,7 @@ def test_what_a_change_saves_by_hand(module):
 def test_a_row_keeps_what_it_measured_when_the_profiler_or_the_prediction_fails(module, monkeypatch):
     rows = shapes = module("gpu_rows")
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("CUPTI")
 
     monkeypatch.setattr(rows, "record", broken)

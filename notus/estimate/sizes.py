@@ -1,6 +1,5 @@
 """What an estimate is made from: the sizes of a model, and the lengths of its examples."""
 
-import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from notus.model.flops import Dimensions, dimensions
 from notus.model.lora import inject_lora
+from notus.model.make import make_model
 from notus.model.quantization import quantize
 from notus.model.size import ModelSize, UnknownSizeError, model_size
 from notus.model.supported import check_supported, disable_dropout
@@ -130,7 +130,7 @@ def sizes(
         ValueError: as `inject_lora` and `quantize`, or the memory of such a model cannot be estimated.
     """
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        causal_lm = make_model(config, trust_remote_code=False, attn_implementation=None, dtype=torch.float32)
     disable_dropout(causal_lm)
     arithmetic = dimensions(causal_lm)
     if lora_rank:

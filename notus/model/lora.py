@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from notus.model.sharded_tensors import fill_rows
+from notus.model.structure import text_parameters
 
 ALL_LINEAR = "all-linear"
 
@@ -87,8 +88,10 @@ def inject_lora(
     """Freeze `model` and put a LoRA layer in the place of each linear layer named by `target_modules`.
 
     A name is the last component of a module's name ("q_proj"); "all-linear" means every linear layer but the output
-    head. A and B have no values before `init_lora`. The modules of `modules_to_save` are trained in full: each of them
-    is a module's name, or its last components. A tied tensor is trained, and saved, as both of its modules.
+    head and gates of one number. Experts that are stacked in one parameter are no linear layers, and what reads no text
+    takes no adapter. A and B have no values before `init_lora`. The modules of `modules_to_save` are trained in full:
+    each of them is a module's name, or its last components. A tied tensor is trained, and saved, as both of its
+    modules.
 
     Raises:
         ValueError: a name matches no linear layer, or no module with parameters; a layer cannot hold the rank; a target
@@ -151,17 +154,19 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Mod
 
 def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
+    of_text = text_parameters(model)
     # a subclass may compute more than a product, as the router of Llama 4 does
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and f"{name}.weight" in of_text
     }
     body = {name: module for name, module in linears.items() if module is not head}
     if not body:
         raise ValueError(f"LoRA: {type(model).__name__} has no linear layers beside its head: set lora.rank to 0")
     wanted = {names} if isinstance(names, str) else set(names)
-    if wanted == {ALL_LINEAR}:
+    if wanted == {ALL_LINEAR}:  # but for gates of one number, which hold no adapter
+        body = {name: each for name, each in body.items() if min(each.in_features, each.out_features) > 1}
         _check_experts(model, body, body)
         return body
     available = sorted({_last(name) for name in body})

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -106,18 +105,3 @@ def _check_reads_text(causal_lm: PreTrainedModel) -> None:
     encoder_decoder = text.is_encoder_decoder or causal_lm.config.is_encoder_decoder
     if encoder_decoder or causal_lm.get_output_embeddings() is None or decoder_of(causal_lm) in (None, causal_lm):
         raise ValueError(f"{kind} has no text decoder with a head, so it cannot be trained on text; take another model")
-
-
-def text_parameters(causal_lm: PreTrainedModel) -> set[str]:
-    """Return the names of the parameters that a text alone goes through: embedding, decoder and head.
-
-    All names of a model whose configuration is one of text alone. A tied parameter counts under each of its names.
-    """
-    named = list(causal_lm.named_parameters(remove_duplicate=False))
-    if text_config(causal_lm.config) is causal_lm.config:
-        return {name for name, _ in named}
-    parts: list[nn.Module] = [
-        decoder_of(causal_lm), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    ]  # fmt: skip
-    of_text = {id(parameter) for part in parts for parameter in part.parameters()}
-    return {name for name, parameter in named if id(parameter) in of_text}

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from notus.model.make import make_model
 from notus.model.structure import text_config
 
 _CHUNK = 8192  # rows that are read at a time to take their mean
@@ -66,7 +67,9 @@ def check_saved_vocabulary(
     Where they are tied, one of the two is enough.
     """
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        causal_lm = make_model(
+            config, trust_remote_code=trust_remote_code, attn_implementation=None, dtype=torch.float32
+        )
     names: dict[int, list[str]] = {}
     for parameter in vocabulary_parameters(causal_lm):
         named = causal_lm.named_parameters(remove_duplicate=False)

@@ -107,10 +107,10 @@ class PlainPolicy(Policy):
         return [found[index] + nothing for index in range(len(sequences))]
 
     def _groups(self, lengths: list[int]) -> list[list[int]]:
-        """Cut the sequences, the longest first, into those that run together."""
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        """Cut the sequences into those that run together: each alone, in their order, or similar lengths, padded."""
         if not self.padded:
-            return [[index] for index in order]
+            return [[index] for index in range(len(lengths))]
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         groups: list[list[int]] = []
         for index in order:
             if groups and lengths[index] >= (1 - MOST_PADDING) * lengths[groups[-1][0]]:

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from notus.data.packing import Batch
+from notus.model.make import make_model
 from notus.model.structure import decoder_of, text_config
 
 # Softmax routers of families whose code has no balancing loss of its own.
@@ -74,8 +75,11 @@ class Routers:
 
 
 def _logits_and_experts(output: Any) -> tuple[Tensor, Tensor]:
-    """Of a router's output: logits [N, E], and the experts that it chose [N, k]."""
-    logits, _, experts = output
+    """Of a router's output: logits [N, E], and the experts that it chose [N, k], integers; some give these first."""
+    first, _, last = output
+    logits, experts = (first, last) if first.is_floating_point() else (last, first)
+    assert logits.is_floating_point()
+    assert not experts.is_floating_point()
     return logits, experts
 
 
@@ -84,7 +88,7 @@ def _of_row(read: list[tuple[Tensor, Tensor]], batch: Batch) -> tuple[Tensor, Te
     logits, experts = (torch.cat(column) for column in zip(*read, strict=True))
     if len(logits) == len(batch.input_ids):
         return logits, experts
-    assert len(logits) == len(batch.layout.key_index)
+    assert len(logits) >= len(batch.layout.key_index)  # more where a rank ran fillers after its sequences
     return logits[batch.layout.first_copy], experts[batch.layout.first_copy]
 
 
@@ -130,7 +134,7 @@ _OTHER_OUTPUTS = ("DbrxRouter", "JetMoeTopKGating")
 def check_routers(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> None:
     """Raise ValueError if a model has no routers that `Routers` could read; from its configuration alone."""
     with torch.device("meta"):
-        Routers(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        Routers(make_model(config, trust_remote_code=trust_remote_code, attn_implementation=None, dtype=torch.float32))
 
 
 def asks_for_own_loss(config: PreTrainedConfig) -> bool:

@@ -34,3 +34,18 @@ def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
         raise ValueError(f"{type(causal_lm).__name__}: its decoder has no list of blocks; take another model")
     # max returns the first of equals: an outer list comes before the lists inside its modules
     return max(lists, key=lambda each: sum(parameter.numel() for parameter in each.parameters()))
+
+
+def text_parameters(causal_lm: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters that a text alone goes through: embedding, decoder and head.
+
+    All names of a model whose configuration is one of text alone. A tied parameter counts under each of its names.
+    """
+    named = list(causal_lm.named_parameters(remove_duplicate=False))
+    if text_config(causal_lm.config) is causal_lm.config:
+        return {name for name, _ in named}
+    parts: list[nn.Module] = [
+        decoder_of(causal_lm), causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    ]  # fmt: skip
+    of_text = {id(parameter) for part in parts for parameter in part.parameters()}
+    return {name for name, parameter in named if id(parameter) in of_text}

@@ -45,7 +45,7 @@ from notus.model.compiled_attention import check_graph_attention, compiled_imple
 from notus.model.fused import check_fused, fuse
 from notus.model.load import load_weights, materialise, read_json
 from notus.model.lora import LayerSettings, cast_frozen, init_lora, inject_lora
-from notus.model.make import forget_attention, text_parameters
+from notus.model.make import forget_attention
 from notus.model.new_tokens import new_rows_overlay
 from notus.model.peft_format import (
     Adapter,
@@ -57,6 +57,7 @@ from notus.model.peft_format import (
 )
 from notus.model.policy import Policy
 from notus.model.quantization import check_dequantize, quantize, quantized_layers, summary
+from notus.model.structure import text_parameters
 from notus.model.supported import check_supported, disable_dropout
 from notus.model.verify import PathChoice, choose_path, make_policy, new_model
 from notus.runtime import switches

@@ -323,6 +323,8 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         raise ValueError(f"training.compile has no effect on the plain path, which {path.reason}: remove it")
     if train:
         _check_router_loss(config, model_config)
+    if training.router_aux_loss_coef:  # which is of each example's tokens, and padding would be among them
+        path = dataclasses.replace(path, padded=False)
     tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
     new_rows = _new_rows(config, folders, model_config, tokenizer)
     check_vocabulary(tokenizer, text_config(model_config).vocab_size)

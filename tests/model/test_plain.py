@@ -48,7 +48,7 @@ def test_padding_brings_similar_lengths_together():
     policy = PlainPolicy(toy_model(), padded=True)
     assert policy._groups([8, 100, 80, 7, 3]) == [[1, 2], [0, 3], [4]]
     policy.padded = False
-    assert policy._groups([8, 100]) == [[1], [0]]
+    assert policy._groups([8, 100]) == [[0], [1]]
 
 
 def test_masked_tokens_and_fillers_weigh_nothing():

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from notus.data.packing import Batch, Example, collate
 from notus.model.attention import IMPLEMENTATION
+from notus.model.lora import init_lora, inject_lora, lora_layers
 from notus.model.policy import Policy
 from notus.model.routers import Routers, check_routers
 from notus.model.supported import disable_dropout
+from notus.training import activation_checkpointing as checkpointing
 from notus.training.activation_checkpointing import MODES, checkpointed
 
 SHAPE = {
@@ -66,6 +68,8 @@ def test_the_loss_of_one_sequence_is_transformers_own(kind: str) -> None:
     model.set_attn_implementation("eager")
     example = toy_examples((5, (4,)))[0]
     logits = model(sequence(example), output_router_logits=True).router_logits
+    if logits is None:  # GraniteMoe in transformers 5.17
+        pytest.skip("this version of transformers does not give the logits")
     expected = torch.stack([own((layer,), 4, 2) for layer in logits]).mean()
     expected.backward()
     gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
@@ -161,3 +165,50 @@ def test_models_without_such_routers_are_refused() -> None:
         check_routers(transformers.MistralConfig(num_hidden_layers=1))
     with pytest.raises(ValueError, match=r"DeepseekV3TopkRouter.*balanced by a bias"):
         check_routers(toy_mixture("DeepseekV3").config)
+
+
+def test_all_linear_adapters_leave_stacked_experts_frozen_and_train_the_rest() -> None:
+    """Experts are parameters of three dimensions, no linear layers; the attention and shared experts are."""
+    model = toy_mixture("Qwen2Moe")
+    inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    init_lora(model, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.fill_(0.1)
+    policy = policy_of(model)
+    adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+    examples = toy_examples((5, (4, 6)), (3, (7, 2)))
+    packed, gradients = losses_and_gradients(policy, examples, [[0, 1]])
+    alone, expected = losses_and_gradients(policy, examples, [[0], [1]])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == {name for name, _ in policy.named_parameters() if ".lora_" in name}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["products", "selective"])
+def test_checkpointing_keeps_the_products_of_experts(mode: str) -> None:
+    """Of q, k, v, o, the router, and the experts' two: all, or every second from the first."""
+    policy = policy_of(toy_mixture("Mixtral", experts="grouped_mm", num_hidden_layers=1))
+    block, batch = policy.causal_lm.model.layers[0], collate(toy_examples((5, (4, 6))), 2)
+    kept, forward = checkpointing._Kept(mode, "0"), block.forward
+
+    def keeping(*args: object, **kwargs: object) -> object:
+        with checkpointing._Keep(kept):
+            return forward(*args, **kwargs)
+
+    block.forward = keeping
+    policy(batch)
+    shapes = [tuple(value.shape) for value in kept.values.values() if isinstance(value, torch.Tensor)]
+    # 15 tokens of width 32, keys of 16; 4 experts of width 48, each token to two of them
+    products = [(15, 32), (15, 16), (15, 16), (15, 32), (15, 4), (30, 96), (30, 32)]
+    assert shapes == (products if mode == "products" else products[::2])
+
+
+def test_a_router_that_is_a_linear_layer_takes_no_adapter() -> None:
+    model = toy_mixture("Phimoe")
+    inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
