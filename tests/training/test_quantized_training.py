@@ -1,5 +1,6 @@
 """QLoRA beside LoRA on a base of the dequantised weights: log-probs, gradients, whole runs, ranks, resuming."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,8 @@ def test_a_run_is_the_same_as_one_on_the_dequantised_base(tmp_path: Path, model_
                 assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in cases]
     assert samples[0] == samples[1]
+    exported = json.loads((tmp_path / "quantised" / "model" / "adapter_config.json").read_text())
+    assert exported["base_model_name_or_path"] == str(model_folder.resolve())  # the base as it was
     adapters = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in cases]
     for name, tensor in adapters[1].items():
         assert relative(adapters[0][name], tensor) <= 1e-4, name
