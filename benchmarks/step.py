@@ -220,15 +220,14 @@ def _randomise(policy: Policy) -> None:
     torch.manual_seed(0)
     layers = {id(layer.weight): layer for layer in quantized_layers(policy).values()}
     for name, parameter in policy.named_parameters():
-        local = parameter.to_local()
         if id(parameter) in layers:
             layer = layers[id(parameter)]
-            values = torch.empty(layer.out_features, layer.in_features, device=local.device, dtype=local.dtype)
+            values = parameter.new_empty(layer.out_features, layer.in_features)
             RowsToQuantize(layer, name).fill(values.normal_(0.0, 0.02))
         elif parameter.dim() == 1:
-            local.fill_(1.0)
+            parameter.to_local().fill_(1.0)
         else:
-            local.normal_(0.0, 0.02)
+            parameter.to_local().normal_(0.0, 0.02)
 
 
 # ---- the step ----

@@ -73,3 +73,18 @@ def test_rows_keep_their_own_margin(trained, device):
     values = margins.reward_margins(str(trained / "run"), data, device, trust_remote_code=False)
     ranked = data.with_margins(values)
     assert [ranked.row(index).margin for index in ranked.order] == sorted(values)
+
+
+def test_with_a_base_in_4_bits_policy_and_reference_are_both_scored_on_the_base_as_it_was(
+    tmp_path, model_folder, monkeypatch
+):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 8)
+    more = {"model__quantization": "nf4", "lora__rank": 2, "training__learning_rate": 1e-2}
+    tree = settings(tmp_path / "run", model_folder, pairs, **more)
+    (tmp_path / "config.yaml").write_text(safe_dump(tree))
+    assert train_dpo(config_from_dict(tree, "dpo")) == 0
+    scored = []
+    score = margins.score_adapter
+    monkeypatch.setattr(margins, "score_adapter", lambda *args: scored.append(args[0].name) or score(*args))
+    assert max(map(abs, found(tmp_path))) > 1e-3
+    assert len(scored) == 1  # and no log-probs of the base in 4 bits are read

@@ -42,7 +42,9 @@ def test_a_row_by_hand():
     levels = torch.tensor(LEVELS)
     # Three blocks of 64: the levels four times each, of largest magnitude 1, 2 and 256: scales 0, 1 and 255 steps of 1.
     row = torch.cat([scale * levels.repeat(4) for scale in (1.0, 2.0, 256.0)])[None]
+    before = row.clone()
     packed = quantize_rows(row)
+    assert torch.equal(row, before)
     # codes 0 to 15 in pairs: 0x01, 0x23, ...
     assert packed[0, :8].tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]
     assert packed[0, 96:99].tolist() == [0, 1, 255]

@@ -337,14 +337,6 @@ def test_a_rank_alone_agrees_with_the_tracker(checkpointing, handover):
     assert update.total == pytest.approx(seen.optimizer_peak, rel=0.05)
 
 
-@pytest.mark.usefixtures("in_pieces")
-@pytest.mark.parametrize("checkpointing", ["none", "products", "full"])
-def test_a_rank_alone_with_weights_in_4_bits_agrees_with_the_tracker(checkpointing):
-    config = transformers.MistralConfig(**SHAPE, sliding_window=None)
-    rows, _, seen = compare(Case(8, checkpointing, "adamw", quantization="nf4"), config, ROW, world_size=1)
-    assert rows.total == pytest.approx(seen.backward_peak, rel=0.1)
-
-
 def test_weights_in_4_bits_by_hand():
     # of a block's 128 parameters 100 take 60 bytes; the root is in bf16, and nothing is trained
     size = dataclasses.replace(TOY, block_trained=0, root_trained=0, quantized=100, quantized_bytes=60, dequantized=24)

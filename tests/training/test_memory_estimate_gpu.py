@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import MistralConfig
 
 from notus.config import LoraConfig
@@ -60,10 +61,11 @@ def test_a_steps_peak_on_the_device(alone, left, mode, cpu_offload, quantization
         )  # fmt: skip
     packed = {id(layer.weight) for layer in quantized_layers(policy).values()}
     for parameter in policy.parameters():
+        local = parameter.to_local() if isinstance(parameter.data, DTensor) else parameter.data
         if id(parameter) in packed:
-            parameter.to_local().view(torch.uint8).zero_()  # a scale of zero: whatever the codes, weights of zero
+            local.view(torch.uint8).zero_()  # a scale of zero: whatever the codes, weights of zero
         else:
-            torch.nn.init.normal_(parameter.to_local(), std=0.02)
+            torch.nn.init.normal_(local, std=0.02)
     optimizer = build_optimizer(policy.parameters(), name="rmsprop", learning_rate=1e-6, weight_decay=0.0)
     ones = [np.ones(length, dtype=np.int64) for length in (TRUNK, *BRANCHES)]
     example = Example(0, ones[0], tuple(ones[1:]), tuple(part.astype(bool) for part in ones[1:]))

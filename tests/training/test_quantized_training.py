@@ -1,5 +1,6 @@
 """QLoRA beside LoRA on a base of the dequantised weights: log-probs, gradients, whole runs, ranks, resuming."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from toys import UNEVEN, relative, toy_model_folder
 from transformers import AutoTokenizer
 
+from notus import __main__ as entry
 from notus.config import LoraConfig, config_from_dict
 from notus.data.batching import step_rows
 from notus.data.dataset import TokenizedDataset
@@ -216,9 +218,31 @@ def test_a_run_is_the_same_as_one_on_the_dequantised_base(tmp_path: Path, model_
                 assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6), key
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in cases]
     assert samples[0] == samples[1]
+    exported = json.loads((tmp_path / "quantised" / "model" / "adapter_config.json").read_text())
+    assert exported["base_model_name_or_path"] == str(model_folder.resolve())  # the base as it was
     adapters = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in cases]
     for name, tensor in adapters[1].items():
         assert relative(adapters[0][name], tensor) <= 1e-4, name
+
+
+def test_the_merge_is_into_the_base_as_it_was_and_says_so(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {**QLORA, "training__max_steps": 2, "training__learning_rate": 1e-2, "lora__alpha": 4.0}
+    assert dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, **more)) == 0
+    assert entry.main(["export", str(tmp_path / "run"), str(tmp_path / "merged"), "--merge"]) == 0
+    assert "trained over a base in 4 bits" in capsys.readouterr().out
+    base, merged = (load_file(folder / "model.safetensors") for folder in (model_folder, tmp_path / "merged"))
+    adapter = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    changed = set()
+    for key, b in adapter.items():
+        if key.endswith("lora_B.weight"):
+            name = key.removeprefix("base_model.model.").replace("lora_B.weight", "weight")
+            expected = base[name] + 2 * b @ adapter[key.replace("lora_B", "lora_A")]  # alpha / rank
+            torch.testing.assert_close(merged[name], expected)
+            changed.add(name)
+    assert changed
+    assert all(torch.equal(merged[name], base[name]) for name in base.keys() - changed)
 
 
 @pytest.mark.parametrize("task", ["step", "evaluation"])

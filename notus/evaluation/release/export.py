@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from notus.evaluation.read_run import Run
 
 MARK = ".notus-export.json"  # hidden, so that it is not uploaded
+_OTHER_BASE = (
+    "note: the adapter was trained over a base in 4 bits; merged into the base as it was, or loaded on it, it makes "
+    "another model: see docs/models-on-small-gpus.md"
+)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -106,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     if done is None:
         _export(args, release)
         print(f"wrote {out}", flush=True)
+        if release.run.settings["model"].get("quantization"):  # not a key of older runs
+            print(_OTHER_BASE, flush=True)
     else:
         _renew_card(out, dataclasses.replace(release, step=done.step), done)
     if destination is not None:
