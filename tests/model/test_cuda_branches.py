@@ -227,7 +227,7 @@ def test_variants_stay_on_the_device(kind):
 def test_the_plain_kernel_stays_on_the_device_forward_and_backward():
     layout = build_layout([5, 3], [[4, 6], [2, 7]])
     lengths = [layout.query_lengths, layout.key_lengths]  # a tensor on the host, which is fake here
-    with fake_cuda() as waits, mock.patch.object(FakeTensor, "tolist", lambda tensor: lengths):
+    with fake_cuda() as waits, mock.patch.object(FakeTensor, "tolist", return_value=lengths):
         query = torch.empty(27, 4, 16, dtype=torch.bfloat16, device=CUDA)
         key = torch.empty(35, 2, 16, dtype=torch.bfloat16, device=CUDA)
         sinks = torch.empty(4, dtype=torch.bfloat16, device=CUDA)
