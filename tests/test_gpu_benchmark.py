@@ -399,7 +399,8 @@ def test_the_decisive_rows_come_first_and_names_are_unique(module):
     assert planned[len(MODES)].compile
     assert len({row.name for row in rows}) == len(rows)
     compared = {row.without[0] for row in rows if len(row.without) == 1}
-    assert compared == switches.OPTIMISATIONS.keys()
+    elsewhere = {"attention_variants"}  # of other models than the benchmark's, see benchmarks/attention_variants.py
+    assert compared | elsewhere == switches.OPTIMISATIONS.keys()
     assert planned.index("transformers") < planned.index("trl")
 
 

@@ -348,29 +348,54 @@ def flex_kernel(
     for each in rows:
         maybe_mark_dynamic(each, 2)
     real = query.is_cuda and not isinstance(query, FakeTensor)
-    attend: Any = _compiled_flex() if real else flex_attention
     # The compiler does nothing under a dispatch mode, and activation checkpointing is one.
     modes = real and torch._C._len_torch_dispatch_stack()
-    with _disable_current_modes() if modes else contextlib.nullcontext():
-        out, aux = attend(
-            *rows,
-            score_mod=None if softcap is None else _capped(softcap),
-            block_mask=block_mask(layout, window),
-            scale=scale,
-            enable_gqa=key.shape[1] != query.shape[1],
-            return_aux=FlexAux(lse=True),
-        )
+    with _disable_current_modes() if modes else contextlib.nullcontext(), torch._dynamo.config.patch(_AS_CONSTANTS):
+        out, total = _flex(real)(*rows, block_mask(layout, window), _places(layout), scale, window, softcap)
         if sinks is not None:
-            out = (out * torch.sigmoid(aux.lse - sinks.float()[:, None]).unsqueeze(-1)).to(query.dtype)
+            out = (out * torch.sigmoid(total - sinks.float()[:, None]).unsqueeze(-1)).to(query.dtype)
     return out.squeeze(0).transpose(0, 1)
 
 
-@functools.cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention)
+# Scale, soft cap and window are constants of the kernel; the compiler would make symbols of numbers that change.
+_AS_CONSTANTS = {"specialize_float": True, "automatic_dynamic_shapes": False, "recompile_limit": 64}
 
 
 @functools.cache
+def _flex(compiled: bool) -> Any:
+    return torch.compile(_flex_attention) if compiled else _flex_attention
+
+
+def _flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: dict[str, Any],
+    places: tuple[Tensor, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(output [1, H, N, D_v], log-sum-exp of the scores [1, H, N])."""
+    mask = BlockMask(
+        **blocks,
+        seq_lengths=(query.shape[2], key.shape[2]),
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=_seen(places, window),
+    )
+    found: Any = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _capped(softcap),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+        return_aux=FlexAux(lse=True),
+    )
+    return found[0], found[1].lse
+
+
 def _capped(softcap: float) -> Callable[..., Tensor]:
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -378,36 +403,31 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
     return score_mod
 
 
-def block_mask(layout: Layout, window: int | None) -> BlockMask:
-    """What flex attention may skip and must mask of a row; made once for a row and a window.
+def block_mask(layout: Layout, window: int | None) -> dict[str, Tensor]:
+    """What flex attention may skip and must mask of a row, as `BlockMask` has it; made once for a row and a window.
 
     Its blocks are found on the host from the segments' lengths, a few numbers for each block of queries.
     """
-    made: dict[int | None, BlockMask] = vars(layout).setdefault("_block_masks", {})
+    made: dict[int | None, dict[str, Tensor]] = vars(layout).setdefault("_block_masks", {})
     if window not in made:
-        made[window] = _block_mask(layout, window)
+        device = layout.query_starts.device
+        partial, full = _blocks(layout, window)
+        made[window] = {
+            name + part: found
+            for name, blocks in (("kv", partial), ("full_kv", full), ("q", partial.t()), ("full_q", full.t()))
+            for part, found in zip(("_num_blocks", "_indices"), _ordered(blocks, device), strict=True)
+        }
     return made[window]
 
 
-def _block_mask(layout: Layout, window: int | None) -> BlockMask:
-    partial, full = (_ordered(blocks, layout.query_starts.device) for blocks in _blocks(layout, window))
-    places = _places(layout)
-    lengths = (len(places[0]), len(places[2]))
-    mask = BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=_seen(*places, window), seq_lengths=lengths
-    )
-    made = [(each, 2) for each in vars(mask).values() if isinstance(each, Tensor)]
-    for each, first in [*made, *((place, 0) for place in places)]:
-        for dim in range(first, each.dim()):
-            maybe_mark_dynamic(each, dim)
-    return mask
-
-
-def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and which, those first: int32 [1, 1, Q] and [1, 1, Q, K]."""
+def _ordered(blocks: Tensor, device: torch.device) -> list[Tensor]:
+    """How many blocks are set in each row, and which, those first: int32 [1, 1, Q] and [1, 1, Q, K]."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    count, order = (part[None, None].int().to(device, non_blocking=True) for part in (blocks.sum(-1), order))
-    return count, order
+    found = [part[None, None].int().to(device, non_blocking=True) for part in (blocks.sum(-1), order)]
+    for part in found:
+        for dim in range(2, part.dim()):
+            maybe_mark_dynamic(part, dim)
+    return found
 
 
 def _blocks(layout: Layout, window: int | None) -> tuple[Tensor, Tensor]:
@@ -432,8 +452,17 @@ def _blocks(layout: Layout, window: int | None) -> tuple[Tensor, Tensor]:
     return some & ~full, full
 
 
-def _places(layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(segment, position) of each query, then of each gathered key: int32, on the layout's device."""
+def _places(layout: Layout) -> tuple[Tensor, ...]:
+    """(segment, position) of each query, then of each gathered key: int32, on the layout's device; made once."""
+    made: tuple[Tensor, ...] | None = vars(layout).get("_places")
+    if made is None:
+        made = vars(layout)["_places"] = _find_places(layout)
+        for each in made:
+            maybe_mark_dynamic(each, 0)
+    return made
+
+
+def _find_places(layout: Layout) -> tuple[Tensor, ...]:
     query_starts, key_starts = layout.query_starts, layout.key_starts
     device = query_starts.device
     query_place = torch.arange(sum(layout.query_lengths), device=device, dtype=torch.int32)
@@ -445,8 +474,9 @@ def _places(layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return of_query, query_place.int(), of_key, key_place
 
 
-def _seen(of_query: Tensor, query_place: Tensor, of_key: Tensor, key_place: Tensor, window: int | None) -> Any:
+def _seen(places: tuple[Tensor, ...], window: int | None) -> Any:
     """The mask as a function of places, for the compiler. Places are those of keys in the gather."""
+    of_query, query_place, of_key, key_place = places
 
     def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (of_query[query] == of_key[key]) & (key_place[key] <= query_place[query])

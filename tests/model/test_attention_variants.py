@@ -242,7 +242,8 @@ def test_flex_attention_skips_what_is_hidden_and_masks_what_is_not_all_seen(row,
     assert mask is block_mask(layout, window)  # made once
     everywhere = torch.ones(queries, keys, dtype=torch.bool)
     places = torch.arange(queries)[:, None], torch.arange(keys)[None]
-    assert torch.equal(mask.mask_mod(0, 0, *places) & everywhere, seen)
+    mask_mod = variants._seen(variants._places(layout), window)
+    assert torch.equal(mask_mod(None, None, *places) & everywhere, seen)
     partial, full = variants._blocks(layout, window)
     assert not (partial & full).any()
     for row_block in range(partial.shape[0]):
@@ -251,8 +252,32 @@ def test_flex_attention_skips_what_is_hidden_and_masks_what_is_not_all_seen(row,
             assert full[row_block, column_block] <= bool(block.all())
             assert bool(block.any()) <= bool(partial[row_block, column_block] | full[row_block, column_block])
             assert bool(partial[row_block, column_block]) <= bool(block.any())  # nothing is computed in vain
-    assert torch.equal(mask.kv_num_blocks[0, 0], partial.sum(-1).int())
-    assert torch.equal(mask.full_kv_num_blocks[0, 0], full.sum(-1).int())
+    for name, blocks in (("kv", partial), ("full_kv", full), ("q", partial.t()), ("full_q", full.t())):
+        counts, order = mask[f"{name}_num_blocks"][0, 0], mask[f"{name}_indices"][0, 0]
+        for row_block, wanted in enumerate(blocks):
+            listed = order[row_block, : counts[row_block]].tolist()
+            assert listed == wanted.nonzero().flatten().tolist()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_is_compiled_once_for_rows_of_every_length(monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(variants._flex_attention, backend=backend)
+    monkeypatch.setattr(variants, "_flex", lambda _: compiled)
+    for row in (([150, 3], [[40, 60], [20, 7]]), ([300, 31, 40], [[120, 77], [9, 260], [3, 5]]), ([700], [[130, 90]])):
+        layout = build_layout(*row)
+        leaves = [leaf.detach() for leaf in leaves_of(sum(layout.query_lengths), 4, 2)]
+        for window in (None, 20):
+            expected = attend(leaves, layout, 1.5, window, dense_kernel)
+            torch.testing.assert_close(attend(leaves, layout, 1.5, window, flex_kernel), expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2  # with a window and without
 
 
 # --- which kernel, and its check ---

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as symbols
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
@@ -22,6 +22,7 @@ from toys import toy_examples, toy_model
 
 from notus.data.packing import build_layout, collate
 from notus.model import attention
+from notus.model import attention_variants as variants
 from notus.model.attention import IMPLEMENTATION, packed_attention
 from notus.model.compiled_attention import graph_attention
 from notus.model.fused import fuse
@@ -170,3 +171,68 @@ def test_compiled_blocks_see_torchs_operator_and_one_graph_serves_every_row():
             assert (out.shape, out.device) == ((1, count, 8, 64), CUDA)
     assert len(graphs) == 1
     assert any("varlen_attn" in name for name in graphs[0])
+
+
+def _sink_call(waits, kv_heads=2):
+    layout = build_layout([5, 3], [[4, 6], [2, 7]]).map(waits.pin).to(CUDA)
+    query = torch.empty(27, 4, 16, dtype=torch.bfloat16, device=CUDA)
+    key = torch.empty(35, kv_heads, 16, dtype=torch.bfloat16, device=CUDA)
+    sinks = torch.empty(4, dtype=torch.bfloat16, device=CUDA)
+    starts = (layout.query_starts, layout.key_starts, layout.longest_query, layout.longest_key)
+    return query, key, sinks, starts
+
+
+@pytest.mark.parametrize(("window", "side"), [(None, [-1, 0]), (4, [3, 0])])
+def test_sinks_are_one_call_of_flash_attention_forward_and_one_backward(window, side):
+    with fake_cuda() as waits, Calls(varlen._varlen_attn) as calls, Calls(varlen._varlen_attn_backward) as back:
+        query, key, sinks, starts = _sink_call(waits)
+        out, total = variants._flash._init_fn(query, key, key, sinks, *starts, 0.25, window)
+        assert (out.shape, out.dtype, out.device) == ((27, 4, 16), torch.bfloat16, CUDA)
+        assert (total.shape, total.dtype, total.device) == ((27, 4), torch.float32, CUDA)
+        grads = variants._flash_backward._init_fn(out, query, key, key, out, total, *starts, 0.25, window)
+        assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
+        of_sinks = variants.sink_gradient(sinks, out, out, total)
+        assert (of_sinks.shape, of_sinks.dtype, of_sinks.device) == ((4,), torch.bfloat16, CUDA)
+        assert waits.found == []
+    ((*_, longest_query, longest_key, causal, scale, left_right), _) = calls.found[0][:10], calls.found[0][10:]
+    assert (longest_query, longest_key, causal, scale, left_right) == (9, 11, window is None, 0.25, side)
+    _, _, _, _, _, lse, *_, longest_query, longest_key, causal, _, scale, left_right = back.found[0]
+    assert lse.shape == (4, 27)  # as the kernel has it
+    assert (longest_query, longest_key, causal, scale, left_right) == (9, 11, window is None, 0.25, side)
+
+
+def test_values_of_another_size_are_one_call_of_flash_attention():
+    with fake_cuda() as waits, Calls(varlen._varlen_attn) as calls:
+        layout = build_layout([5, 3], [[4, 6], [2, 7]]).map(waits.pin).to(CUDA)
+        query = torch.empty(1, 4, 27, 24, dtype=torch.bfloat16, device=CUDA)
+        value = torch.empty(1, 4, 27, 16, dtype=torch.bfloat16, device=CUDA)
+        out, _ = packed_attention(torch.nn.Identity(), query, query, value, None, scaling=0.25, layout=layout)
+        assert (out.shape, out.device, waits.found) == ((1, 27, 4, 16), CUDA, [])
+    assert [call[2].shape[-1] for call in calls.found] == [24]
+
+
+@pytest.mark.parametrize("kind", ["sinks", "soft cap in fp32", "sinks in fp32"])
+def test_variants_stay_on_the_device(kind):
+    dtype = torch.float32 if "fp32" in kind else torch.bfloat16
+    with fake_cuda() as waits:
+        layout = build_layout([5, 3], [[4, 6], [2, 7]]).map(waits.pin).to(CUDA)
+        query = torch.empty(1, 4, 27, 16, dtype=dtype, device=CUDA)
+        options = {"softcap": 2.0} if "cap" in kind else {"s_aux": torch.empty(4, dtype=dtype, device=CUDA)}
+        out, _ = packed_attention(
+            torch.nn.Identity(), query, query, query[..., :8], None, scaling=0.25, layout=layout, **options
+        )
+        assert (out.shape, out.dtype, out.device, waits.found) == ((1, 27, 4, 8), dtype, CUDA, [])
+
+
+def test_the_plain_kernel_stays_on_the_device_forward_and_backward():
+    layout = build_layout([5, 3], [[4, 6], [2, 7]])
+    lengths = [layout.query_lengths, layout.key_lengths]  # a tensor on the host, which is fake here
+    with fake_cuda() as waits, mock.patch.object(FakeTensor, "tolist", return_value=lengths):
+        query = torch.empty(27, 4, 16, dtype=torch.bfloat16, device=CUDA)
+        key = torch.empty(35, 2, 16, dtype=torch.bfloat16, device=CUDA)
+        sinks = torch.empty(4, dtype=torch.bfloat16, device=CUDA)
+        out, total = variants._plain._init_fn(query, key, key, sinks, layout.lengths, 0.25, 4, 2.0)
+        assert (out.shape, out.dtype, total.shape, total.dtype) == ((27, 4, 16), torch.bfloat16, (27, 4), torch.float32)
+        grads = variants._plain_backward._init_fn(out, query, key, key, sinks, out, total, layout.lengths, 0.25, 4, 2.0)
+        assert [(grad.shape, grad.device) for grad in grads] == [(each.shape, CUDA) for each in (query, key, key)]
+        assert waits.found == []

@@ -4,14 +4,18 @@ import copy
 
 import pytest
 import torch
+import transformers
 from toys import relative, toy_examples, toy_model
 
 from notus.data.packing import build_layout, collate
 from notus.model import attention
+from notus.model import attention_variants as variants
 from notus.model.attention import IMPLEMENTATION, check_kernel, dense_kernel, kernel_for, packed_attention
+from notus.model.compiled_attention import compiled_implementation
 from notus.model.fused import fuse
 from notus.model.policy import Policy
 from notus.runtime.determinism import deterministic
+from notus.training.activation_checkpointing import checkpointed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -118,3 +122,138 @@ def test_a_pass_makes_no_host_wait_for_the_device():
         policy(batch.to(CUDA)).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# --- soft caps, sinks, values of another size ---
+
+# name: (soft cap, whether there are sinks, size of values beside heads of 64)
+VARIANTS = {
+    "soft cap": (20.0, False, 64),
+    "sinks": (None, True, 64),
+    "both": (20.0, True, 64),
+    "values of another size": (None, False, 40),
+    "sinks, values of another size": (None, True, 40),
+}
+
+
+def variant(name, row, heads, kv_heads, dtype, kernel, window):
+    """[output, gradients of query, key, value and sinks]."""
+    softcap, sinks, value_dim = VARIANTS[name]
+    layout = build_layout(*row).to(CUDA)
+    rows = sum(layout.query_lengths)
+    shapes = [(1, heads, rows, 64), (1, kv_heads, rows, 64), (1, kv_heads, rows, value_dim)]
+    shapes += [(heads,)] if sinks else []
+    generator = torch.Generator(CUDA).manual_seed(0)
+    leaves = [(2 * torch.randn(shape, generator=generator, device=CUDA)).to(torch.bfloat16) for shape in shapes]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    upstream = torch.randn(1, rows, heads, value_dim, generator=generator, device=CUDA)
+    options = {"softcap": softcap, "s_aux": leaves[3] if sinks else None}
+    out, _ = packed_attention(
+        torch.nn.Identity(),
+        *leaves[:3],
+        None,
+        scaling=0.5,
+        layout=layout,
+        sliding_window=window,
+        kernel=kernel,
+        **options,
+    )
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("window", [None, 16, 299])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 2)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_devices_kernel_for_a_variant_is_the_dense_reference(name, heads, kv_heads, window, dtype, tolerance):
+    for row in ((TRUNKS, BRANCHES), ([700], [[130, 90]])):  # what was compiled for one serves the other
+        found = variant(name, row, heads, kv_heads, dtype, None, window)
+        expected = variant(name, row, heads, kv_heads, torch.float32, dense_kernel, window)
+        for got, wanted in zip(found, expected, strict=True):
+            assert relative(got, wanted) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_check_accepts_the_devices_kernels_for_variants(name, head_dim, dtype):
+    softcap, sinks, value_dim = VARIANTS[name]
+    sizes = {"num_heads": 16, "num_kv_heads": 8, "head_dim": head_dim, "value_dim": value_dim * head_dim // 64}
+    assert check_kernel(CUDA, dtype, **sizes, window=4096, softcap=softcap, sinks=sinks) == []
+    assert not any(variants.failures.values())
+
+
+def test_check_accepts_the_heads_of_multi_head_latent_attention():
+    sizes = {"num_heads": 16, "num_kv_heads": 16, "head_dim": 192, "value_dim": 128, "window": None}
+    assert check_kernel(CUDA, torch.bfloat16, **sizes) == []
+
+
+def test_flex_attention_is_compiled_for_two_rows_at_most_and_serves_all():
+    from torch._dynamo.utils import counters
+
+    rows = [([400 + 37 * n, 90], [[120, 77 + n], [60, 3 * n + 1]]) for n in range(6)]
+    variant("soft cap", rows[0], 8, 2, torch.bfloat16, None, None)
+    before = counters["stats"]["unique_graphs"]
+    for row in rows[1:]:
+        variant("soft cap", row, 8, 2, torch.bfloat16, None, None)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+GEMMA2 = {"head_dim": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0, "query_pre_attn_scalar": 16}
+MODELS = {"Gemma2": GEMMA2, "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}}
+
+
+def family_model(kind):
+    shape = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 0}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 20}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape, **MODELS[kind]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+            elif "sinks" in name:
+                parameter.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_family_on_cuda_is_the_family_on_cpu(kind, mode):
+    batch = collate(toy_examples(*LENGTHS), 2)
+    model = family_model(kind)
+    found = [copy.deepcopy(model).to(CUDA), copy.deepcopy(model).bfloat16().to(CUDA), copy.deepcopy(model)]
+    results = []
+    for each in found:
+        each.set_attn_implementation(IMPLEMENTATION)
+        policy = Policy(each)
+        for block in policy.blocks:
+            block.forward = checkpointed(block, mode)
+        logps = policy(batch.to(next(each.parameters()).device))
+        logps.sum().backward()
+        results.append(
+            (logps.detach().cpu(), [p.grad.float().cpu() for p in policy.parameters() if p.grad is not None])
+        )
+    exact, rounded, expected = results
+    assert relative(exact[0], expected[0]) < 1e-4
+    assert relative(rounded[0], expected[0]) < 2e-2
+    whole = [torch.cat([grad.flatten() for grad in each[1]]) for each in results]
+    assert relative(whole[0], whole[2]) < 1e-3
+    if kind != "GptOss":  # in bf16 its router may choose other experts
+        assert relative(whole[1], whole[2]) < 5e-2
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_compiled_blocks_of_a_family(kind):
+    batch = collate(toy_examples(*LENGTHS), 2).to(CUDA)
+    policy = Policy(family_model(kind).bfloat16().to(CUDA))
+    policy.causal_lm.set_attn_implementation(IMPLEMENTATION)
+    expected = policy(batch).detach()
+    policy.causal_lm.set_attn_implementation(compiled_implementation(CUDA, torch.bfloat16))
+    for block in policy.blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
+    logps = policy(batch)
+    logps.sum().backward()
+    if kind != "GptOss":
+        assert relative(logps.detach(), expected) < 2e-2
+    assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)

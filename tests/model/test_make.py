@@ -12,7 +12,8 @@ from toys import logits, toy_config, toy_model, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from notus.model.export import export_model, load_causal_lm
-from notus.model.make import auto_class_of, make_model, read_config, text_parameters
+from notus.model.make import auto_class_of, make_model, read_config
+from notus.model.structure import text_parameters
 
 
 def on_meta(config: PreTrainedConfig, attention: str | None = None) -> transformers.PreTrainedModel:

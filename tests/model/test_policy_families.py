@@ -117,7 +117,6 @@ def test_blocks_that_never_ask_packed_attention_show(name):
     ("kind", "settings", "told"),
     [
         ("DogeConfig", {}, "DogeAttention built an attention mask by itself"),
-        ("Llama4TextConfig", {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}, "attends in chunks"),
     ],
 )
 def test_attention_that_packed_attention_does_not_know_is_refused(kind, settings, told):

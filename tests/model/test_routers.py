@@ -167,10 +167,13 @@ def test_models_without_such_routers_are_refused() -> None:
         check_routers(toy_mixture("DeepseekV3").config)
 
 
-def test_all_linear_adapters_leave_stacked_experts_frozen_and_train_the_rest() -> None:
-    """Experts are parameters of three dimensions, no linear layers; the attention and shared experts are."""
+def test_adapters_leave_stacked_experts_frozen() -> None:
+    """Experts are parameters of three dimensions, no linear layers, and PEFT takes shared experts for parts of them."""
     model = toy_mixture("Qwen2Moe")
-    inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(ValueError, match=r"set lora.target_modules=\[k_proj, o_proj, q_proj, v_proj\]"):
+        inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+    inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules=attention)
     init_lora(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -178,7 +181,7 @@ def test_all_linear_adapters_leave_stacked_experts_frozen_and_train_the_rest() -
                 parameter.fill_(0.1)
     policy = policy_of(model)
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted == set(attention)
 
     examples = toy_examples((5, (4, 6)), (3, (7, 2)))
     packed, gradients = losses_and_gradients(policy, examples, [[0, 1]])

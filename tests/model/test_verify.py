@@ -42,7 +42,7 @@ def test_a_state_space_model_is_plain():
     config = transformers.MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)
     found = choose_path(config)
     assert found.name == "plain"
-    assert "off" in found.reason
+    assert found.reason == "block 0 (MambaBlock) does not attend through packed attention"
 
 
 def test_a_head_that_the_policy_forgets_is_found(monkeypatch):
