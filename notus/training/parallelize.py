@@ -366,8 +366,9 @@ def expect_last_row(policy: nn.Module, last: bool) -> None:
     """
     reduces = last and not switches.enabled("gradient_handover")
     for module in fsdp_modules(policy):
-        module.set_requires_gradient_sync(reduces, recurse=False)
-        module.set_reshard_after_backward(reduces, recurse=False)
+        if any(parameter.requires_grad for parameter in module.parameters()):  # else it may never have been gathered
+            module.set_requires_gradient_sync(reduces, recurse=False)
+            module.set_reshard_after_backward(reduces, recurse=False)
 
 
 def hand_over_gradients(policy: nn.Module) -> None:

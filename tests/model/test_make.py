@@ -117,7 +117,7 @@ def test_a_configs_parts_forget_their_attention_too(tmp_path: Path) -> None:
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(ValueError, match=r"config\.json: not the configuration of a model \(.*\); restore it"):
+    with pytest.raises(ValueError, match=r"config\.json: not the configuration of a model \(.*\); compare it with"):
         read_config(tmp_path)
     toy_config().save_pretrained(tmp_path)
     assert read_config(tmp_path).model_type == "mistral"
