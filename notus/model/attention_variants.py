@@ -421,9 +421,14 @@ def block_mask(layout: Layout, window: int | None) -> dict[str, Tensor]:
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> list[Tensor]:
-    """How many blocks are set in each row, and which, those first: int32 [1, 1, Q] and [1, 1, Q, K]."""
+    """How many blocks are set in each row, and which, those first: int32 [1, 1, Q] and [1, 1, Q, K].
+
+    Flex attention takes each row's numbers to lie side by side: of a transposed table its backward pass would read
+    others, without an error.
+    """
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    found = [part[None, None].int().to(device, non_blocking=True) for part in (blocks.sum(-1), order)]
+    parts = (part[None, None].int().contiguous() for part in (blocks.sum(-1), order))
+    found = [part.to(device, non_blocking=True) for part in parts]
     for part in found:
         for dim in range(2, part.dim()):
             maybe_mark_dynamic(part, dim)

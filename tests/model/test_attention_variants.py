@@ -346,3 +346,12 @@ def test_a_kernel_for_soft_caps_that_fails_on_some_rank_is_used_by_none_and_says
     ))  # fmt: skip
     (told,) = check_kernel(CPU, torch.float32, **SIZES, softcap=1.5, gather=lambda mine: [mine, {"flex": "rank 1"}])
     assert told.endswith("rank 1")
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_tables_of_a_block_mask_lie_row_by_row(window):
+    """Flex attention's kernels do not ask for strides: on a GPU, a transposed table gave wrong gradients of keys."""
+    made = block_mask(build_layout([100, 300], [[200, 150], [64, 128]]), window)
+    assert len(made) == 8
+    for name, table in made.items():
+        assert table.is_contiguous(), name
