@@ -138,10 +138,11 @@ def build_policy(
     """
     if isinstance(path, str):
         path = find_path(config, path, longest=longest, device=device, trust_remote_code=trust_remote_code)
+    dtype = COMPUTE_DTYPES[precision]
     causal_lm = _meta_model(config, trust_remote_code, path)
     if path.name == "packed":
-        check_attention(causal_lm, device, COMPUTE_DTYPES[precision])
-        fuse_or_check_graph(causal_lm, device, COMPUTE_DTYPES[precision], compile=compile)
+        check_attention(causal_lm, device, dtype)
+        fuse_or_check_graph(causal_lm, device, dtype, compile=compile)
     elif compile:
         raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
     if not trainable:
@@ -150,9 +151,9 @@ def build_policy(
     held = None if adapter is None else read_adapter(adapter)
     continued = held if continue_adapter else None
     _inject(causal_lm, lora, continued)
-    cast_frozen(causal_lm, COMPUTE_DTYPES[precision])
+    cast_frozen(causal_lm, dtype)
     if quantization is not None:
-        quantize_or_warn(causal_lm, device, COMPUTE_DTYPES[precision], keep=unquantized)
+        quantize_or_warn(causal_lm, device, dtype, keep=unquantized)
     mode = activation_checkpointing
     policy = parallelize(
         make_policy(causal_lm, path),
@@ -165,6 +166,16 @@ def build_policy(
     materialise(policy, torch.device("cpu") if cpu_offload else device)
     if cpu_offload:
         _move_buffers(policy, device)
+    _load(causal_lm, folder, held, continued, new_tokens)
+    if lora is not None and continued is None:
+        init_lora(causal_lm, seed)
+    return policy
+
+
+def _load(
+    causal_lm: PreTrainedModel, folder: Path, held: Adapter | None, continued: Adapter | None, new_tokens: int
+) -> None:
+    """Read the weights, with an adapter merged into them or into the LoRA layers, and rows for new tokens."""
     with contextlib.ExitStack() as stack:
         overlay = new_rows_overlay(causal_lm, new_tokens)
         if held is not None and continued is None:
@@ -172,9 +183,6 @@ def build_policy(
         load_weights(causal_lm, folder, overlay=overlay)
     if continued is not None:
         load_adapter(causal_lm, continued, new_rows=new_tokens)
-    if lora is not None and continued is None:
-        init_lora(causal_lm, seed)
-    return policy
 
 
 def _inject(causal_lm: PreTrainedModel, lora: "LoraConfig | None", continued: Adapter | None) -> None:

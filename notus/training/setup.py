@@ -312,19 +312,9 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         raise ValueError("lora.continue has no effect without an adapter: name the one to train further, model.adapter")
     _note_base(folders)
     model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
-    path = find_path(
-        model_config,
-        model.path,
-        longest=config.data.max_length,
-        device=device,
-        trust_remote_code=model.trust_remote_code,
-    )
-    if path.name == "plain" and training.compile:
-        raise ValueError(f"training.compile has no effect on the plain path, which {path.reason}: remove it")
+    path = _path(config, model_config, device)
     if train:
         _check_router_loss(config, model_config)
-    if training.router_aux_loss_coef:  # which is of each example's tokens, and padding would be among them
-        path = dataclasses.replace(path, padded=False)
     tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
     new_rows = _new_rows(config, folders, model_config, tokenizer)
     check_vocabulary(tokenizer, text_config(model_config).vocab_size)
@@ -371,6 +361,23 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
+
+
+def _path(config: Config, model_config: PreTrainedConfig, device: torch.device) -> PathChoice:
+    """Choose how log-probs are computed. Raises ValueError if that cannot be, or cannot be compiled."""
+    model, training = config.model, config.training
+    path = find_path(
+        model_config,
+        model.path,
+        longest=config.data.max_length,
+        device=device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if path.name == "plain" and training.compile:
+        raise ValueError(f"training.compile has no effect on the plain path, which is taken: {path.reason}; remove it")
+    if training.router_aux_loss_coef:  # which is of each example's tokens, and padding would be among them
+        return dataclasses.replace(path, padded=False)
+    return path
 
 
 def _note_base(folders: ModelFolders) -> None:
