@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from notus.data.packing import Batch
 from notus.model.policy import Policy
-from notus.model.structure import blocks_of
 
 # Sequences are padded to one length while at most this share of a batch is padding.
 MOST_PADDING = 0.25
@@ -55,21 +54,6 @@ class PlainPolicy(Policy):
         self._options = {"use_cache": False} if "use_cache" in taken else {}
         self._keeps = "logits_to_keep" in taken
         self.train()
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The decoder's layers, in order."""
-        return blocks_of(self.causal_lm)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum the completion log-probs of a row of E examples with K branches each: fp32 [E, K], in nats."""
-        tokens = self._token_logprobs(batch)
-        sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
-        return sums.view(batch.lengths.shape).clone()  # as in `Policy.forward`
-
-    def token_logprobs(self, batch: Batch) -> Tensor:
-        """Return the log-prob of every completion token of a row: fp32 [M], in nats."""
-        return self._token_logprobs(batch).clone()
 
     def _token_logprobs(self, batch: Batch) -> Tensor:
         found = [

@@ -374,7 +374,8 @@ def expect_last_row(policy: nn.Module, last: bool) -> None:
     """
     reduces = last and not switches.enabled("gradient_handover")
     for module in fsdp_modules(policy):
-        if any(parameter.requires_grad for parameter in module.parameters()):  # else it may never have been gathered
+        # what is frozen may never have been gathered
+        if isinstance(module, nn.Module) and any(each.requires_grad for each in module.parameters()):
             module.set_requires_gradient_sync(reduces, recurse=False)
             module.set_reshard_after_backward(reduces, recurse=False)
 
