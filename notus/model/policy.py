@@ -32,8 +32,7 @@ class Policy(nn.Module):
         """Wrap a transformers causal LM whose attention implementation is `attention.IMPLEMENTATION`.
 
         Raises:
-            ValueError: the model's output head is not understood, its blocks cannot be found, or their attention has
-                chunks.
+            ValueError: the model's output head is not understood, or its blocks cannot be found.
         """
         super().__init__()
         self.causal_lm: PreTrainedModel = causal_lm

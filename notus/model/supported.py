@@ -39,6 +39,7 @@ def context_of(config: PreTrainedConfig) -> int:
     has learned nothing of those beyond. A sliding window is no limit. Rotary positions that are stretched by a factor
     (linear, YaRN) reach that much further, unless the config counts that in already.
     """
+    config = text_config(config)
     named = (getattr(config, name, None) for name in POSITIONS)
     positions = next((value for value in named if isinstance(value, int) and value > 0), None)
     if positions is None:
