@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ LOGPROB_TOLERANCE, GRADIENT_TOLERANCE = 5e-4, 2e-3
 # A copy with more parameters than this has fewer and narrower layers.
 SMALL = 20_000_000
 NARROW, FEW_TOKENS = 16, 512
+# No copy has more, so that it fits where a rank's share of the model will be.
+MOST = 1_500_000_000
 # (trunk, branches): sequences of 10, 7, 4 and 9 tokens.
 ROW = ((4, (6, 3)), (2, (2, 7)))
 
@@ -116,7 +118,12 @@ _cache: dict[tuple[Any, ...], PathChoice] = {}
 
 
 def _choose(config: PreTrainedConfig, wanted: str, longest: int, device: torch.device, trust: bool) -> PathChoice:
-    trial = _Trial(config, longest, device, trust)
+    try:
+        trial = _Trial(config, longest, device, trust)
+    except TooLargeError as error:
+        if wanted == "packed":
+            raise
+        return PathChoice("plain", str(error), "eager")
     reason = None
     if wanted != "plain":
         reason = trial.difference(trial.packed)
@@ -145,34 +152,44 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
+class TooLargeError(ValueError):
+    """A model cannot be cut down to a size that is quick to compute."""
+
+
 class _Trial:
     """A cut-down copy, and what its own forward pass gives for the row."""
 
     def __init__(self, config: PreTrainedConfig, longest: int, device: torch.device, trust: bool) -> None:
         self._device, self._trust = device, trust
-        self._config, self._weights = self._copy(config, longest)
-        row = _row(min(FEW_TOKENS, text_config(self._config).vocab_size))
-        self._batch = row.to(device)
-        own = new_model(self._config, "eager", trust, torch.float32, device).eval()  # as transformers has it
-        own.load_state_dict(self._weights)
-        with explained(f"model type {config.model_type!r}", config.to_dict(), "its own forward pass fails"):
-            self._expected = _outcome(PlainPolicy(own), self._batch)
-        _check_causal(own, self._batch.input_ids[: ROW[0][0] + ROW[0][1][0]])
+        failure: Exception | None = None
+        for shape in _copies(config, longest, trust):
+            failure = self._adopt(shape)
+            if failure is None:
+                break
+        if isinstance(failure, TooLargeError):
+            raise failure
+        if failure is not None:
+            with explained(f"model type {config.model_type!r}", config.to_dict(), "its own forward pass fails"):
+                raise failure
+        _check_causal(self._own, self._batch.input_ids[: ROW[0][0] + ROW[0][1][0]])
 
-    def _copy(self, config: PreTrainedConfig, longest: int) -> tuple[PreTrainedConfig, Mapping[str, Tensor]]:
-        """A configuration that is quick to compute, and weights for it. The narrowest that the model's class takes."""
-        failure: Exception = ValueError("no configuration")
-        for shape in _copies(config, longest, self._trust):
-            try:
-                self._config = shape
-                model = self._build("eager")
-                _randomise(model)
-                return shape, model.state_dict()
-            except Exception as error:  # a class may take no other sizes than its own, and says so in any way
-                failure = error
-        raise ValueError(
-            f"model type {config.model_type!r} cannot be built ({first_line(failure)}); check its config.json"
-        ) from failure
+    def _adopt(self, shape: PreTrainedConfig) -> Exception | None:
+        """Make a copy of this shape and run its own forward pass, as transformers has it; return what fails."""
+        try:
+            self._check_size(shape)
+            self._own = new_model(shape, "eager", self._trust, torch.float32, self._device).eval()
+            _randomise(self._own)
+            self._config, self._weights = shape, self._own.state_dict()
+            self._batch = _row(min(FEW_TOKENS, text_config(shape).vocab_size)).to(self._device)
+            self._expected = _outcome(PlainPolicy(self._own), self._batch)
+        except Exception as error:  # a class may take no other sizes than its own, and says so in any way
+            return error
+        return None
+
+    def _check_size(self, shape: PreTrainedConfig) -> None:
+        count = sum(each.numel() for each in new_model(shape, "eager", self._trust, torch.float32, "meta").parameters())
+        if count > MOST:
+            raise TooLargeError(f"no copy of it is small enough to be tried: the smallest has {count:.1e} parameters")
 
     def _build(self, attention: str) -> PreTrainedModel:
         causal_lm = new_model(self._config, attention, self._trust, torch.float32, self._device)

@@ -136,6 +136,28 @@ def test_the_copy_of_a_large_model_is_small_and_has_every_kind_of_layer():
     assert text_config(copies[0]).sliding_window < 10 < config.sliding_window
 
 
+def test_what_cannot_be_tried_is_plain(monkeypatch):
+    monkeypatch.setattr(verify, "MOST", 1000)
+    found = choose_path(toy_config("llama"))
+    assert (found.name, found.attention, found.padded) == ("plain", "eager", False)
+    assert "no copy of it is small enough" in found.reason
+    with pytest.raises(ValueError, match="no copy of it is small enough"):
+        choose_path(toy_config("llama"), wanted="packed")
+
+
+def test_a_copy_whose_forward_pass_fails_is_not_used(monkeypatch):
+    """Narrow layers may be built and still not fit each other."""
+    whole = verify._cut_heads
+    monkeypatch.setattr(verify, "SMALL", 0)
+
+    def cut(config):
+        whole(config)
+        config.intermediate_size = 0
+
+    monkeypatch.setattr(verify, "_cut_heads", cut)
+    assert choose_path(toy_config("llama")).name == "packed"
+
+
 def test_tokens_of_a_cut_vocabulary_exist():
     config = transformers.LlamaConfig(vocab_size=128256, bos_token_id=128000, eos_token_id=[128001, 128009])
     assert choose_path(config).name == "packed"
