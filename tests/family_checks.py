@@ -24,6 +24,7 @@ from notus.losses import dpo_loss
 from notus.model.export import export_adapter, export_model, load_tokenizer
 from notus.model.lora import OF_EXPERTS
 from notus.model.policy import Policy
+from notus.model.structure import text_parameters
 from notus.model.verify import PathChoice, make_policy
 from notus.runtime.process import first_line
 from notus.training.optimizers import build_optimizer
@@ -268,17 +269,20 @@ class Subject:
 def lora_targets(model: PreTrainedModel) -> list[str]:
     """Return the linear layers that get adapters, by the last components of their names.
 
-    All of them but the head, but not those that PEFT takes for parts of routed experts, nor those that it leaves alone
-    beside a state-space model's convolution.
+    All of them that read text but the head, but not those that PEFT takes for parts of routed experts, nor those that
+    it leaves alone beside a state-space model's convolution.
     """
     head = model.get_output_embeddings()
     names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
     fused = any(parameter.dim() == 3 and "experts" in name.split(".") for name, parameter in model.named_parameters())
     excluded = (OF_EXPERTS if fused else set()) | ({"out_proj"} if "conv1d" in names else set())
+    of_text = text_parameters(model)
     linears = [
         (name.rpartition(".")[2], module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
+        if isinstance(module, torch.nn.Linear)
+        and type(module).forward is torch.nn.Linear.forward
+        and f"{name}.weight" in of_text
     ]
     small = {name for name, module in linears if min(module.in_features, module.out_features) < 2}
     return sorted({name for name, module in linears if module is not head} - excluded - small)
