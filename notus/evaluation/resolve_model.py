@@ -30,6 +30,7 @@ from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.new_tokens import add_tokens, grow, vocabulary_rows
 from notus.model.peft_format import ADAPTER_CONFIG, Adapter, merge_adapter, read_adapter, read_adapter_settings
 from notus.model.policy import Policy
+from notus.model.structure import text_config
 from notus.model.usage import learned_plain_text, set_trained_templates
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.files import is_locked, lock
@@ -163,7 +164,7 @@ class ModelSource:
         causal_lm, tokenizer = load_causal_lm(
             self.folder, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
         )
-        check_vocabulary(tokenizer, causal_lm.config.vocab_size)
+        check_vocabulary(tokenizer, text_config(causal_lm.config).vocab_size)
         return causal_lm, tokenizer
 
 

@@ -25,7 +25,7 @@ from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
 from notus.model.peft_format import Adapter, adapter_digest, read_adapter
 from notus.model.policy import Policy
 from notus.model.routers import asks_for_own_loss, check_routers
-from notus.model.structure import text_config
+from notus.model.structure import own_code, text_config
 from notus.model.supported import check_context
 from notus.model.verify import PathChoice
 from notus.runtime import distributed
@@ -99,7 +99,7 @@ class Run:
     @property
     def kernel(self) -> str:
         """Name of the attention kernel in use, of what computes the rest of the blocks, and of their quantization."""
-        suffix = quantization.describe(self.policy.causal_lm)
+        suffix = quantization.describe(self.policy.causal_lm) + own_code(self.policy.causal_lm)
         if self.path.name == "plain":
             return self.path.kernel + suffix
         name = kernel_name(self.policy.causal_lm, self.device, COMPUTE_DTYPES[self.config.training.precision])
