@@ -351,6 +351,14 @@ def _is_mask(key: str, found: Found) -> bool:
     return len(shape) == 4 or (key.endswith("masked_bias") and shape in ([], [1]))
 
 
+def check_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Check a folder's weights, if it has any, against a model on the meta device. Raises as `load_weights`."""
+    if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        _check_unquantized(folder, model.config)
+        with open_tensors(weight_files(folder)) as found:
+            match_tensors(model, found, folder)
+
+
 def check_dtypes(model: PreTrainedModel, folder: Path) -> None:
     """Raises ValueError for a weight in a model's files that is no plain floating point; see `load_weights`."""
     with open_tensors(weight_files(folder)) as found:

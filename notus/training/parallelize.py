@@ -43,7 +43,7 @@ from notus.model.attention import attention_sizes, check_kernel
 from notus.model.check_config import check_names, check_shapes, check_values, explained
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
-from notus.model.load import load_weights, materialise
+from notus.model.load import check_weights, load_weights, materialise
 from notus.model.lora import LayerSettings, cast_frozen, init_lora, inject_lora
 from notus.model.make import read_config
 from notus.model.new_tokens import new_rows_overlay
@@ -83,6 +83,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
     with explained(folder / "config.json", config.to_dict(), "no model can be built from it"):
         causal_lm = new_model(config, "eager", trust_remote_code, torch.float32, "meta")
     check_shapes(config, causal_lm, folder)
+    check_weights(causal_lm, folder)
     return config
 
 

@@ -21,6 +21,7 @@ from notus.model import quantization
 from notus.model.attention import kernel_name
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
+from notus.model.load import weight_files
 from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
 from notus.model.peft_format import Adapter, adapter_digest, read_adapter
 from notus.model.policy import Policy
@@ -312,6 +313,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         raise ValueError("lora.continue has no effect without an adapter: name the one to train further, model.adapter")
     _note_base(folders)
     model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
+    weight_files(folders.base)  # none, or not all: better known before any data is read
     path = _path(config, model_config, device)
     if train:
         _check_router_loss(config, model_config)
@@ -353,8 +355,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         quantization=model.quantization,
         unquantized=config.lora.modules_to_save,
     )
-    if path.reason:
-        distributed.say(_plain_notice(path.reason, train_rows))
+    distributed.say(_plain_notice(path.reason, train_rows) if path.reason else f"model.path: {path.name}")
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
