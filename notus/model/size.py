@@ -208,6 +208,8 @@ def _model_size(causal_lm: "PreTrainedModel", layers: int | None) -> ModelSize:
     from torch import nn
 
     config, blocks = text_config(causal_lm.config), blocks_of(causal_lm)
+    if getattr(config, "is_heterogeneous", False):
+        raise UnknownSizeError(f"{type(causal_lm).__name__} has heads of a size of their own in each kind of layer")
     _check_blocks(causal_lm, blocks)
     block = max(blocks, key=lambda each: _counts(each)[0])
     modules = {name: module for name, module in block.named_modules() if not isinstance(module, nn.Identity)}
@@ -350,7 +352,12 @@ def _norms(modules: "dict[str, nn.Module]", widths: dict[str, int], hidden: int)
         width = _width(module, hidden)
         whole = both[_EACH_HEAD[own]] if own in _EACH_HEAD else width
         one = min(width, whole)
-        kept = [whole // one * _kept_per_token(module, one, dtype) for dtype in (torch.bfloat16, torch.float32)]
+        try:
+            kept = [whole // one * _kept_per_token(module, one, dtype) for dtype in (torch.bfloat16, torch.float32)]
+        except RuntimeError as error:  # of a width that it does not have
+            raise UnknownSizeError(
+                f"{name} ({type(module).__name__}) is no norm of heads or of hidden states"
+            ) from error
         found.append((width != hidden or own in _EACH_HEAD, Norm(whole, *kept)))
     return tuple(norm for _, norm in sorted(found, key=lambda each: each[0]))
 

@@ -386,7 +386,7 @@ def test_code_that_came_with_a_model_goes_with_its_export(tmp_path):
     shutil.rmtree(base)
     again, _ = load_causal_lm(tmp_path / "out", **CPU, trust_remote_code=True)
     assert torch.equal(logits(again), expected)
-    with pytest.raises(ValueError, match=r"out/config\.json: not the configuration of a model"):
+    with pytest.raises(ValueError, match=r"out/config\.json: the model comes with code of its own"):
         load_causal_lm(tmp_path / "out", **CPU)
 
 
