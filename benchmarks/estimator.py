@@ -160,7 +160,7 @@ def fake_world(world_size: int) -> Iterator[None]:
     try:
         with (
             mock.patch.multiple(parallelize, load_weights=nothing, init_lora=nothing, check_attention=nothing),
-            mock.patch.object(weights, "_rebuild_buffers"),  # it looks at values
+            mock.patch.object(weights, "rebuild_buffers"),  # it looks at values
             mock.patch.object(parallelize, "mesh", return_value=ranks),
             mock.patch.object(attention, "kernel_for", return_value=("varlen", attention.varlen_kernel)),
             mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from common import word_tokenizer
 from notus.evaluation.open_llm.harness import NotusLM
+from notus.model.verify import choose_path
 from notus.runtime.distributed import process_group
 
 VOCABULARY = 2000
@@ -70,10 +71,11 @@ def main() -> None:
     asked = requests(args.questions, args.shots, args.options)
     words, causal_lm = word_tokenizer(VOCABULARY), model(args.width, args.layers, device, dtype)
     words.pad_token = "</s>"
+    path = choose_path(causal_lm.config, longest=4096, device=causal_lm.device)
     peer = HFLM(pretrained=causal_lm, tokenizer=words, batch_size=args.batch_size)
 
     def ours(folder: Path) -> list[tuple[float, bool]]:
-        options = {"max_length": 4096, "tokens_per_row": None, "batch_size": 1}
+        options = {"path": path, "max_length": 4096, "tokens_per_row": None, "batch_size": 1}
         lm = NotusLM(causal_lm, words, name="speed", kept=folder, identity="", **options)
         return lm.loglikelihood(asked, disable_tqdm=True)
 

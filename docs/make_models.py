@@ -73,7 +73,8 @@ All figures: {machine}, {date}, by the command above.
   the same pairs. At most {loss_tolerance:g} is accepted, because Adam magnifies rounding.
 - **LoRA**: an adapter is trained, exported, and loaded by PEFT onto the original model: the largest difference of a
   log-prob. It is on all linear layers, except beside routed experts: there PEFT takes the layers of dense and shared
-  MLPs for parts of the experts, so the adapter is on attention. "-": GPT-2's kind of model has no linear layers.
+  MLPs for parts of the experts, so the adapter is on attention. "-": its
+  products are no plain linear layers (GPT-2, Falcon), and take no adapters.
 - **export**: the trained model is exported and loaded by transformers, which must miss no tensor and find none too
   many: the largest difference of a log-prob.
 - **generation**: how many of {tokens} tokens that transformers generates greedily from the export are the likeliest to

@@ -155,8 +155,8 @@ class DataConfig:
     """Read the special tokens that stand in a message's text as plain text, so that no message can write control
     tokens."""
     new_tokens: NoneOrMore = field(default_factory=list)
-    """Special tokens to add to the tokenizer. The embedding and the head get a row for each, which starts as the mean
-    of the others. With LoRA, name the embedding and the head in `lora.modules_to_save`."""
+    """Special tokens to add to the tokenizer. Where the embedding and the head have no rows for them, they get some,
+    which start as the mean of the others. With LoRA, name the embedding and the head in `lora.modules_to_save`."""
     num_workers: Count = 1
     """Processes that tokenise. 1: this process alone."""
     cache_dir: FilePath | None = None

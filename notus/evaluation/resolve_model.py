@@ -37,6 +37,7 @@ from notus.model.peft_format import (
     without_layers,
 )
 from notus.model.policy import Policy
+from notus.model.structure import text_config
 from notus.model.usage import learned_plain_text, set_trained_templates
 from notus.model.verify import PathChoice, choose_path
 from notus.runtime.distributed import on_main, process_group
@@ -171,7 +172,7 @@ class ModelSource:
         causal_lm, tokenizer = load_causal_lm(
             self.folder, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
         )
-        check_vocabulary(tokenizer, causal_lm.config.vocab_size)
+        check_vocabulary(tokenizer, text_config(causal_lm.config).vocab_size)
         return causal_lm, tokenizer
 
 

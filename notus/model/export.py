@@ -446,8 +446,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _check_loads(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None = None) -> None:
     """Load tokenizer and config on rank 0. Raises ValueError, naming the file, if that fails, or one of them differs.
 
-    A tokenizer is loaded as users load it. If its code came with the model, its own class loads it, as the config's
-    does the config, so that no such code has to be trusted once more.
+    A tokenizer is loaded as users load it. If code came with it or with the model, its own class loads it, as the
+    config's does the config, so that nobody is asked to trust such code once more.
     """
     if not is_rank_zero():
         return
@@ -457,6 +457,7 @@ def _check_loads(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTr
         if again.model_type != config.model_type or sizes[0] != sizes[1]:
             raise _not_as_written(folder / "config.json", "model_type or vocab_size")
     custom = not type(tokenizer).__module__.startswith("transformers.") or "auto_map" in tokenizer.init_kwargs
+    custom = custom or bool(getattr(config, "auto_map", None))
     differing = tokenizer_difference(tokenizer, _load(folder, type(tokenizer) if custom else AutoTokenizer))
     if differing:
         raise _not_as_written(folder / "tokenizer.json", differing)

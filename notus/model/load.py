@@ -211,12 +211,6 @@ def load_weights(model: PreTrainedModel, folder: str | Path, *, overlay: Overlay
     packed = rows_to_quantize(model)
     with open_tensors(weight_files(folder)) as found:
         match = match_tensors(model, found, folder)
-        for conversion in match.conversions:
-            if id(match.targets[conversion.target]) in packed:
-                raise ValueError(
-                    f"model.quantization: {conversion.target} is converted as it is read, which works unquantized "
-                    "alone: remove model.quantization"
-                )
         if overlay:
             found |= _laid_over(found, match.direct, overlay, folder)
         direct = {key: packed.get(id(target), target) for key, target in match.direct.items()}
@@ -322,6 +316,13 @@ def match_tensors(model: PreTrainedModel, found: Found, folder: Path) -> Match:
     left = [key for key, name in plan.unexpected.items() if not skipped(name) and not skipped(key)]
     unexpected = [key for key in left if not _is_mask(key, found)]
     _check_dtypes(plan, targets, found, unexpected)
+    packed = rows_to_quantize(model)
+    for each in plan.conversions:
+        if id(targets.get(each.target)) in packed:
+            raise ValueError(
+                f"model.quantization: {each.target} is converted as it is read, which works unquantized alone: remove "
+                "model.quantization"
+            )
     made = {name for each in plan.conversions for name in _check_conversion(each, model, targets, found)}
     direct: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -348,6 +349,14 @@ def _is_mask(key: str, found: Found) -> bool:
         return False
     shape = found[key][1].get_slice(key).get_shape()
     return len(shape) == 4 or (key.endswith("masked_bias") and shape in ([], [1]))
+
+
+def check_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Check a folder's weights, if it has any, against a model on the meta device. Raises as `load_weights`."""
+    if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        _check_unquantized(folder, model.config)
+        with open_tensors(weight_files(folder)) as found:
+            match_tensors(model, found, folder)
 
 
 def check_dtypes(model: PreTrainedModel, folder: Path) -> None:

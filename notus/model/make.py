@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -29,7 +30,13 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         ValueError: `config.json` is damaged or of no model that transformers knows; naming the file.
     """
     path = folder / "config.json"
-    with explained(path, read_json(path), "not the configuration of a model"):
+    settings = read_json(path)
+    if settings.get("auto_map") and not trust_remote_code and settings.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{path}: the model comes with code of its own (auto_map), and transformers has none for it: set "
+            "model.trust_remote_code=true if you trust its author"
+        )
+    with explained(path, settings, "not the configuration of a model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     forget_attention(config)
     return config

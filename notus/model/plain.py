@@ -51,7 +51,9 @@ class PlainPolicy(Policy):
         self.causal_lm = causal_lm
         self.padded, self.path_reason = padded, reason
         taken = inspect.signature(causal_lm.forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in taken else {}
+        passed_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
+        # A cache would grow in every recomputation of a block.
+        self._options = {"use_cache": False} if passed_on or "use_cache" in taken else {}
         self._keeps = "logits_to_keep" in taken
         self.train()
 
@@ -79,16 +81,19 @@ class PlainPolicy(Policy):
     def _forwards(self, sequences: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Tensor]:
         """fp32 [n, V] for each sequence [T]: its logits at n positions; as many forward passes on every rank."""
         found: dict[int, Tensor] = {}
-        nothing = torch.zeros((), device=sequences[0].device)
+        nothing: Tensor | None = None
         groups = self._groups([len(each) for each in sequences])
-        passes = _most_of_all_ranks(len(groups), nothing.device) if isinstance(self, FSDPModule) else len(groups)
+        passes = _most_of_all_ranks(len(groups), sequences[0].device) if isinstance(self, FSDPModule) else len(groups)
         for number in range(passes):
             if number < len(groups):
                 found |= self._forward(groups[number], sequences, positions)
             else:
                 filler = sequences[0].new_zeros(2)
-                nothing = nothing + 0.0 * self._forward([0], [filler], [filler[:1]])[0].float().logsumexp(-1).sum()
-        return [found[index] + nothing for index in range(len(sequences))]
+                more = 0.0 * self._forward([0], [filler], [filler[:1]])[0].logsumexp(-1).sum()
+                nothing = more if nothing is None else nothing + more
+        if nothing is not None:  # the fillers take part in the backward pass
+            found[0] = found[0] + nothing
+        return [found[index] for index in range(len(sequences))]
 
     def _groups(self, lengths: list[int]) -> list[list[int]]:
         """Cut the sequences into those that run together: each alone, in their order, or similar lengths, padded."""

@@ -267,6 +267,8 @@ def _with_experts(linears: tuple[Linear, ...], block: "nn.Module", config: Any) 
         return linears
     ((name, module, count),) = found[:1]
     copies, hidden = _top_k(name, block, config), config.hidden_size
+    if copies is None:
+        raise UnknownSizeError(f"{name}: how many experts a token is sent to is not known")
     stacked = [each for _, each in module.named_parameters() if each.dim() == 3 and each.shape[0] == count]
     # [experts, out, in] or its transpose: of either, one is the width of the hidden states
     sizes = [each.shape[1] if each.shape[2] == hidden else each.shape[2] for each in stacked]
@@ -387,7 +389,7 @@ def _kept_per_token(norm: "nn.Module", width: int, dtype: "torch.dtype") -> floa
 # Names of how many experts a token is sent to.
 _TOP_K = (
     "top_k", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "experts_per_token",
-    "num_selected_experts", "expert_used_count",
+    "num_selected_experts", "expert_used_count", "top_k_experts",
 )  # fmt: skip
 # Attention without a softmax over all tokens before: a recurrence.
 _RECURRENT = re.compile(r"linear_?att|lightning|delta|recurrent|retention|rwkv|mamba", re.IGNORECASE)
@@ -411,7 +413,8 @@ def active_shares(decoder: "nn.Module", config: Any) -> dict[str, float]:
     for name, module in decoder.named_modules(remove_duplicate=False):
         count = expert_count(name, module)
         if count:
-            share = _top_k(name, decoder, config) / count
+            taken = _top_k(name, decoder, config)
+            share = 1.0 if taken is None else taken / count  # what a step costs is no reason to end a run
             found |= {f"{name}.{inner}": share for inner, _ in module.named_parameters(remove_duplicate=False)}
     return found
 
@@ -424,23 +427,29 @@ def expert_count(name: str, module: "nn.Module") -> int:
         return len(module) if name.rpartition(".")[2] == "experts" and len(module) > 1 else 0
     own = [parameter for _, parameter in module.named_parameters(recurse=False)]
     count = getattr(module, "num_experts", None) or (own[0].shape[0] if own else 0)
-    if any(each.dim() == 3 and each.shape[0] == count > 1 for each in own) and not isinstance(module, nn.Conv1d):
+    if isinstance(module, nn.Conv1d) or _RECURRENT.search(type(module).__name__):
+        return 0
+    if any(each.dim() == 3 and each.shape[0] == count > 1 for each in own):
         return int(count)
     if own and own[0].dim() == 2 and "expert" in type(module).__name__.lower():  # stacked in the first dimension
         return int(getattr(module, "moe_num_experts", 0))
     return 0
 
 
-def _top_k(name: str, decoder: "nn.Module", config: Any) -> int:
-    """How many experts of the module `name` a token is sent to: by the modules around it, else by the config."""
+def _top_k(name: str, decoder: "nn.Module", config: Any) -> int | None:
+    """How many experts of the module `name` a token is sent to: by the modules around it, else by the config.
+
+    None: neither says so.
+    """
     parent, _, _ = name.rpartition(".")
     places: list[Any] = [*decoder.get_submodule(parent).modules(), config] if parent else [config]
+    places += filter(None, [getattr(config, "ffn_config", None)])  # DBRX has its experts' settings in there
     for place in places:
         for key in _TOP_K:
             value = getattr(place, key, None)
             if isinstance(value, int) and value > 0:
                 return value
-    raise ValueError(f"{name}: how many experts a token is sent to is not known; none of {', '.join(_TOP_K)} is set")
+    return None
 
 
 def attention_widths(decoder: "nn.Module") -> list[int]:

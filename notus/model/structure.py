@@ -47,6 +47,15 @@ def blocks_of(causal_lm: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=lambda each: sum(parameter.numel() for parameter in each.parameters()))
 
 
+def own_code(causal_lm: PreTrainedModel) -> str:
+    """Return "-own-code" for a model whose class comes with its weights; else nothing.
+
+    The same folder can be computed by that class or by transformers' own, as `trust_remote_code` says.
+    """
+    modules = {each.__module__ for each in type(causal_lm).__mro__}
+    return "-own-code" if any(name.startswith("transformers_modules") for name in modules) else ""
+
+
 def text_parameters(causal_lm: PreTrainedModel) -> set[str]:
     """Return the names of the parameters that a text alone goes through: embedding, decoder and head.
 

@@ -32,7 +32,7 @@ def check_torchao() -> None:
         import torchao.optim.quant_utils  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f'training.optimizer_dtype=int8 needs torchao ({error}): run `pip install "notus-dpo[quantization]"`, '
+            f'training.optimizer_dtype=int8 needs torchao ({error}): run `pip install "notus-dpo[int8]"`, '
             "or set training.optimizer_dtype=bf16"
         ) from error
 

@@ -83,7 +83,10 @@ def resolve_model(name_or_path: str, adapter: str | None = None) -> ModelFolders
     base = resolve_model_folder(names.base)
     if names.adapter is None:
         return ModelFolders(base, None, names.base)
-    held = find_folder(names.adapter)
+    try:
+        held = find_folder(names.adapter)
+    except ValueError as error:
+        raise ValueError(f"model.adapter={error}") from error
     if not _is_adapter(held):
         raise ValueError(f"model.adapter={names.adapter}: no {ADAPTER_CONFIG} there; name the folder of an adapter")
     return ModelFolders(base, held, names.base)

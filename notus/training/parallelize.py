@@ -37,15 +37,15 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.fx.experimental import _config as symbols
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from notus.model.attention import attention_sizes, check_kernel
 from notus.model.check_config import check_names, check_shapes, check_values, explained
 from notus.model.compiled_attention import check_graph_attention, compiled_implementation
 from notus.model.fused import check_fused, fuse
-from notus.model.load import load_weights, materialise, read_json
+from notus.model.load import check_weights, load_weights, materialise
 from notus.model.lora import LayerSettings, cast_frozen, init_lora, inject_lora
-from notus.model.make import forget_attention
+from notus.model.make import read_config
 from notus.model.new_tokens import new_rows_overlay
 from notus.model.peft_format import (
     Adapter,
@@ -79,15 +79,13 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTr
         ValueError: it is damaged, of a model that no path can train, or not that of the folder's weights.
     """
     check_values(folder)
-    path = folder / "config.json"
-    with explained(path, read_json(path), "not the configuration of a model"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    forget_attention(config)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     check_supported(config)
     check_names(config, folder)
-    with explained(path, config.to_dict(), "no model can be built from it"):
+    with explained(folder / "config.json", config.to_dict(), "no model can be built from it"):
         causal_lm = new_model(config, "eager", trust_remote_code, torch.float32, "meta")
     check_shapes(config, causal_lm, folder)
+    check_weights(causal_lm, folder)
     return config
 
 
@@ -248,11 +246,18 @@ def find_path(
     Raises:
         ValueError: as `choose_path`.
     """
-    found = choose_path(config, wanted=wanted, longest=longest, device=device, trust_remote_code=trust_remote_code)
-    if world_size() == 1:
-        return found
+    found: PathChoice | ValueError
+    try:
+        found = choose_path(config, wanted=wanted, longest=longest, device=device, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # to be raised by all ranks: none waits for one that has given up
+        found = error
+    choices: list[PathChoice] = []
+    for each in [found] if world_size() == 1 else gather_objects(found):
+        if isinstance(each, ValueError):
+            raise each
+        choices.append(each)
     # Where ranks round differently, all take the most careful choice of any.
-    return max(gather_objects(found), key=lambda each: (each.name == "plain", not each.padded, each.attention))
+    return max(choices, key=lambda each: (each.name == "plain", not each.padded, each.attention == "eager"))
 
 
 def freeze_other_inputs(causal_lm: PreTrainedModel) -> None:

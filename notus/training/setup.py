@@ -21,11 +21,12 @@ from notus.model import quantization
 from notus.model.attention import kernel_name
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
 from notus.model.fused import rounding
+from notus.model.load import weight_files
 from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
 from notus.model.peft_format import Adapter, adapter_digest, read_adapter
 from notus.model.policy import Policy
 from notus.model.routers import asks_for_own_loss, check_routers
-from notus.model.structure import text_config
+from notus.model.structure import own_code, text_config
 from notus.model.supported import check_context
 from notus.model.verify import PathChoice
 from notus.runtime import distributed
@@ -99,7 +100,7 @@ class Run:
     @property
     def kernel(self) -> str:
         """Name of the attention kernel in use, of what computes the rest of the blocks, and of their quantization."""
-        suffix = quantization.describe(self.policy.causal_lm)
+        suffix = quantization.describe(self.policy.causal_lm) + own_code(self.policy.causal_lm)
         if self.path.name == "plain":
             return self.path.kernel + suffix
         name = kernel_name(self.policy.causal_lm, self.device, COMPUTE_DTYPES[self.config.training.precision])
@@ -312,6 +313,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         raise ValueError("lora.continue has no effect without an adapter: name the one to train further, model.adapter")
     _note_base(folders)
     model_config = read_model_config(folders.base, trust_remote_code=model.trust_remote_code)
+    weight_files(folders.base)  # none, or not all: better known before any data is read
     path = _path(config, model_config, device)
     if train:
         _check_router_loss(config, model_config)
@@ -366,8 +368,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         quantization=model.quantization,
         unquantized=config.lora.modules_to_save,
     )
-    if path.reason:
-        distributed.say(_plain_notice(path.reason, train_rows))
+    distributed.say(_plain_notice(path.reason, train_rows) if path.reason else f"model.path: {path.name}")
     costs, ranks = row_costs(policy, train_rows), distributed.world_size()
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(

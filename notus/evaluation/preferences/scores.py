@@ -197,6 +197,7 @@ def _build(source: ModelSource, scoring: Scoring) -> Policy:
         new_tokens=new_rows,
         trainable=False,
         trust_remote_code=trust,
+        path=source.choose(None, "model.path", "auto"),
         longest=scoring.pairs.longest_sequence,
     )
 
