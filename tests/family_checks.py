@@ -7,7 +7,7 @@ training loop with `torch.optim`. The measures of a family depend on each other 
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from notus.losses import dpo_loss
 from notus.model.export import export_adapter, export_model, load_tokenizer
 from notus.model.lora import OF_EXPERTS
 from notus.model.policy import Policy
-from notus.model.structure import text_parameters
+from notus.model.structure import matches, text_parameters
 from notus.model.verify import PathChoice, make_policy
 from notus.runtime.process import first_line
 from notus.training.optimizers import build_optimizer
@@ -178,7 +178,7 @@ class Subject:
         """
         from peft import PeftModel
 
-        targets = lora_targets(self.plain())
+        targets = lora_targets(self.plain(), self.path.idle)
         if not targets:
             return None
         policy, target = self.policy(LoraConfig(rank=2, alpha=4.0, target_modules=targets)), self.folder / "adapter"
@@ -266,11 +266,11 @@ class Subject:
         return losses
 
 
-def lora_targets(model: PreTrainedModel) -> list[str]:
+def lora_targets(model: PreTrainedModel, idle: Set[str]) -> list[str]:
     """Return the linear layers that get adapters, by the last components of their names.
 
     All of them that read text but the head, but not those that PEFT takes for parts of routed experts, nor those that
-    it leaves alone beside a state-space model's convolution.
+    it leaves alone beside a state-space model's convolution, nor those that are idle.
     """
     head = model.get_output_embeddings()
     names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
@@ -283,6 +283,7 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
         if isinstance(module, torch.nn.Linear)
         and type(module).forward is torch.nn.Linear.forward
         and f"{name}.weight" in of_text
+        and not matches(name, idle)
     ]
     small = {name for name, module in linears if min(module.in_features, module.out_features) < 2}
     return sorted({name for name, module in linears if module is not head} - excluded - small)

@@ -28,10 +28,18 @@ from notus.model.export import export_adapter, export_model, load_causal_lm, loa
 from notus.model.load import find_folder, read_json, resolve_model_folder
 from notus.model.lora import inject_lora, lora_layers, merge_lora
 from notus.model.new_tokens import add_tokens, grow, vocabulary_rows
-from notus.model.peft_format import ADAPTER_CONFIG, Adapter, merge_adapter, read_adapter, read_adapter_settings
+from notus.model.peft_format import (
+    ADAPTER_CONFIG,
+    Adapter,
+    merge_adapter,
+    read_adapter,
+    read_adapter_settings,
+    without_layers,
+)
 from notus.model.policy import Policy
 from notus.model.structure import text_config
 from notus.model.usage import learned_plain_text, set_trained_templates
+from notus.model.verify import PathChoice, choose_path
 from notus.runtime.distributed import on_main, process_group
 from notus.runtime.files import is_locked, lock
 from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkpoints_in, load_checkpoint, step_of
@@ -445,6 +453,7 @@ def load_unfinished(
     if held is not None and not lora.get("continue"):  # else the checkpoint has all of it
         merge_adapter(causal_lm, held, new_rows=rows - old)
     if lora["rank"]:
+        idle = _path_of_run(causal_lm, settings, trust_remote_code).idle
         inject_lora(
             causal_lm,
             rank=lora["rank"],
@@ -453,11 +462,22 @@ def load_unfinished(
             target_modules=lora["target_modules"],
             rslora=lora["rslora"],
             modules_to_save=lora.get("modules_to_save") or [],
+            idle=without_layers(idle, held if lora.get("continue") else None),
         )
     data = read_json(run / DATA_FILE) if (run / DATA_FILE).is_file() else None
     if learned_chat(settings, data):  # at the end of a run, the run does the same
         set_trained_templates(tokenizer, ChatSettings.of_run(settings).encoder(tokenizer))
     return causal_lm, tokenizer, _fill(causal_lm, run / CHECKPOINTS)
+
+
+def _path_of_run(causal_lm: PreTrainedModel, settings: Settings, trust_remote_code: bool) -> PathChoice:
+    """Return how a run computes its model, as `choose_path` found it for the run."""
+    return choose_path(
+        causal_lm.config,
+        wanted=settings["model"].get("path", "auto"),
+        longest=settings["data"]["max_length"],
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def starting_folders(settings: Settings) -> ModelFolders:

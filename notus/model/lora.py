@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from notus.model.sharded_tensors import fill_rows
-from notus.model.structure import text_parameters
+from notus.model.structure import matches, text_parameters
 
 ALL_LINEAR = "all-linear"
 
@@ -84,29 +84,23 @@ def inject_lora(
     target_modules: Sequence[str] | str,
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),
+    idle: Set[str] = frozenset(),
 ) -> None:
     """Freeze `model` and put a LoRA layer in the place of each linear layer named by `target_modules`.
 
     A name is the last component of a module's name ("q_proj"); "all-linear" means every linear layer but the output
     head and gates of one number. Experts that are stacked in one parameter are no linear layers, and what reads no text
-    takes no adapter. A and B have no values before `init_lora`. The modules of `modules_to_save` are trained in full:
-    each of them is a module's name, or its last components. A tied tensor is trained, and saved, as both of its
-    modules.
+    takes no adapter. Neither does a layer that `idle` stands for (see `PathChoice`). A and B have no values before
+    `init_lora`. The modules of `modules_to_save` are trained in full: each of them is a module's name, or its last
+    components. A tied tensor is trained, and saved, as both of its modules.
 
     Raises:
-        ValueError: a name matches no linear layer, or no module with parameters; a layer cannot hold the rank; a target
-            is the output head, whose weight the log-probs read without calling the layer; or a target is trained in
-            full as well.
+        ValueError: a target matches no linear layer, or only idle ones; it is the output head, whose weight the
+            log-probs read without calling the layer; it cannot hold the rank; or it is trained in full as well. A name
+            in `modules_to_save` matches no module with parameters, or only those that no text goes through.
     """
-    targets = _targets(model, target_modules)
-    whole = _modules_to_save(model, modules_to_save)
-    for name in targets:
-        within = [module for module in whole if f"{name}.".startswith(f"{module}.")]
-        if within:
-            raise ValueError(
-                f"lora.modules_to_save: {within[0]} is trained in full, but {name} is also a LoRA target: take it out "
-                "of one of the two"
-            )
+    targets = _targets(model, target_modules, idle)
+    whole = _modules_to_save(model, modules_to_save, targets)
     model.requires_grad_(False)
     for module in whole.values():
         module.requires_grad_(True)
@@ -133,26 +127,57 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: each for name, each in named if each.requires_grad and id(each) not in adapters}
 
 
-def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def _modules_to_save(model: PreTrainedModel, names: Sequence[str], targets: Collection[str]) -> dict[str, nn.Module]:
     """Full name -> module, of each module with parameters that one of the names stands for."""
+    of_text = text_parameters(model)
     modules = {name: module for name, module in model.named_modules() if next(module.parameters(), None) is not None}
+    of_others = {
+        name
+        for name, module in modules.items()
+        if name and not all(f"{name}.{key}" in of_text for key, _ in module.named_parameters())
+    }
     found: dict[str, nn.Module] = {}
     for wanted in names:
-        fitting = {name: each for name, each in modules.items() if name == wanted or name.endswith(f".{wanted}")}
-        if not fitting:
-            available = sorted({_last(name) for name in modules if name})
-            near = difflib.get_close_matches(wanted, available, n=2, cutoff=0.5) or available
-            raise ValueError(f"lora.modules_to_save: no module is named {wanted!r}; take one of: {', '.join(near)}")
-        found |= fitting
+        fitting = {name for name in modules if name == wanted or name.endswith(f".{wanted}")}
+        if not fitting - of_others:
+            small = {name for name in modules.keys() - of_others - set(targets) if _holds_parameters(modules[name])}
+            raise ValueError(_unfit(wanted, fitting, {_last(name) for name in small}))
+        found |= {name: module for name, module in modules.items() if name in fitting - of_others}
     for name, module in found.items():
-        unsaved = [buffer for buffer in module.state_dict() if buffer not in dict(module.named_parameters())]
-        tied = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-        if set(unsaved) - tied:
-            raise ValueError(f"lora.modules_to_save: {name} holds more than parameters ({unsaved[0]}): leave it out")
+        _check_saved(name, module, targets)
     return found
 
 
-def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn.Linear]:
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _unfit(wanted: str, fitting: Collection[str], available: Set[str]) -> str:
+    """Say why a name stands for no module that can be trained in full."""
+    if fitting:
+        return (
+            f"lora.modules_to_save: no text goes through {min(fitting)}, or through a part of it, so training that has "
+            "no effect: leave it out"
+        )
+    choice = ", ".join(_nearest(wanted, available))
+    return f"lora.modules_to_save: no module is named {wanted!r}; take one of: {choice}"
+
+
+def _check_saved(name: str, module: nn.Module, targets: Collection[str]) -> None:
+    """Raise ValueError if a module cannot be trained and saved in full."""
+    for target in targets:
+        if f"{target}.".startswith(f"{name}."):
+            also = "a LoRA target" if target == name else f"holds a LoRA target ({target})"
+            raise ValueError(
+                f"lora.modules_to_save: {name} is trained in full and {also}, both: take it out of one of the two"
+            )
+    unsaved = [buffer for buffer in module.state_dict() if buffer not in dict(module.named_parameters())]
+    tied = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    if set(unsaved) - tied:
+        raise ValueError(f"lora.modules_to_save: {name} holds more than parameters ({unsaved[0]}): leave it out")
+
+
+def _targets(model: PreTrainedModel, names: Sequence[str] | str, idle: Set[str]) -> dict[str, nn.Linear]:
     head = model.get_output_embeddings()
     of_text = text_parameters(model)
     # a subclass may compute more than a product, as the router of Llama 4 does
@@ -161,7 +186,7 @@ def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and f"{name}.weight" in of_text
     }
-    body = {name: module for name, module in linears.items() if module is not head}
+    body = {name: each for name, each in linears.items() if each is not head and not matches(name, idle)}
     if not body:
         raise ValueError(f"LoRA: {type(model).__name__} has no linear layers beside its head: set lora.rank to 0")
     wanted = {names} if isinstance(names, str) else set(names)
@@ -169,16 +194,30 @@ def _targets(model: PreTrainedModel, names: Sequence[str] | str) -> dict[str, nn
         body = {name: each for name, each in body.items() if min(each.in_features, each.out_features) > 1}
         _check_experts(model, body, body)
         return body
-    available = sorted({_last(name) for name in body})
-    for name in sorted(wanted - set(available)):
-        if any(_last(other) == name for other in linears):
-            raise ValueError(f"LoRA target {name!r} is the output head, which takes no adapter: leave it out")
-        near = difflib.get_close_matches(name, available, n=2, cutoff=0.5) or available
-        choice = ", ".join([*near, ALL_LINEAR])
-        raise ValueError(f"LoRA target {name!r} matches no linear layer; take one of: {choice}")
+    available = {_last(name) for name in body}
+    for name in sorted(wanted - available):
+        raise ValueError(_mismatch(name, {_last(other): each is head for other, each in linears.items()}, available))
     found = {name: module for name, module in body.items() if _last(name) in wanted}
     _check_experts(model, found, body)
     return found
+
+
+def _mismatch(wanted: str, linears: Mapping[str, bool], available: Set[str]) -> str:
+    """Say why a target name matches no layer that an adapter acts in. `linears`: name -> whether it is the head."""
+    if linears.get(wanted):
+        return f"LoRA target {wanted!r} is the output head, which takes no adapter: leave it out"
+    if wanted in linears:
+        return (
+            f"LoRA target {wanted!r}: an adapter would have no effect there, because the model does not call the "
+            "layer, or no gradient goes through it: leave it out"
+        )
+    choice = ", ".join([*_nearest(wanted, available), ALL_LINEAR])
+    return f"LoRA target {wanted!r} matches no linear layer; take one of: {choice}"
+
+
+def _nearest(wanted: str, available: Set[str]) -> list[str]:
+    """Return the names that are most like the wanted one; all of them if none is."""
+    return difflib.get_close_matches(wanted, sorted(available), n=2, cutoff=0.5) or sorted(available)
 
 
 # What PEFT, with transformers 5, takes for parts of routed experts, whatever comes before in a layer's name

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from notus.model.load import open_safetensors, read_json
 from notus.model.lora import LayerSettings, inject_layers, lora_layers, saved_parameters
 from notus.model.new_tokens import Rows, vocabulary_parameters
 from notus.model.sharded_tensors import fill_rows, gather, is_rank_zero
+from notus.model.structure import pattern_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -250,6 +251,17 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter | str | Path, *, new_r
     Raises ValueError, naming the adapter and what to set, if its layers, scaling or shapes are not the model's.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    check_adapter(model, adapter, new_rows=new_rows)
+    with open_safetensors(adapter.weights) as handle:
+        targets = _saved_targets(model, adapter, handle, new_rows)
+        for key, target in _parts(model).items():
+            fill_rows(target, handle.get_slice(key))
+        for target, source in targets:
+            fill_rows(target, source)
+
+
+def check_adapter(model: PreTrainedModel, adapter: Adapter, *, new_rows: int = 0) -> None:
+    """Raise the ValueErrors of `load_adapter`, without reading any values."""
     layers = lora_layers(model)
     first = next(iter(layers.values()))
     check_continued(adapter, layers={name: layer.settings for name, layer in layers.items()}, alike=first.settings)
@@ -263,11 +275,13 @@ def load_adapter(model: PreTrainedModel, adapter: Adapter | str | Path, *, new_r
         )
     _linears(model, adapter)
     with open_safetensors(adapter.weights) as handle:
-        targets = _saved_targets(model, adapter, handle, new_rows)
-        for key, target in _parts(model).items():
-            fill_rows(target, handle.get_slice(key))
-        for target, source in targets:
-            fill_rows(target, source)
+        _saved_targets(model, adapter, handle, new_rows)
+
+
+def without_layers(idle: Set[str], continued: Adapter | None) -> Set[str]:
+    """Return what `inject_lora` leaves out: the idle layers, but for those of an adapter that is trained further."""
+    layers = () if continued is None else continued.layers
+    return idle - set(layers) - {pattern_of(name) for name in layers}
 
 
 def check_continued(

@@ -34,7 +34,7 @@ from notus.model import kernels
 from notus.model.kernels import Kernel
 from notus.model.lora import LoRALinear
 from notus.model.sharded_tensors import local_rows
-from notus.model.structure import blocks_of
+from notus.model.structure import blocks_of, matches
 
 BLOCK = 64
 # Appendix E of the paper: quantiles of the normal distribution, with an exact zero.
@@ -250,7 +250,9 @@ _QUANTIZED: Mapping[type[nn.Linear], type[QuantizedLinear]] = {
 }
 
 
-def quantize(causal_lm: PreTrainedModel, dtype: torch.dtype, *, keep: Sequence[str] = ()) -> None:
+def quantize(
+    causal_lm: PreTrainedModel, dtype: torch.dtype, *, keep: Sequence[str] = (), idle: Set[str] = frozenset()
+) -> None:
     """Let the frozen linear layers of the blocks store their weights in 4 bits; on the meta device, before sharding.
 
     Embeddings, head, norms and biases stay as they are, and so do routers, mixtures' experts that are one tensor of
@@ -261,11 +263,13 @@ def quantize(causal_lm: PreTrainedModel, dtype: torch.dtype, *, keep: Sequence[s
         dtype: of the computation.
         keep: names of modules that stay as they are, with all that is in them: those that are trained in full, also
             where the model is only to score, so that it scores the same.
+        idle: layers (see `PathChoice`) that stay as they are, since the model may read their weights without calling
+            them.
 
     Raises:
         ValueError: there is no such layer.
     """
-    found = list(_quantizable(causal_lm, set(keep)))
+    found = list(_quantizable(causal_lm, set(keep), idle))
     if not found:
         raise ValueError(
             f"model.quantization: {type(causal_lm).__name__} has no frozen nn.Linear in its blocks, and nothing else "
@@ -278,15 +282,17 @@ def quantize(causal_lm: PreTrainedModel, dtype: torch.dtype, *, keep: Sequence[s
         layer.__class__ = _QUANTIZED[type(layer)]
 
 
-def _quantizable(causal_lm: PreTrainedModel, keep: Set[str]) -> Iterator[nn.Linear]:
+def _quantizable(causal_lm: PreTrainedModel, keep: Set[str], idle: Set[str]) -> Iterator[nn.Linear]:
     modules = list(causal_lm.modules())
     owners = [id(parameter) for module in modules for parameter in module.parameters(recurse=False)]
     head = causal_lm.get_output_embeddings()
+    unused = {module for name, module in causal_lm.named_modules() if matches(name, idle)}
     for name, module in blocks_of(causal_lm).named_modules():
         path = name.split(".")
         if (
             type(module) not in _QUANTIZED
             or module is head
+            or module in unused
             or _ROUTERS.fullmatch(path[-1])
             or not keep.isdisjoint(path)
         ):

@@ -1,5 +1,6 @@
 """Where the parts of a transformers causal LM are: its text decoder, the decoder's blocks, and their configuration."""
 
+from collections.abc import Set
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,16 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of the part that reads and writes text: `config` itself, or one inside it."""
     found: PreTrainedConfig = config.get_text_config(decoder=True)
     return found
+
+
+def pattern_of(name: str) -> str:
+    """Return a module's name with a star for each number, so that it stands for that module of every block."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def matches(name: str, patterns: Set[str]) -> bool:
+    """Return whether a module is one of those that names and patterns stand for."""
+    return name in patterns or pattern_of(name) in patterns
 
 
 def decoder_of(causal_lm: PreTrainedModel) -> nn.Module:

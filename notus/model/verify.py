@@ -10,12 +10,13 @@ those that the data do not reach lie beyond it. So a model whose frequencies cha
 `longest` is less.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from notus.model.fused import fuse
 from notus.model.make import make_model
 from notus.model.plain import PlainPolicy
 from notus.model.policy import Policy
-from notus.model.structure import blocks_of, text_config
+from notus.model.structure import blocks_of, pattern_of, text_config, text_parameters
 from notus.model.supported import disable_dropout
 from notus.runtime.process import first_line
 
@@ -62,12 +63,15 @@ class PathChoice:
         reason: why not packed, where the user did not ask for plain.
         attention: the implementation that the plain path uses, as transformers names it.
         padded: the plain path may run sequences together, padded on the right.
+        idle: names, or patterns (see `pattern_of`), of linear layers that the model does not call, or whose weights get
+            no gradient: an adapter on them has no effect. Empty for a model of which no copy could be tried.
     """
 
     name: str
     reason: str | None = None
     attention: str = "sdpa"
     padded: bool = False
+    idle: frozenset[str] = frozenset()
 
     @property
     def implementation(self) -> str:
@@ -128,7 +132,7 @@ def _choose(config: PreTrainedConfig, wanted: str, longest: int, device: torch.d
     if wanted != "plain":
         reason = trial.difference(trial.packed)
         if reason is None:
-            return PathChoice("packed")
+            return PathChoice("packed", idle=trial.idle)
         if wanted == "packed":
             raise ValueError(
                 f"model.path is 'packed', but for {config.model_type!r} that is not what the model computes: {reason}; "
@@ -137,7 +141,7 @@ def _choose(config: PreTrainedConfig, wanted: str, longest: int, device: torch.d
     for attention, padded in (("sdpa", True), ("eager", True), ("sdpa", False), ("eager", False)):
         wrong = trial.difference(functools.partial(trial.plain, attention, padded))
         if wrong is None:
-            return PathChoice("plain", reason, attention, padded)
+            return PathChoice("plain", reason, attention, padded, trial.idle)
     raise ValueError(
         f"model type {config.model_type!r}: its own forward pass is not the same with another attention, or twice "
         f"({wrong}); take another model"
@@ -160,7 +164,7 @@ class _Trial:
     """A cut-down copy, and what its own forward pass gives for the row."""
 
     def __init__(self, config: PreTrainedConfig, longest: int, device: torch.device, trust: bool) -> None:
-        self._device, self._trust = device, trust
+        self._device, self._trust, self._whole = device, trust, _depth(config)
         failure: Exception | None = None
         for shape in _copies(config, longest, trust):
             failure = self._adopt(shape)
@@ -181,7 +185,9 @@ class _Trial:
             _randomise(self._own)
             self._config, self._weights = shape, self._own.state_dict()
             self._batch = _row(min(FEW_TOKENS, text_config(shape).vocab_size)).to(self._device)
-            self._expected = _outcome(PlainPolicy(self._own), self._batch)
+            with _calls_of_linears(self._own) as called:
+                self._expected = _outcome(PlainPolicy(self._own), self._batch)
+            self.idle = _idle(self._own, called, exact=_depth(shape) == self._whole)
         except Exception as error:  # a class may take no other sizes than its own, and says so in any way
             return error
         return None
@@ -254,6 +260,41 @@ def _outcome(policy: Policy, batch: Batch) -> Outcome:
     (logps * torch.linspace(-1, 1, len(logps), device=logps.device)).sum().backward()
     gradients = {name: each.grad for name, each in policy.named_parameters() if each.grad is not None}
     return Outcome(logps.detach(), gradients)
+
+
+@contextlib.contextmanager
+def _calls_of_linears(causal_lm: nn.Module) -> Iterator[set[nn.Module]]:
+    """Yield a set that fills with the linear layers that are called."""
+    called: set[nn.Module] = set()
+    linears = [module for module in causal_lm.modules() if isinstance(module, nn.Linear)]
+    hooks = [each.register_forward_hook(lambda module, *_: called.add(module)) for each in linears]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _idle(causal_lm: PreTrainedModel, called: set[nn.Module], *, exact: bool) -> frozenset[str]:
+    """Return the patterns of linear layers of which, in no block, one was called and got a gradient.
+
+    Routed experts are not among them: a row this short has no token for some. If `exact`, the copy has every block of
+    the model, and single layers that are idle are among them, too.
+    """
+    head, of_text = causal_lm.get_output_embeddings(), text_parameters(causal_lm)
+    idle: set[str] = set()
+    acting: set[str] = set()
+    for name, module in causal_lm.named_modules():
+        if not isinstance(module, nn.Linear) or module is head or f"{name}.weight" not in of_text:
+            continue
+        learns = module.weight.grad is not None or not module.weight.requires_grad
+        (acting if "expert" in name or (module in called and learns) else idle).add(name)
+    patterns = {pattern_of(name) for name in idle} - {pattern_of(name) for name in acting}
+    return frozenset(patterns | {name for name in idle if exact and pattern_of(name) not in patterns})
+
+
+def _depth(config: PreTrainedConfig) -> int | None:
+    return getattr(text_config(config), "num_hidden_layers", None)
 
 
 def _check_called(policy: Policy, calls: set[nn.Module]) -> None:
@@ -385,6 +426,8 @@ def _cut_widths(config: PreTrainedConfig) -> None:
 def _cut_heads(config: PreTrainedConfig) -> None:
     """Keep two groups of heads, with as many queries a group, and a residual stream that is as much narrower."""
     text = text_config(config)
+    if getattr(text, "num_attention_heads", None) is None:  # a state-space model has none
+        return
     heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     fewer = 2 if groups in (None, heads) else min(2, groups) * (heads // groups)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -21,7 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,13 @@ from notus.model.make import read_config
 from notus.model.new_tokens import new_rows_overlay
 from notus.model.peft_format import (
     Adapter,
+    check_adapter,
     check_continued,
     inject_adapter,
     load_adapter,
     merging,
     read_adapter,
+    without_layers,
 )
 from notus.model.policy import Policy
 from notus.model.quantization import check_dequantize, quantize, quantized_layers, summary
@@ -148,10 +150,10 @@ def build_policy(
     freeze_other_inputs(causal_lm)
     held = None if adapter is None else read_adapter(adapter)
     continued = held if continue_adapter else None
-    _inject(causal_lm, lora, continued)
+    _inject(causal_lm, lora, continued, path.idle)
     cast_frozen(causal_lm, dtype)
     if quantization is not None:
-        quantize_or_warn(causal_lm, device, dtype, keep=unquantized)
+        quantize_or_warn(causal_lm, device, dtype, keep=unquantized, idle=path.idle)
     mode = activation_checkpointing
     policy = parallelize(
         make_policy(causal_lm, path),
@@ -183,7 +185,40 @@ def _load(
         load_adapter(causal_lm, continued, new_rows=new_tokens)
 
 
-def _inject(causal_lm: PreTrainedModel, lora: "LoraConfig | None", continued: Adapter | None) -> None:
+def check_adapters(
+    config: PreTrainedConfig,
+    path: PathChoice,
+    *,
+    precision: str,
+    lora: "LoraConfig | None",
+    adapter: Path | None = None,
+    continue_adapter: bool = False,
+    new_tokens: int = 0,
+    quantization: str | None = None,
+    unquantized: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise what `build_policy` would raise about LoRA and quantization, from a model that has no weights.
+
+    The arguments are those of `build_policy`.
+    """
+    causal_lm = _meta_model(config, trust_remote_code, path)
+    causal_lm.requires_grad_(False)  # quantization is for a frozen base alone
+    held = None if adapter is None else read_adapter(adapter)
+    continued = held if continue_adapter else None
+    _inject(causal_lm, lora, continued, path.idle)
+    if continued is not None:
+        check_adapter(causal_lm, continued, new_rows=new_tokens)
+    elif held is not None:
+        with merging(causal_lm, held, new_rows=new_tokens):
+            pass
+    if quantization is not None:
+        quantize(causal_lm, COMPUTE_DTYPES[precision], keep=unquantized, idle=path.idle)
+
+
+def _inject(
+    causal_lm: PreTrainedModel, lora: "LoraConfig | None", continued: Adapter | None, idle: Set[str] = frozenset()
+) -> None:
     """Put LoRA layers, without values, where the config, or else an adapter, has them."""
     if lora is None:
         if continued is not None:
@@ -199,6 +234,7 @@ def _inject(causal_lm: PreTrainedModel, lora: "LoraConfig | None", continued: Ad
         target_modules=lora.target_modules,
         rslora=lora.rslora,
         modules_to_save=lora.modules_to_save,
+        idle=without_layers(idle, continued),
     )
 
 
@@ -264,10 +300,15 @@ def fuse_or_check_graph(causal_lm: PreTrainedModel, device: torch.device, dtype:
 
 
 def quantize_or_warn(
-    causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, keep: Sequence[str] = ()
+    causal_lm: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    keep: Sequence[str] = (),
+    idle: Set[str] = frozenset(),
 ) -> None:
     """`quantize` the model, and warn if the kernel that reads its weights is not used. Collective on CUDA."""
-    quantize(causal_lm, dtype, keep=keep)
+    quantize(causal_lm, dtype, keep=keep, idle=idle)
     for problem in check_dequantize(device, dtype, gather_objects):
         say(f"warning: {problem}")
     say(summary(causal_lm))

@@ -40,7 +40,7 @@ from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
-from notus.training.parallelize import COMPUTE_DTYPES, build_policy, find_path, read_model_config
+from notus.training.parallelize import COMPUTE_DTYPES, build_policy, check_adapters, find_path, read_model_config
 from notus.training.reference import digest_of_rows
 from notus.training.run_data import Inputs, check_rows, load_inputs
 from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
@@ -320,6 +320,19 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     tokenizer = load_tokenizer(folders.tokenizer, model.trust_remote_code)
     new_rows = _new_rows(config, folders, model_config, tokenizer)
     check_vocabulary(tokenizer, text_config(model_config).vocab_size)
+    lora = config.lora if config.lora.rank and (train or config.lora.continue_) else None
+    check_adapters(
+        model_config,
+        path,
+        precision=training.precision,
+        lora=lora,
+        adapter=folders.adapter,
+        continue_adapter=config.lora.continue_,
+        new_tokens=new_rows,
+        quantization=model.quantization,
+        unquantized=config.lora.modules_to_save,
+        trust_remote_code=model.trust_remote_code,
+    )
     inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
     train_rows = inputs.train
     for rows in filter(None, (inputs.train, inputs.eval)):
@@ -343,7 +356,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         activation_checkpointing=checkpointing_of(training, train_rows, device) if train else "none",
         compile=training.compile,
         cpu_offload=training.cpu_offload,
-        lora=config.lora if config.lora.rank and (train or config.lora.continue_) else None,
+        lora=lora,
         adapter=folders.adapter,
         continue_adapter=config.lora.continue_,
         new_tokens=new_rows,

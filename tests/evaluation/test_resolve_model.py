@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from families import make_family
 from ranks import run_ranks
 from runs import config
 from safetensors import safe_open
@@ -432,3 +433,17 @@ def test_a_checkpoint_that_the_run_replaces_meanwhile(full_run, in_progress, mod
     with distributed.process_group():
         _, _, checkpoint = load_unfinished(run, settings(model_folder))
     assert checkpoint.name == "step-00000003"
+
+
+def test_an_unfinished_run_has_no_adapters_on_idle_layers(tmp_path, pairs_file):
+    folder, run = tmp_path / "model", tmp_path / "run"
+    make_family("mamba").save_pretrained(folder)
+    toy_tokenizer(vocab_size=360).save_pretrained(folder)
+    lora = {"lora__rank": 1, "lora__target_modules": "all-linear", "training__max_steps": 1}
+    dpo.run(config("dpo", run, folder, pairs_file, **lora))
+    finished = load_file(run / "model" / "adapter_model.safetensors")
+    shutil.rmtree(run / "model")
+    found = load_file(find_source(str(run)).folder / "adapter_model.safetensors")
+    assert found.keys() == finished.keys()
+    assert all(torch.equal(found[name], finished[name]) for name in found)
+    assert not any("dt_proj" in name for name in found)

@@ -8,7 +8,17 @@ from families import make_family
 from torch import nn
 from toys import logits, toy_model
 
-from notus.model.lora import LoRALinear, adapters_off, cast_frozen, init_lora, inject_lora, lora_layers, merge_lora
+from notus.model.lora import (
+    LoRALinear,
+    adapters_off,
+    cast_frozen,
+    init_lora,
+    inject_lora,
+    lora_layers,
+    merge_lora,
+    saved_parameters,
+)
+from notus.model.verify import choose_path
 
 IDS = torch.tensor([[1, 7, 30, 55, 4, 99]])
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -181,3 +191,77 @@ def test_a_layer_that_does_more_than_a_product_takes_no_adapter() -> None:
 def test_a_model_without_linear_layers_says_so() -> None:
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layers"):
         inject_lora(make_family("gpt2"), rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear")
+
+
+ATTENTION_OF_DEEPSEEK = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("deepseek_v32", ATTENTION_OF_DEEPSEEK),
+        ("falcon_mamba", "all-linear"),
+        ("gemma3", "all-linear"),
+        ("jamba", ["q_proj", "in_proj", "x_proj", "out_proj"]),
+        ("llama", "all-linear"),
+        ("mamba", "all-linear"),
+        ("mixtral", "all-linear"),
+        ("zamba2", "all-linear"),
+    ],
+)
+def test_a_gradient_reaches_every_adapter(name, targets):
+    model = make_family(name)
+    inject_lora(
+        model, rank=1, alpha=4.0, dropout=0.0, target_modules=targets, idle=choose_path(make_family(name).config).idle
+    )
+    init_lora(model, seed=0)
+    model(IDS, labels=IDS).loss.backward()
+    layers = lora_layers(model)
+    assert layers
+    assert [name for name, layer in layers.items() if layer.lora_B.grad is None or not layer.lora_B.grad.any()] == []
+
+
+def test_idle_layers_are_no_targets():
+    model, idle = make_family("mamba"), {"backbone.layers.*.mixer.dt_proj"}
+    with pytest.raises(ValueError, match=r"^LoRA target 'dt_proj': an adapter would have no effect there, .*leave it"):
+        inject_lora(model, rank=1, alpha=4.0, dropout=0.0, target_modules=["in_proj", "dt_proj"], idle=idle)
+    with pytest.raises(ValueError, match=r"take one of: in_proj, out_proj, x_proj, all-linear$"):
+        inject_lora(model, rank=1, alpha=4.0, dropout=0.0, target_modules=["zzz"], idle=idle)
+    inject_lora(model, rank=1, alpha=4.0, dropout=0.0, target_modules="all-linear", idle=idle)
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"in_proj", "x_proj", "out_proj"}
+
+
+def test_the_layers_to_take_beside_routed_experts_are_not_idle():
+    model = make_family("deepseek_v32")
+    with pytest.raises(ValueError, match=r"set lora.target_modules=\[(?!.*wq_b)(?!.*weights_proj).*o_proj"):
+        inject_lora(
+            model, rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", idle=choose_path(model.config).idle
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("multi_modal_projector", "no text goes through model.multi_modal_projector, .*: leave it out$"),
+        ("model", "no text goes through model, or through a part of it"),
+        (
+            "nothing",
+            "no module is named 'nothing'; take one of: embed_tokens, input_layernorm, k_norm, lm_head, norm, ",
+        ),
+        ("embed_token", "no module is named 'embed_token'; take one of: embed_tokens$"),
+        ("q_proj", r"model\.language_model\.layers\.0\.self_attn\.q_proj is trained in full and a LoRA target, both"),
+        ("self_attn", r"layers\.0\.self_attn is trained in full and holds a LoRA target \(.*q_proj\), both"),
+    ],
+)
+def test_modules_that_cannot_be_trained_in_full(name, message):
+    with pytest.raises(ValueError, match=rf"^lora\.modules_to_save: .*{message}"):
+        inject_lora(
+            make_family("gemma3"), rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", modules_to_save=[name]
+        )
+
+
+def test_a_name_that_the_vision_part_has_too_means_the_text_part():
+    model = make_family("gemma3")
+    inject_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules=["q_proj"], modules_to_save=["k_proj"])
+    expected = {f"model.language_model.layers.{block}.self_attn.k_proj.weight" for block in range(4)}
+    assert saved_parameters(model).keys() == expected

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from families import make_family
 from toys import toy_config, toy_model
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
@@ -171,3 +172,44 @@ def test_the_toy_is_expressed_at_once(monkeypatch):
     config = toy_model("mistral").config
     assert choose_path(config) == choose_path(config)
     assert tried == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mamba", {"backbone.layers.*.mixer.dt_proj"}),  # the model reads its weight without calling it
+        ("falcon_mamba", {"backbone.layers.*.mixer.dt_proj"}),
+        ("jamba", {"model.layers.*.mamba.dt_proj"}),
+        ("longcat_flash", {"model.layers.*.mlp.router.classifier"}),
+        # it only chooses tokens, and a choice has no gradient
+        ("deepseek_v32", {f"model.layers.*.self_attn.indexer.{each}" for each in ("wq_b", "wk", "weights_proj")}),
+        ("llama", set()),
+        ("mixtral", set()),
+        ("gemma3", set()),
+    ],
+)
+def test_linear_layers_that_do_not_act_are_found(name, expected):
+    assert choose_path(make_family(name).config).idle == expected
+
+
+def test_of_layers_that_act_in_some_blocks_the_others_are_named():
+    """Each of Zamba2's shared blocks has an adapter for every place where the block stands, and uses one."""
+    of_block = "model.layers.{}.shared_transformer.feed_forward.gate_up_proj_adapter_list.{}.{}"
+    expected = {of_block.format(block, place, part) for block, place in ((1, 1), (3, 0)) for part in (0, 1)}
+    assert choose_path(make_family("zamba2").config).idle == expected
+
+
+def test_a_cut_copy_finds_the_layers_of_every_block():
+    config = transformers.MambaConfig(vocab_size=80_000, hidden_size=256, num_hidden_layers=5, state_size=8)
+    assert choose_path(config).idle == {"backbone.layers.*.mixer.dt_proj"}
+
+
+def test_an_expert_without_a_token_counts_as_acting():
+    class Experts(transformers.MistralForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[0].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+            self.model.layers[0].mlp.unused = torch.nn.Linear(32, 32)
+
+    assert verify._idle(Experts(toy_config("mistral")), set(), exact=False) >= {"model.layers.*.mlp.unused"}
+    assert "model.layers.*.mlp.experts.*" not in verify._idle(Experts(toy_config("mistral")), set(), exact=False)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import make_family
 from ranks import free_ports, launched, run_ranks
 from runs import assert_same_run, at_call, config, read_metrics, settings, terminate
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from toys import UNEVEN, relative, toy_model_folder
+from toys import UNEVEN, relative, toy_model_folder, toy_tokenizer
 from transformers import AutoTokenizer
 
 from notus import __main__ as entry
@@ -286,3 +287,21 @@ def test_compiled_blocks_compute_the_same(
     options = {"quantization": "nf4", "activation_checkpointing": mode}
     found = logps_and_gradients(policy_of(model_folder, device, compile=True, **options), rows)
     assert_equal(found, logps_and_gradients(policy_of(model_folder, device, **options), rows), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_weights_that_the_model_reads_itself_are_not_quantised(name: str, tmp_path: Path, pairs_file: Path) -> None:
+    folder = tmp_path / "model"
+    make_family(name).save_pretrained(folder)
+    toy_tokenizer(vocab_size=360).save_pretrained(folder)
+    lora = {"lora__rank": 1, "lora__target_modules": "all-linear", "training__max_steps": 2}
+    dpo.run(config("dpo", tmp_path / "run", folder, pairs_file, model__quantization="nf4", **lora))
+    tensors = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert {key.split(".")[-3] for key in tensors} == {"in_proj", "x_proj", "out_proj"}
+    assert all(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)
+
+
+def test_idle_layers_are_not_quantised() -> None:
+    model = make_family("mamba").requires_grad_(False)
+    quantization.quantize(model, torch.float32, idle={"backbone.layers.*.mixer.dt_proj"})
+    assert {key.rpartition(".")[2] for key in quantized_layers(model)} == {"in_proj", "x_proj", "out_proj"}

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from disks import largest_file
+from families import make_family
 from runs import config, write_messages, write_pairs
 from safetensors.torch import load_file
 from toys import assets_dir, toy_model_folder, toy_tokenizer
@@ -83,3 +84,60 @@ def test_a_run_exports_a_model_that_stops_where_it_learned_to(
         assert json.loads((model / name).read_text())["eos_token_id"] == [2, 8]
     assert ("note: the adapter learned to stop at" in capsys.readouterr().out) == bool(rank)
     assert json.loads((model / "notus.json").read_text()) == {"string_prompts": "text"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lora__target_modules": ["qproj"]}, r"LoRA target 'qproj' matches no linear layer"),
+        ({"lora__rank": 64}, r"lora\.rank 64 is above what"),
+        ({"lora__modules_to_save": ["nothing"]}, r"lora\.modules_to_save: no module is named 'nothing'"),
+        (
+            {"lora__modules_to_save": ["q_proj"]},
+            r"lora\.modules_to_save: .*q_proj is trained in full and a LoRA target",
+        ),
+        ({"model__quantization": "nf4", "lora__modules_to_save": ["layers"]}, r"holds a LoRA target"),
+        ({"lora__continue": True}, r"set lora\.rank=2"),
+        ({"lora__continue": True, "lora__rank": 2, "lora__target_modules": ["q_proj"]}, r"set lora\.target_modules="),
+        (
+            {"lora__continue": True, "lora__rank": 2, "lora__modules_to_save": ["lm_head"]},
+            r"set lora\.modules_to_save=",
+        ),
+    ],
+)
+def test_wrong_adapters_stop_a_run_before_any_data_is_read(
+    overrides: dict[str, Any], message: str, tmp_path: Path, model_folder: Path, pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if overrides.get("lora__continue"):
+        first = {"lora__rank": 2, "training__max_steps": 1}
+        dpo.run(config("dpo", tmp_path / "first", model_folder, pairs_file, **first))
+        overrides = {**overrides, "model__adapter": str(tmp_path / "first" / "model")}
+    monkeypatch.setattr(setup, "load_inputs", lambda *_, **__: pytest.fail("data was read first"))
+    with pytest.raises(ValueError, match=message):
+        dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, **{"lora__rank": 4, **overrides}))
+
+
+def test_an_adapter_of_another_base_stops_a_run_before_any_data_is_read(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dpo.run(config("dpo", tmp_path / "first", model_folder, pairs_file, lora__rank=2, training__max_steps=1))
+    other, adapter = toy_model_folder(tmp_path / "wide", hidden_size=64), str(tmp_path / "first" / "model")
+    monkeypatch.setattr(setup, "load_inputs", lambda *_, **__: pytest.fail("data was read first"))
+    with pytest.raises(ValueError, match="is its base another"):
+        dpo.run(config("dpo", tmp_path / "run", other, pairs_file, model__adapter=adapter))
+
+
+def test_nothing_to_quantise_stops_a_run_before_any_data_is_read(
+    tmp_path: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    make_family("gpt2").save_pretrained(folder)  # its layers are `Conv1D`
+    toy_tokenizer(vocab_size=360).save_pretrained(folder)
+    # Without this, it is LoRA that finds no layer.
+    monkeypatch.setattr("notus.training.parallelize.inject_lora", lambda *_, **__: None)
+    monkeypatch.setattr(setup, "load_inputs", lambda *_, **__: pytest.fail("data was read first"))
+    with pytest.raises(
+        ValueError, match=r"^model\.quantization: GPT2LMHeadModel has no frozen nn\.Linear in its blocks"
+    ):
+        dpo.run(config("dpo", tmp_path / "run", folder, pairs_file, model__quantization="nf4", lora__rank=1))
