@@ -270,8 +270,8 @@ class LoraConfig:
     target_modules: Strings | Literal["all-linear"] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
     )
-    """Names of the linear layers that get adapters, or "all-linear": all but the language-model head, and those where an
-    adapter would have no effect."""
+    """Names of the linear layers that get adapters, or "all-linear": all but the language-model head, and those where
+    an adapter would have no effect or PEFT would not load it."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
     modules_to_save: NoneOrMore = field(default_factory=list)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from notus.model.sharded_tensors import fill_rows
-from notus.model.structure import matches, text_parameters
+from notus.model.structure import matches, text_config, text_parameters
 
 ALL_LINEAR = "all-linear"
 
@@ -187,6 +187,8 @@ def _targets(model: PreTrainedModel, names: Sequence[str] | str, idle: Set[str])
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and f"{name}.weight" in of_text
     }
     body = {name: each for name, each in linears.items() if each is not head and not matches(name, idle)}
+    if text_config(model.config).model_type in _MAMBA:
+        body = {name: each for name, each in body.items() if _last(name) != "out_proj"}
     if not body:
         raise ValueError(f"LoRA: {type(model).__name__} has no linear layers beside its head: set lora.rank to 0")
     wanted = {names} if isinstance(names, str) else set(names)
@@ -209,7 +211,7 @@ def _mismatch(wanted: str, linears: Mapping[str, bool], available: Set[str]) -> 
     if wanted in linears:
         return (
             f"LoRA target {wanted!r}: an adapter would have no effect there, because the model does not call the "
-            "layer, or no gradient goes through it: leave it out"
+            "layer, or no gradient goes through it, or PEFT would not load it: leave it out"
         )
     choice = ", ".join([*_nearest(wanted, available), ALL_LINEAR])
     return f"LoRA target {wanted!r} matches no linear layer; take one of: {choice}"
@@ -219,6 +221,10 @@ def _nearest(wanted: str, available: Set[str]) -> list[str]:
     """Return the names that are most like the wanted one; all of them if none is."""
     return difflib.get_close_matches(wanted, sorted(available), n=2, cutoff=0.5) or sorted(available)
 
+
+# Of these, PEFT loads no adapter on `out_proj`: their kernels read its weight without calling the layer
+# (`_check_lora_target_modules_mamba` in peft/tuners/tuners_utils.py).
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 # What PEFT, with transformers 5, takes for parts of routed experts, whatever comes before in a layer's name
 # (peft/utils/transformers_weight_conversion.py).

@@ -225,10 +225,12 @@ def test_idle_layers_are_no_targets():
     model, idle = make_family("mamba"), {"backbone.layers.*.mixer.dt_proj"}
     with pytest.raises(ValueError, match=r"^LoRA target 'dt_proj': an adapter would have no effect there, .*leave it"):
         inject_lora(model, rank=1, alpha=4.0, dropout=0.0, target_modules=["in_proj", "dt_proj"], idle=idle)
-    with pytest.raises(ValueError, match=r"take one of: in_proj, out_proj, x_proj, all-linear$"):
+    with pytest.raises(ValueError, match=r"take one of: in_proj, x_proj, all-linear$"):
         inject_lora(model, rank=1, alpha=4.0, dropout=0.0, target_modules=["zzz"], idle=idle)
     inject_lora(model, rank=1, alpha=4.0, dropout=0.0, target_modules="all-linear", idle=idle)
-    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"in_proj", "x_proj", "out_proj"}
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"in_proj", "x_proj"}
+    with pytest.raises(ValueError, match=r"^LoRA target 'out_proj': .* PEFT would not load it: leave it out"):
+        inject_lora(make_family("mamba"), rank=1, alpha=4.0, dropout=0.0, target_modules=["out_proj"], idle=idle)
 
 
 def test_the_layers_to_take_beside_routed_experts_are_not_idle():
