@@ -1,6 +1,13 @@
 import functools
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# torchao says on import what it cannot load and what it deprecates. pytest would print it behind its last line.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import pytest
 import torch

@@ -272,7 +272,5 @@ def test_without_torchao_a_run_ends_before_data_is_read(
     monkeypatch.setitem(sys.modules, "torchao.optim.quant_utils", None)
     job = config("dpo", tmp_path / "run", model_folder, tmp_path / "none.jsonl", training__optimizer="adamw",
                  training__optimizer_dtype="int8")  # fmt: skip
-    with pytest.raises(
-        ValueError, match=r'optimizer_dtype=int8 needs torchao.*pip install "notus-dpo\[quantization\]"'
-    ):
+    with pytest.raises(ValueError, match=r'optimizer_dtype=int8 needs torchao.*pip install "notus-dpo\[int8\]"'):
         dpo.run(job)
