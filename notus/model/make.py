@@ -106,7 +106,7 @@ def make_model(
 
 
 def _check_reads_text(causal_lm: PreTrainedModel) -> None:
-    """Raises ValueError unless a multimodal model predicts the next token of a text, by a decoder and a head."""
+    """Raises ValueError unless a multimodal model predicts the next token of text, by a decoder and a head."""
     kind = type(causal_lm).__name__
     text = text_config(causal_lm.config)
     encoder_decoder = text.is_encoder_decoder or causal_lm.config.is_encoder_decoder

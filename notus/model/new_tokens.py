@@ -88,7 +88,7 @@ def check_saved_vocabulary(
 
 
 class Rows:
-    """A safetensors slice, or a tensor, that goes on with rows that are the mean of its own.
+    """A safetensors slice, or a tensor, followed by rows that are the mean of its own.
 
     It can be sliced like what it stands for.
     """

@@ -57,7 +57,7 @@ def own_code(causal_lm: PreTrainedModel) -> str:
 
 
 def text_parameters(causal_lm: PreTrainedModel) -> set[str]:
-    """Return the names of the parameters that a text alone goes through: embedding, decoder and head.
+    """Return the names of the parameters that text alone goes through: embedding, decoder and head.
 
     All names of a model whose configuration is one of text alone. A tied parameter counts under each of its names.
     """

@@ -378,7 +378,7 @@ def _enough_layers(meta: PreTrainedModel) -> int:
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What tells a block from others: its modules, and their settings but for its number."""
+    """What distinguishes kinds of blocks: their modules, and their settings except for the block's number."""
     return tuple(
         (name, type(module).__name__, tuple(sorted((key, repr(value)) for key, value in _settings(module))))
         for name, module in block.named_modules()

@@ -261,7 +261,7 @@ def find_path(
 
 
 def freeze_other_inputs(causal_lm: PreTrainedModel) -> None:
-    """Freeze what a text does not go through: the vision and audio parts of a multimodal model."""
+    """Freeze what text does not go through: the vision and audio parts of a multimodal model."""
     of_text = text_parameters(causal_lm)
     for name, parameter in causal_lm.named_parameters():
         if name not in of_text:

@@ -333,21 +333,12 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         unquantized=config.lora.modules_to_save,
         trust_remote_code=model.trust_remote_code,
     )
-    inputs = load_inputs(config.data, tokenizer, task=task, seed=training.seed)
+    inputs = _load_data(config, task, model_config, tokenizer)
     train_rows = inputs.train
-    for rows in filter(None, (inputs.train, inputs.eval)):
-        check_rows(rows, tokenizer, text_config(model_config).vocab_size)
-    longest = max(rows.longest_sequence for rows in (inputs.train, inputs.eval) if rows is not None)
-    check_context(model_config, longest, "data.max_length")
-    if notice := plain_text_notice(inputs.reports["train"], tokenizer, config.data.chat_template):
-        distributed.say(notice)
     if train:
         first = train_rows(np.arange(1))[0]
         distributed.say(f"the first training row, ⟦learned⟧:\n{describe_example(first, tokenizer)}")
-    if inputs.eval is not None:
-        check_fits(int(inputs.eval.lengths.max()), training.tokens_per_row)
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
-    check_fits(int(train_rows.lengths.max()), training.tokens_per_row)
     policy = build_policy(
         folders.base,
         model_config,
@@ -375,6 +366,22 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
         inputs, plan, checkpoints, stop, hardware(device),
     )  # fmt: skip
+
+
+def _load_data(
+    config: Config, task: Task, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Inputs:
+    """Tokenize the rows. Raises ValueError if one has a token that the model lacks, or is too long for it or a row."""
+    inputs = load_inputs(config.data, tokenizer, task=task, seed=config.training.seed)
+    every = [rows for rows in (inputs.train, inputs.eval) if rows is not None]
+    for rows in every:
+        check_rows(rows, tokenizer, text_config(model_config).vocab_size)
+    check_context(model_config, max(rows.longest_sequence for rows in every), "data.max_length")
+    if notice := plain_text_notice(inputs.reports["train"], tokenizer, config.data.chat_template):
+        distributed.say(notice)
+    for rows in every:
+        check_fits(int(rows.lengths.max()), config.training.tokens_per_row)
+    return inputs
 
 
 def _path(config: Config, model_config: PreTrainedConfig, device: torch.device) -> PathChoice:
