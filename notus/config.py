@@ -6,7 +6,6 @@ type or out of range, and a setting that other settings leave without effect are
 The order here: the sections, the whole config, loading and saving, checks across keys, typed values, YAML.
 """
 
-import ast
 import dataclasses
 import datetime
 import difflib
@@ -26,26 +25,12 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
+if TYPE_CHECKING:
+    from notus.losses import Loss
+
 T = TypeVar("T")
 Task = Literal["dpo", "sft"]
-
-
-def _constant_of_losses(name: str) -> Any:
-    """Return a constant of notus/losses.py, read from its source because importing it would import torch."""
-    source = Path(__file__).with_name("losses.py").read_text(encoding="utf-8")
-    (value,) = (
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
-    )
-    return ast.literal_eval(value)
-
-
-SMOOTHED_LOSSES: tuple[str, ...] = _constant_of_losses("SMOOTHED_LOSSES")
-if TYPE_CHECKING:
-    LossType = str
-else:
-    LossType = Literal[_constant_of_losses("LOSS_TYPES")]
+Rows = Literal["dpo", "sft", "lists", "labels"]
 
 # Values are taken as they are: "1" is no number, 1 is not true. An integer may stand for a float.
 EXACT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -59,6 +44,8 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Names = Annotated[dict[String, String], "a mapping of names to names"]
 Arguments = Annotated[dict[String, Any], "a mapping of names to values"]
+LossType = Annotated[String | dict[String, Positive], "the name of a loss, or a mapping of names to weights above 0"]
+Options = Annotated[dict[String, float | String], "a mapping of names to numbers or words"]
 
 
 def _as_day(value: Any) -> str:
@@ -242,11 +229,22 @@ class DPOConfig:
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
     loss_type: LossType = "sigmoid"
-    """Name of the loss."""
+    """Name of the loss, or a weighted sum of losses, `{name: weight}`. docs/losses.md has them all."""
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
-    """Assumed share of swapped labels, for sigmoid, robust (below 0.5) and exo_pair (above 0)."""
+    """Assumed share of swapped labels, for the losses that have this option."""
+    options: Options = field(default_factory=dict)
+    """Further options of the loss, `{name: value}`; docs/losses.md has them. On the command line also
+    `--dpo.options.NAME=VALUE`."""
     nll_weight: NonNegative = 0.0
-    """Weight of the chosen completions' negative log-likelihood, averaged over the step's chosen tokens."""
+    """Weight of the chosen completions' negative log-likelihood."""
+    nll_mean: Literal["tokens", "completions"] = "tokens"
+    """How that is averaged: over the step's chosen tokens, or first over each completion and then over the step's
+    completions, as Iterative RPO does (arXiv 2404.19733)."""
+    ld_alpha: Annotated[float, Ge(0), Lt(1)] | None = None
+    """LD-DPO (arXiv 2409.06411): of the longer completion of a pair, the log-probs of tokens beyond the length of the
+    shorter one count with this weight. null: all tokens count alike."""
+    wpo: bool = False
+    """WPO (arXiv 2406.11827): weigh each pair by how likely the policy itself is to write its completions."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -308,11 +306,21 @@ class Config:
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
-    dpo: DPOConfig = DPOConfig()
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     reference: ReferenceConfig = ReferenceConfig()
     lora: LoraConfig = field(default_factory=LoraConfig)
     tracking: TrackingConfig = TrackingConfig()
     task: Task = "dpo"
+
+    @property
+    def rows(self) -> Rows:
+        """Which rows of data the run learns from; see `notus.data.formats.Task`."""
+        if self.task == "sft":
+            return "sft"
+        from notus.losses import loss_components  # imports torch
+
+        kind = next(iter(loss_components(self.dpo.loss_type))).rows
+        return "dpo" if kind == "pairs" else kind
 
 
 SECTIONS: dict[str, Any] = {
@@ -462,14 +470,50 @@ def _data_conflicts(config: Config) -> Iterator[Invalid]:
 
 
 def _loss_conflicts(dpo: DPOConfig) -> Iterator[Invalid]:
-    loss, smoothing = dpo.loss_type, dpo.label_smoothing
-    if smoothing > 0 and loss not in SMOOTHED_LOSSES:
-        reason = f"has no effect with dpo.loss_type {loss!r}: use one of {', '.join(SMOOTHED_LOSSES)}"
-        yield Invalid("dpo.label_smoothing", reason)
-    if smoothing == 0 and loss == "exo_pair":
-        yield Invalid("dpo.label_smoothing", "must be above 0 with dpo.loss_type 'exo_pair': set it, say to 1e-3")
-    if smoothing == 0.5 and loss == "robust":
-        yield Invalid("dpo.label_smoothing", "must be below 0.5 with dpo.loss_type 'robust'")
+    """Hold the loss and its options against the registry of losses."""
+    from notus.losses import LOSSES, loss_components  # imports torch
+
+    names = [dpo.loss_type] if isinstance(dpo.loss_type, str) else list(dpo.loss_type)
+    for name in names:
+        if name not in LOSSES:
+            yield Invalid("dpo.loss_type", f"{name!r} does not exist{nearest(name, LOSSES)}")
+            return
+    try:
+        losses = loss_components(dpo.loss_type)
+    except ValueError as error:
+        yield Invalid("dpo.loss_type", f"cannot be: {error}")
+        return
+    if "label_smoothing" in dpo.options:
+        yield Invalid("dpo.options", "holds label_smoothing, which has a key of its own: set dpo.label_smoothing")
+        return
+    for name in given_options(dpo):
+        if not any(loss.option(name) for loss in losses):
+            takers = [loss.name for loss in LOSSES.values() if loss.option(name)]
+            remedy = f"use one of {', '.join(takers)}" if takers else "no loss has an option of that name"
+            yield Invalid(
+                _option_key(name), f"has no effect with dpo.loss_type {', '.join(map(repr, names))}: {remedy}"
+            )
+    for loss in losses:
+        for option in loss.options:
+            value = given_options(dpo).get(option.name, option.default)
+            if not option.allows(value):
+                reason = f"must be {option.limits} with dpo.loss_type {loss.name!r}, not {value!r}"
+                yield Invalid(_option_key(option.name), reason)
+
+
+def given_options(dpo: DPOConfig) -> dict[str, float | str]:
+    """Return the options of losses that are set, label smoothing among them."""
+    smoothing = {"label_smoothing": dpo.label_smoothing} if dpo.label_smoothing else {}
+    return {**dpo.options, **smoothing}
+
+
+def options_of(dpo: DPOConfig, loss: "Loss") -> dict[str, float | str]:
+    """Return those of the options that a loss takes: of a sum, each loss has its own."""
+    return {name: value for name, value in given_options(dpo).items() if loss.option(name)}
+
+
+def _option_key(name: str) -> str:
+    return "dpo.label_smoothing" if name == "label_smoothing" else f"dpo.options.{name}"
 
 
 # ---- typed values ----
@@ -672,9 +716,12 @@ def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str
     origins = {}
     for word in words:
         if word.startswith("-"):
-            section, key, value = _parse_override(word)
-            tree[section] = {**(tree.get(section) or {}), key: value}
-            origins[f"{section}.{key}"] = "command line"
+            section, keys, value = _parse_override(word)
+            held = tree.get(section) or {}
+            if len(keys) == 2:
+                value = {**(held.get(keys[0]) or {}), keys[1]: value}
+            tree[section] = {**held, keys[0]: value}
+            origins[".".join([section, *keys])] = origins[f"{section}.{keys[0]}"] = "command line"
     return tree, source, origins
 
 
@@ -685,12 +732,13 @@ def _check_spaces(words: Sequence[str]) -> None:
             raise ValueError(f"command line: '{key} {value}' needs a = between: {key}={value}")
 
 
-def _parse_override(word: str) -> tuple[str, str, Any]:
-    """`--section.key=value` -> (section, key, value), the value read as YAML."""
-    match = re.fullmatch(r"--(\w+)\.(\w+)=(.+)", word, flags=re.DOTALL)
+def _parse_override(word: str) -> tuple[str, list[str], Any]:
+    """`--section.key=value` -> (section, [key], value), the value read as YAML. `--section.key.name=value`: one entry
+    of a mapping."""
+    match = re.fullmatch(r"--(\w+)\.(\w+(?:\.\w+)?)=(.+)", word, flags=re.DOTALL)
     if match is None:
         raise ValueError(f"command line: {word!r} is not of the form --section.key=value (no value is null)")
     section, key, text = match.groups()
     if section not in SECTIONS:
         raise ValueError(f"command line: section {section!r} does not exist{nearest(section, SECTIONS)}")
-    return section, key, _parse_yaml(text, f"command line: --{section}.{key}")
+    return section, key.split("."), _parse_yaml(text, f"command line: --{section}.{key}")

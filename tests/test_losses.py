@@ -113,7 +113,7 @@ def test_values_and_gradients_equal_the_plain_expression(loss_type: str, dtype: 
     generator = torch.Generator().manual_seed(0)
     ratios = torch.randn(2, 64, generator=generator, dtype=torch.float64) * 8
     lengths = torch.randint(1, 40, (2, 64), generator=generator)
-    smoothing = 0.2 if loss_type in losses.SMOOTHED_LOSSES else 0.0
+    smoothing = 0.2 if loss_type in SMOOTHED else 0.0
 
     exact = ratios.clone().requires_grad_()
     expected = plain(loss_type)(exact[0], exact[1], 0.3, smoothing, lengths[0], lengths[1])
@@ -271,7 +271,7 @@ def test_shapes_that_would_broadcast_are_rejected() -> None:
         dpo_loss(torch.zeros(2), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - set(losses.SMOOTHED_LOSSES)))
+@pytest.mark.parametrize("loss_type", sorted(set(LOSS_TYPES) - set(SMOOTHED)))
 def test_label_smoothing_is_never_ignored(loss_type: str) -> None:
     with pytest.raises(ValueError, match="label_smoothing has no meaning"):
         loss_of(torch.zeros(1), torch.zeros(1), loss_type, label_smoothing=0.1)
@@ -279,4 +279,4 @@ def test_label_smoothing_is_never_ignored(loss_type: str) -> None:
 
 def test_the_config_knows_the_same_losses() -> None:
     assert get_args(config.LossType) == LOSS_TYPES
-    assert config.SMOOTHED_LOSSES == losses.SMOOTHED_LOSSES
+    assert config.SMOOTHED_LOSSES == SMOOTHED

@@ -82,7 +82,9 @@ __all__ = [
     "used_columns",
 ]
 
-Task = Literal["dpo", "sft"]
+Task = Literal["dpo", "sft", "lists", "labels"]
+"""What a row is for: "dpo" a chosen and a rejected completion, "sft" a demonstration, "lists" K rated completions, best
+first, "labels" one completion with a label, good or bad."""
 Form = tuple[str, ...]
 
 PAIR_FORMS: tuple[Form, ...] = (

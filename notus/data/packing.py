@@ -99,6 +99,9 @@ class Batch:
         weights: [E] fp32, 1 for an example and 0 for a filler.
         indices: [E] dataset rows, -1 for a filler.
         reference: [E, K] fp32, the reference's log-probs in nats, where the loss compares with them.
+        public_reference: [E, K] fp32, the same, summed over a pair's common length alone (LD-DPO).
+        ratings: [E, K] fp32, how good the completions are, where the loss needs it; NaN: not known, or no completion.
+        labels: [E] bool, whether an example's completion is a good one, where the data say so.
         places: where the row's results belong among those of a whole pass, where there is one; None for a filler.
     """
 
@@ -111,6 +114,9 @@ class Batch:
     weights: Tensor
     indices: Tensor
     reference: Tensor | None = None
+    public_reference: Tensor | None = None
+    ratings: Tensor | None = None
+    labels: Tensor | None = None
     places: Tensor | None = None
 
     def pin(self) -> "Batch":

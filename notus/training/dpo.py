@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from notus.config import Config, DPOConfig
+from notus.config import Config, DPOConfig, options_of
 from notus.data.batching import StepPlan
 from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
-from notus.losses import LENGTH_NORMALISED_LOSSES, dpo_loss, nll_loss
+from notus.losses import loss_components, nll_loss, pair_loss
 from notus.model.policy import Policy
 from notus.runtime.distributed import say
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
@@ -87,7 +87,7 @@ class DPOTask:
         self.rows, self.plan = train.rows, plan
         self._train, self._held_out, self._config = train, held_out, config
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
-        per_token = config.loss_type in LENGTH_NORMALISED_LOSSES
+        per_token = any(loss.per_token for loss in loss_components(config.loss_type))
         self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -106,18 +106,14 @@ class DPOTask:
 
     def _losses(self, logps: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [E] and rewards [E, 2]."""
-        losses, chosen_rewards, rejected_rewards = dpo_loss(
-            logps[:, 0],
-            logps[:, 1],
-            reference[:, 0],
-            reference[:, 1],
-            beta=self._config.beta,
-            loss_type=self._config.loss_type,
-            label_smoothing=self._config.label_smoothing,
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-        )
-        return losses, torch.stack([chosen_rewards, rejected_rewards], dim=1)
+        total, rewards = torch.zeros_like(logps[:, 0]), torch.zeros_like(logps)
+        for loss, weight in loss_components(self._config.loss_type).items():
+            options = options_of(self._config, loss)
+            losses, rewards = pair_loss(
+                loss, logps, reference, beta=self._config.beta, options=options, lengths=lengths
+            )
+            total = total + weight * losses
+        return total, rewards
 
     def _with_nll(self, losses: Tensor, logps: Tensor, pairs: int, chosen_tokens: int) -> Tensor:
         """Add the NLL of the chosen [E], so that the mean over `pairs` holds its mean over `chosen_tokens`."""
