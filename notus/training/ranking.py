@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def pairwise_accuracy(scores: Tensor, ratings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many pairs of different ratings the scores order rightly, a tie counting half; and how many there are."""
+    """Return how many pairs of different ratings the scores order rightly, a tie counting half; and how many such pairs
+    there are."""
     agreement, pairs = _agreement(scores, ratings, mask)
     counts = pairs.sum((1, 2)).double()
     return 0.5 * (counts + agreement), counts
