@@ -901,7 +901,7 @@ def wpo_weights(token_logps: Tensor, log_collision: Tensor, lengths: Tensor) -> 
 
 def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """[M] values, in segments of `lengths` [N]: their sums [N]."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0)
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0, unsafe=True)  # no wait for the device
 
 
 # ---- the registry ----
