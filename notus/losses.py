@@ -659,8 +659,8 @@ def plackett_luce_loss(
     """
     lists = _Lists.of(policy_logps, reference_logps, beta, ratings, mask)
     worse, tied = lists.worse, lists.tied
-    gone = tied.tril().sum(2) / (1 + tied.sum(2))
-    log_left = torch.log1p(-gone.to(policy_logps.dtype))
+    gone = tied.tril().sum(2).to(lists.gaps.dtype) / (1 + tied.sum(2))
+    log_left = torch.log1p(-gone)
     # log(w + w Σ_tied e^gap + Σ_worse e^gap), with w = 1 - i/m taken out of the sum
     gaps = lists.gaps - log_left.unsqueeze(2) * worse
     return (log_left + _choice_loss(gaps, worse | tied)).sum(1)
@@ -752,8 +752,8 @@ def nca_loss(
     """
     lists = _Lists.of(policy_logps, reference_logps, beta, ratings, mask)
     target = _target(lists, ratings is not None, rating_scale)
-    noise = lists.mask / lists.mask.sum(1, keepdim=True).clamp(min=1)
     rewards = beta * lists.log_ratios
+    noise = lists.mask.to(rewards.dtype) / lists.mask.sum(1, keepdim=True).clamp(min=1)
     return -(target * logsigmoid(rewards) + noise * logsigmoid(-rewards)).sum(1)
 
 
