@@ -205,8 +205,8 @@ def _check_methods(folder: Path, pairs: Path, device: torch.device, **options: o
     for found in others:
         for one, other in zip(found, expected, strict=True):
             assert one.keys() == other.keys()
-            assert sum(bool(each.any()) for each in one.values()) >= len(one) - 2
             for name, wanted in other.items():
+                assert one[name].any() or "lora_A" in name  # B is zero at first
                 assert torch.equal(one[name], wanted), name
 
 
@@ -217,7 +217,6 @@ OPTIONS: dict[str, dict[str, object]] = {
     "selective": {"activation_checkpointing": "selective"},
     "full": {"activation_checkpointing": "full"},
     "bf16": {"activation_checkpointing": "full", "precision": "bf16"},
-    "compiled": {"compile": True},
     "compiled, full": {"compile": True, "activation_checkpointing": "full"},
     "plain path": {"path": "plain", "longest": 120},
     "adapters": {"lora": LoraConfig(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)},
@@ -229,20 +228,26 @@ def test_gradients_through_tokens_are_those_through_sums(
     name: str, model_folder: Path, pairs_file: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     _check_methods(model_folder, pairs_file, device, **OPTIONS[name])
 
 
 def _check_methods_sharded(folder: Path, pairs: Path, names: list[str]) -> None:
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # in this process alone
+    torch.compile = functools.partial(torch.compile, backend="eager")  # in this process alone
     for name in names:
         _check_methods(folder, pairs, torch.device("cpu"), **OPTIONS[name])
 
 
+COMPILED = [name for name, options in OPTIONS.items() if "compile" in options]
+
+
+@pytest.mark.parametrize(
+    "names", [[name for name in OPTIONS if name not in COMPILED], pytest.param(COMPILED, marks=pytest.mark.slow)]
+)
 def test_gradients_through_tokens_are_those_through_sums_on_two_ranks(
-    tmp_path: Path, model_folder: Path, pairs_file: Path
+    names: list[str], tmp_path: Path, model_folder: Path, pairs_file: Path
 ) -> None:
-    run_ranks(_check_methods_sharded, 2, tmp_path, model_folder, pairs_file, list(OPTIONS))
+    run_ranks(_check_methods_sharded, 2, tmp_path, model_folder, pairs_file, names)
 
 
 def _statistics_of_both_ranks(folder: Path, pairs: Path, expected: Path) -> None:
@@ -260,7 +265,7 @@ def test_statistics_of_a_sharded_policy_are_those_of_the_model(
     (batch,) = step_rows(rows, np.arange(4), rank=0, world_size=1, tokens_per_row=1000)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     found, place = [], 0
-    for example in (rows(index) for index in batch.indices.tolist()):
+    for example in rows(batch.indices.numpy()):
         for branch, mask in zip(example.branches, example.loss_masks, strict=True):
             ids = torch.tensor([*example.trunk, *branch])
             logits = model(input_ids=ids[None]).logits[0].double()
