@@ -98,16 +98,17 @@ def dpo_cases() -> list[Case]:
     # AOT of one pair is DPO of that pair; TRL's "sigmoid" itself ignores label smoothing
     cases += [case("aot", "sigmoid", {"label_smoothing": e}, label_smoothing=e, beta=0.3) for e in (0.1, 0.5)]
     for divergence in ("forward_kl", "js_divergence"):
-        options = {"f_divergence": divergence.removesuffix("_divergence")}
+        options = {"f_divergence": divergence}
         for loss in ("sigmoid", "hinge", "robust", "discopop"):
             if (loss, divergence) != ("discopop", "forward_kl"):  # there TRL's exponentials overflow to NaN
                 cases += [case(loss, None, options, f_divergence_type=divergence, beta=0.1)]
         cases += [
-            smoothed("exo_pair", 0.1, f_divergence_type=divergence) | {"options": {"label_smoothing": 0.1} | options}
+            smoothed("exo_pair", 0.1, f_divergence_type=divergence, beta=0.1)
+            | {"options": {"label_smoothing": 0.1} | options}
         ]
     for alpha in (0.3, 0.7):
-        options = {"f_divergence": "alpha", "f_alpha": alpha}
-        settings = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha, "beta": 0.1}
+        options = {"f_divergence": "alpha_divergence", "f_alpha": alpha}  # the paper's α is 1 - TRL's coefficient
+        settings = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 - alpha, "beta": 0.1}
         cases += [case("sigmoid", None, options, **settings) | {"dtype": "float32"}]  # TRL has no fp64 here
     for ld_alpha in (0.0, 0.3, 1.0):
         cases += [case(loss, ld_alpha=ld_alpha, beta=0.2) | {"ld_alpha": ld_alpha} for loss in ("sigmoid", "bco_pair")]
@@ -194,9 +195,9 @@ def cpo_cases() -> list[Case]:
         cases.append({"loss": "cpo", "options": {"label_smoothing": 0.2}, "settings": smoothing})
         for gamma in (0.0, 1.4):
             settings = base | {"loss_type": "simpo", "beta": beta, "simpo_gamma": gamma}
-            cases.append({"loss": "simpo", "options": {"gamma": gamma}, "settings": settings})
+            cases.append({"loss": "simpo", "options": {"simpo_gamma": gamma}, "settings": settings})
         settings = base | {"loss_type": "simpo", "beta": beta, "label_smoothing": 0.1}
-        cases.append({"loss": "simpo", "options": {"gamma": 0.5, "label_smoothing": 0.1}, "settings": settings})
+        cases.append({"loss": "simpo", "options": {"simpo_gamma": 0.5, "label_smoothing": 0.1}, "settings": settings})
     cases.append({
         "loss": "cpo", "options": {}, "nll_weight": 1.0,
         "settings": base | {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0},
@@ -261,7 +262,7 @@ def kto_cases() -> list[Case]:
         weights = {"desirable_weight": 1.33, "undesirable_weight": 0.5}
         cases.append({"loss": "kto", "options": weights, "kl": "more", "settings": base | {"beta": beta} | weights})
         unpaired = base | {"beta": beta, "loss_type": "apo_zero_unpaired"}
-        cases.append({"loss": "apo_zero_unpaired", "options": {}, "settings": unpaired})
+        cases.append({"loss": "kto", "options": {}, "shift": 0.0, "settings": unpaired})  # KTO without its KL term
     return cases
 
 
