@@ -1,0 +1,165 @@
+"""What the experiments on synthetic data share: a seed's data and start, training, verdicts, and finished runs kept.
+
+The data are `notus/curation/synthetic.py`'s, whose judge knows the answers; model and recipe are the demo's.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from notus import demo
+from notus.config import Task, config_from_dict
+from notus.curation import synthetic
+from notus.curation.ultrafeedback import Report, curate
+from notus.runtime.files import write_text
+
+Rows = list[dict[str, Any]]
+SFT: dict[str, Any] = {**demo.SFT, "save_every": 100}
+DPO: dict[str, Any] = demo.DPO
+MAX_LENGTH = demo.MAX_LENGTH
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Numbers of prompts, and of DPO's steps. The demo's, but for the held-out prompts and the fixed steps."""
+
+    sft: int = demo.SIZES["sft"]
+    preferences: int = demo.SIZES["preferences"]
+    held_out: int = 1000
+    steps: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a seed makes. `records` are those that a fault rate of 0 gives: see `records_at`."""
+
+    size: Size
+    seed: int
+    demonstrations: Rows
+    preferences: list[synthetic.Prompt]
+    records: Rows
+    held_out: list[synthetic.Prompt]
+
+
+def make_data(size: Size, seed: int) -> Data:
+    """The data of a seed; no prompt is in two parts."""
+    lists = synthetic.make_prompts([size.sft, size.preferences, size.held_out], seed=seed)
+    for_sft, preferences, held_out = lists
+    records = synthetic.ultrafeedback_records(preferences, seed=seed, fault_rate=0.0)
+    return Data(size, seed, synthetic.demonstrations(for_sft, seed=seed), preferences, records, held_out)
+
+
+def pairs_by_ratings(data: Data) -> tuple[Rows, Report]:
+    """The pairs of the mean ratings: the same at every fault rate, as `choices` asserts."""
+    return curate(data.records, by="ratings", seed=data.seed, keep_identical=True)
+
+
+def differing(pairs: Rows) -> Rows:
+    """The pairs whose two responses differ: the trainer drops the others."""
+    return [row for row in pairs if row["chosen_response"] != row["rejected_response"]]
+
+
+def share(flags: Iterable[bool]) -> float:
+    """The share of those that are true."""
+    found = list(flags)
+    return sum(found) / len(found)
+
+
+def start_run(folder: Path, data: Data) -> dict[str, Any]:
+    """The model that every experiment starts from: SFT on the demonstrations, once per seed."""
+    text = json_lines(data.demonstrations)
+
+    def make() -> dict[str, Any]:
+        demo.make_base(folder / "base", data.seed)
+        train("sft", folder, text, {"model": {"name_or_path": str(folder / "base")}, "training": SFT}, data.seed)
+        weights = digest((folder / "run" / "model" / "model.safetensors").read_bytes())
+        return {"seed": data.seed, "start": weights, **verdicts(folder, data)}
+
+    return kept_run(folder, {"data": digest(text), "prompts": digest(prompt_lines(data)), "recipe": SFT}, make)
+
+
+def check_enough(name: str, rows: Rows, steps: int, batch_size: int) -> None:
+    """Raise ValueError if the rows do not last for so many steps without a repetition."""
+    if len(rows) < steps * batch_size:
+        raise ValueError(
+            f"{name}: {len(rows)} rows do not last for {steps * batch_size}: take more prompts or fewer steps"
+        )
+
+
+def right_against_mistake(prompt: synthetic.Prompt) -> dict[str, Any]:
+    """A held-out pair as the judge would choose it, in the columns of the curated ones."""
+    return {
+        "source": f"synthetic_{prompt.task.name}",
+        "instruction": prompt.instruction,
+        "chosen_response": prompt.task.answer(prompt.digits),
+        "rejected_response": prompt.task.mistake(prompt.digits),
+        "chosen_avg_rating": 5.0,
+        "rejected_avg_rating": 1.0,
+        "chosen_model": "judge",
+    }
+
+
+def train(task: Task, folder: Path, text: str, tree: dict[str, dict[str, Any]], seed: int) -> None:
+    """Run `train_sft.py`'s or `train_dpo.py`'s path into `folder/run`; ends the process if a signal ended that."""
+    import torch
+
+    from notus.training import dpo, sft
+
+    torch.set_num_threads(1)  # as the demo: the matrices are too small to gain from more
+    (folder / "train.jsonl").write_text(text)
+    data = {"train": str(folder / "train.jsonl"), "max_length": MAX_LENGTH, "cache_dir": str(folder / "cache")}
+    tree = {
+        **tree,
+        "data": {**data, **tree.get("data", {})},
+        "training": {**tree["training"], "output_dir": str(folder / "run"), "seed": seed},
+    }
+    code = {"sft": sft, "dpo": dpo}[task].run(config_from_dict(tree, task, source="the benchmark's settings"))
+    if code:
+        raise SystemExit(code)
+
+
+def verdicts(folder: Path, data: Data) -> dict[str, Any]:
+    """Greedy answers to the held-out prompts, and a 1 or 0 for each: whether the judge passes it."""
+    from notus.evaluation import generate
+
+    asked, out = folder / "prompts.jsonl", folder / "answers.jsonl"
+    asked.write_text(prompt_lines(data))
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    options = ["--overwrite", "--max-new-tokens", "12", "--batch-size", "100"]
+    generate.run(parser.parse_args([str(folder / "run"), str(asked), str(out), *options]))
+    answers = [json.loads(line)["completion"].strip() for line in out.read_text(encoding="utf-8").splitlines()]
+    right = [synthetic.judge(prompt.instruction, answer) for prompt, answer in zip(data.held_out, answers, strict=True)]
+    by_task = {task.name: share(right[number :: len(synthetic.TASKS)]) for number, task in enumerate(synthetic.TASKS)}
+    return {"win_rate": share(right), "by_task": by_task, "right": "".join("01"[x] for x in right), "answers": answers}
+
+
+def prompt_lines(data: Data) -> str:
+    """The held-out prompts as `notus generate` reads them."""
+    return json_lines([{"instruction": prompt.instruction} for prompt in data.held_out])
+
+
+def json_lines(rows: Rows) -> str:
+    """The rows as a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def digest(content: str | bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def kept_run(folder: Path, inputs: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result in `folder`, made now if there is none. ValueError if one is there that other inputs gave."""
+    path, begun = folder / "result.json", folder / "inputs.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if begun.exists() and json.loads(begun.read_text()) != inputs:
+        raise ValueError(f"{folder} holds a run of other data or settings: remove it, or name another --work")
+    if not path.exists():
+        write_text(begun, json.dumps(inputs, indent=1))
+        write_text(path, json.dumps(make()))
+    return dict(json.loads(path.read_text()))
