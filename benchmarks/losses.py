@@ -32,7 +32,7 @@ import synthetic_runs
 from common import markdown, write_json
 from notus.losses import LOSSES, Loss, loss_components
 from ratings_vs_critique_report import over_seeds
-from synthetic_runs import DPO, SFT, Data, Rows, Size, differing, digest, json_lines, kept_run, pairs_by_ratings
+from synthetic_runs import DPO, SFT, Data, Size, check_enough, differing, digest, json_lines, kept_run, pairs_by_ratings
 
 STEPS = 32
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -87,15 +87,23 @@ def variants(losses: Mapping[str, Loss] = LOSSES) -> list[Variant]:
 # ---- data ----
 
 
-def chosen_pairs(data: Data) -> Rows:
-    """One pair per prompt, by the mean ratings, of two different texts."""
-    return differing(pairs_by_ratings(data)[0])
+@dataclasses.dataclass(frozen=True)
+class TrainingRows:
+    """The training rows of a kind of loss: the file, how many, how many a step takes, and a digest of the file."""
+
+    path: Path
+    count: int
+    per_step: int
+    digest: str
 
 
-def rows_for(kind: str, data: Data) -> Rows:
-    """The training rows of a kind of loss, all of the same prompts."""
-    pairs = chosen_pairs(data)
-    return {"pairs": lambda: pairs}[kind]()
+def write_rows(kind: str, data: Data, folder: Path) -> TrainingRows:
+    """Write the training rows of a kind of loss into the seed's folder, all of the same prompts."""
+    pairs = differing(pairs_by_ratings(data)[0])
+    rows = {"pairs": lambda: pairs}[kind]()
+    path, text = folder / f"{kind}.jsonl", json_lines(rows)
+    path.write_text(text)
+    return TrainingRows(path, len(rows), prompts_per_step(kind), digest(text))
 
 
 def prompts_per_step(kind: str) -> int:
@@ -106,7 +114,9 @@ def prompts_per_step(kind: str) -> int:
 # ---- one run ----
 
 
-def loss_run(folder: Path, data: Data, variant: Variant, beta: float, start: Path, start_digest: str) -> dict[str, Any]:
+def loss_run(
+    folder: Path, data: Data, variant: Variant, beta: float, rows: TrainingRows, start: Path
+) -> dict[str, Any]:
     """Train a loss at a β from the start; what the model then says of the held-out prompts.
 
     The reference log-probs and the tokenised rows are kept in the seed's folder, since the losses share them.
@@ -114,10 +124,8 @@ def loss_run(folder: Path, data: Data, variant: Variant, beta: float, start: Pat
     Raises:
         ValueError: there are too few rows for the steps.
     """
-    rows = rows_for(variant.rows, data)
-    synthetic_runs.check_enough(variant.name, rows, data.size.steps, prompts_per_step(variant.rows))
-    text = json_lines(rows)
-    recipe = {**DPO, "max_steps": data.size.steps, "batch_size": prompts_per_step(variant.rows)}
+    check_enough(variant.name, rows.count, data.size.steps, rows.per_step)
+    recipe = {**DPO, "max_steps": data.size.steps, "batch_size": rows.per_step}
     shared = folder.parents[1]
     tree = {
         "model": {"name_or_path": str(start)},
@@ -130,28 +138,28 @@ def loss_run(folder: Path, data: Data, variant: Variant, beta: float, start: Pat
 
     def make() -> dict[str, Any]:
         found = {"seed": data.seed, "loss": variant.name, "beta": beta}
-        if failure := _train(folder, text, tree, data.seed):
+        if failure := _train(folder, rows.path, tree, data.seed):
             return {**found, "failed": failure}
         answers = synthetic_runs.verdicts(folder, data)
         del answers["answers"]  # they stay in the folder
         return {**found, **answers, **moved(folder / "run" / "model", start, shared, data)}
 
     inputs = {
-        "rows": digest(text),
+        "rows": rows.digest,
         "held_out": digest(synthetic_runs.prompt_lines(data)),
-        "start": start_digest,
+        "start": json.loads((shared / "start" / "result.json").read_text())["start"],
         "dpo": tree["dpo"],
         "recipe": recipe,
     }
     return kept_run(folder, inputs, make)
 
 
-def _train(folder: Path, text: str, tree: dict[str, dict[str, Any]], seed: int) -> str | None:
+def _train(folder: Path, rows: Path, tree: dict[str, dict[str, Any]], seed: int) -> str | None:
     """Train; what the trainer says if a step's loss or gradient is not finite, which is a result, too."""
     from notus.training.trainer import NonFiniteError
 
     try:
-        synthetic_runs.train("dpo", folder, text, tree, seed)
+        synthetic_runs.train("dpo", folder, rows, tree, seed)
     except NonFiniteError as error:
         return str(error)
     return None
@@ -220,17 +228,15 @@ def run_seed(size: Size, seed: int, chosen: Sequence[Variant], work: Path) -> di
     """The start of a seed, and the runs of all losses from it."""
     data, folder = synthetic_runs.make_data(size, seed), work / f"seed-{seed}"
     start = synthetic_runs.start_run(folder / "start", data)
-    runs = list(_runs(data, chosen, folder, start["start"]))
-    return {"seed": seed, "start": {"win_rate": start["win_rate"], "by_task": start["by_task"]}, "runs": runs}
-
-
-def _runs(data: Data, chosen: Sequence[Variant], folder: Path, start_digest: str) -> Iterator[dict[str, Any]]:
+    rows = {kind: write_rows(kind, data, folder) for kind in {variant.rows for variant in chosen}}
+    runs = []
     for variant in chosen:
         for beta in variant.betas:
             name = f"{variant.name.replace(' ', '-')}-beta-{beta:g}"
-            print(f"\n== seed {data.seed}: {name}", file=sys.stderr, flush=True)
-            place = folder / f"{data.size.steps}-steps" / name
-            yield loss_run(place, data, variant, beta, folder / "start" / "run" / "model", start_digest)
+            print(f"\n== seed {seed}: {name}", file=sys.stderr, flush=True)
+            place = folder / f"{size.steps}-steps" / name
+            runs.append(loss_run(place, data, variant, beta, rows[variant.rows], folder / "start" / "run" / "model"))
+    return {"seed": seed, "start": {"win_rate": start["win_rate"], "by_task": start["by_task"]}, "runs": runs}
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -106,7 +106,7 @@ def dpo_run(
     Raises:
         ValueError: the pairs that the trainer keeps do not last for `steps` without a repetition.
     """
-    check_enough(folder.name, differing(pairs), steps, DPO["batch_size"])
+    check_enough(folder.name, len(differing(pairs)), steps, DPO["batch_size"])
     text, recipe = json_lines(pairs), {**DPO, "max_steps": steps}
     tree = {
         "model": {"name_or_path": str(start)},
@@ -117,7 +117,8 @@ def dpo_run(
 
     def make() -> dict[str, Any]:
         (folder / "eval.jsonl").write_text(json_lines([right_against_mistake(prompt) for prompt in data.held_out]))
-        synthetic_runs.train("dpo", folder, text, tree, data.seed)
+        (folder / "train.jsonl").write_text(text)
+        synthetic_runs.train("dpo", folder, folder / "train.jsonl", tree, data.seed)
         metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         first, last = metrics[0], metrics[-1]
         assert last["step"] == steps

@@ -75,19 +75,20 @@ def start_run(folder: Path, data: Data) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         demo.make_base(folder / "base", data.seed)
-        train("sft", folder, text, {"model": {"name_or_path": str(folder / "base")}, "training": SFT}, data.seed)
+        (folder / "train.jsonl").write_text(text)
+        tree = {"model": {"name_or_path": str(folder / "base")}, "training": SFT}
+        train("sft", folder, folder / "train.jsonl", tree, data.seed)
         weights = digest((folder / "run" / "model" / "model.safetensors").read_bytes())
         return {"seed": data.seed, "start": weights, **verdicts(folder, data)}
 
     return kept_run(folder, {"data": digest(text), "prompts": digest(prompt_lines(data)), "recipe": SFT}, make)
 
 
-def check_enough(name: str, rows: Rows, steps: int, batch_size: int) -> None:
-    """Raise ValueError if the rows do not last for so many steps without a repetition."""
-    if len(rows) < steps * batch_size:
-        raise ValueError(
-            f"{name}: {len(rows)} rows do not last for {steps * batch_size}: take more prompts or fewer steps"
-        )
+def check_enough(name: str, count: int, steps: int, batch_size: int) -> None:
+    """Raise ValueError if so many rows do not last for the steps without a repetition."""
+    needed = steps * batch_size
+    if count < needed:
+        raise ValueError(f"{name}: {count} rows do not last for {needed}: take more prompts or fewer steps")
 
 
 def right_against_mistake(prompt: synthetic.Prompt) -> dict[str, Any]:
@@ -103,15 +104,17 @@ def right_against_mistake(prompt: synthetic.Prompt) -> dict[str, Any]:
     }
 
 
-def train(task: Task, folder: Path, text: str, tree: dict[str, dict[str, Any]], seed: int) -> None:
-    """Run `train_sft.py`'s or `train_dpo.py`'s path into `folder/run`; ends the process if a signal ended that."""
+def train(task: Task, folder: Path, rows: Path, tree: dict[str, dict[str, Any]], seed: int) -> None:
+    """Run `train_sft.py`'s or `train_dpo.py`'s path on a file of rows into `folder/run`.
+
+    Ends the process if a signal ended that.
+    """
     import torch
 
     from notus.training import dpo, sft
 
     torch.set_num_threads(1)  # as the demo: the matrices are too small to gain from more
-    (folder / "train.jsonl").write_text(text)
-    data = {"train": str(folder / "train.jsonl"), "max_length": MAX_LENGTH, "cache_dir": str(folder / "cache")}
+    data = {"train": str(rows), "max_length": MAX_LENGTH, "cache_dir": str(folder / "cache")}
     tree = {
         **tree,
         "data": {**data, **tree.get("data", {})},

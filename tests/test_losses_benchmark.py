@@ -105,9 +105,10 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_last_are_an_error(tmp_path: Path) -> None:
-    from losses import loss_run, variants
+    from losses import loss_run, variants, write_rows
     from synthetic_runs import Size, make_data
 
     data = make_data(Size(sft=4, preferences=40, held_out=4, steps=2), 0)
+    rows = write_rows("pairs", data, tmp_path)
     with pytest.raises(ValueError, match="do not last for 64"):
-        loss_run(tmp_path / "a" / "b", data, variants()[0], 0.1, tmp_path, "")
+        loss_run(tmp_path / "a" / "b", data, variants()[0], 0.1, rows, tmp_path)
