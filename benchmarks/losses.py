@@ -28,13 +28,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import synthetic_runs
 from common import markdown, write_json
 from notus.losses import LOSSES, Loss, loss_components
 from ratings_vs_critique_report import over_seeds
-from synthetic_runs import DPO, SFT, Data, Size, check_enough, differing, digest, json_lines, kept_run, pairs_by_ratings
+from synthetic_runs import DPO, SFT, Size, loss_run, make_data, start_run, write_rows
 
 STEPS = 32
+# The demo's, at four times its learning rate: with that one, 32 steps move the log-probs so little (a margin of about
+# one nat) that nearly all losses are still straight lines, and train the same model.
+RECIPE = {**DPO, "learning_rate": 1e-4}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -84,120 +86,6 @@ def variants(losses: Mapping[str, Loss] = LOSSES) -> list[Variant]:
     return [*found, *NAMED]
 
 
-# ---- data ----
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingRows:
-    """The training rows of a kind of loss: the file, how many, how many a step takes, and a digest of the file."""
-
-    path: Path
-    count: int
-    per_step: int
-    digest: str
-
-
-def write_rows(kind: str, data: Data, folder: Path) -> TrainingRows:
-    """Write the training rows of a kind of loss into the seed's folder, all of the same prompts."""
-    pairs = differing(pairs_by_ratings(data)[0])
-    rows = {"pairs": lambda: pairs}[kind]()
-    path, text = folder / f"{kind}.jsonl", json_lines(rows)
-    path.write_text(text)
-    return TrainingRows(path, len(rows), prompts_per_step(kind), digest(text))
-
-
-def prompts_per_step(kind: str) -> int:
-    """`training.batch_size`: rows of labels are two per prompt."""
-    return int(DPO["batch_size"]) * (2 if kind == "labels" else 1)
-
-
-# ---- one run ----
-
-
-def loss_run(
-    folder: Path, data: Data, variant: Variant, beta: float, rows: TrainingRows, start: Path
-) -> dict[str, Any]:
-    """Train a loss at a β from the start; what the model then says of the held-out prompts.
-
-    The reference log-probs and the tokenised rows are kept in the seed's folder, since the losses share them.
-
-    Raises:
-        ValueError: there are too few rows for the steps.
-    """
-    check_enough(variant.name, rows.count, data.size.steps, rows.per_step)
-    recipe = {**DPO, "max_steps": data.size.steps, "batch_size": rows.per_step}
-    shared = folder.parents[1]
-    tree = {
-        "model": {"name_or_path": str(start)},
-        "data": {"cache_dir": str(shared / "cache")},
-        "dpo": {"beta": beta, **variant.dpo},
-        "reference": {"cache_dir": str(shared / "reference")},
-        "tracking": {"samples": 0},
-        "training": recipe,
-    }
-
-    def make() -> dict[str, Any]:
-        found = {"seed": data.seed, "loss": variant.name, "beta": beta}
-        if failure := _train(folder, rows.path, tree, data.seed):
-            return {**found, "failed": failure}
-        answers = synthetic_runs.verdicts(folder, data)
-        del answers["answers"]  # they stay in the folder
-        return {**found, **answers, **moved(folder / "run" / "model", start, shared, data)}
-
-    inputs = {
-        "rows": rows.digest,
-        "held_out": digest(synthetic_runs.prompt_lines(data)),
-        "start": json.loads((shared / "start" / "result.json").read_text())["start"],
-        "dpo": tree["dpo"],
-        "recipe": recipe,
-    }
-    return kept_run(folder, inputs, make)
-
-
-def _train(folder: Path, rows: Path, tree: dict[str, dict[str, Any]], seed: int) -> str | None:
-    """Train; what the trainer says if a step's loss or gradient is not finite, which is a result, too."""
-    from notus.training.trainer import NonFiniteError
-
-    try:
-        synthetic_runs.train("dpo", folder, rows, tree, seed)
-    except NonFiniteError as error:
-        return str(error)
-    return None
-
-
-def moved(model: Path, start: Path, shared: Path, data: Data) -> dict[str, float]:
-    """How the log-probs of right answers and usual mistakes stand against the start's; nats, means over held-out pairs.
-
-    `chosen_change` and `rejected_change` are per token, first averaged over each completion; `margin` is that of
-    the summed log-ratios.
-    """
-    found, before = scores(model, shared, data, start), scores(start, shared, data)
-
-    def change(side: str) -> float:
-        return float(found[f"logps_per_token/{side}"] - before[f"logps_per_token/{side}"])
-
-    return {
-        "chosen_change": change("chosen"),
-        "rejected_change": change("rejected"),
-        "reward_accuracy": found["rewards/accuracies"],
-        "margin": found["rewards/margins"],
-    }
-
-
-def scores(model: Path, shared: Path, data: Data, base: Path | None = None) -> dict[str, Any]:
-    """What `notus evaluate` finds for a model on the held-out pairs; the start's are kept, as every run needs them."""
-    from notus.__main__ import run_command
-
-    pairs = shared / "held-out-pairs.jsonl"
-    pairs.write_text(json_lines([synthetic_runs.right_against_mistake(prompt) for prompt in data.held_out]))
-    out = (shared if base is None else model.parents[1]) / f"evaluation-{len(data.held_out)}.json"
-    if base is not None or not out.exists():
-        against = [] if base is None else ["--base", base, "--beta", 1]
-        settings = ["--max-length", synthetic_runs.MAX_LENGTH, "--precision", "fp32"]
-        run_command("evaluate", model, "--pairs", pairs, *against, *settings, "--output", out)
-    return dict(json.loads(out.read_text()))
-
-
 # ---- the command ----
 
 QUICK = Size(sft=64, preferences=200, held_out=16, steps=2)
@@ -226,16 +114,18 @@ def chosen_variants(names: Sequence[str] | None) -> list[Variant]:
 
 def run_seed(size: Size, seed: int, chosen: Sequence[Variant], work: Path) -> dict[str, Any]:
     """The start of a seed, and the runs of all losses from it."""
-    data, folder = synthetic_runs.make_data(size, seed), work / f"seed-{seed}"
-    start = synthetic_runs.start_run(folder / "start", data)
+    data, folder = make_data(size, seed), work / f"seed-{seed}"
+    start = start_run(folder / "start", data)
     rows = {kind: write_rows(kind, data, folder) for kind in {variant.rows for variant in chosen}}
     runs = []
     for variant in chosen:
         for beta in variant.betas:
             name = f"{variant.name.replace(' ', '-')}-beta-{beta:g}"
             print(f"\n== seed {seed}: {name}", file=sys.stderr, flush=True)
-            place = folder / f"{size.steps}-steps" / name
-            runs.append(loss_run(place, data, variant, beta, rows[variant.rows], folder / "start" / "run" / "model"))
+            place, recipe = folder / f"{size.steps}-steps" / name, {**RECIPE, "max_steps": size.steps}
+            dpo = {"beta": beta, **variant.dpo}
+            found = loss_run(place, data, rows[variant.rows], dpo, recipe, folder / "start")
+            runs.append({"loss": variant.name, "beta": beta, **found})
     return {"seed": seed, "start": {"win_rate": start["win_rate"], "by_task": start["by_task"]}, "runs": runs}
 
 
@@ -255,7 +145,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "machine": platform.machine(),
             "torch": torch.__version__,
             "size": vars(size),
-            "recipes": {"sft": SFT, "dpo": DPO},
+            "recipes": {"sft": SFT, "dpo": RECIPE},
             "losses": [{**dataclasses.asdict(variant), "rows": variant.rows} for variant in chosen],
             "seeds": seeds,
         }

@@ -125,6 +125,103 @@ def train(task: Task, folder: Path, rows: Path, tree: dict[str, dict[str, Any]],
         raise SystemExit(code)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingRows:
+    """The training rows of a kind of loss: the file, how many, how many a step takes, and a digest of the file."""
+
+    path: Path
+    count: int
+    per_step: int
+    digest: str
+
+
+def write_rows(kind: str, data: Data, folder: Path) -> TrainingRows:
+    """Write the training rows of a kind of loss into the seed's folder: "pairs".
+
+    All kinds have the same prompts, those whose pair by the mean ratings has two different texts, and as many
+    prompts in a step.
+    """
+    rows = differing(pairs_by_ratings(data)[0])
+    path, text = folder / f"{kind}.jsonl", json_lines(rows)
+    path.write_text(text)
+    return TrainingRows(path, len(rows), DPO["batch_size"], digest(text))
+
+
+def loss_run(
+    folder: Path, data: Data, rows: TrainingRows, dpo: dict[str, Any], recipe: dict[str, Any], start: Path
+) -> dict[str, Any]:
+    """Train a loss from the start, `recipe["max_steps"]` steps; what the model then makes of the held-out prompts.
+
+    The reference log-probs and the tokenised rows are kept in the start's folder, since runs share them.
+
+    Returns:
+        `tokens` of the training, what `verdicts` and `moved` find, without the answers; or `failed`, what the trainer
+        says if a step's loss or gradient is not finite, which is a result, too.
+
+    Raises:
+        ValueError: there are too few rows for the steps.
+    """
+    from notus.training.trainer import NonFiniteError
+
+    check_enough(folder.name, rows.count, recipe["max_steps"], rows.per_step)
+    recipe = {**recipe, "batch_size": rows.per_step}
+    tree = {
+        "model": {"name_or_path": str(start / "run" / "model")},
+        "data": {"cache_dir": str(start / "cache")},
+        "dpo": dpo,
+        "reference": {"cache_dir": str(start / "reference")},
+        "tracking": {"samples": 0},
+        "training": recipe,
+    }
+
+    def make() -> dict[str, Any]:
+        try:
+            train("dpo", folder, rows.path, tree, data.seed)
+        except NonFiniteError as error:
+            return {"failed": str(error)}
+        last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == recipe["max_steps"]
+        found = {"tokens": last["num_tokens"], **verdicts(folder, data), **moved(folder, start, data)}
+        del found["answers"]  # they stay in the folder
+        return found
+
+    inputs = {
+        "rows": rows.digest,
+        "prompts": digest(prompt_lines(data)),
+        "start": json.loads((start / "result.json").read_text())["start"],
+        "dpo": dpo,
+        "recipe": recipe,
+    }
+    return kept_run(folder, inputs, make)
+
+
+def moved(folder: Path, start: Path, data: Data) -> dict[str, float]:
+    """How log-probs of the right answers and the usual mistakes stand against the start's; means over held-out pairs.
+
+    `chosen_change` and `rejected_change` are in nats per token, first averaged over each completion; `margin` is the
+    difference of the summed log-ratios, in nats; `reward_accuracy` the share of pairs where it is positive.
+    """
+    found, before = scores(folder, data, start), scores(start, data)
+    sides = {
+        f"{side}_change": found[f"logps_per_token/{side}"] - before[f"logps_per_token/{side}"]
+        for side in ("chosen", "rejected")
+    }
+    return {**sides, "reward_accuracy": found["rewards/accuracies"], "margin": found["rewards/margins"]}
+
+
+def scores(folder: Path, data: Data, base: Path | None = None) -> dict[str, Any]:
+    """What `notus evaluate` finds for a run on the held-out pairs; the start's are kept, as every run needs them."""
+    from notus.__main__ import run_command
+
+    pairs, out = folder / "held-out-pairs.jsonl", folder / "evaluation.json"
+    if base is not None or not out.exists():
+        pairs.write_text(json_lines([right_against_mistake(prompt) for prompt in data.held_out]))
+        against = [] if base is None else ["--base", base / "run" / "model", "--beta", 1]
+        settings = ["--max-length", MAX_LENGTH, "--precision", "fp32"]
+        run_command("evaluate", folder / "run" / "model", "--pairs", pairs, *against, *settings, "--output", out)
+    return dict(json.loads(out.read_text()))
+
+
 def verdicts(folder: Path, data: Data) -> dict[str, Any]:
     """Greedy answers to the held-out prompts, and a 1 or 0 for each: whether the judge passes it."""
     from notus.evaluation import generate

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_loss_is_trained_at_two_betas_with_a_config_that_is_valid() -> None:
-    from losses import prompts_per_step, variants
+    from losses import variants
 
     found = variants()
     names = [variant.name for variant in found]
@@ -27,7 +27,7 @@ def test_every_loss_is_trained_at_two_betas_with_a_config_that_is_valid() -> Non
             tree = {
                 "model": {"name_or_path": "m"},
                 "data": {"train": "t"},
-                "training": {"output_dir": "o", "batch_size": prompts_per_step(variant.rows)},
+                "training": {"output_dir": "o"},
                 "dpo": {"beta": beta, **variant.dpo},
             }
             config_from_dict(tree, "dpo")
@@ -105,10 +105,9 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_last_are_an_error(tmp_path: Path) -> None:
-    from losses import loss_run, variants, write_rows
-    from synthetic_runs import Size, make_data
+    from synthetic_runs import DPO, Size, loss_run, make_data, write_rows
 
-    data = make_data(Size(sft=4, preferences=40, held_out=4, steps=2), 0)
+    data = make_data(Size(sft=4, preferences=40, held_out=4), 0)
     rows = write_rows("pairs", data, tmp_path)
     with pytest.raises(ValueError, match="do not last for 64"):
-        loss_run(tmp_path / "a" / "b", data, variants()[0], 0.1, rows, tmp_path)
+        loss_run(tmp_path / "run", data, rows, {"beta": 0.1}, {**DPO, "max_steps": 2}, tmp_path)
