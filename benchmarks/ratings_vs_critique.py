@@ -2,11 +2,16 @@
 
     python benchmarks/ratings_vs_critique.py --results FILE.json --plot FILE.svg
     python benchmarks/ratings_vs_critique.py --stored FILE.json --plot FILE.svg    # draws again, runs nothing
+    python benchmarks/ratings_vs_critique.py --lists --results FILE.json           # and pairs against lists
 
 The data are `notus/curation/synthetic.py`'s, whose judge knows the answers; the recipe is the demo's. For each seed
 one model is trained with SFT; from it, DPO on the pairs of the mean ratings, and DPO on those of the overall score at
 each fault rate: the share of scores of 1 that are stored as 10. The ratings' pairs do not depend on the fault rate
 (asserted), so that rule is trained once per seed. Prompts, completions, ratings, seeds and steps are equal.
+
+With `--lists`: what the whole list of rated answers adds to the pair. From the same start and for the same prompts, DPO
+on the pair of the mean ratings, against losses of lists on all four answers with their ratings. A list has more tokens
+than a pair, so the pair is trained twice: for as many steps as the list, and for as many as give as many tokens.
 
 Prints a table in Markdown; `--results` writes it beside the JSON. A finished run leaves its result in the work folder,
 with digests of what went into it, and is not repeated: a launch that was killed resumes with the same command, and
@@ -19,6 +24,7 @@ import importlib.util
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,7 @@ import synthetic_runs
 from common import write_json
 from notus.curation import synthetic
 from notus.curation.ultrafeedback import Report, curate
-from ratings_vs_critique_report import draw, table
+from ratings_vs_critique_report import draw, list_table, table
 from synthetic_runs import (
     DPO,
     SFT,
@@ -38,12 +44,14 @@ from synthetic_runs import (
     digest,
     json_lines,
     kept_run,
+    loss_run,
     make_data,
     pairs_by_ratings,
     prompt_lines,
     right_against_mistake,
     share,
     start_run,
+    write_rows,
 )
 
 HARD = {f"synthetic_{task.name}" for task in synthetic.TASKS if task.hard}
@@ -140,12 +148,40 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--fault-rates", nargs="+", type=_rate, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--steps", type=int, help=f"of DPO (default: {Size.steps}; quick: {QUICK.steps})")
+    parser.add_argument("--lists", action="store_true", help="pairs against lists, and no fault rates")
     parser.add_argument("--work", type=Path, default=Path("runs/ratings-vs-critique"), help="what runs leave")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few prompts: says nothing")
     parser.add_argument("--results", type=Path, help="write the results to this JSON file, the table to .md")
     parser.add_argument("--plot", type=Path, help="draw to this SVG file (needs matplotlib)")
     parser.add_argument("--stored", type=Path, help="take the results from this file and run nothing")
     return parser.parse_args(arguments)
+
+
+# Losses of lists; the pair has `sigmoid`, of which both are generalisations.
+LIST_LOSSES = ("plackett_luce", "all_pairs")
+LIST_STEPS = (16, 32)
+
+
+def lists_seed(size: Size, seed: int, lengths: Sequence[int], work: Path) -> dict[str, Any]:
+    """All runs of a seed of pairs against lists, at several numbers of the list's steps."""
+    data, folder = make_data(size, seed), work / f"seed-{seed}"
+    start = start_run(folder / "start", data)
+    rows = {kind: write_rows(kind, data, folder) for kind in ("pairs", "lists")}
+
+    def run(kind: str, loss: str, steps: int) -> dict[str, Any]:
+        print(f"\n== seed {seed}: {loss}, {steps} steps", file=sys.stderr, flush=True)
+        dpo, recipe = {"beta": 0.1, "loss_type": loss}, {**DPO, "max_steps": steps}
+        return loss_run(folder / f"{steps}-steps" / loss, data, rows[kind], dpo, recipe, folder / "start")
+
+    runs = []
+    for steps in lengths:
+        pair, lists = run("pairs", "sigmoid", steps), {loss: run("lists", loss, steps) for loss in LIST_LOSSES}
+        tokens = lists[LIST_LOSSES[0]]["tokens"]
+        longer = round(steps * tokens / pair["tokens"])
+        found = {"pairs": (steps, pair), "pairs, equal tokens": (longer, run("pairs", "sigmoid", longer))}
+        found |= {loss: (steps, of_loss) for loss, of_loss in lists.items()}
+        runs += [{"of_lists": steps, "name": name, "steps": taken, **each} for name, (taken, each) in found.items()]
+    return {"seed": seed, "start": start["win_rate"], "prompts": rows["pairs"].count, "runs": runs}
 
 
 def _rate(text: str) -> float:
@@ -198,27 +234,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     size = QUICK if args.quick else Size()
     if args.steps is not None:
         size = dataclasses.replace(size, steps=args.steps)
+    about = {"quick": args.quick, "machine": platform.machine(), "torch": torch.__version__}
+    about |= {"size": vars(size), "recipes": {"sft": SFT, "dpo": DPO}}
+    if args.lists:
+        lengths = LIST_STEPS if args.steps is None and not args.quick else (size.steps,)
+        return {**about, "seeds": [lists_seed(size, seed, lengths, args.work) for seed in args.seeds]}
     seeds = [run_seed(size, seed, args.fault_rates, args.work) for seed in args.seeds]
     for seed in seeds:
         for run in (seed["start"], seed["ratings"], *seed["overall_score"]):
             del run["answers"]  # they stay in the work folder
-    return {
-        "quick": args.quick,
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "size": vars(size),
-        "fault_rates": args.fault_rates,
-        "recipes": {"sft": SFT, "dpo": DPO},
-        "seeds": seeds,
-    }
+    return {**about, "fault_rates": args.fault_rates, "seeds": seeds}
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    if args.plot and args.lists:
+        raise ValueError("--plot has no effect with --lists: leave it out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install -r requirements-bench.txt")
     results = json.loads(args.stored.read_text()) if args.stored else measure(args)
-    written = table(results)
+    written = list_table(results) if args.lists else table(results)
     print(written)
     if args.results:
         write_json(args.results, results)

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +136,30 @@ class TrainingRows:
 
 
 def write_rows(kind: str, data: Data, folder: Path) -> TrainingRows:
-    """Write the training rows of a kind of loss into the seed's folder: "pairs".
+    """Write the training rows of a kind of loss into the seed's folder.
 
-    All kinds have the same prompts, those whose pair by the mean ratings has two different texts, and as many
-    prompts in a step.
+    "pairs": one pair per prompt, by the mean ratings. "lists": all its rated answers. "labels": the two completions of
+    the pair, each with its label; the trainer reads them from the pair. All kinds have the same prompts, those whose
+    pair has two different texts, and as many prompts in a step.
     """
-    rows = differing(pairs_by_ratings(data)[0])
+    pairs = differing(pairs_by_ratings(data)[0])
+    rows = rated_lists(data, folder, {pair["instruction"] for pair in pairs}) if kind == "lists" else pairs
+    assert len(rows) == len(pairs)
     path, text = folder / f"{kind}.jsonl", json_lines(rows)
     path.write_text(text)
-    return TrainingRows(path, len(rows), DPO["batch_size"], digest(text))
+    per_prompt = 2 if kind == "labels" else 1
+    return TrainingRows(path, per_prompt * len(rows), per_prompt * DPO["batch_size"], digest(text))
+
+
+def rated_lists(data: Data, folder: Path, prompts: Collection[str]) -> Rows:
+    """The lists that `notus curate --listwise` makes of these prompts."""
+    from notus.__main__ import run_command
+
+    records, out = folder / "records.jsonl", folder / "all-lists.jsonl"
+    records.write_text(json_lines(data.records))
+    run_command("curate", records, out, "--listwise")
+    lists = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    return [row for row in lists if row["prompt"] in prompts]
 
 
 def loss_run(
