@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,24 +57,45 @@ class Variant:
 
 
 # The two β of a loss, by name, and their source. A loss that is not named here gets those of DPO.
+DPO_BETAS = ((0.1, 0.5), "2305.18290: 0.1, and 0.5 for TL;DR")
 BETAS: dict[str, tuple[tuple[float, float], str]] = {
-    "sigmoid": ((0.1, 0.5), "2305.18290: 0.1, and 0.5 for TL;DR"),
     "ipo": ((0.1, 0.5), "0.1 is TRL's default; 2310.12036 tries 0.1 to 1"),
+    "ipo_sum": ((0.1, 0.5), "as ipo"),
     "sigmoid_norm": ((2.0, 10.0), "2411.15124: 5; the range of SimPO"),
     "nca_pair": ((0.01, 0.1), "2402.05369: 0.01; TRL's default"),
     "bco_pair": ((0.01, 0.1), "2404.04656: 0.01; TRL's default"),
     "sppo_hard": ((0.001, 0.1), "2405.00675: 0.001; TRL's default"),
     "discopop": ((0.05, 0.5), "2406.08414: 0.05"),
+    "dpop": ((0.1, 0.3), "TRL's default of DPO; 2402.13228: 0.3"),
+    "cal_dpo": ((0.001, 0.1), "2412.14516: 0.001; as sppo_hard"),
+    "simpo": ((2.0, 10.0), "2405.14734: 2 to 2.5, and 10"),
+    "orpo": ((0.1, 1.0), "2403.07691: λ from 0.1 to 1"),
+    "slic": ((0.1, 1.0), "2305.10425 has no β, so 1; as cpo"),
+    "lipo_lambda": ((0.05, 0.5), "2402.01878: 0.05"),
+    "info_nca": ((0.01, 0.1), "2402.05369: 0.01; as nca_pair"),
+    "nca": ((0.01, 0.1), "2402.05369: 0.01; as nca_pair"),
+    "bco": ((0.01, 0.1), "2404.04656: 0.01; TRL's default"),
 }
-# What a loss needs beside its name: options at which it is what its paper means, and not another loss.
+# What a loss needs beside its name to be what was published under it.
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "exo_pair": {"label_smoothing": 1e-3},  # 2402.00856 sec. 5
     "robust": {"label_smoothing": 0.1},  # without it, it is `sigmoid`
+    "cpo": {"nll_weight": 1.0},  # 2401.08417 eq. 6
+    "orpo": {"nll_weight": 1.0},  # 2403.07691 eq. 6
+    "slic": {"nll_weight": 1.0},  # 2305.10425 eq. 1, whose λ is a choice
 }
 # Settings of the trainer on top of a loss, and a sum of losses.
-NAMED = (
-    Variant("sigmoid, ε 0.1", {"loss_type": "sigmoid", "label_smoothing": 0.1}, (0.1, 0.5), "conservative DPO"),
-    Variant("sigmoid + NLL", {"loss_type": "sigmoid", "nll_weight": 1.0}, (0.1, 0.5), "2404.19733: weight 1"),
+NAMED = tuple(
+    Variant(name, dpo, *DPO_BETAS)
+    for name, dpo in {
+        "sigmoid, epsilon = 0.1": {"loss_type": "sigmoid", "label_smoothing": 0.1},
+        "sigmoid, NLL": {"loss_type": "sigmoid", "nll_weight": 1.0},
+        "sigmoid, JS": {"loss_type": "sigmoid", "options": {"f_divergence": "js_divergence"}},
+        "sigmoid, forward KL": {"loss_type": "sigmoid", "options": {"f_divergence": "forward_kl"}},
+        "LD-DPO, alpha = 0.5": {"loss_type": "sigmoid", "ld_alpha": 0.5},
+        "WPO": {"loss_type": "sigmoid", "wpo": True},
+        "MPO": {"loss_type": {"sigmoid": 0.8, "bco_pair": 0.2}, "nll_weight": 1.0},  # 2411.10442 sec. 3
+    }.items()
 )
 
 
@@ -81,7 +103,7 @@ def variants(losses: Mapping[str, Loss] = LOSSES) -> list[Variant]:
     """Every loss of the registry, in its order, then the named ones."""
     found = []
     for name in losses:
-        betas, why = BETAS.get(name, ((0.1, 0.5), "those of DPO"))
+        betas, why = BETAS.get(name, DPO_BETAS)
         found.append(Variant(name, {"loss_type": name, **SETTINGS.get(name, {})}, betas, why))
     return [*found, *NAMED]
 
@@ -120,7 +142,7 @@ def run_seed(size: Size, seed: int, chosen: Sequence[Variant], work: Path) -> di
     runs = []
     for variant in chosen:
         for beta in variant.betas:
-            name = f"{variant.name.replace(' ', '-')}-beta-{beta:g}"
+            name = f"{re.sub('[^a-zA-Z0-9_.]+', '-', variant.name)}-beta-{beta:g}"
             print(f"\n== seed {seed}: {name}", file=sys.stderr, flush=True)
             place, recipe = folder / f"{size.steps}-steps" / name, {**RECIPE, "max_steps": size.steps}
             dpo = {"beta": beta, **variant.dpo}
