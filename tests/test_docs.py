@@ -62,7 +62,9 @@ def test_the_figure_of_losses_is_the_one_that_is_drawn(tmp_path):
 
 
 def test_the_readme_has_every_loss_beside_those_of_trl():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Losses\n")[1].split("\n## ")[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"**{len(LOSSES)} losses**" in readme
+    section = readme.split("\n## Losses\n")[1].split("\n## ")[0]
     named = [cells[2] for cells in (line.split("|") for line in section.splitlines()) if len(cells) > 3]
     assert sorted(re.findall(r"`(\w+)`", " ".join(named))) == sorted(LOSSES)
 
