@@ -72,6 +72,16 @@ def test_the_readme_has_every_loss_beside_those_of_trl():
 def test_the_code_beside_the_losses_runs():
     (code,) = blocks("losses.md", "python")
     exec(code, {})
+    wrong = code.replace("softplus(-margin)", "(1 + (-margin).exp()).log()")
+    (shown,) = re.findall(r"```\nAssertionError: (.*?), …\n```", (ROOT / "docs" / "losses.md").read_text("utf-8"))
+    with pytest.raises(AssertionError, match=re.escape(shown)):
+        exec(wrong, {})
+
+
+def test_the_sum_of_losses_that_is_shown_is_config():
+    (block,) = blocks("losses.md", "yaml")
+    tree = {"model": {"name_or_path": "m"}, "data": {"train": "pairs.jsonl"}, "training": {"output_dir": "o"}}
+    assert config_from_dict(tree | yaml.safe_load(block), "dpo").dpo.nll_weight == 1
 
 
 def test_the_rows_that_the_data_formats_show_are_read():
