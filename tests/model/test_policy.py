@@ -108,6 +108,25 @@ def test_any_number_of_branches(num_branches):
     assert all(relative(packed[parameter], plain[parameter]) < 1e-5 for parameter in plain)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("counts", [[1, 4, 2], [3, 1], [2, 4, 4, 1, 3]])
+def test_lists_of_different_lengths_in_one_row(counts, fused):
+    rng = np.random.default_rng(sum(counts))
+    trunks = [6, 1, 0, 11, 3]
+    examples = [toy_example(rng, n, trunks[n], rng.integers(2, 9, count)) for n, count in enumerate(counts)]
+    model = toy_model("mistral", sliding_window=7)
+    policy, most = policy_of(model, fused), max(counts) + 1  # another row of the step has one more
+    found = policy(collate(examples, most))
+    present = torch.arange(most) < torch.tensor(counts)[:, None]
+    model.set_attn_implementation("eager")
+    expected = torch.stack([each for item in examples for each in conversation_logps(model, item)])
+    assert found.shape == (len(counts), most)
+    assert not found[~present].any()
+    torch.testing.assert_close(found[present], expected, rtol=1e-5, atol=1e-5)
+    packed, plain = gradients(policy.causal_lm, found[present]), gradients(model, expected)
+    assert all(relative(packed[parameter], plain[parameter]) < 1e-5 for parameter in plain)
+
+
 def test_without_a_trunk_the_conversation_starts_with_the_branch():
     rng = np.random.default_rng(0)
     examples = [toy_example(rng, 0, 0, [4, 6]), toy_example(rng, 1, 3, [2, 2]), toy_example(rng, 2, 0, [1, 5])]
