@@ -13,30 +13,30 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ratings_vs_critique as critique_runs
+    import synthetic_runs
     from ratings_vs_critique import main
 
     out = tmp_path / "out.json"
     command = ["--quick", "--seeds=0", "--fault-rates", "1", "--steps=1", f"--work={tmp_path}", f"--results={out}"]
-    verdicts = critique_runs._verdicts
+    verdicts = synthetic_runs.verdicts
 
     def killed_at_the_last_run(folder: Path, data: Any) -> dict[str, Any]:
         if folder.name == "overall-score-1":
             raise KeyboardInterrupt
         return verdicts(folder, data)
 
-    monkeypatch.setattr(critique_runs, "_verdicts", killed_at_the_last_run)
+    monkeypatch.setattr(synthetic_runs, "verdicts", killed_at_the_last_run)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     trained: list[str] = []
-    train = critique_runs._train
+    train = synthetic_runs.train
 
     def noting(task: Any, folder: Path, *rest: Any) -> None:
         trained.append(folder.name)
         train(task, folder, *rest)
 
-    monkeypatch.setattr(critique_runs, "_verdicts", verdicts)
-    monkeypatch.setattr(critique_runs, "_train", noting)
+    monkeypatch.setattr(synthetic_runs, "verdicts", verdicts)
+    monkeypatch.setattr(synthetic_runs, "train", noting)
     main(command)
     assert trained == ["overall-score-1"]
     (seed,) = json.loads(out.read_text())["seeds"]
@@ -46,8 +46,9 @@ def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [run["first_loss"] for run in runs] == pytest.approx([0.693147] * 2, abs=1e-4)  # ln 2: one start for all
     assert all(len(run["right"]) == 16 for run in runs)
     assert "| 100% |" in out.with_suffix(".md").read_text()
+    other = synthetic_runs.make_data(synthetic_runs.Size(64, 9, 9), 1)
     with pytest.raises(ValueError, match="remove it, or name another --work"):
-        critique_runs.start_run(tmp_path / "seed-0" / "start", critique_runs.make_data(critique_runs.Size(64, 9, 9), 1))
+        synthetic_runs.start_run(tmp_path / "seed-0" / "start", other)
 
 
 def test_how_the_rules_choose() -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from notus.config import Config
 from notus.data.batching import StepPlan
@@ -40,9 +39,9 @@ class SFTTask:
         """Add nothing: the loss needs the row alone."""
         return batch
 
-    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+    def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of the mean negative log-likelihood over the step's loss tokens, in nats."""
-        weights, lengths = batch.weights, batch.lengths
+        logps, weights, lengths = policy(batch), batch.weights, batch.lengths
         nll = nll_loss(logps[:, 0], int(self.rows.loss_tokens[step_indices].sum()))
         per_example = -logps[:, 0].detach()
         columns = torch.stack([per_example.double(), lengths[:, 0].double(), torch.ones_like(per_example).double()])

@@ -82,8 +82,8 @@ class Task(Protocol):
         """Add what `row_loss` needs beside the row. Runs on the dataloader's thread, ahead of the step."""
         ...
 
-    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
-        """Return the loss of one row from its log-probs [E, K]; `step_indices`: all ranks' examples of the step."""
+    def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+        """Run the policy on a row and return its loss; `step_indices`: all ranks' examples of the step."""
         ...
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
@@ -251,10 +251,10 @@ class Trainer:
     def _row_loss(self, batch: Batch, indices: np.ndarray) -> RowLoss:
         """Run a row forward; with `router_aux_loss_coef`, the routers' loss is added, as a mean over the examples."""
         if self._routers is None:
-            return self.task.row_loss(self.policy(batch), batch, indices)
+            return self.task.row_loss(self.policy, batch, indices)
         with self._routers.reading():
-            logps = self.policy(batch)
-        row, losses = self.task.row_loss(logps, batch, indices), self._routers.losses(batch)
+            row = self.task.row_loss(self.policy, batch, indices)
+        losses = self._routers.losses(batch)
         balance = (losses * batch.weights).sum()
         sums = torch.stack([balance.detach(), batch.weights.sum()]).double()
         return RowLoss(
