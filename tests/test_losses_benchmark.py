@@ -110,4 +110,4 @@ def test_rows_that_do_not_last_are_an_error(tmp_path: Path) -> None:
     data = make_data(Size(sft=4, preferences=40, held_out=4), 0)
     rows = write_rows("pairs", data, tmp_path)
     with pytest.raises(ValueError, match="do not last for 64"):
-        loss_run(tmp_path / "run", data, rows, {"beta": 0.1}, {**DPO, "max_steps": 2}, tmp_path)
+        loss_run(tmp_path / "run", data, rows, {"loss_type": "sigmoid", "beta": 0.1}, {**DPO, "max_steps": 2}, tmp_path)
