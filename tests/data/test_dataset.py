@@ -94,12 +94,80 @@ def test_rows_read_as_plain_python_does(arrange, num_branches):
     assert_same_lengths(rows, source)
 
 
-def test_an_empty_dataset_and_mixed_numbers_of_branches_are_refused():
+def test_an_empty_dataset_and_a_row_without_branches_are_refused():
     with pytest.raises(ValueError, match="holds no rows"):
         TokenizedDataset(dataset([]))
-    one, two = random_records(9, 1), random_records(1, 2)
-    with pytest.raises(ValueError, match="differ in their number of completions"):
-        TokenizedDataset(dataset([*one, *two]))
+    with pytest.raises(ValueError, match="row 3 of the dataset has no completion"):
+        TokenizedDataset(dataset([*random_records(2), ([1], [], [])]))
+
+
+# --- rows of different K ---
+
+
+def mixed_records(count=23, seed=0):
+    rng = np.random.default_rng(seed)
+    return [random_records(1, int(rng.integers(1, 5)), seed=number)[0] for number in range(count)]
+
+
+def test_a_completion_that_is_missing_has_no_tokens():
+    rows = TokenizedDataset(dataset([([1, 2], [[3, 4], [5]], [[1, 0], [1]]), ([6], [[7, 8, 9]], [[1, 1, 1]])]))
+    assert rows.num_branches == 2
+    assert rows.branch_counts.tolist() == [2, 1]
+    assert rows.branch_lengths.tolist() == [[2, 1], [3, 0]]
+    assert rows.loss_tokens.tolist() == [[1, 1], [3, 0]]
+    assert rows.lengths.tolist() == [5, 4]
+    assert rows.separate_lengths(np.arange(2)).tolist() == [7, 4]
+    assert rows.longest_sequence == 4
+    assert [len(example.branches) for example in rows(np.array([1, 0]))] == [1, 2]
+    assert rows.info(1).cut == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [lambda source: source, select_some, concatenate, lambda source: concatenate(source).shuffle(seed=3)],
+    ids=["whole", "select", "chunks", "chunks-shuffled"],
+)
+def test_rows_of_different_k_read_as_plain_python_does(arrange):
+    source = arrange(dataset(mixed_records()))
+    rows, records = TokenizedDataset(source), source.to_list()
+    assert_same_reading(rows, source)
+    most = max(len(record["branches"]) for record in records)
+    assert rows.num_branches == most
+    for index, record in enumerate(records):
+        branches, skip = record["branches"], 0 if record["trunk"] else 1
+        missing = [0] * (most - len(branches))
+        assert rows.branch_lengths[index].tolist() == [*map(len, branches), *missing]
+        assert rows.loss_tokens[index].tolist() == [*(sum(mask[skip:]) for mask in record["loss_mask"]), *missing]
+        assert rows.lengths[index] == len(record["trunk"]) + sum(map(len, branches))
+
+
+def test_the_longest_list_of_a_selection_decides_k():
+    source = dataset([*random_records(3, 2), *random_records(1, 4)])
+    assert TokenizedDataset(source).num_branches == 4
+    assert TokenizedDataset(source.select([0, 2])).num_branches == 2
+
+
+def test_ratings_and_labels_follow_the_rows():
+    columns = {
+        "source": [None] * 3,
+        "ratings": [[5.0, 3.5], None, [4.0, None, 1.0]],
+        "label": [True, False, True],
+    }
+    records = [random_records(1, number)[0] for number in (2, 3, 3)]
+    told = datasets.Dataset.from_dict(columns, features=PROVENANCE)
+    rows = TokenizedDataset(datasets.concatenate_datasets([dataset(records), told], axis=1).select([2, 0, 1, 0]))
+    assert rows.ratings.dtype == np.float32
+    nan = np.nan
+    np.testing.assert_array_equal(rows.ratings, [[4, nan, 1], [5, 3.5, nan], [nan] * 3, [5, 3.5, nan]])
+    assert rows.labels.dtype == bool
+    assert rows.labels.tolist() == [True, True, False, True]
+    assert (rows.info(0).ratings, rows.info(2).ratings, rows.info(2).label) == ((4, None, 1), None, False)
+
+
+def test_labels_that_some_rows_lack_are_none():
+    columns = {"source": [None] * 2, "ratings": [None] * 2, "label": [True, None]}
+    told = datasets.Dataset.from_dict(columns, features=PROVENANCE)
+    assert TokenizedDataset(datasets.concatenate_datasets([dataset(random_records(2, 1)), told], axis=1)).labels is None
 
 
 # --- provenance ---
@@ -110,8 +178,8 @@ def with_provenance(source):
     count = len(source)
     columns = {
         "source": ["a", "b", None] * (count // 3),
-        "chosen_rating": list(range(count)),
-        "rejected_rating": [None, 0.0] * (count // 2),
+        "ratings": [[number, [None, 0.0][number % 2]] for number in range(count)],
+        "label": [None] * count,
     }
     told = datasets.Dataset.from_dict(columns, features=PROVENANCE)
     return datasets.concatenate_datasets([source, told], axis=1)
@@ -185,6 +253,13 @@ def test_digests_change_with_every_token_mask_and_boundary():
     found = digests(dataset(variants))
     assert len(set(found)) == len(variants)
     assert digests(dataset([base, base])) == [found[0]] * 2
+
+
+def test_digests_are_those_of_earlier_versions():
+    # reference caches are keyed by them
+    pair = ([1, 2], [[3, 4], [5]], [[1, 0], [1]])
+    assert digests(dataset([pair]))[0].hex() == "70f3f95239b725aee5691684e69988bf"
+    assert digests(dataset([([], [[3, 4, 5]], [[0, 1, 1]])]))[0].hex() == "7d83fa47c6bd91438814c6b707f55ff8"
 
 
 def test_three_branches_are_not_two():

@@ -8,6 +8,7 @@ import torch
 
 from notus.evaluation.intervals import bootstrap_mean, wilson
 from notus.evaluation.preferences.metrics import (
+    Rewards,
     best_scale,
     by_length,
     by_longer,
@@ -15,6 +16,7 @@ from notus.evaluation.preferences.metrics import (
     calibration,
     compare,
     length_bias,
+    measures,
     preference_metrics,
 )
 
@@ -24,7 +26,7 @@ LENGTHS = torch.tensor([[1, 2], [2, 4], [1, 1]])
 
 
 def test_log_probs_summed_and_per_token():
-    found = preference_metrics(POLICY, None, LENGTHS, beta=None)
+    found = preference_metrics(measures(POLICY, None, LENGTHS, None), None)
     assert found == pytest.approx(
         {
             "logps/chosen": -7 / 3,
@@ -41,7 +43,8 @@ def test_log_probs_summed_and_per_token():
 
 
 def test_rewards_against_a_base():
-    found = preference_metrics(POLICY, BASE, LENGTHS, beta=0.5)
+    rewards = Rewards(0.5)
+    found = preference_metrics(measures(POLICY, BASE, LENGTHS, rewards), rewards)
     # log-ratios: chosen 1, 0, -3; rejected -1, 0, 1; margins of the rewards 1, 0, -2
     assert found["rewards/chosen"] == pytest.approx(0.5 * -2 / 3)
     assert found["rewards/rejected"] == pytest.approx(0.0)

@@ -191,8 +191,8 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys
 
 
 def test_rows_of_the_runs_own_are_taken_as_they_are(capsys, full_run, model_folder):
-    assert "no DPO run that held pairs out" in error_of(capsys, full_run)
-    assert "no DPO run that held pairs out" in error_of(capsys, model_folder)
+    assert "no DPO run that held rows out" in error_of(capsys, full_run)
+    assert "no DPO run that held rows out" in error_of(capsys, model_folder)
     assert "--max-length needs --pairs" in error_of(capsys, full_run, "--max-length", 20)
     assert "--split needs --pairs" in error_of(capsys, full_run, "--split", "test")
 
