@@ -297,6 +297,85 @@ class TokenizedDataset:
         return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
 
 
+class Mismatched(TokenizedDataset):
+    """Rows that join the prompt of one row with the completion of another; see `mismatched`.
+
+    What stands beside the tokens (source, ratings, label, place) is that of the row that the prompt is from.
+    """
+
+    def __init__(self, rows: TokenizedDataset, completion_of: np.ndarray, max_length: int) -> None:
+        """Join the trunk of each row i with the branch of row `completion_of[i]`: int64 [n]."""
+        self._details, self._chunks, self._starts, self._places = (
+            rows._details,
+            rows._chunks,
+            rows._starts,
+            rows._places,
+        )
+        self._completion_of, self._max_length = completion_of, max_length
+        self.num_branches, self.branch_counts = 1, rows.branch_counts
+        self.trunk_lengths = rows.trunk_lengths
+        whole = rows.branch_lengths[completion_of]
+        self.branch_lengths = np.minimum(whole, max_length - self.trunk_lengths[:, None])
+        self.lengths = self.trunk_lengths + self.branch_lengths[:, 0]
+        self.loss_tokens = rows.loss_tokens[completion_of]
+        was_headless = (rows.trunk_lengths == 0)[completion_of]
+        is_changed = (self.branch_lengths != whole)[:, 0] | (was_headless != (self.trunk_lengths == 0))
+        for index in np.flatnonzero(is_changed):
+            (mask,) = self._example(int(index)).loss_masks
+            # the first token of a conversation has nothing before it to predict it
+            self.loss_tokens[index] = mask.sum() if self.trunk_lengths[index] else mask[1:].sum()
+
+    def _example(self, index: int) -> Example:
+        prompt, other = super()._example(index), super()._example(int(self._completion_of[index]))
+        end = int(self.branch_lengths[index, 0])
+        return Example(index, prompt.trunk, (other.branches[0][:end],), (other.loss_masks[0][:end],))
+
+    @functools.cached_property
+    def _all_digests(self) -> np.ndarray:
+        joined = bytearray()
+        for index in range(len(self)):
+            example = self._example(index)
+            (ids,), (mask,) = example.branches, example.loss_masks
+            joined += row_digest(example.trunk, ids, mask, [len(ids)])
+        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
+
+
+def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
+    """Join each row's prompt with the completion of another prompt, from which KTO estimates its KL term.
+
+    Row i has the trunk of row i and the branch of the next row, in the order of the dataset and from its end on from
+    its beginning, whose trunk is another one. KTO (2402.01306) shifts the completions within a batch instead. These
+    rows depend on no batch, so their reference log-probs can be cached.
+
+    Args:
+        rows: of one completion each.
+        max_length: most tokens of a joined row; its completion is cut at the end.
+
+    Raises:
+        ValueError: all rows have the same prompt, or a prompt leaves no room for a completion.
+    """
+    assert rows.num_branches == 1
+    if int(rows.trunk_lengths.max()) >= max_length:
+        index = int(rows.trunk_lengths.argmax())
+        raise ValueError(
+            f"{rows.info(index).place}: the prompt of {rows.trunk_lengths[index]} tokens leaves no room for another "
+            f"row's completion within {max_length} tokens; raise data.max_length"
+        )
+    prompts = rows.prompt_digests()
+    # runs of neighbouring rows of one prompt: what follows a run has another one, but for the last and the first
+    firsts = np.concatenate([[0], 1 + np.flatnonzero(prompts[1:] != prompts[:-1])])
+    if len(firsts) == 1:
+        raise ValueError(
+            "all rows have the same prompt, so no completion of another prompt can be taken for the loss's KL term; "
+            "add rows of other prompts"
+        )
+    following = np.roll(firsts, -1)
+    if prompts[0] == prompts[-1]:
+        following[-1] = firsts[1]
+    run_of = np.searchsorted(firsts, np.arange(len(rows)), side="right") - 1
+    return Mismatched(rows, following[run_of], max_length)
+
+
 def digest_column(column: pa.ChunkedArray) -> np.ndarray:
     """A stored column of digests as bytes that compare and sort: [n]. A dropped row's is empty, and reads as zeros."""
     parts = []

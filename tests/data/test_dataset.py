@@ -4,7 +4,9 @@ import datasets
 import numpy as np
 import pytest
 
-from notus.data.dataset import PROVENANCE, TokenizedDataset
+from notus.data.batching import step_rows
+from notus.data.dataset import PROVENANCE, TokenizedDataset, mismatched
+from notus.data.packing import collate
 
 
 def features(ids="int32", mask="int8", sequence=datasets.List):
@@ -277,3 +279,83 @@ def test_examples_are_views_of_the_file(tmp_path):
     assert len(first.branches[0])
     assert np.shares_memory(first.branches[0], again.branches[0])
     assert not first.branches[0].flags.writeable
+
+
+# --- mismatched rows ---
+
+
+def demonstrations(*rows):
+    """A dataset of one completion a row: (trunk, branch), all of the branch learned."""
+    return TokenizedDataset(dataset([(trunk, [branch], [[1] * len(branch)]) for trunk, branch in rows]))
+
+
+def joined(rows):
+    return [(example.trunk.tolist(), example.branches[0].tolist()) for example in rows(np.arange(len(rows)))]
+
+
+def test_mismatched_takes_the_next_completion_of_another_prompt():
+    rows = demonstrations(([1], [10]), ([1], [11, 11]), ([2], [20]), ([3, 3], [30, 31, 32]), ([2], [21]))
+    found = mismatched(rows, 64)
+    # the two of prompt 1 take the first after them; the last takes the first of all
+    expected = [([1], [20]), ([1], [20]), ([2], [30, 31, 32]), ([3, 3], [21]), ([2], [10])]
+    assert joined(found) == expected
+    assert (found.num_branches, len(found)) == (1, 5)
+    assert found.lengths.tolist() == [2, 2, 4, 3, 2]
+    assert found.trunk_lengths.tolist() == [1, 1, 1, 2, 1]
+    assert found.branch_lengths.tolist() == found.loss_tokens.tolist() == [[1], [1], [3], [1], [1]]
+    assert found.separate_lengths(np.arange(5)).tolist() == found.lengths.tolist()
+    assert [example.index for example in found(np.array([3, 0]))] == [3, 0]
+
+
+def test_mismatched_past_the_end_skips_a_beginning_of_the_same_prompt():
+    found = mismatched(demonstrations(([1], [10]), ([2], [20]), ([1], [11]), ([1], [12])), 64)
+    assert joined(found) == [([1], [20]), ([2], [11]), ([1], [20]), ([1], [20])]
+
+
+def test_mismatched_cuts_the_completion_at_its_end_and_counts_what_is_left():
+    source = dataset([([1, 2, 3], [[9]], [[1]]), ([4], [[5, 6, 7, 8]], [[1, 0, 1, 1]]), ([], [[7, 7]], [[0, 1]])])
+    found = mismatched(TokenizedDataset(source), 6)
+    assert joined(found) == [([1, 2, 3], [5, 6, 7]), ([4], [7, 7]), ([], [9])]
+    # nothing stands before the only token of the last; behind a prompt the mask's zeros are not learned either
+    assert found.loss_tokens.tolist() == [[2], [1], [0]]
+    batch = collate(found(np.arange(3)), 1)
+    assert batch.lengths.tolist() == found.loss_tokens.tolist()
+    assert mismatched(TokenizedDataset(source), 4).branch_lengths.tolist() == [[1], [2], [1]]
+
+
+def test_mismatched_rows_of_a_selection_are_those_of_its_order():
+    rows = demonstrations(([1], [10]), ([2], [20]), ([3], [30]))
+    found = mismatched(TokenizedDataset(demonstrations_of(rows).select([2, 0, 0, 1])), 64)
+    assert joined(found) == [([3], [10]), ([1], [20]), ([1], [20]), ([2], [30])]
+
+
+def demonstrations_of(rows):
+    return dataset([(example.trunk.tolist(), [example.branches[0].tolist()], [[1] * len(example.branches[0])])
+                    for example in rows(np.arange(len(rows)))])  # fmt: skip
+
+
+def test_mismatched_digests_are_those_of_the_joined_tokens():
+    rows = demonstrations(([1], [10, 11, 12]), ([2, 2], [20]), ([3], [30]))
+    found = mismatched(rows, 4)
+    stored = demonstrations(*joined(found))
+    assert np.array_equal(found.digests(), stored.digests())
+    assert not (found.digests() == rows.digests()).all(axis=1).any()
+    assert found.longest_sequence == 4
+    assert found.first_beyond(31) is None
+    assert found.first_beyond(30) == (1, 30)
+
+
+def test_mismatched_needs_another_prompt_and_room_for_a_completion():
+    with pytest.raises(ValueError, match="all rows have the same prompt"):
+        mismatched(demonstrations(([1], [10]), ([1], [11])), 64)
+    with pytest.raises(ValueError, match=r"row 2: the prompt of 3 tokens leaves no room.*within 3 tokens"):
+        mismatched(demonstrations(([1], [10]), ([2, 2, 2], [11])), 3)
+
+
+def test_mismatched_rows_are_packed_and_dealt_as_others():
+    rows = demonstrations(*(([number] * (1 + number % 3), [50 + number] * (1 + number % 4)) for number in range(1, 12)))
+    found, seen = mismatched(rows, 64), []
+    for rank in range(2):
+        for batch in step_rows(found, np.arange(len(found)), rank=rank, world_size=2, tokens_per_row=16):
+            seen += [index for index in batch.indices.tolist() if index >= 0]
+    assert sorted(seen) == list(range(11))
