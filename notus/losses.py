@@ -543,7 +543,7 @@ def ipo_loss(mean_c: Tensor, mean_r: Tensor, beta: float) -> Tensor:
 def cal_dpo_loss(c: Tensor, r: Tensor, beta: float, cal_weight: float = 0.5) -> Tensor:
     """Cal-DPO, 2412.14516: -ls(c - r), without β, + w · SPPO's regression of c on 1/(2β) and r on -1/(2β).
 
-    The paper's equation has w = 1; the authors' code, which is the default here, w = 1/2.
+    The paper's equation has w = 1; of the authors' two repositories one has 1, the other 1/2, the default here.
     ∂L/∂c = -σ(r - c) + 2w (c - 1/(2β)), ∂L/∂r = σ(r - c) + 2w (r + 1/(2β)).
     """
     return -logsigmoid(c - r) + cal_weight * sppo_hard_loss(c, r, beta)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One trunk and K branches of token ids.
+    """One trunk and its branches of token ids: up to K of them, where a batch has K.
 
     Attributes:
         index: the example's row in its dataset; -1 marks a filler that carries no weight.
         trunk: [T] token ids that all branches share.
-        branches: K arrays [B_k] of token ids.
-        loss_masks: K arrays [B_k] of bool: which branch tokens the loss sees.
+        branches: arrays [B_k] of token ids.
+        loss_masks: an array [B_k] of bool for each: which branch tokens the loss sees.
     """
 
     index: int
@@ -87,7 +87,7 @@ class Layout:
 
 @dataclasses.dataclass
 class Batch:
-    """One packed row: N tokens, E examples of K branches, M completion tokens.
+    """One packed row: N tokens, E examples of up to K branches, M completion tokens.
 
     Attributes:
         input_ids: [N] token ids.
@@ -95,7 +95,7 @@ class Batch:
         layout: the attention segments.
         sources: [M] row position whose hidden state predicts a completion token.
         targets: [M] the completion token ids, branch by branch.
-        lengths: [E, K] completion tokens per branch; they sum to M.
+        lengths: [E, K] completion tokens per branch, 0 for one that the example lacks; they sum to M.
         weights: [E] fp32, 1 for an example and 0 for a filler.
         indices: [E] dataset rows, -1 for a filler.
         reference: [E, K] fp32, the reference's log-probs in nats, where the loss compares with them.
@@ -118,6 +118,13 @@ class Batch:
     ratings: Tensor | None = None
     labels: Tensor | None = None
     places: Tensor | None = None
+
+    @property
+    def present(self) -> Tensor:
+        """[E, K] bool: which completions there are; where some are missing, those that have a token to learn."""
+        if len(self.layout.query_lengths) == self.lengths.numel():
+            return torch.ones_like(self.lengths, dtype=torch.bool)
+        return self.lengths > 0
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU waits for nothing."""
@@ -144,14 +151,14 @@ def collate(examples: Sequence[Example], num_branches: int) -> Batch:
     """Pack the examples of one row.
 
     Args:
-        examples: the row's examples, each with `num_branches` branches; none for an empty row.
+        examples: the row's examples, each with 1 to `num_branches` branches; none for an empty row.
         num_branches: K.
 
     Returns:
         A Batch on the host.
     """
     examples = list(examples) or [filler(num_branches)]
-    assert all(len(example.branches) == num_branches for example in examples)
+    assert all(1 <= len(example.branches) <= num_branches for example in examples)
     tokens, positions, sources, targets, lengths = [], [], [], [], []
     offset = 0
     for example in examples:
@@ -170,14 +177,18 @@ def collate(examples: Sequence[Example], num_branches: int) -> Batch:
             targets.append(branch[learned])
             lengths.append(len(learned))
             start += len(branch)
+        lengths.extend([0] * (num_branches - len(example.branches)))
         offset = start
+    layout = build_layout(
+        [len(example.trunk) for example in examples],
+        [[len(branch) for branch in example.branches] for example in examples],
+    )
+    # a length of 0 stands for a missing completion, so where one is missing, every other must have a token to learn
+    assert len(layout.query_lengths) in (len(lengths), np.count_nonzero(lengths))
     return Batch(
         input_ids=_join(tokens),
         position_ids=_join(positions),
-        layout=build_layout(
-            [len(example.trunk) for example in examples],
-            [[len(branch) for branch in example.branches] for example in examples],
-        ),
+        layout=layout,
         sources=_join(sources),
         targets=_join(targets),
         lengths=torch.tensor(lengths, dtype=torch.int64).view(len(examples), num_branches),

@@ -33,22 +33,29 @@ def full_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
+    """Log-probs [N], and log collision probabilities [N] if `statistics`, else None."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, statistics: bool
+    ) -> tuple[Tensor, Tensor | None]:
         logps, probs = [], None
+        collisions: list[Tensor] = []
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             del probs  # before the next are computed
             logp, probs, _ = _chunk_logprobs(rows, weight, ids[:, None])
             logps.append(logp)
+            if statistics:
+                collisions.append(log_collision(probs))
         ctx.save_for_backward(hidden, weight, targets)
         ctx.chunk = chunk
         # The backward pass starts from these: one chunk less to compute again, and no more memory than at this moment.
         ctx.last_probs = probs if any(ctx.needs_input_grad[:2]) else None
-        return torch.cat(logps).squeeze(-1)
+        return torch.cat(logps).squeeze(-1), _without_gradient(ctx, collisions)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         parts: list[Tensor] = []
@@ -69,7 +76,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight = _add_product(grad_weight, grad_logits.t(), rows)
             del grad_logits
         grad_hidden = torch.cat(parts[::-1]) if need_hidden else None
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -85,17 +92,23 @@ class _HeadLogprobs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         chunk: int,
-    ) -> Tensor:
-        logps = []
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        logps: list[Tensor] = []
+        collisions: list[Tensor] = []
         for rows, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logps.append(_gathered(_head_logits(rows, weight, bias, scale, softcap), ids)[0])
+            logp, probs, _ = _gathered(_head_logits(rows, weight, bias, scale, softcap), ids)
+            logps.append(logp)
+            if statistics:
+                collisions.append(log_collision(probs))
+            del probs  # before the next are computed
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.softcap, ctx.chunk = scale, softcap, chunk
-        return torch.cat(logps)
+        return torch.cat(logps), _without_gradient(ctx, collisions)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         parts: list[Tensor] = []
@@ -121,7 +134,7 @@ class _HeadLogprobs(torch.autograd.Function):
             torch.cat(parts) if need_hidden else None,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -140,12 +153,12 @@ def _cap_slope(logits: Tensor, softcap: float) -> Tensor:
     return (logits / softcap).square_().neg_().add_(1)
 
 
-def _gathered(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax of fp32 logits [N, V], which are used up, at `ids` [N]; and whether each is the argmax."""
+def _gathered(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log softmax of fp32 logits [N, V], which are used up, at `ids` [N]; their softmax; which ids are the argmax."""
     top, where = logits.max(-1, keepdim=True)
     above = logits.gather(-1, ids[:, None]) - top
     probs = torch.softmax(logits, -1, out=logits)
-    return (above + probs.gather(-1, where).log_()).squeeze(-1), where.squeeze(-1) == ids
+    return (above + probs.gather(-1, where).log_()).squeeze(-1), probs, where.squeeze(-1) == ids
 
 
 def _chunk_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,6 +180,24 @@ def _softmax(logits: Tensor) -> Tensor:
         return logits.softmax(-1, dtype=torch.float32)
     exact = logits.float()
     return torch.softmax(exact, -1, out=exact)
+
+
+def log_collision(probs: Tensor) -> Tensor:
+    """log of the sum over v of p(v)², of fp32 probabilities [N, V]: fp32 [N], in nats.
+
+    How likely two draws are the same token. A norm reads the probabilities once and keeps no squares. The sum is at
+    least 1 / V, so nothing underflows.
+    """
+    return torch.linalg.vector_norm(probs, dim=-1).log_().mul_(2)
+
+
+def _without_gradient(ctx: Any, parts: list[Tensor]) -> Tensor | None:
+    """Join an output that no gradient flows through; None if there are no parts."""
+    if not parts:
+        return None
+    whole = torch.cat(parts)
+    ctx.mark_non_differentiable(whole)
+    return whole
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -223,9 +254,52 @@ def linear_logprobs(
     Returns:
         fp32 [N], nats.
     """
+    return _logprobs(hidden, weight, targets, bias, scale, softcap, chunk_tokens, statistics=False)[0]
+
+
+def linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprobs`, and from the same logits the log of the probability that two draws are the same token.
+
+    log of the sum over v of p(v)² = logsumexp(2 logits) - 2 logsumexp(logits): the expectation of p under p itself, by
+    which WPO normalises log-probs (arXiv 2406.11827, section 3.3).
+
+    Args:
+        hidden, weight, targets, bias, scale, softcap, chunk_tokens: as `linear_logprobs` has them.
+
+    Returns:
+        fp32 [N] with gradients, and fp32 [N] without, both in nats.
+    """
+    logps, collisions = _logprobs(hidden, weight, targets, bias, scale, softcap, chunk_tokens, statistics=True)
+    assert collisions is not None
+    return logps, collisions
+
+
+def _logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    chunk: int,
+    *,
+    statistics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    found: tuple[Tensor, Tensor | None]
     if _is_plain(bias, scale, softcap):
-        return _LinearLogprobs.apply(hidden, weight, targets, chunk_tokens)
-    return _HeadLogprobs.apply(hidden, weight, bias, targets, scale, softcap, chunk_tokens)
+        found = _LinearLogprobs.apply(hidden, weight, targets, chunk, statistics)
+    else:
+        found = _HeadLogprobs.apply(hidden, weight, bias, targets, scale, softcap, chunk, statistics)
+    return found
 
 
 def _is_plain(bias: Tensor | None, scale: float, softcap: float | None) -> bool:
@@ -258,7 +332,7 @@ def linear_scores(
             logps.append(logp.squeeze(-1))
             greedy.append(likeliest.squeeze(-1) == ids)
         else:
-            logp, likeliest = _gathered(_head_logits(rows, weight, bias, scale, softcap), ids)
+            logp, _, likeliest = _gathered(_head_logits(rows, weight, bias, scale, softcap), ids)
             logps.append(logp)
             greedy.append(likeliest)
     return torch.cat(logps), torch.cat(greedy)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from notus.data.packing import Batch
+from notus.model.logprobs import log_collision
 from notus.model.policy import Policy
 
 # Sequences are padded to one length while at most this share of a batch is padding.
@@ -58,19 +59,19 @@ class PlainPolicy(Policy):
         self.train()
 
     def _token_logprobs(self, batch: Batch) -> Tensor:
-        found = [
-            -F.cross_entropy(logits, ids, reduction="none")
-            for logits, ids in zip(self._logits(batch), _per_sequence(batch, batch.targets), strict=True)
-        ]
-        return torch.cat(found)
+        return _logprobs_of(self._logits(batch), batch)
+
+    def _token_statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self._logits(batch)
+        collisions = [log_collision(each.detach().softmax(-1)) for each in logits]
+        return _logprobs_of(logits, batch), torch.cat(collisions)
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`token_logprobs`, and bool [M]: whether the token is the likeliest. No gradients."""
         logits = self._logits(batch)
         greedy = torch.cat([each.argmax(-1) for each in logits]) == batch.targets
-        each = zip(logits, _per_sequence(batch, batch.targets), strict=True)
-        return torch.cat([-F.cross_entropy(scores, ids, reduction="none") for scores, ids in each]), greedy
+        return _logprobs_of(logits, batch), greedy
 
     def _logits(self, batch: Batch) -> list[Tensor]:
         """fp32 [n, V] for each sequence: the logits that predict its n completion tokens."""
@@ -141,9 +142,15 @@ class PlainPolicy(Policy):
         return torch.cat([logits.argmax(-1) for logits in self._forwards(sequences, last)])
 
 
+def _logprobs_of(logits: Sequence[Tensor], batch: Batch) -> Tensor:
+    """fp32 [M]: the log-probs of the row's completion tokens, of logits as `PlainPolicy._logits` gives them."""
+    each = zip(logits, _per_sequence(batch, batch.targets), strict=True)
+    return torch.cat([-F.cross_entropy(scores, ids, reduction="none") for scores, ids in each])
+
+
 def _per_sequence(batch: Batch, values: Tensor) -> tuple[Tensor, ...]:
-    """Cut what the row's completion tokens have, [M], into a part for each sequence."""
-    return values.split(batch.lengths.flatten().tolist())
+    """Cut what the row's completion tokens have, [M], into a part for each sequence; a missing one has none."""
+    return values.split(batch.lengths[batch.present].tolist())
 
 
 def _most_of_all_ranks(count: int, device: torch.device) -> int:

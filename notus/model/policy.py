@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from notus.data.packing import Batch
 from notus.model.attention import hand_layout_on
 from notus.model.head import head_of
-from notus.model.logprobs import linear_logprobs, linear_scores
+from notus.model.logprobs import linear_logprobs, linear_scores, linear_statistics
 from notus.model.lora import lora_layers
 from notus.model.structure import blocks_of, decoder_of
 
@@ -19,10 +19,10 @@ from notus.model.structure import blocks_of, decoder_of
 class Policy(nn.Module):
     """A causal language model as a function from a packed row to completion log-probs; the root of FSDP.
 
-    Three methods run a sharded policy: `forward` (sums per completion), `token_logprobs` (per token) and `next_token`
-    (generation); `token_scores` is for an unsharded one. FSDP gathers the embedding, the norm and the head in the
-    hooks of these three (see `parallelize`), so never call the parts. The head stays a plain matrix multiplication
-    inside them, so that logits exist only chunk-wise.
+    Four methods run a sharded policy: `forward` (sums per completion), `token_logprobs` and `token_statistics` (per
+    token) and `next_token` (generation); `token_scores` is for an unsharded one. FSDP gathers the embedding, the norm
+    and the head in the hooks of these four (see `parallelize`), so never call the parts. The head stays a plain matrix
+    multiplication inside them, so that logits exist only chunk-wise.
     """
 
     path = "packed"
@@ -47,7 +47,10 @@ class Policy(nn.Module):
         return blocks_of(self.causal_lm)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum the completion log-probs of a packed row of E examples with K branches each: fp32 [E, K], in nats."""
+        """Sum the completion log-probs of a packed row of E examples with up to K branches: fp32 [E, K], in nats.
+
+        A completion that an example lacks has 0, without a gradient.
+        """
         tokens = self._token_logprobs(batch)
         sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
         return sums.view(batch.lengths.shape).clone()  # FSDP hooks its outputs and warns of views
@@ -60,6 +63,21 @@ class Policy(nn.Module):
         hidden, head = self._hidden(batch, batch.sources), self._head
         weight, bias = head.linear.weight, head.linear.bias
         return linear_logprobs(hidden, weight, batch.targets, bias=bias, scale=head.scale, softcap=head.softcap)
+
+    def token_statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return `token_logprobs`, and from the same logits how concentrated the policy is at each of these tokens.
+
+        Returns:
+            fp32 [M], the log-probs, with gradients; and fp32 [M], log of the sum over the vocabulary of p², detached.
+            Both in nats.
+        """
+        logps, collisions = self._token_statistics(batch)
+        return logps.clone(), collisions  # as in `forward`
+
+    def _token_statistics(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden, head = self._hidden(batch, batch.sources), self._head
+        weight, bias = head.linear.weight, head.linear.bias
+        return linear_statistics(hidden, weight, batch.targets, bias=bias, scale=head.scale, softcap=head.softcap)
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:

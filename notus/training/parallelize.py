@@ -368,7 +368,8 @@ def parallelize(
         shard(unit)
     # The backward pass begins with the root's head: freed after the forward pass, it would be gathered at once again.
     shard(policy, reshard_after_forward=False)
-    for method in ("token_logprobs", "next_token"):  # like `forward`, they gather and free what the root holds
+    # like `forward`, these gather and free what the root holds
+    for method in ("token_logprobs", "token_statistics", "next_token"):
         register_fsdp_forward_method(policy, method)
     for module in fsdp_modules(policy) if mesh.size() > 1 else []:
         # The loss is divided by the step's global count, so gradients are summed, not averaged; as a plain sum,

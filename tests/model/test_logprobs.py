@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import relative
 
 from notus.model import logprobs
-from notus.model.logprobs import full_logprobs, linear_logprobs, linear_scores
+from notus.model.logprobs import full_logprobs, linear_logprobs, linear_scores, linear_statistics
 from notus.runtime import switches
 
 NUM_TOKENS, WIDTH, VOCABULARY = 23, 8, 50
@@ -289,3 +289,68 @@ def test_without_bias_scale_and_cap_a_head_is_the_fast_path_bit_for_bit():
     expected = with_gradients(linear_logprobs, *args, upstream)
     found = head_gradients(partial(linear_logprobs, bias=None, scale=1.0, softcap=None), args, upstream, {})
     assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
+
+
+# --- how concentrated the predictions are ---
+
+
+@pytest.mark.parametrize(
+    "head", [{}, {"scale": 2.0}, {"bias": torch.tensor([0.0, math.log(2), 0.0])}, {"softcap": math.log(5)}]
+)
+def test_the_collision_probability_by_hand(head):
+    # weights ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8, whose squares sum to 30/64
+    hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [2.0], [5.0]]).log()
+    odds = {(): [1, 2, 5], ("scale",): [1, 4, 25], ("bias",): [1, 4, 5]}.get(tuple(head))
+    if odds is None:  # capped: 5 to the tanh of how far the logit is of ln 5
+        odds = [5 ** math.tanh(math.log(odd, 5)) for odd in (1, 2, 5)]
+    logps, collisions = linear_statistics(hidden, weight, torch.tensor([2]), **head)
+    assert logps.item() == pytest.approx(math.log(odds[2] / sum(odds)), rel=1e-6)
+    assert collisions.item() == pytest.approx(math.log(sum(odd**2 for odd in odds) / sum(odds) ** 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 21, 100])
+@pytest.mark.parametrize("name", [None, *HEADS])
+def test_statistics_are_the_logprobs_to_the_bit_and_collisions_without_gradient(name, chunk):
+    args, upstream, head = head_inputs(name) if name else (inputs()[:3], inputs()[3], {})
+    found = head_gradients(lambda *a, **h: linear_statistics(*a, **h, chunk_tokens=chunk)[0], args, upstream, head)
+    expected = head_gradients(partial(linear_logprobs, chunk_tokens=chunk), args, upstream, head)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
+    (hidden, weight, targets), head = args, {key: _double(value) for key, value in head.items()}
+    logits = torch.nn.functional.linear(hidden.double(), weight.double(), head.get("bias")) * head.get("scale", 1.0)
+    cap = head.get("softcap")
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    hidden.requires_grad_()
+    head = {key: value.float() if isinstance(value, torch.Tensor) else value for key, value in head.items()}
+    logps, collisions = linear_statistics(hidden, weight, targets, **head, chunk_tokens=chunk)
+    assert (logps.requires_grad, collisions.requires_grad) == (True, False)
+    assert (logps.dtype, collisions.dtype) == (torch.float32, torch.float32)
+    wanted = torch.logsumexp(2 * logits, -1) - 2 * torch.logsumexp(logits, -1)
+    torch.testing.assert_close(collisions, wanted.detach().float(), rtol=1e-5, atol=1e-5)
+
+
+def _double(value):
+    return value.detach().double() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("name", [None, "all"])
+def test_collisions_cost_no_product_and_no_larger_tensor(name):
+    args, upstream, head = head_inputs(name, num_tokens=64) if name else (inputs(num_tokens=64)[:3], torch.ones(64), {})
+    seen = []
+    for function in (linear_logprobs, lambda *a, **h: linear_statistics(*a, **h)[0]):
+        with _Operations() as operations:
+            head_gradients(partial(function, chunk_tokens=10), args, upstream, head)
+        seen.append((operations.products, operations.largest))
+    assert seen[0] == seen[1]
+
+
+def test_collisions_of_bf16_logits_of_no_tokens_and_of_large_logits():
+    hidden, weight, targets, _ = inputs(torch.bfloat16)
+    logps, collisions = linear_statistics(hidden, weight, targets, chunk_tokens=7)
+    wanted = torch.logsumexp(2 * (logits := (hidden @ weight.t()).double()), -1) - 2 * torch.logsumexp(logits, -1)
+    torch.testing.assert_close(collisions, wanted.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logps, linear_logprobs(hidden, weight, targets, chunk_tokens=7))
+    assert [len(each) for each in linear_statistics(hidden[:0], weight, targets[:0])] == [0, 0]
+    certain, flat = torch.tensor([[1e4]]), torch.zeros(1, 1)
+    heads = torch.tensor([[1.0], [0.0], [-1.0]])
+    assert linear_statistics(certain, heads, torch.tensor([1]))[1].item() == 0.0
+    assert linear_statistics(flat, heads, torch.tensor([1]))[1].item() == pytest.approx(-math.log(3))

@@ -1,3 +1,4 @@
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 from toys import toy_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from notus.config import LoraConfig
 from notus.data.batching import step_rows
 from notus.data.dataset import TokenizedDataset
+from notus.data.packing import Batch
 from notus.data.tokenize import load_pairs
 from notus.model.policy import Policy
 from notus.runtime import switches
+from notus.runtime.distributed import rank, world_size
 from notus.training.parallelize import build_policy, expect_last_row, hand_over_gradients, read_model_config
 from notus.training.scoring import score
 
@@ -153,3 +157,123 @@ def test_the_gradient_handed_over_is_the_one_that_was_added_up(
     hand_over_gradients(policy)
     assert {parameter.grad.to_local().data_ptr() for parameter in policy.blocks[0].parameters()} == places
     assert all(isinstance(parameter.data, DTensor) for parameter in policy.parameters())
+
+
+# ---- token by token ----
+
+METHODS = ("forward", "token_logprobs", "token_statistics")
+
+
+def _sums(policy: Policy, batch: Batch, method: str) -> torch.Tensor:
+    """[E, K]: the completions' log-probs by one of `METHODS`, which give sums or something of each token."""
+    if method == "forward":
+        return policy(batch)
+    found = getattr(policy, method)(batch)
+    if method == "token_statistics":
+        found, collisions = found
+        assert collisions.shape == found.shape
+        assert not collisions.requires_grad
+    sums = torch.segment_reduce(found, "sum", lengths=batch.lengths.flatten(), unsafe=True)
+    return sums.view(batch.lengths.shape)
+
+
+def _two_steps(policy: Policy, rows: TokenizedDataset, method: str) -> list[dict[str, torch.Tensor]]:
+    """This rank's gradients of two steps of several rows, a plain update between them."""
+    found = []
+    for _ in range(2):
+        batches = list(step_rows(rows, np.arange(9), rank=rank(), world_size=world_size(), tokens_per_row=70))
+        assert len(batches) >= 2
+        for number, batch in enumerate(batches):
+            if world_size() == 1:
+                expect_last_row(policy, number == len(batches) - 1)
+            logps = _sums(policy, batch, method) * batch.weights[:, None]
+            torch.nn.functional.softplus(0.1 * (logps[:, 1] - logps[:, 0])).sum().backward()
+        if world_size() == 1:
+            hand_over_gradients(policy)
+        trained = {name: each for name, each in policy.named_parameters() if each.grad is not None}
+        found.append({name: each.grad.to_local().clone() for name, each in trained.items()})
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.to_local().sub_(parameter.grad.to_local(), alpha=1e-2)
+                parameter.grad = None
+    return found
+
+
+def _check_methods(folder: Path, pairs: Path, device: torch.device, **options: object) -> None:
+    rows = _rows(folder, pairs)
+    expected, *others = (_two_steps(_policy(folder, device, **options), rows, method) for method in METHODS)
+    for found in others:
+        for one, other in zip(found, expected, strict=True):
+            assert one.keys() == other.keys()
+            for name, wanted in other.items():
+                assert one[name].any() or "lora_A" in name  # B is zero at first
+                assert torch.equal(one[name], wanted), name
+
+
+# what differs in how a gradient comes about
+OPTIONS: dict[str, dict[str, object]] = {
+    "none": {},
+    "products": {"activation_checkpointing": "products"},
+    "selective": {"activation_checkpointing": "selective"},
+    "full": {"activation_checkpointing": "full"},
+    "bf16": {"activation_checkpointing": "full", "precision": "bf16"},
+    "compiled, full": {"compile": True, "activation_checkpointing": "full"},
+    "plain path": {"path": "plain", "longest": 120},
+    "adapters": {"lora": LoraConfig(rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "v_proj"], rslora=False)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_through_tokens_are_those_through_sums(
+    name: str, model_folder: Path, pairs_file: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    _check_methods(model_folder, pairs_file, device, **OPTIONS[name])
+
+
+def _check_methods_sharded(folder: Path, pairs: Path, names: list[str]) -> None:
+    torch.compile = functools.partial(torch.compile, backend="eager")  # in this process alone
+    for name in names:
+        _check_methods(folder, pairs, torch.device("cpu"), **OPTIONS[name])
+
+
+COMPILED = [name for name, options in OPTIONS.items() if "compile" in options]
+
+
+@pytest.mark.parametrize(
+    "names", [[name for name in OPTIONS if name not in COMPILED], pytest.param(COMPILED, marks=pytest.mark.slow)]
+)
+def test_gradients_through_tokens_are_those_through_sums_on_two_ranks(
+    names: list[str], tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    run_ranks(_check_methods_sharded, 2, tmp_path, model_folder, pairs_file, names)
+
+
+def _statistics_of_both_ranks(folder: Path, pairs: Path, expected: Path) -> None:
+    policy, rows = _policy(folder, torch.device("cpu")), _rows(folder, pairs)
+    (batch,) = step_rows(rows, np.arange(4), rank=0, world_size=1, tokens_per_row=1000)
+    logps, collisions = policy.token_statistics(batch)
+    wanted = torch.load(expected, weights_only=True)
+    torch.testing.assert_close(torch.stack([logps.detach(), collisions]), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_of_a_sharded_policy_are_those_of_the_model(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    rows = _rows(model_folder, pairs_file)
+    (batch,) = step_rows(rows, np.arange(4), rank=0, world_size=1, tokens_per_row=1000)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    found, place = [], 0
+    for example in rows(batch.indices.numpy()):
+        for branch, mask in zip(example.branches, example.loss_masks, strict=True):
+            ids = torch.tensor([*example.trunk, *branch])
+            logits = model(input_ids=ids[None]).logits[0].double()
+            learned = len(example.trunk) + torch.from_numpy(mask.nonzero()[0])
+            before = logits[learned - 1]
+            logps = before.log_softmax(-1).gather(-1, ids[learned, None]).squeeze(-1)
+            found.append(torch.stack([logps, torch.logsumexp(2 * before, -1) - 2 * torch.logsumexp(before, -1)]))
+            place += len(learned)
+    assert place == len(batch.targets)
+    torch.save(torch.cat(found, dim=1).detach().float(), tmp_path / "expected.pt")
+    run_ranks(_statistics_of_both_ranks, 2, tmp_path, model_folder, pairs_file, tmp_path / "expected.pt")
