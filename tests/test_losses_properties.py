@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,7 +29,7 @@ PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.rows == "pairs"]
 LIST_LOSSES = [name for name, loss in LOSSES.items() if loss.rows == "lists"]
 LN2 = math.log(2)
 
-quick = settings(derandomize=True, max_examples=25, deadline=None, database=None)
+quick = fuzz(25)
 nats = st.floats(-200, 200, allow_subnormal=False)
 ratio_pairs = st.lists(st.tuples(nats, nats), min_size=1, max_size=4)
 betas = st.sampled_from([0.01, 0.1, 0.5, 2.0])
@@ -104,7 +105,8 @@ def test_what_a_swap_adds(name: str, difference: Callable[[Tensor], Tensor], pai
 
 
 SHIFT_INVARIANT = {  # a constant added to c and r alike changes nothing; with a divergence other than DPO's it would
-    "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "exo_pair", "discopop", "odpo", "cpo", "simpo", "slic",
+    "sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "exo_pair", "discopop", "odpo", "cpo", "simpo",
+    "slic",
 }  # fmt: skip
 
 
