@@ -248,6 +248,12 @@ def test_beyond_the_cap_a_divergence_goes_on_as_its_tangent() -> None:
     torch.testing.assert_close(gradient, torch.full_like(gradient, e50))
 
 
+@pytest.mark.parametrize(("divergence", "alpha"), [("kl", 0.5), ("alpha_divergence", 0.0), ("alpha_divergence", 1.5)])
+def test_a_divergence_that_does_not_exist_is_an_error(divergence: str, alpha: float) -> None:
+    with pytest.raises(ValueError, match=f"reverse_kl, .* not '{divergence}' and {alpha}"):
+        f_divergence_map(torch.zeros(1), divergence, alpha)
+
+
 # ---- autograd's own check, extremes, masks ----
 
 
