@@ -300,6 +300,7 @@ def test_odpo_of_a_gap_of_one_is_dpo_and_of_equal_or_swapped_ratings_nothing() -
     assert found[0] == pair_losses("sigmoid", c, r)[0][0]
     assert found[1:].tolist() == [0.0, 0.0]
     assert torch.autograd.grad(found.sum(), c)[0][1:].tolist() == [0.0, 0.0]
+    assert torch.equal(pair_losses("odpo", c, r, odpo_alpha=0.0, **ratings)[0], pair_losses("sigmoid", c, r)[0])
 
 
 @quick
