@@ -489,6 +489,9 @@ def _loss_conflicts(config: Config) -> Iterator[Invalid]:
         return
     yield from _option_conflicts(dpo, losses)
     yield from _term_conflicts(dpo, losses)
+    if any(loss.shift == "kl" for loss in losses) and config.training.batch_size < 2:
+        reason = f"must be at least 2 with dpo.loss_type {_named(losses)}, whose KL term is a mean over the step"
+        yield Invalid("training.batch_size", reason)
     if not any(loss.reference for loss in losses):
         why = f"with dpo.loss_type {_named(losses)}, which has no reference: remove it"
         yield from _without_effect("reference", config.reference, why)
@@ -506,7 +509,8 @@ def _option_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Inva
     """Yield options that none of the losses takes, and values that one of them cannot have."""
     from notus.losses import LOSSES
 
-    for name in given_options(dpo):
+    given = given_options(dpo)
+    for name in given:
         if not any(loss.option(name) for loss in losses):
             takers = [loss.name for loss in LOSSES.values() if loss.option(name)]
             options = sorted({option.name for loss in LOSSES.values() for option in loss.options})
@@ -514,10 +518,19 @@ def _option_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Inva
             yield Invalid(_option_key(name), f"has no effect with dpo.loss_type {_named(losses)}{remedy}")
     for loss in losses:
         for option in loss.options:
-            value = given_options(dpo).get(option.name, option.default)
+            value = given.get(option.name, option.default)
             if not option.allows(value):
                 reason = f"must be {option.limits} with dpo.loss_type {loss.name!r}, not {value!r}"
                 yield Invalid(_option_key(option.name), reason)
+            if option.name in given and option.only_with and not _has(losses, given, *option.only_with):
+                other, needed = option.only_with
+                yield Invalid(_option_key(option.name), f"has no effect unless {_option_key(other)} is {needed}")
+
+
+def _has(losses: Iterable["Loss"], given: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether an option that one of the losses takes has this value."""
+    options = [option for loss in losses if (option := loss.option(name)) is not None]
+    return any(given.get(name, option.default) == value for option in options)
 
 
 def _term_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Invalid]:

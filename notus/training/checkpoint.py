@@ -48,6 +48,7 @@ class Progress:
         identity: digests of what the run learns from and starts from, by the config key that names it; and the names
             of the reference caches.
         trackers: ids of the run at its trackers, by their names.
+        task: what the task has learned beside the weights, by its own names.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Progress:
     window_seconds: float = 0.0
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)
+    task: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -232,7 +234,10 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
 
 
 # Contents that a run cannot change when it is resumed.
-_BOUND = ("data.train", "data.eval", "model.adapter", "model.name_or_path")
+_BOUND = {
+    "data.train", "data.train (ratings)", "data.train (labels)", "data.eval", "data.eval (ratings)",
+    "data.eval (labels)", "model.adapter", "model.name_or_path",
+}  # fmt: skip
 
 
 def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -88,6 +88,8 @@ def table(result: dict[str, Any]) -> str:
         if f"{name}/margins" in result:
             values = (result[f"{name}/{metric}"] for metric in columns.values())
             lines.append(f"{title:22}{''.join(f'{value:12.4f}' for value in values)}")
+    if "rewards/accuracies" in result and rows == "labels":
+        lines.append(f"reward above 0 for good and below 0 for bad ones: {result['rewards/accuracies']:.1%}")
     if "loss" in result:
         lines.append(f"sigmoid loss {result['loss']:.6f}")
     return "\n".join([*lines, *_sentences(result), "", *_breakdowns(result)])

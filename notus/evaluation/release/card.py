@@ -455,6 +455,8 @@ def _counts(data: Mapping[str, Any], unit: str) -> Iterator[str]:
         if not split:
             continue
         yield f"{purpose}: {split['rows']:,} {unit}"
+        if labels := split.get("labels"):
+            yield f"{purpose}: {labels['true']:,} good and {labels['false']:,} bad completions"
         if split.get("sources"):
             yield f"{purpose}, rows by source: {_listed(split['sources'])}"
         report = split.get("report")
@@ -462,6 +464,8 @@ def _counts(data: Mapping[str, Any], unit: str) -> Iterator[str]:
             dropped = _listed(report["dropped"]) or "none"
             cut = f"{report['prompts_cut']:,} prompts, {report['completions_cut']:,} rows' completions"
             yield f"{purpose}: {report['read']:,} rows read; dropped: {dropped}; cut to length: {cut}"
+            if report.get("left_out"):
+                yield f"{purpose}: {report['left_out']:,} completions of lists left out, without a rating or text"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

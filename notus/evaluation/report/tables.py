@@ -29,6 +29,8 @@ CUTS = {
     "completions_cut": "completions cut to length",
     "templated": "in the chat format",
 }
+LABELS = {"true": "of them good", "false": "of them bad"}
+LEFT_OUT = "completions without a rating or text, left out"
 
 Cell = str | tuple[str, str]  # the second string is set small, below the first
 
@@ -210,7 +212,11 @@ def _row_counts(part: Mapping[str, Any]) -> dict[str, str]:
     counts = {key: report[key] for key in ("read", "kept") if key in report}
     counts |= {f"dropped: {reason}": count for reason, count in report.get("dropped", {}).items()}
     counts |= {words: report[key] for key, words in CUTS.items() if key in report}
-    return {name: f"{count:,}" for name, count in {**counts, "used": part["rows"]}.items()}
+    if report.get("left_out"):
+        counts[LEFT_OUT] = report["left_out"]
+    labels = part.get("labels") or {}
+    counts |= {"used": part["rows"], **{LABELS[name]: count for name, count in labels.items()}}
+    return {name: f"{count:,}" for name, count in counts.items()}
 
 
 def source_bars(runs: Sequence[Run]) -> list[Bars]:
