@@ -359,7 +359,8 @@ def test_demonstrations_have_one_side(show):
 
 def test_lists_show_as_many_sides_as_they_have_completions(show):
     page = show("lists")
-    visible = "return [0, 1, 2].filter((side) => !document.getElementById(`side-${side}`).hidden)"
+    display = "getComputedStyle(document.getElementById(`side-${side}`)).display"
+    visible = f"return [0, 1, 2].filter((side) => {display} !== 'none')"
     side = "return [0, 1, 2].map((side) => document.getElementById(`side-${side}-text`).textContent)"
     assert page.execute_script(visible) == [0, 1, 2]
     assert page.execute_script(side) == [" blue.</s>", " grey.</s>", " red.</s>"]
