@@ -119,6 +119,13 @@ class Batch:
     labels: Tensor | None = None
     places: Tensor | None = None
 
+    @property
+    def present(self) -> Tensor:
+        """[E, K] bool: which completions there are; where some are missing, those that have a token to learn."""
+        if len(self.layout.query_lengths) == self.lengths.numel():
+            return torch.ones_like(self.lengths, dtype=torch.bool)
+        return self.lengths > 0
+
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU waits for nothing."""
         return self._map(Tensor.pin_memory)
@@ -172,13 +179,16 @@ def collate(examples: Sequence[Example], num_branches: int) -> Batch:
             start += len(branch)
         lengths.extend([0] * (num_branches - len(example.branches)))
         offset = start
+    layout = build_layout(
+        [len(example.trunk) for example in examples],
+        [[len(branch) for branch in example.branches] for example in examples],
+    )
+    # a length of 0 stands for a missing completion, so where one is missing, every other must have a token to learn
+    assert len(layout.query_lengths) in (len(lengths), np.count_nonzero(lengths))
     return Batch(
         input_ids=_join(tokens),
         position_ids=_join(positions),
-        layout=build_layout(
-            [len(example.trunk) for example in examples],
-            [[len(branch) for branch in example.branches] for example in examples],
-        ),
+        layout=layout,
         sources=_join(sources),
         targets=_join(targets),
         lengths=torch.tensor(lengths, dtype=torch.int64).view(len(examples), num_branches),

@@ -149,8 +149,8 @@ def _logprobs_of(logits: Sequence[Tensor], batch: Batch) -> Tensor:
 
 
 def _per_sequence(batch: Batch, values: Tensor) -> tuple[Tensor, ...]:
-    """Cut what the row's completion tokens have, [M], into a part for each sequence."""
-    return values.split(batch.lengths.flatten().tolist())
+    """Cut what the row's completion tokens have, [M], into a part for each sequence; a missing one has none."""
+    return values.split(batch.lengths[batch.present].tolist())
 
 
 def _most_of_all_ranks(count: int, device: torch.device) -> int:

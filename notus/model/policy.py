@@ -47,7 +47,10 @@ class Policy(nn.Module):
         return blocks_of(self.causal_lm)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum the completion log-probs of a packed row of E examples with K branches each: fp32 [E, K], in nats."""
+        """Sum the completion log-probs of a packed row of E examples with up to K branches: fp32 [E, K], in nats.
+
+        A completion that an example lacks has 0, without a gradient.
+        """
         tokens = self._token_logprobs(batch)
         sums = torch.segment_reduce(tokens, "sum", lengths=batch.lengths.flatten(), unsafe=True)
         return sums.view(batch.lengths.shape).clone()  # FSDP hooks its outputs and warns of views

@@ -65,9 +65,9 @@ class Routers:
 
         The pass ran the packed row, or its sequences one by one, unpadded, in the order of the layout's segments.
         """
-        starts = batch.layout.query_starts[:: batch.lengths.shape[1]].contiguous()
-        tokens = torch.arange(len(batch.input_ids), device=starts.device)
-        examples = torch.bucketize(tokens, starts[1:], right=True)
+        ends = batch.layout.query_starts[batch.present.sum(1).cumsum(0)]  # of each example's last segment
+        tokens = torch.arange(len(batch.input_ids), device=ends.device)
+        examples = torch.bucketize(tokens, ends, right=True)
         read, self._read = self._read, {}
         layers = [_balance(*_of_row(each, batch), examples, len(batch.weights)) for each in read.values() if each]
         assert layers, "the forward pass ran outside of `reading`"

@@ -38,6 +38,7 @@ ROWS = {
     "no trunk": ([0, 2], [[3, 1], [2, 2]]),
     "one-token branches": ([6, 1], [[1, 1], [1, 1]]),
     "long second branch": ([1], [[1, 3]]),
+    "lists of different length": ([3, 0, 4, 1], [[1, 2, 3], [2, 1], [3], [1, 1, 2, 1, 3, 1, 1, 2]]),
 }
 
 

@@ -21,6 +21,7 @@ ROWS = {
     "pairs": ([5, 3], [[4, 6], [2, 7]]),
     "no trunk, one-token branches": ([0, 2, 6], [[3, 1], [2, 2], [1, 1]]),
     "more than a block of flex attention": ([150, 3], [[40, 60], [20, 7]]),
+    "lists of different length": ([3, 0, 4], [[1, 2, 3], [2], [1, 2, 1, 3]]),
 }
 
 

@@ -26,7 +26,7 @@ from notus.model import attention_variants as variants
 from notus.model.attention import IMPLEMENTATION, packed_attention
 from notus.model.compiled_attention import graph_attention
 from notus.model.fused import fuse
-from notus.model.logprobs import _LinearLogprobs, full_logprobs, linear_logprobs
+from notus.model.logprobs import _HeadLogprobs, _LinearLogprobs, full_logprobs, linear_logprobs, linear_statistics
 from notus.model.policy import Policy
 
 
@@ -55,6 +55,9 @@ class Context(SimpleNamespace):
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors):
+        self.without_gradient = tensors
 
 
 def row(kv_heads=2, **overrides):
@@ -94,19 +97,38 @@ def test_the_gathers_backward_stays_on_the_device():
         assert (total.shape, total.device, waits.found) == ((14, 2, 8), CUDA, [])
 
 
+@pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("trains_head", [True, False])
-def test_logprobs_forward_and_backward_stay_on_the_device(trains_head, dtype):
-    context = Context(needs_input_grad=(True, trains_head, False, False))
+def test_logprobs_forward_and_backward_stay_on_the_device(trains_head, dtype, statistics):
+    context = Context(needs_input_grad=(True, trains_head, False, False, False))
     with fake_cuda() as waits:
         hidden, weight = (torch.empty(size, 16, dtype=dtype, device=CUDA) for size in (21, 50))
         targets = torch.empty(21, dtype=torch.int64, device=CUDA)
-        logps = _LinearLogprobs.forward(context, hidden, weight, targets, 8)
+        logps, collisions = _LinearLogprobs.forward(context, hidden, weight, targets, 8, statistics)
         assert (logps.shape, logps.dtype, logps.device) == ((21,), torch.float32, CUDA)
-        grads = _LinearLogprobs.backward(context, torch.empty_like(logps))
+        if statistics:
+            assert (collisions.shape, collisions.dtype, collisions.device) == ((21,), torch.float32, CUDA)
+            assert context.without_gradient == (collisions,)
+        else:
+            assert collisions is None
+        grads = _LinearLogprobs.backward(context, torch.empty_like(logps), None)
         assert waits.found == []
     assert (grads[0].shape, grads[0].dtype, grads[0].device) == ((21, 16), dtype, CUDA)
     assert (grads[1].shape, grads[1].dtype) == ((50, 16), dtype) if trains_head else grads[1] is None
+
+
+def test_statistics_of_a_head_with_a_bias_and_a_cap_stay_on_the_device():
+    context = Context(needs_input_grad=(True, True, True, False, False, False, False, False))
+    with fake_cuda() as waits:
+        hidden, weight = (torch.empty(size, 16, device=CUDA) for size in (21, 50))
+        bias = torch.empty(50, device=CUDA)
+        targets = torch.empty(21, dtype=torch.int64, device=CUDA)
+        found = _HeadLogprobs.forward(context, hidden, weight, bias, targets, 0.5, 30.0, 8, True)
+        assert [(each.shape, each.device) for each in found] == [((21,), CUDA)] * 2
+        grads = _HeadLogprobs.backward(context, torch.empty_like(found[0]), None)
+        assert [each.shape for each in grads[:3]] == [(21, 16), (50, 16), (50,)]
+        assert waits.found == []
 
 
 def test_logprobs_as_on_cuda_are_the_plain_ones():
@@ -119,7 +141,10 @@ def test_logprobs_as_on_cuda_are_the_plain_ones():
     with TakenForCuda():
         found = linear_logprobs(hidden, weight, targets, chunk_tokens=8)
         gradients = torch.autograd.grad(found, (hidden, weight), upstream)
+        logps, collisions = linear_statistics(hidden, weight, targets, chunk_tokens=8)
     torch.testing.assert_close(found, plain)
+    assert torch.equal(logps, found)
+    torch.testing.assert_close(collisions, (hidden @ weight.t()).softmax(-1).square().sum(-1).log().detach())
     for got, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, wanted)
 

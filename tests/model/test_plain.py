@@ -44,6 +44,21 @@ def test_equals_each_sequence_alone(padded):
         assert relative(one.grad, two.grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_lists_of_different_length_are_each_sequence_alone(padded):
+    model, other = toy_model("qwen3"), toy_model("qwen3")
+    examples = toy_examples((5, (9, 4, 2, 7)), (4, (6,)), (3, (2, 8, 1)))
+    found = PlainPolicy(model, padded=padded)(collate(examples, 4))
+    sums = [by_hand(other, [example])[0] for example in examples]
+    expected = torch.stack([torch.nn.functional.pad(each, (0, 4 - len(each))) for each in sums])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert relative(one.grad, two.grad) < 1e-5, name
+
+
 def test_padding_brings_similar_lengths_together():
     policy = PlainPolicy(toy_model(), padded=True)
     assert policy._groups([8, 100, 80, 7, 3]) == [[1, 2], [0, 3], [4]]

@@ -5,11 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+from fuzzing import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
 from toys import relative, toy_example, toy_model
 
 from notus.data.packing import collate
 from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
+from notus.model.plain import PlainPolicy
 from notus.model.policy import Policy
 
 # name: (kind, overrides of the toy config, which has 4 query and 2 key/value heads)
@@ -108,23 +112,55 @@ def test_any_number_of_branches(num_branches):
     assert all(relative(packed[parameter], plain[parameter]) < 1e-5 for parameter in plain)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("counts", [[1, 4, 2], [3, 1], [2, 4, 4, 1, 3]])
-def test_lists_of_different_lengths_in_one_row(counts, fused):
-    rng = np.random.default_rng(sum(counts))
-    trunks = [6, 1, 0, 11, 3]
-    examples = [toy_example(rng, n, trunks[n], rng.integers(2, 9, count)) for n, count in enumerate(counts)]
-    model = toy_model("mistral", sliding_window=7)
-    policy, most = policy_of(model, fused), max(counts) + 1  # another row of the step has one more
-    found = policy(collate(examples, most))
-    present = torch.arange(most) < torch.tensor(counts)[:, None]
+# rows of 1 to 4 lists: a trunk and 1 to 8 branches; where lists differ in length, every branch has a token to learn
+lists = st.lists(
+    st.tuples(st.integers(1, 14), st.lists(st.integers(1, 9), min_size=1, max_size=8)), min_size=1, max_size=4
+)
+
+
+@pytest.mark.parametrize("name", ["mistral, window below the trunks", "qwen3"])
+@fuzz(12)
+@given(row=lists, seed=st.integers(0, 99))
+def test_lists_of_different_length_are_each_sequence_alone(name, row, seed):
+    rng, (kind, overrides) = np.random.default_rng(seed), MODELS[name]
+    examples = []
+    for number, (trunk, branches) in enumerate(row):
+        masks = [rng.integers(0, 2, length) for length in branches]
+        for mask in masks:
+            mask[rng.integers(len(mask))] = 1
+        examples.append(toy_example(rng, number, trunk, branches, masks))
+    most = max(len(branches) for _, branches in row)
+    model = toy_model(kind, **overrides)
+    policy, batch = policy_of(model), collate(examples, most)
     model.set_attn_implementation("eager")
-    expected = torch.stack([each for item in examples for each in conversation_logps(model, item)])
-    assert found.shape == (len(counts), most)
-    assert not found[~present].any()
-    torch.testing.assert_close(found[present], expected, rtol=1e-5, atol=1e-5)
-    packed, plain = gradients(policy.causal_lm, found[present]), gradients(model, expected)
-    assert all(relative(packed[parameter], plain[parameter]) < 1e-5 for parameter in plain)
+    alone = [conversation_logps(model, item) for item in examples]
+    expected = torch.stack([torch.stack([*sums, *[torch.zeros(())] * (most - len(sums))]) for sums in alone])
+    found = policy(batch)
+    assert batch.present.tolist() == [[place < len(sums) for place in range(most)] for sums in alone]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+    packed, plain = gradients(policy.causal_lm, found * weights), gradients(model, expected * weights)
+    floor = 1e-6 * max(gradient.norm() for gradient in plain.values())  # of one token, queries and keys have none
+    for parameter, gradient in plain.items():
+        assert (packed[parameter] - gradient).norm() <= 1e-5 * gradient.norm() + floor, parameter
+
+
+def test_the_statistics_of_lists_are_each_sequence_alone():
+    rng = np.random.default_rng(0)
+    examples = [toy_example(rng, 0, 6, [3, 1, 4]), toy_example(rng, 1, 2, [5]), toy_example(rng, 2, 4, [2, 2])]
+    model = toy_model()
+    expected = []
+    for item in examples:
+        for branch in item.branches:
+            ids = torch.from_numpy(np.concatenate([item.trunk, branch]))
+            logits = model(input_ids=ids[None]).logits[0, len(item.trunk) - 1 : -1].detach().double()
+            expected.append(torch.logsumexp(2 * logits, -1) - 2 * torch.logsumexp(logits, -1))
+    for policy in (policy_of(model), PlainPolicy(copy.deepcopy(model))):
+        batch = collate(examples, 3)
+        logps, collisions = policy.token_statistics(batch)
+        assert (logps.requires_grad, collisions.requires_grad, collisions.dtype) == (True, False, torch.float32)
+        torch.testing.assert_close(collisions, torch.cat(expected).float(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(logps, policy.token_logprobs(batch))
 
 
 def test_without_a_trunk_the_conversation_starts_with_the_branch():

@@ -99,17 +99,24 @@ def losses_and_gradients(policy: Policy, examples: Sequence[Example], rows: Sequ
     policy.zero_grad()
     routers, found = Routers(policy.causal_lm), torch.zeros(len(examples))
     for row in rows:
-        batch = collate([examples[place] for place in row], 2)
+        batch = collate([examples[place] for place in row], max(len(each.branches) for each in examples))
         logps, losses = read(policy, routers, batch)
         (0.1 * losses.sum() + 0.01 * logps.sum()).backward()
         found[list(row)] = losses.detach()
     return found, {name: each.grad.clone() for name, each in policy.named_parameters() if each.grad is not None}
 
 
+LENGTHS = {
+    "pairs": [(5, (4, 6)), (3, (7, 2)), (9, (1, 5))],
+    "lists": [(5, (4, 6, 1, 3)), (3, (7,)), (9, (1, 5, 2))],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GptOss", "DeepseekV2"])
-def test_packed_is_alone(kind: str) -> None:
+def test_packed_is_alone(kind: str, lengths: str) -> None:
     policy = policy_of(toy_mixture(kind))
-    examples = toy_examples((5, (4, 6)), (3, (7, 2)), (9, (1, 5)))
+    examples = toy_examples(*LENGTHS[lengths])
     packed, gradients = losses_and_gradients(policy, examples, [[0, 1, 2]])
     alone, expected = losses_and_gradients(policy, examples, [[2], [0], [1]])
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
@@ -122,8 +129,8 @@ def test_sequences_one_by_one_are_the_packed_row() -> None:
     """As the model's own forward runs them: trunk and branch, the trunk again for each branch."""
     model = toy_mixture("Mixtral")
     policy, routers = policy_of(model), Routers(model)
-    examples = toy_examples((5, (4, 6)), (3, (7, 2)))
-    batch = collate(examples, 2)
+    examples = toy_examples((5, (4, 6, 2)), (3, (7, 2)), (4, (1,)))
+    batch = collate(examples, 3)
     _, packed = read(policy, routers, batch)
     model.set_attn_implementation("eager")
     with routers.reading():
