@@ -33,7 +33,7 @@ from notus.model.policy import Policy
 from notus.training.ranking import kendall_tau, pairwise_accuracy, top_1
 from notus.training.warnings import CHOSEN_CHANGE, CHOSEN_FALL, OTHER_MARGINS, SUMMED_MARGINS, Guard
 
-_PROBE_BETA = 0.1
+PROBE_BETA = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +147,11 @@ class Sums:
     def compared(self) -> float:
         """How many of the things that `accuracy` counts there are."""
         return self.examples
+
+    @property
+    def noisy_tokens(self) -> float:
+        """Of how many tokens the log-probs make `sigmoid_loss` noisy, roughly."""
+        return self.chosen_tokens
 
 
 class Objective(ABC):
@@ -284,7 +289,7 @@ class Objective(ABC):
         if reference is None:
             return torch.zeros_like(rows.weights)
         chosen, rejected = self._sides(rows, (logps.detach() - reference).double())
-        return softplus(-_PROBE_BETA * (chosen - rejected))
+        return softplus(-PROBE_BETA * (chosen - rejected))
 
     def read(self, sums: Sequence[float]) -> Sums:
         """Return the sums by name."""
@@ -426,11 +431,17 @@ class LabelSums(Sums):
     Attributes:
         good, bad: how many there are.
         shift: what the first loss subtracts, for each of them.
+        tokens: of all completions.
     """
 
     good: float
     bad: float
     shift: float
+    tokens: float
+
+    @property
+    def noisy_tokens(self) -> float:
+        return self.tokens
 
     @property
     def chosen(self) -> float:
@@ -471,6 +482,7 @@ class LabelObjective(Objective):
             "good": good,
             "bad": ~good,
             "shift": shift,
+            "tokens": rows.lengths[:, 0],
         }
 
     def _more_metrics(self, total: Sums) -> dict[str, float]:

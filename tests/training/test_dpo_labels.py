@@ -12,7 +12,7 @@ from runs import assert_same_run, at_call, config, read_metrics, settings, termi
 from transformers import AutoModelForCausalLM
 
 from notus.config import config_from_dict
-from notus.data.dataset import mismatched
+from notus.data.dataset import Mismatched, mismatched
 from notus.runtime.process import STOPPED
 from notus.training import dpo
 from notus.training.checkpoint import checkpoints_in
@@ -118,6 +118,23 @@ def test_a_resumed_run_is_bitwise_undisturbed(
         assert dpo.run(cut) == STOPPED
     assert dpo.run(cut) == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_mismatched_completions_are_held_against_their_reference_at_step_0(
+    sign: int, tmp_path: Path, model_folder: Path, labels_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config("dpo", tmp_path / "run", model_folder, labels_file, dpo__loss_type="kto")
+    with monkeypatch.context() as patch:
+        inner = dpo.score
+
+        def wrong(policy: Any, rows: Any, *args: Any, **named: Any) -> torch.Tensor:
+            return inner(policy, rows, *args, **named) + 0.5 * sign * isinstance(rows, Mismatched)
+
+        patch.setattr(dpo, "score", wrong)
+        dpo.fill_reference(settings)
+    with pytest.raises(ValueError, match=rf"mean log-ratio of mismatched completions is {-0.5 * sign:.4f}\d*, not 0"):
+        dpo.run(settings)
 
 
 def test_changed_labels_are_refused(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
