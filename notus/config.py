@@ -206,7 +206,8 @@ class TrainingConfig:
     timeout_minutes: Annotated[float, Gt(0), Le(525_600)] = 30.0
     """How long a rank waits for the others before it fails. Rank 0's work before training is not limited."""
     log_every: Count = 1
-    """Steps between lines of `metrics.jsonl`."""
+    """Steps between lines of `metrics.jsonl`, whose `pairs_per_second` counts rows of any kind: pairs, lists, labelled
+    answers."""
     eval_every: Count | None = None
     """Steps between evaluations. null: at the end only."""
     save_every: Count | None = None
