@@ -44,7 +44,7 @@ def run_notus(job: Job) -> Outcome:
     training.Trainer = TimedTrainer  # type: ignore[misc]
     memory, began = PeakMemory(), time.perf_counter()
     config = config_from_dict(_settings(job), "dpo")
-    with start(config, "dpo") as run:
+    with start(config) as run:
         assert run is not None
         before = time.perf_counter()
         task = build_task(run, config)

@@ -116,6 +116,56 @@ def _rate_cells(results: dict[str, Any], number: int) -> list[str]:
     ]
 
 
+LIST_HEADS = (
+    "steps of lists", "trained", "steps", "tokens", "right answers", "less the pair's, equal steps", "per seed",
+    "less the pair's, equal tokens", "reward accuracy", "margin, nats", "chosen, nats per token",
+)  # fmt: skip
+PAIRS, MORE_PAIRS = "pairs", "pairs, equal tokens"
+
+
+def list_table(results: dict[str, Any]) -> str:
+    """The table of pairs against lists in Markdown, under a line that says what ran."""
+    size, seeds = results["size"], results["seeds"]
+    places = [(run["of_lists"], run["name"]) for run in seeds[0]["runs"]]
+    prompts = ", ".join(f"{seed['prompts']:,}" for seed in seeds)
+    start = statistics.mean(seed["start"] for seed in seeds)
+    return "\n".join(
+        [
+            f"Seeds {', '.join(str(seed['seed']) for seed in seeds)}; {prompts} rated prompts, "
+            f"{results['recipes']['dpo']['batch_size']} in a step, {size['held_out']:,} held-out prompts; means over "
+            f"seeds, differences in points with Student's 95% interval; the start answers {start:.1%} right.",
+            "",
+            markdown(LIST_HEADS, [_list_cells(seeds, *place) for place in places], "--:"),
+        ]
+    )
+
+
+def _list_cells(seeds: Sequence[dict[str, Any]], of_lists: int, name: str) -> list[str]:
+    def of(wanted: str) -> list[dict[str, Any]]:
+        return [run for seed in seeds for run in seed["runs"] if (run["of_lists"], run["name"]) == (of_lists, wanted)]
+
+    def mean(key: str) -> float:
+        return statistics.mean(run[key] for run in found)
+
+    found, gaps = of(name), {}
+    for against in (PAIRS, MORE_PAIRS):
+        gaps[against] = [run["win_rate"] - pair["win_rate"] for run, pair in zip(found, of(against), strict=True)]
+    is_pair = name in (PAIRS, MORE_PAIRS)
+    return [
+        str(of_lists),
+        name,
+        f"{mean('steps'):.0f}",
+        f"{mean('tokens'):,.0f}",
+        f"{mean('win_rate'):.1%}",
+        "" if name == PAIRS else _signed(*over_seeds(gaps[PAIRS])),
+        "" if name == PAIRS else ", ".join(f"{100 * gap:+.1f}" for gap in gaps[PAIRS]),
+        "" if is_pair else _signed(*over_seeds(gaps[MORE_PAIRS])),
+        f"{mean('reward_accuracy'):.1%}",
+        f"{mean('margin'):.2f}",
+        f"{mean('chosen_change'):+.3f}",
+    ]
+
+
 def _signed(difference: float, half: float | None) -> str:
     """In points of a hundred."""
     return f"{100 * difference:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")

@@ -420,7 +420,8 @@ def _conflicts(config: Config) -> Iterator[Invalid]:
             yield from _without_effect(name, section, "in SFT: remove it, or run train_dpo.py")
     yield from _checkpoint_conflicts(config.training)
     yield from _data_conflicts(config)
-    yield from _loss_conflicts(config.dpo)
+    if config.task == "dpo":
+        yield from _loss_conflicts(config)
 
 
 def _without_effect(name: str, section: Any, why: str, keys: tuple[str, ...] | None = None) -> Iterator[Invalid]:
@@ -469,36 +470,85 @@ def _data_conflicts(config: Config) -> Iterator[Invalid]:
         yield Invalid("data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}")
 
 
-def _loss_conflicts(dpo: DPOConfig) -> Iterator[Invalid]:
+def _loss_conflicts(config: Config) -> Iterator[Invalid]:
     """Hold the loss and its options against the registry of losses."""
     from notus.losses import LOSSES, loss_components  # imports torch
 
-    names = [dpo.loss_type] if isinstance(dpo.loss_type, str) else list(dpo.loss_type)
-    for name in names:
+    dpo = config.dpo
+    for name in _loss_names(dpo):
         if name not in LOSSES:
             yield Invalid("dpo.loss_type", f"{name!r} does not exist{nearest(name, LOSSES)}")
             return
     try:
-        losses = loss_components(dpo.loss_type)
+        losses = list(loss_components(dpo.loss_type))
     except ValueError as error:
         yield Invalid("dpo.loss_type", f"cannot be: {error}")
         return
     if "label_smoothing" in dpo.options:
         yield Invalid("dpo.options", "holds label_smoothing, which has a key of its own: set dpo.label_smoothing")
         return
-    for name in given_options(dpo):
+    yield from _option_conflicts(dpo, losses)
+    yield from _term_conflicts(dpo, losses)
+    if any(loss.shift == "kl" for loss in losses) and config.training.batch_size < 2:
+        reason = f"must be at least 2 with dpo.loss_type {_named(losses)}, whose KL term is a mean over the step"
+        yield Invalid("training.batch_size", reason)
+    if not any(loss.reference for loss in losses):
+        why = f"with dpo.loss_type {_named(losses)}, which has no reference: remove it"
+        yield from _without_effect("reference", config.reference, why)
+
+
+def _loss_names(dpo: DPOConfig) -> list[str]:
+    return [dpo.loss_type] if isinstance(dpo.loss_type, str) else list(dpo.loss_type)
+
+
+def _named(losses: Iterable["Loss"]) -> str:
+    return ", ".join(repr(loss.name) for loss in losses)
+
+
+def _option_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Invalid]:
+    """Yield options that none of the losses takes, and values that one of them cannot have."""
+    from notus.losses import LOSSES
+
+    given = given_options(dpo)
+    for name in given:
         if not any(loss.option(name) for loss in losses):
             takers = [loss.name for loss in LOSSES.values() if loss.option(name)]
-            remedy = f"use one of {', '.join(takers)}" if takers else "no loss has an option of that name"
-            yield Invalid(
-                _option_key(name), f"has no effect with dpo.loss_type {', '.join(map(repr, names))}: {remedy}"
-            )
+            options = sorted({option.name for loss in LOSSES.values() for option in loss.options})
+            remedy = f": use one of {', '.join(takers)}" if takers else nearest(name, options)
+            yield Invalid(_option_key(name), f"has no effect with dpo.loss_type {_named(losses)}{remedy}")
     for loss in losses:
         for option in loss.options:
-            value = given_options(dpo).get(option.name, option.default)
+            value = given.get(option.name, option.default)
             if not option.allows(value):
                 reason = f"must be {option.limits} with dpo.loss_type {loss.name!r}, not {value!r}"
                 yield Invalid(_option_key(option.name), reason)
+            if option.name in given and option.only_with and not _has(losses, given, *option.only_with):
+                other, needed = option.only_with
+                yield Invalid(_option_key(option.name), f"has no effect unless {_option_key(other)} is {needed}")
+
+
+def _has(losses: Iterable["Loss"], given: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether an option that one of the losses takes has this value."""
+    options = [option for loss in losses if (option := loss.option(name)) is not None]
+    return any(given.get(name, option.default) == value for option in options)
+
+
+def _term_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Invalid]:
+    """Yield what is added to a loss, or changes how tokens or pairs count, where that has no meaning."""
+    rows, named = losses[0].rows, _named(losses)
+    if dpo.nll_mean != "tokens" and not dpo.nll_weight:
+        yield Invalid("dpo.nll_mean", "has no effect while dpo.nll_weight is 0: set that, or remove it")
+    if dpo.nll_weight and rows == "labels":
+        yield Invalid(
+            "dpo.nll_weight", f"is of pairs and lists, and dpo.loss_type {named} learns from labels: remove it"
+        )
+    for key, given in (("ld_alpha", dpo.ld_alpha is not None), ("wpo", dpo.wpo)):
+        if given and rows != "pairs":
+            yield Invalid(f"dpo.{key}", f"is of pairs, and dpo.loss_type {named} learns from {rows}: remove it")
+    per_token = [loss for loss in losses if loss.per_token]
+    if dpo.ld_alpha is not None and per_token:
+        reason = f"has no meaning with dpo.loss_type {_named(per_token)}, which averages over tokens: remove it"
+        yield Invalid("dpo.ld_alpha", reason)
 
 
 def given_options(dpo: DPOConfig) -> dict[str, float | str]:
@@ -719,10 +769,17 @@ def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str
             section, keys, value = _parse_override(word)
             held = tree.get(section) or {}
             if len(keys) == 2:
-                value = {**(held.get(keys[0]) or {}), keys[1]: value}
+                value = {**_mapping(held.get(keys[0]), f"{section}.{keys[0]}"), keys[1]: value}
             tree[section] = {**held, keys[0]: value}
             origins[".".join([section, *keys])] = origins[f"{section}.{keys[0]}"] = "command line"
     return tree, source, origins
+
+
+def _mapping(value: Any, key: str) -> dict[str, Any]:
+    """Return what a key holds so far as a mapping, to which an override adds an entry."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"command line: {key} is {_SHORT.repr(value)}, which has no entries: set {key}=VALUE")
+    return value or {}
 
 
 def _check_spaces(words: Sequence[str]) -> None:

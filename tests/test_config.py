@@ -12,7 +12,18 @@ import pytest
 import yaml
 
 from notus import config as config_module
-from notus.config import SECTIONS, Config, config_from_dict, dump_yaml, load_config, read_yaml, save_config, to_yaml
+from notus.config import (
+    SECTIONS,
+    Config,
+    config_from_dict,
+    dump_yaml,
+    load_config,
+    options_of,
+    read_yaml,
+    save_config,
+    to_yaml,
+)
+from notus.losses import LOSSES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -143,7 +154,16 @@ MISTAKES = {
     "--data.train=[{path: a, weight: 0}]": "weight must be a number > 0, not 0",
     "--data.eval=4": "path must be a string",
     "--data.chat_template=chatml": "'zephyr', a .jinja file or null, not 'chatml'",
-    "--dpo.loss_type=sigmod": "not 'sigmod'; did you mean 'sigmoid'?",
+    "--dpo.loss_type=sigmod": "'sigmod' does not exist; did you mean 'sigmoid'?",
+    "--dpo.loss_type={sigmoid: 1, hing: 2}": "'hing' does not exist; did you mean 'hinge'?",
+    "--dpo.loss_type={sigmoid: 0}": "the name of a loss, or a mapping of names to weights above 0, not {'sigmoid': 0}",
+    "--dpo.loss_type={}": "loss_type names no loss",
+    "--dpo.options.discopop_tua=0.1": "has no effect with dpo.loss_type 'sigmoid'; did you mean 'discopop_tau'?",
+    "--dpo.options.discopop_tau=0.1": "has no effect with dpo.loss_type 'sigmoid': use one of discopop",
+    "--dpo.options={label_smoothing: 0.1}": "holds label_smoothing, which has a key of its own",
+    "--dpo.options=0.1": "a mapping of names to numbers or words, not 0.1",
+    "--dpo.nll_mean=words": "'tokens' or 'completions', not 'words'",
+    "--dpo.ld_alpha=1": "a number >= 0 and < 1 or null, not 1",
     "--dpo.beta=0": "a number > 0, not 0",
     "--dpo.label_smoothing=0.6": "a number >= 0 and <= 0.5, not 0.6",
     "--lora.dropout=1": "a number >= 0 and < 1, not 1",
@@ -232,8 +252,18 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str,
         (["--data.eval=a", "--data.eval_size=5"], "data.eval_size has no effect beside data.eval"),
         (["--data.max_prompt_length=1024"], "data.max_prompt_length (1024) must be below data.max_length (1024)"),
         (["--dpo.loss_type=hinge", "--dpo.label_smoothing=0.1"], "dpo.label_smoothing has no effect with"),
-        (["--dpo.loss_type=robust", "--dpo.label_smoothing=0.5"], "dpo.label_smoothing must be below 0.5 with"),
-        (["--dpo.loss_type=exo_pair"], "dpo.label_smoothing must be above 0 with dpo.loss_type 'exo_pair'"),
+        (
+            ["--dpo.loss_type=robust", "--dpo.label_smoothing=0.5"],
+            "dpo.label_smoothing must be at least 0 and below 0.5 with",
+        ),
+        (
+            ["--dpo.loss_type=exo_pair"],
+            "dpo.label_smoothing must be above 0 and at most 0.5 with dpo.loss_type 'exo_pair'",
+        ),
+        (["--dpo.loss_type=discopop", "--dpo.options.discopop_tau=1"], "dpo.options.discopop_tau must be above 0 and"),
+        (["--dpo.loss_type={hinge: 1, ipo: 1}", "--dpo.label_smoothing=0.1"], "with dpo.loss_type 'hinge', 'ipo': use"),
+        (["--dpo.nll_mean=completions"], "dpo.nll_mean has no effect while dpo.nll_weight is 0"),
+        (["--dpo.loss_type=ipo", "--dpo.ld_alpha=0.5"], "dpo.ld_alpha has no meaning with dpo.loss_type 'ipo'"),
     ],
 )
 def test_settings_without_effect_are_rejected(minimal: str, overrides: list[str], message: str) -> None:
@@ -265,10 +295,49 @@ def test_sft_rejects_what_only_dpo_uses(minimal: str, override: str, message: st
     ["--data.eval_size=9", "--training.eval_every=5"],
     ["--dpo.loss_type=exo_pair", "--dpo.label_smoothing=1e-3"],
     ["--dpo.label_smoothing=0.5"],
+    ["--dpo.loss_type={hinge: 1, robust: 0.5}", "--dpo.label_smoothing=0.1"],
+    ["--dpo.nll_weight=1", "--dpo.nll_mean=completions", "--dpo.ld_alpha=0", "--dpo.wpo=true"],
     ["--data.chat_template=templates/mine.jinja"],
 ])  # fmt: skip
 def test_the_same_settings_are_valid_where_they_have_an_effect(minimal: str, overrides: list[str]) -> None:
     load(minimal, *overrides)
+
+
+def test_entries_of_a_mapping_are_set_one_by_one(minimal: str, tmp_path: Path) -> None:
+    dpo = load(minimal, "--dpo.loss_type=discopop", "--dpo.options.discopop_tau=0.1").dpo
+    assert dpo.options == {"discopop_tau": 0.1}
+    with_options = tmp_path / "more.yaml"
+    with_options.write_text(MINIMAL + "dpo: {loss_type: {discopop: 2, sigmoid: 1}, options: {discopop_tau: 0.3}}\n")
+    assert load_config(with_options, "dpo").dpo.options == {"discopop_tau": 0.3}
+    changed = load_config([str(with_options), "--dpo.options.discopop_tau=0.5"], "dpo").dpo
+    assert changed.options == {"discopop_tau": 0.5}
+    assert changed.loss_type == {"discopop": 2.0, "sigmoid": 1.0}
+    one_more = load_config([str(with_options), "--dpo.loss_type.robust=0.5"], "dpo").dpo
+    assert one_more.loss_type == {"discopop": 2.0, "sigmoid": 1.0, "robust": 0.5}
+    saved = tmp_path / "saved.yaml"
+    save_config(load_config(with_options, "dpo"), saved)
+    assert load_config(saved, "dpo") == load_config(with_options, "dpo")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--dpo.options.discopop_tau=[1]", "dpo.options must be a mapping of names to numbers or words, not {'disc"),
+        ("--training.seed.x=1", "training.seed must be an integer >= 0, not {'x': 1}"),
+        ("--training.output_dir.x=1", "training.output_dir is 'runs/here', which has no entries: set training.output"),
+        ("--dpo.options.a.b=1", "is not of the form --section.key=value"),
+    ],
+)
+def test_entries_of_what_is_no_mapping_are_rejected(minimal: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^command line: .*" + re.escape(message)):
+        load(minimal, override)
+
+
+def test_each_loss_of_a_sum_gets_its_own_options(minimal: str) -> None:
+    words = ["--dpo.loss_type={sigmoid: 1, discopop: 1}", "--dpo.label_smoothing=0.1", "--dpo.options.discopop_tau=0.2"]
+    dpo = load(minimal, *words).dpo
+    assert options_of(dpo, LOSSES["sigmoid"]) == {"label_smoothing": 0.1}
+    assert options_of(dpo, LOSSES["discopop"]) == {"discopop_tau": 0.2}
 
 
 @pytest.mark.parametrize("words", [[], ["--dpo.beta=0.1"], ["a.yaml", "b.yaml"]])

@@ -13,30 +13,30 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ratings_vs_critique as critique_runs
+    import synthetic_runs
     from ratings_vs_critique import main
 
     out = tmp_path / "out.json"
     command = ["--quick", "--seeds=0", "--fault-rates", "1", "--steps=1", f"--work={tmp_path}", f"--results={out}"]
-    verdicts = critique_runs._verdicts
+    verdicts = synthetic_runs.verdicts
 
     def killed_at_the_last_run(folder: Path, data: Any) -> dict[str, Any]:
         if folder.name == "overall-score-1":
             raise KeyboardInterrupt
         return verdicts(folder, data)
 
-    monkeypatch.setattr(critique_runs, "_verdicts", killed_at_the_last_run)
+    monkeypatch.setattr(synthetic_runs, "verdicts", killed_at_the_last_run)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     trained: list[str] = []
-    train = critique_runs._train
+    train = synthetic_runs.train
 
     def noting(task: Any, folder: Path, *rest: Any) -> None:
         trained.append(folder.name)
         train(task, folder, *rest)
 
-    monkeypatch.setattr(critique_runs, "_verdicts", verdicts)
-    monkeypatch.setattr(critique_runs, "_train", noting)
+    monkeypatch.setattr(synthetic_runs, "verdicts", verdicts)
+    monkeypatch.setattr(synthetic_runs, "train", noting)
     main(command)
     assert trained == ["overall-score-1"]
     (seed,) = json.loads(out.read_text())["seeds"]
@@ -46,8 +46,9 @@ def test_a_run_is_kept_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [run["first_loss"] for run in runs] == pytest.approx([0.693147] * 2, abs=1e-4)  # ln 2: one start for all
     assert all(len(run["right"]) == 16 for run in runs)
     assert "| 100% |" in out.with_suffix(".md").read_text()
+    other = synthetic_runs.make_data(synthetic_runs.Size(64, 9, 9), 1)
     with pytest.raises(ValueError, match="remove it, or name another --work"):
-        critique_runs.start_run(tmp_path / "seed-0" / "start", critique_runs.make_data(critique_runs.Size(64, 9, 9), 1))
+        synthetic_runs.start_run(tmp_path / "seed-0" / "start", other)
 
 
 def test_how_the_rules_choose() -> None:
@@ -136,3 +137,43 @@ def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
         main([f"--stored={stored}", f"--plot={file}"])
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "ratings less overall score" in files[0].read_text()
+
+
+def test_pairs_against_lists_by_hand() -> None:
+    from ratings_vs_critique_report import list_table
+
+    def run(name: str, steps: int, tokens: int, rate: float) -> dict[str, Any]:
+        measured = {"win_rate": rate, "reward_accuracy": 0.5, "margin": 1.0, "chosen_change": -0.5}
+        return {"of_lists": 4, "name": name, "steps": steps, "tokens": tokens, **measured}
+
+    def runs(gain: float) -> list[dict[str, Any]]:
+        return [
+            run("pairs", 4, 1000, 0.5),
+            run("pairs, equal tokens", 5, 1250, 0.6),
+            run("plackett_luce", 4, 1260, 0.5 + gain),
+        ]
+
+    results = {
+        "size": {"held_out": 1000},
+        "recipes": {"dpo": {"batch_size": 32}},
+        "seeds": [
+            {"seed": seed, "start": 0.25, "prompts": 200, "runs": runs(gain)}
+            for seed, gain in enumerate([0.1, 0.2, 0.3])
+        ],
+    }
+    lines = list_table(results).splitlines()
+    assert lines[0].startswith("Seeds 0, 1, 2; 200, 200, 200 rated prompts, 32 in a step, 1,000 held-out prompts;")
+    assert lines[4] == "| 4 | pairs | 4 | 1,000 | 50.0% |  |  |  | 50.0% | 1.00 | -0.500 |"
+    assert lines[5].startswith("| 4 | pairs, equal tokens | 5 | 1,250 | 60.0% | +10.0 ± 0.0 | +10.0, +10.0, +10.0 |  |")
+    # gains of 10, 20, 30 points: mean 20, deviation 10, so 4.302653 * 10 / √3 = 24.8
+    assert lines[6].startswith(
+        "| 4 | plackett_luce | 4 | 1,260 | 70.0% | +20.0 ± 24.8 | +10.0, +20.0, +30.0 | +10.0 ± 24.8 |"
+    )
+
+
+def test_a_plot_of_lists_is_refused(tmp_path: Path) -> None:
+    from ratings_vs_critique import main
+
+    with pytest.raises(ValueError, match="--plot has no effect with --lists"):
+        main(["--lists", f"--plot={tmp_path / 'plot.svg'}", f"--work={tmp_path / 'work'}"])
+    assert not (tmp_path / "work").exists()

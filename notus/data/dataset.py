@@ -1,8 +1,9 @@
 """The tokenised dataset: its columns on disk, and fast access to its rows as examples, lengths and digests.
 
-A row holds `trunk`, the longest token prefix that its K conversations have in common within the prompt; `branches`, the
-rest of each; and `loss_mask`, 1 where a branch's token is learned. SFT has K = 1, DPO K = 2: chosen, rejected. Beside
-them stands where the row came from, as far as the data say.
+A row holds `trunk`, the longest token prefix that its conversations have in common within the prompt; `branches`, the
+rest of each; and `loss_mask`, 1 where a branch's token is learned. SFT and labelled completions have one branch, pairs
+two: chosen, rejected. A list has as many as it has completions, the best rated first, so its rows may differ in their
+number. Beside them stands where the row came from and how it was rated, as far as the data say.
 
 `TokenizedDataset` reads the Arrow memory itself, which is mapped from disk. What it keeps of a row is its lengths.
 """
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from notus.data.packing import Example
 
@@ -27,21 +29,24 @@ FEATURES = datasets.Features(
         "loss_mask": datasets.List(datasets.List(datasets.Value("int8"))),
     }
 )
-# Null where the data do not say. No part of a row's digest, which stands for what is computed.
+# Null where the data do not say. `ratings` has one for each branch. No part of a row's digest, which stands for what is
+# computed: log-probs depend on neither ratings nor labels.
 PROVENANCE = datasets.Features(
     {
         "source": datasets.Value("string"),
-        "chosen_rating": datasets.Value("float32"),
-        "rejected_rating": datasets.Value("float32"),
+        "ratings": datasets.List(datasets.Value("float32")),
+        "label": datasets.Value("bool"),
     }
 )
-# Which row it was and what became of it; `digest` is that of `row_digest`.
+# Which row it was and what became of it; `left_out` counts the completions of a list that it lacks, `digest` is that of
+# `row_digest`.
 TRACE = datasets.Features(
     {
         "id": datasets.Value("string"),
         "place": datasets.Value("string"),
         "outcome": datasets.Value("int32"),
         "cut": datasets.List(datasets.Value("int32")),
+        "left_out": datasets.Value("int32"),
         "digest": datasets.Value("binary"),
     }
 )
@@ -61,6 +66,8 @@ class Outcome(enum.IntFlag):
     TOO_LONG = 256
     HUGE = 512
     UNREADABLE = 1024
+    TOO_FEW = 2048
+    ALIKE = 4096
 
 
 FLAGS = {
@@ -77,7 +84,9 @@ class RowInfo(NamedTuple):
     Attributes:
         id: 16 hexadecimal digits, a digest of the row's messages; what `data.exclude` takes.
         place: its file, and the line or row there.
-        source, chosen_rating, rejected_rating: as its data say; None: they do not.
+        source: as its data say; None: they do not.
+        ratings: of each completion, as its data say; None: they do not, of one or of all.
+        label: whether its completion is a good one, as its data say; None: they do not.
         cut: tokens cut from the prompt, then from each completion.
         flags: "plain text" and the names in `FLAGS`.
     """
@@ -85,8 +94,8 @@ class RowInfo(NamedTuple):
     id: str
     place: str
     source: str | None
-    chosen_rating: float | None
-    rejected_rating: float | None
+    ratings: tuple[float | None, ...] | None
+    label: bool | None
     cut: tuple[int, ...]
     flags: tuple[str, ...]
 
@@ -97,7 +106,7 @@ class _Chunk:
 
     Attributes:
         trunk_ids, trunk_starts: token ids of the trunks, end to end, and where each row's begin: [rows + 1].
-        branch_ids, branch_starts: those of the branches, K per row, and where each branch's begin.
+        branch_ids, branch_starts: those of the branches, row by row, and where each branch's begin.
         mask: 0 or 1 for each of `branch_ids`.
         row_starts: the number of each row's first branch: [rows + 1].
     """
@@ -114,11 +123,12 @@ class TokenizedDataset:
     """A tokenised dataset (columns as `FEATURES`, and if known as `PROVENANCE` and `TRACE`) as examples.
 
     Attributes:
-        num_branches: K, the same for every row.
+        num_branches: K, the most branches of a row. A row with fewer lacks the last ones.
+        branch_counts: int64 [n], branches of each row.
         trunk_lengths: int64 [n], tokens of each trunk.
-        branch_lengths: int64 [n, K], tokens of each branch.
+        branch_lengths: int64 [n, K], tokens of each branch, 0 for one that the row lacks.
         lengths: int64 [n], tokens of each example, trunk and branches together.
-        loss_tokens: int64 [n, K], tokens of each branch that the loss sees.
+        loss_tokens: int64 [n, K], tokens of each branch that the loss sees, 0 for one that the row lacks.
     """
 
     UNKNOWN_SOURCE = "(unknown)"
@@ -127,7 +137,7 @@ class TokenizedDataset:
         """Scan the lengths once.
 
         Raises:
-            ValueError: the dataset is empty or its rows differ in the number of branches.
+            ValueError: the dataset is empty, or a row has no branch.
         """
         if len(dataset) == 0:
             raise ValueError("the tokenised dataset holds no rows")
@@ -142,15 +152,18 @@ class TokenizedDataset:
         self._scan()
 
     def _scan(self) -> None:
-        counts = np.concatenate([np.diff(chunk.row_starts) for chunk in self._chunks])
-        self.num_branches = int(counts[self._places[0]])
-        if (counts[self._places] != self.num_branches).any():
-            raise ValueError("the rows of the dataset differ in their number of completions")
-        first = np.cumsum(counts) - counts
-        branches = first[self._places][:, None] + np.arange(self.num_branches)
+        counts = _concatenated([np.diff(chunk.row_starts) for chunk in self._chunks])
+        self.branch_counts = counts[self._places]
+        if not self.branch_counts.all():
+            raise ValueError(f"row {int(self.branch_counts.argmin()) + 1} of the dataset has no completion")
+        self.num_branches = int(self.branch_counts.max())
+        numbers = np.arange(self.num_branches)
+        present = numbers < self.branch_counts[:, None]
+        branches = np.where(present, (np.cumsum(counts) - counts)[self._places][:, None] + numbers, 0)
         self.trunk_lengths = _concatenated([np.diff(chunk.trunk_starts) for chunk in self._chunks])[self._places]
         self.branch_lengths = _concatenated([np.diff(chunk.branch_starts) for chunk in self._chunks])[branches]
         self.loss_tokens = _concatenated([_loss_tokens(chunk) for chunk in self._chunks])[branches]
+        self.branch_lengths[~present] = self.loss_tokens[~present] = 0
         self.lengths = self.trunk_lengths + self.branch_lengths.sum(axis=1)
 
     @property
@@ -175,7 +188,7 @@ class TokenizedDataset:
         """[n]: what the data call each row's source, `UNKNOWN_SOURCE` where they do not; None: they never do."""
         if "source" not in self._details.column_names:
             return None
-        named = self._details.column("source").take(pa.array(self._places)).combine_chunks().dictionary_encode()
+        named = self._taken("source").dictionary_encode()
         if named.null_count == len(named):
             return None
         names = [*named.dictionary.to_pylist(), self.UNKNOWN_SOURCE]
@@ -183,12 +196,27 @@ class TokenizedDataset:
 
     @functools.cached_property
     def ratings(self) -> np.ndarray | None:
-        """fp32 [n, 2]: the data's ratings of chosen and rejected, NaN where unknown; None: all are unknown."""
-        if "chosen_rating" not in self._details.column_names:
+        """fp32 [n, K]: how the data rate each completion, NaN where unknown or missing; None: all are unknown."""
+        if "ratings" not in self._details.column_names:
             return None
-        columns = (self._details.column(name) for name in ("chosen_rating", "rejected_rating"))
-        found = np.stack([column.to_numpy()[self._places].astype(np.float32) for column in columns], axis=1)
+        stored = self._taken("ratings")
+        counts = pa.compute.list_value_length(stored).fill_null(0).to_numpy()
+        found = np.full((len(self), self.num_branches), np.nan, np.float32)
+        values = pa.compute.list_flatten(stored).to_numpy(zero_copy_only=False)
+        found[np.arange(self.num_branches) < counts[:, None]] = values
         return None if np.isnan(found).all() else found
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """bool [n]: whether each row's completion is a good one; None: the data do not say that of every row."""
+        if "label" not in self._details.column_names:
+            return None
+        stored = self._taken("label")
+        return None if stored.null_count else stored.to_numpy(zero_copy_only=False)
+
+    def _taken(self, name: str) -> pa.Array:
+        """[n]: a column beside the tokens, at the rows of this dataset."""
+        return self._details.column(name).take(pa.array(self._places)).combine_chunks()
 
     @property
     def stored_rows(self) -> np.ndarray:
@@ -221,9 +249,9 @@ class TokenizedDataset:
             id=found.get("id") or "",
             place=found.get("place") or f"row {place + 1}",
             source=found.get("source"),
-            chosen_rating=found.get("chosen_rating"),
-            rejected_rating=found.get("rejected_rating"),
-            cut=tuple(found.get("cut") or [0] * (1 + self.num_branches)),
+            ratings=None if found.get("ratings") is None else tuple(found["ratings"]),
+            label=found.get("label"),
+            cut=tuple(found.get("cut") or [0] * (1 + int(self.branch_counts[index]))),
             flags=(*flags, *(name for bit, name in FLAGS.items() if bit in outcome)),
         )
 
@@ -254,7 +282,7 @@ class TokenizedDataset:
 
     def separate_lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of these rows if each branch carried its own copy of the trunk."""
-        return self.lengths[indices] + (self.num_branches - 1) * self.trunk_lengths[indices]
+        return self.lengths[indices] + (self.branch_counts[indices] - 1) * self.trunk_lengths[indices]
 
     def digests(self) -> np.ndarray:
         """A content digest of every row (trunk, branches, masks): uint8 [n, 16]; computed once."""
@@ -267,6 +295,85 @@ class TokenizedDataset:
         found = (self._find(int(place)) for place in self._places)
         joined = bytearray().join(_digest(self._chunks[number], row) for number, row in found)
         return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
+
+
+class Mismatched(TokenizedDataset):
+    """Rows that join the prompt of one row with the completion of another; see `mismatched`.
+
+    What stands beside the tokens (source, ratings, label, place) is that of the row that the prompt is from.
+    """
+
+    def __init__(self, rows: TokenizedDataset, completion_of: np.ndarray, max_length: int) -> None:
+        """Join the trunk of each row i with the branch of row `completion_of[i]`: int64 [n]."""
+        self._details, self._chunks, self._starts, self._places = (
+            rows._details,
+            rows._chunks,
+            rows._starts,
+            rows._places,
+        )
+        self._completion_of, self._max_length = completion_of, max_length
+        self.num_branches, self.branch_counts = 1, rows.branch_counts
+        self.trunk_lengths = rows.trunk_lengths
+        whole = rows.branch_lengths[completion_of]
+        self.branch_lengths = np.minimum(whole, max_length - self.trunk_lengths[:, None])
+        self.lengths = self.trunk_lengths + self.branch_lengths[:, 0]
+        self.loss_tokens = rows.loss_tokens[completion_of]
+        was_headless = (rows.trunk_lengths == 0)[completion_of]
+        is_changed = (self.branch_lengths != whole)[:, 0] | (was_headless != (self.trunk_lengths == 0))
+        for index in np.flatnonzero(is_changed):
+            (mask,) = self._example(int(index)).loss_masks
+            # the first token of a conversation has nothing before it to predict it
+            self.loss_tokens[index] = mask.sum() if self.trunk_lengths[index] else mask[1:].sum()
+
+    def _example(self, index: int) -> Example:
+        prompt, other = super()._example(index), super()._example(int(self._completion_of[index]))
+        end = int(self.branch_lengths[index, 0])
+        return Example(index, prompt.trunk, (other.branches[0][:end],), (other.loss_masks[0][:end],))
+
+    @functools.cached_property
+    def _all_digests(self) -> np.ndarray:
+        joined = bytearray()
+        for index in range(len(self)):
+            example = self._example(index)
+            (ids,), (mask,) = example.branches, example.loss_masks
+            joined += row_digest(example.trunk, ids, mask, [len(ids)])
+        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
+
+
+def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
+    """Join each row's prompt with the completion of another prompt, from which KTO estimates its KL term.
+
+    Row i has the trunk of row i and the branch of the next row, in the order of the dataset and from its end on from
+    its beginning, whose trunk is another one. KTO (2402.01306) shifts the completions within a batch instead. These
+    rows depend on no batch, so their reference log-probs can be cached.
+
+    Args:
+        rows: of one completion each.
+        max_length: most tokens of a joined row; its completion is cut at the end.
+
+    Raises:
+        ValueError: all rows have the same prompt, or a prompt leaves no room for a completion.
+    """
+    assert rows.num_branches == 1
+    if int(rows.trunk_lengths.max()) >= max_length:
+        index = int(rows.trunk_lengths.argmax())
+        raise ValueError(
+            f"{rows.info(index).place}: the prompt of {rows.trunk_lengths[index]} tokens leaves no room for another "
+            f"row's completion within {max_length} tokens; raise data.max_length"
+        )
+    prompts = rows.prompt_digests()
+    # runs of neighbouring rows of one prompt: what follows a run has another one, but for the last and the first
+    firsts = np.concatenate([[0], 1 + np.flatnonzero(prompts[1:] != prompts[:-1])])
+    if len(firsts) == 1:
+        raise ValueError(
+            "all rows have the same prompt, so no completion of another prompt can be taken for the loss's KL term; "
+            "add rows of other prompts"
+        )
+    following = np.roll(firsts, -1)
+    if prompts[0] == prompts[-1]:
+        following[-1] = firsts[1]
+    run_of = np.searchsorted(firsts, np.arange(len(rows)), side="right") - 1
+    return Mismatched(rows, following[run_of], max_length)
 
 
 def digest_column(column: pa.ChunkedArray) -> np.ndarray:

@@ -144,10 +144,13 @@ def _coloured(span: Span) -> str:
     return f"{codes}{shown(span.text)}{RESET}" if codes else shown(span.text)
 
 
-def branch_names(count: int) -> list[str]:
-    """What the K branches of an example are called."""
-    named = {1: ["completion"], 2: ["chosen", "rejected"]}
-    return named.get(count) or [f"completion {number}" for number in range(1, count + 1)]
+def branch_names(count: int, *, is_list: bool = False) -> list[str]:
+    """What the branches of an example are called. Two are a pair, unless they are of a list."""
+    if count == 1:
+        return ["completion"]
+    if count == 2 and not is_list:
+        return ["chosen", "rejected"]
+    return [f"completion {number}" for number in range(1, count + 1)]
 
 
 def describe_example(example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False) -> str:

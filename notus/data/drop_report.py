@@ -23,6 +23,8 @@ DROPPED = {
     Outcome.IDENTICAL: "chosen and rejected identical",
     Outcome.TOO_LONG: "longer than max_length",
     Outcome.HUGE: "too long to be tokenised",
+    Outcome.TOO_FEW: "fewer than two rated completions",
+    Outcome.ALIKE: "all completions identical",
 }
 EXCLUDED = "excluded by data.exclude"
 _ANY_DROP = functools.reduce(lambda bits, bit: bits | int(bit), DROPPED, 0)
@@ -40,6 +42,7 @@ class DropReport:
         cut_share: tokens that were cut, of all in the kept rows.
         glued: kept plain-text rows whose answer begins with a letter right behind a letter of the prompt.
         special_tokens: kept rows with special tokens in what a message says.
+        left_out: completions that kept lists lack, because they have no rating or no text.
         duplicates: kept rows that repeat an earlier one.
         held: training rows left out because they are copies of evaluation rows.
         excluded: the ids of `data.exclude` that stand in the data.
@@ -55,6 +58,7 @@ class DropReport:
     cut_share: float = 0.0
     glued: int = 0
     special_tokens: int = 0
+    left_out: int = 0
     duplicates: int = 0
     held: int = 0
     excluded: tuple[str, ...] = ()
@@ -89,6 +93,8 @@ class DropReport:
                 f"special tokens in the text of {self.special_tokens} rows: control tokens, or plain text with "
                 "data.split_special_tokens=true"
             )
+        if self.left_out:
+            yield f"left out of the lists: {self.left_out} completions without a rating or without text"
         if self.duplicates:
             yield f"duplicates: {self.duplicates} rows repeat an earlier one"
         if self.held:
@@ -107,6 +113,7 @@ class Tally:
         ids: those of `exclude` that stand in the source.
         unreadable: the first rows that could not be read, and why.
         unknown: columns that nothing reads.
+        left_out: completions that the lists that are left lack.
         tokens, cut: of the rows that are left, with every completion's own copy of the prompt.
     """
 
@@ -124,6 +131,7 @@ class Tally:
         ]
         notes = table.column("note").filter(pa.array(self.outcomes & Outcome.UNREADABLE == 0)).unique().to_pylist()
         self.unknown = [*unread, *(name for note in notes if note for name in json.loads(note))]
+        self.left_out = int(table.column("left_out").to_numpy()[self.kept].sum())
         self.cut, self.tokens = self._lengths(table)
 
     def _lengths(self, table: pa.Table) -> tuple[int, int]:
@@ -162,6 +170,7 @@ def report_of(tallies: Sequence[Tally]) -> DropReport:
         cut_share=sum(tally.cut for tally in tallies) / tokens if tokens else 0.0,
         glued=int((kept & Outcome.GLUED > 0).sum()),
         special_tokens=int((kept & Outcome.SPECIAL_TOKENS > 0).sum()),
+        left_out=sum(tally.left_out for tally in tallies),
         excluded=tuple(sorted(set().union(*(tally.ids for tally in tallies)))),
         unreadable=tuple(unreadable[:NAMED_ROWS]),
         unknown_columns=tuple(unknown),

@@ -18,6 +18,19 @@ The columns say which format a row has. A column that is null counts as absent. 
     SFT   instruction, output                              Alpaca: strings, a user turn and its answer
     SFT   the columns of a DPO row                         the chosen side
     SFT   conversations                                    as `messages`
+    list  prompt, completions, ratings                     K completions, each as one of a DPO row, and a number for
+                                                           each. Instead of `prompt`: instruction (Alpaca), messages or
+                                                           conversations
+    list  the columns of a DPO row                         two completions, with their ratings if they have some
+    label prompt, completion, label                        as for SFT; whether the completion is a good one
+    label instruction, output, label                       the same, Alpaca
+    label messages, label                                  a conversation; its last turn, an answer, is the completion
+    label conversations, label                             the same
+    label the columns of a DPO row                         two rows: chosen, which is good, and rejected, which is not
+
+The completions of a list come in any order and are read best first; those of the same rating keep their order. One
+without a rating (null or NaN), or null itself, is left out. Where a DPO row's ratings contradict it, a list goes by the
+ratings. A label is true or false, 1 or 0, or one of these as a string. It may be called `kto_tag`.
 
 `messages` says what a message is. Where messages are expected, a string stands for one turn: of the user in a prompt,
 of the assistant in a completion. A string that holds the JSON of a list of messages, or a conversation in the form
@@ -32,22 +45,24 @@ Further columns:
   or its JSON.
 - `input`, `history` (beside `instruction`): the user's turn is instruction, newline, input. `history` is a list of
   [user, assistant] that stands before it. It is never learned.
-- `source` and the ratings of `RATINGS` are kept for reports.
+- `source` and the ratings of `RATINGS` are kept for reports, and for losses that need ratings.
 
 No column that would change the meaning is dropped without a word. A column of another form beside the one that is read
-must repeat what is read (as UltraFeedback's `prompt` and `messages` do). `label`, `images` and the like are errors.
+must repeat what is read (as UltraFeedback's `prompt` and `messages` do). `images` and the like are errors, and so is
+`label` where it has no meaning.
 `unknown_columns` lists what has no effect. `data.columns: {their name: ours}` maps other names, and `unused` as our
 name leaves a column out. A row may lack a column of theirs, as the sources of a mixture may call one thing differently;
 two columns that are read as one of ours must agree.
 """
 
 import difflib
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from notus.data.messages import (
     MESSAGE_KEYS,
@@ -71,6 +86,7 @@ from notus.data.messages import (
 __all__ = [
     "Message",
     "Provenance",
+    "Reading",
     "Record",
     "Task",
     "Turns",
@@ -78,6 +94,7 @@ __all__ = [
     "guess_task",
     "normalize",
     "read_provenance",
+    "readings",
     "unknown_columns",
     "used_columns",
 ]
@@ -86,6 +103,7 @@ Task = Literal["dpo", "sft", "lists", "labels"]
 """What a row is for: "dpo" a chosen and a rejected completion, "sft" a demonstration, "lists" K rated completions, best
 first, "labels" one completion with a label, good or bad."""
 Form = tuple[str, ...]
+_T = TypeVar("_T")
 
 PAIR_FORMS: tuple[Form, ...] = (
     ("conversations", "chosen", "rejected"),
@@ -107,6 +125,22 @@ SFT_FORMS: tuple[Form, ...] = (
     *PAIR_FORMS,
     ("conversations",),
 )
+TAGS = ("label", "kto_tag")
+LIST_FORMS: tuple[Form, ...] = (
+    *((prompt, "completions", "ratings") for prompt in ("prompt", "instruction", "messages", "conversations")),
+    *PAIR_FORMS,
+)
+LABEL_FORMS: tuple[Form, ...] = (
+    *(
+        (*form, tag)
+        for form in (("prompt", "completion"), ("instruction", "output"), ("messages",), ("conversations",))
+        for tag in TAGS
+    ),
+    *PAIR_FORMS,
+)
+FORMS: Mapping[Task, tuple[Form, ...]] = MappingProxyType(
+    {"dpo": PAIR_FORMS, "sft": SFT_FORMS, "lists": LIST_FORMS, "labels": LABEL_FORMS}
+)
 
 UNUSED = "unused"
 """Our name, in `data.columns`, for a column that is to be left out."""
@@ -116,18 +150,30 @@ _LITERAL = ("chosen_response", "rejected_response", "output")  # always strings,
 _CONTENT = _FORM_COLUMNS | {"input", "history"}
 _CONTEXT = ("system", "tools", "chat_template_kwargs", "input", "history")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_KTO = (
-    "unpaired data (KTO) is not supported yet; pair a good and a bad completion of each prompt as 'chosen' and "
-    "'rejected', or keep the good ones alone for SFT"
+_LABELS = (
+    "labelled completions are for losses of labels, as with dpo.loss_type=kto; for others pair a good and a bad "
+    "completion of each prompt as 'chosen' and 'rejected', or keep the good ones alone for SFT"
 )
+_LISTS = (
+    "these are lists of rated completions, for losses of lists, as with dpo.loss_type=plackett_luce; for others make "
+    "pairs of the raw records with `python -m notus curate`, without --listwise"
+)
+_RAW = "these are UltraFeedback's: make {} of them with `python -m notus curate{}` first"
 _UNSUPPORTED = {
-    "label": _KTO,
-    "kto_tag": _KTO,
+    **dict.fromkeys(TAGS, _LABELS),
     **dict.fromkeys(_MEDIA, "only text can be learned; leave these rows out"),
     "functions": "give these in a column 'tools'",
     "weight": "rows cannot be weighted one by one; weigh whole files with {path, weight} in data.train",
 }
+# What any task reads; what a task's own forms add to it.
 _KNOWN = _FORM_COLUMNS | {*_CONTEXT, *_UNSUPPORTED, "source", *(name for pair in RATINGS for name in pair)}
+_KNOWN_TO: Mapping[Task, frozenset[str]] = MappingProxyType(
+    {task: _KNOWN | {column for form in forms for column in form} for task, forms in FORMS.items()}
+)
+_KNOWN_TO_ANY = frozenset[str]().union(*_KNOWN_TO.values())
+_EXPECTED = {"completions": "a list of completions", "ratings": "a list of numbers", **dict.fromkeys(TAGS, "a label")}
+# True and 1.0 are equal to 1, False and 0.0 to 0.
+_TRUTHS: Mapping[Any, bool] = {1: True, "true": True, "1": True, 0: False, "false": False, "0": False}
 # Columns that may hold the prompt of answers that seem to have none, the likeliest first.
 _LIKE_PROMPTS = ("question", "query", "input", "problem", "user", "prompt_text", "text", "task", "context")
 # What a row must not set: arguments of transformers' `apply_chat_template`, and what it hands to templates itself.
@@ -147,7 +193,9 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Record(NamedTuple):
-    """A prompt and its K completions, all messages or all plain text. DPO: chosen, rejected; SFT: one.
+    """A prompt and its K completions, all messages or all plain text.
+
+    DPO: chosen, rejected; SFT: one; lists: the best rated first; labels: one, or two of a row that is a pair.
 
     Attributes:
         prompt: what stands before the completions.
@@ -170,12 +218,57 @@ class Provenance(NamedTuple):
     rejected_rating: float | None
 
 
+class Reading(NamedTuple):
+    """What is learned from a row, and what its data say of it.
+
+    Attributes:
+        record: the prompt and its completions.
+        source: where it came from; None: the data do not say.
+        ratings: of each completion, None if unknown; None: all are unknown.
+        label: whether its one completion is a good one; None for other tasks.
+        left_out: completions of a list without a rating or content.
+    """
+
+    record: Record
+    source: str | None = None
+    ratings: tuple[float | None, ...] | None = None
+    label: bool | None = None
+    left_out: int = 0
+
+
+def readings(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _NOTHING) -> list[Reading]:
+    """Read one row with its ratings or label. Only a pair that is read as "labels" gives two readings.
+
+    Arguments and errors as in `normalize`. A list with fewer than two rated completions has no completion.
+    """
+    record, told = normalize(row, task, columns), read_provenance(row, columns)
+    form, given = find_form(row, task, columns), _present(_renamed(row, columns))
+    if "completions" in form:
+        entries, left_out = _entries(given)
+        rated = tuple(rating for _, _, rating in entries)
+        return [Reading(record, told.source, rated if record.completions else None, None, left_out)]
+    if form[-1] in TAGS:
+        return [Reading(record, told.source, None, _label(given, form[-1]))]
+    ratings: tuple[float | None, ...] = (told.chosen_rating, told.rejected_rating)
+    if task == "labels":
+        return [
+            Reading(record._replace(completions=(completion,)), told.source, _if_known((rating,)), is_good)
+            for completion, rating, is_good in zip(record.completions, ratings, (True, False), strict=True)
+        ]
+    ordered = _best_first(ratings, ratings) if task == "lists" else ratings
+    return [Reading(record, told.source, _if_known(ordered[: len(record.completions)]))]
+
+
+def _if_known(ratings: tuple[float | None, ...]) -> tuple[float | None, ...] | None:
+    return None if all(rating is None for rating in ratings) else ratings
+
+
 def normalize(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _NOTHING) -> Record:
-    """Read one row of any of the forms above.
+    """Read what is learned from one row of any of the forms above.
 
     Args:
         row: the columns and their values.
-        task: "dpo" gives chosen and rejected, "sft" one completion.
+        task: see `Task`.
         columns: what the row calls its columns, {their name: ours}, where it is not as above.
 
     Raises:
@@ -185,16 +278,31 @@ def normalize(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _
     """
     form, renamed = find_form(row, task, columns), _renamed(row, columns)
     given = _present(renamed)
-    _check_supported(given)
+    _check_supported(given, form, task)
     if form == ("messages",) and {"chosen", "rejected"} <= set(given) and not _is_answered(given["messages"]):
         form = find_form(renamed, "dpo")
-    record = _read(given, form, task)
+    names = form[-2:] if form in PAIR_FORMS else form[-1:]
+    if "completions" in form:
+        entries, _ = _entries(given)
+        if len(entries) < 2:
+            return Record([], ())
+        names = tuple(name for name, _, _ in entries)
+        record = _answers({**given, **{name: value for name, value, _ in entries}}, form[0], names)
+    elif form[-1] in TAGS:
+        names = form[-2:-1]
+        record = _labelled(given, form)
+    else:
+        record = _read(given, form, task)
     if form == ("chosen", "rejected"):
         _check_prompt_names(record, _unmet(row, columns))
     with_system = _with_system(record, given)
     _check_copies(given, form, task, (record, with_system))
-    record = with_system if task == "dpo" else with_system._replace(completions=with_system.completions[:1])
-    return _finished(record, given, form)
+    record = with_system
+    if task == "sft":
+        record = record._replace(completions=record.completions[:1])
+    elif task == "lists" and form in PAIR_FORMS:
+        record = record._replace(completions=_best_first(record.completions, read_provenance(row, columns)[1:]))
+    return _finished(record, given, names)
 
 
 def find_form(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _NOTHING) -> Form:
@@ -202,20 +310,23 @@ def find_form(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _
     unmet = _unmet(row, columns) if isinstance(row, Mapping) else {}
     row = _renamed(row, columns)
     given = _present(row)
-    forms = PAIR_FORMS if task == "dpo" else SFT_FORMS
+    forms = FORMS[task]
     for form in forms:
         if all(column in given for column in form):
             return form
     for form in forms:  # the columns are there, but one is null
         missing = [column for column in form if column not in given]
         if all(column in row for column in missing):
-            raise ValueError(f"key '{missing[0]}' is null, but must be a string or a list of messages")
+            expected = _EXPECTED.get(missing[0], "a string or a list of messages")
+            raise ValueError(f"key '{missing[0]}' is null, but must be {expected}")
     accepted = "; ".join("+".join(form) for form in forms)
     remedy = "rename the columns, or map them with data.columns: {their name: ours}"
-    if {"instruction", "completions"} <= set(given):
-        remedy = "these are UltraFeedback's: make pairs of them with `python -m notus curate` first"
-    elif "label" in given:
-        remedy = _KTO
+    if {"completions", "ratings"} <= set(given) and task != "lists":
+        remedy = _LISTS
+    elif {"instruction", "completions"} <= set(given):
+        remedy = _RAW.format("lists", " --listwise") if task == "lists" else _RAW.format("pairs", "")
+    elif not given.keys().isdisjoint(TAGS):
+        remedy = _LABELS
     elif unmet:
         remedy = f"of data.columns, the row lacks {', '.join(unmet)}; correct the names"
     raise ValueError(
@@ -224,10 +335,15 @@ def find_form(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _
 
 
 def guess_task(row: Mapping[str, Any], columns: Mapping[str, str] = _NOTHING) -> Task:
-    """The task that a row is for: "dpo" if it has two completions, else "sft". ValueError if it has no known form."""
+    """The task that a row is for: the first of pairs, lists, labels and demonstrations whose columns it has.
+
+    Raises ValueError if it has those of none.
+    """
     given = _present(_renamed(row, columns))
-    if any(all(column in given for column in form) for form in PAIR_FORMS):
-        return "dpo"
+    tasks: tuple[Task, ...] = ("dpo", "lists", "labels")
+    for task in tasks:
+        if any(all(column in given for column in form) for form in FORMS[task]):
+            return task
     find_form(row, "sft", columns)
     return "sft"
 
@@ -258,8 +374,15 @@ def unknown_columns(row: Mapping[str, Any], task: Task, columns: Mapping[str, st
     """
     given, form = _present(_renamed(row, columns)), find_form(row, task, columns)
     names = {ours: theirs for theirs, ours in columns.items() if row.get(theirs) is not None}
-    found = [names.get(key, str(key)) for key, value in given.items() if key not in _KNOWN and not is_empty(value)]
-    return found + [f"{names.get(column, column)}[].{key}" for column in form for key in _unread_keys(given[column])]
+    known = _KNOWN_TO[task]
+    found = [names.get(key, str(key)) for key, value in given.items() if key not in known and not is_empty(value)]
+    for column in form:
+        if column == "completions":
+            keys = dict.fromkeys(key for _, value, _ in _entries(given)[0] for key in _unread_keys(value))
+            found += [f"{names.get(column, column)}[][].{key}" for key in keys]
+        else:
+            found += [f"{names.get(column, column)}[].{key}" for key in _unread_keys(given[column])]
+    return found
 
 
 def _unread_keys(value: Any) -> list[str]:
@@ -276,11 +399,11 @@ def used_columns(names: Sequence[str], task: Task, columns: Mapping[str, str] = 
     The rest need not be loaded. They are what `unknown_columns` would list.
     """
     ours = {name: columns.get(name, name) for name in names}
-    forms = PAIR_FORMS if task == "dpo" else SFT_FORMS
-    if not any(set(form) <= set(ours.values()) for form in forms):
+    if not any(set(form) <= set(ours.values()) for form in FORMS[task]):
         return list(names)  # so that the error can name them
     has_prompt = not {"prompt", "instruction", "conversations", "messages"}.isdisjoint(ours.values())
-    return [name for name in names if ours[name] in _KNOWN or (ours[name] in _LIKE_PROMPTS and not has_prompt)]
+    known = _KNOWN_TO[task]
+    return [name for name in names if ours[name] in known or (ours[name] in _LIKE_PROMPTS and not has_prompt)]
 
 
 def _renamed(row: Any, columns: Mapping[str, str]) -> Mapping[str, Any]:
@@ -313,9 +436,9 @@ def _present(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_columns(columns: Mapping[str, str]) -> None:
     for theirs, ours in columns.items():
-        if ours in _KNOWN or ours == UNUSED:
+        if ours in _KNOWN_TO_ANY or ours == UNUSED:
             continue
-        near = difflib.get_close_matches(ours, _KNOWN, n=1)
+        near = difflib.get_close_matches(ours, _KNOWN_TO_ANY, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"see docs/data.md, or use '{UNUSED}' to leave it out"
         raise ValueError(f"data.columns maps '{theirs}' to '{ours}', which is no column that is read; {hint}")
 
@@ -326,12 +449,17 @@ def _unmet(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]
     return {theirs: ours for theirs, ours in columns.items() if ours != UNUSED and ours not in has}
 
 
-def _check_supported(given: Mapping[str, Any]) -> None:
+def _check_supported(given: Mapping[str, Any], form: Form, task: Task) -> None:
     for column, value in given.items():
         if column not in _UNSUPPORTED or is_empty(value) or (column == "weight" and 1 in (value, _number(value))):
             continue
+        if column in TAGS and form[-1] in TAGS:
+            continue
+        reason = _UNSUPPORTED[column]
+        if column in TAGS and task == "labels":
+            reason = "of a pair, the chosen completion is the good one and the rejected the bad one"
         raise ValueError(
-            f"the row has a column '{column}', which is not supported: {_UNSUPPORTED[column]}. If it means something "
+            f"the row has a column '{column}', which is not supported: {reason}. If it means something "
             f"else, map it with data.columns: {{{column}: {UNUSED}}}"
         )
 
@@ -342,6 +470,84 @@ def _read(given: Mapping[str, Any], form: Form, task: Task) -> Record:
     if form == ("chosen", "rejected"):
         return _without_prompt(given, form, task)
     return _answers(given, form[0], form[1:])
+
+
+def _entries(given: Mapping[str, Any]) -> tuple[list[tuple[str, Any, float]], int]:
+    """The rated completions of a list, best first: what errors call each, it and its rating. And how many it lacks.
+
+    Raises:
+        ValueError: these are no lists, of different lengths, or a rating is no number.
+    """
+    completions, ratings = _listed(given, "completions"), _listed(given, "ratings")
+    if len(completions) != len(ratings):
+        raise ValueError(
+            f"key 'completions' has {len(completions)} entries, but key 'ratings' has {len(ratings)}; give a rating "
+            "for each completion, null where there is none"
+        )
+    found = []
+    for number, (value, rating) in enumerate(zip(completions, ratings, strict=True), start=1):
+        score = _rating(rating, f"key 'ratings', entry {number}")
+        if value is not None and score is not None:
+            found.append((f"completions, entry {number}", value, score))
+    return sorted(found, key=lambda entry: -entry[2]), len(completions) - len(found)
+
+
+def _listed(given: Mapping[str, Any], column: str) -> Sequence[Any]:
+    """The list in a column, or in the JSON that it holds, as in CSV."""
+    value = given[column]
+    if isinstance(value, str):
+        value = parse_json(value, f"key '{column}'")
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"key '{column}' is {described(value)}, but must be {_EXPECTED[column]}")
+    return value
+
+
+def _rating(value: Any, place: str) -> float | None:
+    """The number that a rating is; None for null and NaN. ValueError for anything else."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
+        return None
+    found = _number(value)
+    if found is None:
+        raise ValueError(f"{place} is {value!r:.40}, but must be a finite number, or null where there is none")
+    return found
+
+
+def _best_first(items: Sequence[_T], ratings: Sequence[float | None]) -> tuple[_T, ...]:
+    """A pair's items in the order of its ratings: as they are, unless the second is rated above the first."""
+    chosen, rejected = ratings
+    is_reversed = chosen is not None and rejected is not None and rejected > chosen
+    return tuple(reversed(items)) if is_reversed else tuple(items)
+
+
+def _labelled(given: Mapping[str, Any], form: Form) -> Record:
+    """The one completion that a label is of."""
+    _label(given, form[-1])
+    if len(form) == 3:
+        return _answers(given, form[0], form[1:2])
+    column = form[0]
+    if _text(given[column], column) is not None:
+        raise ValueError(f"key '{column}' is a string, but must be a list of messages")
+    messages = read_messages(given[column], column, "user")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(f"key '{column}' must end with an assistant turn, which key '{form[-1]}' is a label of")
+    return Record(messages[:-1], (messages[-1:],))
+
+
+def _label(given: Mapping[str, Any], column: str) -> bool:
+    """The label in a column. ValueError if it is none, or if it has another value under its other name."""
+    found = {}
+    for name in TAGS:
+        value = given.get(name)
+        if is_empty(value) and name != column:
+            continue
+        said = value.strip().lower() if isinstance(value, str) else value
+        if not isinstance(said, bool | int | float | str) or said not in _TRUTHS:
+            raise ValueError(f"key '{name}' is {value!r:.40}, but must be a label: true or false, 1 or 0")
+        found[name] = _TRUTHS[said]
+    if len(set(found.values())) > 1:
+        raise ValueError("the keys 'label' and 'kto_tag' contradict each other; correct one, or leave it out")
+    return found[column]
 
 
 def _is_answered(messages: Any) -> bool:
@@ -388,7 +594,7 @@ def _shared_text(given: Mapping[str, Any], task: Task, chosen: str, rejected: st
     completions. Here a word is not split either: "It is late" and "It is later" share "It is".
     """
     _check_no_prompt(given)
-    if chosen == rejected and task == "dpo":
+    if chosen == rejected and task != "sft":
         return Record("", (chosen, rejected))  # nothing to tell apart: dropped as identical
     if chosen == rejected:  # SFT would learn the prompt in them, too
         raise ValueError(
@@ -634,8 +840,11 @@ def _is_copy(value: Any, column: str, record: Record) -> bool:
     return found in answers or any(talk[: len(found)] == found for talk in talks)
 
 
-def _finished(record: Record, given: Mapping[str, Any], form: Form) -> Record:
-    """The record with tools and template arguments, and with the marks of what is learned where they count."""
+def _finished(record: Record, given: Mapping[str, Any], names: Form) -> Record:
+    """The record with tools and template arguments, and with the marks of what is learned where they count.
+
+    `names` are what errors call the completions.
+    """
     tools = read_tools(given.get("tools"), "key 'tools'")
     kwargs = _template_kwargs(given.get("chat_template_kwargs"))
     if isinstance(record.prompt, str):
@@ -644,7 +853,7 @@ def _finished(record: Record, given: Mapping[str, Any], form: Form) -> Record:
             raise ValueError(f"key '{name}' is for the chat template, but the row is plain text; give messages")
         return record
     completions = [turns for turns in record.completions if isinstance(turns, list)]
-    for turns, column in zip(completions, form[-2:] if form in PAIR_FORMS else form[-1:], strict=False):
+    for turns, column in zip(completions, names, strict=False):
         answers = [turn for turn in turns if turn["role"] == "assistant"]
         if answers and not any(turn.get("learn", True) for turn in answers):
             raise ValueError(f"key '{column}' has no assistant turn to learn: each has weight 0; leave the row out")

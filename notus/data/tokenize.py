@@ -16,7 +16,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 import datasets
 import numpy as np
@@ -30,11 +30,10 @@ from notus.data.dataset import FEATURES, PROVENANCE, TRACE, Outcome, row_digest
 from notus.data.drop_report import DropReport, Tally, report_of
 from notus.data.formats import (
     UNUSED,
-    Provenance,
+    Reading,
     Record,
     Task,
-    normalize,
-    read_provenance,
+    readings,
     unknown_columns,
     used_columns,
 )
@@ -57,25 +56,43 @@ CHARACTERS_PER_TOKEN = 16
 LONGEST_SOURCE = 200  # characters of a row's `source` that are kept
 
 
+class LoadOptions(TypedDict, total=False):
+    """What `load_pairs`, `load_lists`, `load_labels` and `load_sft` take besides lengths, each with a default.
+
+    Attributes:
+        chat_template, chat_template_kwargs, template_date, add_empty_system, mask_history, split_special_tokens: see
+            `ChatEncoder`.
+        columns: what the rows call their columns, {their name: ours}.
+        too_long: "drop" leaves out what "cut", the default, cuts.
+        on_bad_row: "skip" counts rows that cannot be read, "error", the default, raises at the first.
+        exclude: ids of rows to leave out, see `dataset.RowInfo`.
+        num_workers: processes that tokenise; 1.
+        cache_dir: where tokenised rows are kept between runs; None: in the cache folder of `datasets`.
+        seed: of the draw for weights; 42.
+    """
+
+    chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    template_date: str | None
+    add_empty_system: bool
+    mask_history: bool
+    split_special_tokens: bool
+    columns: Mapping[str, str] | None
+    too_long: TooLong
+    on_bad_row: OnBadRow
+    exclude: Collection[str]
+    num_workers: int
+    cache_dir: str | Path | None
+    seed: int
+
+
 def load_pairs(
     source: RowSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     max_prompt_length: int,
-    chat_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    template_date: str | None = None,
-    add_empty_system: bool = False,
-    mask_history: bool = False,
-    split_special_tokens: bool = False,
-    columns: Mapping[str, str] | None = None,
-    too_long: TooLong = "cut",
-    on_bad_row: OnBadRow = "error",
-    exclude: Collection[str] = (),
-    num_workers: int = 1,
-    cache_dir: str | Path | None = None,
-    seed: int = 42,
+    **options: Unpack[LoadOptions],
 ) -> tuple[datasets.Dataset, DropReport]:
     """Read and tokenise preference pairs: rows of K = 2, branch 0 the chosen, branch 1 the rejected.
 
@@ -86,15 +103,7 @@ def load_pairs(
         tokenizer: a fast tokenizer.
         max_length: most tokens of prompt + completion; see `truncate` for what is cut.
         max_prompt_length: prompt tokens kept if a pair is too long.
-        chat_template, chat_template_kwargs, template_date, add_empty_system, mask_history, split_special_tokens: see
-            `ChatEncoder`.
-        columns: what the rows call their columns, {their name: ours}.
-        too_long: "drop" leaves out what "cut" cuts.
-        on_bad_row: "skip" counts rows that cannot be read, "error" raises at the first.
-        exclude: ids of rows to leave out, see `dataset.RowInfo`.
-        num_workers: processes that tokenise.
-        cache_dir: where tokenised rows are kept between runs; None: in the cache folder of `datasets`.
-        seed: of the draw for weights.
+        options: see `LoadOptions`.
 
     Returns:
         The rows, in the order of the sources, memory-mapped from the cache; and the report.
@@ -103,20 +112,37 @@ def load_pairs(
         ValueError: input that cannot be read, naming file, line, key and remedy; lengths that cannot be
             kept; or nothing left, with the report.
     """
-    encoder = ChatEncoder(
-        tokenizer,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-        template_date=template_date,
-        add_empty_system=add_empty_system,
-        mask_history=mask_history,
-        split_special_tokens=split_special_tokens,
-    )
-    rule = Rule(encoder, "dpo", max_length, max_prompt_length, columns or {}, too_long)
-    shares, report = read_shares(
-        source, rule, on_bad_row=on_bad_row, exclude=exclude, num_workers=num_workers, cache_dir=cache_dir
-    )
-    return mixed(shares, seed), report
+    return _load("dpo", source, tokenizer, max_length, max_prompt_length, **options)
+
+
+def load_lists(
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    **options: Unpack[LoadOptions],
+) -> tuple[datasets.Dataset, DropReport]:
+    """Read and tokenise lists of rated completions: rows of two branches or more, the best rated first.
+
+    Completions without a rating or text are left out. Arguments, result and errors as in `load_pairs`.
+    """
+    return _load("lists", source, tokenizer, max_length, max_prompt_length, **options)
+
+
+def load_labels(
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    **options: Unpack[LoadOptions],
+) -> tuple[datasets.Dataset, DropReport]:
+    """Read and tokenise completions with a label, good or bad: rows of K = 1; of a pair, two rows, chosen first.
+
+    Arguments, result and errors as in `load_pairs`.
+    """
+    return _load("labels", source, tokenizer, max_length, max_prompt_length, **options)
 
 
 def load_sft(
@@ -124,6 +150,22 @@ def load_sft(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    **options: Unpack[LoadOptions],
+) -> tuple[datasets.Dataset, DropReport]:
+    """Read and tokenise demonstrations: rows of K = 1. Rows longer than `max_length` are cut at their end.
+
+    Arguments, result and errors as in `load_pairs`.
+    """
+    return _load("sft", source, tokenizer, max_length, None, **options)
+
+
+def _load(
+    task: Task,
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int | None,
+    *,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     template_date: str | None = None,
@@ -138,10 +180,6 @@ def load_sft(
     cache_dir: str | Path | None = None,
     seed: int = 42,
 ) -> tuple[datasets.Dataset, DropReport]:
-    """Read and tokenise demonstrations: rows of K = 1. Rows longer than `max_length` are cut at their end.
-
-    Arguments, result and errors as in `load_pairs`.
-    """
     encoder = ChatEncoder(
         tokenizer,
         chat_template=chat_template,
@@ -151,7 +189,7 @@ def load_sft(
         mask_history=mask_history,
         split_special_tokens=split_special_tokens,
     )
-    rule = Rule(encoder, "sft", max_length, None, columns or {}, too_long)
+    rule = Rule(encoder, task, max_length, max_prompt_length, columns or {}, too_long)
     shares, report = read_shares(
         source, rule, on_bad_row=on_bad_row, exclude=exclude, num_workers=num_workers, cache_dir=cache_dir
     )
@@ -229,27 +267,49 @@ class Rule:
         settings = [self.task, self.max_length, self.max_prompt_length, dict(self.columns), self.too_long]
         return hashlib.sha256(json.dumps([self.encoder.digest(), settings, code, versions]).encode()).hexdigest()
 
-    def read(self, place: str, row: Any) -> "_Row":
-        """Render each of a row's conversations as a string, none if a completion is empty.
+    def read(self, place: str, row: Any) -> list["_Row"]:
+        """Render each of a row's conversations as a string, none of a row that is dropped.
 
         Raises ValueError for a row of no known form, and one that the template does not take.
         """
-        record = normalize(row, self.task, self.columns)
-        found = read_provenance(row, self.columns)
-        source = None if found.source is None else found.source[:LONGEST_SOURCE]
-        made = _Row(place, record_id(record), found._replace(source=source))
-        if unread := unknown_columns(row, self.task, self.columns):
-            made.note = json.dumps(unread)
-        if not all(self.encoder.has_text(completion) for completion in record.completions):
-            made.outcome = Outcome.EMPTY
+        found = readings(row, self.task, self.columns)
+        unread = unknown_columns(row, self.task, self.columns)
+        made = [_Row(place, reading, note=json.dumps(unread) if unread else None) for reading in found]
+        if len(found) > 1 and all(reading.record == found[0].record for reading in found):
+            for each in made:  # the same completion cannot be good and bad
+                each.outcome = Outcome.IDENTICAL
             return made
-        made.rendered = [
+        for each in made:
+            self._render(each)
+        return made
+
+    def _render(self, row: "_Row") -> None:
+        is_list = self.task == "lists"
+        if is_list:
+            self._leave_out_empty(row)
+        record = row.reading.record
+        if is_list and len(record.completions) < 2:
+            row.outcome = Outcome.TOO_FEW
+            return
+        if not all(self.encoder.has_text(completion) for completion in record.completions):
+            row.outcome = Outcome.EMPTY
+            return
+        row.rendered = [
             self.encoder.render(record.prompt, completion, tools=record.tools, template_kwargs=record.template_kwargs)
             for completion in record.completions
         ]
-        if made.characters > max(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * self.max_length):
-            made.rendered, made.outcome = [], Outcome.HUGE
-        return made
+        if row.characters > max(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * self.max_length):
+            row.rendered, row.outcome = [], Outcome.HUGE
+
+    def _leave_out_empty(self, row: "_Row") -> None:
+        """Take the completions without text out of a list, with their ratings."""
+        record, ratings = row.reading.record, row.reading.ratings
+        kept = [number for number, each in enumerate(record.completions) if self.encoder.has_text(each)]
+        row.reading = row.reading._replace(
+            record=record._replace(completions=tuple(record.completions[number] for number in kept)),
+            ratings=None if ratings is None else tuple(ratings[number] for number in kept),
+            left_out=row.reading.left_out + len(record.completions) - len(kept),
+        )
 
     def finish(self, row: "_Row", encoded: list[Encoded]) -> None:
         """Cut a row to length, and say what became of it."""
@@ -262,12 +322,12 @@ class Rule:
         elif not all(item.mask.any() for item in cut):
             row.outcome = Outcome.CUT_AWAY
         elif len(cut) > 1 and all(np.array_equal(item.ids, cut[0].ids) for item in cut):
-            row.outcome = Outcome.IDENTICAL
+            row.outcome = Outcome.ALIKE if self.task == "lists" else Outcome.IDENTICAL
         else:
             row.encoded = cut
 
 
-_UNKNOWN = Provenance(None, None, None)
+_UNREAD = Reading(Record("", ()))
 
 
 @dataclasses.dataclass
@@ -275,13 +335,28 @@ class _Row:
     """A row on its way. `encoded` is empty if it is dropped."""
 
     place: str
-    id: str = ""
-    provenance: Provenance = _UNKNOWN
+    reading: Reading = _UNREAD
     rendered: list[Rendered] = dataclasses.field(default_factory=list)
     encoded: list[Encoded] = dataclasses.field(default_factory=list)
     outcome: int = 0
     cut: list[int] = dataclasses.field(default_factory=list)
     note: str | None = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What stands beside the tokens, by the names of columns."""
+        reading, source = self.reading, self.reading.source
+        return {
+            "source": None if source is None else source[:LONGEST_SOURCE],
+            "ratings": reading.ratings,
+            "label": reading.label,
+            "id": record_id(reading.record) if reading.record.completions else "",
+            "place": self.place,
+            "outcome": self.outcome,
+            "cut": self.cut,
+            "left_out": reading.left_out,
+            "note": self.note,
+        }
 
     @property
     def characters(self) -> int:
@@ -326,7 +401,7 @@ class _Tokenize:
             try:
                 if isinstance(row, ValueError):
                     raise row
-                yield self.rule.read(place, row)
+                yield from self.rule.read(place, row)
             except ValueError as error:
                 yield self._bad(_Row(place), error)
 
@@ -365,7 +440,7 @@ def _groups(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 
 
 def _table(rows: Sequence[_Row]) -> pa.Table:
-    """Store rows of K conversations each, none of a dropped row, as `_COLUMNS`.
+    """Store rows, each of some conversations, or of none if it is dropped, as `_COLUMNS`.
 
     Arrow's arrays are made from flat ones: from Python lists they would take as long as the tokenizer.
     """
@@ -384,10 +459,9 @@ def _table(rows: Sequence[_Row]) -> pa.Table:
         "loss_mask": pa.ListArray.from_arrays(per_row, _lists([mask for row in branches for _, mask in row])),
         "digest": pa.array([_digest_of(*row) for row in zip(trunks, branches, strict=True)], pa.binary()),
     }
-    for name in ("id", "place", "outcome", "cut", "note"):
-        columns[name] = pa.array([getattr(row, name) for row in rows], _COLUMNS.arrow_schema.field(name).type)
-    columns |= {name: pa.array([getattr(row.provenance, name) for row in rows]) for name in Provenance._fields}
-    schema = _COLUMNS.arrow_schema
+    schema, stored = _COLUMNS.arrow_schema, [row.stored for row in rows]
+    names = [name for name in schema.names if name not in columns]
+    columns |= {name: pa.array([row[name] for row in stored], schema.field(name).type) for name in names}
     return pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
 
 

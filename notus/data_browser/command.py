@@ -6,7 +6,8 @@
     id                its id, which `data.exclude` takes
     place             where it stands in the data
     source            what the data call its source, or null
-    chosen_rating, rejected_rating   the data's ratings, or null
+    ratings           how the data rate each completion, with null for one that they do not, or null
+    label             whether the completion is a good one, where the data say so, or null
     flags             names of what is peculiar about the row
     margin            its reward margin under --run, or null
     trunk             token ids that its completions share
@@ -50,9 +51,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help=f"how many rows to show; 0: all of them (default: {SHOWN}, with --html all)",
     )
     parser.add_argument("--split", choices=("train", "eval"), default="train", help="default: train")
-    parser.add_argument(
-        "--task", choices=("dpo", "sft"), help="default: dpo if the rows have two or more completions, else sft"
-    )
+    parser.add_argument("--task", choices=("dpo", "sft"), help="default: sft if the rows are demonstrations, else dpo")
     parser.add_argument("--ids", action="store_true", help="show token ids, too")
     parser.add_argument("--json", action="store_true", help="print an object per row, and all else to stderr")
     parser.add_argument(

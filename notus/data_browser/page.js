@@ -145,9 +145,10 @@
 
   // ---- filters ----
 
+  // How far the first completion is rated above the last.
   const gap = (row) => {
     const rated = columns.ratings[row];
-    return rated && rated[0] !== null && rated[1] !== null ? rated[0] - rated[1] : null;
+    return rated && rated.length > 1 && rated[0] !== null && rated.at(-1) !== null ? rated[0] - rated.at(-1) : null;
   };
 
   function number(id) {
@@ -371,9 +372,10 @@
     if (columns.source[row] >= 0) facts.push(["Source", head.sources[columns.source[row]]]);
     const rated = columns.ratings[row];
     if (rated) {
-      facts.push(["Ratings", `${plain(rated[0])} chosen, ${plain(rated[1])} rejected`]);
+      facts.push(["Ratings", rated.map((rating, side) => `${plain(rating)} ${head.branches[side]}`).join(", ")]);
       if (gap(row) !== null) facts.push(["Rating gap", signed(gap(row), 2)]);
     }
+    if (columns.label[row] !== null) facts.push(["Label", columns.label[row] ? "true: a good completion" : "false: a bad completion"]);
     if (columns.margin[row] !== null) facts.push(["Reward margin", signed(columns.margin[row], 4)]);
     facts.push(["Tokens", collator.format(size(row))]);
     if (columns.cut[row]) {
@@ -391,10 +393,11 @@
   function showText(row, parts) {
     $("show-text").setAttribute("aria-pressed", !tokensShown);
     $("show-tokens").setAttribute("aria-pressed", tokensShown);
-    const compared = sides === 2 && differenceShown && !tokensShown;
+    for (let side = 0; side < sides; side++) $(`side-${side}`).hidden = side >= parts.length - 1;
+    const compared = sides === 2 && differenceShown && !tokensShown && parts.length === 3;
     if (sides === 2) {
       $("show-difference").setAttribute("aria-pressed", compared);
-      $("show-difference").disabled = tokensShown;
+      $("show-difference").disabled = tokensShown || parts.length !== 3;
       $("legend-difference").hidden = !compared;
     }
     const runs = parts.map(tokensShown ? () => [] : spans);

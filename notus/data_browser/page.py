@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from notus.data.display import Pieces, branch_names
+from notus.data.display import Pieces
+from notus.data.formats import Task
 from notus.data_browser.rows import Data, Row, digest
 from notus.data_browser.terminal import report_lines
 from notus.evaluation import html
@@ -34,6 +35,12 @@ HERE = Path(__file__).parent
 BLOCK_ROWS = 256
 PREVIEW = 140  # characters of a row in the list
 _PREVIEW_TOKENS = 64
+_KINDS: dict[Task, str] = {
+    "dpo": "preference pairs",
+    "sft": "demonstrations",
+    "lists": "lists of rated completions",
+    "labels": "labelled completions",
+}
 _JUDGED_BY = 200  # the first rows show what the template writes in all of them
 
 
@@ -64,7 +71,8 @@ def render(data: Data, shown: Sequence[int]) -> Iterator[str]:
             style=html.style(HERE / "page.css"),
             data=data,
             report="\n".join(report_lines(data, bars=False)),
-            names=branch_names(data.rows.num_branches),
+            names=data.names,
+            kind=_KINDS[data.task],
             shown=len(shown),
         )
     )
@@ -103,7 +111,7 @@ class _Columns:
         self._data, self._sources, self._flags = data, dict[str, int](), dict[str, int]()
         self._ending, self._opening = _common_ending(data), ""
         self._opening = self._common_opening()
-        names = ("index", "id", "place", "source", "ratings", "margin", "lengths", "cut", "flags", "preview")
+        names = ("index", "id", "place", "source", "ratings", "label", "margin", "lengths", "cut", "flags", "preview")
         self.columns: dict[str, list[Any]] = {name: [] for name in names}
 
     @property
@@ -118,13 +126,13 @@ class _Columns:
 
     def add(self, row: Row) -> None:
         """Add a row after the others."""
-        rated = row.chosen_rating is not None or row.rejected_rating is not None
         values = {
             "index": row.index,
             "id": row.id,
             "place": row.place,
             "source": -1 if row.source is None else self._sources.setdefault(row.source, len(self._sources)),
-            "ratings": [row.chosen_rating, row.rejected_rating] if rated else 0,
+            "ratings": row.ratings or 0,
+            "label": row.label,
             "margin": row.margin,
             "lengths": [len(row.trunk), *(len(branch.ids) for branch in row.branches)],
             "cut": row.cut if any(row.cut) else 0,
@@ -181,7 +189,7 @@ def _head(data: Data, rows: _Columns, id_bytes: int) -> dict[str, Any]:
     return {
         "digest": digest(data),
         "name": f"{Path(data.name).stem}-{data.split}",
-        "branches": branch_names(data.rows.num_branches),
+        "branches": data.names,
         "sources": rows.sources,
         "flags": rows.flags,
         "idBytes": id_bytes,

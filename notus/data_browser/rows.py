@@ -12,18 +12,19 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from notus.config import Config, DataConfig, Task, load_config
+from notus.config import Config, DataConfig, load_config
+from notus.config import Task as RunTask
 from notus.data.chat import check_vocabulary
 from notus.data.chat_template import parse_date, resolve_template, uses_date
 from notus.data.dataset import FLAGS, Outcome, TokenizedDataset
 from notus.data.display import Pieces, branch_names
 from notus.data.drop_report import DropReport
-from notus.data.formats import guess_task, used_columns
+from notus.data.formats import Task, guess_task, used_columns
 from notus.data.sources import open_source, parts, read_rows
 from notus.model.export import load_tokenizer
 from notus.model.load import find_folder
@@ -32,7 +33,7 @@ from notus.model.structure import text_config
 from notus.runtime.distributed import main_first, on_main
 from notus.training.model_folders import local_names
 from notus.training.parallelize import read_model_config
-from notus.training.run_data import length_histogram, load_inputs
+from notus.training.run_data import completion_lengths, length_histogram, load_inputs
 from notus.training.run_folder import template_date
 
 CUT, DUPLICATE, OVERLAP, REVERSED, PLAIN = "cut", "duplicate", "prompt in both splits", "reversed ratings", "plain text"
@@ -61,20 +62,24 @@ class Row:
         index: its number in the split, from 0.
         id: 16 hex digits, what `data.exclude` takes.
         place: where it stands in the data.
-        source, chosen_rating, rejected_rating: as the data say; None: they do not.
+        source: as the data say; None: they do not.
+        names: what its completions are called.
+        ratings: of each completion, as the data say; None: they do not, of one or of all.
+        label: whether its completion is a good one, where the data say so.
         cut: tokens cut from the prompt, then from each completion.
         flags: names of what is peculiar about it.
         trunk: token ids that its completions share.
         branches: the completions.
-        margin: reward of the chosen minus that of the rejected under a run; None: no run was given.
+        margin: see `margins.reward_margins`; None: no run was given.
     """
 
     index: int
     id: str
     place: str
     source: str | None
-    chosen_rating: float | None
-    rejected_rating: float | None
+    names: tuple[str, ...]
+    ratings: tuple[float | None, ...] | None
+    label: bool | None
     cut: tuple[int, ...]
     flags: tuple[str, ...]
     trunk: np.ndarray
@@ -141,8 +146,9 @@ class Data:
             id=info.id,
             place=info.place.encode(errors="replace").decode(),  # a file's name need not be Unicode
             source=info.source,
-            chosen_rating=_exact(info.chosen_rating),
-            rejected_rating=_exact(info.rejected_rating),
+            names=tuple(self._names(len(example.branches))),
+            ratings=None if info.ratings is None else tuple(map(_exact, info.ratings)),
+            label=info.label,
             cut=info.cut,
             flags=tuple(name for name, column in self._flag_columns.items() if column[index]),
             trunk=example.trunk,
@@ -159,8 +165,10 @@ class Data:
             CUT: none,
             DUPLICATE: _repeats(self.rows),
             OVERLAP: none if self.other is None else np.isin(self.rows.prompt_digests(), self.other.prompt_digests()),
-            REVERSED: none if ratings is None else ratings[:, 0] < ratings[:, 1],  # NaN, if unknown, is not less
+            REVERSED: none,
         }
+        if self.task == "dpo" and ratings is not None:
+            found[REVERSED] = ratings[:, 0] < ratings[:, 1]  # NaN, if unknown, is not less
         if outcomes is not None:
             found[CUT] = outcomes & (Outcome.PROMPT_CUT | Outcome.COMPLETION_CUT) > 0
             found[PLAIN] = outcomes & Outcome.TEMPLATED == 0
@@ -174,10 +182,17 @@ class Data:
         return {name: count for name, count in counts.items() if count}
 
     @property
+    def names(self) -> list[str]:
+        """What the completions of a row are called, as many as the longest list has."""
+        return self._names(self.rows.num_branches)
+
+    def _names(self, count: int) -> list[str]:
+        return branch_names(count, is_list=self.task == "lists")
+
+    @property
     def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of each row's prompt and of each of its completions, by name: int64 [n] each."""
-        names = branch_names(self.rows.num_branches)
-        return {"prompt": self.rows.trunk_lengths, **dict(zip(names, self.rows.branch_lengths.T, strict=True))}
+        """Tokens of each row's prompt and of its completions, by name: int64, one for each row that has such a one."""
+        return completion_lengths(self.rows, self.names)
 
     @property
     def histograms(self) -> dict[str, dict[str, list[int]]]:
@@ -204,8 +219,8 @@ def as_json(row: Row, pieces: Pieces) -> str:
         "id": row.id,
         "place": row.place,
         "source": row.source,
-        "chosen_rating": row.chosen_rating,
-        "rejected_rating": row.rejected_rating,
+        "ratings": row.ratings,
+        "label": row.label,
         "flags": row.flags,
         "margin": row.margin,
         "trunk": row.trunk.tolist(),
@@ -223,7 +238,7 @@ def digest(data: Data) -> str:
     return hashlib.sha256(data.rows.digests().tobytes()).hexdigest()[:16]
 
 
-def choose_task(words: Sequence[str], given: Task | None) -> Config:
+def choose_task(words: Sequence[str], given: RunTask | None) -> Config:
     """The config of a command line, for the task that was given, or else for what its first readable row is.
 
     Raises ValueError as `load_config` does, and for data that cannot be opened.
@@ -233,7 +248,7 @@ def choose_task(words: Sequence[str], given: Task | None) -> Config:
     config = load_config(words, "dpo")
     part = parts(config.data.train)[0]
     columns = config.data.columns
-    wanted = functools.partial(_used_by_either, columns=columns)
+    wanted = functools.partial(_used_by_any, columns=columns)
     source = open_source(part.path, part.split, columns=wanted, cache_dir=config.data.cache_dir)
     first = range(min(_FIRST_ROWS, len(source.rows)))
     for _, row in read_rows(source, source.rows[: len(first)], first):
@@ -243,12 +258,12 @@ def choose_task(words: Sequence[str], given: Task | None) -> Config:
             task = guess_task(row, columns)
         except ValueError:  # reported, with its place, where all rows are read
             continue
-        return config if task == "dpo" else load_config(words, "sft")
+        return load_config(words, "sft") if task == "sft" else config
     return config
 
 
-def _used_by_either(names: list[str], columns: Mapping[str, str]) -> list[str]:
-    used = {*used_columns(names, "dpo", columns), *used_columns(names, "sft", columns)}
+def _used_by_any(names: list[str], columns: Mapping[str, str]) -> list[str]:
+    used = {name for task in get_args(Task) for name in used_columns(names, task, columns)}
     return [name for name in names if name in used]
 
 
@@ -277,13 +292,13 @@ def load(config: Config, split: str, *, name: str, run: str | None = None) -> Da
         check_vocabulary(tokenizer, text_config(model).vocab_size)
     template = _describe_template(data, tokenizer)  # before loading gives the tokenizer that template
     with _quiet_reports() as said:
-        inputs = load_inputs(config.data, tokenizer, task=config.task, seed=config.training.seed)
+        inputs = load_inputs(config.data, tokenizer, task=config.rows, seed=config.training.seed)
     for line in _unreported(said.getvalue(), inputs.reports):
         print(line, file=sys.stderr)
     rows, other = (inputs.train, inputs.eval) if split == "train" else (inputs.eval, inputs.train)
     assert rows is not None
     report = inputs.reports.get(split, inputs.reports["train"])
-    return Data(name, split, config.task, rows, other, report, tokenizer, template)
+    return Data(name, split, config.rows, rows, other, report, tokenizer, template)
 
 
 def _tokenizer_folder(config: Config) -> Path:

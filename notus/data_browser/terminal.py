@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from notus.data.display import LEARNED, LEARNED_END, Pieces, branch_names, marked, shown
+from notus.data.display import LEARNED, LEARNED_END, Pieces, marked, shown
 from notus.data_browser.rows import DUPLICATE, OVERLAP, PLAIN, REVERSED, Branch, Data, Row
 
 BOLD, DIM, RESET = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -26,21 +26,23 @@ def row_lines(row: Row, pieces: Pieces, *, ids: bool = False, colour: bool = Fal
     """A row as the model sees it."""
     lines = [_bold(f"row {row.index}", colour) + f"  {row.id}  {shown(row.place)}"]
     facts = [f"source {shown(row.source)}"] if row.source else []
-    if row.chosen_rating is not None or row.rejected_rating is not None:
-        facts.append(f"ratings {_number(row.chosen_rating)} chosen, {_number(row.rejected_rating)} rejected")
+    if row.ratings is not None:
+        rated = zip(row.names, row.ratings, strict=True)
+        facts.append("ratings " + ", ".join(f"{_number(rating)} {name}" for name, rating in rated))
+    if row.label is not None:
+        facts.append("label true: a good completion" if row.label else "label false: a bad completion")
     if row.margin is not None:
         facts.append(f"reward margin {row.margin:+.4f}")
     if row.flags:
         facts.append("flags: " + ", ".join(row.flags))
     if facts:
         lines.append("; ".join(facts))
-    names = branch_names(len(row.branches))
     if any(row.cut):
-        parts = zip(("the prompt", *names), row.cut, strict=True)
+        parts = zip(("the prompt", *row.names), row.cut, strict=True)
         lines.append("cut: " + ", ".join(f"{count:,} tokens of {name}" for name, count in parts if count))
     lines.append(_heading(f"prompt, {_tokens(row.trunk)}", colour))
     lines += _text(Branch(row.trunk, np.zeros(len(row.trunk), bool)), pieces, ids=ids, colour=colour)
-    for name, branch in zip(names, row.branches, strict=True):
+    for name, branch in zip(row.names, row.branches, strict=True):
         lines.append(_heading(f"{name}, {_tokens(branch.ids)}, {int(branch.mask.sum()):,} learned", colour))
         lines += _text(branch, pieces, ids=ids, colour=colour)
     return lines
@@ -51,16 +53,29 @@ def report_lines(data: Data, *, bars: bool = True) -> list[str]:
     flags, count = data.flag_counts, len(data)
     overlap = "no other split" if data.other is None else f"{flags.get(OVERLAP, 0):,} of a prompt in {data.other_split}"
     reversed_ratings = f", {flags.get(REVERSED, 0):,} with the chosen rated below the rejected"
-    rated = "" if data.rows.ratings is None else reversed_ratings
+    rated = reversed_ratings if data.task == "dpo" and data.rows.ratings is not None else ""
     others = {name: n for name, n in flags.items() if name not in (DUPLICATE, OVERLAP, REVERSED, PLAIN)}
     return [
         str(data.report),
         f"{data.split}: {_rows(count)}, {flags.get(DUPLICATE, 0):,} repeat an earlier one, {overlap}{rated}",
+        *_row_lines(data),
         f"plain text: {flags.get(PLAIN, 0) / count:.1%}",
         *([", ".join(f"{name}: {n:,}" for name, n in others.items())] if others else []),
         *_length_lines(data, bars),
         *_margin_lines(data),
     ]
+
+
+def _row_lines(data: Data) -> list[str]:
+    """How many completions lists have, or how many labels are true."""
+    if data.task == "lists":
+        counted = np.bincount(data.rows.branch_counts)
+        parts = [f"{number} in {_rows(int(counted[number]))}" for number in np.flatnonzero(counted)]
+        return [f"completions: {', '.join(parts)}"]
+    if data.rows.labels is not None:
+        good = int(data.rows.labels.sum())
+        return [f"labels: {good:,} true, {len(data) - good:,} false"]
+    return []
 
 
 def _length_lines(data: Data, bars: bool) -> list[str]:

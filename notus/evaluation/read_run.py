@@ -13,6 +13,7 @@ import numpy as np
 
 from notus.evaluation.resolve_model import read_run_settings
 from notus.evaluation.results import EVALUATIONS, RESULT, Result, is_run, read_records, read_results
+from notus.evaluation.run_loss import RunLoss, read_loss
 from notus.runtime.files import is_locked
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
@@ -61,6 +62,21 @@ class Run:
     def task(self) -> Literal["dpo", "sft"]:
         """What was trained; only DPO's config has a section of that name."""
         return "dpo" if "dpo" in self.settings else "sft"
+
+    @functools.cached_property
+    def loss(self) -> RunLoss | None:
+        """What a run of preferences minimised; None: SFT. Raises ValueError for a loss that this version lacks."""
+        return read_loss(self.settings, str(self.folder / CONFIG_FILE))
+
+    @property
+    def rows(self) -> Literal["sft", "pairs", "lists", "labels"]:
+        """Which rows of data it learned from. Raises ValueError as `loss`."""
+        return "sft" if self.loss is None else self.loss.rows
+
+    @property
+    def unit(self) -> str:
+        """What these rows are called, in the plural. Raises ValueError as `loss`."""
+        return "examples" if self.loss is None else self.loss.unit
 
     @property
     def base(self) -> str:

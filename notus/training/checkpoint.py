@@ -24,8 +24,8 @@ from notus.training.optimizers import PiecewiseOptimizer
 
 STATE_FILE = "state.json"
 DAMAGED = "damaged-"  # before the name of a checkpoint that could not be read
-_FORMAT = 3
-_FORMAT_0_1 = 2  # of Notus 0.1, whose DPO runs kept one metric sum more
+_FORMAT = 4
+_FORMAT_0_1, _FORMAT_0_3 = 2, 3  # of earlier versions, whose DPO runs kept more metric sums
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -48,6 +48,7 @@ class Progress:
         identity: digests of what the run learns from and starts from, by the config key that names it; and the names
             of the reference caches.
         trackers: ids of the run at its trackers, by their names.
+        task: what the task has learned beside the weights, by its own names.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Progress:
     window_seconds: float = 0.0
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)
+    task: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -182,15 +184,24 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
     if not whole:
         raise DamagedCheckpointError(f"{file} is damaged: its content does not match its digest")
-    if state["format"] == _FORMAT_0_1:
+    if state["format"] in (_FORMAT_0_1, _FORMAT_0_3):
         sums = state["progress"]["window_sums"]
-        state["progress"]["window_sums"] = [each[:9] + each[10:] for each in sums]  # SFT has three: nothing to drop
+        state["progress"]["window_sums"] = [_current_sums(each, state["format"]) for each in sums]
     elif state["format"] != _FORMAT:
         raise ValueError(
             f"{path} has format {state['format']}, this version reads {_FORMAT}: finish the run with the version that "
             "began it, or set training.resume=never to start over"
         )
     return state
+
+
+def _current_sums(sums: list[float], written: int) -> list[float]:
+    """A rank's metric sums of an older format without those of DPO that are gone. SFT had three: nothing to drop."""
+    if len(sums) < 10:
+        return sums
+    if written == _FORMAT_0_1:
+        sums = sums[:9] + sums[10:]
+    return sums[:5] + sums[6:]  # the margin is the difference of two others
 
 
 def _check_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -223,7 +234,10 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
 
 
 # Contents that a run cannot change when it is resumed.
-_BOUND = ("data.train", "data.eval", "model.adapter", "model.name_or_path")
+_BOUND = {
+    "data.train", "data.train (ratings)", "data.train (labels)", "data.eval", "data.eval (ratings)",
+    "data.eval (labels)", "model.adapter", "model.name_or_path",
+}  # fmt: skip
 
 
 def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

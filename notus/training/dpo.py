@@ -1,28 +1,37 @@
 """DPO: what a step is, and the run around it."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from notus.config import Config, DPOConfig, options_of
+from notus.config import Config, DPOConfig
 from notus.data.batching import StepPlan
-from notus.data.dataset import TokenizedDataset
-from notus.data.packing import Batch
-from notus.losses import loss_components, nll_loss, pair_loss
+from notus.data.dataset import TokenizedDataset, mismatched
+from notus.data.packing import Batch, check_fits
+from notus.losses import Shift
 from notus.model.policy import Policy
-from notus.runtime.distributed import say
+from notus.model.supported import check_context
+from notus.runtime.distributed import say, sum_across_ranks
+from notus.training.objective import (
+    Measured,
+    Scored,
+    Totals,
+    check_ratings,
+    measure_public,
+    objective_of,
+    ratings_or_order,
+)
 from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
 from notus.training.run_folder import REFERENCE
 from notus.training.scoring import score
 from notus.training.setup import Run, start
 from notus.training.trainer import RowLoss
-from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 
 # By how much ln 2 may be missed at step 0: policy and reference differ by rounding alone, but rows are packed
 # differently in the reference pass, and matrix products of another shape may round differently. In bf16 that moves a
@@ -30,47 +39,64 @@ from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
 # loss by 0.05 * 0.03 * sqrt(tokens) / pairs; five times that is let pass.
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 _BF16_NOISE = 5 * 0.05 * 0.03
-_PROBE_BETA = 0.1
 
 
 @dataclasses.dataclass
 class Preferences:
-    """Tokenised pairs with the reference's log-probs, fp32 [n, 2] in nats."""
-
-    rows: TokenizedDataset
-    reference: Tensor
-
-
-class PairSums(NamedTuple):
-    """What `DPOTask.metrics` divides: sums over pairs, fp64; fillers weigh nothing.
+    """Tokenised rows with what their loss needs beside their tokens.
 
     Attributes:
-        pairs: how many there are.
-        loss: of the loss that is trained, with the NLL's part.
-        chosen_reward, rejected_reward: β·(policy − reference).
-        accuracy: 1 for each pair whose chosen reward is larger; a tie counts half.
-        margin: chosen − rejected reward.
-        chosen_logp, rejected_logp: of the policy, in nats.
-        sigmoid_loss: the plain sigmoid loss at β = 0.1, which must be ln 2 at step 0 whatever loss is trained.
-        chosen_tokens: completion tokens of the chosen answers.
+        rows: n rows of K completions.
+        reference: fp32 [n, K] in nats, the reference's log-probs; None: the loss has no reference.
+        public_reference: fp32 [n, 2], the same up to the length of a pair's shorter completion; for LD-DPO.
+        ratings: fp32 [n, K], of lists, and where the loss needs them.
+        labels: bool [n], which completions are good ones; of labelled completions.
+        mismatched: for KTO's KL, each row's prompt with the completion of another one.
     """
 
-    pairs: float
-    loss: float
-    chosen_reward: float
-    rejected_reward: float
-    accuracy: float
-    margin: float
-    chosen_logp: float
-    rejected_logp: float
-    sigmoid_loss: float
-    chosen_tokens: float
+    rows: TokenizedDataset
+    reference: Tensor | None
+    public_reference: Tensor | None = None
+    ratings: Tensor | None = None
+    labels: Tensor | None = None
+    mismatched: "Preferences | None" = None
+
+    def totals(self, indices: np.ndarray) -> Totals:
+        """What the rows of a step are divided by."""
+        return Totals(len(indices), int(self.rows.loss_tokens[indices, 0].sum()))
+
+    def add_to(self, batch: Batch) -> Batch:
+        """Add what the loss needs of a row; of a filler that of any row, since it weighs nothing."""
+        return dataclasses.replace(
+            batch,
+            reference=_at(self.reference, batch.indices),
+            public_reference=_at(self.public_reference, batch.indices),
+            ratings=_at(self.ratings, batch.indices),
+            labels=_at(self.labels, batch.indices),
+        )
+
+    def scored(self, indices: np.ndarray, policy: Measured, shifts: Mapping[Shift, Tensor]) -> Scored:
+        """These rows with what a forward pass of the policy says of them, on the host."""
+        places = torch.from_numpy(indices)
+        return Scored(
+            policy=policy,
+            reference=_at(self.reference, places),
+            lengths=torch.from_numpy(self.rows.loss_tokens[indices]),
+            weights=torch.ones(len(indices)),
+            public_reference=_at(self.public_reference, places),
+            ratings=_at(self.ratings, places),
+            labels=_at(self.labels, places),
+            shifts=shifts,
+        )
+
+
+def _at(values: Tensor | None, places: Tensor) -> Tensor | None:
+    return None if values is None else values[places]
 
 
 class DPOTask:
-    """The preference loss on packed pairs, against cached reference log-probs."""
+    """The preference loss on packed rows, against cached reference log-probs if it has a reference."""
 
-    num_sums = len(PairSums._fields)
     _start_checked = False
 
     def __init__(
@@ -85,60 +111,74 @@ class DPOTask:
         device: torch.device,
     ) -> None:
         self.rows, self.plan = train.rows, plan
-        self._train, self._held_out, self._config = train, held_out, config
+        self._train, self._held_out = train, held_out
+        self._objective = objective_of(config)
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
-        per_token = any(loss.per_token for loss in loss_components(config.loss_type))
-        self.guards: tuple[Guard, ...] = (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
+        self.num_sums, self.guards = self._objective.num_sums, self._objective.guards
+        self._shifts: dict[Shift, Tensor] = {}
+        self._rewards = RewardMean(device) if "running_mean" in self._objective.shifts else None
 
     def prepare(self, batch: Batch) -> Batch:
-        """Add the reference's log-probs of the row; of a filler those of any row, since it weighs nothing."""
-        return dataclasses.replace(batch, reference=self._train.reference[batch.indices])
+        """Add what the loss needs of the row."""
+        return self._train.add_to(batch)
 
-    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
-        """The row's share of: mean loss over the step's pairs + nll_weight * mean NLL over its chosen tokens."""
-        reference, weights, lengths = batch.reference, batch.weights, batch.lengths
-        assert reference is not None  # see prepare
-        pairs, chosen_tokens = len(step_indices), int(self.rows.loss_tokens[step_indices, 0].sum())
-        preference, rewards = self._losses(logps, reference, lengths)
-        losses = self._with_nll(preference, logps, pairs, chosen_tokens)
-        sums = _sums(losses.detach(), rewards, logps.detach(), reference, weights, lengths)
-        return RowLoss(loss=(losses * weights).sum() / pairs, sums=sums, per_example=losses.detach())
+    def begin_step(self, policy: Policy, step_indices: np.ndarray) -> None:
+        """Find what a loss of labels subtracts from all of the step's rows alike; collective."""
+        self._shifts = self._shifts_of(policy, self._train, step_indices)
 
-    def _losses(self, logps: Tensor, reference: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [E] and rewards [E, 2]."""
-        total, rewards = torch.zeros_like(logps[:, 0]), torch.zeros_like(logps)
-        for loss, weight in loss_components(self._config.loss_type).items():
-            options = options_of(self._config, loss)
-            losses, rewards = pair_loss(
-                loss, logps, reference, beta=self._config.beta, options=options, lengths=lengths
-            )
-            total = total + weight * losses
-        return total, rewards
+    def _shifts_of(self, policy: Policy, data: Preferences, indices: np.ndarray) -> dict[Shift, Tensor]:
+        """What the losses subtract, on the device.
 
-    def _with_nll(self, losses: Tensor, logps: Tensor, pairs: int, chosen_tokens: int) -> Tensor:
-        """Add the NLL of the chosen [E], so that the mean over `pairs` holds its mean over `chosen_tokens`."""
-        if not self._config.nll_weight:
-            return losses
-        return losses + self._config.nll_weight * pairs * nll_loss(logps[:, 0], chosen_tokens)
+        KTO's KL is the mean log-ratio of these rows' mismatched completions, and at least 0. BCO's shift is the mean
+        reward of the steps before, as far as training has come.
+        """
+        found: dict[Shift, Tensor] = {}
+        if self._rewards is not None:
+            found["running_mean"] = self._rewards.value()
+        if "kl" in self._objective.shifts:
+            mismatched = data.mismatched
+            assert mismatched is not None
+            assert mismatched.reference is not None
+            logps = self._score(policy, mismatched.rows, indices)
+            log_ratios = logps.double() - mismatched.reference[torch.from_numpy(indices)].double()
+            found["kl"] = log_ratios.mean().clamp(min=0).float().to(self._device)
+        return found
+
+    def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+        """The row's share of: mean loss over the step's examples + nll_weight * mean NLL of its chosen answers."""
+        rows = Scored(
+            policy=self._objective.measure(policy, batch),
+            reference=batch.reference,
+            lengths=batch.lengths,
+            weights=batch.weights,
+            public_reference=batch.public_reference,
+            ratings=batch.ratings,
+            labels=batch.labels,
+            shifts=self._shifts,
+        )
+        outcome = self._objective(rows, self._train.totals(step_indices))
+        if self._rewards is not None:
+            self._rewards.add(outcome.rewards[:, 0], batch.weights)
+        return RowLoss(
+            loss=(outcome.losses * batch.weights).sum() / len(step_indices),
+            sums=self._objective.sums(rows, outcome),
+            per_example=outcome.losses.detach(),
+        )
+
+    def state(self) -> dict[str, list[float]]:
+        """Return what a resumed run needs beside its weights; collective."""
+        return {} if self._rewards is None else {"rewards": self._rewards.state()}
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        """Continue from what `state` returned."""
+        if self._rewards is not None and "rewards" in state:
+            self._rewards.load(state["rewards"])
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
-        """Means over pairs; those of the NLL and of the chosen log-probs' change over chosen tokens."""
-        total = PairSums(*sums)
-        metrics = {
-            "loss": total.loss / total.pairs,
-            "rewards/chosen": total.chosen_reward / total.pairs,
-            "rewards/rejected": total.rejected_reward / total.pairs,
-            "rewards/accuracies": total.accuracy / total.pairs,
-            "rewards/margins": total.margin / total.pairs,
-            "logps/chosen": total.chosen_logp / total.pairs,
-            "logps/rejected": total.rejected_logp / total.pairs,
-            # the reward is β times this change, summed over tokens
-            "logps/chosen_change": total.chosen_reward / self._config.beta / total.chosen_tokens,
-        }
-        if self._config.nll_weight:
-            metrics["nll_loss"] = -total.chosen_logp / total.chosen_tokens
+        """Means over examples, and the speed."""
+        metrics = self._objective.metrics(sums)
         if seconds:
-            metrics["pairs_per_second"] = total.pairs / seconds
+            metrics["pairs_per_second"] = self._objective.read(sums).examples / seconds
         return metrics
 
     def check_first_step(self, sums: list[float]) -> None:
@@ -147,12 +187,12 @@ class DPOTask:
         Raises:
             ValueError: it is not.
         """
-        if self._start_checked:
+        if self._start_checked or not self._objective.reference:
             return
-        total, tolerance = PairSums(*sums), FIRST_LOSS_TOLERANCE[self._precision]
-        found = total.sigmoid_loss / total.pairs
+        total, tolerance = self._objective.read(sums), FIRST_LOSS_TOLERANCE[self._precision]
+        found = total.sigmoid_loss / total.examples
         if self._precision == "bf16":
-            tolerance = max(tolerance, _BF16_NOISE * math.sqrt(total.chosen_tokens) / total.pairs)
+            tolerance = max(tolerance, _BF16_NOISE * math.sqrt(total.chosen_tokens) / total.examples)
         if not abs(found - math.log(2)) <= tolerance:
             raise ValueError(
                 f"at step 0 the sigmoid loss is {found:.6f}, not ln 2 = {math.log(2):.6f} (tolerance {tolerance:g}): "
@@ -165,47 +205,80 @@ class DPOTask:
 
         Dropout changes what a trained adapter adds: the loss of the first step itself is not ln 2 then.
         """
-        indices = self.plan.indices(0)
-        logps = score(policy, self.rows, indices, tokens_per_row=self._tokens_per_row, device=self._device)
-        reference, lengths = self._train.reference[indices], torch.from_numpy(self.rows.loss_tokens[indices])
-        losses, rewards = self._losses(logps, reference, lengths)
-        self.check_first_step(_sums(losses, rewards, logps, reference, torch.ones(len(indices)), lengths).tolist())
+        if self._objective.reference:
+            self.check_first_step(self._sums_of(policy, self._train, self.plan.indices(0)))
         self._start_checked = True
 
     def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
-        """Loss, rewards and log-probs on the held-out pairs, under `eval_` names."""
-        if self._held_out is None:
+        """Loss, rewards and log-probs on the held-out rows, under `eval_` names."""
+        held_out = self._held_out
+        if held_out is None:
             return {}
-        rows, reference = self._held_out.rows, self._held_out.reference
-        everything = np.arange(len(rows))
-        logps = score(policy, rows, everything, tokens_per_row=self._tokens_per_row, device=self._device, on_row=on_row)
-        lengths = torch.from_numpy(rows.loss_tokens)
-        losses, rewards = self._losses(logps, reference, lengths)
-        losses = self._with_nll(losses, logps, len(rows), int(lengths[:, 0].sum()))
-        sums = _sums(losses, rewards, logps, reference, torch.ones(len(rows)), lengths)
-        return {f"eval_{name}": value for name, value in self.metrics(sums.tolist(), 0.0).items()}
+        everything = np.arange(len(held_out.rows))
+        sums = self._sums_of(policy, held_out, everything, on_row)
+        return {f"eval_{name}": value for name, value in self.metrics(sums, 0.0).items()}
+
+    def _sums_of(
+        self, policy: Policy, data: Preferences, indices: np.ndarray, on_row: Callable[[], None] | None = None
+    ) -> list[float]:
+        """The metric sums of some rows, by a pass without dropout; collective."""
+        measured = self._objective.read_table(self._score(policy, data.rows, indices, on_row), data.rows.num_branches)
+        shifts = {kind: shift.cpu() for kind, shift in self._shifts_of(policy, data, indices).items()}
+        rows = data.scored(indices, measured, shifts)
+        found: list[float] = self._objective.sums(rows, self._objective(rows, data.totals(indices))).tolist()
+        return found
+
+    def _score(
+        self, policy: Policy, rows: TokenizedDataset, indices: np.ndarray, on_row: Callable[[], None] | None = None
+    ) -> Tensor:
+        """`Objective.measure_table` of some rows, on the host; collective."""
+        return score(
+            policy,
+            rows,
+            indices,
+            tokens_per_row=self._tokens_per_row,
+            device=self._device,
+            on_row=on_row,
+            measure=functools.partial(self._objective.measure_table, policy),
+            width=self._objective.table_width(rows.num_branches),
+        )
 
 
-def _sums(
-    losses: Tensor, rewards: Tensor, logps: Tensor, reference: Tensor, weights: Tensor, lengths: Tensor
-) -> Tensor:
-    """The fields of `PairSums`, in their order, fp64 [`DPOTask.num_sums`]: on the device, so without a host sync."""
-    chosen, rejected = rewards.double().unbind(1)
-    margins = chosen - rejected
-    log_ratios = (logps - reference).double()
-    columns = {
-        "pairs": torch.ones_like(margins),
-        "loss": losses.double(),
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-        "accuracy": 0.5 * (1.0 + margins.sign()),
-        "margin": margins,
-        "chosen_logp": logps[:, 0].double(),
-        "rejected_logp": logps[:, 1].double(),
-        "sigmoid_loss": torch.nn.functional.softplus(-_PROBE_BETA * (log_ratios[:, 0] - log_ratios[:, 1])),
-        "chosen_tokens": lengths[:, 0].double(),
-    }
-    return torch.stack([columns[name] for name in PairSums._fields], dim=1).T @ weights.double()
+class RewardMean:
+    """The mean reward of all examples of the steps so far: what BCO subtracts from rewards (2404.04656).
+
+    The paper has half the sum of the means over good and over bad completions; the authors' code has the mean over all
+    so far, those of the current micro-batch among them. Here it is the mean over all of the steps before the current
+    one, so that it depends neither on ranks nor on how a step is cut into rows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # sum and number, fp64: of all ranks, and of this rank since
+        self._total = torch.zeros(2, dtype=torch.float64, device=device)
+        self._own = torch.zeros_like(self._total)
+
+    def add(self, rewards: Tensor, weights: Tensor) -> None:
+        """Take the rewards of a row, fp32 [E], those of fillers with weight 0."""
+        self._own += torch.stack([rewards.double(), torch.ones_like(rewards).double()]) @ weights.double()
+
+    def value(self) -> Tensor:
+        """Return the mean of what all ranks have added, fp32, 0 if that is nothing; collective."""
+        self._gather()
+        return (self._total[0] / self._total[1].clamp(min=1)).float()
+
+    def state(self) -> list[float]:
+        """Return sum and number; collective."""
+        self._gather()
+        found: list[float] = self._total.tolist()
+        return found
+
+    def load(self, state: list[float]) -> None:
+        """Continue from what `state` returned."""
+        self._total.copy_(torch.tensor(state, dtype=torch.float64))
+
+    def _gather(self) -> None:
+        self._total += sum_across_ranks(self._own)
+        self._own.zero_()
 
 
 def run(config: Config) -> int:
@@ -217,24 +290,36 @@ def run(config: Config) -> int:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with start(config, "dpo") as job:
+    with start(config) as job:
         return 0 if job is None else job.train(build_task(job, config))
 
 
 def fill_reference(config: Config) -> None:
-    """Fill the reference cache of `config` and stop: `python -m notus reference`."""
-    with start(config, "dpo", train=False) as job:
+    """Fill the reference cache of `config` and stop: `python -m notus reference`.
+
+    Raises:
+        ValueError: a user's mistake, in one line; also a loss without a reference.
+    """
+    if not objective_of(config.dpo).reference:
+        raise ValueError(f"dpo.loss_type {_loss_name(config)} has no reference: there is nothing to compute")
+    with start(config, train=False) as job:
         assert job is not None
         for name, rows in (("train", job.train_rows), ("eval", job.eval_rows)):
             if rows is not None:
-                _with_reference(job, config, name, rows)
+                _preferences(job, config, name, rows)
 
 
 def build_task(job: Run, config: Config) -> DPOTask:
-    """The task of a run: its pairs, with the reference log-probs read or computed here; collective."""
+    """The task of a run: its rows, with the reference log-probs read or computed here; collective."""
+    objective = objective_of(config.dpo)
+    if not objective.reference:
+        say(f"dpo.loss_type {_loss_name(config)} has no reference: no reference pass, and no cache")
+    train = _preferences(job, config, "train", job.train_rows)
+    if note := objective.note(train.labels):
+        say(note)
     task = DPOTask(
-        _with_reference(job, config, "train", job.train_rows),
-        None if job.eval_rows is None else _with_reference(job, config, "eval", job.eval_rows),
+        train,
+        None if job.eval_rows is None else _preferences(job, config, "eval", job.eval_rows),
         plan=job.plan,
         config=config.dpo,
         precision=config.training.precision,
@@ -246,19 +331,64 @@ def build_task(job: Run, config: Config) -> DPOTask:
     return task
 
 
-def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Preferences:
-    """Attach the reference's log-probs, from the cache or by a pass of the untrained policy."""
+def _loss_name(config: Config) -> str:
+    names = config.dpo.loss_type
+    return repr(names) if isinstance(names, str) else ", ".join(map(repr, names))
+
+
+def _preferences(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Preferences:
+    """Rows of "train" or "eval" with what their loss needs. Raises ValueError if their ratings are not all known."""
+    objective = objective_of(config.dpo)
+    key = f"data.{name}: dpo.loss_type {_loss_name(config)} needs ratings"
+    if objective.ratings:
+        check_ratings(rows.ratings, rows.loss_tokens, lambda index: rows.info(index).place, key)
+    found = Preferences(rows, None)
+    if config.rows == "lists":
+        found.ratings = torch.from_numpy(ratings_or_order(rows.ratings, rows.loss_tokens))
+    elif objective.ratings:
+        assert rows.ratings is not None
+        found.ratings = torch.from_numpy(rows.ratings)
+    if config.rows == "labels":
+        assert rows.labels is not None
+        found.labels = torch.from_numpy(rows.labels)
+    if objective.reference:
+        logps = _with_reference(job, config, name, rows)
+        found.reference = logps[:, : rows.num_branches]
+        found.public_reference = logps[:, rows.num_branches :] if objective.public else None
+    if "kl" in objective.shifts:
+        others = mismatched(rows, config.data.max_length)
+        check_fits(int(others.lengths.max()), config.training.tokens_per_row)
+        check_context(job.model_config, others.longest_sequence, "data.max_length")
+        found.mismatched = Preferences(others, _with_reference(job, config, f"{name}, mismatched", others))
+    return found
+
+
+def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Tensor:
+    """The reference's log-probs, fp32 [n, K], from the cache or by a pass of the untrained policy.
+
+    With LD-DPO [n, 4]: then those up to the length of each pair's shorter completion.
+    """
     digests = rows.digests()
+    public = objective_of(config.dpo).public
     key = ReferenceKey(
         weights=job.weights_digest,
         rows=digest_of_rows(digests),
         precision=config.training.precision,
         kernel=job.kernel,
+        public=public,
     )
     folder = Path(config.reference.cache_dir or Path(config.training.output_dir) / REFERENCE)
 
     def pass_over(indices: np.ndarray) -> Tensor:
-        logps = score(job.policy, rows, indices, tokens_per_row=config.training.tokens_per_row, device=job.device)
+        logps = score(
+            job.policy,
+            rows,
+            indices,
+            tokens_per_row=config.training.tokens_per_row,
+            device=job.device,
+            measure=functools.partial(measure_public, job.policy) if public else None,
+            width=2 * rows.num_branches if public else None,
+        )
         say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
         return logps
 
@@ -270,4 +400,4 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
         ) from error
     job.identity[f"reference.{name}"] = key.name
     say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
-    return Preferences(rows, logps)
+    return logps

@@ -36,17 +36,23 @@ class ReferenceKey:
         rows: digest of the tokenised rows, which covers tokenizer, template and truncation.
         precision: "bf16" or "fp32".
         kernel: name of the attention kernel.
+        public: whether the cache also holds sums up to the length of each pair's shorter completion, for LD-DPO.
     """
 
     weights: str
     rows: str
     precision: str
     kernel: str
+    public: bool = False
+
+    def described(self) -> dict[str, str | bool]:
+        """Return what decides the log-probs. A cache without public sums is described as before there were any."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "public" or value}
 
     @property
     def name(self) -> str:
         """The cache's file name, without suffix."""
-        described = json.dumps({**dataclasses.asdict(self), "format": FORMAT}, sort_keys=True)
+        described = json.dumps({**self.described(), "format": FORMAT}, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
@@ -68,14 +74,15 @@ def reference_logps(
     An interrupted pass continues after its last whole part.
 
     Args:
-        score: the collective pass over some dataset rows (int64 [m] -> fp32 [m, K] on the host).
+        score: the collective pass over some dataset rows (int64 [m] -> fp32 [m, K] on the host; with `key.public`
+            [m, 2 K], the public sums last).
         rows: the tokenised dataset.
         key: identifies the cache.
         digests: uint8 [n, 16], a digest per row.
         folder: where caches are kept; shared by all ranks of a run, and by as many runs as like.
 
     Returns:
-        (fp32 [n, K] in nats, whether it was read rather than computed).
+        (fp32 [n, K] in nats, or [n, 2 K]; whether it was read rather than computed).
 
     Raises:
         ValueError: the cache file is damaged or of other rows, or a log-prob is not finite.
@@ -152,12 +159,14 @@ def _read_part(path: Path, expected: Tensor) -> Tensor | None:
 
 
 def _write_cache(path: Path, logps: Tensor, rows: TokenizedDataset, key: ReferenceKey, digests: np.ndarray) -> None:
+    count = rows.num_branches
     tensors = {
-        "logps": logps,
+        "logps": logps[:, :count],
+        **({"public_logps": logps[:, count:]} if key.public else {}),
         "token_counts": torch.from_numpy(rows.loss_tokens),
         "digests": torch.from_numpy(digests),
     }
-    _write(path, tensors, {"key": json.dumps(dataclasses.asdict(key)), "format": str(FORMAT)})
+    _write(path, tensors, {"key": json.dumps(key.described()), "format": str(FORMAT)})
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -204,10 +213,10 @@ def _read(path: Path, rows: TokenizedDataset, key: ReferenceKey, digests: np.nda
         made_for = json.loads(metadata["key"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"the reference cache {path} is damaged ({error}): {remedy}") from error
-    if made_for != dataclasses.asdict(key):
+    if made_for != key.described():
         raise ValueError(f"the reference cache {path} was made for another model, data or precision: {remedy}")
     if not torch.equal(tensors["digests"], torch.from_numpy(digests)):
         raise ValueError(f"the reference cache {path} holds other rows than the data: {remedy}")
     if not torch.equal(tensors["token_counts"], torch.from_numpy(rows.loss_tokens)):
         raise ValueError(f"the reference cache {path} counts other completion tokens than the data: {remedy}")
-    return tensors["logps"]
+    return torch.cat([tensors["logps"], tensors["public_logps"]], dim=1) if key.public else tensors["logps"]

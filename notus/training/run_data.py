@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from notus.config import DataConfig, Task
+from notus.config import DataConfig
 from notus.data.chat import ChatEncoder, check_ids
 from notus.data.dataset import TokenizedDataset
 from notus.data.drop_report import DropReport
+from notus.data.formats import Task
 from notus.data.mixture import Share, hold_out, mixed, without
 from notus.data.tokenize import Rule, read_shares
 from notus.model.usage import set_trained_templates
@@ -32,11 +33,13 @@ class Inputs:
         train: the training rows.
         eval: the evaluation rows, if there are any.
         reports: what reading "train" and "eval" dropped and cut; rows held out of "train" were read with it.
+        task: what the rows are for.
     """
 
     train: TokenizedDataset
     eval: TokenizedDataset | None
     reports: dict[str, DropReport]
+    task: Task = "dpo"
 
     @property
     def plain_text(self) -> bool:
@@ -47,7 +50,8 @@ class Inputs:
         """The content of `data.json`."""
         sides = {"train": self.train, "eval": self.eval}
         return {
-            name: None if rows is None else data_summary(rows, self.reports.get(name)) for name, rows in sides.items()
+            name: None if rows is None else data_summary(rows, self.reports.get(name), self.task)
+            for name, rows in sides.items()
         }
 
 
@@ -59,7 +63,7 @@ def load_inputs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: T
     Args:
         data: the settings.
         tokenizer: a fast tokenizer.
-        task: "dpo" reads pairs, "sft" demonstrations.
+        task: what a row is for.
         seed: of all draws.
 
     Raises:
@@ -87,6 +91,7 @@ def load_inputs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: T
         TokenizedDataset(mixed(train, seed)),
         None if held_out is None else TokenizedDataset(held_out),
         reader.reports,
+        task,
     )
 
 
@@ -141,7 +146,7 @@ def rule_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase, task: Task) ->
         mask_history=data.mask_history,
         split_special_tokens=data.split_special_tokens,
     )
-    longest_prompt = data.max_prompt_length if task == "dpo" else None
+    longest_prompt = None if task == "sft" else data.max_prompt_length
     return Rule(encoder, task, data.max_length, longest_prompt, data.columns, data.too_long)
 
 
@@ -214,19 +219,27 @@ def read_ids(path: Path) -> frozenset[str]:
     return frozenset(found - {""})
 
 
-def data_summary(rows: TokenizedDataset, report: DropReport | None) -> dict[str, Any]:
+def data_summary(rows: TokenizedDataset, report: DropReport | None, task: Task = "dpo") -> dict[str, Any]:
     """How many rows there are, what reading them dropped and cut, and histograms of their lengths in tokens."""
-    count = rows.num_branches
-    named = {1: ["completion"], 2: ["chosen", "rejected"]}
-    names = named.get(count) or [f"completion_{number}" for number in range(1, count + 1)]
-    lengths = {"prompt": rows.trunk_lengths, **dict(zip(names, rows.branch_lengths.T, strict=True))}
+    numbered = [f"completion_{number}" for number in range(1, rows.num_branches + 1)]
+    named = {1: ["completion"], 2: numbered if task == "lists" else ["chosen", "rejected"]}
+    names = named.get(rows.num_branches, numbered)
+    lengths, labels = completion_lengths(rows, names), rows.labels
     return {
         "rows": len(rows),
         "report": {} if report is None else {**dataclasses.asdict(report), "kept": report.kept},
         "lengths": {name: length_histogram(values) for name, values in lengths.items()},
-        "ratings": None if rows.ratings is None else _rating_histograms(rows.ratings),
+        "ratings": None if rows.ratings is None else _rating_histograms(rows.ratings, names),
+        "labels": None if labels is None else {"true": int(labels.sum()), "false": int((~labels).sum())},
         "sources": None if rows.sources is None else _count(rows.sources),
     }
+
+
+def completion_lengths(rows: TokenizedDataset, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Tokens of prompts, and of completions by their K names: int64, one for each row that has such a one."""
+    columns = zip(names, rows.branch_lengths.T, strict=True)
+    of_completions = {name: values[rows.branch_counts > number] for number, (name, values) in enumerate(columns)}
+    return {"prompt": rows.trunk_lengths, **of_completions}
 
 
 def _count(sources: list[str]) -> dict[str, int]:
@@ -236,11 +249,11 @@ def _count(sources: list[str]) -> dict[str, int]:
     return dict(counted[:NAMED_SOURCES]) | ({"(others)": rest} if rest else {})
 
 
-def _rating_histograms(ratings: np.ndarray) -> dict[str, dict[str, list[float]]]:
-    """Of the known ratings [n, 2] of chosen and rejected, over the same buckets; the last one holds its upper edge."""
+def _rating_histograms(ratings: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Of the known ratings [n, K] of completions by name, over the same buckets; the last one holds its upper edge."""
     edges = np.histogram_bin_edges(ratings[~np.isnan(ratings)], BUCKETS)
     found = {}
-    for name, column in zip(("chosen", "rejected"), ratings.T, strict=True):
+    for name, column in zip(names, ratings.T, strict=True):
         counts = np.histogram(column[~np.isnan(column)], edges)[0]
         found[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
     return found

@@ -28,6 +28,8 @@ def score(
     tokens_per_row: int,
     device: torch.device,
     on_row: Callable[[], None] | None = None,
+    measure: Callable[[Batch], Tensor] | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Score some rows of a dataset; collective, every rank takes a share and gets the whole.
 
@@ -38,17 +40,20 @@ def score(
         tokens_per_row: the most tokens of a packed row.
         device: where the policy computes.
         on_row: called before each packed row, of which every rank has the same number; what it raises ends the pass.
+        measure: what to find of a packed row by the policy, fp32 [E, `width`]; None: `policy(batch)`.
+        width: its columns; None: K.
 
     Returns:
-        fp32 [n, K] on the host: the sum of each completion's log-probs, in nats, in the order of `indices`.
+        fp32 [n, K] on the host: the sum of each completion's log-probs, in nats, in the order of `indices`; or
+        [n, `width`], what `measure` finds.
     """
     place = {int(index): position for position, index in enumerate(indices)}
-    found = torch.zeros(len(indices), rows.num_branches, dtype=torch.float32, device=device)
+    found = torch.zeros(len(indices), width or rows.num_branches, dtype=torch.float32, device=device)
 
     def keep(batch: Batch) -> None:
-        logps = policy(batch)
+        columns = policy(batch) if measure is None else measure(batch)
         if batch.places is not None:
-            found.index_copy_(0, batch.places, logps)
+            found.index_copy_(0, batch.places, columns)
 
     def places(row: list[int]) -> np.ndarray:
         return np.array([place[index] for index in row])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config, Task
+from notus.config import Config
 from notus.data.batching import StepPlan, packing_report
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
@@ -39,6 +40,7 @@ from notus.training.dataloader import row_costs
 from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
+from notus.training.objective import objective_of
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, check_adapters, find_path, read_model_config
 from notus.training.reference import digest_of_rows
@@ -173,13 +175,29 @@ class Run:
     def identity(self) -> dict[str, str]:
         """Digests of the data and of the starting weights, by the config key that names them."""
         found = {"data.train": digest_of_rows(self.train_rows.digests())}
+        found |= self._judgements("data.train", self.train_rows)
         adapter = self.model_folders.adapter
         if adapter is not None:
             found["model.adapter"] = distributed.on_main(lambda: adapter_digest(adapter))
         found["model.name_or_path"] = self.weights_digest
         if self.eval_rows is not None:
             found["data.eval"] = digest_of_rows(self.eval_rows.digests())
+            found |= self._judgements("data.eval", self.eval_rows)
         return found
+
+    def _judgements(self, key: str, rows: TokenizedDataset) -> dict[str, str]:
+        """Digests of the ratings and labels that the run learns from; they are no part of the rows' own."""
+        if self.config.rows == "sft":
+            return {}
+        used = {
+            "labels": self.config.rows == "labels",
+            "ratings": self.config.rows == "lists" or objective_of(self.config.dpo).ratings,
+        }
+        columns = {name: getattr(rows, name) for name, needed in used.items() if needed}
+        return {
+            f"{key} ({name})": hashlib.sha256(b"" if column is None else column.tobytes()).hexdigest()
+            for name, column in columns.items()
+        }
 
     def _progress(self, optimizer: PiecewiseOptimizer) -> Progress:
         """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
@@ -251,12 +269,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | None]:
+def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
     """Join the process group and build a run up to its first step; yields None if it is finished already.
 
     Args:
         config: the run's settings.
-        task: "dpo" or "sft".
         train: False: claim no folder and build a frozen policy, for scoring alone.
 
     Raises:
@@ -289,7 +306,7 @@ def start(config: Config, task: Task, *, train: bool = True) -> Iterator[Run | N
                 yield None
                 return
             checkpoints = opening.checkpoints
-        job = _build(config, task, device, checkpoints, train, stop)
+        job = _build(config, device, checkpoints, train, stop)
         check_newest(checkpoints, job.identity if checkpoints else {})
         yield job
 
@@ -306,7 +323,7 @@ def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
         )
 
 
-def _build(config: Config, task: Task, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
+def _build(config: Config, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
@@ -333,7 +350,7 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
         unquantized=config.lora.modules_to_save,
         trust_remote_code=model.trust_remote_code,
     )
-    inputs = _load_data(config, task, model_config, tokenizer)
+    inputs = _load_data(config, model_config, tokenizer)
     train_rows = inputs.train
     if train:
         first = train_rows(np.arange(1))[0]
@@ -368,11 +385,9 @@ def _build(config: Config, task: Task, device: torch.device, checkpoints: list[P
     )  # fmt: skip
 
 
-def _load_data(
-    config: Config, task: Task, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> Inputs:
+def _load_data(config: Config, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Tokenize the rows. Raises ValueError if one has a token that the model lacks, or is too long for it or a row."""
-    inputs = load_inputs(config.data, tokenizer, task=task, seed=config.training.seed)
+    inputs = load_inputs(config.data, tokenizer, task=config.rows, seed=config.training.seed)
     every = [rows for rows in (inputs.train, inputs.eval) if rows is not None]
     for rows in every:
         check_rows(rows, tokenizer, text_config(model_config).vocab_size)

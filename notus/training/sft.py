@@ -1,10 +1,9 @@
 """Supervised fine-tuning: what a step is, and the run around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from notus.config import Config
 from notus.data.batching import StepPlan
@@ -40,13 +39,23 @@ class SFTTask:
         """Add nothing: the loss needs the row alone."""
         return batch
 
-    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+    def begin_step(self, policy: Policy, step_indices: np.ndarray) -> None:
+        """Do nothing: every row is learned by itself."""
+
+    def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of the mean negative log-likelihood over the step's loss tokens, in nats."""
-        weights, lengths = batch.weights, batch.lengths
+        logps, weights, lengths = policy(batch), batch.weights, batch.lengths
         nll = nll_loss(logps[:, 0], int(self.rows.loss_tokens[step_indices].sum()))
         per_example = -logps[:, 0].detach()
         columns = torch.stack([per_example.double(), lengths[:, 0].double(), torch.ones_like(per_example).double()])
         return RowLoss(loss=(nll * weights).sum(), sums=columns @ weights.double(), per_example=per_example)
+
+    def state(self) -> dict[str, list[float]]:
+        """Return nothing: there is nothing but the weights."""
+        return {}
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        """Do nothing; see `state`."""
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
         """Mean loss per token, and the speed."""
@@ -83,7 +92,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with start(config, "sft") as job:
+    with start(config) as job:
         if job is None:
             return 0
         task = SFTTask(

@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -82,8 +82,12 @@ class Task(Protocol):
         """Add what `row_loss` needs beside the row. Runs on the dataloader's thread, ahead of the step."""
         ...
 
-    def row_loss(self, logps: Tensor, batch: Batch, step_indices: np.ndarray) -> RowLoss:
-        """Return the loss of one row from its log-probs [E, K]; `step_indices`: all ranks' examples of the step."""
+    def begin_step(self, policy: Policy, step_indices: np.ndarray) -> None:
+        """Find what the rows of a step must know of all of them, the examples `step_indices`. Collective."""
+        ...
+
+    def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
+        """Run the policy on a row and return its loss; `step_indices`: all ranks' examples of the step."""
         ...
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
@@ -96,6 +100,14 @@ class Task(Protocol):
 
     def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
         """Return metrics on held-out data, none if there is none. Collective; calls `on_row`, which may raise."""
+        ...
+
+    def state(self) -> dict[str, list[float]]:
+        """Return what the task has learned beside the weights, for a checkpoint. Collective."""
+        ...
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        """Continue from what `state` returned."""
         ...
 
 
@@ -171,6 +183,7 @@ class Trainer:
         # Metric sums stay on the device in fp64 until a line of metrics is due: no host sync per row.
         count = task.num_sums + (_ROUTER_SUMS if self._routers else 0)
         self._sums = torch.tensor(_own_share(progress.window_sums, count), dtype=torch.float64, device=device)
+        task.load_state(progress.task)
         self._seconds = progress.window_seconds
         self._trained = 0.0  # seconds of this launch's steps
         self._guards = Guards(task.guards)
@@ -229,10 +242,11 @@ class Trainer:
 
     def _accumulate(self, step: int, loader: Dataloader) -> Accumulated:
         """Run every row of the step forward and backward; gradients add up in the parameters."""
+        indices = self.task.plan.indices(step)
+        self.task.begin_step(self.policy, indices)
         # Dropout depends on the step and the rank alone, so a resumed run draws what an undisturbed one would.
         seed = np.random.SeedSequence([self.config.seed, step, rank()])
         torch.manual_seed(seed.generate_state(1, np.uint64).item())
-        indices = self.task.plan.indices(step)
         bad_losses = torch.zeros((), device=self.device)
         losses: list[tuple[Tensor, Tensor]] = []
         for batch, last in loader.step():
@@ -251,10 +265,10 @@ class Trainer:
     def _row_loss(self, batch: Batch, indices: np.ndarray) -> RowLoss:
         """Run a row forward; with `router_aux_loss_coef`, the routers' loss is added, as a mean over the examples."""
         if self._routers is None:
-            return self.task.row_loss(self.policy(batch), batch, indices)
+            return self.task.row_loss(self.policy, batch, indices)
         with self._routers.reading():
-            logps = self.policy(batch)
-        row, losses = self.task.row_loss(logps, batch, indices), self._routers.losses(batch)
+            row = self.task.row_loss(self.policy, batch, indices)
+        losses = self._routers.losses(batch)
         balance = (losses * batch.weights).sum()
         sums = torch.stack([balance.detach(), batch.weights.sum()]).double()
         return RowLoss(
@@ -363,6 +377,7 @@ class Trainer:
     def _save(self) -> None:
         # The sums since the last line go with the checkpoint, so that the next line is that of an undisturbed run.
         self.progress.window_sums, self.progress.window_seconds = gather_objects(self._sums.tolist()), self._seconds
+        self.progress.task = self.task.state()
         self.progress.trackers = self.tracker.state()
         self.tracker.sync(self.progress.step)
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)

@@ -4,7 +4,9 @@ import datasets
 import numpy as np
 import pytest
 
-from notus.data.dataset import PROVENANCE, TokenizedDataset
+from notus.data.batching import step_rows
+from notus.data.dataset import PROVENANCE, TokenizedDataset, mismatched
+from notus.data.packing import collate
 
 
 def features(ids="int32", mask="int8", sequence=datasets.List):
@@ -94,12 +96,80 @@ def test_rows_read_as_plain_python_does(arrange, num_branches):
     assert_same_lengths(rows, source)
 
 
-def test_an_empty_dataset_and_mixed_numbers_of_branches_are_refused():
+def test_an_empty_dataset_and_a_row_without_branches_are_refused():
     with pytest.raises(ValueError, match="holds no rows"):
         TokenizedDataset(dataset([]))
-    one, two = random_records(9, 1), random_records(1, 2)
-    with pytest.raises(ValueError, match="differ in their number of completions"):
-        TokenizedDataset(dataset([*one, *two]))
+    with pytest.raises(ValueError, match="row 3 of the dataset has no completion"):
+        TokenizedDataset(dataset([*random_records(2), ([1], [], [])]))
+
+
+# --- rows of different K ---
+
+
+def mixed_records(count=23, seed=0):
+    rng = np.random.default_rng(seed)
+    return [random_records(1, int(rng.integers(1, 5)), seed=number)[0] for number in range(count)]
+
+
+def test_a_completion_that_is_missing_has_no_tokens():
+    rows = TokenizedDataset(dataset([([1, 2], [[3, 4], [5]], [[1, 0], [1]]), ([6], [[7, 8, 9]], [[1, 1, 1]])]))
+    assert rows.num_branches == 2
+    assert rows.branch_counts.tolist() == [2, 1]
+    assert rows.branch_lengths.tolist() == [[2, 1], [3, 0]]
+    assert rows.loss_tokens.tolist() == [[1, 1], [3, 0]]
+    assert rows.lengths.tolist() == [5, 4]
+    assert rows.separate_lengths(np.arange(2)).tolist() == [7, 4]
+    assert rows.longest_sequence == 4
+    assert [len(example.branches) for example in rows(np.array([1, 0]))] == [1, 2]
+    assert rows.info(1).cut == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [lambda source: source, select_some, concatenate, lambda source: concatenate(source).shuffle(seed=3)],
+    ids=["whole", "select", "chunks", "chunks-shuffled"],
+)
+def test_rows_of_different_k_read_as_plain_python_does(arrange):
+    source = arrange(dataset(mixed_records()))
+    rows, records = TokenizedDataset(source), source.to_list()
+    assert_same_reading(rows, source)
+    most = max(len(record["branches"]) for record in records)
+    assert rows.num_branches == most
+    for index, record in enumerate(records):
+        branches, skip = record["branches"], 0 if record["trunk"] else 1
+        missing = [0] * (most - len(branches))
+        assert rows.branch_lengths[index].tolist() == [*map(len, branches), *missing]
+        assert rows.loss_tokens[index].tolist() == [*(sum(mask[skip:]) for mask in record["loss_mask"]), *missing]
+        assert rows.lengths[index] == len(record["trunk"]) + sum(map(len, branches))
+
+
+def test_the_longest_list_of_a_selection_decides_k():
+    source = dataset([*random_records(3, 2), *random_records(1, 4)])
+    assert TokenizedDataset(source).num_branches == 4
+    assert TokenizedDataset(source.select([0, 2])).num_branches == 2
+
+
+def test_ratings_and_labels_follow_the_rows():
+    columns = {
+        "source": [None] * 3,
+        "ratings": [[5.0, 3.5], None, [4.0, None, 1.0]],
+        "label": [True, False, True],
+    }
+    records = [random_records(1, number)[0] for number in (2, 3, 3)]
+    told = datasets.Dataset.from_dict(columns, features=PROVENANCE)
+    rows = TokenizedDataset(datasets.concatenate_datasets([dataset(records), told], axis=1).select([2, 0, 1, 0]))
+    assert rows.ratings.dtype == np.float32
+    nan = np.nan
+    np.testing.assert_array_equal(rows.ratings, [[4, nan, 1], [5, 3.5, nan], [nan] * 3, [5, 3.5, nan]])
+    assert rows.labels.dtype == bool
+    assert rows.labels.tolist() == [True, True, False, True]
+    assert (rows.info(0).ratings, rows.info(2).ratings, rows.info(2).label) == ((4, None, 1), None, False)
+
+
+def test_labels_that_some_rows_lack_are_none():
+    columns = {"source": [None] * 2, "ratings": [None] * 2, "label": [True, None]}
+    told = datasets.Dataset.from_dict(columns, features=PROVENANCE)
+    assert TokenizedDataset(datasets.concatenate_datasets([dataset(random_records(2, 1)), told], axis=1)).labels is None
 
 
 # --- provenance ---
@@ -110,8 +180,8 @@ def with_provenance(source):
     count = len(source)
     columns = {
         "source": ["a", "b", None] * (count // 3),
-        "chosen_rating": list(range(count)),
-        "rejected_rating": [None, 0.0] * (count // 2),
+        "ratings": [[number, [None, 0.0][number % 2]] for number in range(count)],
+        "label": [None] * count,
     }
     told = datasets.Dataset.from_dict(columns, features=PROVENANCE)
     return datasets.concatenate_datasets([source, told], axis=1)
@@ -187,6 +257,13 @@ def test_digests_change_with_every_token_mask_and_boundary():
     assert digests(dataset([base, base])) == [found[0]] * 2
 
 
+def test_digests_are_those_of_earlier_versions():
+    # reference caches are keyed by them
+    pair = ([1, 2], [[3, 4], [5]], [[1, 0], [1]])
+    assert digests(dataset([pair]))[0].hex() == "70f3f95239b725aee5691684e69988bf"
+    assert digests(dataset([([], [[3, 4, 5]], [[0, 1, 1]])]))[0].hex() == "7d83fa47c6bd91438814c6b707f55ff8"
+
+
 def test_three_branches_are_not_two():
     (two,), (three,) = (
         digests(dataset([([1], [[2], [3]], [[1], [1]])])),
@@ -202,3 +279,83 @@ def test_examples_are_views_of_the_file(tmp_path):
     assert len(first.branches[0])
     assert np.shares_memory(first.branches[0], again.branches[0])
     assert not first.branches[0].flags.writeable
+
+
+# --- mismatched rows ---
+
+
+def demonstrations(*rows):
+    """A dataset of one completion a row: (trunk, branch), all of the branch learned."""
+    return TokenizedDataset(dataset([(trunk, [branch], [[1] * len(branch)]) for trunk, branch in rows]))
+
+
+def joined(rows):
+    return [(example.trunk.tolist(), example.branches[0].tolist()) for example in rows(np.arange(len(rows)))]
+
+
+def test_mismatched_takes_the_next_completion_of_another_prompt():
+    rows = demonstrations(([1], [10]), ([1], [11, 11]), ([2], [20]), ([3, 3], [30, 31, 32]), ([2], [21]))
+    found = mismatched(rows, 64)
+    # the two of prompt 1 take the first after them; the last takes the first of all
+    expected = [([1], [20]), ([1], [20]), ([2], [30, 31, 32]), ([3, 3], [21]), ([2], [10])]
+    assert joined(found) == expected
+    assert (found.num_branches, len(found)) == (1, 5)
+    assert found.lengths.tolist() == [2, 2, 4, 3, 2]
+    assert found.trunk_lengths.tolist() == [1, 1, 1, 2, 1]
+    assert found.branch_lengths.tolist() == found.loss_tokens.tolist() == [[1], [1], [3], [1], [1]]
+    assert found.separate_lengths(np.arange(5)).tolist() == found.lengths.tolist()
+    assert [example.index for example in found(np.array([3, 0]))] == [3, 0]
+
+
+def test_mismatched_past_the_end_skips_a_beginning_of_the_same_prompt():
+    found = mismatched(demonstrations(([1], [10]), ([2], [20]), ([1], [11]), ([1], [12])), 64)
+    assert joined(found) == [([1], [20]), ([2], [11]), ([1], [20]), ([1], [20])]
+
+
+def test_mismatched_cuts_the_completion_at_its_end_and_counts_what_is_left():
+    source = dataset([([1, 2, 3], [[9]], [[1]]), ([4], [[5, 6, 7, 8]], [[1, 0, 1, 1]]), ([], [[7, 7]], [[0, 1]])])
+    found = mismatched(TokenizedDataset(source), 6)
+    assert joined(found) == [([1, 2, 3], [5, 6, 7]), ([4], [7, 7]), ([], [9])]
+    # nothing stands before the only token of the last; behind a prompt the mask's zeros are not learned either
+    assert found.loss_tokens.tolist() == [[2], [1], [0]]
+    batch = collate(found(np.arange(3)), 1)
+    assert batch.lengths.tolist() == found.loss_tokens.tolist()
+    assert mismatched(TokenizedDataset(source), 4).branch_lengths.tolist() == [[1], [2], [1]]
+
+
+def test_mismatched_rows_of_a_selection_are_those_of_its_order():
+    rows = demonstrations(([1], [10]), ([2], [20]), ([3], [30]))
+    found = mismatched(TokenizedDataset(demonstrations_of(rows).select([2, 0, 0, 1])), 64)
+    assert joined(found) == [([3], [10]), ([1], [20]), ([1], [20]), ([2], [30])]
+
+
+def demonstrations_of(rows):
+    return dataset([(example.trunk.tolist(), [example.branches[0].tolist()], [[1] * len(example.branches[0])])
+                    for example in rows(np.arange(len(rows)))])  # fmt: skip
+
+
+def test_mismatched_digests_are_those_of_the_joined_tokens():
+    rows = demonstrations(([1], [10, 11, 12]), ([2, 2], [20]), ([3], [30]))
+    found = mismatched(rows, 4)
+    stored = demonstrations(*joined(found))
+    assert np.array_equal(found.digests(), stored.digests())
+    assert not (found.digests() == rows.digests()).all(axis=1).any()
+    assert found.longest_sequence == 4
+    assert found.first_beyond(31) is None
+    assert found.first_beyond(30) == (1, 30)
+
+
+def test_mismatched_needs_another_prompt_and_room_for_a_completion():
+    with pytest.raises(ValueError, match="all rows have the same prompt"):
+        mismatched(demonstrations(([1], [10]), ([1], [11])), 64)
+    with pytest.raises(ValueError, match=r"row 2: the prompt of 3 tokens leaves no room.*within 3 tokens"):
+        mismatched(demonstrations(([1], [10]), ([2, 2, 2], [11])), 3)
+
+
+def test_mismatched_rows_are_packed_and_dealt_as_others():
+    rows = demonstrations(*(([number] * (1 + number % 3), [50 + number] * (1 + number % 4)) for number in range(1, 12)))
+    found, seen = mismatched(rows, 64), []
+    for rank in range(2):
+        for batch in step_rows(found, np.arange(len(found)), rank=rank, world_size=2, tokens_per_row=16):
+            seen += [index for index in batch.indices.tolist() if index >= 0]
+    assert sorted(seen) == list(range(11))

@@ -278,10 +278,10 @@ def test_a_completion_may_begin_with_what_a_function_returned() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"label": True}, r"column 'label'.*unpaired data \(KTO\) is not supported yet.*data.columns: \{label: unused"),
+        ({"label": True}, r"column 'label'.*as with dpo.loss_type=kto.*data.columns: \{label: unused"),
         ({"label": False}, r"column 'label'"),
         ({"label": 0}, r"column 'label'"),
-        ({"kto_tag": True}, r"unpaired data"),
+        ({"kto_tag": True}, r"column 'kto_tag'.*dpo.loss_type=kto"),
         ({"images": ["a.png"]}, r"column 'images'.*only text can be learned"),
         ({"image": {"bytes": b"x", "path": None}}, r"column 'image'"),
         ({"videos": "a.mp4"}, r"column 'videos'"),
@@ -317,7 +317,7 @@ def test_columns_that_say_nothing(changed: dict[str, Any]) -> None:
 
 
 def test_unpaired_rows_say_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"no known dpo form.*unpaired data \(KTO\)"):
+    with pytest.raises(ValueError, match=r"no known dpo form.*dpo.loss_type=kto; for others pair"):
         normalize({"prompt": "q", "completion": "a", "label": True}, "dpo")
 
 

@@ -4,6 +4,7 @@ from itertools import chain
 from typing import Any
 
 import datasets
+import numpy as np
 from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,10 +25,11 @@ def branches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @st.composite
 def tables(draw: st.DrawFn) -> list[dict[str, Any]]:
-    num_branches = draw(st.integers(1, 4))
+    """Rows of up to four branches, the same number in all of them or not."""
+    fewest, most = sorted([draw(st.integers(1, 4)), draw(st.integers(1, 4))])
     found = []
     for _ in range(draw(st.integers(1, 24))):
-        drawn = [draw(branches()) for _ in range(num_branches)]
+        drawn = [draw(branches()) for _ in range(draw(st.integers(fewest, most)))]
         found.append(
             {"trunk": draw(tokens), "branches": [ids for ids, _ in drawn], "loss_mask": [mask for _, mask in drawn]}
         )
@@ -55,7 +57,9 @@ def unpacked(batch: Batch, table: list[dict[str, Any]]) -> dict[int, tuple[list[
     query_starts = batch.layout.query_starts.tolist()
     for index, lengths in zip(batch.indices.tolist(), batch.lengths.tolist(), strict=True):
         begin, learned = row_at, []
-        for count in lengths:
+        num_branches = len(table[index]["branches"]) if index >= 0 else len(lengths)
+        assert not any(lengths[num_branches:])
+        for count in lengths[:num_branches]:
             keys = batch.layout.key_index[key_starts[segment] : key_starts[segment + 1]].tolist()
             sequence = batch.input_ids[keys].tolist()
             assert batch.position_ids[keys].tolist() == list(range(len(keys)))
@@ -110,7 +114,13 @@ def test_what_the_rows_say_of_themselves_is_so(
     rows = as_rows(table)
     expected = [whole(row) for row in table]
     assert rows.lengths.tolist() == [len(ids) for ids, _ in expected]
-    assert rows.loss_tokens.tolist() == [[len(branch) for branch in learned] for _, learned in expected]
+    most = max(len(learned) for _, learned in expected)
+    assert rows.num_branches == most
+    assert rows.loss_tokens.tolist() == [
+        [*(len(branch) for branch in learned), *[0] * (most - len(learned))] for _, learned in expected
+    ]
+    copies = [(len(row["branches"]) - 1) * len(row["trunk"]) for row in table]
+    assert (rows.separate_lengths(np.arange(len(rows))) - rows.lengths).tolist() == copies
     alike = [[row == other for other in table] for row in table]
     digests = rows.digests()
     assert [[bytes(a) == bytes(b) for b in digests] for a in digests] == alike

@@ -38,6 +38,20 @@ def test_collate_by_hand():
     assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.sources, batch.targets)} == {torch.int64}
 
 
+def test_collate_of_different_numbers_of_branches():
+    # Row:      10 | 20 21 || 11 | 30 | 40 41 | 50
+    # position:  0    1  2     0    1    1  2    1
+    two = example(4, [11], [[30], [40, 41], [50]], [[1], [0, 1], [1]])
+    batch = collate([example(3, [10], [[20, 21]]), two], 4)
+    assert batch.input_ids.tolist() == [10, 20, 21, 11, 30, 40, 41, 50]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 1, 2, 1]
+    assert batch.lengths.tolist() == [[2, 0, 0, 0], [1, 1, 1, 0]]
+    assert batch.sources.tolist() == [0, 1, 3, 5, 3]
+    assert batch.targets.tolist() == [20, 21, 30, 41, 50]
+    assert batch.layout.query_lengths == [3, 2, 2, 1]
+    assert batch.layout.key_lengths == [3, 2, 3, 2]
+
+
 def test_layout_by_hand():
     # Example 1: trunk 0 1, branches 2 3 | 4; example 2: trunk 5, branches 6 | 7 8 9.
     # Gather:   0 1 2 3 | 0 1 4 | 5 6 | 5 7 8 9
@@ -63,17 +77,19 @@ def test_layout_of_different_numbers_of_branches():
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=st.data(), num_branches=st.integers(1, 4), num_examples=st.integers(1, 5))
-def test_layout_covers_every_token_and_each_copy_once(data, num_branches, num_examples):
+@given(data=st.data(), fewest=st.integers(1, 4), more=st.integers(0, 3), num_examples=st.integers(1, 5))
+def test_layout_covers_every_token_and_each_copy_once(data, fewest, more, num_examples):
     trunks = data.draw(st.lists(st.integers(0, 6), min_size=num_examples, max_size=num_examples))
-    branches = [data.draw(st.lists(st.integers(1, 5), min_size=num_branches, max_size=num_branches)) for _ in trunks]
+    counts = st.lists(st.integers(1, 5), min_size=fewest, max_size=fewest + more)
+    branches = [data.draw(counts) for _ in trunks]
     layout = build_layout(trunks, branches)
     num_tokens = sum(trunks) + sum(map(sum, branches))
     assert layout.key_index[layout.first_copy].tolist() == list(range(num_tokens))
-    assert len(layout.extra_copies) == num_branches - 1
-    for there, here in layout.extra_copies:
+    assert len(layout.extra_copies) == max(map(len, branches)) - 1
+    for number, (there, here) in enumerate(layout.extra_copies, start=2):
         assert layout.key_index[there].tolist() == here.tolist()
-        assert len(set(here.tolist())) == len(here) == sum(trunks)
+        sharing = sum(trunk for trunk, parts in zip(trunks, branches, strict=True) if len(parts) >= number)
+        assert len(set(here.tolist())) == len(here) == sharing
     places = torch.cat([layout.first_copy, *(there for there, _ in layout.extra_copies)])
     assert sorted(places.tolist()) == list(range(len(layout.key_index)))
     assert sum(layout.query_lengths) == num_tokens

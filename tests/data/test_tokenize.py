@@ -55,9 +55,7 @@ class TestRows:
         q, x, y, z = bytes_of("QXYZ")
         expected = {"trunk": [1, q, q], "branches": [[x, y, EOS_ID], [z, EOS_ID]], "loss_mask": [[1, 1, 1], [1, 1]]}
         assert list(rows.select_columns(list(FEATURES))) == [expected]
-        assert list(rows.select_columns(list(PROVENANCE))) == [
-            {"source": None, "chosen_rating": None, "rejected_rating": None}
-        ]
+        assert list(rows.select_columns(list(PROVENANCE))) == [{"source": None, "ratings": None, "label": None}]
         assert report == DropReport(read=1, glued=1)
         assert rows.features == {**FEATURES, **PROVENANCE, **TRACE}
 
@@ -321,7 +319,7 @@ class TestTrace:
         found, _ = load(write_rows(tmp_path / "a.jsonl", rows), max_length=8, max_prompt_length=4)
         info = TokenizedDataset(found).info(0)
         assert info.place == f"{tmp_path}/a.jsonl, line 2"
-        assert (info.source, info.chosen_rating, info.rejected_rating) == ("mine", 2.0, None)
+        assert (info.source, info.ratings, info.label) == ("mine", (2.0, None), None)
         # <s> and 6 letters to 4 tokens; 7 tokens with EOS to 8 - 4, 3 stay
         assert info.cut == (3, 3, 0)
         assert set(info.flags) == {"plain text", "prompt cut", "completion cut", "glued answer"}
@@ -473,7 +471,7 @@ RATED = {
     "chosen_avg_rating": 4.5,
     "rejected_avg_rating": 2.0,
 }
-EXPECTED = {"source": "flan", "chosen_rating": 4.5, "rejected_rating": 2.0}
+EXPECTED = {"source": "flan", "ratings": [4.5, 2.0], "label": None}
 
 
 def provenance(rows: datasets.Dataset) -> list[dict[str, Any]]:

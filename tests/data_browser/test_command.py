@@ -66,7 +66,7 @@ def test_json_is_an_object_per_row_and_nothing_else(tmp_path, model_folder, caps
     assert (first["index"], second["index"]) == (0, 1)
     assert first["source"] == "mine"
     assert second["source"] is None
-    assert (first["chosen_rating"], first["rejected_rating"]) == (4.2, 4.5)  # not 4.199999809
+    assert first["ratings"] == [4.2, 4.5]  # not 4.199999809
     assert "reversed ratings" in first["flags"]
     assert first["cut"] == {"prompt": 0, "completions": [0, 0]}
     assert first["margin"] is None

@@ -235,7 +235,7 @@ def test_filters_count_what_they_should(show, made):
     books = sum(row.source == "books" for row in rows)
     assert set_field(page, "source", number) == f"{books} of {COUNT} rows"
     assert set_field(page, "source", "") == f"{COUNT} rows"
-    gaps = [None if row.chosen_rating is None else row.chosen_rating - row.rejected_rating for row in rows]
+    gaps = [None if row.ratings is None else row.ratings[0] - row.ratings[1] for row in rows]
     assert set_field(page, "gap-high", "-1") == f"{sum(g is not None and g <= -1 for g in gaps)} of {COUNT} rows"
     assert set_field(page, "gap-high", "") == f"{COUNT} rows"
     middle = int(np.median(data.rows.lengths))

@@ -17,7 +17,8 @@ def test_a_row_says_all_that_is_known_of_it():
     ids = np.array(toy_tokenizer()("sea</s>", add_special_tokens=False)["input_ids"])
     mask = np.arange(len(ids)) >= len(ids) - 1
     row = Row(
-        7, "0123456789abcdef", "pairs.jsonl, line 8", "mine", 4.5, None, (12, 0, 3), ("cut", "glued"),
+        7, "0123456789abcdef", "pairs.jsonl, line 8", "mine", ("chosen", "rejected"), (4.5, None), None,
+        (12, 0, 3), ("cut", "glued"),
         np.array([1]), (Branch(ids, mask), Branch(ids, ~mask)), -0.25,
     )  # fmt: skip
     lines = row_lines(row, Pieces(toy_tokenizer()), ids=True)

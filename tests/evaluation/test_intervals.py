@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from notus.evaluation.intervals import bootstrap_mean, normal, student, wilson
+from notus.evaluation.intervals import (
+    bootstrap_mean,
+    bootstrap_ratio,
+    normal,
+    ratio_stderr,
+    share_interval,
+    student,
+    wilson,
+)
 
 
 def test_wilson_by_hand():
@@ -69,3 +77,30 @@ def test_students_quantiles_are_the_tables():
     assert student(4, level=0.99) == pytest.approx(4.60409, abs=1e-4)
     assert normal() == pytest.approx(1.959964, abs=1e-6)
     assert student(10_000) == pytest.approx(student(10_001), abs=3e-4)
+
+
+def test_ratio_of_equal_clusters_is_their_mean():
+    values = np.random.default_rng(3).normal(size=50)
+    assert bootstrap_ratio(4 * values, np.full(50, 4)) == pytest.approx(bootstrap_mean(values))
+    assert ratio_stderr(4 * values, np.full(50, 4)) == pytest.approx(values.std(ddof=1) / np.sqrt(50))
+    assert (bootstrap_ratio([2.0], [3]), ratio_stderr(np.array([2.0]), np.array([3]))) == (None, None)
+
+
+def test_bootstrap_over_clusters_covers_the_true_mean_as_often_as_it_says():
+    """Values of one cluster share most of their spread; an interval over values would cover it in less than 70%."""
+    draw = np.random.default_rng(5)
+    covered = 0
+    for _ in range(200):
+        sizes = draw.integers(1, 7, size=30)
+        sums = np.array([size * draw.normal() + draw.normal(0, 0.3, size=size).sum() for size in sizes])
+        low, high = bootstrap_ratio(sums, sizes, draws=400)
+        covered += low < 0 < high
+    assert covered / 200 == pytest.approx(0.95, abs=0.045)
+
+
+def test_interval_of_a_share_with_an_error():
+    low, high = share_interval(0.5, 0.1, 1000)
+    assert (low, high) == pytest.approx((0.5 - 0.196, 0.5 + 0.196), abs=1e-3)
+    assert share_interval(0.98, 0.1, 1000)[1] == 1.0
+    assert share_interval(1.0, 0.0, 10) == wilson(10, 10)
+    assert share_interval(0.5, None, 10) == wilson(5, 10)

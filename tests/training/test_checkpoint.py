@@ -204,7 +204,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) 
         load_checkpoint(tmp_path, parameters, optimizer)
     path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     _rewritten(path, lambda state: state.update(format=9))
-    with pytest.raises(ValueError, match="format 9, this version reads 3"):
+    with pytest.raises(ValueError, match="format 9, this version reads 4"):
         load_checkpoint(path, parameters, optimizer)
 
 
@@ -216,19 +216,24 @@ def _rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
 
 
-def test_a_checkpoint_of_0_1_is_read(tmp_path: Path, device: torch.device) -> None:
-    """Its DPO runs kept the chosen answers' NLL as the tenth of eleven sums; SFT's three are as they were."""
+@pytest.mark.parametrize(("written", "count"), [(2, 11), (3, 10)])
+def test_a_checkpoint_of_an_earlier_version_is_read(
+    written: int, count: int, tmp_path: Path, device: torch.device
+) -> None:
+    """DPO runs of 0.1 kept the chosen answers' NLL as the tenth of eleven sums; those until 0.3 the margin as the sixth
+    of ten. SFT's three are as they were."""
     parameters, optimizer = _stepped("rmsprop", seed=1)
     path = save_checkpoint(
         tmp_path, Progress(1, window_sums=[[1.0, 2.0, 3.0]], identity={"a": "b"}), parameters, optimizer
     )
 
     def change(state: dict[str, Any]) -> None:
-        state["format"] = 2
-        state["progress"]["window_sums"].append([float(number) for number in range(11)])
+        state["format"] = written
+        state["progress"]["window_sums"].append([float(number) for number in range(count)])
 
     _rewritten(path, change)
-    expected = [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0]]
+    last = {2: 10.0, 3: 9.0}[written]
+    expected = [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, last]]
     assert load_checkpoint(path, parameters, optimizer).window_sums == expected
     assert checkpoint.read_identity(path) == {"a": "b"}
 

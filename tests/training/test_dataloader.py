@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def job(tmp_path: Path):
     model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 11)
-    with start(config("dpo", tmp_path / "run", model, pairs), "dpo") as found:
+    with start(config("dpo", tmp_path / "run", model, pairs)) as found:
         yield found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from runs import config, read_metrics, write_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from notus.config import DPOConfig
 from notus.training import dpo
+from notus.training.objective import PairObjective, Sums
 
 KEYS = {
     "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected",
@@ -206,15 +209,20 @@ def test_a_reference_of_another_computation_stops_the_run_at_step_0(
 
 def test_the_tolerance_at_step_0_follows_the_noise_of_bf16() -> None:
     task = object.__new__(dpo.DPOTask)
-    task._precision = "bf16"
+    task._precision, task._objective = "bf16", PairObjective(DPOConfig())
+
     # 4 pairs, chosen completions of 100 tokens: 5 * 0.05 * 0.03 * sqrt(400) / 4 = 0.0375
-    sums = dpo.PairSums(4.0, *[0.0] * 7, sigmoid_loss=4 * (math.log(2) + 0.037), chosen_tokens=400.0)
-    task.check_first_step(list(sums))
+    def sums(examples: float, loss: float, chosen_tokens: float) -> list[float]:
+        zeros = {field.name: 0.0 for field in fields(Sums)}
+        total = Sums(**{**zeros, "examples": examples, "sigmoid_loss": examples * loss, "chosen_tokens": chosen_tokens})
+        return list(astuple(total))
+
+    task.check_first_step(sums(4, math.log(2) + 0.037, 400))
     with pytest.raises(ValueError, match="at step 0"):
-        task.check_first_step(list(sums._replace(sigmoid_loss=4 * (math.log(2) + 0.038))))
+        task.check_first_step(sums(4, math.log(2) + 0.038, 400))
     # 4,096 pairs of 100: 0.0012 is below the least tolerance, 5e-3
     with pytest.raises(ValueError, match="at step 0"):
-        task.check_first_step([4096.0, *[0.0] * 7, 4096 * (math.log(2) + 0.006), 409600.0])
+        task.check_first_step(sums(4096, math.log(2) + 0.006, 409600))
 
 
 def test_bf16_starts_at_ln_2_and_keeps_fp32_masters(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:

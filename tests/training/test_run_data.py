@@ -71,6 +71,7 @@ def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> Non
         "cut_share": 0.0,
         "glued": 0,
         "special_tokens": 0,
+        "left_out": 0,
         "duplicates": 0,
         "held": 0,
         "excluded": [],

@@ -88,7 +88,7 @@ def plain_logps(model: torch.nn.Module, rows: TokenizedDataset) -> torch.Tensor:
 
 def train(settings: Any) -> tuple[torch.Tensor, torch.Tensor, TokenizedDataset]:
     """Run DPO; return the reference's log-probs, the trained policy's, and the rows."""
-    with start(settings, "dpo") as job:
+    with start(settings) as job:
         assert job is not None
         task = dpo.build_task(job, settings)
         assert job.train(task) == 0

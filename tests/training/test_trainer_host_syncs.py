@@ -31,7 +31,7 @@ from notus.training.trainer import Trainer
 @pytest.fixture(params=["dpo", "sft"])
 def job(request: pytest.FixtureRequest, tmp_path: Path):
     model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 11)
-    with start(config(request.param, tmp_path / "run", model, pairs), request.param) as found:
+    with start(config(request.param, tmp_path / "run", model, pairs)) as found:
         found.kind = request.param
         yield found
 

@@ -13,7 +13,7 @@ from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.evaluation import prompts as prompt_files
 from notus.evaluation.decoding import Decoding, encode_prompt, generate_ids
-from notus.evaluation.intervals import stderr
+from notus.evaluation.intervals import ratio_stderr, stderr
 from notus.evaluation.preferences.scores import Scoring, free_memory
 from notus.model.export import load_causal_lm
 from notus.model.supported import context_of
@@ -112,6 +112,5 @@ def kl(policy: Tensor, base: Tensor, samples: Samples) -> dict[str, Any]:
         result[f"{prefix}per_sequence"] = float(sums.mean())
         result[f"{prefix}per_sequence_stderr"] = stderr(sums)
         result[f"{prefix}per_token"] = rate
-        # of a ratio of two means, to first order
-        result[f"{prefix}per_token_stderr"] = stderr((sums - rate * lengths) / lengths.mean())
+        result[f"{prefix}per_token_stderr"] = ratio_stderr(sums, lengths)
     return result

@@ -1,49 +1,91 @@
 """What log-probs of pairs say of a model: metrics, breakdowns by source and length, and calibration.
 
-Throughout, `margins` [n] are what pairs are ranked by (reward or log-prob of the chosen minus that of the rejected),
-and `lengths` int [n, 2] the completion tokens of chosen and rejected.
+Throughout, `margins` [n] are what pairs are ranked by (reward or log-prob of the better minus that of the worse), and
+`lengths` int [n, 2] the completion tokens of the better, called chosen, and of the worse, the rejected one. `prompts`
+int [n] says which prompt each pair is of, where there are several of one, as those of a list are: they are not
+independent, so intervals are made over prompts. None: each pair has a prompt of its own.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from notus.evaluation.intervals import bootstrap_mean, stderr, wilson
-from notus.losses import dpo_loss
+from notus.evaluation.intervals import bootstrap_mean, bootstrap_ratio, ratio_stderr, stderr, wilson
 
 BINS = 10
 
 
-def preference_metrics(policy: Tensor, base: Tensor | None, lengths: Tensor, *, beta: float | None) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+    """How rewards are made of log-probs.
+
+    Attributes:
+        beta: β, their scale.
+        relative: β·(policy - base), as losses with a reference have them; else β·policy, as those without.
+        per_token: without a base, β times the log-prob per token.
+    """
+
+    beta: float
+    relative: bool = True
+    per_token: bool = False
+
+    def __call__(self, policy: Tensor, base: Tensor | None, lengths: Tensor) -> Tensor:
+        """Return the rewards, fp64 [n, K], of summed log-probs [n, K] in nats and completion tokens [n, K]."""
+        if self.relative:
+            assert base is not None, "such rewards need a base"
+            return self.beta * (policy.double() - base.double())
+        return self.beta * (policy.double() / lengths.clamp(min=1) if self.per_token else policy.double())
+
+    @property
+    def formula(self) -> str:
+        """The reward of a completion in words."""
+        measured = "log-prob per token" if self.per_token else "log-prob"
+        return "beta * (log-prob - the base's log-prob)" if self.relative else f"beta * {measured}, without the base"
+
+
+def measures(policy: Tensor, base: Tensor | None, lengths: Tensor, rewards: Rewards | None) -> dict[str, Tensor]:
+    """Return what completions may be ranked by, fp64 [n, K] each.
+
+    Args:
+        policy: [n, K] summed log-probs under the model, in nats; 0 where there is no completion.
+        base: [n, K] the same under the base; None: there is none.
+        lengths: [n, K] completion tokens.
+        rewards: how rewards are made; None: there are none.
+
+    Returns:
+        `rewards` where there are some; `logps`, summed; `logps_per_token`; and with a base that the rewards leave out
+        `logps_change`, policy - base.
+    """
+    found = {} if rewards is None else {"rewards": rewards(policy, base, lengths)}
+    found |= {"logps": policy.double(), "logps_per_token": policy.double() / lengths.clamp(min=1)}
+    if base is not None and not (rewards and rewards.relative):
+        found["logps_change"] = policy.double() - base.double()
+    return found
+
+
+def preference_metrics(measured: dict[str, Tensor], rewards: Rewards | None) -> dict[str, float]:
     """Means over pairs of what a model makes of the chosen and the rejected completions.
 
     Args:
-        policy: [n, 2] summed log-probs of (chosen, rejected) under the model, in nats.
-        base: [n, 2] the same under the base; None: there is none.
-        lengths: [n, 2] completion tokens.
-        beta: the scale of the rewards; None without a base.
+        measured: [n, 2] of (chosen, rejected) by measure; see `measures`.
+        rewards: how rewards are made; None: there are none.
 
     Returns:
         For each measure `<measure>/chosen`, `/rejected`, `/margins` (chosen - rejected) and `/accuracies`
-        (share of pairs with a positive margin, a tie counting half). The measures are `logps` (summed),
-        `logps_per_token` and, with a base, `rewards`, β·(policy - base), beside which stands `loss`, the mean
-        sigmoid DPO loss.
+        (share of pairs with a positive margin, a tie counting half). Beside rewards relative to a base stands `loss`,
+        the mean sigmoid DPO loss.
     """
-    policy = policy.double()
-    measures = {"logps": policy, "logps_per_token": policy / lengths}
     metrics: dict[str, float] = {}
-    if base is not None:
-        assert beta is not None, "rewards need a beta"
-        losses, chosen, rejected = dpo_loss(*policy.unbind(1), *base.double().unbind(1), beta=beta)
-        metrics["loss"] = losses.mean().item()
-        measures = {"rewards": torch.stack([chosen, rejected], dim=1), **measures}
-    for name, values in measures.items():
+    for name, values in measured.items():
         of_chosen, of_rejected = values.unbind(1)
         margins = of_chosen - of_rejected
+        if name == "rewards" and rewards is not None and rewards.relative:
+            metrics["loss"] = softplus(-margins).mean().item()
         metrics[f"{name}/chosen"] = of_chosen.mean().item()
         metrics[f"{name}/rejected"] = of_rejected.mean().item()
         metrics[f"{name}/margins"] = margins.mean().item()
@@ -51,58 +93,102 @@ def preference_metrics(policy: Tensor, base: Tensor | None, lengths: Tensor, *, 
     return metrics
 
 
-def compare(margins: np.ndarray) -> dict[str, Any]:
+def compare(margins: np.ndarray, prompts: np.ndarray | None = None) -> dict[str, Any]:
     """Of some pairs: `count`, `accuracy` (a tie counts half) and the mean `margin`, how sure both are.
 
     That is `accuracy_interval` (Wilson's) and `margin_interval` (the bootstrap's), of 95%, and the standard errors
-    `accuracy_stderr` and `margin_stderr`. One pair has the first of these alone; the others are None.
+    `accuracy_stderr` and `margin_stderr`. Of pairs that share prompts, both intervals are the bootstrap's over prompts.
+    Pairs of one prompt have the first of these alone; the others are None.
     """
     right = 0.5 * (1 + np.sign(margins))
+    found = {"count": len(margins), "accuracy": float(right.mean())}
+    if prompts is None:
+        return {
+            **found,
+            "accuracy_stderr": stderr(right),
+            "accuracy_interval": wilson(float(right.sum()), len(margins)),
+            "margin": float(margins.mean()),
+            "margin_stderr": stderr(margins),
+            "margin_interval": bootstrap_mean(margins),
+        }
+    _, numbers = np.unique(prompts, return_inverse=True)
+    counts, of_right, of_margins = (np.bincount(numbers, weights) for weights in (None, right, margins))
     return {
-        "count": len(margins),
-        "accuracy": float(right.mean()),
-        "accuracy_stderr": stderr(right),
-        "accuracy_interval": wilson(float(right.sum()), len(margins)),
+        **found,
+        "accuracy_stderr": ratio_stderr(of_right, counts),
+        "accuracy_interval": _clustered_share(of_right, counts),
         "margin": float(margins.mean()),
-        "margin_stderr": stderr(margins),
-        "margin_interval": bootstrap_mean(margins),
+        "margin_stderr": ratio_stderr(of_margins, counts),
+        "margin_interval": bootstrap_ratio(of_margins, counts),
     }
 
 
-def by_source(margins: np.ndarray, sources: Sequence[str]) -> list[dict[str, Any]]:
+def _clustered_share(right: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of a share of pairs, over prompts: Wilson's for as many trials where all prompts agree."""
+    share = float(right.sum() / counts.sum())
+    interval = bootstrap_ratio(right, counts)
+    if interval is None or interval[0] == interval[1]:
+        return wilson(share * len(counts), len(counts))
+    return max(0.0, interval[0]), min(1.0, interval[1])
+
+
+def _part(prompts: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:
+    return None if prompts is None else prompts[chosen]
+
+
+def by_source(margins: np.ndarray, sources: Sequence[str], prompts: np.ndarray | None = None) -> list[dict[str, Any]]:
     """`source` and its `compare`, the source of the most pairs first."""
     names, numbers = np.unique(np.asarray(sources, dtype=object), return_inverse=True)
-    found = [{"source": str(name), **compare(margins[numbers == number])} for number, name in enumerate(names)]
+    parts = [numbers == number for number in range(len(names))]
+    found = [
+        {"source": str(name), **compare(margins[part], _part(prompts, part))}
+        for name, part in zip(names, parts, strict=True)
+    ]
     return sorted(found, key=lambda row: -row["count"])
 
 
-def by_length(margins: np.ndarray, lengths: np.ndarray) -> list[dict[str, Any]]:
+def by_length(margins: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None = None) -> list[dict[str, Any]]:
     """By the tokens of chosen and rejected together, in buckets that double: `low`, `high` (included), `compare`.
 
     Empty buckets are left out.
     """
-    powers = np.frexp(lengths.sum(axis=1))[1] - 1  # exact where a logarithm rounds
+    powers = doubling_buckets(lengths.sum(axis=1))
     return [
-        {"low": 2 ** int(power), "high": 2 ** (int(power) + 1) - 1, **compare(margins[powers == power])}
+        {**bucket(power), **compare(margins[powers == power], _part(prompts, powers == power))}
         for power in np.unique(powers)
     ]
 
 
-def by_longer(margins: np.ndarray, lengths: np.ndarray) -> list[dict[str, Any]]:
+def doubling_buckets(lengths: np.ndarray) -> np.ndarray:
+    """The p of each length with 2^p <= length < 2^(p + 1), int [n]."""
+    return np.frexp(lengths)[1] - 1  # exact where a logarithm rounds
+
+
+def bucket(power: int) -> dict[str, int]:
+    """The bounds, both included, of the lengths of a p of `doubling_buckets`."""
+    return {"low": 2 ** int(power), "high": 2 ** (int(power) + 1) - 1}
+
+
+def by_longer(margins: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None = None) -> list[dict[str, Any]]:
     """By which completion has more tokens: `longer` ("chosen", "rejected", "neither") and its `compare`; none empty."""
     signs = np.sign(lengths[:, 0] - lengths[:, 1])
     names = {1: "chosen", -1: "rejected", 0: "neither"}
     return [
-        {"longer": name, **compare(margins[signs == sign])} for sign, name in names.items() if (signs == sign).any()
+        {"longer": name, **compare(margins[signs == sign], _part(prompts, signs == sign))}
+        for sign, name in names.items()
+        if (signs == sign).any()
     ]
 
 
-def length_bias(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float] | None:
+def length_bias(
+    margins: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None = None
+) -> dict[str, float | None] | None:
     """How the margin goes with the length difference d, chosen minus rejected, in tokens.
 
     Returns:
         `pearson` and `spearman` correlation of margin and d; `slope_per_token` and `margin_at_equal_length` of the
-        least-squares line margin = margin_at_equal_length + slope_per_token · d; `slope_stderr`, its standard error.
+        least-squares line margin = margin_at_equal_length + slope_per_token · d; `slope_stderr`, its standard error,
+        over prompts where pairs share them (Liang and Zeger 1986, doi 10.1093/biomet/73.1.13; None for one prompt).
         None for fewer than three pairs, or where all d or all margins are equal.
     """
     difference = (lengths[:, 0] - lengths[:, 1]).astype(np.float64)
@@ -115,24 +201,35 @@ def length_bias(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float] | 
     residual = margins - start - slope * difference
     return {
         "pearson": _correlation(margins, difference),
-        "spearman": _correlation(_ranks(margins), _ranks(difference)),
+        "spearman": _correlation(ranks(margins), ranks(difference)),
         "slope_per_token": slope,
-        "slope_stderr": math.sqrt(float(residual @ residual) / (len(margins) - 2) / spread),
+        "slope_stderr": _slope_stderr(residual, centred, prompts),
         "margin_at_equal_length": start,
     }
+
+
+def _slope_stderr(residual: np.ndarray, centred: np.ndarray, prompts: np.ndarray | None) -> float | None:
+    spread = float(centred @ centred)
+    if prompts is None:
+        return math.sqrt(float(residual @ residual) / (len(residual) - 2) / spread)
+    _, numbers = np.unique(prompts, return_inverse=True)
+    scores = np.bincount(numbers, residual * centred)
+    if len(scores) < 2:
+        return None
+    return math.sqrt(float(scores @ scores) * len(scores) / (len(scores) - 1)) / spread
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(one, other)[0, 1])
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1, equal values sharing the mean of theirs."""
     _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[numbers]
 
 
-def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
+def calibration(margins: np.ndarray, beta: float, prompts: np.ndarray | None = None) -> dict[str, Any]:
     """Is a model as sure of the chosen completions as it is right? Compare σ(reward margin) with what happens.
 
     DPO's model of preferences (Bradley-Terry; Rafailov et al. 2305.18290, eq. 6) says that A is preferred to B with
@@ -144,6 +241,7 @@ def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
     Args:
         margins: [n] reward margins.
         beta: the rewards are β times the log-ratios.
+        prompts: which prompt each pair is of; None: each has its own.
 
     Returns:
         `bins`: of ten equal ones between 1/2 and 1 those that hold pairs, each with `low`, `high`, `count`, mean
@@ -160,7 +258,8 @@ def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
     right = 0.5 * (1 + np.sign(margins))
     confidence = _sigmoid(np.abs(margins))
     numbers = np.minimum((confidence - 0.5) * 2 * BINS, BINS - 1).astype(int)
-    bins = [_bin(int(number), right[numbers == number], confidence[numbers == number]) for number in np.unique(numbers)]
+    parts = {int(number): numbers == number for number in np.unique(numbers)}
+    bins = [_bin(number, right[part], confidence[part], _part(prompts, part)) for number, part in parts.items()]
     gaps = [entry["count"] * abs(entry["frequency"] - entry["confidence"]) for entry in bins]
     scale = best_scale(margins)
     if scale is None:  # the limit: a tie alone has a loss
@@ -176,14 +275,18 @@ def calibration(margins: np.ndarray, beta: float) -> dict[str, Any]:
     }
 
 
-def _bin(number: int, right: np.ndarray, confidence: np.ndarray) -> dict[str, Any]:
+def _bin(number: int, right: np.ndarray, confidence: np.ndarray, prompts: np.ndarray | None) -> dict[str, Any]:
+    interval = wilson(float(right.sum()), len(right))
+    if prompts is not None:
+        _, numbers = np.unique(prompts, return_inverse=True)
+        interval = _clustered_share(np.bincount(numbers, right), np.bincount(numbers))
     return {
         "low": 0.5 + number / (2 * BINS),
         "high": 0.5 + (number + 1) / (2 * BINS),
         "count": len(right),
         "confidence": float(confidence.mean()),
         "frequency": float(right.mean()),
-        "interval": wilson(float(right.sum()), len(right)),
+        "interval": interval,
     }
 
 

@@ -1,4 +1,4 @@
-"""Held-out pairs, and their log-probs under a model, an adapter or its base."""
+"""Held-out pairs, lists or labelled completions, and their log-probs under a model, an adapter or its base."""
 
 import dataclasses
 import gc
@@ -12,7 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from notus.config import config_from_dict
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
-from notus.data.tokenize import load_pairs
+from notus.data.formats import Task, guess_task
+from notus.data.mixture import mixed
+from notus.data.sources import open_source, read_rows
+from notus.data.tokenize import Rule, read_shares
 from notus.evaluation.resolve_model import ChatSettings, ModelSource
 from notus.model.load import resolve_model_folder
 from notus.model.lora import adapters_off
@@ -30,89 +33,112 @@ from notus.training.run_folder import CHECKPOINTS
 from notus.training.scoring import score_all, score_tokens
 
 DEFAULT_TOKENS_PER_ROW = 4096
+_FIRST_ROWS = 100  # rows to look at, to see what they are for
 
 
 class Tokenization(NamedTuple):
-    """How pairs become tokens; see `load_pairs`."""
+    """How rows become tokens; see `load_pairs`."""
 
     max_length: int
     max_prompt_length: int
     chat: ChatSettings
 
+    def rule(self, tokenizer: PreTrainedTokenizerBase, task: Task) -> Rule:
+        """Return the same as a rule for rows of a task. Raises ValueError as `ChatEncoder` and `Rule`."""
+        return Rule(self.chat.encoder(tokenizer), task, self.max_length, self.max_prompt_length)
+
 
 def name_pairs(model: ModelSource, given: str | None) -> str:
-    """Return what the figures call the pairs: as the user named them, or those that the model's run held out.
+    """Return what the figures call the rows: as the user named them, or those that the model's run held out.
 
-    Raises ValueError if none are given, and the model is no run with held-out pairs.
+    Raises ValueError if none are given, and the model is no run with held-out rows.
     """
     if given is not None:
         return given
     data = model.settings.get("data", {})
     if "dpo" not in model.settings or not (data.get("eval") or data.get("eval_size")):
-        raise ValueError(f"{model.name}: no DPO run that held pairs out: name held-out pairs with --pairs")
+        raise ValueError(f"{model.name}: no DPO run that held rows out: name held-out pairs or lists with --pairs")
     if data.get("eval"):
         return ", ".join(source["path"] for source in data["eval"])  # a resolved config has a list
     return f"{data['eval_size']} rows held out of data.train"
 
 
-def load_pairs_of(
+def guess_rows(path: str, split: str) -> Task:
+    """Return what the first readable row of a file or data set is for: "lists", "labels", else "dpo".
+
+    Raises ValueError or OSError as `open_source`; for rows of no known form, reading them as pairs does.
+    """
+    source = open_source(path, split)
+    first = range(min(_FIRST_ROWS, len(source.rows)))
+    for _, row in read_rows(source, source.rows[: len(first)], first):
+        if isinstance(row, ValueError):
+            continue
+        try:
+            task = guess_task(row)
+        except ValueError:  # reported, with its place, where all rows are read
+            continue
+        return "dpo" if task == "sft" else task
+    return "dpo"
+
+
+def load_rows_of(
     model: ModelSource,
     given: str | None,
     split: str | None,
     tokenizer: PreTrainedTokenizerBase,
     tokenization: Tokenization,
-) -> TokenizedDataset:
-    """Read and tokenise the pairs; within a process group, rank 0 first.
+) -> tuple[TokenizedDataset, Task]:
+    """Read and tokenise the rows, and say what they are; within a process group, rank 0 first.
 
     Raises ValueError as `load_pairs` does, or if what the run held out is not there any more.
     """
     name = name_pairs(model, given)
     if given is None:
         config = config_from_dict(dict(model.settings), "dpo", source=model.name)
-        rows = load_held_out(config.data, tokenizer, task="dpo", seed=config.training.seed)
-    else:
-        dataset, report = main_first(
-            lambda: load_pairs(
-                [{"path": given, "split": split or "train"}],
-                tokenizer,
-                max_length=tokenization.max_length,
-                max_prompt_length=tokenization.max_prompt_length,
-                chat_template=tokenization.chat.chat_template,
-                chat_template_kwargs=tokenization.chat.chat_template_kwargs,
-                template_date=tokenization.chat.template_date,
-                add_empty_system=tokenization.chat.add_empty_system,
-                mask_history=tokenization.chat.mask_history,
-                split_special_tokens=tokenization.chat.split_special_tokens,
-            )
+        rows = load_held_out(config.data, tokenizer, task=config.rows, seed=config.training.seed)
+        _check_held_out(model, rows)
+        return rows, config.rows
+    part = split or "train"
+    task: Task = main_first(lambda: guess_rows(given, part))
+    rule = tokenization.rule(tokenizer, task)
+    shares, report = main_first(lambda: read_shares([{"path": given, "split": part}], rule))
+    say(f"{name} {report}")
+    return TokenizedDataset(mixed(shares, seed=0)), task
+
+
+def _check_held_out(model: ModelSource, rows: TokenizedDataset) -> None:
+    """Raise ValueError if these are not the rows that the run held out.
+
+    From data that changed since, others would be held out, which the model may have learned from.
+    """
+    if model.run is None:
+        return
+    run = model.run
+    known = on_main(lambda: [read_identity(path).get("data.eval") for path in checkpoints_in(run / CHECKPOINTS)])
+    if any(known) and digest_of_rows(rows.digests()) not in known:
+        raise ValueError(
+            f"{model.name}: the rows that it held out are no longer what they were: its data, or how they become "
+            "tokens, changed since; restore them, or name held-out pairs or lists with --pairs"
         )
-        say(f"{name} {report}")
-        rows = TokenizedDataset(dataset)
-    if model.run is not None and given is None:
-        # From data that changed since, others would be held out, which the model may have learned from.
-        run = model.run
-        known = on_main(lambda: [read_identity(path).get("data.eval") for path in checkpoints_in(run / CHECKPOINTS)])
-        if any(known) and digest_of_rows(rows.digests()) not in known:
-            raise ValueError(
-                f"{model.name}: the pairs that it held out are no longer what they were: its data, or how they become "
-                "tokens, changed since; restore them, or name held-out pairs with --pairs"
-            )
-    return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
     """What to score, and how."""
 
-    pairs: TokenizedDataset  # tokenised pairs
+    pairs: TokenizedDataset  # tokenised pairs, or lists or labelled completions
     tokenizer: PreTrainedTokenizerBase  # what made the rows; its ids must fit the model's vocabulary
     precision: str  # "bf16" or "fp32"
     device: torch.device  # this rank's device
-    tokens_per_row: int | None = None  # the most tokens of a packed row; None: 4096, or the longest pair's
+    tokens_per_row: int | None = None  # the most tokens of a packed row; None: 4096, or the longest row's
     trust_remote_code: bool = False  # run model code that comes with a folder
 
 
 class Scores(NamedTuple):
-    """Log-probs on the host, in nats: of the pairs' completions, fp32 [n, 2]; of the samples' tokens, fp32 [tokens]."""
+    """Log-probs on the host, in nats: of the completions, fp32 [n, K]; of the samples' tokens, fp32 [tokens].
+
+    That of a completion that a list lacks is 0.
+    """
 
     pairs: Tensor
     samples: Tensor | None
@@ -148,14 +174,14 @@ def score_adapter(
 
 
 def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDataset | None) -> Scores:
-    pairs, device = scoring.pairs, scoring.device
+    rows, device = scoring.pairs, scoring.device
     room = scoring.tokens_per_row or DEFAULT_TOKENS_PER_ROW
     logps = score_all(
         policy,
-        pairs,
-        tokens_per_row=max(room, int(pairs.lengths.max())),
+        rows,
+        tokens_per_row=max(room, int(rows.lengths.max())),
         device=device,
-        on_part=lambda done, total: say(f"{name}: {done}/{total} pairs"),
+        on_part=lambda done, total: say(f"{name}: {done}/{total} rows"),
     )
     bad = torch.nonzero(~torch.isfinite(logps).all(dim=1)).flatten().tolist()
     if bad:
@@ -175,7 +201,7 @@ def _build(source: ModelSource, scoring: Scoring) -> Policy:
     longest = int(scoring.pairs.lengths.max())
     if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
         raise ValueError(
-            f"--tokens-per-row {scoring.tokens_per_row} is less than the longest pair ({longest} tokens): raise it, "
+            f"--tokens-per-row {scoring.tokens_per_row} is less than the longest row ({longest} tokens): raise it, "
             "or lower --max-length"
         )
     trust = scoring.trust_remote_code

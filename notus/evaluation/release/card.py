@@ -22,12 +22,14 @@ from notus.runtime.files import write_text
 
 if TYPE_CHECKING:
     from notus.evaluation.read_run import Run
+    from notus.evaluation.run_loss import RunLoss
 
 T = TypeVar("T")
 Variant = Literal["full", "adapter", "merged"]
 
 CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_PAPERS = Path(__file__).with_name("papers.bib")
 _SIGNED = "written by notus card; sha256 of what stands above: "
 _NOT_KNOWN = "–"
 _LAST = 10  # logged steps
@@ -36,15 +38,13 @@ _STEP = re.compile(r"\(step (\d+)\)$")
 _SCORED_FILES = ("annotations", "judgments", "answers")
 # The metrics that the card shows, and their names.
 _COURSE = {
-    "loss": "training loss",
-    "rewards/accuracies": "reward accuracy, training",
-    "rewards/margins": "reward margin, training",
-    "eval_loss": "loss, held-out",
-    "eval_rewards/accuracies": "reward accuracy, held-out",
-    "eval_rewards/margins": "reward margin, held-out",
-    "eval_rewards/chosen": "reward of chosen, held-out",
-    "eval_rewards/rejected": "reward of rejected, held-out",
+    "loss": "loss",
+    "rewards/kendall_tau": "Kendall's τ of rewards and ratings",
+    "rewards/top_1": "top-1 accuracy of rewards",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
 }
+_SIDES = {"rewards/chosen": "reward of chosen", "rewards/rejected": "reward of rejected"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
 
     evaluations = of(RESULT_FILES, lambda: list(_evaluation_results(release)))
     noted = {
-        "counts": of(DATA_FILE, lambda: list(_counts(run.data))),
+        "counts": of(DATA_FILE, lambda: list(_counts(run.data, of(CONFIG_FILE, lambda: run.unit)))),
         "machine": of(ENVIRONMENT_FILE, lambda: list(_machine(run.environment))),
         "course": of(METRICS_FILE, lambda: list(_course(release.metrics))),
         "results": of(RESULT_FILES, lambda: [_table(result, release) for result in run.results]),
@@ -217,6 +217,9 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
                 summary=_summary(release),
                 release=release,
                 licence=licence,
+                unit=run.unit,
+                loss=None if run.loss is None else _loss(run.loss),
+                citations=[] if run.loss is None else citations(run.loss.papers),
                 chat=chat,
                 generation=generation,
                 ultrafeedback="ultrafeedback" in " ".join(sources).lower(),
@@ -228,6 +231,25 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
     text = text.encode("utf-8", "replace").decode("utf-8")  # UTF-8 cannot hold half of a surrogate pair
     ModelCard(text)  # raises ValueError for a header that the hub's client could not read
     return text
+
+
+def _loss(loss: "RunLoss") -> dict[str, str]:
+    """The loss's rows of the table of settings."""
+    named = {
+        name.replace("_", " "): f"{value}" if isinstance(value, str) else f"{value:g}"
+        for name, value in loss.options.items()
+    }
+    without = {} if loss.reference else {"reference model": "none"}
+    return {"loss": loss.name, **without, "beta": f"{loss.beta:g}", **named, **loss.additions}
+
+
+def citations(papers: Sequence[str]) -> list[str]:
+    """Return the BibTeX entries of papers, given by their arXiv ids; of one that is not known, its id alone."""
+    entries = _PAPERS.read_text(encoding="utf-8").strip().split("\n\n")
+    known = {entry.rpartition("arxiv.org/abs/")[2].partition("}")[0]: entry for entry in entries}
+    return [
+        known.get(paper) or f"@misc{{arxiv{paper},\n  url = {{https://arxiv.org/abs/{paper}}}\n}}" for paper in papers
+    ]
 
 
 def signed(text: str) -> str:
@@ -307,7 +329,7 @@ def _base_licence(base: str) -> dict[str, str]:
 def _metadata(release: Release, licence: Mapping[str, str], results: list[EvalResult]) -> ModelCardData:
     run, adapter, base = release.run, release.variant == "adapter", release.public_base
     datasets = dict.fromkeys(filter(None, (hub_id(source["path"]) for source in run.settings["data"]["train"])))
-    tags = ["dpo", "alignment", "preference-optimization"] if run.task == "dpo" else ["sft"]
+    tags = ["sft"] if run.loss is None else [*_methods(run.loss), "alignment", "preference-optimization"]
     relation = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     optional: dict[str, Any] = {**licence, **relation}
     return ModelCardData(
@@ -321,6 +343,15 @@ def _metadata(release: Release, licence: Mapping[str, str], results: list[EvalRe
         tags=["notus", *tags, *(["lora"] if run.settings["lora"]["rank"] else [])],
         **optional,
     )
+
+
+def _methods(loss: "RunLoss") -> list[str]:
+    """What the hub calls the method: "dpo" for losses of pairs with a reference, else the names of the losses."""
+    return ["dpo"] if _is_dpo(loss) else [name.replace("_", "-") for name in loss.names]
+
+
+def _is_dpo(loss: "RunLoss") -> bool:
+    return loss.rows == "pairs" and loss.reference
 
 
 def _evaluation_results(release: Release) -> Iterator[EvalResult]:
@@ -400,7 +431,14 @@ def _summary(release: Release) -> str:
         "adapter": f"{name} is a LoRA adapter for {link}, trained",
         "merged": f"{name} is {link} with a LoRA adapter merged into its weights, which was trained",
     }[release.variant]
-    what = "Direct Preference Optimization (DPO)" if run.task == "dpo" else "supervised fine-tuning (SFT)"
+    what = "supervised fine-tuning (SFT)"
+    if run.loss is not None:
+        what = (
+            "Direct Preference Optimization (DPO)"
+            if _is_dpo(run.loss)
+            else f"preference optimization ({run.loss.name})"
+        )
+        what += "" if run.loss.rows == "pairs" else f" with {run.unit}"
     sources = dict.fromkeys(_code(public_name(source["path"])) for source in run.settings["data"]["train"])
     return f"{how} by {what} on {', '.join(sources)}."
 
@@ -410,13 +448,15 @@ def _code(name: str) -> str:
     return "`" + _one_space(name).replace("`", "'") + "`"
 
 
-def _counts(data: Mapping[str, Any]) -> Iterator[str]:
-    """Yield each split's rows, their sources, and what was dropped."""
+def _counts(data: Mapping[str, Any], unit: str) -> Iterator[str]:
+    """Yield each split's rows, called `unit`, their sources, and what was dropped."""
     for purpose, key in (("training", "train"), ("evaluation", "eval")):
         split = data.get(key)
         if not split:
             continue
-        yield f"{purpose}: {split['rows']:,} rows"
+        yield f"{purpose}: {split['rows']:,} {unit}"
+        if labels := split.get("labels"):
+            yield f"{purpose}: {labels['true']:,} good and {labels['false']:,} bad completions"
         if split.get("sources"):
             yield f"{purpose}, rows by source: {_listed(split['sources'])}"
         report = split.get("report")
@@ -424,6 +464,8 @@ def _counts(data: Mapping[str, Any]) -> Iterator[str]:
             dropped = _listed(report["dropped"]) or "none"
             cut = f"{report['prompts_cut']:,} prompts, {report['completions_cut']:,} rows' completions"
             yield f"{purpose}: {report['read']:,} rows read; dropped: {dropped}; cut to length: {cut}"
+            if report.get("left_out"):
+                yield f"{purpose}: {report['left_out']:,} completions of lists left out, without a rating or text"
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -446,7 +488,9 @@ def _duration(seconds: float) -> str:
 
 
 def _course(metrics: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    for key, name in _COURSE.items():
+    shown = {key: f"{name}, training" for key, name in _COURSE.items()} | {"loss": "training loss"}
+    shown |= {f"eval_{key}": f"{name}, held-out" for key, name in {**_COURSE, **_SIDES}.items()}
+    for key, name in shown.items():
         lines = [line for line in metrics if key in line and math.isfinite(line[key])]
         if not lines:
             continue

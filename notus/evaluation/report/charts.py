@@ -14,6 +14,7 @@ from notus.evaluation.read_run import Curve, Run
 from notus.evaluation.report.tables import number
 
 MAX_POINTS = 1_500  # of a curve in the page
+COMPONENT = "loss/"  # begins the metric of each loss of a sum
 SMOOTHED_FROM = 12  # points; a shorter curve shows its course by itself
 SMOOTHED_SHARE = 0.05  # of the points, on either side together
 # By a line's colour, which the style sheet has as --c0 and so on: a second sign, for readers who do not see colours.
@@ -29,33 +30,51 @@ class Chart:
     note: str
     # the name of each line by its metric; `eval_` and the metric is the same on held-out rows.
     lines: Mapping[str, str]
-    task: str | None = None  # the only task that has the chart; None: any
-    per_beta: bool = False  # divide the values by the run's β
+    rows: tuple[str, ...] | None = None  # the rows of data (see `Run.rows`) whose runs have the chart; None: any
+    per_beta: bool = False  # divide the values by the run's β, which must be that of a loss with a reference
     unit: str = ""  # of the values, as in `number`
     noisy: bool = True  # draw a moving mean as well
     from_zero: bool = False  # the y axis begins at 0
 
 
+PREFERENCES = ("pairs", "lists", "labels")
 CHARTS = (
     Chart("loss-sft", "SFT loss", "Negative log-likelihood per completion token, in nats. Lower is better.",
-          {"loss": ""}, task="sft"),
-    Chart("loss-dpo", "DPO loss", "Mean over pairs. The sigmoid loss starts at ln 2 = 0.693, where the policy still "
-          "is the reference.", {"loss": ""}, task="dpo"),
+          {"loss": ""}, rows=("sft",)),
+    Chart("loss-dpo", "Preference loss", "Mean over pairs.", {"loss": ""}, rows=("pairs",)),
+    Chart("loss-lists", "Loss of lists", "Mean over lists.", {"loss": ""}, rows=("lists",)),
+    Chart("loss-labels", "Loss of labelled answers", "Mean over answers with a label.", {"loss": ""},
+          rows=("labels",)),
     Chart("accuracy", "Reward accuracy", "Share of pairs whose chosen answer has the higher reward. 50% is chance.",
-          {"rewards/accuracies": ""}, unit="share"),
+          {"rewards/accuracies": ""}, unit="share", rows=("pairs",)),
+    Chart("tau", "Kendall's τ", "How far rewards order the answers of a prompt as their ratings do, mean over prompts. "
+          "1: alike, 0: no relation, −1: reversed.", {"rewards/kendall_tau": ""}),
+    Chart("top-1", "Top-1 accuracy", "Share of prompts whose answer of the highest reward is a best rated one.",
+          {"rewards/top_1": ""}, unit="share"),
+    Chart("accuracy-lists", "Pairwise accuracy", "Share of pairs of one prompt's answers with different ratings whose "
+          "better one has the higher reward. 50% is chance.", {"rewards/accuracies": ""}, unit="share",
+          rows=("lists",)),
+    Chart("accuracy-labels", "Reward accuracy", "Share of good answers with a reward above the shift and of bad ones "
+          "below it.", {"rewards/accuracies": ""}, unit="share", rows=("labels",)),
     Chart("margins", "Reward margin", "Reward of the chosen minus that of the rejected answer, mean over pairs.",
-          {"rewards/margins": ""}),
+          {"rewards/margins": ""}, rows=("pairs",)),
+    Chart("margins-lists", "Reward margin", "Reward of the better minus that of the worse answer, mean over pairs of "
+          "different ratings.", {"rewards/margins": ""}, rows=("lists",)),
+    Chart("margins-labels", "Reward margin", "Mean reward of good answers minus that of bad ones.",
+          {"rewards/margins": ""}, rows=("labels",)),
     Chart("logps", "Log-probability of the answers", "Sum over the answer's tokens under the policy, in nats, mean "
-          "over pairs.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+          "over pairs.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, rows=("pairs",)),
     Chart("drift", "Drift from the reference", "Mean log-ratio of policy to reference on the data's own answers, in "
           "nats (reward / β). Off-policy: a drift, not a KL divergence.",
-          {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, task="dpo", per_beta=True),
+          {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, rows=("pairs",), per_beta=True),
     Chart("nll", "NLL of the chosen answers", "Per token, in nats; the extra term of the loss.", {"nll_loss": ""}),
     Chart("learning-rate", "Learning rate", "As the schedule set it at each step.", {"learning_rate": ""},
           noisy=False),
     Chart("grad-norm", "Gradient norm", "Global norm before clipping.", {"grad_norm": ""}, from_zero=True),
     Chart("pairs-per-second", "Throughput, pairs", "Pairs per second of the whole job, without evaluations.",
           {"pairs_per_second": ""}, from_zero=True),
+    Chart("lists-per-second", "Throughput, lists", "Lists per second of the whole job, without evaluations.",
+          {"lists_per_second": ""}, from_zero=True),
     Chart("examples-per-second", "Throughput, examples", "Examples per second of the whole job, without evaluations.",
           {"examples_per_second": ""}, from_zero=True),
     Chart("tokens-per-second", "Throughput, tokens", "Tokens per second of the whole job.",
@@ -163,13 +182,32 @@ class Panel:
 def training_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return the charts for which any of the runs has values."""
     panels = []
-    for chart in CHARTS:
+    for chart in _charts_of(runs):
         lines = {m: name for m, name in chart.lines.items() if any(_curves(run, chart, m) for run in runs)}
         if len(runs) == 1 and lines:
             panels.append(_training_panel(chart, lines, runs))
         elif len(runs) > 1:
             panels += [_training_panel(chart, {m: name}, runs, name * (len(lines) > 1)) for m, name in lines.items()]
     return panels
+
+
+def _charts_of(runs: Sequence[Run]) -> list[Chart]:
+    """The charts, with that of the components behind the losses, and what is said of the runs' own losses."""
+    components = dict.fromkeys(name for run in runs for name in run.curves if name.startswith(COMPONENT))
+    parts = Chart(
+        "components", "Components of the loss", "Each loss of the sum, before its weight.",
+        {name: name.removeprefix(COMPONENT) for name in components}, rows=PREFERENCES,
+    )  # fmt: skip
+    sigmoid = any(run.loss is not None and run.loss.names == ["sigmoid"] and not run.loss.is_sum for run in runs)
+    charts = []
+    for chart in CHARTS:
+        if chart.name == "loss-dpo" and sigmoid:
+            note = f"{chart.note} The sigmoid loss starts at ln 2 = 0.693, where the policy still is the reference."
+            chart = dataclasses.replace(chart, note=note)
+        charts.append(chart)
+        if chart.name == "loss-labels":
+            charts.append(parts)
+    return charts
 
 
 def _training_panel(chart: Chart, lines: Mapping[str, str], runs: Sequence[Run], part: str = "") -> Panel:
@@ -193,9 +231,13 @@ def _training_panel(chart: Chart, lines: Mapping[str, str], runs: Sequence[Run],
 
 def _curves(run: Run, chart: Chart, metric: str) -> list[tuple[Curve, bool]]:
     """Return the metric's curves, and whether each is of held-out rows."""
-    if chart.task not in (None, run.task):
+    if chart.rows is not None and run.rows not in chart.rows:
         return []
-    scale = 1.0 / run.settings["dpo"]["beta"] if chart.per_beta else 1.0
+    scale = 1.0
+    if chart.per_beta:
+        if run.loss is None or not run.loss.reference:
+            return []
+        scale = 1.0 / run.loss.beta
     found = [(run.curves.get(metric), False), (run.curves.get(f"eval_{metric}"), True)]
     return [(Curve(curve.steps, scale * curve.values), held_out) for curve, held_out in found if curve is not None]
 
@@ -204,7 +246,7 @@ def data_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return histograms of lengths and ratings of the training rows."""
     return [
         *_histograms(runs, "lengths", "Lengths", "Training rows by their number of tokens.", "tokens"),
-        *_histograms(runs, "ratings", "Ratings", "Training pairs by the rating of their answers.", "rating"),
+        *_histograms(runs, "ratings", "Ratings", "Training rows by the rating of their answers.", "rating"),
     ]
 
 
@@ -232,7 +274,7 @@ def calibration_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return a chart of confidence against frequency, with a line for each run; none if no run has it."""
     panel = Panel(
         "calibration", "Calibration", "σ(margin) of the answer that the model prefers, against how often that is the "
-        "chosen one, with 95% intervals. On the dotted line the model is as sure as it is right.", "share",
+        "better one, with 95% intervals. On the dotted line the model is as sure as it is right.", "share",
     )  # fmt: skip
     panel.set_axes({"title": {"text": "confidence"}, "tickformat": ".0%", "range": [0.49, 1.02]}, {"range": [0, 1.03]})
     panel.figure.update_layout(hovermode="closest")

@@ -11,6 +11,7 @@ import numpy as np
 
 from notus.evaluation.read_run import Run
 from notus.evaluation.results import Figure, Result
+from notus.evaluation.run_loss import RunLoss
 
 NONE = "–"
 MOST_SOURCES = 20
@@ -28,6 +29,8 @@ CUTS = {
     "completions_cut": "completions cut to length",
     "templated": "in the chat format",
 }
+LABELS = {"true": "of them good", "false": "of them bad"}
+LEFT_OUT = "completions without a rating or text, left out"
 
 Cell = str | tuple[str, str]  # the second string is set small, below the first
 
@@ -63,18 +66,17 @@ class Samples:
 def facts(run: Run) -> dict[str, str]:
     """Return what a run is and was made with, by name."""
     training, lora = run.settings["training"], run.settings["lora"]
-    unit = "pairs" if run.task == "dpo" else "examples"
     size = f"LoRA of rank {lora['rank']}" if lora["rank"] else "all weights"
     planned = f" of {run.planned_steps:,}" if run.planned_steps is not None else ""
     found = {
-        "Task": f"{run.task.upper()} of {size}",
+        "Task": f"{_task(run)} of {size}",
         "Base model": short_path(run.base),
         "Steps": f"{run.step:,}{planned}",
-        "Batch": f"{training['batch_size']} {unit} a step",
+        "Batch": f"{training['batch_size']} {run.unit} a step",
         "Learning rate": f"{number(training['learning_rate'])}, {training['lr_schedule']}, {training['optimizer']}",
     }
-    if run.task == "dpo":
-        found["Preference loss"] = f"{run.settings['dpo']['loss_type']}, β = {number(run.settings['dpo']['beta'])}"
+    if run.loss is not None:
+        found["Preference loss"] = _loss_in_words(run.loss)
     if "num_tokens" in run.curves:
         found["Tokens seen"] = number(run.curves["num_tokens"].values[-1])
     if hardware := run.environment.get("hardware"):
@@ -86,16 +88,34 @@ def facts(run: Run) -> dict[str, str]:
     return found
 
 
+def _task(run: Run) -> str:
+    """What was done, as "DPO" or "Preference optimization with lists"."""
+    if run.loss is None:
+        return "SFT"
+    is_dpo = run.loss.rows == "pairs" and run.loss.reference
+    return "DPO" if is_dpo else f"Preference optimization with {run.unit}"
+
+
+def _loss_in_words(loss: RunLoss) -> str:
+    """The loss with β, its options and what is added to it."""
+    values = {"β": loss.beta, **loss.options, **loss.additions}
+    parts = [f"{name} = {value if isinstance(value, str) else number(value)}" for name, value in values.items()]
+    return ", ".join([loss.name, *parts, *([] if loss.reference else ["no reference"])])
+
+
 def tiles(runs: Sequence[Run]) -> dict[str, list[tuple[int, str, str]]]:
     """Return the headline figures that any run has, by title: each run's index, the figure, and what it is."""
     found: dict[str, list[tuple[int, str, str]]] = {}
     for index, run in enumerate(runs):
         headlines = {
             "Reward accuracy": _latest(run, "rewards/accuracies", "share"),
+            "Kendall's τ": _latest(run, "rewards/kendall_tau"),
+            "Top-1 accuracy": _latest(run, "rewards/top_1", "share"),
             "Reward margin": _latest(run, "rewards/margins"),
             "Loss": _loss(run),
             "KL": _kl(run),
             "Throughput": _over(run, np.nanmedian, "pairs_per_second", "pairs/s, median")
+            or _over(run, np.nanmedian, "lists_per_second", "lists/s, median")
             or _over(run, np.nanmedian, "examples_per_second", "examples/s, median"),
             "Peak memory": _over(run, np.nanmax, "system/gpu_memory_gib", "GiB of a GPU")
             or _over(run, np.nanmax, "system/host_memory_gib", "GiB of the host"),
@@ -192,7 +212,11 @@ def _row_counts(part: Mapping[str, Any]) -> dict[str, str]:
     counts = {key: report[key] for key in ("read", "kept") if key in report}
     counts |= {f"dropped: {reason}": count for reason, count in report.get("dropped", {}).items()}
     counts |= {words: report[key] for key, words in CUTS.items() if key in report}
-    return {name: f"{count:,}" for name, count in {**counts, "used": part["rows"]}.items()}
+    if report.get("left_out"):
+        counts[LEFT_OUT] = report["left_out"]
+    labels = part.get("labels") or {}
+    counts |= {"used": part["rows"], **{LABELS[name]: count for name, count in labels.items()}}
+    return {name: f"{count:,}" for name, count in counts.items()}
 
 
 def source_bars(runs: Sequence[Run]) -> list[Bars]:
@@ -266,7 +290,10 @@ def _reference(figures: Sequence[Figure], peer: str) -> str:
 
 
 def breakdown_bars(runs: Sequence[Run]) -> list[Bars]:
-    """Return the accuracy of preferences by source, by length, and by which answer is the longer one."""
+    """Return the accuracy of preferences by source, by length, and by which answer is the longer one.
+
+    Of answers with a label, the AUC by source and by length.
+    """
     kinds = {
         "by_source": ("source", "{source}"),
         "by_length": ("length of both answers", "{low:,} to {high:,} tokens"),
@@ -275,20 +302,31 @@ def breakdown_bars(runs: Sequence[Run]) -> list[Bars]:
     found = []
     for key, (title, name) in kinds.items():
         rows: dict[str, list[tuple[int, Cell, float]]] = {}
+        of_labels: dict[str, list[tuple[int, Cell, float]]] = {}
         for index, run in enumerate(runs):
             for row in (run.preference_details(key) or [])[:MOST_SOURCES]:
-                low, high = row["accuracy_interval"]
-                spread = f"{100 * low:.0f}–{100 * high:.0f}%, n = {row['count']:,}"
-                bar = (index, (number(row["accuracy"], "share"), spread), row["accuracy"])
-                rows.setdefault(name.format(**row), []).append(bar)
+                measure, group = ("auc", of_labels) if "auc" in row else ("accuracy", rows)
+                if row[measure] is not None:  # of one label alone there is no AUC
+                    group.setdefault(name.format(**row), []).append((index, *_bar(row, measure)))
         if rows:
             found.append(Bars(f"Accuracy by {title}", "With 95% intervals.", rows))
+        if of_labels:
+            title = title.replace("both answers", "the answer")
+            note = "The probability that a good answer has a higher reward than a bad one, with 95% intervals."
+            found.append(Bars(f"AUC by {title}", note, of_labels))
     return found
+
+
+def _bar(row: Mapping[str, Any], measure: str) -> tuple[Cell, float]:
+    """A share with its interval, and the bar's length."""
+    low, high = row[f"{measure}_interval"]
+    return (number(row[measure], "share"), f"{100 * low:.0f}–{100 * high:.0f}%, n = {row['count']:,}"), row[measure]
 
 
 def preference_table(runs: Sequence[Run]) -> Table | None:
     """Return the figures of the preferences suite that are no headlines; None if there are none."""
     parts = {
+        "Top-1 accuracy of a random choice": ("ranking", "top_1_chance"),
         "Brier score (0.25 is chance)": ("calibration", "brier"),
         "β at which it is calibrated best": ("calibration", "best_beta"),
         "Correlation of margin and length difference": ("length_bias", "pearson"),
@@ -302,7 +340,7 @@ def preference_table(runs: Sequence[Run]) -> Table | None:
         values = {name: (run.preference_details(part) or {}).get(key) for name, (part, key) in parts.items()}
         if cells := {name: number(value) for name, value in values.items() if value is not None}:
             columns[run.label] = cells
-    note = "Length difference: tokens of the chosen minus those of the rejected answer."
+    note = "Length difference: tokens of the chosen (of a list, the better) answer minus those of the other."
     return _by_name("Calibration, length bias, KL", columns, note=note)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from notus.evaluation.intervals import bootstrap_mean, wilson
 from notus.evaluation.preferences.metrics import (
+    Rewards,
     best_scale,
     by_length,
     by_longer,
@@ -15,6 +16,7 @@ from notus.evaluation.preferences.metrics import (
     calibration,
     compare,
     length_bias,
+    measures,
     preference_metrics,
 )
 
@@ -24,7 +26,7 @@ LENGTHS = torch.tensor([[1, 2], [2, 4], [1, 1]])
 
 
 def test_log_probs_summed_and_per_token():
-    found = preference_metrics(POLICY, None, LENGTHS, beta=None)
+    found = preference_metrics(measures(POLICY, None, LENGTHS, None), None)
     assert found == pytest.approx(
         {
             "logps/chosen": -7 / 3,
@@ -41,7 +43,8 @@ def test_log_probs_summed_and_per_token():
 
 
 def test_rewards_against_a_base():
-    found = preference_metrics(POLICY, BASE, LENGTHS, beta=0.5)
+    rewards = Rewards(0.5)
+    found = preference_metrics(measures(POLICY, BASE, LENGTHS, rewards), rewards)
     # log-ratios: chosen 1, 0, -3; rejected -1, 0, 1; margins of the rewards 1, 0, -2
     assert found["rewards/chosen"] == pytest.approx(0.5 * -2 / 3)
     assert found["rewards/rejected"] == pytest.approx(0.0)
@@ -186,3 +189,71 @@ def test_limits_of_the_best_beta():
     tied = calibration(np.array([1.0, 0.0, 2.0, 0.0]), beta=0.1)
     assert tied["best_beta"] is None
     assert tied["best_loss"] == pytest.approx(math.log(2) / 2)
+
+
+def test_pairs_of_one_prompt_count_as_one_trial():
+    """Each pair four times within its prompt: the same means, and no surer than before."""
+    prompts, many = np.repeat(np.arange(4), 4), np.repeat(MARGINS, 4)
+    once, found = compare(MARGINS), compare(many, prompts)
+    assert found["count"] == 16
+    for name in ("accuracy", "margin", "accuracy_stderr", "margin_stderr", "margin_interval"):
+        assert found[name] == pytest.approx(once[name]), name
+    low, high = found["accuracy_interval"]
+    assert 0 <= low < 0.625 < high <= 1
+    naive = compare(many)
+    assert naive["margin_stderr"] < 0.6 * found["margin_stderr"]
+
+
+def test_clusters_of_different_sizes_by_hand():
+    # right 2 of 3, 2 of 2, half of 1: 0.75 of six; residuals -0.25, 0.5, -0.25 over the mean size of 2
+    margins, prompts = np.array([-1.0, 1, 2, 1, 2, 0]), np.array([0, 0, 0, 1, 1, 2])
+    found = compare(margins, prompts)
+    assert found["accuracy"] == 0.75
+    assert found["accuracy_stderr"] == pytest.approx(math.sqrt((2 * 0.125**2 + 0.25**2) / 2 / 3))
+
+
+def test_where_all_prompts_agree_the_share_is_as_sure_as_their_number():
+    found = compare(np.ones(12), np.repeat(np.arange(3), 4))
+    assert found["accuracy_interval"] == wilson(3, 3)
+    alone = compare(np.ones(4), np.zeros(4, dtype=int))
+    assert (alone["accuracy_interval"], alone["margin_stderr"], alone["margin_interval"]) == (wilson(1, 1), None, None)
+
+
+def test_calibration_and_length_bias_over_prompts():
+    generator = np.random.default_rng(0)
+    margins, lengths = generator.normal(size=40), generator.integers(1, 30, size=(40, 2))
+    prompts = np.arange(40)
+    own, clustered = calibration(margins, 0.1), calibration(margins, 0.1, prompts)
+    assert [entry["frequency"] for entry in own["bins"]] == [entry["frequency"] for entry in clustered["bins"]]
+    once = length_bias(margins, lengths, prompts)
+    four = length_bias(np.repeat(margins, 4), np.repeat(lengths, 4, axis=0), np.repeat(prompts, 4))
+    for name in ("slope_per_token", "slope_stderr", "pearson"):
+        assert four[name] == pytest.approx(once[name]), name
+    classic = length_bias(margins, lengths)
+    assert once["slope_stderr"] == pytest.approx(classic["slope_stderr"], rel=0.3)
+
+
+def test_rewards_are_those_of_the_loss():
+    relative, summed = Rewards(0.5), Rewards(0.5, relative=False)
+    per_token = Rewards(2.0, relative=False, per_token=True)
+    assert relative(POLICY, BASE, LENGTHS).tolist() == [[0.5, -0.5], [0.0, 0.0], [-1.5, 0.5]]
+    assert summed(POLICY, BASE, LENGTHS).tolist() == [[-0.5, -1.5], [-1.0, -1.0], [-2.0, -0.5]]
+    assert per_token(POLICY, BASE, LENGTHS).tolist() == [[-2.0, -3.0], [-2.0, -1.0], [-8.0, -2.0]]
+    assert "the base's" in relative.formula
+    assert per_token.formula == "beta * log-prob per token, without the base"
+
+
+def test_rewards_without_a_reference_leave_the_base_to_comparison():
+    rewards = Rewards(2.0, relative=False, per_token=True)
+    measured = measures(POLICY, BASE, LENGTHS, rewards)
+    assert list(measured) == ["rewards", "logps", "logps_per_token", "logps_change"]
+    assert measured["logps_change"].tolist() == [[1.0, -1.0], [0.0, 0.0], [-3.0, 1.0]]
+    found = preference_metrics(measured, rewards)
+    assert found["rewards/accuracies"] == found["logps_per_token/accuracies"]
+    assert found["rewards/margins"] == pytest.approx(2 * found["logps_per_token/margins"])
+    assert "loss" not in found  # of a difference to the base, which was not trained
+
+
+def test_a_missing_completion_has_no_log_prob_per_token():
+    measured = measures(torch.tensor([[-4.0, 0.0]]), None, torch.tensor([[2, 0]]), None)
+    assert measured["logps_per_token"].tolist() == [[-2.0, 0.0]]

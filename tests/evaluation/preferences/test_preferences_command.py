@@ -1,12 +1,15 @@
 """`notus evaluate`: its figures are transformers' own, from full models, adapters, runs, and on two ranks."""
 
 import json
+import math
+import random
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from runs import config, read_metrics, write_pairs
+from runs import config, read_metrics, words, write_pairs
 from toys import toy_model, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,8 +194,8 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys
 
 
 def test_rows_of_the_runs_own_are_taken_as_they_are(capsys, full_run, model_folder):
-    assert "no DPO run that held pairs out" in error_of(capsys, full_run)
-    assert "no DPO run that held pairs out" in error_of(capsys, model_folder)
+    assert "no DPO run that held rows out" in error_of(capsys, full_run)
+    assert "no DPO run that held rows out" in error_of(capsys, model_folder)
     assert "--max-length needs --pairs" in error_of(capsys, full_run, "--max-length", 20)
     assert "--split needs --pairs" in error_of(capsys, full_run, "--split", "test")
 
@@ -289,3 +292,140 @@ def test_pairs_beyond_the_context_of_model_or_base_are_one_clear_error(tmp_path,
     assert "set --max-length to 16 or less" in said
     assert "--max-length to 16 or less" in error_of(capsys, model_folder, *pairs, "--base", small, *FP32)
     evaluate(tmp_path, small, *pairs, "--max-length", 16, *FP32[:2])
+
+
+def write_lists(path, count, *, seed=0):
+    """Lists of two to four completions in no order, one of them sometimes without a rating."""
+    generator, lines = random.Random(seed), []
+    for number in range(count):
+        completions = [f" {words(generator, 1, 5)}" for _ in range(2 + number % 3)]
+        ratings = [generator.choice([1, 2.5, 4]) for _ in completions]
+        ratings[:2] = [1, 3]
+        if len(ratings) == 4:
+            ratings[3] = None
+        row = {"prompt": words(generator, 1, 6), "completions": completions, "ratings": ratings}
+        lines.append(json.dumps({**row, "source": f"made {number % 2}"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@torch.no_grad()
+def completion_logp(model, tokenizer, prompt, completion):
+    """The log-prob of one conversation by itself, through transformers' forward; and its tokens."""
+    start = len(tokenizer(prompt).input_ids)
+    ids = torch.tensor([tokenizer(prompt + completion + "</s>").input_ids])
+    tokens = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[start - 1 :, 0]
+    return tokens.sum().item(), len(tokens)
+
+
+def tau_b(one, other):
+    """Kendall's τ-b, pair by pair."""
+    signs = [(np.sign(one[i] - one[j]), np.sign(other[i] - other[j])) for i in range(len(one)) for j in range(i)]
+    return sum(a * b for a, b in signs) / math.sqrt(sum(a * a for a, _ in signs) * sum(b * b for _, b in signs))
+
+
+def test_lists_as_transformers_computes_them(tmp_path, capsys, model_folder, other_folder):
+    file = write_lists(tmp_path / "lists.jsonl", 7)
+    result = evaluate(tmp_path, other_folder, "--pairs", file, "--base", model_folder, "--beta", 0.3, *FP32)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    policy, base = (AutoModelForCausalLM.from_pretrained(folder) for folder in (other_folder, model_folder))
+    taus, tops, right, pairs, margins = [], [], 0.0, 0, []
+    for row in map(json.loads, file.read_text().splitlines()):
+        rated = [pair for pair in zip(row["completions"], row["ratings"], strict=True) if pair[1] is not None]
+        texts, ratings = zip(*rated, strict=True)
+        rewards = []
+        for text in texts:
+            ratio = sum(
+                sign * completion_logp(model, tokenizer, row["prompt"], text)[0]
+                for sign, model in ((1, policy), (-1, base))
+            )
+            rewards.append(0.3 * ratio)
+        taus.append(tau_b(rewards, ratings))
+        tops.append(ratings[int(np.argmax(rewards))] == max(ratings))
+        found = [
+            rewards[i] - rewards[j] for i in range(len(texts)) for j in range(len(texts)) if ratings[i] > ratings[j]
+        ]
+        right, pairs, margins = right + sum(margin > 0 for margin in found), pairs + len(found), margins + found
+    assert (result["rows"], result["num_rows"], result["num_pairs"]) == ("lists", 7, pairs)
+    assert result["rewards/kendall_tau"] == pytest.approx(np.mean(taus), abs=1e-6)
+    assert result["rewards/top_1"] == pytest.approx(np.mean(tops))
+    assert result["rewards/accuracies"] == pytest.approx(right / pairs)
+    assert result["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert result["overall"]["count"] == pairs
+    assert result["ranking"]["kendall_tau"] == result["rewards/kendall_tau"]
+    assert [row["prompts"] for row in result["by_source"]] in ([4, 3], [3, 4])
+    assert sum(entry["count"] for entry in result["calibration"]["bins"]) == pairs
+    table = capsys.readouterr().out
+    assert f"7 lists with {pairs} pairs of different ratings" in table
+    assert "top-1 of a random choice" in table
+
+
+def test_lists_without_a_base(tmp_path, model_folder):
+    result = evaluate(tmp_path, model_folder, "--pairs", write_lists(tmp_path / "lists.jsonl", 5), *FP32)
+    assert (result["ranked_by"], result["calibration"]) == ("logps", None)
+    assert result["ranking"]["top_1"] == result["logps/top_1"]
+    assert "rewards/top_1" not in result
+
+
+def test_labels_are_told_apart(tmp_path, capsys, model_folder, other_folder, pairs_file):
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    file = tmp_path / "labels.jsonl"
+    lines = [
+        json.dumps({"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"})
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    file.write_text("\n".join(lines))
+    base = ["--base", model_folder, "--beta", 0.3, *FP32]
+    pairs = evaluate(tmp_path, other_folder, "--pairs", pairs_file, *base)
+    result = evaluate(tmp_path, other_folder, "--pairs", file, *base)
+    assert (result["rows"], result["num_rows"], result["num_pairs"]) == ("labels", 20, None)
+    assert result["rewards/good"] == pytest.approx(pairs["rewards/chosen"], abs=1e-5)
+    assert result["rewards/bad"] == pytest.approx(pairs["rewards/rejected"], abs=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    policy, reference = (
+        logps(AutoModelForCausalLM.from_pretrained(folder), tokenizer, pairs_file)
+        for folder in (other_folder, model_folder)
+    )
+    good, bad = (policy - reference).unbind(1)
+    assert result["rewards/auc"] == pytest.approx((good[:, None] > bad[None, :]).double().mean().item())
+    assert result["rewards/accuracies"] == pytest.approx(((good > 0).sum() + (bad < 0).sum()).item() / 20)
+    assert (result["calibration"], result["by_longer"], result["length_bias"]) == (None, None, None)
+    assert "20 labelled completions" in capsys.readouterr().out
+    alone = evaluate(tmp_path, other_folder, "--pairs", file, *FP32)
+    assert alone["overall"]["accuracy"] is None
+    assert "rewards/auc" not in alone
+
+
+@pytest.mark.parametrize(("loss", "per_token"), [("simpo", True), ("cpo", False)])
+def test_a_run_without_a_reference_is_measured_by_its_own_rewards(
+    tmp_path, capsys, model_folder, pairs_file, loss, per_token
+):
+    keys = {"training__max_steps": 2, "training__learning_rate": 1e-2, "data__eval_size": 3, "dpo__beta": 2.0}
+    dpo.run(config("dpo", tmp_path / "run", model_folder, pairs_file, dpo__loss_type=loss, **keys))
+    capsys.readouterr()
+    result = evaluate(tmp_path, tmp_path / "run")
+    table = capsys.readouterr().out
+    last = read_metrics(tmp_path / "run")[-1]
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert result[key] == pytest.approx(last[f"eval_{key}"], abs=1e-5), key
+    measure = "logps_per_token" if per_token else "logps"
+    assert result["rewards/margins"] == pytest.approx(2 * result[f"{measure}/margins"])
+    assert "loss" not in result
+    assert f"{loss} has no reference: its reward is beta * log-prob" in table
+    assert "change from the base" in table
+    kept = read_result(tmp_path / "run" / "evaluations" / "preferences" / "result.json")
+    assert kept.figures[0].setup.startswith("beta 2, log-prob")
+    assert kept.settings["loss_type"] == loss
+    against = evaluate(tmp_path, tmp_path / "run", "--base", model_folder)
+    assert (against["beta"], against["is_relative"]) == (0.1, True)
+    assert against["rewards/margins"] == pytest.approx(0.1 * result["logps_change/margins"], abs=1e-6)
+
+
+def test_one_kind_of_label_and_lists_without_an_order_say_nothing(tmp_path, capsys, model_folder):
+    row = {"prompt": "the", "completion": " fox", "label": True}
+    (tmp_path / "good.jsonl").write_text(json.dumps(row))
+    assert "completions are good" in error_of(capsys, model_folder, "--pairs", tmp_path / "good.jsonl", *FP32)
+    row = {"prompt": "the", "completions": [" fox", " dog"], "ratings": [2, 2]}
+    (tmp_path / "tied.jsonl").write_text(json.dumps(row))
+    assert "there is no order" in error_of(capsys, model_folder, "--pairs", tmp_path / "tied.jsonl", *FP32)

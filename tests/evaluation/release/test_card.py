@@ -15,7 +15,9 @@ from toys import toy_model_folder
 from notus.__main__ import main
 from notus.config import config_from_dict, to_yaml
 from notus.data.chat import ZEPHYR_TEMPLATE
+from notus.evaluation.release.card import citations
 from notus.evaluation.results import Figure, Result, write_result
+from notus.losses import LOSSES
 from notus.training import dpo
 
 BASE, DATA = "alignment-handbook/zephyr-7b-sft-full", "argilla/ultrafeedback-binarized-preferences"
@@ -73,7 +75,7 @@ def test_header_and_text_of_the_recipe(tmp_path):
     assert "2,000 rows were held out of the training data for evaluation (seed 42)" in text
     for row in ("loss | sigmoid", "beta | 0.1", "label smoothing | 0.1", "pairs per step | 4", "learning rate | 0.001"):
         assert f"| {row} |\n" in text
-    assert "| weight of the chosen completions' negative log-likelihood | 0.25 |\n" in text
+    assert "| weight of the chosen completions' negative log-likelihood | 0.25, mean over tokens |\n" in text
     assert "| schedule | linear, warm-up over 0.5 % of the steps |\n" in text
     assert "| system turn | an empty one in conversations without |\n" in text
     assert "| order of the data | as it is, in every epoch |\n" in text
@@ -116,11 +118,85 @@ def test_what_the_run_noted_of_data_and_machine(tmp_path):
     noted = {"hardware": "8 x A100", "world_size": 8, "versions": {"torch": "2.13.0"}, "launches": [], "seconds": 7200}
     (run / "environment.json").write_text(json.dumps(noted))
     _, text, _ = card(run)
-    assert "- training: 1,000 rows\n- training, rows by source: flan 600, sharegpt 400\n" in text
+    assert "- training: 1,000 pairs\n- training, rows by source: flan 600, sharegpt 400\n" in text
     assert "1,010 rows read; dropped: empty completion 7, other 3; cut to length: 4 prompts, 1,200 rows' compl" in text
-    assert "- evaluation: 20 rows\n" in text
+    assert "- evaluation: 20 pairs\n" in text
     assert "- hardware: 8 x A100 (processes: 8)\n- time: 2.0 h\n- software: torch 2.13.0\n" in text
     assert "not recorded" not in text
+
+
+def keys_of(text):
+    return re.findall(r"@\w+\{(\w+),", text)
+
+
+def test_a_sum_of_losses_with_what_is_added_to_it(tmp_path):
+    loss = {"sigmoid": 0.8, "bco_pair": 0.2}
+    more = {"dpo__nll_weight": 0.5, "dpo__nll_mean": "completions", "dpo__ld_alpha": 0.25, "dpo__wpo": True}
+    run = make_run(tmp_path / "run", dpo__loss_type=loss, dpo__options={"f_divergence": "js_divergence"}, **more)
+    _, text, data = card(run)
+    assert "| loss | 0.8 sigmoid + 0.2 bco_pair |\n| beta | 0.1 |\n| f divergence | js_divergence |\n" in text
+    assert (
+        "negative log-likelihood | 0.5, mean over completions |\n| LD-DPO, α | 0.25 |\n| WPO | pairs weighted" in text
+    )
+    assert "dpo" in data.tags
+    papers = ["jung2024binary", "wang2023beyond", "pang2024iterative", "liu2024length", "zhou2024wpo"]
+    assert keys_of(text) == ["rafailov2023direct", *papers, "cui2023ultrafeedback", "notus2023", "notus"]
+
+
+def test_a_loss_without_a_reference(tmp_path):
+    run = make_run(tmp_path / "run", dpo__loss_type="simpo", dpo__beta=2.5)
+    _, text, data = card(run)
+    assert "| loss | simpo |\n| reference model | none |\n| beta | 2.5 |\n| simpo gamma | " in text
+    assert "trained by preference optimization (simpo) on" in text
+    assert data.tags == ["notus", "simpo", "alignment", "preference-optimization"]
+    assert keys_of(text)[0] == "meng2024simpo"
+    assert "rafailov2023direct" not in text
+
+
+@pytest.mark.parametrize(
+    ("loss", "unit", "paper"),
+    [("lipo_lambda", "lists", "liu2024lipo"), ("kto", "labelled completions", "ethayarajh2024kto")],
+)
+def test_lists_and_labels_are_no_pairs(tmp_path, loss, unit, paper):
+    run = make_run(tmp_path / "run", dpo__loss_type=loss)
+    (run / "data.json").write_text(json.dumps({"train": {"rows": 1000}}))
+    line = {"step": 1, "rewards/kendall_tau": 0.25, "eval_rewards/top_1": 0.5}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    _, text, data = card(run)
+    assert f"by preference optimization ({loss}) with {unit} on" in text
+    assert f"- training: 1,000 {unit}\n" in text
+    assert f"| {unit} per step | 4 |\n" in text
+    assert "| Kendall's τ of rewards and ratings, training | 0.25 (step 1) |" in text
+    assert "| top-1 accuracy of rewards, held-out | 0.5 (step 1) |" in text
+    assert loss.replace("_", "-") in data.tags
+    assert keys_of(text)[:2] == ["rafailov2023direct", paper]
+    assert "pairs" not in text.partition("## Citation")[0]
+
+
+def test_every_paper_of_the_registry_has_its_entry():
+    papers = {paper for loss in LOSSES.values() for paper in re.findall(r"\d{4}\.\d{5}", loss.source)}
+    for paper in sorted(papers):
+        (entry,) = citations([paper])
+        assert "title = " in entry, paper
+        assert f"https://arxiv.org/abs/{paper}}}" in entry
+    assert citations(["9999.99999"]) == ["@misc{arxiv9999.99999,\n  url = {https://arxiv.org/abs/9999.99999}\n}"]
+
+
+def test_a_run_of_an_early_version_has_its_card(tmp_path):
+    run = make_run(tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    kept = ("beta", "loss_type", "label_smoothing", "nll_weight")
+    start, end = text.index("dpo:\n"), text.index("reference:\n")
+    lines = [line for line in text[start:end].splitlines() if line.strip().startswith((*kept, "dpo:"))]
+    (run / "config.yaml").write_text(text[:start] + "\n".join(lines) + "\n" + text[end:])
+    assert "| loss | sigmoid |\n| beta | 0.1 |\n" in card(run)[1]
+
+
+def test_a_loss_that_this_version_lacks_is_named(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("loss_type: sigmoid", "loss_type: sigmoidal"))
+    assert "config.yaml: loss_type 'sigmoidal' does not exist" in refused(capsys, run, "--output", "-")
 
 
 def figures(*found):

@@ -178,7 +178,7 @@ def test_screen_readers_are_told(show):
     assert page.execute_script("return document.documentElement.lang") == "en"
     label = page.execute_script("return document.getElementById('loss-dpo-plot').getAttribute('aria-label')")
     assert label == (
-        "DPO loss. train: from 0.6931 at step 1 to 0.1031 at step 60. "
+        "Preference loss. train: from 0.6931 at step 1 to 0.1031 at step 60. "
         "held-out: from 0.58 at step 20 to 0.54 at step 60."
     )
     levels = page.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => Number(e.tagName[1]))")
