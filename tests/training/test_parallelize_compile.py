@@ -152,6 +152,7 @@ def test_compiled_is_eager_and_other_rows_do_not_compile_again(
     assert len(compiler.forward) == graphs + 1  # without gradients, once more
 
 
+@pytest.mark.slow
 def test_lists_of_different_length_do_not_compile_again(
     compiler: _Compiler, tmp_path: Path, device: torch.device
 ) -> None:
