@@ -114,8 +114,7 @@ def tiles(runs: Sequence[Run]) -> dict[str, list[tuple[int, str, str]]]:
             "Reward margin": _latest(run, "rewards/margins"),
             "Loss": _loss(run),
             "KL": _kl(run),
-            "Throughput": _over(run, np.nanmedian, "pairs_per_second", "pairs/s, median")
-            or _over(run, np.nanmedian, "lists_per_second", "lists/s, median")
+            "Throughput": _over(run, np.nanmedian, "pairs_per_second", f"{run.unit.split()[-1]}/s, median")
             or _over(run, np.nanmedian, "examples_per_second", "examples/s, median"),
             "Peak memory": _over(run, np.nanmax, "system/gpu_memory_gib", "GiB of a GPU")
             or _over(run, np.nanmax, "system/host_memory_gib", "GiB of the host"),
