@@ -175,44 +175,44 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 # ---- the table ----
 
-HEADS = (
-    "loss", "β", "right answers", "chosen, nats per token", "rejected, nats per token", "reward accuracy",
-    "margin, nats",
-)  # fmt: skip
+HEADS = ("loss", "β", "right answers, %", "reward accuracy, %", "margin, nats", "chosen, nats per token")
 _MEASURES = (
     ("win_rate", 100, ".1f"),
-    ("chosen_change", 1, "+.2f"),
-    ("rejected_change", 1, "+.2f"),
     ("reward_accuracy", 100, ".1f"),
     ("margin", 1, ".2f"),
+    ("chosen_change", 1, "+.2f"),
 )
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table in Markdown, under a line that says what ran."""
+    """The table in Markdown, under a line that says what ran; a cell has the figures at both β."""
     size, seeds = results["size"], results["seeds"]
     start, half = over_seeds([100 * seed["start"]["win_rate"] for seed in seeds])
-    rows = [
-        [loss["name"], f"{beta:g}", *_cells(seeds, loss["name"], beta)]
-        for loss in results["losses"]
-        for beta in loss["betas"]
-    ]
     return "\n".join(
         [
             f"Seeds {', '.join(str(seed['seed']) for seed in seeds)}; {size['steps']} steps of "
             f"{results['recipes']['dpo']['batch_size']} prompts, {size['held_out']:,} held-out prompts; mean ± half of "
             f"Student's 95% interval over the seeds. The start answers {_figure(start, half, '.1f')}% right.",
             "",
-            markdown(HEADS, rows, "--:"),
+            markdown(HEADS, [_row(seeds, loss["name"], loss["betas"]) for loss in results["losses"]], "--:"),
         ]
     )
 
 
-def _cells(seeds: Sequence[dict[str, Any]], name: str, beta: float) -> list[str]:
+def _row(seeds: Sequence[dict[str, Any]], name: str, betas: Sequence[float]) -> list[str]:
+    columns = zip(*(_figures(seeds, name, beta) for beta in betas), strict=True)
+    return [
+        f"`{name}`" if name in LOSSES else name,
+        " / ".join(f"{beta:g}" for beta in betas),
+        *map(" / ".join, columns),
+    ]
+
+
+def _figures(seeds: Sequence[dict[str, Any]], name: str, beta: float) -> list[str]:
+    """Each measure of a loss at a β over the seeds."""
     runs = [run for seed in seeds for run in seed["runs"] if (run["loss"], run["beta"]) == (name, beta)]
-    failed = [run for run in runs if "failed" in run]
-    if failed:
-        return [f"not finite with {len(failed)} of {len(runs)} seeds", *[""] * (len(_MEASURES) - 1)]
+    if any("failed" in run for run in runs):
+        return ["not finite"] * len(_MEASURES)
     return [_figure(*over_seeds([scale * run[key] for run in runs]), form) for key, scale, form in _MEASURES]
 
 

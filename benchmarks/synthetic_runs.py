@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from notus import demo
 from notus.config import Task, config_from_dict
 from notus.curation import synthetic
 from notus.curation.ultrafeedback import Report, curate
+from notus.losses import loss_components
 from notus.runtime.files import write_text
 
 Rows = list[dict[str, Any]]
@@ -184,7 +185,7 @@ def loss_run(
         "model": {"name_or_path": str(start / "run" / "model")},
         "data": {"cache_dir": str(start / "cache")},
         "dpo": dpo,
-        "reference": {"cache_dir": str(start / "reference")},
+        "reference": {"cache_dir": str(start / "reference")} if has_reference(dpo) else {},
         "tracking": {"samples": 0},
         "training": recipe,
     }
@@ -210,6 +211,11 @@ def loss_run(
     return kept_run(folder, inputs, make)
 
 
+def has_reference(dpo: Mapping[str, Any]) -> bool:
+    """Whether a loss of a `dpo` section compares with a reference model."""
+    return any(loss.reference for loss in loss_components(dpo["loss_type"]))
+
+
 def moved(folder: Path, start: Path, data: Data) -> dict[str, float]:
     """How log-probs of the right answers and the usual mistakes stand against the start's; means over held-out pairs.
 
@@ -228,7 +234,7 @@ def scores(folder: Path, data: Data, base: Path | None = None) -> dict[str, Any]
     """What `notus evaluate` finds for a run on the held-out pairs; the start's are kept, as every run needs them."""
     from notus.__main__ import run_command
 
-    pairs, out = folder / "held-out-pairs.jsonl", folder / "evaluation.json"
+    pairs, out = (base or folder) / "held-out-pairs.jsonl", folder / "evaluation.json"
     if base is not None or not out.exists():
         pairs.write_text(json_lines([right_against_mistake(prompt) for prompt in data.held_out]))
         against = [] if base is None else ["--base", base / "run" / "model", "--beta", 1]

@@ -21,6 +21,7 @@ which options it takes. Config checks, error messages and docs are made from the
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -178,9 +179,8 @@ def dpo_loss(
         "rejected_ratings": rejected_ratings,
     }
     _check_tensors(**tensors)
-    needed = ["policy", *["reference"] * loss.reference, *["lengths"] * loss.per_token, *["ratings"] * loss.ratings]
     for name, tensor in tensors.items():
-        if tensor is None and any(need in name for need in needed):
+        if tensor is None and _needs(loss, name):
             raise ValueError(f"loss_type {loss.name!r} needs {name}")
         if tensor is not None and "reference" in name and not loss.reference:
             raise ValueError(f"loss_type {loss.name!r} has no reference: give None as {name}")
@@ -194,6 +194,12 @@ def dpo_loss(
         ratings=_stacked(chosen_ratings, rejected_ratings),
     )
     return losses, rewards[:, 0], rewards[:, 1]
+
+
+def _needs(loss: Loss, name: str) -> bool:
+    """Whether a loss of pairs needs the tensor with this name in `dpo_loss`."""
+    needs = {"policy": True, "reference": loss.reference, "lengths": loss.per_token, "ratings": loss.ratings}
+    return next(needed for part, needed in needs.items() if part in name)
 
 
 def _stacked(chosen: Tensor | None, rejected: Tensor | None) -> Tensor | None:
@@ -537,7 +543,7 @@ def ipo_loss(mean_c: Tensor, mean_r: Tensor, beta: float) -> Tensor:
 def cal_dpo_loss(c: Tensor, r: Tensor, beta: float, cal_weight: float = 0.5) -> Tensor:
     """Cal-DPO, 2412.14516: -ls(c - r), without β, + w · SPPO's regression of c on 1/(2β) and r on -1/(2β).
 
-    The paper's equation has w = 1; the authors' code, which is the default here, w = 1/2.
+    The paper's equation has w = 1; of the authors' two repositories one has 1, the other 1/2, the default here.
     ∂L/∂c = -σ(r - c) + 2w (c - 1/(2β)), ∂L/∂r = σ(r - c) + 2w (r + 1/(2β)).
     """
     return -logsigmoid(c - r) + cal_weight * sppo_hard_loss(c, r, beta)
@@ -604,8 +610,8 @@ class _Lists:
 
     @property
     def worse(self) -> Tensor:
-        """[B, K, K], whether j is rated lower than k."""
-        return self.others & (self.ratings.unsqueeze(1) < self.ratings.unsqueeze(2))
+        """[B, K, K], whether j is rated lower than k; true of NaN, so that it reaches the loss."""
+        return self.others & ~(self.ratings.unsqueeze(1) >= self.ratings.unsqueeze(2))
 
     @property
     def tied(self) -> Tensor:
@@ -653,8 +659,8 @@ def plackett_luce_loss(
     """
     lists = _Lists.of(policy_logps, reference_logps, beta, ratings, mask)
     worse, tied = lists.worse, lists.tied
-    gone = tied.tril().sum(2) / (1 + tied.sum(2))
-    log_left = torch.log1p(-gone.to(policy_logps.dtype))
+    gone = tied.tril().sum(2).to(lists.gaps.dtype) / (1 + tied.sum(2))
+    log_left = torch.log1p(-gone)
     # log(w + w Σ_tied e^gap + Σ_worse e^gap), with w = 1 - i/m taken out of the sum
     gaps = lists.gaps - log_left.unsqueeze(2) * worse
     return (log_left + _choice_loss(gaps, worse | tied)).sum(1)
@@ -746,8 +752,8 @@ def nca_loss(
     """
     lists = _Lists.of(policy_logps, reference_logps, beta, ratings, mask)
     target = _target(lists, ratings is not None, rating_scale)
-    noise = lists.mask / lists.mask.sum(1, keepdim=True).clamp(min=1)
     rewards = beta * lists.log_ratios
+    noise = lists.mask.to(rewards.dtype) / lists.mask.sum(1, keepdim=True).clamp(min=1)
     return -(target * logsigmoid(rewards) + noise * logsigmoid(-rewards)).sum(1)
 
 
@@ -895,7 +901,7 @@ def wpo_weights(token_logps: Tensor, log_collision: Tensor, lengths: Tensor) -> 
 
 def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """[M] values, in segments of `lengths` [N]: their sums [N]."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0)
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0, unsafe=True)  # no wait for the device
 
 
 # ---- the registry ----
@@ -1027,7 +1033,128 @@ def resolve_options(loss: Loss, beta: float, options: Mapping[str, OptionValue])
     return found
 
 
-# ---- checks ----
+# ---- hold yours against it ----
+
+# Fractions with few binary digits: in fp32, too, differences of log-probs are exact, in whatever order they are taken.
+_CHECK_PAIR_COLUMNS = (
+    "policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps",
+    "chosen_lengths", "rejected_lengths", "chosen_ratings", "rejected_ratings",
+)  # fmt: skip
+_CHECK_PAIRS = (
+    (-40.0, -55.5, -42.25, -50.75, 20, 31, 5.0, 2.0),  # learned
+    (-60.5, -38.0, -52.75, -41.25, 25, 16, 4.0, 3.5),  # still wrong
+    (-12.25, -90.0, -12.25, -90.0, 7, 64, 3.0, 1.0),  # the first step: policy and reference are one
+    (-33.0, -33.0, -35.5, -30.5, 11, 11, 4.0, 4.0),  # rated alike
+    (-210.0, -180.0, -204.75, -150.0, 128, 96, 9.0, 2.0),  # both less likely than before
+    (-8.5, -9.75, -21.0, -30.0, 5, 6, 2.0, 1.75),  # both more likely
+    (-0.25, -6.0, -1.5, -2.0, 1, 3, 5.0, 1.0),  # a single token, almost certain
+    (-99.0, -0.5, -98.5, -0.75, 400, 2, 4.0, 3.0),  # lengths far apart
+    (-250.0, -1750.0, -1250.0, -750.0, 300, 320, 5.0, 1.0),  # 1,000 nats apart on each side
+    (-1250.0, -750.0, -250.0, -1750.0, 310, 290, 5.0, 1.0),
+    (-500.0, -10500.0, -10500.0, -500.0, 600, 610, 5.0, 1.0),  # 10,000 nats
+    (-10500.0, -500.0, -500.0, -10500.0, 590, 620, 5.0, 1.0),
+)
+_CHECK_LISTS = (  # log-probs of policy, of reference; ratings; 0 for a column that holds no completion
+    ((-40.0, -55.5, -31.0, -72.25), (-42.25, -50.75, -33.5, -70.0), (5.0, 4.0, 2.0, 1.0), (1, 1, 1, 1)),
+    ((-38.0, -60.5, -44.0, -20.75), (-41.25, -52.75, -40.5, -26.0), (4.5, 3.0, 3.0, 2.0), (1, 1, 1, 1)),  # a tie
+    ((-12.25, -90.0, -33.0, -8.0), (-12.25, -90.0, -33.0, -8.0), (5.0, 3.5, 2.5, 1.0), (1, 1, 1, 1)),  # the first step
+    ((-15.0, -25.5, -50.0, -1.0), (-18.0, -22.25, -44.5, -9.0), (3.0, 2.0, 1.0, 0.0), (1, 1, 1, 0)),
+    ((-60.0, -45.75, -2.0, -3.0), (-52.5, -49.0, -7.0, -1.0), (4.0, 1.0, 0.0, 0.0), (1, 1, 0, 0)),
+    ((-30.0, -28.5, -35.0, -31.25), (-33.0, -30.0, -31.0, -31.0), (4.0, 4.0, 4.0, 1.0), (1, 1, 1, 1)),  # a tie of three
+    ((-500.0, -10500.0, -250.0, -1750.0), (-10500.0, -500.0, -1250.0, -750.0), (5.0, 4.0, 3.0, 2.0), (1, 1, 1, 1)),
+    ((-10500.0, -500.0, -1250.0, -750.0), (-500.0, -10500.0, -250.0, -1750.0), (5.0, 4.0, 3.0, 2.0), (1, 1, 1, 1)),
+)  # fmt: skip
+_CHECK_LABELS = (  # log-probs of policy, of reference; whether the completion is good
+    (-40.0, -42.25, True), (-55.5, -50.75, False), (-60.5, -52.75, True), (-38.0, -41.25, False),
+    (-12.25, -12.25, True), (-90.0, -90.0, False), (-250.0, -1250.0, True), (-250.0, -1250.0, False),
+    (-1250.0, -250.0, True), (-500.0, -10500.0, True), (-10500.0, -500.0, True),
+    (-500.0, -10500.0, False), (-10500.0, -500.0, False),
+)  # fmt: skip
+_CHECK_SHIFT = 0.75
+_CHECK_TOLERANCES = {torch.float64: (1e-9, 1e-11), torch.float32: (2e-5, 2e-6)}
+
+
+def check(my_loss: Callable[..., Any], name: str, *, beta: float = 0.1, **options: OptionValue) -> None:
+    """Hold a loss of yours against the one here: values and gradients on built-in inputs, in fp64 and in fp32.
+
+    Among the inputs are log-ratios of ±10,000, a policy that equals its reference, ties and lists of different K.
+
+        check(lambda *logps: my_dpo_loss(*logps, beta=0.1), "sigmoid", beta=0.1)
+
+    Args:
+        my_loss: returns losses [B], or a tuple that starts with them; or one number, their sum or mean: then it is
+            called on each row alone. It sets β and options itself, and is called with these tensors:
+
+            - pairs: `(policy_chosen, policy_rejected, reference_chosen, reference_rejected)`, log-probs [B] as in
+              `dpo_loss`, only the first two for a loss without a reference; by keyword `chosen_lengths`,
+              `rejected_lengths` for a loss per token and `chosen_ratings`, `rejected_ratings` for one that needs them.
+            - lists: `(policy, reference, ratings=..., mask=...)`, [B, K] as in `list_loss`.
+            - labels: `(policy, reference, labels, shift=...)`, [B] and a scalar as in `label_loss`.
+        name: of the loss here.
+        beta: β of the loss here.
+        options: its further options.
+
+    Raises:
+        AssertionError: it differs; the text has the first difference and its input.
+        ValueError: an unknown loss, an option out of range or without meaning for it.
+    """
+    loss = find_loss(name)
+    keywords: dict[str, Any] = {"beta": beta, **resolve_options(loss, beta, options)}
+    ours: Callable[..., Any] = loss.function
+    if loss.rows == "pairs":
+        ours, keywords = dpo_loss, {"beta": beta, "loss_type": name, **options}
+        if not loss.reference:
+            keywords |= {"reference_chosen_logps": None, "reference_rejected_logps": None}
+    ours = functools.partial(ours, **keywords)
+    for dtype, (rtol, atol) in _CHECK_TOLERANCES.items():
+        inputs = _check_inputs(loss, dtype)
+        expected, found = _evaluate(ours, inputs), _evaluate(my_loss, inputs)
+        for what, values in expected.items():
+            differs = ~torch.isclose(found[what], values, rtol, atol).reshape(len(values), -1).all(1)
+            if differs.any():
+                row = int(differs.nonzero()[0])
+                given = ", ".join(f"{key}={tensor[row].tolist()}" for key, tensor in inputs.items() if tensor.ndim)
+                raise AssertionError(
+                    f"{name} in {dtype}: {what} of input {row} is {found[what][row].tolist()}, not "
+                    f"{values[row].tolist()}, at beta={beta}, {given}"
+                )
+
+
+def _check_inputs(loss: Loss, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that a loss is called with, by the names of its arguments here."""
+    if loss.rows == "lists":
+        policy, reference, ratings, mask = torch.tensor(_CHECK_LISTS, dtype=dtype).unbind(1)
+        return {"policy_logps": policy, "reference_logps": reference, "ratings": ratings, "mask": mask.bool()}
+    if loss.rows == "labels":
+        policy, reference, labels = torch.tensor(_CHECK_LABELS, dtype=dtype).unbind(1)
+        shift = torch.tensor(_CHECK_SHIFT, dtype=dtype)
+        return {"policy_logps": policy, "reference_logps": reference, "labels": labels.bool(), "shift": shift}
+    columns = zip(_CHECK_PAIR_COLUMNS, torch.tensor(_CHECK_PAIRS, dtype=dtype).unbind(1), strict=True)
+    return {name: column for name, column in columns if _needs(loss, name)}
+
+
+def _evaluate(function: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses [B] of a function and their gradients by the policy's log-probs."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items() if "policy" in name}
+    by_place = [leaves.get(name, tensor) for name, tensor in inputs.items() if "logps" in name or name == "labels"]
+    by_name = {name: tensor for name, tensor in inputs.items() if not ("logps" in name or name == "labels")}
+
+    def call(rows: slice) -> Tensor:
+        keywords = {name: tensor[rows] if tensor.ndim else tensor for name, tensor in by_name.items()}
+        result = function(*(tensor[rows] for tensor in by_place), **keywords)
+        losses: Tensor = result[0] if isinstance(result, tuple | list) else result
+        return losses
+
+    losses, count = call(slice(None)), len(by_place[0])
+    if losses.ndim == 0:
+        losses = torch.stack([call(slice(row, row + 1)) for row in range(count)])
+    assert losses.shape == (count,), f"{count} rows must have losses of shape [{count}], not {list(losses.shape)}"
+    assert losses.requires_grad, "the losses have no gradient: they were computed from detached log-probs"
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+    return {"the loss": losses.detach()} | {f"the gradient by {k}": g for k, g in zip(leaves, gradients, strict=True)}
+
+
+# ---- validation ----
 
 
 def _check_beta(beta: float) -> None:

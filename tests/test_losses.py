@@ -1,5 +1,6 @@
-"""Each loss: hand-worked values, a plain fp64 expression and its gradients, TRL's own code, extremes, mistakes."""
+"""Each loss of pairs: hand-worked values, a plain expression, TRL's own code, extremes; and mistakes of every kind."""
 
+import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from notus.losses import LOSSES, dpo_loss, nll_loss
+from notus.losses import LOSSES, dpo_loss, f_divergence_map, find_loss, label_loss, list_loss, nll_loss, resolve_options
 
-# the losses of pairs that these tests know
-LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.rows == "pairs"]
+# those that TRL's DPO trainer has under the same name
+TRL_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
               "apo_zero", "apo_down", "discopop")  # fmt: skip
 
 LN3, LN9 = math.log(3), math.log(9)
 
 # Beta is 0.1, c = 10 ln 3 and r = -10 ln 3. So the rewards are ln 3 and -ln 3, with sigmoids 3/4 and 1/4, and
-# the margin is ln 9, with the sigmoid 9/10. Completion lengths are 10 and 5: per token, ln 3 and -2 ln 3.
+# the margin is ln 9, with the sigmoid 9/10. Completion lengths are 10 and 5: per token, ln 3 and -2 ln 3. The chosen
+# completion is rated 5, the rejected one 2. Without a reference, these are the log-probs themselves.
 # One column for these pairs, one for the same with chosen and rejected (and their lengths) swapped.
 BY_HAND = [
     ("sigmoid", 0.0, -math.log(0.9), -math.log(0.1)),
@@ -36,6 +39,13 @@ BY_HAND = [
     ("sppo_hard", 0.0, 2 * (10 * LN3 - 5) ** 2, 2 * (10 * LN3 + 5) ** 2),
     ("apo_zero", 0.0, 1 / 2, 3 / 2),
     ("apo_down", 0.0, 3 / 4 + 1 / 10, 1 / 4 + 9 / 10),
+    ("ipo_sum", 0.0, (20 * LN3 - 5) ** 2, (-20 * LN3 - 5) ** 2),
+    ("dpop", 0.0, -math.log(0.9), math.log(1 + 9 * 3**50)),  # swapped, the margin is less by 50 ln 3
+    ("odpo", 0.0, math.log(1 + 3 / 9), math.log(1 + 3 * 9)),  # the margin is less by ln 3
+    ("cal_dpo", 0.0, math.log(1 + 3**-20) + (10 * LN3 - 5) ** 2, math.log(1 + 3**20) + (10 * LN3 + 5) ** 2),
+    ("cpo", 0.2, -0.8 * math.log(0.9) - 0.2 * math.log(0.1), -0.8 * math.log(0.1) - 0.2 * math.log(0.9)),
+    ("slic", 0.0, 0.0, 1 + LN9),
+    ("simpo", 0.0, math.log(1 + math.exp(0.5) * 3**-0.3), math.log(1 + math.exp(0.5) * 3**0.3)),
     ("discopop", 0.0, (-math.log(0.9) + 9**20 / 9) / (1 + 9**20), (-math.log(0.1) * 9**20 + 9) / (1 + 9**20)),
 ]  # fmt: skip
 
@@ -45,19 +55,16 @@ def smoothing_for(loss_type: str) -> float:
 
 
 def loss_of(c: Tensor, r: Tensor, loss_type: str, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-    """`dpo_loss` of log-ratios, on references that are not zero."""
-    reference_chosen, reference_rejected = torch.full_like(c, -4.0), torch.full_like(r, -8.0)
+    """`dpo_loss` of log-ratios, on references that are not zero; or of log-probs, for a loss without a reference."""
+    reference: tuple[Tensor | None, Tensor | None] = (None, None)
+    if LOSSES[loss_type].reference:
+        reference = (torch.full_like(c, -4.0), torch.full_like(r, -8.0))
+        c, r = c + reference[0], r + reference[1]
     options.setdefault("label_smoothing", smoothing_for(loss_type))
     options.setdefault("chosen_lengths", torch.full(c.shape, 10))
     options.setdefault("rejected_lengths", torch.full(r.shape, 5))
-    return dpo_loss(
-        c + reference_chosen,
-        r + reference_rejected,
-        reference_chosen,
-        reference_rejected,
-        loss_type=loss_type,
-        **options,
-    )
+    ratings = {"chosen_ratings": torch.full_like(c, 5.0), "rejected_ratings": torch.full_like(r, 2.0)}
+    return dpo_loss(c, r, *reference, loss_type=loss_type, **ratings, **options)
 
 
 @pytest.mark.parametrize(("loss_type", "smoothing", "expected", "expected_swapped"), BY_HAND)
@@ -68,22 +75,43 @@ def test_hand_worked_values(loss_type: str, smoothing: float, expected: float, e
         c, -c, loss_type, label_smoothing=smoothing, chosen_lengths=lengths, rejected_lengths=lengths.flip(0)
     )
     torch.testing.assert_close(found, torch.tensor([expected, expected_swapped], dtype=torch.float64))
+    if loss_type == "simpo":  # its rewards are per token
+        chosen_rewards, rejected_rewards = chosen_rewards * lengths, rejected_rewards * lengths.flip(0)
     torch.testing.assert_close(chosen_rewards, torch.tensor([LN3, -LN3], dtype=torch.float64))
     torch.testing.assert_close(rejected_rewards, torch.tensor([-LN3, LN3], dtype=torch.float64))
 
 
-def test_every_loss_has_a_hand_worked_value() -> None:
-    assert {row[0] for row in BY_HAND} == set(LOSS_TYPES)
+def test_orpo_by_hand() -> None:
+    # chosen: probability 1/2 per token, odds 1; rejected: 1/4, odds 1/3. The ratio of odds is 3, its sigmoid 3/4.
+    half, quarter = torch.tensor([-10 * math.log(2)]), torch.tensor([-5 * math.log(4)])
+    ten, five = torch.tensor([10]), torch.tensor([5])
+    found, chosen, rejected = dpo_loss(
+        half, quarter, None, None, beta=0.2, loss_type="orpo", chosen_lengths=ten, rejected_lengths=five
+    )
+    torch.testing.assert_close(found, torch.tensor([-0.2 * math.log(3 / 4)]))
+    torch.testing.assert_close(chosen, torch.tensor([-0.2 * math.log(2)]))
+    torch.testing.assert_close(rejected, torch.tensor([-0.2 * math.log(4)]))
+    found, _, _ = dpo_loss(
+        quarter, half, None, None, beta=0.2, loss_type="orpo", chosen_lengths=five, rejected_lengths=ten
+    )
+    torch.testing.assert_close(found, torch.tensor([-0.2 * math.log(1 / 4)]))
+
+
+def test_every_loss_of_pairs_has_a_hand_worked_value() -> None:
+    assert {row[0] for row in BY_HAND} | {"orpo"} == set(PAIR_LOSSES)
 
 
 def plain(loss_type: str) -> Callable[..., Tensor]:
-    """The loss in plain exponentials and logarithms, of (c, r, beta, smoothing, n_c, n_r)."""
+    """The loss in plain exponentials and logarithms, of (c, r, beta, smoothing, n_c, n_r); rated 5 and 2."""
 
     def sig(x: Tensor) -> Tensor:
         return 1 / (1 + torch.exp(-x))
 
     def log_sig(x: Tensor) -> Tensor:
         return torch.log(sig(x))
+
+    def odds(x: Tensor) -> Tensor:
+        return torch.exp(x) / (1 - torch.exp(x))
 
     def discopop(c: Tensor, r: Tensor, b: float, *_: object) -> Tensor:
         m = sig(b * (c - r) / 0.05)
@@ -106,34 +134,39 @@ def plain(loss_type: str) -> Callable[..., Tensor]:
         "apo_zero": lambda c, r, b, *_: 1 - sig(b * c) + sig(b * r),
         "apo_down": lambda c, r, b, *_: sig(b * c) + 1 - sig(b * (c - r)),
         "discopop": discopop,
+        "ipo_sum": lambda c, r, b, *_: (c - r - 0.5 / b) ** 2,
+        "dpop": lambda c, r, b, *_: -log_sig(b * (c - r - 2 * (-c).clamp(min=0))),
+        "odpo": lambda c, r, b, *_: torch.log(1 + 3 * torch.exp(-b * (c - r))),
+        "cal_dpo": lambda c, r, b, *_: -log_sig(c - r) + ((c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2) / 2,
+        "cpo": lambda c, r, b, e, *_: -(1 - e) * log_sig(b * (c - r)) - e * log_sig(b * (r - c)),
+        "slic": lambda c, r, b, *_: (1 - b * c + b * r).clamp(min=0),
+        "simpo": lambda c, r, b, e, n, m: (
+            -(1 - e) * log_sig(b * c / n - b * r / m - 0.5) - e * log_sig(b * r / m - b * c / n + 0.5)
+        ),
+        "orpo": lambda c, r, b, e, n, m: -b * torch.log(odds(c / n) / (odds(c / n) + odds(r / m))),
     }[loss_type]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 def test_values_and_gradients_equal_the_plain_expression(loss_type: str, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     ratios = torch.randn(2, 64, generator=generator, dtype=torch.float64) * 8
     lengths = torch.randint(1, 40, (2, 64), generator=generator)
     smoothing = 0.2 if LOSSES[loss_type].option("label_smoothing") else 0.0
+    penalty = {"dpop_lambda": 2.0} if loss_type == "dpop" else {}  # at 50, the plain expression overflows
+    if not LOSSES[loss_type].reference:
+        ratios = -0.1 - ratios.abs()  # log-probs
 
     exact = ratios.clone().requires_grad_()
     expected = plain(loss_type)(exact[0], exact[1], 0.3, smoothing, lengths[0], lengths[1])
     (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
 
     given = ratios.to(dtype).requires_grad_()
-    reference = torch.zeros(64, dtype=dtype)
-    found, _, _ = dpo_loss(
-        given[0],
-        given[1],
-        reference,
-        reference,
-        beta=0.3,
-        loss_type=loss_type,
-        label_smoothing=smoothing,
-        chosen_lengths=lengths[0],
-        rejected_lengths=lengths[1],
-    )
+    found, _, _ = loss_of(
+        given[0], given[1], loss_type, beta=0.3, label_smoothing=smoothing, chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1], **penalty,
+    )  # fmt: skip
     (gradient,) = torch.autograd.grad(found.sum(), given)
     assert found.dtype == gradient.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
@@ -160,7 +193,7 @@ def trl_loss(
     return trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSSES)
 def test_values_and_gradients_equal_those_of_trl(loss_type: str) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 12, (8,), generator=generator)
@@ -196,10 +229,17 @@ EXTREMES = {
     "apo_zero": (2.0, 0.0),
     "apo_down": (1.0, 1.0),
     "discopop": (1e4, 0.0),
+    "ipo_sum": (10000.5**2, 9999.5**2),
+    "dpop": (1e4 + 50 * 5e3, 0.0),
+    "odpo": (1e4 + LN3, 0.0),
+    "cal_dpo": (1e4 + 5000.5**2, 4999.5**2),
+    "cpo": (1e4, 0.0),
+    "slic": (1e4 + 1, 0.0),
+    "simpo": (1.5e3 + 0.5, 0.0),
 }
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", [name for name in PAIR_LOSSES if name != "orpo"])
 def test_far_from_the_reference_values_and_gradients_are_finite_and_right(loss_type: str) -> None:
     c = torch.tensor([-5e3, 5e3], requires_grad=True)
     found, _, _ = loss_of(c, -c, loss_type, beta=1.0)
@@ -208,10 +248,22 @@ def test_far_from_the_reference_values_and_gradients_are_finite_and_right(loss_t
     assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_orpo_stays_finite_where_a_completion_is_certain_or_impossible() -> None:
+    logps = torch.tensor([0.0, -1e4], requires_grad=True)  # the log-odds of a certain completion are -log(ε)
+    one = torch.ones(2)
+    found, _, _ = dpo_loss(
+        logps, logps.flip(0), None, None, beta=0.5, loss_type="orpo", chosen_lengths=one, rejected_lengths=one
+    )
+    epsilon = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.5 * (1e4 - math.log(epsilon))]))
+    (gradient,) = torch.autograd.grad(found.sum(), logps)
+    torch.testing.assert_close(gradient, torch.tensor([0.5 / epsilon, -0.5]))  # the second pair pulls both back
+
+
+@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
 def test_rewards_are_detached_and_pairs_do_not_touch_each_other(loss_type: str) -> None:
-    c = torch.tensor([3.0, -20.0, 0.5], requires_grad=True)
-    r = torch.tensor([-2.0, 40.0, 0.5])
+    c = torch.tensor([-3.0, -20.0, -0.5], requires_grad=True)
+    r = torch.tensor([-2.0, -40.0, -0.5])
     found, chosen, rejected = loss_of(c, r, loss_type)
     assert found.requires_grad
     assert not chosen.requires_grad
@@ -225,6 +277,13 @@ def test_nll_sums_to_the_mean_over_the_tokens_of_the_step() -> None:
     first, second = (torch.tensor([-2.0, -10.0]), torch.tensor([-6.0]))  # 1 + 5 tokens, and 3 in another micro-batch
     found = nll_loss(first, 9).sum() + nll_loss(second, 9).sum()
     torch.testing.assert_close(found, torch.tensor(18 / 9))
+
+
+def test_nll_over_completions_is_a_mean_of_each() -> None:
+    found = nll_loss(torch.tensor([-2.0, -10.0, -6.0]), torch.tensor([1, 5, 3]))
+    torch.testing.assert_close(found, torch.tensor([2.0, 2.0, 2.0]))
+    with pytest.raises(ValueError, match="one shape"):
+        nll_loss(torch.zeros(2), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +302,17 @@ def test_nll_sums_to_the_mean_over_the_tokens_of_the_step() -> None:
         ({"loss_type": "ipo"}, "'ipo' needs chosen_lengths"),
         ({"loss_type": "sigmoid_norm", "chosen_lengths": torch.ones(2)}, "needs rejected_lengths"),
         ({"loss_type": "ipo", "chosen_lengths": torch.ones(2), "rejected_lengths": torch.ones(1)}, "one shape"),
+        ({"loss_type": "odpo"}, "'odpo' needs chosen_ratings"),
+        ({"loss_type": "cpo"}, "'cpo' has no reference: give None as reference_chosen_logps"),
+        ({"loss_type": "plackett_luce"}, "'plackett_luce' is a loss of lists, not of pairs; use list_loss"),
+        ({"loss_type": "kto"}, "'kto' is a loss of labels, not of pairs; use label_loss"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma has no meaning for loss_type 'sigmoid'; leave it out, or use one of simpo"),
+        ({"gamma": 1.0}, "gamma has no meaning for loss_type 'sigmoid'.*the options are cal_weight, desirable_weight"),
+        ({"loss_type": "discopop", "discopop_tau": 1.0}, "discopop_tau must be above 0 and below 1"),
+        ({"f_divergence": "kl"}, "f_divergence must be one of reverse_kl, forward_kl"),
+        ({"f_alpha": 0.5}, "f_alpha has no effect unless f_divergence is alpha_divergence"),
+        ({"f_alpha": 0.0, "f_divergence": "alpha_divergence"}, "f_alpha must be above 0 and at most 1"),
+        ({"f_divergence": "forward_kl", "loss_type": "ipo_sum"}, "f_divergence has no meaning for loss_type 'ipo_sum'"),
     ],
 )
 def test_wrong_options_are_rejected(options: dict[str, object], message: str) -> None:
@@ -273,7 +343,78 @@ def test_shapes_that_would_broadcast_are_rejected() -> None:
         dpo_loss(torch.zeros(2), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if not LOSSES[name].option("label_smoothing")])
+@pytest.mark.parametrize("loss_type", [name for name in PAIR_LOSSES if not LOSSES[name].option("label_smoothing")])
 def test_label_smoothing_is_never_ignored(loss_type: str) -> None:
     with pytest.raises(ValueError, match="label_smoothing has no meaning"):
         loss_of(torch.zeros(1), torch.zeros(1), loss_type, label_smoothing=0.1)
+
+
+def test_a_missing_reference_is_named() -> None:
+    with pytest.raises(ValueError, match="'sigmoid' needs reference_chosen_logps"):
+        dpo_loss(torch.zeros(2), torch.zeros(2), None, None)
+
+
+def test_ratings_that_are_not_known_do_not_pass_unnoticed() -> None:
+    zero, one, nan = torch.zeros(1), torch.ones(1), torch.tensor([math.nan])
+    found, _, _ = dpo_loss(zero, zero, zero, zero, loss_type="odpo", chosen_ratings=nan, rejected_ratings=one)
+    assert found.isnan()
+    ratings = torch.tensor([[2.0, math.nan, 1.0], [3.0, 2.0, 1.0]])
+    for name, loss in LOSSES.items():
+        if loss.rows == "lists":
+            found, _ = list_loss(loss, torch.zeros(2, 3), torch.zeros(2, 3), beta=0.1, ratings=ratings)
+            assert found.isnan().tolist() == [True, False], name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("plackett_luce", {"policy": torch.zeros(2, 3).bfloat16()}, r"policy_logps is torch.bfloat16.*\.float\(\)"),
+        ("nca", {"ratings": torch.zeros(2, 3).half()}, "ratings is torch.float16"),
+        ("nca", {"ratings": None}, "'nca' needs ratings"),
+        ("all_pairs", {"mask": torch.ones(2, 2, dtype=torch.bool)}, r"one shape.*'mask': \(2, 2\)"),
+        ("all_pairs", {"policy": torch.zeros(2), "reference": torch.zeros(2), "ratings": None}, r"shape \[B, K\]"),
+        ("info_nca", {"beta": 0.0}, "beta must be a positive number"),
+        ("lipo_lambda", {"options": {"rating_scale": 0.0}}, "rating_scale must be above 0"),
+        (
+            "plackett_luce",
+            {"options": {"rating_scale": 1.0}},
+            "rating_scale has no meaning for loss_type",
+        ),
+        ("kto", {"shift": None}, "'kto' needs shift, its kl"),
+        ("bco", {"shift": None}, "'bco' needs shift, its running_mean"),
+        ("kto", {"labels": torch.ones(2)}, "labels must be bool, not torch.float32"),
+        ("kto", {"labels": torch.ones(2, 1, dtype=torch.bool)}, "one shape"),
+        ("bco", {"reference": torch.zeros(2).half()}, "reference_logps is torch.float16"),
+        ("kto", {"options": {"desirable_weight": -1.0}}, "desirable_weight must be above 0"),
+    ],
+)
+def test_mistakes_with_lists_and_labels(name: str, changes: dict[str, object], message: str) -> None:
+    loss, shape = find_loss(name), (2, 3) if LOSSES[name].rows == "lists" else (2,)
+    given = {"policy": torch.zeros(shape), "reference": torch.zeros(shape), "beta": 0.1}
+    if loss.rows == "lists":
+        given |= {"ratings": torch.zeros(shape)}
+    else:
+        given |= {"labels": torch.ones(2, dtype=torch.bool), "shift": torch.tensor(0.0)}
+    with pytest.raises(ValueError, match=message):
+        (list_loss if loss.rows == "lists" else label_loss)(loss, **given | changes)
+
+
+def test_beta_is_checked_without_the_registry_too() -> None:
+    with pytest.raises(ValueError, match="beta must be a positive number"):
+        LOSSES["plackett_luce"].function(torch.zeros(1, 2), torch.zeros(1, 2), beta=-1.0)
+    with pytest.raises(ValueError, match="beta must be a positive number"):
+        LOSSES["kto"].function(torch.zeros(1), torch.zeros(1), torch.tensor([True]), beta=math.nan)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_row_and_its_function_agree(name: str) -> None:
+    loss = LOSSES[name]
+    settings = resolve_options(loss, 0.1, {"label_smoothing": 0.1} if name == "exo_pair" else {})
+    assert set(settings) == {option.name for option in loss.options}
+    assert loss.function.__name__ == f"{name}_loss"
+    parameters = inspect.signature(loss.function).parameters
+    for option in loss.options:
+        if option.name in ("f_divergence", "f_alpha"):
+            assert inspect.signature(f_divergence_map).parameters[option.name].default == option.default
+        elif name != "exo_pair":
+            assert parameters[option.name].default == option.default

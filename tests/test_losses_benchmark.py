@@ -65,7 +65,10 @@ def test_a_run_is_kept_and_its_table_is_written(tmp_path: Path, monkeypatch: pyt
         assert len(run["right"]) == 16
     assert "not finite" in seed["runs"][3]["failed"]
     lines = out.with_suffix(".md").read_text().splitlines()
-    assert lines[-1].startswith("| ipo | 0.5 | not finite with 1 of 1 seeds |")
+    assert (
+        lines[-1]
+        == "| `ipo` | 0.1 / 0.5 | 0.0 / not finite | 50.0 / not finite | 0.00 / not finite | +0.00 / not finite |"
+    )
     again = tmp_path / "again.json"
     main([f"--stored={out}", f"--results={again}"])
     assert again.with_suffix(".md").read_text() == out.with_suffix(".md").read_text()
@@ -92,8 +95,10 @@ def test_the_table_by_hand() -> None:
     assert lines[0].startswith("Seeds 0, 1, 2; 7 steps of 32 prompts, 1,000 held-out prompts;")
     assert lines[0].endswith("The start answers 50.0 ± 0.0% right.")
     # mean 0.2, deviation 0.1, so 4.302653 * 0.1 / √3 = 0.248
-    assert lines[4] == "| sigmoid | 0.1 | 20.0 ± 24.8 | -0.20 ± 0.25 | +0.20 ± 0.25 | 20.0 ± 24.8 | 0.20 ± 0.25 |"
-    assert lines[5] == "| sigmoid | 0.5 | 25.0 ± 0.0 | -0.25 ± 0.00 | +0.25 ± 0.00 | 25.0 ± 0.0 | 0.25 ± 0.00 |"
+    assert lines[4] == (
+        "| `sigmoid` | 0.1 / 0.5 | 20.0 ± 24.8 / 25.0 ± 0.0 | 20.0 ± 24.8 / 25.0 ± 0.0 | 0.20 ± 0.25 / 0.25 ± 0.00 | "
+        "-0.20 ± 0.25 / -0.25 ± 0.00 |"
+    )
 
 
 def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
@@ -110,4 +115,4 @@ def test_rows_that_do_not_last_are_an_error(tmp_path: Path) -> None:
     data = make_data(Size(sft=4, preferences=40, held_out=4), 0)
     rows = write_rows("pairs", data, tmp_path)
     with pytest.raises(ValueError, match="do not last for 64"):
-        loss_run(tmp_path / "run", data, rows, {"beta": 0.1}, {**DPO, "max_steps": 2}, tmp_path)
+        loss_run(tmp_path / "run", data, rows, {"loss_type": "sigmoid", "beta": 0.1}, {**DPO, "max_steps": 2}, tmp_path)

@@ -137,3 +137,43 @@ def test_the_plot_is_the_same_each_time(tmp_path: Path) -> None:
         main([f"--stored={stored}", f"--plot={file}"])
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "ratings less overall score" in files[0].read_text()
+
+
+def test_pairs_against_lists_by_hand() -> None:
+    from ratings_vs_critique_report import list_table
+
+    def run(name: str, steps: int, tokens: int, rate: float) -> dict[str, Any]:
+        measured = {"win_rate": rate, "reward_accuracy": 0.5, "margin": 1.0, "chosen_change": -0.5}
+        return {"of_lists": 4, "name": name, "steps": steps, "tokens": tokens, **measured}
+
+    def runs(gain: float) -> list[dict[str, Any]]:
+        return [
+            run("pairs", 4, 1000, 0.5),
+            run("pairs, equal tokens", 5, 1250, 0.6),
+            run("plackett_luce", 4, 1260, 0.5 + gain),
+        ]
+
+    results = {
+        "size": {"held_out": 1000},
+        "recipes": {"dpo": {"batch_size": 32}},
+        "seeds": [
+            {"seed": seed, "start": 0.25, "prompts": 200, "runs": runs(gain)}
+            for seed, gain in enumerate([0.1, 0.2, 0.3])
+        ],
+    }
+    lines = list_table(results).splitlines()
+    assert lines[0].startswith("Seeds 0, 1, 2; 200, 200, 200 rated prompts, 32 in a step, 1,000 held-out prompts;")
+    assert lines[4] == "| 4 | pairs | 4 | 1,000 | 50.0% |  |  |  | 50.0% | 1.00 | -0.500 |"
+    assert lines[5].startswith("| 4 | pairs, equal tokens | 5 | 1,250 | 60.0% | +10.0 ± 0.0 | +10.0, +10.0, +10.0 |  |")
+    # gains of 10, 20, 30 points: mean 20, deviation 10, so 4.302653 * 10 / √3 = 24.8
+    assert lines[6].startswith(
+        "| 4 | plackett_luce | 4 | 1,260 | 70.0% | +20.0 ± 24.8 | +10.0, +20.0, +30.0 | +10.0 ± 24.8 |"
+    )
+
+
+def test_a_plot_of_lists_is_refused(tmp_path: Path) -> None:
+    from ratings_vs_critique import main
+
+    with pytest.raises(ValueError, match="--plot has no effect with --lists"):
+        main(["--lists", f"--plot={tmp_path / 'plot.svg'}", f"--work={tmp_path / 'work'}"])
+    assert not (tmp_path / "work").exists()

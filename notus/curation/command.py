@@ -1,6 +1,6 @@
-"""`python -m notus curate`: UltraFeedback records from files or the hub -> a file of preference pairs.
+"""`python -m notus curate`: UltraFeedback records from files or the hub -> a file of preference pairs, or of lists.
 
-One pass, one record in memory at a time (a .json file is read whole), pairs in the order of the records.
+One pass, one record in memory at a time (a .json file is read whole), pairs and lists in the order of the records.
 The rule is in `ultrafeedback.py`, the one that finds the questions of benchmarks in `decontamination.py`.
 """
 
@@ -16,12 +16,13 @@ import pyarrow
 import pyarrow.parquet
 
 from notus.curation.decontamination import DEFAULT_NGRAM
-from notus.curation.ultrafeedback import REJECTED, RULES, SCHEMAS, Curator
+from notus.curation.ultrafeedback import REJECTED, RULES, SCHEMAS, Curator, ListCurator
 from notus.data.sources import SUFFIXES, Placed, is_hub_id, read_file, read_hub
 from notus.runtime.files import replacing
 
 COLUMNS = ("source", "instruction", "completions")
 PROMPT_KEYS = ("prompt", "question", "instruction")
+_OF_PAIRS = ("rejected", "schema", "seed", "keep_identical")  # options that have no meaning for lists
 _OR_KEYS = " or ".join(PROMPT_KEYS)
 
 
@@ -31,18 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input", type=os.path.expanduser, help="records: .jsonl, .json or .parquet, a folder of them, or a hub id"
     )
     parser.add_argument(
-        "output", type=os.path.expanduser, help="the pairs: a .jsonl or .parquet file, replaced when complete"
+        "output", type=os.path.expanduser, help="the pairs or lists: a .jsonl or .parquet file, replaced when complete"
+    )
+    parser.add_argument(
+        "--listwise",
+        action="store_true",
+        help="write all scored completions of a record with their ratings, as one row, for losses of lists",
     )
     parser.add_argument("--by", choices=RULES, default="ratings", help="score that ranks (default: ratings)")
     parser.add_argument(
         "--rejected",
         choices=REJECTED,
-        default="lower",
         help="what the rejected response is drawn from: strictly lower scores, or any other, ties included "
         "(default: lower; --by overall_score --rejected any is Zephyr's rule)",
     )
-    parser.add_argument("--schema", choices=SCHEMAS, default="v1", help="columns of a pair (default: v1)")
-    parser.add_argument("--seed", type=int, default=42, help="of the rejected response's draw (default: 42)")
+    parser.add_argument("--schema", choices=SCHEMAS, help="columns of a pair (default: v1)")
+    parser.add_argument("--seed", type=int, help="of the rejected response's draw (default: 42)")
     parser.add_argument(
         "--decontaminate",
         type=os.path.expanduser,
@@ -73,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keep-identical",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="keep pairs whose two responses are the same text, as the original rule does; training drops them",
     )
     parser.add_argument("--split", help="of a hub dataset (default: train)")
@@ -88,27 +94,47 @@ def run(args: argparse.Namespace) -> int:
     _check_output(output, args.input)
     if args.ngram is not None and not args.decontaminate:
         raise ValueError(f"--ngram {args.ngram} has no effect without --decontaminate; give both or neither")
-    curator = Curator(
-        by=args.by,
-        rejected=args.rejected,
-        schema=args.schema,
-        seed=args.seed,
-        decontaminate=read_prompts(Path(args.decontaminate)) if args.decontaminate else (),
-        ngram=DEFAULT_NGRAM if args.ngram is None else args.ngram,
-        drop_sources=args.drop_source,
-        min_rating=args.min_rating,
-        keep_identical=args.keep_identical,
-    )
+    curator = _curator(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as temporary:
         with temporary.open("wb") as file:
-            write_rows(file, curator.pairs(read_records(args.input, args.split)), output.suffix)
-        if not curator.report.pairs:
+            write_rows(file, curator.rows(read_records(args.input, args.split)), output.suffix)
+        if not curator.report.made:
             print(curator.report)
-            raise ValueError(f"{args.input}: no pair is left, for the reasons above; {output} is not written")
+            kind = "list" if args.listwise else "pair"
+            raise ValueError(f"{args.input}: no {kind} is left, for the reasons above; {output} is not written")
     print(curator.report)
     print(f"wrote {output}")
     return 0
+
+
+def _curator(args: argparse.Namespace) -> Curator | ListCurator:
+    """What turns records into rows. Raises ValueError for options of pairs beside --listwise."""
+    decontaminate = read_prompts(Path(args.decontaminate)) if args.decontaminate else ()
+    ngram = DEFAULT_NGRAM if args.ngram is None else args.ngram
+    if args.listwise:
+        of_pairs = [name for name in _OF_PAIRS if getattr(args, name) is not None]
+        if of_pairs:
+            option = of_pairs[0].replace("_", "-")
+            raise ValueError(f"--{option} has no effect with --listwise, which keeps all scored completions")
+        return ListCurator(
+            by=args.by,
+            decontaminate=decontaminate,
+            ngram=ngram,
+            drop_sources=args.drop_source,
+            min_rating=args.min_rating,
+        )
+    return Curator(
+        by=args.by,
+        rejected=Curator.rejected if args.rejected is None else args.rejected,
+        schema=Curator.schema if args.schema is None else args.schema,
+        seed=Curator.seed if args.seed is None else args.seed,
+        decontaminate=decontaminate,
+        ngram=ngram,
+        drop_sources=args.drop_source,
+        min_rating=args.min_rating,
+        keep_identical=args.keep_identical is not None,
+    )
 
 
 def read_records(source: str, split: str | None = None) -> Iterator[Placed]:

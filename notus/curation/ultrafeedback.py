@@ -1,4 +1,4 @@
-"""Rated completions -> preference pairs, by the rule of Notus 7B v1. Pure rules: no files, no torch.
+"""Rated completions -> preference pairs, by the rule of Notus 7B v1, or lists. Pure rules: no files, no torch.
 
 A record of openbmb/UltraFeedback has `source`, `instruction` and `completions`; a completion has `model`,
 `response`, `annotations` (per aspect an object with a `Rating`, "1" to "5" or "N/A") and `overall_score`.
@@ -27,9 +27,13 @@ The two schemas are columns, not contents: `v1` and `cleaned` hold the same pair
 left out what TruthfulQA contaminates: the records of source `truthful_qa` (`drop_sources`), and the ShareGPT prompts
 that match one of its questions. `decontaminate` drops the prompts of every source that hold a listed question, by the
 rule of `decontamination.py`. No pair holds the `custom_system_prompt` of a completion, as in the originals.
+
+`curate_lists` keeps all scored completions of a record instead, for losses of lists: at least two of them, not all the
+same text. Nothing is drawn, and ties stay.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +49,9 @@ SCHEMAS = ("v1", "cleaned")
 SOURCE = "source left out"
 TOO_FEW, TIED = "fewer than two scored completions", "all scored completions tie"
 IDENTICAL = "chosen and rejected responses are the same text"
+ALL_IDENTICAL = "all scored responses are the same text"
 REASONS = (SOURCE, EQUAL, CONTAINED, TOO_FEW, TIED, IDENTICAL)
+LIST_REASONS = (SOURCE, EQUAL, CONTAINED, TOO_FEW, ALL_IDENTICAL)
 SHOWN_SOURCES, SHOWN_EXAMPLES = 20, 3
 
 
@@ -64,27 +70,55 @@ class Completion:
         return float(score)
 
 
-@dataclass
-class Report:
-    """Where the records went, and how the two rules compare.
+@dataclass(kw_only=True)
+class Counts:
+    """Where the records went.
 
-    `compared` counts the records, contaminated and left out ones aside, in which both rules give a pair;
-    `differing` those of them in which the chosen responses differ. `examples` are the first prompts that contain a
-    question, with the question.
+    `made` counts the pairs or lists that they became. `examples` are the first prompts that contain a question, with
+    the question.
     """
 
     by: str
-    rejected: str = "lower"
     records: Counter[str] = field(default_factory=Counter)  # per source
-    pairs: Counter[str] = field(default_factory=Counter)  # per source
+    made: Counter[str] = field(default_factory=Counter)  # per source
     dropped: Counter[str] = field(default_factory=Counter)  # per reason
     examples: list[tuple[str, str]] = field(default_factory=list)
     unscored: int = 0  # completions of the ranked records
     repeated_prompts: int = 0
+    empty: int = 0  # pairs or lists kept though a response is empty
+
+    def _drops(self, reasons: Iterable[str]) -> Iterator[str]:
+        for reason in reasons:
+            yield f"  dropped, {reason}: {self.dropped[reason]:,}"
+            if reason == CONTAINED:
+                yield from (f"    {_excerpt(question)} in {_excerpt(prompt)}" for prompt, question in self.examples)
+
+    def _sources(self, kind: str) -> Iterator[str]:
+        for name, count in self.records.most_common(SHOWN_SOURCES):
+            yield f"  from {name}: {self.made[name]:,} of {count:,}"
+        if (more := len(self.records) - SHOWN_SOURCES) > 0:
+            yield f"  and from {more:,} more sources"
+        if self.made["truthful_qa"]:
+            yield f"  note: training on {kind} from truthful_qa makes a TruthfulQA score meaningless"
+
+
+@dataclass(kw_only=True)
+class Report(Counts):
+    """Where the records went on the way to pairs, and how the two rules compare.
+
+    `compared` counts the records, contaminated and left out ones aside, in which both rules give a pair;
+    `differing` those of them in which the chosen responses differ.
+    """
+
+    rejected: str = "lower"
     identical: int = 0  # pairs kept though their responses are the same text
-    empty: int = 0  # pairs kept though a response is empty
     compared: int = 0
     differing: int = 0
+
+    @property
+    def pairs(self) -> Counter[str]:
+        """The pairs per source."""
+        return self.made
 
     @property
     def differing_share(self) -> float:
@@ -95,7 +129,7 @@ class Report:
         drawn = "a strictly lower one" if self.rejected == "lower" else "any other"
         lines = [
             f"{self.records.total():,} records -> {self.pairs.total():,} pairs by {self.by}, {drawn} rejected",
-            *self._drops(),
+            *self._drops(REASONS),
             f"  completions without a score, neither chosen nor rejected: {self.unscored:,}",
             f"  kept, with a prompt seen before: {self.repeated_prompts:,}",
             f"  kept, with an empty response (training drops these): {self.empty:,}",
@@ -105,23 +139,32 @@ class Report:
         lines += [
             f"  ratings and overall_score choose different responses in {self.differing:,} of the "
             f"{self.compared:,} prompts where both give a pair ({self.differing_share:.1%})",
-            *self._sources(),
+            *self._sources("pairs"),
         ]
-        if self.pairs["truthful_qa"]:
-            lines.append("  note: training on pairs from truthful_qa makes a TruthfulQA score meaningless")
         return "\n".join(lines)
 
-    def _drops(self) -> Iterator[str]:
-        for reason in REASONS:
-            yield f"  dropped, {reason}: {self.dropped[reason]:,}"
-            if reason == CONTAINED:
-                yield from (f"    {_excerpt(question)} in {_excerpt(prompt)}" for prompt, question in self.examples)
 
-    def _sources(self) -> Iterator[str]:
-        for name, count in self.records.most_common(SHOWN_SOURCES):
-            yield f"  from {name}: {self.pairs[name]:,} of {count:,}"
-        if (more := len(self.records) - SHOWN_SOURCES) > 0:
-            yield f"  and from {more:,} more sources"
+@dataclass(kw_only=True)
+class ListReport(Counts):
+    """Where the records went on the way to lists."""
+
+    sizes: Counter[int] = field(default_factory=Counter)  # lists per number of completions
+    tied: int = 0  # lists kept though all scores are the same
+
+    def __str__(self) -> str:
+        completions = sum(size * count for size, count in self.sizes.items())
+        lists = f"{self.made.total():,} lists of {completions:,} completions"
+        lines = [
+            f"{self.records.total():,} records -> {lists}, rated by {self.by}",
+            *self._drops(LIST_REASONS),
+            f"  completions without a score, left out: {self.unscored:,}",
+            *(f"  lists of {size} completions: {count:,}" for size, count in sorted(self.sizes.items())),
+            f"  kept, though all completions have the same score: {self.tied:,}",
+            f"  kept, with a prompt seen before: {self.repeated_prompts:,}",
+            f"  kept, with an empty response (training leaves it out): {self.empty:,}",
+            *self._sources("lists"),
+        ]
+        return "\n".join(lines)
 
 
 def curate(
@@ -152,22 +195,38 @@ def curate(
         min_rating=min_rating,
         keep_identical=keep_identical,
     )
-    placed = ((f"record {number}", record) for number, record in enumerate(records, start=1))
-    return list(curator.pairs(placed)), curator.report
+    return list(curator.rows(_numbered(records))), curator.report
+
+
+def curate_lists(
+    records: Iterable[Any],
+    *,
+    by: str = "ratings",
+    decontaminate: Iterable[str] = (),
+    ngram: int = DEFAULT_NGRAM,
+    drop_sources: Collection[str] = (),
+    min_rating: int = 1,
+) -> tuple[list[dict[str, Any]], ListReport]:
+    """Return all the lists of `records`, in their order, and the report. The options are the fields of `ListCurator`.
+
+    Raises ValueError as `curate` does.
+    """
+    curator = ListCurator(
+        by=by, decontaminate=decontaminate, ngram=ngram, drop_sources=drop_sources, min_rating=min_rating
+    )
+    return list(curator.rows(_numbered(records))), curator.report
+
+
+def _numbered(records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"record {number}", record) for number, record in enumerate(records, start=1))
 
 
 @dataclass(kw_only=True)
-class Curator:
-    """Turns records into pairs one at a time, and keeps the `report`. ValueError for a wrong option."""
+class RecordCurator(ABC):
+    """Turns records into rows one at a time, and counts in `report`. ValueError for a wrong option."""
 
     by: str = "ratings"
     """The score that ranks: "ratings", the mean over the aspects, or "overall_score", the critique's."""
-    rejected: str = "lower"
-    """What the rejected response is drawn from: "lower", the strictly lower scores, or "any", all other scored ones."""
-    schema: str = "v1"
-    """The columns of a pair: "v1" or "cleaned". Its rating columns hold the score that ranked."""
-    seed: int = 42
-    """Seed of the draw of the rejected response."""
     decontaminate: Iterable[str] = ()
     """Questions. Prompts that hold one are dropped."""
     ngram: int = DEFAULT_NGRAM
@@ -177,61 +236,98 @@ class Curator:
     min_rating: int = 1
     """Lowest valid rating. The scale starts at 1; 0 admits zeros, which the published data holds a few of
     (a parsing fault), and averages them in as the original did."""
-    keep_identical: bool = False
-    """Keep the pairs whose two responses are the same text."""
 
     def __post_init__(self) -> None:
-        options: list[tuple[str, object, tuple[object, ...]]] = [
-            ("by", self.by, RULES),
-            ("rejected", self.rejected, REJECTED),
-            ("schema", self.schema, SCHEMAS),
-            ("min_rating", self.min_rating, (0, 1)),
-        ]
-        for name, value, allowed in options:
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {allowed}")
-        self.report = Report(self.by, self.rejected)
+        self._check("by", self.by, RULES)
+        self._check("min_rating", self.min_rating, (0, 1))
         self._questions = Questions(self.decontaminate, self.ngram)
         self._seen: set[bytes] = set()
 
-    def pairs(self, placed_records: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The pairs of (place, record) tuples; a ValueError for a malformed record starts with its place."""
+    @property
+    @abstractmethod
+    def report(self) -> Counts:
+        """Where the records went so far."""
+
+    @abstractmethod
+    def _made(self, source: str, instruction: str, completions: list[Completion]) -> dict[str, Any] | str:
+        """The row of a record that is not left out, or the reason to drop it."""
+
+    def rows(self, placed_records: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows of (place, record) tuples; a ValueError for a malformed record starts with its place."""
         for place, record in placed_records:
             try:
-                pair = self.pair(record)
+                row = self.row(record)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-            if pair is not None:
-                yield pair
+            if row is not None:
+                yield row
 
-    def pair(self, record: Any) -> dict[str, Any] | None:
-        """The pair of one record in the schema's columns; None if it is dropped, and the report says why.
+    def row(self, record: Any) -> dict[str, Any] | None:
+        """The row of one record; None if it is dropped, and the report says why.
 
         Raises ValueError, naming the key and the remedy, for a record that does not have the form above.
         """
         source, instruction, completions = parse_record(record, min_rating=self.min_rating)
         self.report.records[source] += 1
-        selected = self._select(source, instruction, completions)
-        if isinstance(selected, str):
-            self.report.dropped[selected] += 1
+        made = self._left_out(source, instruction) or self._made(source, instruction, completions)
+        if isinstance(made, str):
+            self.report.dropped[made] += 1
             return None
-        self._count_pair(source, instruction, *selected)
-        return _COLUMNS[self.schema](source, instruction, *selected, self.by)
+        self.report.made[source] += 1
+        prompt = hashlib.blake2b(instruction.encode(), digest_size=16).digest()  # a few MB for 64k prompts
+        self.report.repeated_prompts += prompt in self._seen
+        self._seen.add(prompt)
+        return made
 
-    def _select(
-        self, source: str, instruction: str, completions: list[Completion]
-    ) -> tuple[Completion, Completion] | str:
-        """(chosen, rejected), or the reason to drop the record."""
+    def _left_out(self, source: str, instruction: str) -> str | None:
+        """The reason to drop a record, whatever its completions."""
         if source in self.drop_sources:
             return SOURCE
-        if (match := self._questions.find(instruction)) is not None:
-            if match.how == CONTAINED and len(self.report.examples) < SHOWN_EXAMPLES:
-                self.report.examples.append((instruction, match.question))
-            return match.how
+        if (match := self._questions.find(instruction)) is None:
+            return None
+        if match.how == CONTAINED and len(self.report.examples) < SHOWN_EXAMPLES:
+            self.report.examples.append((instruction, match.question))
+        return match.how
+
+    @staticmethod
+    def _check(name: str, value: object, allowed: tuple[object, ...]) -> None:
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; choose one of {allowed}")
+
+
+@dataclass(kw_only=True)
+class Curator(RecordCurator):
+    """Turns records into pairs."""
+
+    rejected: str = "lower"
+    """What the rejected response is drawn from: "lower", the strictly lower scores, or "any", all other scored ones."""
+    schema: str = "v1"
+    """The columns of a pair: "v1" or "cleaned". Its rating columns hold the score that ranked."""
+    seed: int = 42
+    """Seed of the draw of the rejected response."""
+    keep_identical: bool = False
+    """Keep the pairs whose two responses are the same text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("rejected", self.rejected, REJECTED)
+        self._check("schema", self.schema, SCHEMAS)
+        self._report = Report(by=self.by, rejected=self.rejected)
+
+    @property
+    def report(self) -> Report:
+        """Where the records went so far."""
+        return self._report
+
+    def _made(self, source: str, instruction: str, completions: list[Completion]) -> dict[str, Any] | str:
         selected = self._rank_and_draw(source, instruction, completions)
-        if isinstance(selected, str) or self.keep_identical or not _identical(*selected):
+        if isinstance(selected, str):
             return selected
-        return IDENTICAL
+        if _identical(selected) and not self.keep_identical:
+            return IDENTICAL
+        self.report.identical += _identical(selected)
+        self.report.empty += not all(completion.response.strip() for completion in selected)
+        return _COLUMNS[self.schema](source, instruction, *selected, self.by)
 
     def _rank_and_draw(
         self, source: str, instruction: str, completions: list[Completion]
@@ -255,13 +351,44 @@ class Curator:
         self.report.compared += both
         self.report.differing += both and len(set(chosen_responses)) > 1
 
-    def _count_pair(self, source: str, instruction: str, chosen: Completion, rejected: Completion) -> None:
-        self.report.pairs[source] += 1
-        self.report.identical += _identical(chosen, rejected)
-        self.report.empty += not (chosen.response.strip() and rejected.response.strip())
-        prompt = hashlib.blake2b(instruction.encode(), digest_size=16).digest()  # a few MB for 64k prompts
-        self.report.repeated_prompts += prompt in self._seen
-        self._seen.add(prompt)
+
+@dataclass(kw_only=True)
+class ListCurator(RecordCurator):
+    """Turns records into lists of all their scored completions, in the order of the record.
+
+    The columns are `source`, `prompt`, `completions`, `ratings` (the score that `by` names) and `models`. Prompt and
+    completions are messages: so no text of theirs can be taken for a conversation.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._report = ListReport(by=self.by)
+
+    @property
+    def report(self) -> ListReport:
+        """Where the records went so far."""
+        return self._report
+
+    def _made(self, source: str, instruction: str, completions: list[Completion]) -> dict[str, Any] | str:
+        scored = [completion for completion in completions if completion.scores[self.by] is not None]
+        self.report.unscored += len(completions) - len(scored)
+        if len(scored) < 2:
+            return TOO_FEW
+        for text in (source, instruction, *(each for item in scored for each in (item.model, item.response))):
+            _encoded(text)
+        if _identical(scored):
+            return ALL_IDENTICAL
+        ratings = [completion.score(self.by) for completion in scored]
+        self.report.sizes[len(scored)] += 1
+        self.report.tied += len({completion.scores[self.by] for completion in scored}) == 1
+        self.report.empty += not all(completion.response.strip() for completion in scored)
+        return {
+            "source": source,
+            "prompt": [{"role": "user", "content": instruction}],
+            "completions": [[{"role": "assistant", "content": completion.response}] for completion in scored],
+            "ratings": ratings,
+            "models": [completion.model for completion in scored],
+        }
 
 
 def rank(scores: Sequence[Fraction | None], *, ties: bool = False) -> tuple[int, list[int]] | None:
@@ -284,22 +411,26 @@ def draw(count: int, seed: int, source: str, instruction: str, completions: Iter
     for completion in completions:
         texts += completion.model, completion.response
     digest = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            half = ascii(text[error.start])
-            raise ValueError(f"a string holds half a surrogate pair, {half}; remove it") from error
+    for data in map(_encoded, texts):
         digest.update(len(data).to_bytes(8, "big") + data)  # with lengths, so that no two lists read alike
     return int.from_bytes(digest.digest(), "big") % count
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise ValueError(f"a string holds half a surrogate pair, {half}; remove it") from error
 
 
 def _excerpt(text: str, length: int = 80) -> str:
     return repr(text if len(text) <= length else f"{text[:length]}...")
 
 
-def _identical(chosen: Completion, rejected: Completion) -> bool:
-    return chosen.response.strip() == rejected.response.strip()
+def _identical(completions: Sequence[Completion]) -> bool:
+    """Whether all responses are the same text, but for white space around it."""
+    return len({completion.response.strip() for completion in completions}) == 1
 
 
 def parse_record(record: Any, *, min_rating: int = 1) -> tuple[str, str, list[Completion]]:

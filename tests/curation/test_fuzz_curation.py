@@ -165,7 +165,7 @@ def test_a_malformed_record_is_a_pair_a_drop_or_a_clear_error(
     record = json.loads(json.dumps(replaced(record, data)))
     curator = Curator(min_rating=min_rating)
     try:
-        pairs = list(curator.pairs([("place", record)]))
+        pairs = list(curator.rows([("place", record)]))
     except ValueError as error:
         told = str(error)
         assert told.startswith("place: ")

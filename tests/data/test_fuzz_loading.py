@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from notus.data.batching import StepPlan, step_rows
 from notus.data.dataset import TokenizedDataset
-from notus.data.tokenize import load_pairs, load_sft
+from notus.data.tokenize import load_labels, load_lists, load_pairs, load_sft
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
@@ -58,7 +58,28 @@ messages = st.fixed_dictionaries(
 argilla = st.fixed_dictionaries({"instruction": texts, "chosen_response": texts, "rejected_response": texts})
 pairs = plain | messages | argilla
 demonstrations = pairs | st.fixed_dictionaries({"messages": turns("system", "user", "assistant", least=2)})
+ratings = st.none() | st.integers(-3, 3) | st.floats(-2, 2) | st.sampled_from(["4.5", float("nan")])
+entries = st.lists(st.tuples(st.none() | texts | answer, ratings), min_size=1, max_size=5)
+lists = st.builds(
+    lambda prompt, rated: {
+        "prompt": prompt,
+        "completions": [completion for completion, _ in rated],
+        "ratings": [rating for _, rating in rated],
+    },
+    texts | turns("system", "user"),
+    entries,
+)
+labelled = st.fixed_dictionaries(
+    {
+        "prompt": texts | turns("user", most=1),
+        "completion": texts | answer,
+        "label": st.sampled_from([True, False, "1"]),
+    }
+) | st.fixed_dictionaries({"messages": turns("user", "assistant", least=2), "kto_tag": st.booleans()})
 tokenizers = st.sampled_from(sorted(TOKENIZERS)).map(TOKENIZERS.__getitem__)
+
+
+LOADERS: dict[str, Any] = {"dpo": load_pairs, "sft": load_sft, "lists": load_lists, "labels": load_labels}
 
 
 def load(
@@ -67,7 +88,8 @@ def load(
     """Write the rows as JSON lines and read them; an error must say where."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = load_pairs if "max_prompt_length" in options else load_sft
+    default = "dpo" if "max_prompt_length" in options else "sft"
+    read = LOADERS[options.pop("task", default)]
     source: Any = [{"path": str(path), "weight": options.pop("weight", 1.0)}]
     try:
         return read(source, tokenizer, cache_dir=folder / "cache", **options)
@@ -88,7 +110,7 @@ def check(dataset: datasets.Dataset, report: Any, read: int, max_length: int) ->
             assert len(ids) == len(mask)
             assert sum(mask) >= 1
             assert 2 <= len(row["trunk"]) + len(ids) <= max_length
-        assert len(row["branches"]) == 1 or row["branches"][0] != row["branches"][1]
+        assert len(row["branches"]) == 1 or any(ids != row["branches"][0] for ids in row["branches"])
 
 
 def check_epoch(dataset: datasets.Dataset, world_size: int, batch_size: int) -> None:
@@ -110,7 +132,8 @@ def check_epoch(dataset: datasets.Dataset, world_size: int, batch_size: int) -> 
                 seen += real
                 if real:
                     assert len(batch.input_ids) == sum(expected[index] for index in real)
-                    assert batch.lengths.tolist() == [learned[index] for index in real]
+                    lengths = [[count for count in counts if count] for counts in batch.lengths.tolist()]
+                    assert lengths == [[count for count in learned[index] if count] for index in real]
                     assert batch.targets.tolist() == list(chain(*(targets[index] for index in real)))
     assert sorted(seen) == list(range(len(dataset)))
 
@@ -174,3 +197,69 @@ def test_a_malformed_row_is_read_or_a_clear_error(
         except ValueError:
             return
         check(dataset, report, 1, 40)
+
+
+@fuzz(50)
+@given(
+    st.lists(lists | pairs, min_size=1, max_size=6),
+    tokenizers,
+    st.integers(2, 80),
+    st.integers(1, 79),
+    st.integers(1, 5),
+)
+def test_lists_of_any_completions_are_best_first(
+    rows: list[Any], tokenizer: PreTrainedTokenizerFast, max_length: int, max_prompt_length: int, world_size: int
+) -> None:
+    lengths = {"max_length": max_length, "max_prompt_length": min(max_prompt_length, max_length - 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dataset, report = load(rows, tokenizer, Path(folder), task="lists", on_bad_row="skip", **lengths)
+        except ValueError:
+            return
+        check(dataset, report, len(rows), max_length)
+        check_epoch(dataset, world_size, 3)
+        found = TokenizedDataset(dataset)
+        for index, row in enumerate(dataset):
+            assert 2 <= len(row["branches"]) <= 5
+            if row["ratings"] is not None:
+                assert row["ratings"] == sorted(row["ratings"], reverse=True)
+                assert found.ratings is not None
+                padded = [*row["ratings"], *[None] * (found.num_branches - len(row["branches"]))]
+                assert [None if value != value else value for value in found.ratings[index].tolist()] == padded
+
+
+@fuzz(50)
+@given(
+    st.lists(labelled | pairs, min_size=1, max_size=6),
+    tokenizers,
+    st.integers(2, 80),
+    st.integers(1, 79),
+    st.integers(1, 5),
+)
+def test_labelled_completions_of_any_turns(
+    rows: list[Any], tokenizer: PreTrainedTokenizerFast, max_length: int, max_prompt_length: int, world_size: int
+) -> None:
+    lengths = {"max_length": max_length, "max_prompt_length": min(max_prompt_length, max_length - 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dataset, report = load(rows, tokenizer, Path(folder), task="labels", on_bad_row="skip", **lengths)
+        except ValueError:
+            return
+        assert len(rows) <= report.read <= 2 * len(rows)
+        check(dataset, report, report.read, max_length)
+        check_epoch(dataset, world_size, 3)
+        assert all(len(row["branches"]) == 1 and row["label"] is not None for row in dataset)
+
+
+@fuzz(80)
+@given(lists | labelled, st.data(), tokenizers, st.sampled_from(["lists", "labels"]))
+def test_a_malformed_rated_row_is_read_or_a_clear_error(
+    row: Any, data: st.DataObject, tokenizer: PreTrainedTokenizerFast, task: str
+) -> None:
+    row = json.loads(json.dumps(replaced(row, data)))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dataset, report = load([row], tokenizer, Path(folder), task=task, max_length=40, max_prompt_length=20)
+        except ValueError:
+            return
+        check(dataset, report, report.read, 40)
