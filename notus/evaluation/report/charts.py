@@ -256,9 +256,11 @@ def _curves(run: Run, chart: Chart, metric: str) -> list[tuple[Curve, bool]]:
 
 def data_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return histograms of lengths and ratings of the training rows."""
+    of_lists = " Of a list, completion_1 is the best rated." if any(run.rows == "lists" for run in runs) else ""
+    lengths, ratings = "Training rows by their number of tokens.", "Training rows by the rating of their answers."
     return [
-        *_histograms(runs, "lengths", "Lengths", "Training rows by their number of tokens.", "tokens"),
-        *_histograms(runs, "ratings", "Ratings", "Training rows by the rating of their answers.", "rating"),
+        *_histograms(runs, "lengths", "Lengths", lengths + of_lists, "tokens"),
+        *_histograms(runs, "ratings", "Ratings", ratings + of_lists, "rating"),
     ]
 
 
