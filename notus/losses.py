@@ -607,7 +607,7 @@ class _Lists:
         if policy.ndim != 2:
             raise ValueError(f"log-probs of lists must have the shape [B, K], not {tuple(policy.shape)}")
         mask = torch.ones_like(policy, dtype=torch.bool) if mask is None else mask.bool()
-        log_ratios = policy.masked_fill(~mask, 0) - reference.masked_fill(~mask, 0)
+        log_ratios = (policy - reference).masked_fill(~mask, 0)
         if ratings is None:
             ratings = -torch.arange(policy.shape[1], device=policy.device).expand_as(policy)
         ratings = ratings.to(policy.dtype).masked_fill(~mask, 0)
@@ -638,8 +638,7 @@ def _choice_loss(gaps: Tensor, others: Tensor) -> Tensor:
 
     As -ls(-logsumexp), it is `sigmoid_loss` to the last bit if there is one other, and 0 if there is none.
     """
-    none = torch.finfo(gaps.dtype).min / 2  # finite, as the gradient of logsumexp is NaN if all its inputs are -inf
-    return -logsigmoid(-gaps.masked_fill(~others, none).logsumexp(dim=2))
+    return -logsigmoid(-gaps.masked_fill(~others, -math.inf).logsumexp(dim=2))
 
 
 def plackett_luce_loss(
