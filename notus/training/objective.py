@@ -369,9 +369,9 @@ class ListSums(Sums):
 
     Attributes:
         pairs: how many pairs of different ratings there are.
-        tau: Kendall's τ-b between rewards and ratings, summed over the lists that have one.
-        ranked: how many these are.
-        top_1: lists whose largest reward is that of a best rated completion.
+        ranked: how many lists have such a pair; the others say nothing.
+        tau: of these, Kendall's τ-b between rewards and ratings; 0 where all rewards are equal.
+        top_1: of these, whether the largest reward is that of a best rated completion.
     """
 
     pairs: float
@@ -408,18 +408,18 @@ class ListObjective(Objective):
         assert rows.ratings is not None
         ratings, mask = rows.ratings, rows.lengths > 0
         right, pairs = pairwise_accuracy(rewards, ratings, mask)
-        tau = kendall_tau(rewards, ratings, mask)
+        ranked = pairs > 0
         return {
             "accuracy": right,
             "pairs": pairs,
-            "tau": tau.nan_to_num(0.0),
-            "ranked": ~tau.isnan(),
-            "top_1": top_1(rewards, ratings, mask),
+            "tau": kendall_tau(rewards, ratings, mask).nan_to_num(0.0),
+            "ranked": ranked,
+            "top_1": top_1(rewards, ratings, mask).masked_fill(~ranked, 0.0),
         }
 
     def _more_metrics(self, total: Sums) -> dict[str, float]:
         assert isinstance(total, ListSums)
-        return _means(("rewards/kendall_tau", total.tau, total.ranked), ("rewards/top_1", total.top_1, total.examples))
+        return _means(("rewards/kendall_tau", total.tau, total.ranked), ("rewards/top_1", total.top_1, total.ranked))
 
 
 @dataclasses.dataclass(frozen=True)
