@@ -106,6 +106,7 @@ class Batch:
         sources: [M] row position whose hidden state predicts a completion token.
         targets: [M] the completion token ids, branch by branch.
         lengths: [E, K] completion tokens per branch, 0 for one that the example lacks; they sum to M.
+        present: [E, K] bool, which branches there are; the last ones may be missing.
         weights: [E] fp32, 1 for an example and 0 for a filler.
         indices: [E] dataset rows, -1 for a filler.
         reference: [E, K] fp32, the reference's log-probs in nats, where the loss compares with them.
@@ -121,6 +122,7 @@ class Batch:
     sources: Tensor
     targets: Tensor
     lengths: Tensor
+    present: Tensor
     weights: Tensor
     indices: Tensor
     reference: Tensor | None = None
@@ -128,13 +130,6 @@ class Batch:
     ratings: Tensor | None = None
     labels: Tensor | None = None
     places: Tensor | None = None
-
-    @property
-    def present(self) -> Tensor:
-        """[E, K] bool: which completions there are; where some are missing, those that have a token to learn."""
-        if len(self.layout.query_lengths) == self.lengths.numel():
-            return torch.ones_like(self.lengths, dtype=torch.bool)
-        return self.lengths > 0
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU waits for nothing."""
@@ -189,19 +184,18 @@ def collate(examples: Sequence[Example], num_branches: int) -> Batch:
             start += len(branch)
         lengths.extend([0] * (num_branches - len(example.branches)))
         offset = start
-    layout = build_layout(
-        [len(example.trunk) for example in examples],
-        [[len(branch) for branch in example.branches] for example in examples],
-    )
-    # a length of 0 stands for a missing completion, so where one is missing, every other must have a token to learn
-    assert len(layout.query_lengths) in (len(lengths), np.count_nonzero(lengths))
+    counts = torch.tensor([len(example.branches) for example in examples])
     return Batch(
         input_ids=_join(tokens),
         position_ids=_join(positions),
-        layout=layout,
+        layout=build_layout(
+            [len(example.trunk) for example in examples],
+            [[len(branch) for branch in example.branches] for example in examples],
+        ),
         sources=_join(sources),
         targets=_join(targets),
         lengths=torch.tensor(lengths, dtype=torch.int64).view(len(examples), num_branches),
+        present=torch.arange(num_branches) < counts[:, None],
         weights=torch.tensor([float(example.index >= 0) for example in examples]),
         indices=torch.tensor([example.index for example in examples]),
     )
