@@ -160,7 +160,7 @@ def rated_lists(data: Data, folder: Path, prompts: Collection[str]) -> Rows:
     records.write_text(json_lines(data.records))
     run_command("curate", records, out, "--listwise")
     lists = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    return [row for row in lists if row["prompt"] in prompts]
+    return [row for row in lists if row["prompt"][0]["content"] in prompts]
 
 
 def loss_run(

@@ -15,7 +15,7 @@ from runs import write_pairs
 from toys import toy_model_folder
 
 from notus.config import SECTIONS, config_from_dict
-from notus.data.formats import normalize
+from notus.data.formats import normalize, readings
 from notus.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def test_the_sum_of_losses_that_is_shown_is_config():
 
 
 def test_the_rows_that_the_data_formats_show_are_read():
-    pairs, examples = blocks("data.md", "json")
+    pairs, examples, lists, labels = blocks("data.md", "json")
     prompts = [normalize(json.loads(line), "dpo").prompt for line in pairs.splitlines()]
     assert prompts == [
         "The capital of France is",
@@ -96,6 +96,10 @@ def test_the_rows_that_the_data_formats_show_are_read():
     completions = [normalize(json.loads(line), "sft").completions for line in examples.splitlines()]
     turns = [[{"role": "assistant", "content": text}] for text in ("Hello!", "3")]
     assert completions == [(turns[0],), (" Paris.",), (turns[1],)]
+    rated = [readings(json.loads(line), "lists")[0] for line in lists.splitlines()]
+    assert [each.ratings for each in rated] == [(5, 1.5), (5, 2, 1)]
+    assert rated[1].record.completions == (" Paris.", " Lyon.", " Rome.")
+    assert [readings(json.loads(line), "labels")[0].label for line in labels.splitlines()] == [False, True]
 
 
 @pytest.mark.slow

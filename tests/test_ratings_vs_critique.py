@@ -177,3 +177,25 @@ def test_a_plot_of_lists_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--plot has no effect with --lists"):
         main(["--lists", f"--plot={tmp_path / 'plot.svg'}", f"--work={tmp_path / 'work'}"])
     assert not (tmp_path / "work").exists()
+
+
+def test_pairs_against_lists_take_equal_steps_and_equal_tokens(tmp_path: Path) -> None:
+    from ratings_vs_critique import main
+
+    out = tmp_path / "out.json"
+    main(["--lists", "--quick", "--seeds=0", f"--work={tmp_path}", f"--results={out}"])
+    (seed,) = json.loads(out.read_text())["seeds"]
+    pairs, longer, *lists = seed["runs"]
+    assert [run["name"] for run in seed["runs"]] == ["pairs", "pairs, equal tokens", "plackett_luce", "all_pairs"]
+    assert [run["steps"] for run in seed["runs"]] == [2, longer["steps"], 2, 2]
+    # of the same prompts, two more answers of about 4 tokens each beside about 28 tokens of a pair
+    assert {run["tokens"] for run in lists} == {lists[0]["tokens"]}
+    assert 1.15 < lists[0]["tokens"] / pairs["tokens"] < 1.6
+    assert abs(longer["tokens"] - lists[0]["tokens"]) < 0.6 * pairs["tokens"] / 2
+    assert f"| 2 | plackett_luce | 2 | {lists[0]['tokens']:,} |" in out.with_suffix(".md").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "seed-0" / "lists.jsonl").read_text().splitlines()]
+    paired = [
+        json.loads(line)["instruction"] for line in (tmp_path / "seed-0" / "pairs.jsonl").read_text().splitlines()
+    ]
+    assert [row["prompt"][0]["content"] for row in rows] == paired
+    assert max(len(row["ratings"]) for row in rows) == 4

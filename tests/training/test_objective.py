@@ -128,6 +128,7 @@ def test_without_a_reference_rewards_are_those_of_the_loss() -> None:
     assert found["rewards/chosen"] == pytest.approx(2 * (-9 / 2 - 12 / 5) / 2)
     assert found["rewards/accuracies"] == 1.0  # -4.5 against -5.25, -2.4 against -2.67: both right
     assert "logps/chosen_change" not in found
+    assert found["logps/chosen_per_token"] == pytest.approx(-21 / 7)
 
 
 def test_ld_dpo_compares_weighted_tokens_and_its_rewards_are_of_whole_completions() -> None:
