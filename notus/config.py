@@ -91,7 +91,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for authors you trust."""
     path: Literal["auto", "packed", "plain"] = "auto"
-    """How log-probs are computed. "packed": rows of pairs that share their prompt, through this project's attention.
+    """How log-probs are computed. "packed": completions that share their prompt, through this project's attention.
     "plain": the model's own forward pass, each completion by itself; slower, and for every model. "auto": packed where
     a check at the start finds it equal to the model's own forward pass, else plain, with the reason."""
     adapter: FilePath | None = None
@@ -157,7 +157,8 @@ class TrainingConfig:
     output_dir: FilePath
     """The run's folder: resolved config, metrics, checkpoints, final model. Required."""
     batch_size: Count = 64
-    """Examples (DPO: pairs) per optimizer step over the whole job, whatever the number of GPUs."""
+    """Examples (of DPO a pair, a list or a labelled answer) per optimizer step over the whole job, whatever the number
+    of GPUs."""
     tokens_per_row: Count = 4096
     """Tokens of one packed row, which is one forward pass per GPU. Affects memory and speed, not the result."""
     epochs: Count = 3
@@ -205,7 +206,8 @@ class TrainingConfig:
     timeout_minutes: Annotated[float, Gt(0), Le(525_600)] = 30.0
     """How long a rank waits for the others before it fails. Rank 0's work before training is not limited."""
     log_every: Count = 1
-    """Steps between lines of `metrics.jsonl`."""
+    """Steps between lines of `metrics.jsonl`, whose `pairs_per_second` counts rows of any kind: pairs, lists, labelled
+    answers."""
     eval_every: Count | None = None
     """Steps between evaluations. null: at the end only."""
     save_every: Count | None = None
@@ -227,16 +229,17 @@ class DPOConfig:
     """The preference loss. `notus.losses` has the equations."""
 
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is held to the reference. Of a loss without a reference: the scale of its rewards."""
     loss_type: LossType = "sigmoid"
-    """Name of the loss, or a weighted sum of losses, `{name: weight}`. docs/losses.md has them all."""
+    """Name of the loss, or a weighted sum of losses, `{name: weight}`. docs/losses.md has them all, and says which of
+    them learn from pairs, which from lists of rated answers, and which from single answers with a label."""
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
     """Assumed share of swapped labels, for the losses that have this option."""
     options: Options = field(default_factory=dict)
     """Further options of the loss, `{name: value}`; docs/losses.md has them. On the command line also
     `--dpo.options.NAME=VALUE`."""
     nll_weight: NonNegative = 0.0
-    """Weight of the chosen completions' negative log-likelihood."""
+    """Weight of the chosen completions' negative log-likelihood; of lists, the best rated ones'."""
     nll_mean: Literal["tokens", "completions"] = "tokens"
     """How that is averaged: over the step's chosen tokens, or first over each completion and then over the step's
     completions, as Iterative RPO does (arXiv 2404.19733)."""
@@ -249,7 +252,7 @@ class DPOConfig:
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
 class ReferenceConfig:
-    """The reference model's log-probs, computed once and kept."""
+    """The reference model's log-probs, computed once and kept; losses without a reference need none."""
 
     cache_dir: FilePath | None = None
     """A folder that several runs may share. null: `reference` in the run's folder."""

@@ -367,7 +367,7 @@ def hinge_loss(margin: Tensor) -> Tensor:
 
 
 def slic_loss(margin: Tensor, slic_delta: float = 1.0) -> Tensor:
-    """SLiC, 2305.10425 eq. 1, on log-probs without a reference: max(0, δ - m). dL/dm = -1 where m < δ, else 0.
+    """SLiC, 2305.10425, on log-probs without a reference: max(0, δ - m). dL/dm = -1 where m < δ, else 0.
 
     β = 1 gives the paper's loss. Its cross-entropy regulariser is `dpo.nll_weight`.
     """
@@ -398,10 +398,11 @@ def discopop_loss(margin: Tensor, discopop_tau: float = 0.05) -> Tensor:
 
 
 def odpo_loss(margin: Tensor, chosen_ratings: Tensor, rejected_ratings: Tensor, odpo_alpha: float = 1.0) -> Tensor:
-    """ODPO, 2402.10571 eq. 9, with the offset of its experiments, α log(rating gap): -ls(m - α log(gap)).
+    """ODPO, 2402.10571, with the offset of its authors' code, α log(rating gap): -ls(m - α log(gap)).
 
     That is log(1 + gap^α exp(-m)). So a pair with equal ratings teaches nothing, and one whose chosen completion is
-    rated lower counts as equal. dL/dm = -σ(α log(gap) - m). α = 0 is `sigmoid`, whatever the ratings.
+    rated lower counts as equal. dL/dm = -σ(α log(gap) - m). α = 0 is `sigmoid`, whatever the ratings. (The paper allows
+    any growing function of the gap; the code has the log of the ratio of the ratings, too.)
     """
     gap = (chosen_ratings - rejected_ratings).to(margin.dtype).clamp(min=0)
     return -logsigmoid(margin - torch.xlogy(odpo_alpha, gap))
@@ -454,7 +455,15 @@ def f_divergence_map(log_ratios: Tensor, f_divergence: str = "reverse_kl", f_alp
 
     Returns:
         f'(e^u), of the same shape.
+
+    Raises:
+        ValueError: there is no such divergence, or α is out of range.
     """
+    if f_divergence not in F_DIVERGENCES or not 0 < f_alpha <= 1:
+        raise ValueError(
+            f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, and f_alpha above 0 and at most 1, "
+            f"not {f_divergence!r} and {f_alpha}"
+        )
     if f_divergence == "reverse_kl":
         return log_ratios
     if f_divergence == "js_divergence":
@@ -505,7 +514,7 @@ def apo_down_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
 
 
 def dpop_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, dpop_lambda: float = 50.0) -> Tensor:
-    """DPO-Positive, 2402.13228 eq. 3: DPO with a penalty where the chosen completion is less likely than before.
+    """DPO-Positive, 2402.13228: DPO with a penalty where the chosen completion is less likely than before.
 
     L = -ls(x), x = m - λ max(0, -βc). ∂L/∂c = -β (1 + λ [c < 0]) σ(-x), ∂L/∂r = β σ(-x).
     """
@@ -543,7 +552,7 @@ def ipo_loss(mean_c: Tensor, mean_r: Tensor, beta: float) -> Tensor:
 def cal_dpo_loss(c: Tensor, r: Tensor, beta: float, cal_weight: float = 0.5) -> Tensor:
     """Cal-DPO, 2412.14516: -ls(c - r), without β, + w · SPPO's regression of c on 1/(2β) and r on -1/(2β).
 
-    The paper's equation has w = 1; the authors' code, which is the default here, w = 1/2.
+    The paper's equation has w = 1; of the authors' two repositories one has 1, the other 1/2, the default here.
     ∂L/∂c = -σ(r - c) + 2w (c - 1/(2β)), ∂L/∂r = σ(r - c) + 2w (r + 1/(2β)).
     """
     return -logsigmoid(c - r) + cal_weight * sppo_hard_loss(c, r, beta)
@@ -636,13 +645,13 @@ def plackett_luce_loss(
     ratings: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """DPO on rankings, 2305.18290 app. A.3 eq. 20: choose the best, then the best of the rest, and so on.
+    """DPO on rankings, 2305.18290 app. A.3: choose the best, then the best of the rest, and so on.
 
     L = Σ_k log Σ_{j not before k} exp(s_j - s_k). ∂L/∂u_j = β (Σ_k p_kj - 1), where p_kj is the probability of j among
     k and all after it. With K = 2 it is `sigmoid`.
 
-    Ties, equal ratings, by Efron's rule (1977): for the i-th of m tied completions, i from 0, the tied ones count
-    1 - i/m each in the sum: on average, i of them are gone. Then p_kj has these weights, too.
+    Ties, equal ratings, by Efron's rule (1977): in the sum of the i-th of m tied completions, i from 0, each of the m
+    counts 1 - i/m, because i of them have been chosen by then, whichever they are. p_kj has these weights, too.
 
     Args:
         policy_logps: [B, K] log-probs under the policy, nats; columns from best to worst.
@@ -694,13 +703,14 @@ def lipo_lambda_loss(
     mask: Tensor | None = None,
     rating_scale: float = 1.0,
 ) -> Tensor:
-    """LiPO-λ, 2402.01878 eq. 9: each pair weighs by what swapping it would change in the list's DCG.
+    """LiPO-λ, 2402.01878: each pair weighs by what swapping it would change in the list's DCG.
 
     L = Σ_{k better than j} Δ_kj · -ls(s_k - s_j), Δ_kj = |2^ψ_k - 2^ψ_j| · |1/log(1 + τ_k) - 1/log(1 + τ_j)|: ψ are the
     ratings over `rating_scale`, τ the ranks by s, from 1; they are constants for the gradient, as in LambdaRank.
     ∂L/∂u_k = β (Σ_{j better} Δ_kj σ(s_k - s_j) - Σ_{j worse} Δ_kj σ(s_j - s_k)). Equal rewards, as at the first step,
-    rank in the order of the columns. (The paper's equation has a minus before the sum that it cannot mean.)
-    Arguments, result and errors as for `plackett_luce_loss`; `ratings` are needed.
+    rank in the order of the columns. In the paper ψ is in [0, 1]: `rating_scale` should be about the best rating. (The
+    equation there has a minus before the sum that it cannot mean.) Arguments, result and errors as for
+    `plackett_luce_loss`; `ratings` are needed.
     """
     lists = _Lists.of(policy_logps, reference_logps, beta, ratings, mask)
     scores = lists.log_ratios.detach().masked_fill(~lists.mask, -math.inf)
@@ -724,7 +734,7 @@ def info_nca_loss(
     mask: Tensor | None = None,
     rating_scale: float = 1.0,
 ) -> Tensor:
-    """InfoNCA, 2402.05369 eq. 8: the cross-entropy of softmax(s) under p = softmax(ratings/α), α = `rating_scale`.
+    """InfoNCA, 2402.05369 sec. 3: the cross-entropy of softmax(s) under p = softmax(ratings/α), α = `rating_scale`.
 
     L = -Σ_k p_k log softmax(s)_k. ∂L/∂u_k = β (softmax(s)_k - p_k). Without ratings, the limit of small α: p is 1 for
     the first column; with K = 2 that is `sigmoid`. (The authors' published settings come close to it, with α = 1e-4.)
@@ -744,7 +754,7 @@ def nca_loss(
     mask: Tensor | None = None,
     rating_scale: float = 1.0,
 ) -> Tensor:
-    """NCA, 2402.05369 eq. 11: each completion against noise, weighted by p = softmax(ratings/α), α = `rating_scale`.
+    """NCA, 2402.05369 sec. 4: each completion against noise, weighted by p = softmax(ratings/α), α = `rating_scale`.
 
     L = -Σ_k (p_k ls(s_k) + 1/K ls(-s_k)), K without the masked. ∂L/∂u_k = β (σ(s_k)/K - p_k σ(-s_k)). Without
     ratings p is 1 for the first column; with K = 2 that is `nca_pair`. Arguments, result and errors as for
@@ -779,7 +789,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO, 2402.01306 eq. 8: λ_D σ(-x) for a good completion, λ_U σ(x) for a bad one, x = β(u - z).
+    """KTO, 2402.01306 sec. 4: λ_D σ(-x) for a good completion, λ_U σ(x) for a bad one, x = β(u - z).
 
     z is the policy's KL to the reference, estimated as the mean log-ratio of the step's mismatched completions and at
     least 0. No gradient flows through it. ∂L/∂u = ∓βλ σ(x) σ(-x), minus for a good one.
@@ -812,7 +822,7 @@ def bco_loss(
     beta: float = 0.1,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """BCO, 2404.04656 eq. 11: a binary classifier of rewards: -ls(x) for good, -ls(-x) for bad, x = βu - δ.
+    """BCO, 2404.04656: a binary classifier of rewards: -ls(x) for good, -ls(-x) for bad, x = βu - δ.
 
     δ is the shift, a running mean of rewards, without gradient: in the paper, half the sum of the means over good and
     over bad completions; in the authors' code, the mean over all. None: 0. Then a good and a bad one are `bco_pair`.
@@ -862,7 +872,7 @@ def public_sums(token_logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 def ld_logps(logps: Tensor, public_logps: Tensor, ld_alpha: float) -> Tensor:
-    """LD-DPO, 2409.06411 eq. 9: log-probs in which tokens beyond the shorter completion's length count α.
+    """LD-DPO, 2409.06411: log-probs in which tokens beyond the shorter completion's length count α.
 
     Args:
         logps: of any shape, summed over each completion, nats.
@@ -877,11 +887,11 @@ def ld_logps(logps: Tensor, public_logps: Tensor, ld_alpha: float) -> Tensor:
 
 
 def wpo_weights(token_logps: Tensor, log_collision: Tensor, lengths: Tensor) -> Tensor:
-    """WPO, 2406.11827 sec. 3.2: how likely the policy itself is to write a pair, as the weight of its loss.
+    """WPO, 2406.11827 eq. 2: how likely the policy itself is to write a pair, as the weight of its loss.
 
-    Of each completion: exp of the mean over tokens of log π(y_t) - log Σ_v π(v)²; the latter is log π of what sampling
-    would give on average ("sampled alignment"). The weight is the product of both, at most 1 as in the authors' code;
-    the paper does not mention the limit, and TRL has none.
+    Of each completion: exp of the mean over tokens of log π(y_t) - log Σ_v π(v)². The sum is the mean probability of a
+    sampled token, so that a sampled completion has about 1 ("sampled alignment"). The weight is the product of both, at
+    most 1 as in the authors' code; TRL has no such limit.
 
     Args:
         token_logps: [M] log-probs of completion tokens under the policy, nats, in the order of `public_sums`.
@@ -946,21 +956,21 @@ LOSSES = {
         Loss("apo_zero", apo_zero_loss, "rewards", "2408.06266 eq. 7"),
         Loss("apo_down", apo_down_loss, "rewards", "2408.06266 eq. 8"),
         Loss("discopop", discopop_loss, "margin", "2406.08414 eq. 5", (_DISCOPOP_TAU, *_DIVERGENCE)),
-        Loss("dpop", dpop_loss, "rewards", "2402.13228 eq. 3", (_DPOP_LAMBDA,)),
-        Loss("odpo", odpo_loss, "margin", "2402.10571 eq. 9", (_ODPO_ALPHA, *_DIVERGENCE), ratings=True),
+        Loss("dpop", dpop_loss, "rewards", "2402.13228", (_DPOP_LAMBDA,)),
+        Loss("odpo", odpo_loss, "margin", "2402.10571", (_ODPO_ALPHA, *_DIVERGENCE), ratings=True),
         Loss("cal_dpo", cal_dpo_loss, "log_ratios", "2412.14516", (_CAL_WEIGHT,)),
         Loss("simpo", simpo_loss, "margin", "2405.14734 eq. 6", (_SIMPO_GAMMA, SMOOTHING), reference=False,
              per_token=True),
         Loss("cpo", cpo_loss, "margin", "2401.08417 eq. 3", (SMOOTHING,), reference=False),
         Loss("orpo", orpo_loss, "log_ratios", "2403.07691 eq. 7", reference=False, per_token=True),
-        Loss("slic", slic_loss, "margin", "2305.10425 eq. 1", (_SLIC_DELTA,), reference=False),
+        Loss("slic", slic_loss, "margin", "2305.10425", (_SLIC_DELTA,), reference=False),
         Loss("plackett_luce", plackett_luce_loss, "logps", "2305.18290 app. A.3", rows="lists"),
         Loss("all_pairs", all_pairs_loss, "logps", "2203.02155 eq. 1 with DPO's rewards", rows="lists"),
-        Loss("lipo_lambda", lipo_lambda_loss, "logps", "2402.01878 eq. 9", (_RATING_SCALE,), "lists", ratings=True),
-        Loss("info_nca", info_nca_loss, "logps", "2402.05369 eq. 8", (_RATING_SCALE,), "lists", ratings=True),
-        Loss("nca", nca_loss, "logps", "2402.05369 eq. 11", (_RATING_SCALE,), "lists", ratings=True),
-        Loss("kto", kto_loss, "logps", "2402.01306 eq. 8", (_DESIRABLE, _UNDESIRABLE), "labels", shift="kl"),
-        Loss("bco", bco_loss, "logps", "2404.04656 eq. 11", rows="labels", shift="running_mean"),
+        Loss("lipo_lambda", lipo_lambda_loss, "logps", "2402.01878", (_RATING_SCALE,), "lists", ratings=True),
+        Loss("info_nca", info_nca_loss, "logps", "2402.05369 sec. 3", (_RATING_SCALE,), "lists", ratings=True),
+        Loss("nca", nca_loss, "logps", "2402.05369 sec. 4", (_RATING_SCALE,), "lists", ratings=True),
+        Loss("kto", kto_loss, "logps", "2402.01306 sec. 4", (_DESIRABLE, _UNDESIRABLE), "labels", shift="kl"),
+        Loss("bco", bco_loss, "logps", "2404.04656", rows="labels", shift="running_mean"),
     )
 }  # fmt: skip
 LOSS_TYPES = tuple(LOSSES)

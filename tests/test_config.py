@@ -264,6 +264,24 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str,
         (["--dpo.loss_type={hinge: 1, ipo: 1}", "--dpo.label_smoothing=0.1"], "with dpo.loss_type 'hinge', 'ipo': use"),
         (["--dpo.nll_mean=completions"], "dpo.nll_mean has no effect while dpo.nll_weight is 0"),
         (["--dpo.loss_type=ipo", "--dpo.ld_alpha=0.5"], "dpo.ld_alpha has no meaning with dpo.loss_type 'ipo'"),
+        (["--dpo.loss_type={sigmoid: 1, simpo: 1}", "--dpo.ld_alpha=0.5"], "no meaning with dpo.loss_type 'simpo'"),
+        (["--dpo.loss_type=plackett_luce", "--dpo.ld_alpha=0.5"], "dpo.ld_alpha is of pairs, and dpo.loss_type 'plac"),
+        (["--dpo.loss_type=kto", "--dpo.wpo=true"], "dpo.wpo is of pairs, and dpo.loss_type 'kto' learns from labels"),
+        (
+            ["--dpo.loss_type=bco", "--dpo.nll_weight=1"],
+            "dpo.nll_weight is of pairs and lists, and dpo.loss_type 'bco'",
+        ),
+        (
+            ["--dpo.loss_type=kto", "--training.batch_size=1"],
+            "training.batch_size must be at least 2 with dpo.loss_type",
+        ),
+        (["--dpo.loss_type={sigmoid: 1, kto: 1}"], "must learn from the same rows of data"),
+        (
+            ["--dpo.loss_type=simpo", "--reference.cache_dir=x"],
+            "reference.cache_dir has no effect with dpo.loss_type 's",
+        ),
+        (["--dpo.options.f_alpha=0.3"], "dpo.options.f_alpha has no effect unless dpo.options.f_divergence is alpha_"),
+        (["--dpo.options.f_divergence=kl"], "dpo.options.f_divergence must be one of"),
     ],
 )
 def test_settings_without_effect_are_rejected(minimal: str, overrides: list[str], message: str) -> None:
@@ -297,6 +315,10 @@ def test_sft_rejects_what_only_dpo_uses(minimal: str, override: str, message: st
     ["--dpo.label_smoothing=0.5"],
     ["--dpo.loss_type={hinge: 1, robust: 0.5}", "--dpo.label_smoothing=0.1"],
     ["--dpo.nll_weight=1", "--dpo.nll_mean=completions", "--dpo.ld_alpha=0", "--dpo.wpo=true"],
+    ["--dpo.loss_type={sigmoid: 1, cpo: 1}", "--reference.cache_dir=x", "--dpo.ld_alpha=0.5"],
+    ["--dpo.loss_type=all_pairs", "--dpo.nll_weight=1"],
+    ["--dpo.loss_type=kto", "--dpo.options.desirable_weight=1.3"],
+    ["--dpo.options={f_divergence: alpha_divergence, f_alpha: 0.3}"],
     ["--data.chat_template=templates/mine.jinja"],
 ])  # fmt: skip
 def test_the_same_settings_are_valid_where_they_have_an_effect(minimal: str, overrides: list[str]) -> None:
@@ -331,6 +353,15 @@ def test_entries_of_a_mapping_are_set_one_by_one(minimal: str, tmp_path: Path) -
 def test_entries_of_what_is_no_mapping_are_rejected(minimal: str, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"^command line: .*" + re.escape(message)):
         load(minimal, override)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows"), [("sigmoid", "dpo"), ("cpo", "dpo"), ("plackett_luce", "lists"), ("kto", "labels")]
+)
+def test_the_loss_says_which_rows_a_run_learns_from(minimal: str, loss: str, rows: str) -> None:
+    assert load(minimal, f"--dpo.loss_type={loss}").rows == rows
+    assert load(minimal, f"--dpo.loss_type={{{loss}: 2}}").rows == rows
+    assert load(minimal, task="sft").rows == "sft"
 
 
 def test_each_loss_of_a_sum_gets_its_own_options(minimal: str) -> None:

@@ -15,8 +15,8 @@ from runs import write_pairs
 from toys import toy_model_folder
 
 from notus.config import SECTIONS, config_from_dict
-from notus.data.formats import normalize
-from notus.losses import LOSS_TYPES
+from notus.data.formats import normalize, readings
+from notus.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,18 +43,49 @@ def test_the_config_is_described_as_it_is():
         assert [found[1] for found in cells if found] == [item.name.rstrip("_") for item in fields(kind)]
 
 
-def test_every_loss_is_described():
-    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)[1:] == list(LOSS_TYPES)  # the first is the heading
+def test_every_loss_is_described_as_it_is():
+    made = runpy.run_path(str(ROOT / "docs" / "make_losses.py"))
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert page == made["render"](page), "run: python docs/make_losses.py"
+    tables = page.split("## Choose a loss")[1].split("## Options")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == sorted(["loss_type"] * 4 + list(LOSSES))
+    assert made["missing_curves"]() == []
+
+
+def test_the_figure_of_losses_is_the_one_that_is_drawn(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    figure = (ROOT / "docs" / "losses.svg").read_text(encoding="utf-8")
+    if f"Matplotlib v{matplotlib.__version__}," not in figure:
+        pytest.skip("drawn by another version of matplotlib")
+    runpy.run_path(str(ROOT / "docs" / "make_losses.py"))["draw"](tmp_path / "losses.svg")
+    assert (tmp_path / "losses.svg").read_text(encoding="utf-8") == figure, "run: python docs/make_losses.py --figure"
+
+
+def test_the_readme_has_every_loss_beside_those_of_trl():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"**{len(LOSSES)} losses**" in readme
+    section = readme.split("\n## Losses\n")[1].split("\n## ")[0]
+    named = [cells[2] for cells in (line.split("|") for line in section.splitlines()) if len(cells) > 3]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(named))) == sorted(LOSSES)
 
 
 def test_the_code_beside_the_losses_runs():
     (code,) = blocks("losses.md", "python")
     exec(code, {})
+    wrong = code.replace("softplus(-margin)", "(1 + (-margin).exp()).log()")
+    (shown,) = re.findall(r"```\nAssertionError: (.*?), …\n```", (ROOT / "docs" / "losses.md").read_text("utf-8"))
+    with pytest.raises(AssertionError, match=re.escape(shown)):
+        exec(wrong, {})
+
+
+def test_the_sum_of_losses_that_is_shown_is_config():
+    (block,) = blocks("losses.md", "yaml")
+    tree = {"model": {"name_or_path": "m"}, "data": {"train": "pairs.jsonl"}, "training": {"output_dir": "o"}}
+    assert config_from_dict(tree | yaml.safe_load(block), "dpo").dpo.nll_weight == 1
 
 
 def test_the_rows_that_the_data_formats_show_are_read():
-    pairs, examples = blocks("data.md", "json")
+    pairs, examples, lists, labels = blocks("data.md", "json")
     prompts = [normalize(json.loads(line), "dpo").prompt for line in pairs.splitlines()]
     assert prompts == [
         "The capital of France is",
@@ -65,6 +96,10 @@ def test_the_rows_that_the_data_formats_show_are_read():
     completions = [normalize(json.loads(line), "sft").completions for line in examples.splitlines()]
     turns = [[{"role": "assistant", "content": text}] for text in ("Hello!", "3")]
     assert completions == [(turns[0],), (" Paris.",), (turns[1],)]
+    rated = [readings(json.loads(line), "lists")[0] for line in lists.splitlines()]
+    assert [each.ratings for each in rated] == [(5, 1.5), (5, 2, 1)]
+    assert rated[1].record.completions == (" Paris.", " Lyon.", " Rome.")
+    assert [readings(json.loads(line), "labels")[0].label for line in labels.splitlines()] == [False, True]
 
 
 @pytest.mark.slow

@@ -1,16 +1,21 @@
 """`python -m notus estimate`: the recipe fits, deep models answer at once, mistakes are told in a line."""
 
+import dataclasses
 import json
 import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runs import settings, write_pairs
 from toys import toy_config, toy_model_folder
 
 from notus import __main__ as entry
 from notus.config import config_from_dict, save_config
+from notus.estimate.plan import make_plan
+from notus.estimate.sizes import Lengths, mismatched_lengths
+from notus.model.flops import forward_flops
 
 RECIPES = Path(__file__).parents[1] / "configs" / "notus-7b-v1"
 FULL = str(RECIPES / "dpo-full-8xa100-40gb.yaml")
@@ -178,3 +183,100 @@ def test_a_configuration_file_stands_for_the_model(tmp_path, capsys):
 )
 def test_mistakes_are_told_in_a_line(capsys, words, error):
     assert error in refused(capsys, FULL, *words)
+
+
+# ---- losses that learn from other rows, or need other passes ----
+
+LIST = ("--dpo.loss_type=plackett_luce", "--training.tokens_per_row=8192")
+
+
+def hours(text: str, name: str) -> float:
+    return number(text, rf"{name} +([\d.]+) h")
+
+
+def test_lists_take_as_many_means_as_there_are_completions(capsys):
+    text = told(capsys, FULL, *LIST)
+    assert "mean tokens 176, 290, 290, 290, 290 (trunk, branches)" in text
+    assert "Step of 64 lists" in text
+    assert "lists/s" in text
+    text = told(capsys, FULL, *LIST, "--lengths", "100,50,60,70")
+    assert "mean tokens 100, 50, 60, 70 (trunk, branches)" in text
+    # a list of two is a pair
+    pattern = r"necessary operations ([\de.+]+),"
+    of_lists = number(told(capsys, FULL, *LIST, "--lengths=176,300,280"), pattern)
+    assert of_lists > 0
+    assert of_lists == number(told(capsys, FULL, "--lengths=176,300,280"), pattern)
+    assert "--lengths 100,50: give 3 or more mean numbers" in refused(capsys, FULL, *LIST, "--lengths", "100,50")
+    assert "Step of 64 completions" in told(capsys, FULL, "--dpo.loss_type=bco")
+    assert "give 2 mean numbers" in refused(capsys, FULL, "--dpo.loss_type=bco", "--lengths", "100,50,60")
+
+
+def test_a_list_of_four_costs_less_than_its_six_pairs(capsys):
+    lengths = "--lengths=176,290,290,290,290"
+    pair = number(told(capsys, FULL, "--lengths=176,290,290"), r"necessary operations ([\de.+]+),")
+    four = number(told(capsys, FULL, *LIST, lengths), r"necessary operations ([\de.+]+),")
+    # tokens: (176 + 4 * 290) / (176 + 2 * 290) = 1.77; of six pairs 6
+    assert four / pair == pytest.approx(1336 / 756, rel=0.02)
+
+
+def test_a_loss_without_a_reference_needs_no_reference_pass(capsys):
+    for loss in ("simpo", "cpo", "orpo", "slic", "{simpo: 0.5, orpo: 0.5}"):
+        text = told(capsys, FULL, f"--dpo.loss_type={loss}", "--reference.cache_dir=null")
+        assert "No reference pass: dpo.loss_type " in text, loss
+        assert "reference pass  " not in text, loss
+    text = told(capsys, FULL)
+    assert hours(text, "reference pass") > 0
+    assert "No reference pass" not in text
+    # one member of a sum that has one is enough
+    assert hours(told(capsys, FULL, "--dpo.loss_type={sigmoid: 0.8, orpo: 0.2}"), "reference pass") > 0
+
+
+def test_kto_scores_mismatched_completions_too(capsys):
+    lengths = ("--lengths=176,290",)
+    bco, kto = (told(capsys, FULL, f"--dpo.loss_type={loss}", *lengths) for loss in ("bco", "kto"))
+    assert "mismatched" not in bco
+    before = number(kto, r"mismatched completions ([\d.]+) s before it")
+    step = r"  ([\d.]+) s, [\d.]+ completions/s"
+    assert number(kto, step) == pytest.approx(number(bco, step) + before, abs=0.02)
+    assert hours(kto, "reference pass") == pytest.approx(2 * hours(bco, "reference pass"), abs=0.02)
+    assert before / number(bco, step) == pytest.approx(
+        1 / 3, abs=0.02
+    )  # one forward pass; a step without recomputation
+
+
+def test_the_mismatched_pass_by_hand(capsys, monkeypatch):
+    plans = []
+    monkeypatch.setattr("notus.estimate.plan.make_plan", lambda setting: plans.append(make_plan(setting)) or plans[0])
+    told(capsys, FULL, "--dpo.loss_type=kto", "--gpus=8", "--utilisation=0.5", "--gpu=a100-80gb")
+    setting = plans[0].setting
+    lengths = Lengths(np.array([10, 20]), np.array([[30], [50]]), "two")
+    others = mismatched_lengths(lengths, 65)
+    assert (others.trunks.tolist(), others.branches.tolist()) == ([10, 20], [[50], [30]])
+    assert mismatched_lengths(lengths, 55).branches.tolist() == [[45], [30]]
+    plan = make_plan(dataclasses.replace(setting, lengths=lengths, mismatched=others, gpus=1))
+    operations = forward_flops(setting.dimensions, others.trunks, others.branches, np.array([50, 30])).mean()
+    assert plan.mismatched == pytest.approx(64 * operations / (312e12 * 0.5), rel=1e-6)
+    without = make_plan(dataclasses.replace(setting, lengths=lengths, mismatched=None, gpus=1))
+    assert plan.seconds == pytest.approx(without.seconds + plan.mismatched)
+    assert plan.scoring == pytest.approx(without.scoring + plan.mismatched / 64)
+    assert plan.footprint == without.footprint
+
+
+def test_keys_of_lists_that_lack_completions_by_hand():
+    # 4 + (2 + 3 + 1) of 4 each, and 5 + 6: trunks are gathered three times and once
+    lengths = Lengths(np.array([4, 5]), np.array([[2, 3, 1], [6, 0, 0]]), "two")
+    assert lengths.totals.tolist() == [10, 11]
+    assert lengths.key_ratio == pytest.approx((3 * 4 + 6 + 5 + 6) / 21)
+
+
+def test_the_true_lengths_of_lists(tmp_path, capsys):
+    model, lines = toy_model_folder(tmp_path / "model"), []
+    for row in range(6):
+        answers = [[{"role": "assistant", "content": f"answer {row} {place}"}] for place in range(2 + row % 3)]
+        lines.append({"prompt": f"question {row}", "completions": answers, "ratings": list(range(len(answers)))})
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tree = settings(tmp_path / "run", model, tmp_path / "lists.jsonl", dpo__loss_type="plackett_luce")
+    save_config(config_from_dict(tree, "dpo"), tmp_path / "config.yaml")
+    text = told(capsys, str(tmp_path / "config.yaml"), "--gpus", "1")
+    assert "6 examples of the data, tokenised" in text
+    assert "lists/s" in text

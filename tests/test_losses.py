@@ -81,6 +81,35 @@ def test_hand_worked_values(loss_type: str, smoothing: float, expected: float, e
     torch.testing.assert_close(rejected_rewards, torch.tensor([-LN3, LN3], dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "options", "expected", "expected_swapped"),
+    [
+        ("slic", {"slic_delta": 3.0}, 3 - LN9, 3 + LN9),
+        ("simpo", {"simpo_gamma": 0.0}, math.log(1 + 3**-0.3), math.log(1 + 3**0.3)),
+        ("simpo", {"simpo_gamma": 0.0, "label_smoothing": 0.2},
+         0.8 * math.log(1 + 3**-0.3) + 0.2 * math.log(1 + 3**0.3),
+         0.8 * math.log(1 + 3**0.3) + 0.2 * math.log(1 + 3**-0.3)),
+        ("odpo", {"odpo_alpha": 2.0}, math.log(1 + 9 / 9), math.log(1 + 9 * 9)),
+        ("dpop", {"dpop_lambda": 2.0}, -math.log(0.9), math.log(1 + 81)),
+        ("cal_dpo", {"cal_weight": 1.0}, math.log(1 + 3**-20) + 2 * (10 * LN3 - 5) ** 2,
+         math.log(1 + 3**20) + 2 * (10 * LN3 + 5) ** 2),
+        ("discopop", {"discopop_tau": 0.5}, (-math.log(0.9) + 9**2 / 9) / (1 + 9**2),
+         (-math.log(0.1) * 9**2 + 9) / (1 + 9**2)),
+        # 1 - e^(-c) and so on; at α = 1/(10 ln 3) the exponentials are 1/e and e
+        ("hinge", {"f_divergence": "alpha_divergence", "f_alpha": 0.1 / LN3},
+         max(0, 1 - LN3 * (math.e - 1 / math.e)), 1 + LN3 * (math.e - 1 / math.e)),
+        ("hinge", {"f_divergence": "js_divergence"}, 0.0, 1 + LN3),  # ls(c) - ls(-c) is c
+    ],
+)  # fmt: skip
+def test_hand_worked_values_with_options(
+    loss_type: str, options: dict[str, float], expected: float, expected_swapped: float
+) -> None:
+    c = torch.tensor([10 * LN3, -10 * LN3], dtype=torch.float64)
+    lengths = torch.tensor([10, 5])
+    found, _, _ = loss_of(c, -c, loss_type, chosen_lengths=lengths, rejected_lengths=lengths.flip(0), **options)
+    torch.testing.assert_close(found, torch.tensor([expected, expected_swapped], dtype=torch.float64))
+
+
 def test_orpo_by_hand() -> None:
     # chosen: probability 1/2 per token, odds 1; rejected: 1/4, odds 1/3. The ratio of odds is 3, its sigmoid 3/4.
     half, quarter = torch.tensor([-10 * math.log(2)]), torch.tensor([-5 * math.log(4)])

@@ -248,6 +248,12 @@ def test_beyond_the_cap_a_divergence_goes_on_as_its_tangent() -> None:
     torch.testing.assert_close(gradient, torch.full_like(gradient, e50))
 
 
+@pytest.mark.parametrize(("divergence", "alpha"), [("kl", 0.5), ("alpha_divergence", 0.0), ("alpha_divergence", 1.5)])
+def test_a_divergence_that_does_not_exist_is_an_error(divergence: str, alpha: float) -> None:
+    with pytest.raises(ValueError, match=f"reverse_kl, .* not '{divergence}' and {alpha}"):
+        f_divergence_map(torch.zeros(1), divergence, alpha)
+
+
 # ---- autograd's own check, extremes, masks ----
 
 
@@ -394,6 +400,30 @@ def test_labels_by_hand() -> None:
     )  # fmt: skip
     torch.testing.assert_close(found, torch.tensor([-math.log(3 / 4), -math.log(1 / 4)], dtype=torch.float64))
     torch.testing.assert_close(rewards, torch.full((2,), ln3 + 0.5, dtype=torch.float64))
+
+
+OTHER_VALUES = {
+    "label_smoothing": 0.3, "discopop_tau": 0.5, "odpo_alpha": 2.0, "dpop_lambda": 1.0, "simpo_gamma": 2.0,
+    "slic_delta": 5.0, "cal_weight": 1.0, "rating_scale": 3.0, "desirable_weight": 2.0, "undesirable_weight": 2.0,
+    "f_divergence": "js_divergence", "f_alpha": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option.name) for name, loss in LOSSES.items() for option in loss.options]
+)
+def test_every_option_has_an_effect(name: str, option: str) -> None:
+    ratios = draw(name, spread=2.0)
+    base = {"f_divergence": "alpha_divergence"} if option == "f_alpha" else {}
+    found = [losses_of(name, ratios, options=base | other) for other in ({}, {option: OTHER_VALUES[option]})]
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["lipo_lambda", "info_nca", "nca"])
+def test_the_scale_of_ratings_divides_them(name: str) -> None:
+    ratios, ratings = draw(name), torch.tensor([4.0, 3.0, 3.0, 1.0], dtype=torch.float64)
+    scaled = losses_of(name, ratios, ratings=(10 * ratings).expand_as(ratios), options={"rating_scale": 10.0})
+    torch.testing.assert_close(scaled, losses_of(name, ratios, ratings=ratings.expand_as(ratios)))
 
 
 @pytest.mark.parametrize("name", ROWS["labels"])

@@ -50,8 +50,10 @@ class Layout:
     Attributes:
         key_index: [N_kv] row position of every gathered key.
         first_copy: [N] where each token stands in the gather for the first time.
-        extra_copies: (gather positions, row positions) of the second, third, ... copies of the trunks; the
-            row positions within each pair are unique.
+        copies: [2, C] gather positions and row positions of the trunks' further copies: first all second copies, then
+            all third ones, and so on. Among those of one number, the row positions are unique.
+        copy_lengths: how many of them are second, third, ... copies.
+        copy_starts: [number of copies] the same, cumulative from 0, as a tensor that stays on the host.
         query_starts, key_starts: [S + 1] int32, cumulative segment lengths (cu_seqlens).
         query_lengths, key_lengths: the same lengths as Python integers, S each.
         lengths: [2 S] both, as a tensor that stays on the host.
@@ -60,7 +62,9 @@ class Layout:
 
     key_index: Tensor
     first_copy: Tensor
-    extra_copies: list[tuple[Tensor, Tensor]]
+    copies: Tensor
+    copy_lengths: list[int]
+    copy_starts: Tensor
     query_starts: Tensor
     key_starts: Tensor
     query_lengths: list[int]
@@ -68,6 +72,12 @@ class Layout:
     lengths: Tensor
     longest_query: int
     longest_key: int
+
+    @property
+    def extra_copies(self) -> list[tuple[Tensor, Tensor]]:
+        """(gather positions, row positions) of the second, third, ... copies of the trunks."""
+        gathered, own = (each.split(self.copy_lengths) for each in self.copies)
+        return list(zip(gathered, own, strict=True))
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout with its tensors on `device`."""
@@ -79,7 +89,7 @@ class Layout:
             self,
             key_index=change(self.key_index),
             first_copy=change(self.first_copy),
-            extra_copies=[(change(gathered), change(own)) for gathered, own in self.extra_copies],
+            copies=change(self.copies),
             query_starts=change(self.query_starts),
             key_starts=change(self.key_starts),
         )
@@ -96,6 +106,7 @@ class Batch:
         sources: [M] row position whose hidden state predicts a completion token.
         targets: [M] the completion token ids, branch by branch.
         lengths: [E, K] completion tokens per branch, 0 for one that the example lacks; they sum to M.
+        present: [E, K] bool, which branches there are; the last ones may be missing.
         weights: [E] fp32, 1 for an example and 0 for a filler.
         indices: [E] dataset rows, -1 for a filler.
         reference: [E, K] fp32, the reference's log-probs in nats, where the loss compares with them.
@@ -111,6 +122,7 @@ class Batch:
     sources: Tensor
     targets: Tensor
     lengths: Tensor
+    present: Tensor
     weights: Tensor
     indices: Tensor
     reference: Tensor | None = None
@@ -118,13 +130,6 @@ class Batch:
     ratings: Tensor | None = None
     labels: Tensor | None = None
     places: Tensor | None = None
-
-    @property
-    def present(self) -> Tensor:
-        """[E, K] bool: which completions there are; where some are missing, those that have a token to learn."""
-        if len(self.layout.query_lengths) == self.lengths.numel():
-            return torch.ones_like(self.lengths, dtype=torch.bool)
-        return self.lengths > 0
 
     def pin(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU waits for nothing."""
@@ -179,26 +184,25 @@ def collate(examples: Sequence[Example], num_branches: int) -> Batch:
             start += len(branch)
         lengths.extend([0] * (num_branches - len(example.branches)))
         offset = start
-    layout = build_layout(
-        [len(example.trunk) for example in examples],
-        [[len(branch) for branch in example.branches] for example in examples],
-    )
-    # a length of 0 stands for a missing completion, so where one is missing, every other must have a token to learn
-    assert len(layout.query_lengths) in (len(lengths), np.count_nonzero(lengths))
+    counts = torch.tensor([len(example.branches) for example in examples])
     return Batch(
         input_ids=_join(tokens),
         position_ids=_join(positions),
-        layout=layout,
+        layout=build_layout(
+            [len(example.trunk) for example in examples],
+            [[len(branch) for branch in example.branches] for example in examples],
+        ),
         sources=_join(sources),
         targets=_join(targets),
         lengths=torch.tensor(lengths, dtype=torch.int64).view(len(examples), num_branches),
+        present=torch.arange(num_branches) < counts[:, None],
         weights=torch.tensor([float(example.index >= 0) for example in examples]),
         indices=torch.tensor([example.index for example in examples]),
     )
 
 
-def _join(parts: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+def _join(parts: Sequence[np.ndarray], axis: int = 0) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts, axis=axis).astype(np.int64, copy=False))
 
 
 def build_layout(trunks: Sequence[int], branches: Sequence[Sequence[int]]) -> Layout:
@@ -210,7 +214,7 @@ def build_layout(trunks: Sequence[int], branches: Sequence[Sequence[int]]) -> La
     """
     key_index, query_lengths, key_lengths = [], [], []
     first_copy: list[np.ndarray] = []
-    copies: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in max(branches, key=len)[1:]]
+    copies: list[list[np.ndarray]] = [[] for _ in max(branches, key=len)[1:]]
     row, gathered = 0, 0
     for trunk, parts in zip(trunks, branches, strict=True):
         shared = np.arange(row, row + trunk)
@@ -220,18 +224,20 @@ def build_layout(trunks: Sequence[int], branches: Sequence[Sequence[int]]) -> La
             if number == 0:
                 first_copy.append(np.arange(gathered, gathered + trunk))
             else:
-                copies[number - 1][0].append(np.arange(gathered, gathered + trunk))
-                copies[number - 1][1].append(shared)
+                copies[number - 1].append(np.stack([np.arange(gathered, gathered + trunk), shared]))
             first_copy.append(np.arange(gathered + trunk, gathered + trunk + length))
             query_lengths.append(length + trunk * (number == 0))
             key_lengths.append(trunk + length)
             gathered += trunk + length
             row += length
         row += trunk
+    copy_lengths = [sum(part.shape[1] for part in parts) for parts in copies]
     return Layout(
         key_index=_join(key_index),
         first_copy=_join(first_copy),
-        extra_copies=[(_join(there), _join(here)) for there, here in copies],
+        copies=_join([part for parts in copies for part in parts] or [np.empty((2, 0))], axis=1),
+        copy_lengths=copy_lengths,
+        copy_starts=torch.tensor([0, *np.cumsum(copy_lengths)], dtype=torch.int64),
         query_starts=_starts(query_lengths),
         key_starts=_starts(key_lengths),
         query_lengths=query_lengths,

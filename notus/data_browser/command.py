@@ -65,7 +65,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         dest="scored_by",
         type=os.path.expanduser,
         metavar="RUN",
-        help="a DPO run of these rows: compute each pair's reward margin, and show the most wrongly ordered first",
+        help="a run of train_dpo.py: compute each row's reward margin (the best completion's reward minus the worst's; "
+        "of a bad completion, minus its reward), and show the most wrongly ordered first",
     )
 
 

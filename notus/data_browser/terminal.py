@@ -91,7 +91,8 @@ def _margin_lines(data: Data) -> list[str]:
     if data.margins is None:
         return []
     wrong = int((data.margins < 0).sum())
-    return [f"reward margins: mean {data.margins.mean():+.4f}; {wrong:,} of {_rows(len(data))} are ordered wrongly"]
+    judged = "judged" if data.task == "labels" else "ordered"
+    return [f"reward margins: mean {data.margins.mean():+.4f}; {wrong:,} of {_rows(len(data))} are {judged} wrongly"]
 
 
 def spark(counts: Sequence[int]) -> str:

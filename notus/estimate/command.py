@@ -1,6 +1,7 @@
 """`python -m notus estimate`: will a run fit, how long will it take, what will it cost; without weights or a GPU."""
 
 import argparse
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -35,8 +36,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         metavar="TRUNK,BRANCH,...",
-        help="mean tokens of prompt, chosen and rejected (SFT: prompt, answer), in place of those of the data, which "
-        "is read if it is local and small",
+        help="mean tokens of prompt, chosen and rejected (SFT and labels: prompt, answer; lists: prompt, each "
+        "completion), in place of those of the data, which is read if it is local and small",
     )
     parser.add_argument("--examples", type=count, help="training examples, if the data is not at hand")
     parser.add_argument(
@@ -70,19 +71,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """What a loss takes beside the forward and backward pass of its rows.
+
+    Attributes:
+        reference: whether it compares with a reference, so that one pass over the data comes first.
+        mismatched: whether each step and each of those passes also scores mismatched completions (KTO).
+    """
+
+    reference: bool
+    mismatched: bool
+
+
+def _passes(config: Config) -> _Passes:
+    """Ask the registry of losses what the run's losses need."""
+    from notus.losses import loss_components
+
+    losses = loss_components(config.dpo.loss_type) if config.task == "dpo" else {}
+    return _Passes(any(loss.reference for loss in losses), any(loss.shift == "kl" for loss in losses))
+
+
+def _loss_name(config: Config) -> str:
+    loss = config.dpo.loss_type
+    return loss if isinstance(loss, str) else ", ".join(loss)
+
+
+UNITS = {"dpo": "pairs", "sft": "examples", "lists": "lists", "labels": "completions"}
+
+
 def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     """The report's lines."""
     from notus.estimate import report
     from notus.estimate.plan import make_plan
 
     lengths, rows = _lengths(config, args)
-    setting, source = _setting(config, args, lengths)
+    passes = _passes(config)
+    setting, source = _setting(config, args, lengths, passes)
     plan = make_plan(setting)
-    unit = "pairs" if config.task == "dpo" else "examples"
     lines = [*report.head(setting, source, args.gpu), "", *report.memory(plan), ""]
     if setting.cpu_offload:
         return [*lines, report.OFFLOADED]
-    lines += [*report.step(plan, unit), *report.advice(plan), ""]
+    lines += [*report.step(plan, UNITS[config.rows]), *report.advice(plan), ""]
+    if config.task == "dpo" and not passes.reference:
+        lines.append(f"No reference pass: dpo.loss_type {_loss_name(config)} has no reference.")
     steps = config.training.max_steps
     if rows is not None:
         whole = math.ceil((rows - config.data.eval_size) / config.training.batch_size) * config.training.epochs
@@ -92,16 +124,19 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     every = config.training.eval_every
     held_out = config.data.eval_size if config.data.eval is None else _rows(config.data.eval)
     besides = 0 if config.data.eval is None else held_out or 0
-    reference = (rows or 0) + besides if config.task == "dpo" else 0
-    evaluations = math.ceil(steps / every) if every else 1
     return lines + report.run_time(
-        plan, steps=steps, reference=reference, evaluations=evaluations, held_out=held_out, price=args.price
+        plan,
+        steps=steps,
+        reference=(rows or 0) + besides if passes.reference else 0,
+        evaluations=math.ceil(steps / every) if every else 1,
+        held_out=held_out,
+        price=args.price,
     )
 
 
-def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "tuple[Setting, str]":
+def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths", passes: _Passes) -> "tuple[Setting, str]":
     from notus.estimate.plan import Setting
-    from notus.estimate.sizes import find_config, sizes
+    from notus.estimate.sizes import find_config, mismatched_lengths, sizes
     from notus.model.flops import PER_NODE, find_gpu
     from notus.training.model_folders import local_names
 
@@ -135,15 +170,15 @@ def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths") -> "t
         hybrid=training.sharding == "hybrid",
         cpu_offload=training.cpu_offload,
         utilisation=args.utilisation,
+        mismatched=mismatched_lengths(lengths, config.data.max_length) if passes.mismatched else None,
     )
     return setting, source
 
 
 def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | None]":
     """How long examples are, and how many there are, as far as it is known without the network."""
-    from notus.estimate.sizes import TYPICAL, draw, parse_means
+    from notus.estimate.sizes import draw, parse_means, typical
 
-    branches = 2 if config.task == "dpo" else 1
     for source in config.data.train:
         if Path(source["path"]).suffix in (".jsonl", ".json", ".parquet") and not Path(source["path"]).is_file():
             raise ValueError(f"data.train: {source['path']}: no such file")
@@ -151,7 +186,7 @@ def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | 
         found = _tokenised(config)
         if found is not None:
             return found, args.examples or len(found.trunks)
-    means = parse_means(args.lengths, branches) if args.lengths else TYPICAL[: branches + 1]
+    means = parse_means(args.lengths, config.rows) if args.lengths else typical(config.rows)
     data = config.data
     lengths = draw(means, max_length=data.max_length, max_prompt_length=data.max_prompt_length or data.max_length // 2)
     return lengths, args.examples or _rows(data.train)
@@ -195,7 +230,7 @@ def _tokenised(config: Config) -> "Lengths | None":
     add_tokens(tokenizer, data.new_tokens)
     shares, _ = read_shares(
         data.train,
-        rule_of(data, tokenizer, config.task),
+        rule_of(data, tokenizer, config.rows),
         on_bad_row=data.on_bad_row,
         num_workers=data.num_workers,
         cache_dir=data.cache_dir,

@@ -145,6 +145,7 @@ class Setting:
         tokens_per_row, checkpointing: the dials of memory and speed; checkpointing may be "auto".
         precision, optimizer, optimizer_dtype, hybrid, cpu_offload: as in the config.
         utilisation: share of the GPU's peak at which it computes, recomputation included.
+        mismatched: completions beside those that are learned, which every step scores without gradients; None: none.
     """
 
     size: ModelSize
@@ -161,6 +162,7 @@ class Setting:
     hybrid: bool
     cpu_offload: bool
     utilisation: float
+    mismatched: Lengths | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,9 @@ class Plan:
         steps: rows of a step.
         arithmetic: operations per example.
         compute, communication: seconds of a step, side by side.
-        scoring: seconds per example of a pass without gradients, the reference's or an evaluation's.
+        scoring: seconds per example of a pass without gradients, the reference's or an evaluation's; with the pass over
+            its mismatched completion, where the loss needs that.
+        mismatched: seconds of a step's pass over mismatched completions, before the rows.
     """
 
     setting: Setting
@@ -183,6 +187,7 @@ class Plan:
     compute: float
     communication: float
     scoring: float
+    mismatched: float
 
     @property
     def spare(self) -> int:
@@ -192,7 +197,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of a step."""
-        return max(self.compute, self.communication)
+        return max(self.compute, self.communication) + self.mismatched
 
     @property
     def mfu(self) -> float:
@@ -208,7 +213,7 @@ def _peak(setting: Setting) -> float:
 
 
 def make_plan(setting: Setting) -> Plan:
-    """Raises ValueError if an example is longer than a row."""
+    """Raises ValueError if an example, or a mismatched one, is longer than a row."""
     setting = _resolve(setting)
     work = arithmetic(setting.size, setting.dimensions, setting.lengths, setting.checkpointing)
     steps = pack(
@@ -226,15 +231,27 @@ def make_plan(setting: Setting) -> Plan:
         hybrid=setting.hybrid,
         precision=setting.precision,
     )
-    # in scoring, rows are full: as many tokens as fit, whatever the batch size
-    rows_per_example = setting.lengths.totals.mean() / setting.tokens_per_row / setting.gpus
-    scoring = max(
-        work.forward / (_peak(setting) * setting.utilisation * setting.gpus),
-        rows_per_example * exchange(backward=False),
-    )
-    compute = setting.batch_size * work.hardware / speed
+
+    def scoring(lengths: Lengths) -> float:
+        """Seconds per example; rows are full, as many tokens as fit, whatever the batch size."""
+        forward = arithmetic(setting.size, setting.dimensions, lengths, setting.checkpointing).forward
+        rows_per_example = lengths.totals.mean() / setting.tokens_per_row / setting.gpus
+        computing = forward / (_peak(setting) * setting.utilisation * setting.gpus)
+        return float(max(computing, rows_per_example * exchange(backward=False)))
+
+    mismatched = 0.0
+    if setting.mismatched is not None:
+        check_fits(int(setting.mismatched.totals.max()), setting.tokens_per_row)
+        mismatched = scoring(setting.mismatched)
     return Plan(
-        setting, footprint(setting.size, job_of(setting)), steps, work, compute, steps.rows * exchange(), float(scoring)
+        setting,
+        footprint(setting.size, job_of(setting)),
+        steps,
+        work,
+        compute=setting.batch_size * work.hardware / speed,
+        communication=steps.rows * exchange(),
+        scoring=scoring(setting.lengths) + mismatched,
+        mismatched=setting.batch_size * mismatched,
     )
 
 

@@ -90,8 +90,19 @@ def step(plan: Plan, unit: str) -> list[str]:
         f"  computation {_seconds(plan.compute)} s at {setting.utilisation:.0%} of {rate:g} TFLOP/s "
         "(an assumption; a step of 7B on one H200 reached 53%)",
         f"  communication {_seconds(plan.communication)} s beside it; the step is bound by {bound}",
+        *_mismatched(plan),
         f"  {_seconds(plan.seconds)} s, {examples / plan.seconds:.2f} {unit}/s, "
         f"MFU on necessary operations {plan.mfu:.0%}",
+    ]
+
+
+def _mismatched(plan: Plan) -> list[str]:
+    """What comes before the step's rows, where the loss needs it."""
+    if not plan.mismatched:
+        return []
+    return [
+        f"  mismatched completions {_seconds(plan.mismatched)} s before it, without gradients (the reference pass and "
+        "evaluations have such a pass, too)"
     ]
 
 

@@ -154,8 +154,9 @@ def sizes(
 
 
 # UltraFeedback through Zephyr's template: means of trunk, chosen and rejected; the spread of their logarithms is an
-# assumption. SFT sees the trunk and the chosen branch.
+# assumption. SFT sees the trunk and the chosen branch, labels one of the two; a list has all four completions.
 TYPICAL = (176.0, 300.0, 280.0)
+TYPICAL_LIST = (176.0, 290.0, 290.0, 290.0, 290.0)
 SPREAD = 0.8
 SAMPLE = 4096
 
@@ -166,7 +167,7 @@ class Lengths:
 
     Attributes:
         trunks: int64 [n], tokens.
-        branches: int64 [n, K], tokens, all of them scored.
+        branches: int64 [n, K], tokens, all of them scored; 0 for a completion that an example lacks.
         source: where they come from, for the report.
     """
 
@@ -182,21 +183,41 @@ class Lengths:
     @property
     def key_ratio(self) -> float:
         """Keys that attention gathers, over tokens."""
-        return float((self.branches.shape[1] * self.trunks + self.branches.sum(axis=1)).sum() / self.totals.sum())
+        present = (self.branches > 0).sum(axis=1)
+        return float((present * self.trunks + self.branches.sum(axis=1)).sum() / self.totals.sum())
 
 
-def parse_means(text: str, branches: int) -> tuple[float, ...]:
-    """ "176,300,280": means of trunk and branches. Raises ValueError for anything else."""
+def typical(rows: str) -> tuple[float, ...]:
+    """Means of trunk and branches where the data's are not known, of "dpo", "sft", "lists" or "labels"."""
+    if rows == "labels":
+        return TYPICAL_LIST[:2]
+    return TYPICAL_LIST if rows == "lists" else TYPICAL[: 3 if rows == "dpo" else 2]
+
+
+def parse_means(text: str, rows: str) -> tuple[float, ...]:
+    """ "176,300,280": means of trunk and branches, of lists as many branches as are wanted, but two at least.
+
+    Raises ValueError for anything else.
+    """
     try:
         means = tuple(float(part) for part in text.split(","))
     except ValueError:
         means = ()
-    if len(means) != branches + 1 or not all(0 < mean < 1e6 for mean in means):
+    wanted = len(typical(rows))
+    right = len(means) >= 3 if rows == "lists" else len(means) == wanted
+    if not right or not all(0 < mean < 1e6 for mean in means):
+        count = "3 or more" if rows == "lists" else wanted
         raise ValueError(
-            f"--lengths {text}: give {branches + 1} mean numbers of tokens, of the trunk and of each branch, as in "
-            f"{','.join(f'{mean:g}' for mean in TYPICAL[: branches + 1])}"
+            f"--lengths {text}: give {count} mean numbers of tokens, of the trunk and of each branch, as in "
+            f"{','.join(f'{mean:g}' for mean in typical(rows))}"
         )
     return means
+
+
+def mismatched_lengths(lengths: Lengths, max_length: int) -> Lengths:
+    """Examples of the same trunks with the next example's only branch, cut as `notus.data.dataset.mismatched` cuts."""
+    others = np.minimum(np.roll(lengths.branches, -1, axis=0), max_length - lengths.trunks[:, None])
+    return dataclasses.replace(lengths, branches=others)
 
 
 def draw(means: tuple[float, ...], *, max_length: int, max_prompt_length: int, seed: int = 0) -> Lengths:

@@ -1,6 +1,7 @@
 """Packed attention for compiled blocks, which must not compile again for a row of other segments.
 
-A row's segments are Python lists: the compiler would unroll over them and guard on them. So it gets one of two things:
+A row's segments are Python lists, as are the trunks' copies by their number: the compiler would unroll over them and
+guard on them. So it gets one of two things:
 
 - On CUDA in bf16, the operators themselves: the gather of the keys (`notus::gather_keys`) and torch's varlen attention,
   which take the segments as tensors and have registered backward passes. The longest segment is a symbol.
@@ -36,7 +37,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     index: list[Tensor],
-    lengths: Tensor,
+    lengths: list[Tensor],
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -57,7 +58,7 @@ def _attention_backward(
     key: Tensor,
     value: Tensor,
     index: list[Tensor],
-    lengths: Tensor,
+    lengths: list[Tensor],
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -83,18 +84,18 @@ def _packed(
     key: Tensor,
     value: Tensor,
     index: list[Tensor],
-    lengths: Tensor,
+    lengths: list[Tensor],
     scale: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    key_index, first_copy, query_starts, key_starts, *copies = index
-    query_lengths, key_lengths = lengths.view(2, -1).tolist()
-    pairs = list(zip(copies[::2], copies[1::2], strict=True))
+    key_index, first_copy, copies, query_starts, key_starts = index
+    of_segments, copy_starts = lengths
+    query_lengths, key_lengths = of_segments.view(2, -1).tolist()
     layout = Layout(
-        key_index, first_copy, pairs, query_starts, key_starts, query_lengths, key_lengths, lengths,
-        max(query_lengths), max(key_lengths),
+        key_index, first_copy, copies, copy_starts.diff().tolist(), copy_starts, query_starts, key_starts,
+        query_lengths, key_lengths, of_segments, max(query_lengths), max(key_lengths),
     )  # fmt: skip
     options: dict[str, Any] = {"scaling": scale, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
     out, _ = packed_attention(_NOBODY, query, key, value, None, layout=layout, **options)
@@ -103,14 +104,15 @@ def _packed(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, value, index, lengths, ctx.scale, ctx.window, ctx.softcap, sinks = inputs
-    ctx.save_for_backward(query, key, value, lengths, sinks, *index)
+    ctx.save_for_backward(query, key, value, sinks, *lengths, *index)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key, value, lengths, sinks, *index = ctx.saved_tensors
-    options = (ctx.scale, ctx.window, ctx.softcap, sinks)
-    of_query, of_key, of_value, *of_sinks = _attention_backward(grad, query, key, value, index, lengths, *options)
-    return of_query, of_key, of_value, [None] * len(index), None, None, None, None, of_sinks[0] if of_sinks else None
+    query, key, value, sinks, of_segments, copy_starts, *index = ctx.saved_tensors
+    rest = (index, [of_segments, copy_starts], ctx.scale, ctx.window, ctx.softcap, sinks)
+    of_query, of_key, of_value, *of_sinks = _attention_backward(grad, query, key, value, *rest)
+    none = ([None] * len(index), [None, None], None, None, None)
+    return of_query, of_key, of_value, *none, of_sinks[0] if of_sinks else None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)
@@ -120,7 +122,7 @@ _attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 @torch.library.custom_op("notus::gather_keys", mutates_args=())
-def _gather(x: Tensor, key_index: Tensor, first_copy: Tensor, copies: list[Tensor]) -> Tensor:
+def _gather(x: Tensor, key_index: Tensor, first_copy: Tensor, copies: Tensor, copy_starts: Tensor) -> Tensor:
     return x.index_select(0, key_index)
 
 
@@ -130,23 +132,23 @@ def _(x: Tensor, key_index: Tensor, *_: object) -> Tensor:
 
 
 @torch.library.custom_op("notus::gather_keys_backward", mutates_args=())
-def _gather_backward(grad: Tensor, first_copy: Tensor, copies: list[Tensor]) -> Tensor:
-    return add_copies(grad, first_copy, zip(copies[::2], copies[1::2], strict=True))
+def _gather_backward(grad: Tensor, first_copy: Tensor, copies: Tensor, copy_starts: Tensor) -> Tensor:
+    lengths = copy_starts.diff().tolist()
+    return add_copies(grad, first_copy, zip(copies[0].split(lengths), copies[1].split(lengths), strict=True))
 
 
 @_gather_backward.register_fake
-def _(grad: Tensor, first_copy: Tensor, copies: list[Tensor]) -> Tensor:
+def _(grad: Tensor, first_copy: Tensor, *_: object) -> Tensor:
     return grad.new_empty(first_copy.shape[0], *grad.shape[1:])
 
 
 def _keep_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, first_copy, copies = inputs
-    ctx.save_for_backward(first_copy, *copies)
+    _, _, first_copy, copies, copy_starts = inputs
+    ctx.save_for_backward(first_copy, copies, copy_starts)
 
 
 def _scatter(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    first_copy, *copies = ctx.saved_tensors
-    return _gather_backward(grad, first_copy, copies), None, None, [None] * len(copies)
+    return _gather_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
 _gather.register_autograd(_scatter, setup_context=_keep_places)
@@ -174,9 +176,9 @@ def hidden_attention(
     check_call(module, layout, attention_mask, options)
     assert layout is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    copies = [tensor for pair in layout.extra_copies for tensor in pair]
-    index = [layout.key_index, layout.first_copy, layout.query_starts, layout.key_starts, *copies]
-    return _attention(query, key, value, index, layout.lengths, scale, sliding_window, softcap, s_aux), None
+    index = [layout.key_index, layout.first_copy, layout.copies, layout.query_starts, layout.key_starts]
+    lengths = [layout.lengths, layout.copy_starts]
+    return _attention(query, key, value, index, lengths, scale, sliding_window, softcap, s_aux), None
 
 
 def graph_attention(
@@ -206,9 +208,9 @@ def graph_attention(
     check_call(module, layout, attention_mask, options)
     assert layout is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    copies = [tensor for pair in layout.extra_copies for tensor in pair]
+    index = (layout.key_index, layout.first_copy, layout.copies, layout.copy_starts)
     rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-    keys, values = (_gather(row, layout.key_index, layout.first_copy, copies) for row in rows[1:])
+    keys, values = (_gather(row, *index) for row in rows[1:])
     return attention.varlen_kernel(rows[0], keys, values, layout, scale, sliding_window).unsqueeze(0), None
 
 

@@ -19,6 +19,7 @@ from notus.model.policy import Policy
 from notus.model.supported import check_context
 from notus.runtime.distributed import say, sum_across_ranks
 from notus.training.objective import (
+    PROBE_BETA,
     Measured,
     Scored,
     Totals,
@@ -98,6 +99,7 @@ class DPOTask:
     """The preference loss on packed rows, against cached reference log-probs if it has a reference."""
 
     _start_checked = False
+    _mismatched_mean = 0.0  # mean log-ratio of the last mismatched completions, in nats
 
     def __init__(
         self,
@@ -126,7 +128,9 @@ class DPOTask:
         """Find what a loss of labels subtracts from all of the step's rows alike; collective."""
         self._shifts = self._shifts_of(policy, self._train, step_indices)
 
-    def _shifts_of(self, policy: Policy, data: Preferences, indices: np.ndarray) -> dict[Shift, Tensor]:
+    def _shifts_of(
+        self, policy: Policy, data: Preferences, indices: np.ndarray, on_row: Callable[[], None] | None = None
+    ) -> dict[Shift, Tensor]:
         """What the losses subtract, on the device.
 
         KTO's KL is the mean log-ratio of these rows' mismatched completions, and at least 0. BCO's shift is the mean
@@ -139,9 +143,11 @@ class DPOTask:
             mismatched = data.mismatched
             assert mismatched is not None
             assert mismatched.reference is not None
-            logps = self._score(policy, mismatched.rows, indices)
+            logps = self._score(policy, mismatched.rows, indices, on_row)
             log_ratios = logps.double() - mismatched.reference[torch.from_numpy(indices)].double()
-            found["kl"] = log_ratios.mean().clamp(min=0).float().to(self._device)
+            mean = log_ratios.mean()  # on the host
+            self._mismatched_mean = mean.item()
+            found["kl"] = mean.clamp(min=0).float().to(self._device)
         return found
 
     def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
@@ -184,6 +190,8 @@ class DPOTask:
     def check_first_step(self, sums: list[float]) -> None:
         """Policy and reference are one model at step 0, so the sigmoid loss is ln 2, whichever loss is trained.
 
+        The log-ratios of mismatched completions must be 0 to the same accuracy.
+
         Raises:
             ValueError: it is not.
         """
@@ -192,7 +200,13 @@ class DPOTask:
         total, tolerance = self._objective.read(sums), FIRST_LOSS_TOLERANCE[self._precision]
         found = total.sigmoid_loss / total.examples
         if self._precision == "bf16":
-            tolerance = max(tolerance, _BF16_NOISE * math.sqrt(total.chosen_tokens) / total.examples)
+            tolerance = max(tolerance, _BF16_NOISE * math.sqrt(total.noisy_tokens) / total.examples)
+        # a nat moves the sigmoid loss by half of its β
+        if not abs(self._mismatched_mean) <= tolerance / (0.5 * PROBE_BETA):
+            raise ValueError(
+                f"at step 0 the mean log-ratio of mismatched completions is {self._mismatched_mean:.6f}, not 0: policy "
+                "and reference log-probs disagree before training. Delete the reference cache"
+            )
         if not abs(found - math.log(2)) <= tolerance:
             raise ValueError(
                 f"at step 0 the sigmoid loss is {found:.6f}, not ln 2 = {math.log(2):.6f} (tolerance {tolerance:g}): "
@@ -223,7 +237,7 @@ class DPOTask:
     ) -> list[float]:
         """The metric sums of some rows, by a pass without dropout; collective."""
         measured = self._objective.read_table(self._score(policy, data.rows, indices, on_row), data.rows.num_branches)
-        shifts = {kind: shift.cpu() for kind, shift in self._shifts_of(policy, data, indices).items()}
+        shifts = {kind: shift.cpu() for kind, shift in self._shifts_of(policy, data, indices, on_row).items()}
         rows = data.scored(indices, measured, shifts)
         found: list[float] = self._objective.sums(rows, self._objective(rows, data.totals(indices))).tolist()
         return found

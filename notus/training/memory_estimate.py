@@ -331,8 +331,9 @@ def _head(size: ModelSize, job: Job) -> int:
 
 
 def _batch(job: Job) -> int:
-    """Ids, positions, sources and targets, and three gather indices, int64."""
-    return round(8 * (job.tokens_per_row * (3 + job.key_ratio) + 2 * job.scored_per_row))
+    """Ids, positions, sources and targets; which keys are gathered, where each token stands first among them, and two
+    numbers for each further copy; int64."""
+    return round(8 * (job.tokens_per_row * (1 + 3 * job.key_ratio) + 2 * job.scored_per_row))
 
 
 def checkpointing_of(

@@ -31,9 +31,9 @@ from notus.losses import (
 )
 from notus.model.policy import Policy
 from notus.training.ranking import kendall_tau, pairwise_accuracy, top_1
-from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guard
+from notus.training.warnings import CHOSEN_CHANGE, CHOSEN_FALL, OTHER_MARGINS, SUMMED_MARGINS, Guard
 
-_PROBE_BETA = 0.1
+PROBE_BETA = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,11 @@ class Sums:
         """How many of the things that `accuracy` counts there are."""
         return self.examples
 
+    @property
+    def noisy_tokens(self) -> float:
+        """Of how many tokens the log-probs make `sigmoid_loss` noisy, roughly."""
+        return self.chosen_tokens
+
 
 class Objective(ABC):
     """The losses of `dpo.loss_type`, summed with their weights, and the metrics of what they learn from.
@@ -162,6 +167,7 @@ class Objective(ABC):
     """
 
     _sums: type[Sums] = Sums
+    _margins = OTHER_MARGINS
 
     def __init__(self, config: DPOConfig) -> None:
         self._config = config
@@ -283,7 +289,7 @@ class Objective(ABC):
         if reference is None:
             return torch.zeros_like(rows.weights)
         chosen, rejected = self._sides(rows, (logps.detach() - reference).double())
-        return softplus(-_PROBE_BETA * (chosen - rejected))
+        return softplus(-PROBE_BETA * (chosen - rejected))
 
     def read(self, sums: Sequence[float]) -> Sums:
         """Return the sums by name."""
@@ -310,6 +316,8 @@ class Objective(ABC):
             # the reward is β times this change, summed over tokens
             change = total.chosen_reward / self._config.beta
             metrics |= _means(("logps/chosen_change", change, total.chosen_tokens))
+        else:
+            metrics |= _means(("logps/chosen_per_token", total.chosen_logp, total.chosen_tokens))
         if self._config.nll_weight and self._config.nll_mean == "tokens":
             metrics |= _means(("nll_loss", -total.chosen_logp, total.chosen_tokens))
         return metrics | self._more_metrics(total)
@@ -323,14 +331,17 @@ class Objective(ABC):
         return None
 
     def _guards(self) -> tuple[Guard, ...]:
+        """Warn of saturated margins where rewards are sums over tokens, and of chosen answers that become unlikely."""
         if not self.reference:
-            return ()
+            return (CHOSEN_FALL,)
         per_token = any(loss.per_token for loss in self._losses)
-        return (CHOSEN_CHANGE,) if per_token else (SUMMED_MARGINS, CHOSEN_CHANGE)
+        return (CHOSEN_CHANGE,) if per_token else (self._margins, CHOSEN_CHANGE)
 
 
 class PairObjective(Objective):
     """Of a chosen and a rejected completion: K = 2."""
+
+    _margins = SUMMED_MARGINS
 
     def _apply(self, loss: Loss, rows: Scored, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         logps, reference = self._compared(rows)
@@ -358,9 +369,9 @@ class ListSums(Sums):
 
     Attributes:
         pairs: how many pairs of different ratings there are.
-        tau: Kendall's τ-b between rewards and ratings, summed over the lists that have one.
-        ranked: how many these are.
-        top_1: lists whose largest reward is that of a best rated completion.
+        ranked: how many lists have such a pair; the others say nothing.
+        tau: of these, Kendall's τ-b between rewards and ratings; 0 where all rewards are equal.
+        top_1: of these, whether the largest reward is that of a best rated completion.
     """
 
     pairs: float
@@ -397,18 +408,18 @@ class ListObjective(Objective):
         assert rows.ratings is not None
         ratings, mask = rows.ratings, rows.lengths > 0
         right, pairs = pairwise_accuracy(rewards, ratings, mask)
-        tau = kendall_tau(rewards, ratings, mask)
+        ranked = pairs > 0
         return {
             "accuracy": right,
             "pairs": pairs,
-            "tau": tau.nan_to_num(0.0),
-            "ranked": ~tau.isnan(),
-            "top_1": top_1(rewards, ratings, mask),
+            "tau": kendall_tau(rewards, ratings, mask).nan_to_num(0.0),
+            "ranked": ranked,
+            "top_1": top_1(rewards, ratings, mask).masked_fill(~ranked, 0.0),
         }
 
     def _more_metrics(self, total: Sums) -> dict[str, float]:
         assert isinstance(total, ListSums)
-        return _means(("rewards/kendall_tau", total.tau, total.ranked), ("rewards/top_1", total.top_1, total.examples))
+        return _means(("rewards/kendall_tau", total.tau, total.ranked), ("rewards/top_1", total.top_1, total.ranked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,11 +431,17 @@ class LabelSums(Sums):
     Attributes:
         good, bad: how many there are.
         shift: what the first loss subtracts, for each of them.
+        tokens: of all completions.
     """
 
     good: float
     bad: float
     shift: float
+    tokens: float
+
+    @property
+    def noisy_tokens(self) -> float:
+        return self.tokens
 
     @property
     def chosen(self) -> float:
@@ -465,6 +482,7 @@ class LabelObjective(Objective):
             "good": good,
             "bad": ~good,
             "shift": shift,
+            "tokens": rows.lengths[:, 0],
         }
 
     def _more_metrics(self, total: Sums) -> dict[str, float]:

@@ -41,6 +41,8 @@ SHOWN = {
     "loss": "loss",
     "accuracy": "rewards/accuracies",
     "margin": "rewards/margins",
+    "tau": "rewards/kendall_tau",
+    "kl": "kl",
     "pairs/s": "pairs_per_second",
     "examples/s": "examples_per_second",
 }

@@ -38,11 +38,13 @@ class Guard:
         metric: its name in a line of metrics.
         trips: whether a value is out of bounds.
         meaning: what that says of the run, and what to change.
+        as_change: look at the change since the first line of metrics of this launch instead.
     """
 
     metric: str
     trips: Callable[[float], bool]
     meaning: str
+    as_change: bool = False
 
 
 # Beyond 20 the logistic function is within 2.1e-9 of its end: pairs on the right side have a gradient that fp32 sums
@@ -58,6 +60,12 @@ SUMMED_MARGINS = Guard(
     "is below 2.1e-9 and teaches nothing more. Lower training.learning_rate, train fewer epochs, or take a loss with a "
     "bounded target (dpo.loss_type=ipo)",
 )
+# Of lists and labels, for which no loss has a bounded target.
+OTHER_MARGINS = dataclasses.replace(
+    SUMMED_MARGINS,
+    meaning=f"is beyond {MARGIN_LIMIT:g} either way: the sigmoids of most answers are saturated, and teach nothing "
+    "more. Lower training.learning_rate, raise dpo.beta, or train fewer epochs",
+)
 
 
 # One nat per token: every token of the preferred answers has become e times less likely, on average.
@@ -71,15 +79,31 @@ CHOSEN_CHANGE = Guard(
     "under the reference. Lower training.learning_rate, raise dpo.beta, or set dpo.nll_weight",
 )
 
+# The same where there is no reference to compare with.
+CHOSEN_FALL = Guard(
+    "logps/chosen_per_token",
+    lambda change: change < CHANGE_LIMIT,
+    f"has fallen by over {-CHANGE_LIMIT:g} nat: the chosen answers have become e times less likely at every token than "
+    "when this launch began. Lower training.learning_rate, or set dpo.nll_weight",
+    as_change=True,
+)
+
 
 class Guards:
     """Tells of each guard once per run."""
 
     def __init__(self, guards: Iterable[Guard]) -> None:
         self._armed = list(guards)
+        self._first: dict[str, float] = {}
 
     def check(self, metrics: Mapping[str, float]) -> list[str]:
         """The warnings that a line of metrics gives cause for, each naming its metric."""
-        tripped = [guard for guard in self._armed if guard.metric in metrics and guard.trips(metrics[guard.metric])]
+        self._first = {**metrics, **self._first}
+        tripped = [
+            guard for guard in self._armed if guard.metric in metrics and guard.trips(self._seen(guard, metrics))
+        ]
         self._armed = [guard for guard in self._armed if guard not in tripped]
         return [f"warning: {guard.metric} = {metrics[guard.metric]:.3g} {guard.meaning}" for guard in tripped]
+
+    def _seen(self, guard: Guard, metrics: Mapping[str, float]) -> float:
+        return metrics[guard.metric] - (self._first[guard.metric] if guard.as_change else 0.0)

@@ -55,9 +55,11 @@ def unpacked(batch: Batch, table: list[dict[str, Any]]) -> dict[int, tuple[list[
     found, row_at, segment, learned_at = {}, 0, 0, 0
     key_starts = batch.layout.key_starts.tolist()
     query_starts = batch.layout.query_starts.tolist()
-    for index, lengths in zip(batch.indices.tolist(), batch.lengths.tolist(), strict=True):
+    columns = zip(batch.indices.tolist(), batch.lengths.tolist(), batch.present.tolist(), strict=True)
+    for index, lengths, present in columns:
         begin, learned = row_at, []
         num_branches = len(table[index]["branches"]) if index >= 0 else len(lengths)
+        assert present == [number < num_branches for number in range(len(lengths))]
         assert not any(lengths[num_branches:])
         for count in lengths[:num_branches]:
             keys = batch.layout.key_index[key_starts[segment] : key_starts[segment + 1]].tolist()

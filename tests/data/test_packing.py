@@ -46,6 +46,7 @@ def test_collate_of_different_numbers_of_branches():
     assert batch.input_ids.tolist() == [10, 20, 21, 11, 30, 40, 41, 50]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 1, 2, 1]
     assert batch.lengths.tolist() == [[2, 0, 0, 0], [1, 1, 1, 0]]
+    assert batch.present.tolist() == [[True, False, False, False], [True, True, True, False]]
     assert batch.sources.tolist() == [0, 1, 3, 5, 3]
     assert batch.targets.tolist() == [20, 21, 30, 41, 50]
     assert batch.layout.query_lengths == [3, 2, 2, 1]

@@ -10,6 +10,15 @@ from runs import settings
 from notus.data_browser.rows import Data, choose_task, load
 
 PAIR = {"prompt": "The sea is", "chosen": " blue.", "rejected": " red."}
+# Lists of three and of two completions; good and bad completions. Best first after loading: blue, grey, red.
+LISTS = [
+    {"prompt": "The sea is", "completions": [" red.", " blue.", " grey."], "ratings": [1, 4.2, 3], "source": "mine"},
+    {"prompt": "The sky is", "completions": [" green.", " low."], "ratings": [2, 2]},
+]
+LABELLED = [
+    {"prompt": "The sea is", "completion": " blue.", "label": True},
+    {"prompt": "The sky is", "completion": " green.", "label": False},
+]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import datasets
+import numpy as np
 import pytest
 from rows_of_data import load_data
 from runs import read_metrics, settings, write_pairs
@@ -10,6 +12,7 @@ from yaml import safe_dump
 
 from notus import __main__ as entry
 from notus.config import config_from_dict
+from notus.data.dataset import FEATURES, PROVENANCE, TokenizedDataset
 from notus.data_browser import margins
 from notus.training.dpo import run as train_dpo
 
@@ -88,3 +91,26 @@ def test_with_a_base_in_4_bits_policy_and_reference_are_both_scored_on_the_base_
     monkeypatch.setattr(margins, "score_adapter", lambda *args: scored.append(args[0].name) or score(*args))
     assert max(map(abs, found(tmp_path))) > 1e-3
     assert len(scored) == 1  # and no log-probs of the base in 4 bits are read
+
+
+def rows_of(counts, labels=None):
+    """Rows of one-token branches, as many as `counts` says."""
+    columns = {
+        "trunk": [[1]] * len(counts),
+        "branches": [[[2]] * count for count in counts],
+        "loss_mask": [[[1]] * count for count in counts],
+        "source": [None] * len(counts),
+        "ratings": [None] * len(counts),
+        "label": labels or [None] * len(counts),
+    }
+    return TokenizedDataset(datasets.Dataset.from_dict(columns, features=datasets.Features({**FEATURES, **PROVENANCE})))
+
+
+def test_a_lists_margin_is_that_of_the_best_over_the_worst():
+    rewards = np.array([[1.0, 9.0, 4.0], [2.0, -1.0, 7.0], [0.5, 0.0, 0.0]])
+    assert margins.margins_of(rewards, rows_of([3, 2, 2])).tolist() == [1 - 4, 2 + 1, 0.5]
+
+
+def test_a_bad_completions_margin_is_minus_its_reward():
+    rewards = np.array([[1.5], [2.0], [-3.0]])
+    assert margins.margins_of(rewards, rows_of([1] * 3, [True, False, False])).tolist() == [1.5, -2.0, 3.0]

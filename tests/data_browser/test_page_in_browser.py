@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from browsers import OVERFLOWS, colours, contrast, forget_logs, look, needs_browser, open_browser, requests_of
-from rows_of_data import load_data, write_config
+from rows_of_data import LABELLED, LISTS, load_data, write_config
 from runs import words
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -62,6 +62,11 @@ def made(tmp_path_factory, model_folder):
         rows = [{"prompt": "Sea:", "completion": " blue"}, {"prompt": "Sky:", "completion": " grey"}]
         single = load_data(write_config(folder / "sft", model_folder, rows))
         write_page(folder / "single.html", single, range(2))
+        (folder / "lists").mkdir()
+        lists = load_data(write_config(folder / "lists", model_folder, LISTS, dpo__loss_type="plackett_luce"))
+        write_page(folder / "lists.html", lists, range(2))
+        labelled = load_data(write_config(folder / "lists", model_folder, LABELLED, dpo__loss_type="kto"))
+        write_page(folder / "labelled.html", labelled, range(2))
     return folder, {"pairs": pairs, "ranked": ranked, "single": single}
 
 
@@ -349,6 +354,33 @@ def test_demonstrations_have_one_side(show):
     press(page, "d", "j")
     assert shown_row(page) == 1
     assert find(page, "sea: BL") == "1 of 2 rows"  # from the prompt into the completion
+    assert page.execute_script("return failures") == []
+
+
+def test_lists_show_as_many_sides_as_they_have_completions(show):
+    page = show("lists")
+    display = "getComputedStyle(document.getElementById(`side-${side}`)).display"
+    visible = f"return [0, 1, 2].filter((side) => {display} !== 'none')"
+    side = "return [0, 1, 2].map((side) => document.getElementById(`side-${side}-text`).textContent)"
+    assert page.execute_script(visible) == [0, 1, 2]
+    assert page.execute_script(side) == [" blue.</s>", " grey.</s>", " red.</s>"]
+    facts = "return document.getElementById('facts').textContent"
+    assert "4.2 completion 1, 3 completion 2, 1 completion 3" in page.execute_script(facts)
+    assert "+3.20" in page.execute_script(facts)  # the gap between the best and the worst
+    press(page, "d", "j")
+    assert shown_row(page) == 1
+    assert page.execute_script(visible) == [0, 1]
+    assert find(page, "is RED") == "1 of 2 rows"  # from the prompt into the last completion
+    assert page.execute_script("return failures") == []
+
+
+def test_labels_are_shown(show):
+    page = show("labelled")
+    facts = "return document.getElementById('facts').textContent"
+    assert "true: a good completion" in page.execute_script(facts)
+    press(page, "j")
+    assert shown_row(page) == 1
+    assert "false: a bad completion" in page.execute_script(facts)
     assert page.execute_script("return failures") == []
 
 

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from rows_of_data import PAIR, load_data, write_config
+from rows_of_data import LABELLED, LISTS, PAIR, load_data, write_config
 
 from notus import __main__ as entry
 from notus.data_browser.page import BLOCK_ROWS, render
@@ -19,6 +19,25 @@ EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.ha
 
 def numbered(count, **more):
     return [{**PAIR, "prompt": f"Sea {number}", **more} for number in range(count)]
+
+
+@pytest.mark.usefixtures("device")
+def test_lists_of_different_lengths_and_labels_reach_the_page(tmp_path, model_folder):
+    data, page = page_of(write_config(tmp_path, model_folder, LISTS, dpo__loss_type="plackett_luce"))
+    columns, head = json.loads(element(page, "columns")), head_of(page)
+    assert head["branches"] == ["completion 1", "completion 2", "completion 3"]
+    assert [len(lengths) for lengths in columns["lengths"]] == [4, 3]
+    assert columns["ratings"] == [[4.2, 3, 1], [2, 2]]
+    assert columns["label"] == [None, None]
+    content = element(page, "block-0")
+    lengths = [[len(row.trunk), *(len(branch.ids) for branch in row.branches)] for row in map(data.row, range(2))]
+    ids = np.frombuffer(content[: sum(map(sum, lengths)) * head["idBytes"]], np.uint16)
+    parts = [part for row in map(data.row, range(2)) for part in (row.trunk, *(branch.ids for branch in row.branches))]
+    assert np.array_equal(ids, np.concatenate(parts))
+    assert "lists of rated completions" in page
+    _, page = page_of(write_config(tmp_path, model_folder, LABELLED, dpo__loss_type="kto"))
+    assert json.loads(element(page, "columns"))["label"] == [True, False]
+    assert "labelled completions" in page
 
 
 def page_of(config, shown=None):

@@ -1,8 +1,13 @@
 """Rows and what is known of them: flags, duplicates, overlap, order."""
 
+import json
+
 import numpy as np
 import pytest
-from rows_of_data import PAIR, load_data, write_config, write_rows
+from rows_of_data import LABELLED, LISTS, PAIR, load_data, write_config, write_rows
+
+from notus.data_browser.rows import as_json
+from notus.data_browser.terminal import report_lines
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -53,3 +58,52 @@ def test_margins_order_the_rows_by_the_most_wrongly_ordered(tmp_path, model_fold
     ranked = data.with_margins(np.array([0.5, -2.0, 3.0, -0.1]))
     assert list(ranked.order) == [1, 3, 0, 2]
     assert ranked.row(1).margin == -2.0
+
+
+def of_loss(folder, model_folder, rows, loss_type):
+    return load_data(write_config(folder, model_folder, rows, dpo__loss_type=loss_type))
+
+
+def said(data, index):
+    row = data.row(index)
+    return [data.pieces.text(branch.ids).removesuffix("</s>").strip() for branch in row.branches]
+
+
+def test_lists_are_shown_best_first_with_their_ratings(tmp_path, model_folder):
+    data = of_loss(tmp_path, model_folder, LISTS, "plackett_luce")
+    assert (data.task, data.names) == ("lists", ["completion 1", "completion 2", "completion 3"])
+    assert [said(data, index) for index in range(2)] == [["blue.", "grey.", "red."], ["green.", "low."]]
+    first, second = data.row(0), data.row(1)
+    assert (first.ratings, second.ratings, first.label) == ((4.2, 3.0, 1.0), (2.0, 2.0), None)
+    assert second.names == ("completion 1", "completion 2")
+    assert {name: len(values) for name, values in data.lengths.items()} == {
+        "prompt": 2, "completion 1": 2, "completion 2": 2, "completion 3": 1,
+    }  # fmt: skip
+    lines = report_lines(data)
+    assert "completions: 2 in 1 row, 3 in 1 row" in lines
+    assert not any("rated below" in line for line in lines)
+    told = json.loads(as_json(first, data.pieces))
+    assert (told["ratings"], told["label"], len(told["branches"])) == ([4.2, 3.0, 1.0], None, 3)
+
+
+def test_lists_whose_ratings_tie_or_reverse_have_no_flag(tmp_path, model_folder):
+    rows = [{**PAIR, "chosen-rating": 1, "rejected-rating": 2}]
+    data = of_loss(tmp_path, model_folder, rows, "plackett_luce")
+    assert said(data, 0) == ["red.", "blue."]  # by their ratings
+    assert data.flag_counts == {"plain text": 1}
+    assert data.names == ["completion 1", "completion 2"]
+
+
+def test_labels_are_shown_with_how_many_are_good(tmp_path, model_folder):
+    data = of_loss(tmp_path, model_folder, [*LABELLED, PAIR], "kto")
+    assert (data.task, data.names, len(data)) == ("labels", ["completion"], 4)
+    assert [data.row(index).label for index in range(4)] == [True, False, True, False]
+    assert "labels: 2 true, 2 false" in report_lines(data)
+    assert json.loads(as_json(data.row(1), data.pieces))["label"] is False
+
+
+def test_rows_of_another_loss_are_an_error_as_in_training(tmp_path, model_folder):
+    with pytest.raises(ValueError, match=r"line 1.*plackett_luce"):
+        load_data(write_config(tmp_path, model_folder, LISTS))
+    with pytest.raises(ValueError, match=r"line 1.*kto"):
+        load_data(write_config(tmp_path, model_folder, LABELLED))

@@ -21,7 +21,7 @@ from notus.runtime import distributed
 with distributed.process_group() as device:
     distributed.process_group = lambda: contextlib.nullcontext(device)
     codes = [main(command) for command in json.loads(sys.argv[1])]
-assert codes == [0, 0, 1], codes
+assert codes == [0, 0, 0, 1], codes
 """
 
 
@@ -53,6 +53,17 @@ def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the quick\na\nwrite a poem about the sea\nhello world\ndog\n")
 
+    lists = tmp_path / "lists.jsonl"
+    rows = [
+        {
+            "prompt": "the quick",
+            "completions": [" fox", " brown dog", " sea"][: 2 + n % 2],
+            "ratings": [1, n, 2][: 2 + n % 2],
+        }
+        for n in range(2, 7)
+    ]
+    lists.write_text("\n".join(map(json.dumps, rows)))
+
     def commands(ending):
         draw = ["--temperature", "2", "--batch-size", "2", "--max-new-tokens", "6"]
         return [
@@ -69,18 +80,20 @@ def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
                 "9",
             ],
             ["generate", str(lora_run), str(prompts), str(tmp_path / f"{ending}.jsonl"), *draw],
+            ["evaluate", str(lora_run), "--pairs", str(lists), "--output", str(tmp_path / f"{ending}-lists.json")],
             ["evaluate", str(lora_run), "--pairs", str(tmp_path / "none.jsonl")],
         ]
 
     done = torchrun(tmp_path, commands("two"))
     assert done.returncode == 0, done.stderr
-    assert [main(command) for command in commands("one")] == [0, 0, 1]
-    alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    numbers, of_both = dict(leaves(alone)), dict(leaves(together))
-    assert len(numbers) > 60
-    assert numbers.keys() == of_both.keys()
-    for key, number in numbers.items():
-        assert of_both[key] == pytest.approx(number, rel=1e-4, abs=1e-6), key
+    assert [main(command) for command in commands("one")] == [0, 0, 0, 1]
+    for kind, fewest in (("", 60), ("-lists", 50)):
+        alone, together = (json.loads((tmp_path / f"{name}{kind}.json").read_text()) for name in ("one", "two"))
+        numbers, of_both = dict(leaves(alone)), dict(leaves(together))
+        assert len(numbers) > fewest
+        assert numbers.keys() == of_both.keys()
+        for key, number in numbers.items():
+            assert of_both[key] == pytest.approx(number, rel=1e-4, abs=1e-6), key
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
     assert done.stdout.count("sigmoid loss") == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -15,6 +15,12 @@ from notus.model.policy import Policy
 
 LAYER = torch.nn.Identity()
 ROWS = [([5, 3], [[4, 6], [2, 7]]), ([9, 30], [[14, 6], [12, 17]]), ([20, 2], [[4, 5], [3, 3]])]
+LISTS = [
+    ([5, 3], [[4, 6, 2], [2, 7]]),
+    ([9, 30], [[14, 6], [12, 17, 3, 2, 5, 4, 3, 6]]),
+    ([20, 2], [[4, 5], [3, 3]]),
+    ([7, 2, 4], [[4, 5, 2, 6], [3, 3, 5], [2]]),
+]
 # name: (value's size, soft cap, sinks)
 KINDS = {"values of another size": (6, None, False), "soft cap": (8, 1.5, False), "sinks": (8, None, True)}
 KINDS |= {"all": (6, 1.5, True)}
@@ -44,15 +50,16 @@ def varlen(query, key, value, starts, key_starts, longest, longest_key, *, scale
 @pytest.mark.parametrize(
     ("attend", "window"), [(hidden_attention, None), (hidden_attention, 4), (graph_attention, None)]
 )
+@pytest.mark.parametrize("lengths", [ROWS, LISTS], ids=["pairs", "lists"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_is_dense_and_other_rows_do_not_compile_again(monkeypatch, kind, attend, window):
+def test_compiled_is_dense_and_other_rows_do_not_compile_again(monkeypatch, kind, attend, window, lengths):
     value_dim, softcap, sinks = KINDS[kind]
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(variants, "TOLD_OF_GROUPS", True)
     torch._dynamo.reset()
     compiled = torch.compile(attend, backend="aot_eager", dynamic=True)
     generator = torch.Generator().manual_seed(0)
-    for number, row in enumerate(ROWS):
+    for number, row in enumerate(lengths):
         layout = build_layout(*row)
         rows = sum(layout.query_lengths)
         shapes = [(1, 4, rows, 8), (1, 2, rows, 8), (1, 2, rows, value_dim), *([(4,)] if sinks else [])]

@@ -68,6 +68,18 @@ def row(kv_heads=2, **overrides):
     return Policy(model), collate(toy_examples((20, (4, 9)), (1, (1, 5)), (33, (7, 3))), 2)
 
 
+def test_lists_of_different_length_are_one_call_too():
+    layout = build_layout([5, 3], [[4, 6, 1], [2]])
+    with fake_cuda() as waits, Calls(varlen._varlen_attn) as calls:
+        query = torch.empty(1, 4, 21, 16, dtype=torch.bfloat16, device=CUDA)
+        on_device = layout.map(waits.pin).to(CUDA)
+        out, _ = packed_attention(torch.nn.Identity(), query, query, query, None, layout=on_device)
+        assert (out.shape, waits.found) == ((1, 21, 4, 16), [])
+    ((_, keys, _, starts, key_starts, longest_query, longest_key, *_),) = calls.found
+    assert (len(keys), len(starts), len(key_starts)) == (9 + 11 + 6 + 5, 5, 5)
+    assert (longest_query, longest_key) == (9, 11)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_bf16_attention_is_one_call_of_flash_attention(kv_heads, window):
@@ -89,12 +101,12 @@ def test_bf16_attention_is_one_call_of_flash_attention(kv_heads, window):
 
 
 def test_the_gathers_backward_stays_on_the_device():
-    layout = build_layout([5], [[2, 3, 4]])
+    layout = build_layout([5, 2], [[2, 3, 4], [1]])
     with fake_cuda() as waits:
         on_device = layout.map(waits.pin).to(CUDA)
         grad = torch.empty(len(layout.key_index), 2, 8, dtype=torch.bfloat16, device=CUDA)
         total, _ = attention._GatherKeys.backward(SimpleNamespace(layout=on_device), grad)
-        assert (total.shape, total.device, waits.found) == ((14, 2, 8), CUDA, [])
+        assert (total.shape, total.device, waits.found) == ((14 + 3, 2, 8), CUDA, [])
 
 
 @pytest.mark.parametrize("statistics", [False, True])
@@ -186,7 +198,13 @@ def test_compiled_blocks_see_torchs_operator_and_one_graph_serves_every_row():
 
     torch._dynamo.reset()
     attend = torch.compile(graph_attention, dynamic=True, backend=backend)
-    lengths = [([5, 3], [[4, 6], [2, 7]]), ([9, 30, 4], [[14, 6], [12, 17], [3, 3]]), ([50], [[4, 5]])]
+    lengths = [
+        ([5, 3], [[4, 6], [2, 7]]),
+        ([9, 30, 4], [[14, 6], [12, 17], [3, 3]]),
+        ([50], [[4, 5]]),
+        ([9, 4], [[4, 5, 2, 8], [3, 6]]),
+        ([9, 4, 3], [[4, 5, 2, 8, 5, 7, 2, 3], [3, 6, 2], [2]]),
+    ]
     with symbols.patch(use_duck_shape=False), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for trunks, branches in lengths:
             layout = build_layout(trunks, branches).to(CUDA)

@@ -15,6 +15,14 @@ def test_visible_pairs_by_hand() -> None:
     assert visible_pairs(np.array([3, 0]), np.array([[2, 1], [2, 3]])).tolist() == [19, 9]
 
 
+def test_a_missing_completion_costs_nothing() -> None:
+    size = Dimensions(layers=2, attention_width=3, body_weights=5, head_weights=7)
+    trunks, branches = np.array([3, 3]), np.array([[2, 1, 4], [2, 0, 0]])
+    found = forward_flops(size, trunks, branches, branches.sum(axis=1))
+    # 2 * 5 * tokens + 2 * 7 * scored + 4 * 2 * 3 * pairs; pairs: 6 + 9 + 4 + (4 + 5 + 6 + 7) and 6 + 9
+    assert found.tolist() == [100 + 98 + 24 * 41, 50 + 28 + 24 * 15]
+
+
 def test_dimensions_of_a_model_by_hand() -> None:
     # per layer: q and o 32*32, k and v 16*32, three of 48*32; the head 400*32
     size = dimensions(toy_model())

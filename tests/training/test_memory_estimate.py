@@ -35,7 +35,7 @@ from notus.training.memory_estimate import (
 )
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from estimator import Case, compare, flops_ratio
+from estimator import Case, compare, flops_ratio, job_of, packed_row
 
 TOY = ModelSize(
     layers=2,
@@ -257,6 +257,39 @@ def test_agrees_with_pytorchs_memory_tracker(kind, case):
     # the row's batch is still there, which counts beside weights as small as these in 4 bits
     assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1, abs=2**16 if case.quantization else 0)
     assert flops_ratio(case, config, ROW, seen.flops) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize(
+    ("row", "case"),
+    [
+        ((176, [290] * 4, 2), Case(0, "none", "rmsprop")),
+        ((176, [290] * 4, 2), Case(0, "full", "rmsprop")),
+        ((176, [290] * 4, 2), Case(0, "products", "adamw", "bf16")),
+        ((176, [290] * 4, 2), Case(8, "none", "rmsprop")),
+        ((400, [60] * 8, 3), Case(0, "none", "rmsprop")),
+        ((400, [60] * 8, 3), Case(0, "full", "rmsprop")),
+        ((400, [60] * 8, 3), Case(8, "selective", "rmsprop")),
+    ],
+    ids=str,
+)
+def test_lists_agree_with_the_tracker(row, case):
+    """Keys of a long trunk are gathered once for each of its completions."""
+    config = transformers.MistralConfig(**{**SHAPE, "sliding_window": None})
+    rows, update, seen = compare(case, config, row)
+    assert rows.total == pytest.approx(seen.backward_peak, rel=0.1)
+    assert update.total == pytest.approx(seen.optimizer_peak, rel=0.1, abs=rows.batch)  # the row's batch is still there
+    assert flops_ratio(case, config, row, seen.flops) == pytest.approx(1, abs=0.1)
+
+
+def test_the_batch_of_a_list_is_as_large_as_counted():
+    trunk, branches, examples = 40, [6, 5, 3, 8], 3
+    batch = packed_row(trunk, branches, examples)
+    layout = batch.layout
+    tensors = [batch.input_ids, batch.position_ids, batch.sources, batch.targets]
+    tensors += [layout.key_index, layout.first_copy, layout.copies]
+    job = job_of(Case(0, "full", "rmsprop"), (trunk, branches, examples))
+    assert memory_estimate._batch(job) == sum(each.nbytes for each in tensors)
 
 
 EXPERTS = {

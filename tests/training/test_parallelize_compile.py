@@ -152,6 +152,27 @@ def test_compiled_is_eager_and_other_rows_do_not_compile_again(
     assert len(compiler.forward) == graphs + 1  # without gradients, once more
 
 
+@pytest.mark.slow
+def test_lists_of_different_length_do_not_compile_again(
+    compiler: _Compiler, tmp_path: Path, device: torch.device
+) -> None:
+    folder = toy_model_folder(tmp_path / "model", head_dim=16)
+    policy, plain = (_policy(folder, device, compile=each) for each in (True, False))
+    for lengths in (
+        [(9, (4, 6, 3)), (5, (7, 2))],
+        [(4, (5, 3, 2, 9, 6, 4, 3, 8))],
+        [(6, (5, 3)), (7, (2, 4))],
+        [(6, (5, 3)), (3, (2, 4, 6, 9)), (8, (2,))],
+    ):
+        batch = collate(toy_examples(*lengths), 8)
+        logps, gradients = _step(policy, batch)
+        expected, wanted = _step(plain, batch)
+        torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+        for found, right in zip(gradients, wanted, strict=True):
+            assert (found - right).norm() <= 1e-5 * right.norm() + 1e-7
+    assert len(compiler.forward) == len(compiler.backward) == 1
+
+
 def _train(folder: Path, model: Path, pairs: Path, ports: list[int]) -> None:
     torch.compile = functools.partial(torch.compile, backend="eager")  # in this process alone
     for name, port in zip(("plain", "compiled"), ports, strict=True):

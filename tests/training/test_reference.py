@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,30 @@ def test_a_run_that_is_done_with_the_same_cache_may_remove_its_parts_any_time(
     assert not read
     assert left == [0]
     assert torch.equal(_call(scorer, rows, tmp_path)[0], logps)
+
+
+def test_a_cache_without_public_sums_has_the_name_it_always_had() -> None:
+    key = ReferenceKey("weights", "rows", "fp32", "sdpa")
+    described = '{"format": 4, "kernel": "sdpa", "precision": "fp32", "rows": "rows", "weights": "weights"}'
+    assert key.name == hashlib.sha256(described.encode()).hexdigest()[:32] == "2f8bcb7d47f08f3835559ac284d113d3"
+    assert key.described() == {"weights": "weights", "rows": "rows", "precision": "fp32", "kernel": "sdpa"}
+    assert dataclasses.replace(key, public=True).name != key.name
+
+
+def test_a_cache_with_public_sums(tmp_path: Path, device: torch.device) -> None:
+    rows = _rows()
+    key = dataclasses.replace(_key(rows), public=True)
+    table = torch.arange(20.0).view(5, 4)
+
+    def score(indices: np.ndarray) -> torch.Tensor:
+        return table[torch.from_numpy(indices)]
+
+    for was_read in (False, True):
+        found, read = reference_logps(score, rows, key=key, digests=rows.digests(), folder=tmp_path)
+        assert torch.equal(found, table)
+        assert read == was_read
+    (path,) = tmp_path.iterdir()
+    stored = load_file(path)
+    assert torch.equal(stored["logps"], table[:, :2])
+    assert torch.equal(stored["public_logps"], table[:, 2:])
+    assert torch.equal(stored_logps([path], rows.digests()), table[:, :2])

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,12 +13,13 @@ from runs import config, write_messages, write_pairs
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from notus.config import DataConfig
 from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.model.export import load_tokenizer
 from notus.runtime.distributed import process_group
 from notus.training import dpo, run_data, sft
-from notus.training.run_data import data_summary, length_histogram, load_held_out, load_inputs
+from notus.training.run_data import data_summary, length_histogram, load_held_out, load_inputs, rule_of
 
 
 @pytest.mark.parametrize(
@@ -178,3 +180,66 @@ def test_a_prompt_that_the_tokenizer_joins_with_the_answer_is_said(tmp_path: Pat
     )
     encoder = ChatEncoder(tokenizer, chat_template=str(tmp_path / "a.jinja"), chat_template_kwargs={"end": end})
     assert (run_data.boundary_notice(encoder) is not None) == joined
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def listed(number: int, *ratings: float | None) -> dict[str, Any]:
+    completions = [f" {'x' * (number + place + 1)}" for place in range(len(ratings))]
+    return {"prompt": f"Sea {number}", "completions": completions, "ratings": list(ratings), "source": "flan"}
+
+
+def data_of(path: Path, **overrides: Any) -> DataConfig:
+    return config("dpo", path.parent / "run", path.parent, path, **overrides).data
+
+
+@pytest.mark.usefixtures("alone")
+def test_lists_are_loaded_held_out_and_counted(tmp_path: Path, model_folder: Path) -> None:
+    rows = [listed(number, *[1, 4.5, 3][: 2 + number % 2]) for number in range(6)]
+    path = write_rows(tmp_path / "lists.jsonl", [*rows, listed(6, 1, None), {**listed(0, 1, 4.5), "source": "copy"}])
+    settings, tokenizer = data_of(path, data__eval_size=2), load_tokenizer(model_folder, False)
+    inputs = load_inputs(settings, tokenizer, task="lists", seed=42)
+    assert inputs.eval is not None
+    told = inputs.summary()
+    train, held = told["train"], told["eval"]
+    assert train["rows"] + held["rows"] + inputs.reports["train"].held == 7
+    assert not set(read_rows(inputs.train)) & set(read_rows(inputs.eval))
+    assert train["report"]["dropped"] == {"fewer than two rated completions": 1}
+    names = [f"completion_{number}" for number in (1, 2, 3)]
+    assert list(train["lengths"]) == ["prompt", *names]
+    counted = [sum(train["lengths"][name]["counts"]) for name in names]
+    assert counted == [train["rows"]] * 2 + [int((inputs.train.branch_counts == 3).sum())]
+    assert [sum(train["ratings"][name]["counts"]) for name in names] == counted
+    assert train["labels"] is None
+    again = load_held_out(settings, tokenizer, task="lists", seed=42)
+    assert read_rows(again) == read_rows(inputs.eval)
+    assert again.ratings is not None
+    assert again.ratings[:, 0].tolist() == [4.5] * 2
+
+
+@pytest.mark.usefixtures("alone")
+def test_labels_are_loaded_and_counted(tmp_path: Path, model_folder: Path) -> None:
+    rows = [{"prompt": f"Sea {number}", "completion": " x", "label": number % 3 == 0} for number in range(6)]
+    path = write_rows(tmp_path / "labels.jsonl", [*rows, {"prompt": "a", "chosen": " b", "rejected": " c"}])
+    inputs = load_inputs(data_of(path), load_tokenizer(model_folder, False), task="labels", seed=42)
+    assert inputs.train.labels is not None
+    assert inputs.train.labels.tolist() == [True, False, False, True, False, False, True, False]
+    told = inputs.summary()["train"]
+    assert (told["rows"], told["labels"], told["ratings"]) == (8, {"true": 3, "false": 5}, None)
+    assert list(told["lengths"]) == ["prompt", "completion"]
+
+
+@pytest.mark.parametrize(("task", "longest"), [("dpo", 32), ("lists", 32), ("labels", 32), ("sft", None)])
+def test_prompts_are_cut_for_preferences_alone(model_folder: Path, task: Any, longest: int | None) -> None:
+    settings = data_of(Path("x.jsonl"), data__max_length=64, data__max_prompt_length=32)
+    assert rule_of(settings, load_tokenizer(model_folder, False), task).max_prompt_length == longest
+
+
+def test_two_completions_of_a_list_are_no_chosen_and_rejected() -> None:
+    columns = {"trunk": [[1]], "branches": [[[2], [3]]], "loss_mask": [[[1], [1]]]}
+    rows = TokenizedDataset(datasets.Dataset.from_dict(columns, features=FEATURES))
+    assert list(data_summary(rows, None, "lists")["lengths"]) == ["prompt", "completion_1", "completion_2"]
+    assert list(data_summary(rows, None)["lengths"]) == ["prompt", "chosen", "rejected"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda, move
+from rated import write_labels, write_lists
 from runs import config, write_pairs
 from toys import toy_model, toy_model_folder
 
@@ -21,18 +22,28 @@ from notus.model.fused import fuse
 from notus.model.policy import Policy
 from notus.training import scoring
 from notus.training.checkpoint import Progress
-from notus.training.dpo import DPOTask, Preferences
+from notus.training.dpo import DPOTask, Preferences, RewardMean
 from notus.training.optimizers import build_optimizer
 from notus.training.setup import start
 from notus.training.sft import SFTTask
 from notus.training.trainer import Trainer
 
+KINDS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "sft": {},
+    "tokens": {"dpo__ld_alpha": 0.5, "dpo__wpo": True, "dpo__nll_weight": 1.0},
+    "lists": {"dpo__loss_type": "plackett_luce"},
+    "labels": {"dpo__loss_type": "bco"},
+}
 
-@pytest.fixture(params=["dpo", "sft"])
+
+@pytest.fixture(params=KINDS)
 def job(request: pytest.FixtureRequest, tmp_path: Path):
-    model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 11)
-    with start(config(request.param, tmp_path / "run", model, pairs)) as found:
-        found.kind = request.param
+    kind, data = request.param, tmp_path / "data.jsonl"
+    {"lists": write_lists, "labels": write_labels}.get(kind, write_pairs)(data, 11)
+    task = "sft" if kind == "sft" else "dpo"
+    with start(config(task, tmp_path / "run", toy_model_folder(tmp_path / "model"), data, **KINDS[kind])) as found:
+        found.kind = kind
         yield found
 
 
@@ -41,6 +52,7 @@ def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gloo takes no fake tensors, and CUDA no device of a machine without one."""
     monkeypatch.setattr("notus.training.gradient_clipping.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr("notus.training.scoring.sum_across_ranks", lambda tensor: tensor)
+    monkeypatch.setattr("notus.training.dpo.sum_across_ranks", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(
         "notus.training.optimizers.PiecewiseOptimizer._noise", lambda *_: None
@@ -59,8 +71,14 @@ def task_of(job: Any, device: torch.device) -> DPOTask | SFTTask:
     options: dict[str, Any] = {"plan": plan, "tokens_per_row": int(rows.lengths.max()), "device": device}
     if job.kind == "sft":
         return SFTTask(rows, None, **options)
-    reference = torch.zeros(len(rows), 2)
-    return DPOTask(Preferences(rows, reference), None, config=job.config.dpo, precision="bf16", **options)
+    data = Preferences(rows, torch.zeros(len(rows), rows.num_branches))
+    if job.kind == "tokens":
+        data.public_reference = torch.zeros(len(rows), 2)
+    if job.kind == "lists":
+        data.ratings = torch.from_numpy(rows.ratings).nan_to_num()
+    if job.kind == "labels":
+        data.labels = torch.from_numpy(rows.labels)
+    return DPOTask(data, None, config=job.config.dpo, precision="bf16", **options)
 
 
 def trainer_of(task: DPOTask | SFTTask, policy: Policy, optimizer: str, device: torch.device) -> Trainer:
@@ -93,8 +111,11 @@ def test_a_step_makes_the_host_wait_once(
             parameter.grad = torch.empty_like(parameter)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    task = task_of(job, CUDA)  # its reference is real: the feed's thread reads it
+    is_labelled = job.kind == "labels"  # the tensor that it keeps on the device is a fake one, so made within
+    task = task_of(job, job.device if is_labelled else CUDA)  # its reference is real: the feed's thread reads it
     with fake_cuda() as waits:
+        if is_labelled:
+            task._rewards = RewardMean(CUDA)
         trainer = trainer_of(task, move(policy), optimizer, CUDA)
         with trainer._dataloader() as loader:
             waits.found.clear()

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from notus.data.tokenize import DropReport
 from notus.training import dpo, sft
-from notus.training.warnings import CHOSEN_CHANGE, SUMMED_MARGINS, Guards, plain_text_notice
+from notus.training.warnings import CHOSEN_CHANGE, CHOSEN_FALL, SUMMED_MARGINS, Guards, plain_text_notice
 
 
 def test_each_guard_speaks_once_and_names_its_metric() -> None:
@@ -21,6 +21,16 @@ def test_each_guard_speaks_once_and_names_its_metric() -> None:
     (second,) = guards.check({"rewards/margins": 30.0, "logps/chosen_change": -1.25})
     assert second.startswith("warning: logps/chosen_change = -1.25 is below -1 nat per token: ")
     assert guards.check({"rewards/margins": 30.0, "logps/chosen_change": -9.0}) == []
+
+
+def test_a_guard_of_a_change_compares_with_the_first_line() -> None:
+    guards = Guards([CHOSEN_FALL])
+    assert guards.check({"loss": 1.0}) == []
+    assert guards.check({"logps/chosen_per_token": -4.0}) == []
+    assert guards.check({"logps/chosen_per_token": -5.0}) == []
+    (found,) = guards.check({"logps/chosen_per_token": -5.1})
+    assert found.startswith("warning: logps/chosen_per_token = -5.1 has fallen by over 1 nat: ")
+    assert guards.check({"logps/chosen_per_token": -9.0}) == []
 
 
 def _warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -36,7 +46,11 @@ def test_a_run_that_works_is_silent(
 
 @pytest.mark.parametrize(
     ("loss", "beta", "expected"),
-    [("sigmoid", 1.0, {"rewards/margins", "logps/chosen_change"}), ("ipo", 5.0, {"logps/chosen_change"})],
+    [
+        ("sigmoid", 1.0, {"rewards/margins", "logps/chosen_change"}),
+        ("ipo", 5.0, {"logps/chosen_change"}),
+        ("cpo", 1.0, {"logps/chosen_per_token"}),
+    ],
 )
 def test_an_absurd_learning_rate_is_told(
     loss: str, beta: float, expected: set[str], tmp_path: Path, model_folder: Path, pairs_file: Path,

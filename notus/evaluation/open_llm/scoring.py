@@ -169,6 +169,7 @@ def collate_texts(row: Row, texts: Sequence[Text]) -> Batch:
         sources=_join(sources),
         targets=_join(targets),
         lengths=torch.tensor(lengths)[:, None],
+        present=torch.ones(len(lengths), 1, dtype=torch.bool),
         weights=torch.ones(len(lengths)),
         indices=torch.tensor(texts_of(row)),
     )

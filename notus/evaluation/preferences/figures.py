@@ -16,8 +16,9 @@ from notus.evaluation.preferences.labels import (
     labels_by_length,
     labels_by_source,
 )
-from notus.evaluation.preferences.lists import known, list_metrics, ranking, rankings_by_source, rated_pairs
+from notus.evaluation.preferences.lists import list_metrics, ranking, rankings_by_source, rated_pairs
 from notus.evaluation.preferences.metrics import Rewards
+from notus.training.objective import ratings_or_order
 
 
 class Judged(abc.ABC):
@@ -88,7 +89,7 @@ class Lists(Judged):
 
     def __init__(self, rows: TokenizedDataset, rewards: Rewards | None) -> None:
         super().__init__(rows, rewards)
-        self._ratings = _ratings_or_order(rows)
+        self._ratings = ratings_or_order(rows.ratings, rows.loss_tokens)
         self._pairs = rated_pairs(self._ratings, self._lengths)
         self.num_pairs = len(self._pairs.prompts)
 
@@ -102,14 +103,6 @@ class Lists(Judged):
         if self._sources:
             found["by_source"] = rankings_by_source(values, self._ratings, self._lengths, self._sources)
         return found
-
-
-def _ratings_or_order(rows: TokenizedDataset) -> np.ndarray:
-    """The ratings [n, K], NaN where unknown; where a row has fewer than two, its order in their place."""
-    unknown = np.full(rows.loss_tokens.shape, np.nan, dtype=np.float32)
-    ratings = unknown if rows.ratings is None else rows.ratings
-    rated = known(ratings, rows.loss_tokens).sum(axis=1, keepdims=True)
-    return np.where(rated < 2, -np.arange(rows.num_branches, dtype=np.float32), ratings)
 
 
 class Labels(Judged):

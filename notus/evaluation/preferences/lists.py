@@ -62,21 +62,24 @@ def list_metrics(measured: dict[str, Tensor], ratings: np.ndarray, lengths: np.n
     """How each measure orders completions by their ratings.
 
     Args:
-        measured: [n, K] by measure; see `metrics.measures`.
+        measured: [n, K] by measure, the best rated completion first; see `metrics.measures`.
         ratings, lengths: as in `known`.
 
     Returns:
-        For each measure `<measure>/kendall_tau` and `/top_1`, means over prompts as in `ranking`; and over pairs of
-        different ratings `/accuracies` (a tie counts half) and `/margins`, the better's minus the worse's.
+        For each measure `<measure>/chosen` and `/rejected`, the mean of the first completion and of the last, which are
+        the best and the worst rated; `/margins`, chosen - rejected; `/accuracies`, the share of pairs of different
+        ratings in the right order (a tie counts half); `/kendall_tau` and `/top_1`, means over prompts as in `ranking`.
     """
-    pairs = rated_pairs(ratings, lengths)
+    everywhere, last = np.arange(len(lengths)), (lengths > 0).sum(axis=1) - 1
     found: dict[str, float] = {}
     for name, values in measured.items():
         tau, top, right, count = _per_prompt(values, ratings, lengths)
+        found[f"{name}/chosen"] = values[:, 0].mean().item()
+        found[f"{name}/rejected"] = values[everywhere, last].mean().item()
+        found[f"{name}/margins"] = found[f"{name}/chosen"] - found[f"{name}/rejected"]
         found[f"{name}/kendall_tau"] = float(tau.mean())
         found[f"{name}/top_1"] = float(top.mean())
         found[f"{name}/accuracies"] = float(right.sum() / count.sum())
-        found[f"{name}/margins"] = float(pairs.differences(values.numpy()).mean())
     return found
 
 

@@ -16,7 +16,7 @@ _MEASURES = {
 # What the table has of each measure, by the kind of rows: a column's title, and the metric.
 _COLUMNS: Mapping[str, Mapping[str, str]] = {
     "pairs": {"chosen": "chosen", "rejected": "rejected", "margin": "margins", "accuracy": "accuracies"},
-    "lists": {_TAU: "kendall_tau", "top-1": "top_1", "accuracy": "accuracies", "margin": "margins"},
+    "lists": {"best": "chosen", "worst": "rejected", "accuracy": "accuracies", _TAU: "kendall_tau", "top-1": "top_1"},
     "labels": {"good": "good", "bad": "bad", "margin": "margins", "AUC": "auc"},
 }
 _MOST_SOURCES = 12

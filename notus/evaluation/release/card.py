@@ -44,7 +44,8 @@ _COURSE = {
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
 }
-_SIDES = {"rewards/chosen": "reward of chosen", "rewards/rejected": "reward of rejected"}
+# The better and the worse completions, by the rows of data.
+_SIDES = {"pairs": ("chosen", "rejected"), "lists": ("best rated", "worst rated"), "labels": ("good", "bad")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +194,7 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
     from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE
 
     run = release.run
+    rows = parse_files(CONFIG_FILE, [run.folder], lambda: run.rows)
     licence = {"license": release.licence} if release.licence else _base_licence(run.base)
 
     def of(files: str, make: Callable[[], T]) -> T:
@@ -202,7 +204,7 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
     noted = {
         "counts": of(DATA_FILE, lambda: list(_counts(run.data, of(CONFIG_FILE, lambda: run.unit)))),
         "machine": of(ENVIRONMENT_FILE, lambda: list(_machine(run.environment))),
-        "course": of(METRICS_FILE, lambda: list(_course(release.metrics))),
+        "course": of(METRICS_FILE, lambda: list(_course(release.metrics, rows))),
         "results": of(RESULT_FILES, lambda: [_table(result, release) for result in run.results]),
     }
 
@@ -487,9 +489,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _course(metrics: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+def _course(metrics: Sequence[Mapping[str, Any]], rows: str) -> Iterator[dict[str, str]]:
+    """Yield the first and the last value of each metric that the card shows, of a run on these rows of data."""
     shown = {key: f"{name}, training" for key, name in _COURSE.items()} | {"loss": "training loss"}
-    shown |= {f"eval_{key}": f"{name}, held-out" for key, name in {**_COURSE, **_SIDES}.items()}
+    sides = zip(("chosen", "rejected"), _SIDES.get(rows, ()), strict=False)
+    held_out = {**_COURSE, **{f"rewards/{key}": f"reward of {name}" for key, name in sides}}
+    shown |= {f"eval_{key}": f"{name}, held-out" for key, name in held_out.items()}
     for key, name in shown.items():
         lines = [line for line in metrics if key in line and math.isfinite(line[key])]
         if not lines:

@@ -38,6 +38,9 @@ class Chart:
 
 
 PREFERENCES = ("pairs", "lists", "labels")
+# Of the better and the worse answers: what ends a chart's name, the rows of data, and the names of the two lines.
+SIDES = (("", "pairs", "chosen", "rejected"), ("-lists", "lists", "best rated", "worst rated"),
+         ("-labels", "labels", "good", "bad"))  # fmt: skip
 CHARTS = (
     Chart("loss-sft", "SFT loss", "Negative log-likelihood per completion token, in nats. Lower is better.",
           {"loss": ""}, rows=("sft",)),
@@ -54,27 +57,36 @@ CHARTS = (
     Chart("accuracy-lists", "Pairwise accuracy", "Share of pairs of one prompt's answers with different ratings whose "
           "better one has the higher reward. 50% is chance.", {"rewards/accuracies": ""}, unit="share",
           rows=("lists",)),
-    Chart("accuracy-labels", "Reward accuracy", "Share of good answers with a reward above the shift and of bad ones "
-          "below it.", {"rewards/accuracies": ""}, unit="share", rows=("labels",)),
+    Chart("accuracy-labels", "Reward accuracy", "Share of good answers whose reward is above what the loss subtracts, "
+          "and of bad ones below it.", {"rewards/accuracies": ""}, unit="share", rows=("labels",)),
     Chart("margins", "Reward margin", "Reward of the chosen minus that of the rejected answer, mean over pairs.",
           {"rewards/margins": ""}, rows=("pairs",)),
-    Chart("margins-lists", "Reward margin", "Reward of the better minus that of the worse answer, mean over pairs of "
-          "different ratings.", {"rewards/margins": ""}, rows=("lists",)),
+    Chart("margins-lists", "Reward margin", "Reward of the best rated minus that of the worst rated answer, mean over "
+          "lists.", {"rewards/margins": ""}, rows=("lists",)),
     Chart("margins-labels", "Reward margin", "Mean reward of good answers minus that of bad ones.",
           {"rewards/margins": ""}, rows=("labels",)),
-    Chart("logps", "Log-probability of the answers", "Sum over the answer's tokens under the policy, in nats, mean "
-          "over pairs.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, rows=("pairs",)),
-    Chart("drift", "Drift from the reference", "Mean log-ratio of policy to reference on the data's own answers, in "
-          "nats (reward / β). Off-policy: a drift, not a KL divergence.",
-          {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, rows=("pairs",), per_beta=True),
+    *(Chart(f"logps{end}", "Log-probability of the answers", "Sum over the answer's tokens under the policy, in nats, "
+            f"mean over {'answers' if rows == 'labels' else rows}.",
+            {"logps/chosen": better, "logps/rejected": worse}, rows=(rows,))
+      for end, rows, better, worse in SIDES),
+    *(Chart(f"drift{end}", "Drift from the reference", "Mean log-ratio of policy to reference on the data's own "
+            "answers, in nats (reward / β). Off-policy: a drift, not a KL divergence.",
+            {"rewards/chosen": better, "rewards/rejected": worse}, rows=(rows,), per_beta=True)
+      for end, rows, better, worse in SIDES),
+    Chart("kl", "KL term", "What KTO's loss subtracts: the mean log-ratio of mismatched answers, in nats, at least 0.",
+          {"kl": ""}),
+    Chart("shift", "Shift of the rewards", "What BCO's loss subtracts: a running mean of rewards.",
+          {"rewards/shift": ""}),
     Chart("nll", "NLL of the chosen answers", "Per token, in nats; the extra term of the loss.", {"nll_loss": ""}),
     Chart("learning-rate", "Learning rate", "As the schedule set it at each step.", {"learning_rate": ""},
           noisy=False),
     Chart("grad-norm", "Gradient norm", "Global norm before clipping.", {"grad_norm": ""}, from_zero=True),
     Chart("pairs-per-second", "Throughput, pairs", "Pairs per second of the whole job, without evaluations.",
-          {"pairs_per_second": ""}, from_zero=True),
+          {"pairs_per_second": ""}, from_zero=True, rows=("pairs",)),
     Chart("lists-per-second", "Throughput, lists", "Lists per second of the whole job, without evaluations.",
-          {"lists_per_second": ""}, from_zero=True),
+          {"pairs_per_second": ""}, from_zero=True, rows=("lists",)),
+    Chart("labels-per-second", "Throughput, answers", "Labelled answers per second of the whole job, without "
+          "evaluations.", {"pairs_per_second": ""}, from_zero=True, rows=("labels",)),
     Chart("examples-per-second", "Throughput, examples", "Examples per second of the whole job, without evaluations.",
           {"examples_per_second": ""}, from_zero=True),
     Chart("tokens-per-second", "Throughput, tokens", "Tokens per second of the whole job.",
@@ -244,9 +256,11 @@ def _curves(run: Run, chart: Chart, metric: str) -> list[tuple[Curve, bool]]:
 
 def data_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return histograms of lengths and ratings of the training rows."""
+    of_lists = " Of a list, completion_1 is the best rated." if any(run.rows == "lists" for run in runs) else ""
+    lengths, ratings = "Training rows by their number of tokens.", "Training rows by the rating of their answers."
     return [
-        *_histograms(runs, "lengths", "Lengths", "Training rows by their number of tokens.", "tokens"),
-        *_histograms(runs, "ratings", "Ratings", "Training rows by the rating of their answers.", "rating"),
+        *_histograms(runs, "lengths", "Lengths", lengths + of_lists, "tokens"),
+        *_histograms(runs, "ratings", "Ratings", ratings + of_lists, "rating"),
     ]
 
 

@@ -69,7 +69,7 @@ def facts(run: Run) -> dict[str, str]:
     size = f"LoRA of rank {lora['rank']}" if lora["rank"] else "all weights"
     planned = f" of {run.planned_steps:,}" if run.planned_steps is not None else ""
     found = {
-        "Task": f"{_task(run)} of {size}",
+        "Task": _task(run, size),
         "Base model": short_path(run.base),
         "Steps": f"{run.step:,}{planned}",
         "Batch": f"{training['batch_size']} {run.unit} a step",
@@ -88,12 +88,12 @@ def facts(run: Run) -> dict[str, str]:
     return found
 
 
-def _task(run: Run) -> str:
-    """What was done, as "DPO" or "Preference optimization with lists"."""
+def _task(run: Run, size: str) -> str:
+    """What was done, as "DPO of all weights" or "Preference optimization with lists, of all weights"."""
     if run.loss is None:
-        return "SFT"
+        return f"SFT of {size}"
     is_dpo = run.loss.rows == "pairs" and run.loss.reference
-    return "DPO" if is_dpo else f"Preference optimization with {run.unit}"
+    return f"DPO of {size}" if is_dpo else f"Preference optimization with {run.unit}, of {size}"
 
 
 def _loss_in_words(loss: RunLoss) -> str:
@@ -114,8 +114,7 @@ def tiles(runs: Sequence[Run]) -> dict[str, list[tuple[int, str, str]]]:
             "Reward margin": _latest(run, "rewards/margins"),
             "Loss": _loss(run),
             "KL": _kl(run),
-            "Throughput": _over(run, np.nanmedian, "pairs_per_second", "pairs/s, median")
-            or _over(run, np.nanmedian, "lists_per_second", "lists/s, median")
+            "Throughput": _over(run, np.nanmedian, "pairs_per_second", f"{run.unit.split()[-1]}/s, median")
             or _over(run, np.nanmedian, "examples_per_second", "examples/s, median"),
             "Peak memory": _over(run, np.nanmax, "system/gpu_memory_gib", "GiB of a GPU")
             or _over(run, np.nanmax, "system/host_memory_gib", "GiB of the host"),
@@ -306,8 +305,12 @@ def breakdown_bars(runs: Sequence[Run]) -> list[Bars]:
         for index, run in enumerate(runs):
             for row in (run.preference_details(key) or [])[:MOST_SOURCES]:
                 measure, group = ("auc", of_labels) if "auc" in row else ("accuracy", rows)
-                if row[measure] is not None:  # of one label alone there is no AUC
-                    group.setdefault(name.format(**row), []).append((index, *_bar(row, measure)))
+                if row[measure] is None:  # of one label alone there is no AUC
+                    continue
+                label = name.format(**row)
+                if run.preference_details("ranking"):  # of lists no answer was chosen
+                    label = {"chosen": "better rated", "rejected": "worse rated"}.get(label, label)
+                group.setdefault(label, []).append((index, *_bar(row, measure)))
         if rows:
             found.append(Bars(f"Accuracy by {title}", "With 95% intervals.", rows))
         if of_labels:

@@ -350,7 +350,7 @@ def test_lists_as_transformers_computes_them(tmp_path, capsys, model_folder, oth
     assert result["rewards/kendall_tau"] == pytest.approx(np.mean(taus), abs=1e-6)
     assert result["rewards/top_1"] == pytest.approx(np.mean(tops))
     assert result["rewards/accuracies"] == pytest.approx(right / pairs)
-    assert result["rewards/margins"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert result["overall"]["margin"] == pytest.approx(np.mean(margins), abs=1e-5)
     assert result["overall"]["count"] == pairs
     assert result["ranking"]["kendall_tau"] == result["rewards/kendall_tau"]
     assert [row["prompts"] for row in result["by_source"]] in ([4, 3], [3, 4])
@@ -358,6 +358,24 @@ def test_lists_as_transformers_computes_them(tmp_path, capsys, model_folder, oth
     table = capsys.readouterr().out
     assert f"7 lists with {pairs} pairs of different ratings" in table
     assert "top-1 of a random choice" in table
+
+
+@pytest.mark.parametrize(("loss", "write"), [("plackett_luce", write_lists), ("kto", write_pairs)])
+def test_a_run_of_lists_or_labels_is_measured_as_it_was_at_its_end(tmp_path, model_folder, loss, write):
+    rows, held_out = write(tmp_path / "train.jsonl", 8), write(tmp_path / "eval.jsonl", 6, seed=1)
+    keys = {"training__max_steps": 2, "training__learning_rate": 1e-2, "data__eval": str(held_out)}
+    dpo.run(config("dpo", tmp_path / "run", model_folder, rows, dpo__loss_type=loss, **keys))
+    result, last = evaluate(tmp_path, tmp_path / "run"), read_metrics(tmp_path / "run")[-1]
+    names = {"rewards/chosen": "rewards/good", "rewards/rejected": "rewards/bad"} if loss == "kto" else {}
+    same = ["rewards/chosen", "rewards/rejected", "rewards/margins"]
+    if loss != "kto":  # whose accuracy in training is about its shift
+        same += ["rewards/accuracies", "rewards/kendall_tau", "rewards/top_1"]
+    for key in same:
+        assert result[names.get(key, key)] == pytest.approx(last[f"eval_{key}"], abs=1e-6), key
+    assert result["rows"] == ("labels" if loss == "kto" else "lists")
+    figures = read_result(tmp_path / "run" / "evaluations" / "preferences" / "result.json").figures
+    expected = ["auc", "accuracy", "margin"] if loss == "kto" else ["kendall_tau", "top_1", "accuracy", "margin", "ece"]
+    assert [figure.metric for figure in figures] == expected
 
 
 def test_lists_without_a_base(tmp_path, model_folder):

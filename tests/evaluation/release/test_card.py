@@ -154,20 +154,25 @@ def test_a_loss_without_a_reference(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loss", "unit", "paper"),
-    [("lipo_lambda", "lists", "liu2024lipo"), ("kto", "labelled completions", "ethayarajh2024kto")],
+    ("loss", "unit", "better", "paper"),
+    [
+        ("lipo_lambda", "lists", "best rated", "liu2024lipo"),
+        ("kto", "labelled completions", "good", "ethayarajh2024kto"),
+    ],
 )
-def test_lists_and_labels_are_no_pairs(tmp_path, loss, unit, paper):
+def test_lists_and_labels_are_no_pairs(tmp_path, loss, unit, better, paper):
     run = make_run(tmp_path / "run", dpo__loss_type=loss)
-    (run / "data.json").write_text(json.dumps({"train": {"rows": 1000}}))
-    line = {"step": 1, "rewards/kendall_tau": 0.25, "eval_rewards/top_1": 0.5}
+    (run / "data.json").write_text(json.dumps({"train": {"rows": 1000, "labels": {"true": 600, "false": 400}}}))
+    line = {"step": 1, "rewards/kendall_tau": 0.25, "eval_rewards/top_1": 0.5, "eval_rewards/chosen": 0.75}
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     _, text, data = card(run)
     assert f"by preference optimization ({loss}) with {unit} on" in text
     assert f"- training: 1,000 {unit}\n" in text
+    assert "- training: 600 good and 400 bad completions\n" in text
     assert f"| {unit} per step | 4 |\n" in text
     assert "| Kendall's τ of rewards and ratings, training | 0.25 (step 1) |" in text
     assert "| top-1 accuracy of rewards, held-out | 0.5 (step 1) |" in text
+    assert f"| reward of {better}, held-out | 0.75 (step 1) |" in text
     assert loss.replace("_", "-") in data.tags
     assert keys_of(text)[:2] == ["rafailov2023direct", paper]
     assert "pairs" not in text.partition("## Citation")[0]

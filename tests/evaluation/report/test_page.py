@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from report_runs import dpo_metrics, sft_metrics
+from report_runs import dpo_metrics, label_metrics, list_metrics, sft_metrics
 
 from notus.__main__ import main
 from notus.evaluation.read_run import read_runs
@@ -258,6 +258,71 @@ def test_without_plotly_it_says_what_to_install(make_run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "plotly", None)
     assert main(["report", str(make_run())]) == 1
     assert "pip install plotly" in capsys.readouterr().err
+
+
+def test_a_run_of_lists(make_run):
+    loss = {"plackett_luce": 1.0, "all_pairs": 0.5}
+    run = make_run(metrics=list_metrics(20), dpo__loss_type=loss)
+    ranking = {"prompts": 10, "kendall_tau": 0.5, "top_1": 0.6, "top_1_chance": 0.25}
+    tau = Figure("reward Kendall's τ", "kendall_tau", 0.5, stderr=0.1, count=10)
+    details = {**DETAILS, "by_longer": [{"longer": "chosen", **COMPARED}], "ranking": ranking}
+    write_result(run / "evaluations" / "preferences", Result("preferences", "m", [tau], {}, details))
+    page = page_of(run)
+    figures, text = figures_of(page), text_of(page)
+    np.testing.assert_allclose(lines(figures, "tau")[0][1], [0.02 * step for step in range(20)], atol=1e-7)
+    assert {name for name in figures if name.startswith(("loss", "accuracy", "margins", "drift", "lists-per"))} == {
+        "loss-lists", "accuracy-lists", "margins-lists", "drift-lists", "lists-per-second"
+    }  # fmt: skip
+    assert {trace["name"] for trace in figures["components"]["data"]} == {"plackett_luce, train", "all_pairs, train"}
+    assert "Preference optimization with lists, of all weights" in text
+    assert "1 plackett_luce + 0.5 all_pairs, β = 0.1" in text
+    assert "4 lists a step" in text
+    assert "Kendall&#39;s τ 0.5 held-out, step 20" in text
+    assert "Top-1 accuracy of a random choice 0.25" in text
+    assert "better rated 80.0%" in text
+    own = text.replace("pairs.jsonl", "").replace("all_pairs", "").partition("Settings 20")[0]
+    assert "over pairs" not in own
+    assert "ln 2" not in own
+
+
+def test_a_run_of_labels(make_run):
+    data = {"train": {"rows": 10, "report": {"read": 10, "left_out": 2}, "labels": {"true": 6, "false": 4}}}
+    run = make_run(metrics=label_metrics(20), dpo__loss_type="kto", data=data)
+    row = {"count": 10, "accuracy": 0.7, "accuracy_interval": [0.4, 0.9]}
+    rows = [
+        {"low": 2, "high": 3, **row, "auc": 0.875, "auc_interval": [0.8, 0.9]},
+        {"low": 4, "high": 7, **row, "auc": None, "auc_interval": None},
+    ]
+    details = {"by_source": None, "by_length": rows, "by_longer": None, "calibration": None, "ranking": None}
+    auc = Figure("reward AUC", "auc", 0.9, count=10)
+    write_result(run / "evaluations" / "preferences", Result("preferences", "m", [auc], {}, details))
+    page = page_of(run)
+    figures, text = figures_of(page), text_of(page)
+    np.testing.assert_allclose(lines(figures, "kl")[0][1], [0.125 * step for step in range(1, 21)], rtol=1e-6)
+    assert {"loss-labels", "accuracy-labels", "margins-labels", "drift-labels"} <= set(figures)
+    assert {trace["name"] for trace in figures["logps-labels"]["data"]} == {"good, train", "bad, train"}
+    assert "AUC by length of the answer" in text
+    assert "2 to 3 tokens 87.5% 80–90%, n = 10" in text
+    assert "4 to 7 tokens" not in text
+    assert "of them good 6 of them bad 4" in text
+    assert "4 labelled completions a step" in text
+
+
+def test_a_loss_without_a_reference_has_no_drift_from_one(make_run):
+    page = page_of(make_run(dpo__loss_type="simpo", dpo__beta=2.0))
+    assert "drift" not in figures_of(page)
+    assert "margins" in figures_of(page)
+    text = text_of(page)
+    assert "simpo, β = 2, simpo_gamma = " in text
+    assert "no reference" in text
+    assert "Preference optimization with pairs, of all weights" in text
+
+
+def test_runs_of_pairs_and_lists_beside_each_other(make_run):
+    figures = figures_of(page_of(make_run("pairs"), make_run("lists", dpo__loss_type="all_pairs")))
+    assert [trace["name"] for trace in figures["accuracy"]["data"]] == ["pairs, train"]
+    assert [trace["name"] for trace in figures["accuracy-lists"]["data"]] == ["lists, train"]
+    assert len(figures["grad-norm"]["data"]) == 2
 
 
 def test_a_long_run_gives_a_small_file(make_run):
