@@ -171,7 +171,11 @@ def lists_seed(size: Size, seed: int, lengths: Sequence[int], work: Path) -> dic
     def run(kind: str, loss: str, steps: int) -> dict[str, Any]:
         print(f"\n== seed {seed}: {loss}, {steps} steps", file=sys.stderr, flush=True)
         dpo, recipe = {"beta": 0.1, "loss_type": loss}, {**DPO, "max_steps": steps}
-        return loss_run(folder / f"{steps}-steps" / loss, data, rows[kind], dpo, recipe, folder / "start")
+        found = loss_run(folder / f"{steps}-steps" / loss, data, rows[kind], dpo, recipe, folder / "start")
+        if "failed" in found:
+            raise ValueError(f"seed {seed}, {loss}: {found['failed']}")
+        del found["right"]  # stays in the work folder
+        return found
 
     runs = []
     for steps in lengths:
