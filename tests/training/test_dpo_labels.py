@@ -105,8 +105,7 @@ def test_bcos_shift_is_the_mean_reward_of_the_steps_before(tmp_path: Path, model
     assert newest["progress"]["task"]["rewards"] == pytest.approx([total, 20.0])
 
 
-@pytest.mark.parametrize("name", ["kto", "bco"])
-@pytest.mark.parametrize("place", ["row_loss", "evaluate"])
+@pytest.mark.parametrize(("name", "place"), [("kto", "row_loss"), ("bco", "row_loss"), ("kto", "evaluate")])
 def test_a_resumed_run_is_bitwise_undisturbed(
     name: str, place: str, tmp_path: Path, model_folder: Path, labels_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
