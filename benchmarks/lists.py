@@ -1,6 +1,6 @@
 """What a list of rated answers costs beside pairs: a prompt as one pair, as all pairs of its answers, as one list.
 
-    python benchmarks/lists.py [--size 15m] [--prompts 4] [--repeats 5] [--output FILE]
+    python benchmarks/lists.py [--size 15m] [--prompts 3] [--repeats 3] [--output FILE]
 
 Measured: a made model on the CPU, one thread, fp32. Lengths are UltraFeedback's (`notus.estimate.sizes.TYPICAL_LIST`).
 The three ways take turns in one process, and each round begins with another. What counts is the processor time of the
@@ -216,8 +216,8 @@ def report(policy: Policy, prompts: Sequence[Example], repeats: int, tokens_per_
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     return "\n".join(
         [
-            f"Measured: {parameters / 1e6:.1f}M parameters, {len(prompts)} prompts, {repeats} rounds, processor time, "
-            f"{common.describe_machine()}",
+            f"Measured: {parameters / 1e6:.1f}M parameters, prompts: {len(prompts)}, rounds: {repeats}, "
+            f"processor time, {common.describe_machine()}",
             "",
             measured_table(prompts, measure(policy, rows, repeats)),
             "",
@@ -231,8 +231,8 @@ def report(policy: Policy, prompts: Sequence[Example], repeats: int, tokens_per_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(common.SIZES), default="15m", help="of the made model (default: 15m)")
-    parser.add_argument("--prompts", type=int, default=4, help="of a step (default: 4)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--prompts", type=int, default=3, help="of a step (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--tokens-per-row", type=int, default=4096)
     parser.add_argument("--output", type=Path, help="where to write the tables, too")
     args = parser.parse_args()

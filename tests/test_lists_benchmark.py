@@ -53,7 +53,7 @@ def test_all_ways_start_at_the_losses_of_an_untrained_policy(monkeypatch: pytest
     monkeypatch.setattr(lists, "plan_of", lambda way, gpu: plan)
     text = lists.report(policy, prompts, 2, 100)
     assert sum(line.startswith("| one list of 4 | ") for line in text.splitlines()) == 2
-    assert "3 prompts, 2 rounds" in text
+    assert "prompts: 3, rounds: 2" in text
 
 
 def test_each_round_begins_with_another_way_and_the_first_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
