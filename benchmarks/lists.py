@@ -65,15 +65,12 @@ def as_rows(prompts: Sequence[Example], way: str) -> list[Example]:
 
 
 def made_prompts(count: int, vocabulary: int, means: Sequence[float], *, max_length: int, seed: int) -> list[Example]:
-    """Random tokens of log-normal lengths with these means: the trunk's, then each completion's."""
+    """Random tokens of log-normal lengths, scaled to have these means: the trunk's, then each completion's."""
     generator = np.random.default_rng(seed)
-    lengths = draw(tuple(means), max_length=max_length, max_prompt_length=max_length // 2, seed=seed)
-    # evenly spaced by their tokens, so that a few stand for all
-    order = np.argsort(lengths.totals)[(np.arange(count) + 0.5).astype(int) * len(lengths.trunks) // count]
-    return [
-        step.random_example(generator, vocabulary, int(lengths.trunks[place]), *lengths.branches[place].tolist())
-        for place in order
-    ]
+    drawn = draw(tuple(means), max_length=max_length, max_prompt_length=max_length // 2, seed=seed)
+    lengths = np.column_stack([drawn.trunks, drawn.branches])[:count]
+    lengths = (lengths * means / lengths.mean(axis=0)).round().astype(int).clip(1, max_length // 2)
+    return [step.random_example(generator, vocabulary, *each) for each in lengths.tolist()]
 
 
 def packed_rows(prompts: Sequence[Example], way: str, tokens_per_row: int) -> list[Batch]:

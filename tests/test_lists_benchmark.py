@@ -29,8 +29,9 @@ def test_a_few_prompts_have_the_lengths_of_all() -> None:
     import lists
     import step
 
-    prompts = lists.made_prompts(64, 50, lists.TYPICAL_LIST, max_length=2048, seed=0)
-    assert np.mean([step.num_tokens(prompt) for prompt in prompts]) == pytest.approx(176 + 4 * 290, rel=0.05)
+    prompts = lists.made_prompts(3, 50, lists.TYPICAL_LIST, max_length=2048, seed=0)
+    assert np.mean([step.num_tokens(prompt) for prompt in prompts]) == pytest.approx(176 + 4 * 290, rel=0.01)
+    assert np.mean([len(prompt.trunk) for prompt in prompts]) == pytest.approx(176, abs=1)
 
 
 def test_all_ways_start_at_the_losses_of_an_untrained_policy(monkeypatch: pytest.MonkeyPatch) -> None:

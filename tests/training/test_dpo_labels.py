@@ -165,6 +165,15 @@ def test_a_mismatched_row_that_fits_no_packed_row_is_an_error(tmp_path: Path, mo
         dpo.run(tight)
 
 
+def test_completions_of_one_prompt_alone_are_an_error(tmp_path: Path, model_folder: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"prompt": "hello", "completion": f" {word}", "label": True} for word in ("a", "b", "c")]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"^data\.train: all rows have the same prompt"):
+        dpo.run(config("dpo", tmp_path / "kto", model_folder, labels, dpo__loss_type="kto"))
+    assert dpo.run(config("dpo", tmp_path / "bco", model_folder, labels, dpo__loss_type="bco")) == 0
+
+
 def _on_ranks(tree: dict[str, Any], port: int) -> None:
     with launched(port):
         assert dpo.run(config_from_dict(tree, "dpo")) == 0
