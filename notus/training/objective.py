@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from notus.config import DPOConfig, options_of
 from notus.data.packing import Batch
 from notus.losses import (
     Loss,
+    OptionValue,
     Rows,
     Shift,
     label_loss,
@@ -173,6 +173,7 @@ class Objective(ABC):
     def __init__(self, config: DPOConfig) -> None:
         self._config = config
         self._losses = loss_components(config.loss_type)
+        self._options = {loss: options_of(config, loss) for loss in self._losses}
         self.reference = any(loss.reference for loss in self._losses)
         self.public = config.ld_alpha is not None
         self.ratings = any(loss.ratings for loss in self._losses)
@@ -187,7 +188,7 @@ class Objective(ABC):
         self.guards = self._guards()
 
     @abstractmethod
-    def _apply(self, loss: Loss, rows: Scored, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
         """Losses [E] and rewards [E, K] of one loss."""
 
     @abstractmethod
@@ -232,7 +233,7 @@ class Objective(ABC):
         parts: dict[str, Tensor] = {}
         rewards = rows.policy.logps
         for loss, weight in self._losses.items():
-            losses, own_rewards = self._apply(loss, rows, dict(options_of(self._config, loss)))
+            losses, own_rewards = self._apply(loss, rows, self._options[loss])
             if rows.policy.likelihood is not None:
                 losses = rows.policy.likelihood * losses
             parts[f"loss/{loss.name}"] = losses.detach()
@@ -344,7 +345,7 @@ class PairObjective(Objective):
 
     _margins = SUMMED_MARGINS
 
-    def _apply(self, loss: Loss, rows: Scored, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
         logps, reference = self._compared(rows)
         beta, lengths, ratings = self._config.beta, rows.lengths, rows.ratings
         losses, rewards = pair_loss(
@@ -390,7 +391,7 @@ class ListObjective(Objective):
 
     _sums = ListSums
 
-    def _apply(self, loss: Loss, rows: Scored, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
         return list_loss(
             loss,
             rows.policy.logps,
@@ -458,7 +459,7 @@ class LabelObjective(Objective):
 
     _sums = LabelSums
 
-    def _apply(self, loss: Loss, rows: Scored, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
         losses, rewards = label_loss(
             loss,
             rows.policy.logps[:, 0],
@@ -499,7 +500,7 @@ class LabelObjective(Objective):
         for loss in self._losses:
             if loss.option("desirable_weight") is None:
                 continue
-            weights = resolve_options(loss, self._config.beta, options_of(self._config, loss))
+            weights = resolve_options(loss, self._config.beta, self._options[loss])
             desirable, undesirable = float(weights["desirable_weight"]), float(weights["undesirable_weight"])
             if not undesirable * bad <= desirable * good <= 1.5 * undesirable * bad:
                 return (
