@@ -147,6 +147,7 @@ def run_seed(size: Size, seed: int, chosen: Sequence[Variant], work: Path) -> di
             place, recipe = folder / f"{size.steps}-steps" / name, {**RECIPE, "max_steps": size.steps}
             dpo = {"beta": beta, **variant.dpo}
             found = loss_run(place, data, rows[variant.rows], dpo, recipe, folder / "start")
+            found.pop("right", None)  # stays in the work folder
             runs.append({"loss": variant.name, "beta": beta, **found})
     return {"seed": seed, "start": {"win_rate": start["win_rate"], "by_task": start["by_task"]}, "runs": runs}
 

@@ -11,7 +11,8 @@ each fault rate: the share of scores of 1 that are stored as 10. The ratings' pa
 
 With `--lists`: what the whole list of rated answers adds to the pair. From the same start and for the same prompts, DPO
 on the pair of the mean ratings, against losses of lists on all four answers with their ratings. A list has more tokens
-than a pair, so the pair is trained twice: for as many steps as the list, and for as many as give as many tokens.
+than a pair, so the pair is trained twice: for as many steps as the list, and for as many as give as many tokens. And an
+epoch of each on the same few records, of which a pair can use fewer: where its two answers are one text, it is dropped.
 
 Prints a table in Markdown; `--results` writes it beside the JSON. A finished run leaves its result in the work folder,
 with digests of what went into it, and is not repeated: a launch that was killed resumes with the same command, and
@@ -32,13 +33,14 @@ import synthetic_runs
 from common import write_json
 from notus.curation import synthetic
 from notus.curation.ultrafeedback import Report, curate
-from ratings_vs_critique_report import draw, list_table, table
+from ratings_vs_critique_report import MORE_PAIRS, PAIRS, draw, list_table, table
 from synthetic_runs import (
     DPO,
     SFT,
     Data,
     Rows,
     Size,
+    TrainingRows,
     check_enough,
     differing,
     digest,
@@ -163,25 +165,45 @@ LIST_STEPS = (16, 32)
 
 
 def lists_seed(size: Size, seed: int, lengths: Sequence[int], work: Path) -> dict[str, Any]:
-    """All runs of a seed of pairs against lists, at several numbers of the list's steps."""
+    """All runs of a seed of pairs against lists: for the same prompts, and for the same records."""
     data, folder = make_data(size, seed), work / f"seed-{seed}"
     start = start_run(folder / "start", data)
     rows = {kind: write_rows(kind, data, folder) for kind in ("pairs", "lists")}
-
-    def run(kind: str, loss: str, steps: int) -> dict[str, Any]:
-        print(f"\n== seed {seed}: {loss}, {steps} steps", file=sys.stderr, flush=True)
-        dpo, recipe = {"beta": 0.1, "loss_type": loss}, {**DPO, "max_steps": steps}
-        return loss_run(folder / f"{steps}-steps" / loss, data, rows[kind], dpo, recipe, folder / "start")
-
-    runs = []
-    for steps in lengths:
-        pair, lists = run("pairs", "sigmoid", steps), {loss: run("lists", loss, steps) for loss in LIST_LOSSES}
-        tokens = lists[LIST_LOSSES[0]]["tokens"]
-        longer = round(steps * tokens / pair["tokens"])
-        found = {"pairs": (steps, pair), "pairs, equal tokens": (longer, run("pairs", "sigmoid", longer))}
-        found |= {loss: (steps, of_loss) for loss, of_loss in lists.items()}
-        runs += [{"of_lists": steps, "name": name, "steps": taken, **each} for name, (taken, each) in found.items()]
+    runs = [run for steps in lengths for run in _of_equal_prompts(folder, data, rows, steps)]
+    runs += _of_equal_records(folder, data, size.preferences // 2)
     return {"seed": seed, "start": start["win_rate"], "prompts": rows["pairs"].count, "runs": runs}
+
+
+def _of_equal_prompts(folder: Path, data: Data, rows: dict[str, TrainingRows], steps: int) -> list[dict[str, Any]]:
+    """The pair and the list in as many steps of the same prompts, and the pair in as many tokens as the list."""
+    place = folder / f"{steps}-steps"
+    lists = {loss: _list_run(place / loss, data, rows["lists"], loss, steps, folder) for loss in LIST_LOSSES}
+    pair = _list_run(place / "sigmoid", data, rows["pairs"], "sigmoid", steps, folder)
+    longer = round(steps * lists[LIST_LOSSES[0]]["tokens"] / pair["tokens"])
+    more = _list_run(folder / f"{longer}-steps" / "sigmoid", data, rows["pairs"], "sigmoid", longer, folder)
+    found = {PAIRS: pair, MORE_PAIRS: more, **lists}
+    return [{"of": f"{steps} steps", "name": name, **run} for name, run in found.items()]
+
+
+def _of_equal_records(folder: Path, data: Data, count: int) -> list[dict[str, Any]]:
+    """An epoch of the pairs of so many records, and of their lists: more, as a pair may be one text twice."""
+    few, place = dataclasses.replace(data, records=data.records[:count]), folder / f"{count}-records"
+    place.mkdir(exist_ok=True)
+    pairs, lists = write_rows("pairs", few, place), write_rows("all lists", few, place)
+    found = {}
+    for name, loss, rows in ((PAIRS, "sigmoid", pairs), *((loss, loss, lists) for loss in LIST_LOSSES)):
+        found[name] = _list_run(place / loss, data, rows, loss, rows.count // rows.per_step, folder)
+    return [{"of": f"{count:,} records", "name": name, **run} for name, run in found.items()]
+
+
+def _list_run(place: Path, data: Data, rows: TrainingRows, loss: str, steps: int, folder: Path) -> dict[str, Any]:
+    print(f"\n== seed {data.seed}: {loss}, {steps} steps of {rows.path.stem}", file=sys.stderr, flush=True)
+    dpo, recipe = {"beta": 0.1, "loss_type": loss}, {**DPO, "max_steps": steps}
+    found = loss_run(place, data, rows, dpo, recipe, folder / "start")
+    if "failed" in found:
+        raise ValueError(f"seed {data.seed}, {loss}: {found['failed']}")
+    del found["right"]  # stays in the work folder
+    return {"steps": steps, **found}
 
 
 def _rate(text: str) -> float:

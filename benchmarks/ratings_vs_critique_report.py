@@ -117,7 +117,7 @@ def _rate_cells(results: dict[str, Any], number: int) -> list[str]:
 
 
 LIST_HEADS = (
-    "steps of lists", "trained", "steps", "tokens", "right answers", "less the pair's, equal steps", "per seed",
+    "equal", "trained", "steps", "tokens", "right answers", "less the pair's", "per seed",
     "less the pair's, equal tokens", "reward accuracy", "margin, nats", "chosen, nats per token",
 )  # fmt: skip
 PAIRS, MORE_PAIRS = "pairs", "pairs, equal tokens"
@@ -126,12 +126,12 @@ PAIRS, MORE_PAIRS = "pairs", "pairs, equal tokens"
 def list_table(results: dict[str, Any]) -> str:
     """The table of pairs against lists in Markdown, under a line that says what ran."""
     size, seeds = results["size"], results["seeds"]
-    places = [(run["of_lists"], run["name"]) for run in seeds[0]["runs"]]
+    places = [(run["of"], run["name"]) for run in seeds[0]["runs"]]
     prompts = ", ".join(f"{seed['prompts']:,}" for seed in seeds)
     start = statistics.mean(seed["start"] for seed in seeds)
     return "\n".join(
         [
-            f"Seeds {', '.join(str(seed['seed']) for seed in seeds)}; {prompts} rated prompts, "
+            f"Seeds {', '.join(str(seed['seed']) for seed in seeds)}; {prompts} prompts with a pair, "
             f"{results['recipes']['dpo']['batch_size']} in a step, {size['held_out']:,} held-out prompts; means over "
             f"seeds, differences in points with Student's 95% interval; the start answers {start:.1%} right.",
             "",
@@ -140,26 +140,27 @@ def list_table(results: dict[str, Any]) -> str:
     )
 
 
-def _list_cells(seeds: Sequence[dict[str, Any]], of_lists: int, name: str) -> list[str]:
+def _list_cells(seeds: Sequence[dict[str, Any]], equal: str, name: str) -> list[str]:
     def of(wanted: str) -> list[dict[str, Any]]:
-        return [run for seed in seeds for run in seed["runs"] if (run["of_lists"], run["name"]) == (of_lists, wanted)]
+        return [run for seed in seeds for run in seed["runs"] if (run["of"], run["name"]) == (equal, wanted)]
 
     def mean(key: str) -> float:
         return statistics.mean(run[key] for run in found)
 
-    found, gaps = of(name), {}
-    for against in (PAIRS, MORE_PAIRS):
-        gaps[against] = [run["win_rate"] - pair["win_rate"] for run, pair in zip(found, of(against), strict=True)]
-    is_pair = name in (PAIRS, MORE_PAIRS)
+    def less(others: list[dict[str, Any]]) -> list[float]:
+        return [run["win_rate"] - other["win_rate"] for run, other in zip(found, others, strict=True)]
+
+    found, more = of(name), of(MORE_PAIRS)
+    gaps = [] if name == PAIRS else less(of(PAIRS))
     return [
-        str(of_lists),
+        equal,
         name,
         f"{mean('steps'):.0f}",
         f"{mean('tokens'):,.0f}",
         f"{mean('win_rate'):.1%}",
-        "" if name == PAIRS else _signed(*over_seeds(gaps[PAIRS])),
-        "" if name == PAIRS else ", ".join(f"{100 * gap:+.1f}" for gap in gaps[PAIRS]),
-        "" if is_pair else _signed(*over_seeds(gaps[MORE_PAIRS])),
+        _signed(*over_seeds(gaps)) if gaps else "",
+        ", ".join(f"{100 * gap:+.1f}" for gap in gaps),
+        _signed(*over_seeds(less(more))) if more and name not in (PAIRS, MORE_PAIRS) else "",
         f"{mean('reward_accuracy'):.1%}",
         f"{mean('margin'):.2f}",
         f"{mean('chosen_change'):+.3f}",

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,30 +137,31 @@ class TrainingRows:
 
 
 def write_rows(kind: str, data: Data, folder: Path) -> TrainingRows:
-    """Write the training rows of a kind of loss into the seed's folder.
+    """Write the training rows of a kind of loss into a folder.
 
     "pairs": one pair per prompt, by the mean ratings. "lists": all its rated answers. "labels": the two completions of
-    the pair, each with its label; the trainer reads them from the pair. All kinds have the same prompts, those whose
-    pair has two different texts, and as many prompts in a step.
+    the pair, each with its label; the trainer reads them from the pair. These kinds have the same prompts, those whose
+    pair has two different texts, and as many prompts in a step. "all lists": the lists of all prompts that have one.
     """
-    pairs = differing(pairs_by_ratings(data)[0])
-    rows = rated_lists(data, folder, {pair["instruction"] for pair in pairs}) if kind == "lists" else pairs
-    assert len(rows) == len(pairs)
-    path, text = folder / f"{kind}.jsonl", json_lines(rows)
+    rows = pairs = differing(pairs_by_ratings(data)[0])
+    if kind in ("lists", "all lists"):
+        lists, prompts = rated_lists(data, folder), {pair["instruction"] for pair in pairs}
+        rows = [row for row in lists if kind == "all lists" or row["prompt"][0]["content"] in prompts]
+    assert kind == "all lists" or len(rows) == len(pairs)
+    path, text = folder / f"{kind.replace(' ', '-')}.jsonl", json_lines(rows)
     path.write_text(text)
     per_prompt = 2 if kind == "labels" else 1
     return TrainingRows(path, per_prompt * len(rows), per_prompt * DPO["batch_size"], digest(text))
 
 
-def rated_lists(data: Data, folder: Path, prompts: Collection[str]) -> Rows:
-    """The lists that `notus curate --listwise` makes of these prompts."""
+def rated_lists(data: Data, folder: Path) -> Rows:
+    """The lists that `notus curate --listwise` makes: none of prompts whose answers are all one text."""
     from notus.__main__ import run_command
 
-    records, out = folder / "records.jsonl", folder / "all-lists.jsonl"
+    records, out = folder / "records.jsonl", folder / "curated-lists.jsonl"
     records.write_text(json_lines(data.records))
     run_command("curate", records, out, "--listwise")
-    lists = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    return [row for row in lists if row["prompt"][0]["content"] in prompts]
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 def loss_run(

@@ -607,13 +607,13 @@ class _Lists:
         if policy.ndim != 2:
             raise ValueError(f"log-probs of lists must have the shape [B, K], not {tuple(policy.shape)}")
         mask = torch.ones_like(policy, dtype=torch.bool) if mask is None else mask.bool()
-        log_ratios = policy.masked_fill(~mask, 0) - reference.masked_fill(~mask, 0)
+        log_ratios = (policy - reference).masked_fill(~mask, 0)
         if ratings is None:
             ratings = -torch.arange(policy.shape[1], device=policy.device).expand_as(policy)
         ratings = ratings.to(policy.dtype).masked_fill(~mask, 0)
         log_ratios = log_ratios + 0 * ratings  # an unknown rating, NaN, must not pass for a tie
         # multiplied last, so that two completions give bit by bit the margin of a pair
-        gaps = beta * (log_ratios.unsqueeze(1) - log_ratios.unsqueeze(2))
+        gaps = beta * _differences(log_ratios)
         itself = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
         return cls(log_ratios, ratings, mask, gaps, mask.unsqueeze(1) & mask.unsqueeze(2) & ~itself)
 
@@ -628,13 +628,17 @@ class _Lists:
         return self.others & (self.ratings.unsqueeze(1) == self.ratings.unsqueeze(2))
 
 
+def _differences(values: Tensor) -> Tensor:
+    """Of [B, K]: [B, K, K], values_j - values_k at [k, j]."""
+    return values.unsqueeze(1) - values.unsqueeze(2)
+
+
 def _choice_loss(gaps: Tensor, others: Tensor) -> Tensor:
     """-log of the probability to choose k among itself and `others`: log(1 + Σ_j e^gap_kj), [B, K].
 
     As -ls(-logsumexp), it is `sigmoid_loss` to the last bit if there is one other, and 0 if there is none.
     """
-    none = torch.finfo(gaps.dtype).min / 2  # finite, as the gradient of logsumexp is NaN if all its inputs are -inf
-    return -logsigmoid(-gaps.masked_fill(~others, none).logsumexp(dim=2))
+    return -logsigmoid(-gaps.masked_fill(~others, -math.inf).logsumexp(dim=2))
 
 
 def plackett_luce_loss(
@@ -718,11 +722,6 @@ def lipo_lambda_loss(
     gains, discounts = torch.exp2(lists.ratings / rating_scale), 1 / torch.log1p(ranks.to(policy_logps.dtype))
     weights = _differences(gains).abs() * _differences(discounts).abs() * lists.worse
     return (-logsigmoid(-lists.gaps) * weights).sum((1, 2))
-
-
-def _differences(values: Tensor) -> Tensor:
-    """Of [B, K]: [B, K, K], values_j - values_k at [k, j]."""
-    return values.unsqueeze(1) - values.unsqueeze(2)
 
 
 def info_nca_loss(
@@ -1046,6 +1045,7 @@ def resolve_options(loss: Loss, beta: float, options: Mapping[str, OptionValue])
 # ---- hold yours against it ----
 
 # Fractions with few binary digits: in fp32, too, differences of log-probs are exact, in whatever order they are taken.
+# No log-ratio is 0 and no two rewards of a list are equal, where max and ranks have more than one right gradient.
 _CHECK_PAIR_COLUMNS = (
     "policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps",
     "chosen_lengths", "rejected_lengths", "chosen_ratings", "rejected_ratings",
@@ -1053,7 +1053,7 @@ _CHECK_PAIR_COLUMNS = (
 _CHECK_PAIRS = (
     (-40.0, -55.5, -42.25, -50.75, 20, 31, 5.0, 2.0),  # learned
     (-60.5, -38.0, -52.75, -41.25, 25, 16, 4.0, 3.5),  # still wrong
-    (-12.25, -90.0, -12.25, -90.0, 7, 64, 3.0, 1.0),  # the first step: policy and reference are one
+    (-12.25, -90.0, -12.5, -90.25, 7, 64, 3.0, 1.0),  # a margin of 0
     (-33.0, -33.0, -35.5, -30.5, 11, 11, 4.0, 4.0),  # rated alike
     (-210.0, -180.0, -204.75, -150.0, 128, 96, 9.0, 2.0),  # both less likely than before
     (-8.5, -9.75, -21.0, -30.0, 5, 6, 2.0, 1.75),  # both more likely
@@ -1067,7 +1067,7 @@ _CHECK_PAIRS = (
 _CHECK_LISTS = (  # log-probs of policy, of reference; ratings; 0 for a column that holds no completion
     ((-40.0, -55.5, -31.0, -72.25), (-42.25, -50.75, -33.5, -70.0), (5.0, 4.0, 2.0, 1.0), (1, 1, 1, 1)),
     ((-38.0, -60.5, -44.0, -20.75), (-41.25, -52.75, -40.5, -26.0), (4.5, 3.0, 3.0, 2.0), (1, 1, 1, 1)),  # a tie
-    ((-12.25, -90.0, -33.0, -8.0), (-12.25, -90.0, -33.0, -8.0), (5.0, 3.5, 2.5, 1.0), (1, 1, 1, 1)),  # the first step
+    ((-12.25, -90.0, -33.0, -8.0), (-12.5, -90.5, -32.75, -7.5), (5.0, 3.5, 2.5, 1.0), (1, 1, 1, 1)),  # close together
     ((-15.0, -25.5, -50.0, -1.0), (-18.0, -22.25, -44.5, -9.0), (3.0, 2.0, 1.0, 0.0), (1, 1, 1, 0)),
     ((-60.0, -45.75, -2.0, -3.0), (-52.5, -49.0, -7.0, -1.0), (4.0, 1.0, 0.0, 0.0), (1, 1, 0, 0)),
     ((-30.0, -28.5, -35.0, -31.25), (-33.0, -30.0, -31.0, -31.0), (4.0, 4.0, 4.0, 1.0), (1, 1, 1, 1)),  # a tie of three
@@ -1087,7 +1087,7 @@ _CHECK_TOLERANCES = {torch.float64: (1e-9, 1e-11), torch.float32: (2e-5, 2e-6)}
 def check(my_loss: Callable[..., Any], name: str, *, beta: float = 0.1, **options: OptionValue) -> None:
     """Hold a loss of yours against the one here: values and gradients on built-in inputs, in fp64 and in fp32.
 
-    Among the inputs are log-ratios of ±10,000, a policy that equals its reference, ties and lists of different K.
+    Among the inputs are log-ratios of ±10,000, a margin of 0, ties and lists of different K.
 
         check(lambda *logps: my_dpo_loss(*logps, beta=0.1), "sigmoid", beta=0.1)
 
@@ -1120,7 +1120,7 @@ def check(my_loss: Callable[..., Any], name: str, *, beta: float = 0.1, **option
         inputs = _check_inputs(loss, dtype)
         expected, found = _evaluate(ours, inputs), _evaluate(my_loss, inputs)
         for what, values in expected.items():
-            differs = ~torch.isclose(found[what], values, rtol, atol).reshape(len(values), -1).all(1)
+            differs = ~torch.isclose(found[what].to(dtype), values, rtol, atol).reshape(len(values), -1).all(1)
             if differs.any():
                 row = int(differs.nonzero()[0])
                 given = ", ".join(f"{key}={tensor[row].tolist()}" for key, tensor in inputs.items() if tensor.ndim)
@@ -1140,7 +1140,7 @@ def _check_inputs(loss: Loss, dtype: torch.dtype) -> dict[str, Tensor]:
         shift = torch.tensor(_CHECK_SHIFT, dtype=dtype)
         return {"policy_logps": policy, "reference_logps": reference, "labels": labels.bool(), "shift": shift}
     columns = zip(_CHECK_PAIR_COLUMNS, torch.tensor(_CHECK_PAIRS, dtype=dtype).unbind(1), strict=True)
-    return {name: column for name, column in columns if _needs(loss, name)}
+    return {name: column.long() if "lengths" in name else column for name, column in columns if _needs(loss, name)}
 
 
 def _evaluate(function: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1158,8 +1158,10 @@ def _evaluate(function: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[s
     losses, count = call(slice(None)), len(by_place[0])
     if losses.ndim == 0:
         losses = torch.stack([call(slice(row, row + 1)) for row in range(count)])
-    assert losses.shape == (count,), f"{count} rows must have losses of shape [{count}], not {list(losses.shape)}"
-    assert losses.requires_grad, "the losses have no gradient: they were computed from detached log-probs"
+    if losses.shape != (count,):
+        raise AssertionError(f"{count} rows must have losses of shape [{count}], not {list(losses.shape)}")
+    if not losses.requires_grad:
+        raise AssertionError("the losses have no gradient: they were computed from detached log-probs")
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     return {"the loss": losses.detach()} | {f"the gradient by {k}": g for k, g in zip(leaves, gradients, strict=True)}
 

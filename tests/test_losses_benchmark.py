@@ -62,7 +62,7 @@ def test_a_run_is_kept_and_its_table_is_written(tmp_path: Path, monkeypatch: pyt
     for run in seed["runs"][:3]:
         assert run["margin"] == pytest.approx(0.0, abs=1e-5)
         assert run["chosen_change"] == pytest.approx(0.0, abs=1e-5)
-        assert len(run["right"]) == 16
+        assert 16 * run["win_rate"] == sum(4 * share for share in run["by_task"].values())
     assert "not finite" in seed["runs"][3]["failed"]
     lines = out.with_suffix(".md").read_text().splitlines()
     assert (

@@ -73,6 +73,14 @@ def test_common_mistakes_are_named(function: Callable[..., Tensor], message: str
         check(function, "sigmoid")
 
 
+def test_other_right_gradients_at_a_kink_and_another_dtype_pass() -> None:
+    def dpop(pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor) -> Tensor:
+        penalty = 50 * torch.maximum(torch.zeros_like(pc), rc - pc)  # has the gradient 1/2 where relu has 0
+        return -logsigmoid(0.1 * (pc - rc - pr + rr - penalty)).double()
+
+    check(dpop, "dpop", beta=0.1)
+
+
 def test_options_are_those_of_the_loss() -> None:
     check(ours("sigmoid", label_smoothing=0.3), "sigmoid", beta=0.2, label_smoothing=0.3)
     check(ours("sigmoid", f_divergence="forward_kl"), "sigmoid", beta=0.2, f_divergence="forward_kl")

@@ -327,6 +327,19 @@ def test_what_stands_in_masked_columns_has_no_effect(name: str, garbage: float) 
 
 
 @pytest.mark.parametrize("name", ROWS["lists"])
+@pytest.mark.parametrize("ratings", [None, (-1.0, -2.0, -2.0, -5.0), (0.0, 0.0, -3.0, -3.0), (2.0, 1.0, 0.0, 0.0)])
+def test_a_masked_column_is_no_rating_of_zero(name: str, ratings: tuple[float, ...] | None) -> None:
+    ratios = draw(name)
+    if ratings is None and LOSSES[name].ratings:
+        pytest.skip("needs ratings")
+    given = {} if ratings is None else {"ratings": torch.tensor(ratings).expand_as(ratios)}
+    zeros, mask = torch.zeros_like(ratios), torch.tensor([True, True, True, False]).expand_as(ratios)
+    found = list_loss(LOSSES[name], ratios, zeros, beta=BETA, mask=mask, **given)[0]
+    cut = {key: value[:, :3] for key, value in given.items()}
+    torch.testing.assert_close(found, list_loss(LOSSES[name], ratios[:, :3], zeros[:, :3], beta=BETA, **cut)[0])
+
+
+@pytest.mark.parametrize("name", ROWS["lists"])
 def test_lists_of_one_or_of_none_are_finite(name: str) -> None:
     policy = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     mask = torch.tensor([[True, False, False], [False, False, False]])

@@ -144,7 +144,7 @@ def test_pairs_against_lists_by_hand() -> None:
 
     def run(name: str, steps: int, tokens: int, rate: float) -> dict[str, Any]:
         measured = {"win_rate": rate, "reward_accuracy": 0.5, "margin": 1.0, "chosen_change": -0.5}
-        return {"of_lists": 4, "name": name, "steps": steps, "tokens": tokens, **measured}
+        return {"of": "4 steps", "name": name, "steps": steps, "tokens": tokens, **measured}
 
     def runs(gain: float) -> list[dict[str, Any]]:
         return [
@@ -162,12 +162,16 @@ def test_pairs_against_lists_by_hand() -> None:
         ],
     }
     lines = list_table(results).splitlines()
-    assert lines[0].startswith("Seeds 0, 1, 2; 200, 200, 200 rated prompts, 32 in a step, 1,000 held-out prompts;")
-    assert lines[4] == "| 4 | pairs | 4 | 1,000 | 50.0% |  |  |  | 50.0% | 1.00 | -0.500 |"
-    assert lines[5].startswith("| 4 | pairs, equal tokens | 5 | 1,250 | 60.0% | +10.0 ± 0.0 | +10.0, +10.0, +10.0 |  |")
+    assert lines[0].startswith(
+        "Seeds 0, 1, 2; 200, 200, 200 prompts with a pair, 32 in a step, 1,000 held-out prompts;"
+    )
+    assert lines[4] == "| 4 steps | pairs | 4 | 1,000 | 50.0% |  |  |  | 50.0% | 1.00 | -0.500 |"
+    assert lines[5].startswith(
+        "| 4 steps | pairs, equal tokens | 5 | 1,250 | 60.0% | +10.0 ± 0.0 | +10.0, +10.0, +10.0 |  |"
+    )
     # gains of 10, 20, 30 points: mean 20, deviation 10, so 4.302653 * 10 / √3 = 24.8
     assert lines[6].startswith(
-        "| 4 | plackett_luce | 4 | 1,260 | 70.0% | +20.0 ± 24.8 | +10.0, +20.0, +30.0 | +10.0 ± 24.8 |"
+        "| 4 steps | plackett_luce | 4 | 1,260 | 70.0% | +20.0 ± 24.8 | +10.0, +20.0, +30.0 | +10.0 ± 24.8 |"
     )
 
 
@@ -185,17 +189,24 @@ def test_pairs_against_lists_take_equal_steps_and_equal_tokens(tmp_path: Path) -
     out = tmp_path / "out.json"
     main(["--lists", "--quick", "--seeds=0", f"--work={tmp_path}", f"--results={out}"])
     (seed,) = json.loads(out.read_text())["seeds"]
-    pairs, longer, *lists = seed["runs"]
-    assert [run["name"] for run in seed["runs"]] == ["pairs", "pairs, equal tokens", "plackett_luce", "all_pairs"]
-    assert [run["steps"] for run in seed["runs"]] == [2, longer["steps"], 2, 2]
+    pairs, longer, *lists = seed["runs"][:4]
+    names = ["pairs", "pairs, equal tokens", "plackett_luce", "all_pairs"]
+    assert [run["name"] for run in seed["runs"]] == [*names, "pairs", *names[2:]]
+    assert [run["of"] for run in seed["runs"]] == ["2 steps"] * 4 + ["100 records"] * 3
+    assert [run["steps"] for run in (pairs, *lists)] == [2, 2, 2]
     # of the same prompts, two more answers of about 4 tokens each beside about 28 tokens of a pair
     assert {run["tokens"] for run in lists} == {lists[0]["tokens"]}
     assert 1.15 < lists[0]["tokens"] / pairs["tokens"] < 1.6
     assert abs(longer["tokens"] - lists[0]["tokens"]) < 0.6 * pairs["tokens"] / 2
-    assert f"| 2 | plackett_luce | 2 | {lists[0]['tokens']:,} |" in out.with_suffix(".md").read_text()
+    assert f"| 2 steps | plackett_luce | 2 | {lists[0]['tokens']:,} |" in out.with_suffix(".md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "seed-0" / "lists.jsonl").read_text().splitlines()]
     paired = [
         json.loads(line)["instruction"] for line in (tmp_path / "seed-0" / "pairs.jsonl").read_text().splitlines()
     ]
     assert [row["prompt"][0]["content"] for row in rows] == paired
     assert max(len(row["ratings"]) for row in rows) == 4
+    few = tmp_path / "seed-0" / "100-records"
+    all_lists = [json.loads(line) for line in (few / "all-lists.jsonl").read_text().splitlines()]
+    assert all(len({text[0]["content"] for text in row["completions"]}) > 1 for row in all_lists)
+    assert len((few / "pairs.jsonl").read_text().splitlines()) < len(all_lists) <= 100
+    assert [run["steps"] for run in seed["runs"][4:]] == [1, len(all_lists) // 32, len(all_lists) // 32]

@@ -297,12 +297,12 @@ def normalize(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _
         _check_prompt_names(record, _unmet(row, columns))
     with_system = _with_system(record, given)
     _check_copies(given, form, task, (record, with_system))
-    record = with_system
     if task == "sft":
-        record = record._replace(completions=record.completions[:1])
-    elif task == "lists" and form in PAIR_FORMS:
-        record = record._replace(completions=_best_first(record.completions, read_provenance(row, columns)[1:]))
-    return _finished(record, given, names)
+        with_system = with_system._replace(completions=with_system.completions[:1])
+    record = _finished(with_system, given, names)
+    if task == "lists" and form in PAIR_FORMS:
+        return record._replace(completions=_best_first(record.completions, read_provenance(row, columns)[1:]))
+    return record
 
 
 def find_form(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _NOTHING) -> Form:

@@ -82,15 +82,15 @@ class RunLoss:
 
     @property
     def additions(self) -> dict[str, str]:
-        """What the run's settings add to the losses, in words; nothing for what is off."""
+        """What the run's settings add to the losses: "NLL weight", "LD-DPO α" and "WPO"; nothing for what is off."""
         dpo, found = self.dpo, {}
         if dpo.get("nll_weight"):
             mean = f", mean over {dpo['nll_mean']}" if "nll_mean" in dpo else ""
-            found["weight of the chosen completions' negative log-likelihood"] = f"{dpo['nll_weight']:g}{mean}"
+            found["NLL weight"] = f"{dpo['nll_weight']:g}{mean}"
         if dpo.get("ld_alpha") is not None:
-            found["LD-DPO, α"] = f"{dpo['ld_alpha']:g}"
+            found["LD-DPO α"] = f"{dpo['ld_alpha']:g}"
         if dpo.get("wpo"):
-            found["WPO"] = "pairs weighted by how likely the policy is to write them"
+            found["WPO"] = "on"
         return found
 
     @property

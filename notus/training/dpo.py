@@ -370,7 +370,10 @@ def _preferences(job: Run, config: Config, name: str, rows: TokenizedDataset) ->
         found.reference = logps[:, : rows.num_branches]
         found.public_reference = logps[:, rows.num_branches :] if objective.public else None
     if "kl" in objective.shifts:
-        others = mismatched(rows, config.data.max_length)
+        try:
+            others = mismatched(rows, config.data.max_length)
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from error
         check_fits(int(others.lengths.max()), config.training.tokens_per_row)
         check_context(job.model_config, others.longest_sequence, "data.max_length")
         found.mismatched = Preferences(others, _with_reference(job, config, f"{name}, mismatched", others))

@@ -4,6 +4,7 @@ It knows tensors, and neither steps nor ranks. The run around it is in `dpo.py`.
 """
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -227,22 +228,22 @@ class Objective(ABC):
 
     def __call__(self, rows: Scored, totals: Totals) -> Outcome:
         """Return the losses of some rows of a step."""
-        logps = rows.policy.logps
-        total, rewards = torch.zeros_like(logps[:, 0]), torch.zeros_like(logps)
+        weighted: list[Tensor] = []
         parts: dict[str, Tensor] = {}
+        rewards = rows.policy.logps
         for loss, weight in self._losses.items():
             losses, own_rewards = self._apply(loss, rows, dict(options_of(self._config, loss)))
             if rows.policy.likelihood is not None:
                 losses = rows.policy.likelihood * losses
-            total = total + weight * losses
             parts[f"loss/{loss.name}"] = losses.detach()
+            weighted.append(losses if weight == 1 else weight * losses)
             if loss is self._leading:
                 rewards = own_rewards
         nll = self._nll(rows, totals)
         if nll is not None:
-            total = total + self._config.nll_weight * nll
+            weighted.append(self._config.nll_weight * nll)
             parts["nll_loss"] = nll.detach()
-        return Outcome(total, rewards, parts)
+        return Outcome(functools.reduce(torch.add, weighted), rewards, parts)
 
     def _compared(self, rows: Scored) -> tuple[Tensor, Tensor | None]:
         """The log-probs [E, K] that the losses compare: those of whole completions, or LD-DPO's."""

@@ -105,8 +105,7 @@ def test_bcos_shift_is_the_mean_reward_of_the_steps_before(tmp_path: Path, model
     assert newest["progress"]["task"]["rewards"] == pytest.approx([total, 20.0])
 
 
-@pytest.mark.parametrize("name", ["kto", "bco"])
-@pytest.mark.parametrize("place", ["row_loss", "evaluate"])
+@pytest.mark.parametrize(("name", "place"), [("kto", "row_loss"), ("bco", "row_loss"), ("kto", "evaluate")])
 def test_a_resumed_run_is_bitwise_undisturbed(
     name: str, place: str, tmp_path: Path, model_folder: Path, labels_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +162,15 @@ def test_a_mismatched_row_that_fits_no_packed_row_is_an_error(tmp_path: Path, mo
     tight = config("dpo", tmp_path / "run", model_folder, labels, dpo__loss_type="kto", training__tokens_per_row=60)
     with pytest.raises(ValueError, match=r"training\.tokens_per_row=60 is less than the longest example"):
         dpo.run(tight)
+
+
+def test_completions_of_one_prompt_alone_are_an_error(tmp_path: Path, model_folder: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"prompt": "hello", "completion": f" {word}", "label": True} for word in ("a", "b", "c")]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"^data\.train: all rows have the same prompt"):
+        dpo.run(config("dpo", tmp_path / "kto", model_folder, labels, dpo__loss_type="kto"))
+    assert dpo.run(config("dpo", tmp_path / "bco", model_folder, labels, dpo__loss_type="bco")) == 0
 
 
 def _on_ranks(tree: dict[str, Any], port: int) -> None:

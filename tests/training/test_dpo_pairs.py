@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import free_ports, launched, run_ranks
 from rated import write_rated_pairs
-from runs import assert_same_run, at_call, config, read_metrics, terminate, write_pairs
+from runs import assert_same_run, at_call, config, read_metrics, settings, terminate, write_pairs
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from notus.config import config_from_dict
 from notus.losses import LOSSES
 from notus.runtime.process import STOPPED
 from notus.training import dpo
@@ -49,13 +51,13 @@ def rated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_loss_of_pairs_trains(name: str, tmp_path: Path, model_folder: Path, rated_file: Path) -> None:
     smoothing = {"dpo__label_smoothing": 0.1} if name == "exo_pair" else {}
     run = tmp_path / "run"
-    settings = {
+    overrides: dict[str, Any] = {
         "training__batch_size": 8,
         "training__epochs": 3,
         "dpo__loss_type": name,
         "training__learning_rate": 1e-5,
     }
-    dpo.run(config("dpo", run, model_folder, rated_file, **settings, **smoothing))
+    dpo.run(config("dpo", run, model_folder, rated_file, **overrides, **smoothing))
     lines = read_metrics(run)
     assert lines[2]["loss"] < lines[0]["loss"]
     if name != "discopop":  # its loss has a valley on either side of 0
@@ -68,8 +70,8 @@ def test_without_a_reference_there_is_no_pass_and_no_cache(
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(dpo, "score", None)  # which a reference pass would call
-    settings = config("dpo", run, model_folder, pairs_file, dpo__loss_type="simpo", dpo__beta=2.0)
-    dpo.run(settings)
+    run_config = config("dpo", run, model_folder, pairs_file, dpo__loss_type="simpo", dpo__beta=2.0)
+    dpo.run(run_config)
     told = capsys.readouterr().out
     assert told.count("has no reference: no reference pass, and no cache") == 1
     assert "reference log-probs" not in told
@@ -87,9 +89,9 @@ def test_without_a_reference_there_is_no_pass_and_no_cache(
 
 
 def test_there_is_no_reference_to_compute_ahead(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
-    settings = config("dpo", tmp_path / "run", model_folder, pairs_file, dpo__loss_type={"cpo": 1.0, "orpo": 2.0})
+    run_config = config("dpo", tmp_path / "run", model_folder, pairs_file, dpo__loss_type={"cpo": 1.0, "orpo": 2.0})
     with pytest.raises(ValueError, match=r"dpo\.loss_type 'cpo', 'orpo' has no reference: there is nothing to compute"):
-        dpo.fill_reference(settings)
+        dpo.fill_reference(run_config)
 
 
 def test_a_sum_in_which_one_loss_has_a_reference_needs_it(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
@@ -174,16 +176,16 @@ def test_changed_ratings_are_refused_where_they_are_learned(
 ) -> None:
     for name in ("odpo", "sigmoid"):
         pairs = write_rated_pairs(tmp_path / f"{name}.jsonl", 8)
-        settings = config("dpo", tmp_path / name, model_folder, pairs, dpo__loss_type=name, training__save_every=1)
+        run_config = config("dpo", tmp_path / name, model_folder, pairs, dpo__loss_type=name, training__save_every=1)
         with monkeypatch.context() as patch:
             at_call(patch, dpo.DPOTask, "row_loss", 1, terminate)
-            assert dpo.run(settings) == STOPPED
+            assert dpo.run(run_config) == STOPPED
         write_rated_pairs(pairs, 8, shift=1.0)
         if name == "sigmoid":
-            assert dpo.run(settings) == 0
+            assert dpo.run(run_config) == 0
         else:
             with pytest.raises(ValueError, match=r"other contents of data\.train \(ratings\)"):
-                dpo.run(settings)
+                dpo.run(run_config)
 
 
 def test_public_sums_stand_in_a_cache_beside_the_sums(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
@@ -197,3 +199,22 @@ def test_public_sums_stand_in_a_cache_beside_the_sums(tmp_path: Path, model_fold
         for column, side in enumerate(pair):
             assert logps[row, column].item() == pytest.approx(float(side[0].sum()), abs=1e-4)
             assert public[row, column].item() == pytest.approx(float(side[0][:length].sum()), abs=1e-4)
+
+
+def _on_ranks(tree: dict[str, Any], port: int) -> None:
+    with launched(port):
+        assert dpo.run(config_from_dict(tree, "dpo")) == 0
+
+
+def test_neither_ranks_nor_rows_change_losses_of_single_tokens(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    kind: dict[str, Any] = {"dpo__loss_type": {"sigmoid": 1.0, "cpo": 0.5}, "dpo__ld_alpha": 0.25, "dpo__wpo": True,
+                            "dpo__nll_weight": 0.5, "dpo__nll_mean": "completions", "data__eval_size": 4}  # fmt: skip
+    dpo.run(config("dpo", tmp_path / "one", model_folder, pairs_file, **kind))
+    kind["training__tokens_per_row"] = 80
+    run_ranks(_on_ranks, 2, tmp_path, settings(tmp_path / "two", model_folder, pairs_file, **kind), free_ports(1)[0])
+    for line, expected in zip(*(read_metrics(tmp_path / name) for name in ("two", "one")), strict=True):
+        same = {key for key in expected if key.removeprefix("eval_").startswith(("loss", "rewards", "logps", "nll"))}
+        assert len(same) >= 11
+        assert {key: line[key] for key in same} == pytest.approx({key: expected[key] for key in same}, abs=5e-5)

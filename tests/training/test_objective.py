@@ -82,6 +82,13 @@ def test_a_sum_of_losses_logs_each_and_rewards_are_those_of_one_with_a_reference
     assert found["rewards/margins"] == pytest.approx(-0.5)
 
 
+def test_a_weight_counts_where_it_stands_alone() -> None:
+    plain = objective_of(DPOConfig(loss_type="hinge"))(Scored(**PAIRS), Totals(2, 7)).losses
+    halved = objective_of(DPOConfig(loss_type={"hinge": 0.5}))(Scored(**PAIRS), Totals(2, 7)).losses
+    assert halved.tolist() == (0.5 * plain).tolist()
+    assert "loss/hinge" not in metrics_of(objective_of(DPOConfig(loss_type={"hinge": 0.5})), Scored(**PAIRS))
+
+
 def test_the_nll_over_tokens_does_not_depend_on_how_a_step_is_cut() -> None:
     objective = objective_of(DPOConfig(nll_weight=1.0))
     rows = Scored(**PAIRS)

@@ -76,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
     """Return the figures as a table for a terminal."""
     rows, against = result["rows"], "without a base"
     if result["base"]:
-        against = f"against {result['base']}, beta {result['beta']:g}"
+        against = f"{'against' if result['is_relative'] else 'beside'} {result['base']}, beta {result['beta']:g}"
     pairs = f" with {result['num_pairs']} pairs of different ratings" if rows == "lists" else ""
     columns = _COLUMNS[rows]
     lines = [
@@ -99,10 +99,8 @@ def _meaning(result: dict[str, Any]) -> Iterator[str]:
     """Say what the rewards of losses without a reference are, and what the base is there for."""
     if result["reward"] and not result["is_relative"]:
         yield f"{result['loss_type']} has no reference: its reward is {result['reward']}."
-        yield (
-            "The base, from which the run started, is there for comparison alone: see the change from it, in nats. "
-            "--base NAME ranks by the rewards of losses with a reference."
-        )
+        yield "The base, from which the run started, is there for comparison: see the change from it, in nats."
+        yield "With --base MODEL, completions are ranked by the rewards of losses with a reference."
 
 
 def _sentences(result: dict[str, Any]) -> Iterator[str]:

@@ -44,6 +44,11 @@ _COURSE = {
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
 }
+# What settings of the loss are called, where their own name does not say it.
+_SETTINGS = {
+    "NLL weight": "weight of the chosen completions' negative log-likelihood",
+    "WPO": "pairs weighted by how likely the policy is to write them (WPO)",
+}
 # The better and the worse completions, by the rows of data.
 _SIDES = {"pairs": ("chosen", "rejected"), "lists": ("best rated", "worst rated"), "labels": ("good", "bad")}
 
@@ -237,12 +242,11 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
 
 def _loss(loss: "RunLoss") -> dict[str, str]:
     """The loss's rows of the table of settings."""
-    named = {
-        name.replace("_", " "): f"{value}" if isinstance(value, str) else f"{value:g}"
-        for name, value in loss.options.items()
-    }
+    values = {"beta": loss.beta, **loss.options, **loss.additions}
+    named = {_SETTINGS.get(name, name.replace("_", " ")): value for name, value in values.items()}
     without = {} if loss.reference else {"reference model": "none"}
-    return {"loss": loss.name, **without, "beta": f"{loss.beta:g}", **named, **loss.additions}
+    words = {name: value if isinstance(value, str) else f"{value:g}" for name, value in named.items()}
+    return {"loss": loss.name, **without, **words}
 
 
 def citations(papers: Sequence[str]) -> list[str]:

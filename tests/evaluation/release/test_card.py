@@ -135,9 +135,7 @@ def test_a_sum_of_losses_with_what_is_added_to_it(tmp_path):
     run = make_run(tmp_path / "run", dpo__loss_type=loss, dpo__options={"f_divergence": "js_divergence"}, **more)
     _, text, data = card(run)
     assert "| loss | 0.8 sigmoid + 0.2 bco_pair |\n| beta | 0.1 |\n| f divergence | js_divergence |\n" in text
-    assert (
-        "negative log-likelihood | 0.5, mean over completions |\n| LD-DPO, α | 0.25 |\n| WPO | pairs weighted" in text
-    )
+    assert "negative log-likelihood | 0.5, mean over completions |\n| LD-DPO α | 0.25 |\n| pairs weighted" in text
     assert "dpo" in data.tags
     papers = ["jung2024binary", "wang2023beyond", "pang2024iterative", "liu2024length", "zhou2024wpo"]
     assert keys_of(text) == ["rafailov2023direct", *papers, "cui2023ultrafeedback", "notus2023", "notus"]
