@@ -118,7 +118,8 @@ class DPOTask:
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
         self.num_sums, self.guards = self._objective.num_sums, self._objective.guards
         self._shifts: dict[Shift, Tensor] = {}
-        self._rewards = RewardMean(device) if "running_mean" in self._objective.shifts else None
+        self._beta = config.beta
+        self._log_ratios = LogRatioMean(device) if "running_mean" in self._objective.shifts else None
 
     def prepare(self, batch: Batch) -> Batch:
         """Add what the loss needs of the row."""
@@ -137,8 +138,8 @@ class DPOTask:
         reward of the steps before, as far as training has come.
         """
         found: dict[Shift, Tensor] = {}
-        if self._rewards is not None:
-            found["running_mean"] = self._rewards.value()
+        if self._log_ratios is not None:
+            found["running_mean"] = self._beta * self._log_ratios.value()
         if "kl" in self._objective.shifts:
             mismatched = data.mismatched
             assert mismatched is not None
@@ -163,8 +164,9 @@ class DPOTask:
             shifts=self._shifts,
         )
         outcome = self._objective(rows, self._train.totals(step_indices))
-        if self._rewards is not None:
-            self._rewards.add(outcome.rewards[:, 0], batch.weights)
+        if self._log_ratios is not None:
+            assert batch.reference is not None
+            self._log_ratios.add((rows.policy.logps.detach() - batch.reference)[:, 0], batch.weights)
         return RowLoss(
             loss=(outcome.losses * batch.weights).sum() / len(step_indices),
             sums=self._objective.sums(rows, outcome),
@@ -173,12 +175,12 @@ class DPOTask:
 
     def state(self) -> dict[str, list[float]]:
         """Return what a resumed run needs beside its weights; collective."""
-        return {} if self._rewards is None else {"rewards": self._rewards.state()}
+        return {} if self._log_ratios is None else {"log_ratios": self._log_ratios.state()}
 
     def load_state(self, state: Mapping[str, list[float]]) -> None:
         """Continue from what `state` returned."""
-        if self._rewards is not None and "rewards" in state:
-            self._rewards.load(state["rewards"])
+        if self._log_ratios is not None and "log_ratios" in state:  # a branch of a run with another loss has none
+            self._log_ratios.load(state["log_ratios"])
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
         """Means over examples, and the speed."""
@@ -258,12 +260,13 @@ class DPOTask:
         )
 
 
-class RewardMean:
-    """The mean reward of all examples of the steps so far: what BCO subtracts from rewards (2404.04656).
+class LogRatioMean:
+    """The mean log-ratio of all examples of the steps so far: β times it is what BCO subtracts (2404.04656).
 
     The paper has half the sum of the means over good and over bad completions; the authors' code has the mean over all
     so far, those of the current micro-batch among them. Here it is the mean over all of the steps before the current
-    one, so that it depends neither on ranks nor on how a step is cut into rows.
+    one, so that it depends neither on ranks nor on how a step is cut into rows. It is kept without β, so that a branch
+    of a run may have another one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -271,12 +274,12 @@ class RewardMean:
         self._total = torch.zeros(2, dtype=torch.float64, device=device)
         self._own = torch.zeros_like(self._total)
 
-    def add(self, rewards: Tensor, weights: Tensor) -> None:
-        """Take the rewards of a row, fp32 [E], those of fillers with weight 0."""
-        self._own += torch.stack([rewards.double(), torch.ones_like(rewards).double()]) @ weights.double()
+    def add(self, log_ratios: Tensor, weights: Tensor) -> None:
+        """Add the log-ratios of a row, fp32 [E] in nats, those of fillers with weight 0."""
+        self._own += torch.stack([log_ratios.double(), torch.ones_like(log_ratios).double()]) @ weights.double()
 
     def value(self) -> Tensor:
-        """Return the mean of what all ranks have added, fp32, 0 if that is nothing; collective."""
+        """Return the mean of what all ranks have added, fp32 in nats; 0 before the first. Collective."""
         self._gather()
         return (self._total[0] / self._total[1].clamp(min=1)).float()
 
@@ -329,7 +332,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
     if not objective.reference:
         say(f"dpo.loss_type {_loss_name(config)} has no reference: no reference pass, and no cache")
     train = _preferences(job, config, "train", job.train_rows)
-    if note := objective.note(train.labels):
+    if note := objective.note(train.ratings, train.labels, torch.from_numpy(train.rows.loss_tokens) > 0):
         say(note)
     task = DPOTask(
         train,

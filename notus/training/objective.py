@@ -5,6 +5,7 @@ It knows tensors, and neither steps nor ranks. The run around it is in `dpo.py`.
 
 import dataclasses
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -328,9 +329,32 @@ class Objective(ABC):
         """Metrics that depend on the kind of rows."""
         return {}
 
-    def note(self, labels: Tensor | None) -> str | None:
-        """Return what to say of the training rows before the first step, by their labels, bool [n]; None: nothing."""
-        return None
+    def note(self, ratings: Tensor | None, labels: Tensor | None, present: Tensor) -> str | None:
+        """Return what to say of the training rows before the first step; None: nothing.
+
+        Of pairs and lists: how many have no two answers in the order of their ratings, if a loss ignores such rows.
+
+        Args:
+            ratings: fp32 [n, K], as in `Scored`.
+            labels: bool [n], likewise.
+            present: bool [n, K], which completions there are.
+        """
+        if ratings is None:
+            return None
+        count = int((ratings[:, 0] <= ratings.masked_fill(~present, math.inf).amin(1)).sum())
+        ignoring = [repr(loss.name) for loss in self._losses if self._ignores_ties(loss)]
+        if not count or not ignoring:
+            return None
+        return (
+            f"note: in {count:,} of {len(ratings):,} training rows, no answer is rated below the first one: "
+            f"{', '.join(ignoring)} learns nothing from them"
+        )
+
+    def _ignores_ties(self, loss: Loss) -> bool:
+        """Whether a loss is 0 for two completions that are rated alike, although their rewards are far apart."""
+        logps, zeros, ones = torch.tensor([[-1000.0, -1.0]]), torch.zeros(1, 2), torch.ones(1, 2)
+        rows = Scored(Measured(logps, logps), zeros, ones, ones[:, 0], public_reference=zeros, ratings=ones)
+        return self._apply(loss, rows)[0].item() == 0
 
     def _guards(self) -> tuple[Guard, ...]:
         """Warn of saturated margins where rewards are sums over tokens, and of chosen answers that become unlikely."""
@@ -493,7 +517,7 @@ class LabelObjective(Objective):
             return {}
         return _means(("kl" if self._leading.shift == "kl" else "rewards/shift", total.shift, total.examples))
 
-    def note(self, labels: Tensor | None) -> str | None:
+    def note(self, ratings: Tensor | None, labels: Tensor | None, present: Tensor) -> str | None:
         """Say so if the weights do not balance the labels: for KTO (2402.01306), λ_D n_D / (λ_U n_U) from 1 to 3/2."""
         assert labels is not None
         good, bad = int(labels.sum()), int((~labels).sum())

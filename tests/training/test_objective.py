@@ -285,9 +285,39 @@ def test_kto_says_once_that_its_labels_are_not_balanced(
     labels: list[int], options: dict[str, Any], expected: str | None
 ) -> None:
     given = torch.tensor(labels, dtype=torch.bool)
-    note = objective_of(DPOConfig(loss_type="kto", options=options)).note(given)
+    note = objective_of(DPOConfig(loss_type="kto", options=options)).note(None, given, torch.ones(len(given), 1) > 0)
     assert note is None if expected is None else expected in str(note)
-    assert objective_of(DPOConfig(loss_type="bco")).note(given) is None
+    assert objective_of(DPOConfig(loss_type="bco")).note(None, given, torch.ones(len(given), 1) > 0) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "expected"),
+    [
+        ("odpo", {}, "in 2 of 3 training rows, no answer is rated below the first one: 'odpo' learns nothing"),
+        ("odpo", {"odpo_alpha": 0.0}, None),
+        ({"sigmoid": 1.0, "odpo": 1.0, "slic": 1.0}, {"slic_delta": 1e-3}, "the first one: 'odpo' learns nothing"),
+        ("sigmoid", {}, None),
+    ],
+)
+def test_pairs_that_are_ignored_for_their_ratings_are_counted(
+    loss: str, options: dict[str, float], expected: str | None
+) -> None:
+    ratings = torch.tensor([[5.0, 1.0], [3.0, 3.0], [2.0, 4.0]])
+    note = objective_of(DPOConfig(loss_type=loss, options=options)).note(ratings, None, torch.ones(3, 2) > 0)
+    assert note is None if expected is None else expected in str(note)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.rows == "lists"])
+def test_lists_that_are_ignored_for_their_ties_are_counted(name: str) -> None:
+    ratings = torch.tensor([[5.0, 5.0, 0.0], [5.0, 5.0, 5.0], [5.0, 4.0, 0.0], [-1.0, -2.0, 0.0]])
+    present = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0]]) > 0
+    note = objective_of(DPOConfig(loss_type=name)).note(ratings, None, present)
+    if name in ("all_pairs", "lipo_lambda"):
+        assert note == (
+            f"note: in 2 of 4 training rows, no answer is rated below the first one: {name!r} learns nothing from them"
+        )
+    else:
+        assert note is None
 
 
 def test_lists_without_ratings_have_their_own_order() -> None:

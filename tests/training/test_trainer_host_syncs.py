@@ -22,7 +22,7 @@ from notus.model.fused import fuse
 from notus.model.policy import Policy
 from notus.training import scoring
 from notus.training.checkpoint import Progress
-from notus.training.dpo import DPOTask, Preferences, RewardMean
+from notus.training.dpo import DPOTask, LogRatioMean, Preferences
 from notus.training.optimizers import build_optimizer
 from notus.training.setup import start
 from notus.training.sft import SFTTask
@@ -115,7 +115,7 @@ def test_a_step_makes_the_host_wait_once(
     task = task_of(job, job.device if is_labelled else CUDA)  # its reference is real: the feed's thread reads it
     with fake_cuda() as waits:
         if is_labelled:
-            task._rewards = RewardMean(CUDA)
+            task._log_ratios = LogRatioMean(CUDA)
         trainer = trainer_of(task, move(policy), optimizer, CUDA)
         with trainer._dataloader() as loader:
             waits.found.clear()
