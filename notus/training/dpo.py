@@ -99,7 +99,7 @@ class DPOTask:
     """The preference loss on packed rows, against cached reference log-probs if it has a reference."""
 
     _start_checked = False
-    _mismatched_mean = 0.0  # mean log-ratio of the last mismatched completions, in nats
+    _mismatched_mean: Tensor | None = None  # mean log-ratio of the last mismatched completions, in nats, on the device
 
     def __init__(
         self,
@@ -141,15 +141,21 @@ class DPOTask:
         if self._log_ratios is not None:
             found["running_mean"] = self._beta * self._log_ratios.value()
         if "kl" in self._objective.shifts:
-            mismatched = data.mismatched
-            assert mismatched is not None
-            assert mismatched.reference is not None
-            logps = self._score(policy, mismatched.rows, indices, on_row)
-            log_ratios = logps.double() - mismatched.reference[torch.from_numpy(indices)].double()
-            mean = log_ratios.mean()  # on the host
-            self._mismatched_mean = mean.item()
-            found["kl"] = mean.clamp(min=0).float().to(self._device)
+            assert data.mismatched is not None
+            self._mismatched_mean = self._mean_log_ratio(policy, data.mismatched, indices, on_row)
+            found["kl"] = self._mismatched_mean.clamp(min=0).float()
         return found
+
+    def _mean_log_ratio(
+        self, policy: Policy, data: Preferences, indices: np.ndarray, on_row: Callable[[], None] | None
+    ) -> Tensor:
+        """The mean log-ratio of these rows, fp64 in nats. On the device, so that a step does not wait for it."""
+        assert data.reference is not None
+        reference = data.reference[torch.from_numpy(indices)]
+        if self._device.type == "cuda":
+            reference = reference.pin_memory()
+        logps = self._score(policy, data.rows, indices, on_row, to_host=False)
+        return (logps.double() - reference.to(self._device, non_blocking=True).double()).mean()
 
     def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of: mean loss over the step's examples + nll_weight * mean NLL of its chosen answers."""
@@ -203,10 +209,11 @@ class DPOTask:
         found = total.sigmoid_loss / total.examples
         if self._precision == "bf16":
             tolerance = max(tolerance, _BF16_NOISE * math.sqrt(total.noisy_tokens) / total.examples)
+        mismatched = 0.0 if self._mismatched_mean is None else self._mismatched_mean.item()
         # a nat moves the sigmoid loss by half of its β
-        if not abs(self._mismatched_mean) <= tolerance / (0.5 * PROBE_BETA):
+        if not abs(mismatched) <= tolerance / (0.5 * PROBE_BETA):
             raise ValueError(
-                f"at step 0 the mean log-ratio of mismatched completions is {self._mismatched_mean:.6f}, not 0: policy "
+                f"at step 0 the mean log-ratio of mismatched completions is {mismatched:.6f}, not 0: policy "
                 "and reference log-probs disagree before training. Delete the reference cache"
             )
         if not abs(found - math.log(2)) <= tolerance:
@@ -245,9 +252,15 @@ class DPOTask:
         return found
 
     def _score(
-        self, policy: Policy, rows: TokenizedDataset, indices: np.ndarray, on_row: Callable[[], None] | None = None
+        self,
+        policy: Policy,
+        rows: TokenizedDataset,
+        indices: np.ndarray,
+        on_row: Callable[[], None] | None = None,
+        *,
+        to_host: bool = True,
     ) -> Tensor:
-        """`Objective.measure_table` of some rows, on the host; collective."""
+        """`Objective.measure_table` of some rows; collective."""
         return score(
             policy,
             rows,
@@ -257,6 +270,7 @@ class DPOTask:
             on_row=on_row,
             measure=functools.partial(self._objective.measure_table, policy),
             width=self._objective.table_width(rows.num_branches),
+            to_host=to_host,
         )
 
 
