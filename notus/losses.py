@@ -178,12 +178,7 @@ def dpo_loss(
         "chosen_ratings": chosen_ratings,
         "rejected_ratings": rejected_ratings,
     }
-    _check_tensors(**tensors)
-    for name, tensor in tensors.items():
-        if _needs(loss, name):
-            _required(loss, name, tensor)
-        if tensor is not None and "reference" in name and not loss.reference:
-            raise ValueError(f"loss_type {loss.name!r} has no reference: give None as {name}")
+    _check_pairs(loss, tensors)
     losses, rewards = pair_loss(
         loss,
         torch.stack([policy_chosen_logps, policy_rejected_logps], dim=-1),
@@ -194,6 +189,16 @@ def dpo_loss(
         ratings=_stacked(chosen_ratings, rejected_ratings),
     )
     return losses, rewards[..., 0], rewards[..., 1]
+
+
+def _check_pairs(loss: Loss, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError for arguments of `dpo_loss` that are missing, superfluous, or of another shape or dtype."""
+    _check_tensors(**tensors)
+    for name, tensor in tensors.items():
+        if _needs(loss, name):
+            _required(loss, name, tensor)
+        if tensor is not None and "reference" in name and not loss.reference:
+            raise ValueError(f"loss_type {loss.name!r} has no reference: give None as {name}")
 
 
 def _needs(loss: Loss, name: str) -> bool:
@@ -1011,7 +1016,7 @@ def loss_components(loss_type: str | Mapping[str, float]) -> dict[Loss, float]:
         if not 0 < weight < math.inf:
             raise ValueError(f"the weight of loss_type {loss.name!r} must be a positive number, not {weight}")
     if not found:
-        raise ValueError(f"loss_type names no loss: give at least one of {', '.join(LOSSES)}")
+        raise ValueError("loss_type names no loss: give one at least, such as {sigmoid: 1.0}")
     kinds = {loss.rows: loss.name for loss in found}
     if len(kinds) > 1:
         described = ", ".join(f"{name!r} learns from {rows}" for rows, name in kinds.items())
