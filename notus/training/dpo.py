@@ -346,7 +346,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
     if not objective.reference:
         say(f"dpo.loss_type {_loss_name(config)} has no reference: no reference pass, and no cache")
     train = _preferences(job, config, "train", job.train_rows)
-    if note := objective.note(train.ratings, train.labels, torch.from_numpy(train.rows.loss_tokens) > 0):
+    for note in objective.notes(train.ratings, train.labels, torch.from_numpy(train.rows.loss_tokens) > 0):
         say(note)
     task = DPOTask(
         train,

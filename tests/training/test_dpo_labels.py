@@ -153,7 +153,7 @@ def test_changed_labels_are_refused(tmp_path: Path, model_folder: Path, monkeypa
         dpo.run(run)
 
 
-def test_unbalanced_labels_are_told_once(
+def test_unbalanced_labels_are_noted_once(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = write_labels(tmp_path / "labels.jsonl", 8, good=1.0)
