@@ -234,10 +234,10 @@ class DPOConfig:
     """Name of the loss, or a weighted sum of losses, `{name: weight}`. docs/losses.md has them all, and says which of
     them learn from pairs, which from lists of rated answers, and which from single answers with a label."""
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
-    """Assumed share of swapped labels, for the losses that have this option."""
+    """Assumed share of swapped labels, for the losses that have this option; of a sum, for those of its losses."""
     options: Options = field(default_factory=dict)
-    """Further options of the loss, `{name: value}`; docs/losses.md has them. On the command line also
-    `--dpo.options.NAME=VALUE`."""
+    """Further options of the loss, `{name: value}`; docs/losses.md has them. Of a sum, each loss gets those that it
+    takes. On the command line also `--dpo.options.NAME=VALUE`."""
     nll_weight: NonNegative = 0.0
     """Weight of the chosen completions' negative log-likelihood; of lists, the best rated ones'."""
     nll_mean: Literal["tokens", "completions"] = "tokens"
@@ -485,7 +485,7 @@ def _loss_conflicts(config: Config) -> Iterator[Invalid]:
     try:
         losses = list(loss_components(dpo.loss_type))
     except ValueError as error:
-        yield Invalid("dpo.loss_type", f"cannot be: {error}")
+        yield Invalid("dpo.loss_type", f"is not possible: {error}")
         return
     if "label_smoothing" in dpo.options:
         yield Invalid("dpo.options", "holds label_smoothing, which has a key of its own: set dpo.label_smoothing")

@@ -178,22 +178,27 @@ def dpo_loss(
         "chosen_ratings": chosen_ratings,
         "rejected_ratings": rejected_ratings,
     }
-    _check_tensors(**tensors)
-    for name, tensor in tensors.items():
-        if tensor is None and _needs(loss, name):
-            raise ValueError(f"loss_type {loss.name!r} needs {name}")
-        if tensor is not None and "reference" in name and not loss.reference:
-            raise ValueError(f"loss_type {loss.name!r} has no reference: give None as {name}")
+    _check_pairs(loss, tensors)
     losses, rewards = pair_loss(
         loss,
-        torch.stack([policy_chosen_logps, policy_rejected_logps], dim=1),
+        torch.stack([policy_chosen_logps, policy_rejected_logps], dim=-1),
         _stacked(reference_chosen_logps, reference_rejected_logps),
         beta=beta,
         options=options,
         lengths=_stacked(chosen_lengths, rejected_lengths),
         ratings=_stacked(chosen_ratings, rejected_ratings),
     )
-    return losses, rewards[:, 0], rewards[:, 1]
+    return losses, rewards[..., 0], rewards[..., 1]
+
+
+def _check_pairs(loss: Loss, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError for arguments of `dpo_loss` that are missing, superfluous, or of another shape or dtype."""
+    _check_tensors(**tensors)
+    for name, tensor in tensors.items():
+        if _needs(loss, name):
+            _required(loss, name, tensor)
+        if tensor is not None and "reference" in name and not loss.reference:
+            raise ValueError(f"loss_type {loss.name!r} has no reference: give None as {name}")
 
 
 def _needs(loss: Loss, name: str) -> bool:
@@ -203,7 +208,7 @@ def _needs(loss: Loss, name: str) -> bool:
 
 
 def _stacked(chosen: Tensor | None, rejected: Tensor | None) -> Tensor | None:
-    return None if chosen is None or rejected is None else torch.stack([chosen, rejected], dim=1)
+    return None if chosen is None or rejected is None else torch.stack([chosen, rejected], dim=-1)
 
 
 def pair_loss(
@@ -220,24 +225,23 @@ def pair_loss(
 
     Returns:
         losses [B] and rewards [B, 2], detached.
+
+    Raises:
+        ValueError: an option out of range or without meaning, or missing tensors.
     """
     settings: dict[str, Any] = resolve_options(loss, beta, options)
-    log_ratios = policy
-    if loss.reference:
-        assert reference is not None
-        log_ratios = policy - reference
+    log_ratios = policy - _required(loss, "reference", reference) if loss.reference else policy
     measured = log_ratios
     if loss.per_token:
-        assert lengths is not None
-        measured = log_ratios / lengths
+        measured = log_ratios / _required(loss, "lengths", lengths)
     if loss.ratings:
-        assert ratings is not None
-        settings |= {"chosen_ratings": ratings[:, 0], "rejected_ratings": ratings[:, 1]}
+        ratings = _required(loss, "ratings", ratings)
+        settings |= {"chosen_ratings": ratings[..., 0], "rejected_ratings": ratings[..., 1]}
     # rewards are those of the whole completions, whatever the loss looks at
     rewards = beta * (log_ratios if loss.reference else measured).detach()
     if "f_divergence" in settings:
         measured = f_divergence_map(measured, settings.pop("f_divergence"), settings.pop("f_alpha"))
-    chosen, rejected = measured.unbind(1)
+    chosen, rejected = measured.unbind(-1)
     match loss.takes:
         case "margin":
             losses = loss.function(beta * (chosen - rejected), **settings)
@@ -263,7 +267,7 @@ def list_loss(
     Args:
         loss: a row of `LOSSES` for lists.
         policy: [B, K] log-probs under the policy, in nats; columns from best to worst.
-        reference: [B, K] the same under the reference; None for a loss without one.
+        reference: [B, K] the same under the reference, which all of these losses have.
         beta: β > 0.
         options: of the loss, by name.
         ratings: [B, K] how good the completions are; equal ratings are ties. NaN for a completion that is there makes
@@ -274,12 +278,13 @@ def list_loss(
         losses [B] and rewards [B, K], detached; the reward of a masked column is 0.
 
     Raises:
-        ValueError: an option out of range or without meaning, missing ratings, shapes that differ, a dtype below fp32.
+        ValueError: an option out of range or without meaning, a missing reference or missing ratings, shapes that
+            differ, a dtype below fp32.
     """
     settings: dict[str, Any] = resolve_options(loss, beta, options)
-    if loss.ratings and ratings is None:
-        raise ValueError(f"loss_type {loss.name!r} needs ratings")
-    assert reference is not None  # no loss of lists is without one
+    if loss.ratings:
+        _required(loss, "ratings", ratings)
+    reference = _required(loss, "reference", reference)  # no loss of lists is without one
     losses = loss.function(policy, reference, beta=beta, ratings=ratings, mask=mask, **settings)
     rewards = beta * (policy - reference).detach()
     return losses, rewards if mask is None else rewards.where(mask, 0)
@@ -300,7 +305,7 @@ def label_loss(
     Args:
         loss: a row of `LOSSES` for labels.
         policy: [B] log-probs under the policy, in nats.
-        reference: [B] the same under the reference; None for a loss without one.
+        reference: [B] the same under the reference, which all of these losses have.
         labels: [B] bool, True for good completions.
         beta: β > 0.
         options: of the loss, by name.
@@ -310,12 +315,13 @@ def label_loss(
         losses [B] and rewards [B], detached.
 
     Raises:
-        ValueError: an option out of range or without meaning, a missing shift, shapes that differ, a dtype below fp32.
+        ValueError: an option out of range or without meaning, a missing reference or shift, shapes that differ, a
+            dtype below fp32.
     """
     settings: dict[str, Any] = resolve_options(loss, beta, options)
     if loss.shift and shift is None:
         raise ValueError(f"loss_type {loss.name!r} needs shift, its {loss.shift}")
-    assert reference is not None  # no loss of labels is without one
+    reference = _required(loss, "reference", reference)  # no loss of labels is without one
     losses = loss.function(policy, reference, labels, beta=beta, shift=shift, **settings)
     return losses, beta * (policy - reference).detach()
 
@@ -1010,7 +1016,7 @@ def loss_components(loss_type: str | Mapping[str, float]) -> dict[Loss, float]:
         if not 0 < weight < math.inf:
             raise ValueError(f"the weight of loss_type {loss.name!r} must be a positive number, not {weight}")
     if not found:
-        raise ValueError("loss_type names no loss")
+        raise ValueError("loss_type names no loss: give one at least, such as {sigmoid: 1.0}")
     kinds = {loss.rows: loss.name for loss in found}
     if len(kinds) > 1:
         described = ", ".join(f"{name!r} learns from {rows}" for rows, name in kinds.items())
@@ -1172,6 +1178,12 @@ def _evaluate(function: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[s
 def _check_beta(beta: float) -> None:
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be a positive number, not {beta}")
+
+
+def _required(loss: Loss, name: str, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"loss_type {loss.name!r} needs {name}")
+    return tensor
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:

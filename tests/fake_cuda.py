@@ -131,7 +131,7 @@ def fake_cuda() -> Iterator[Waits]:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
-        mock.patch.object(Tensor, "pin_memory", waits.pin),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: waits.pin(tensor)),
         mock.patch.object(FakeTensor, "tolist", lambda tensor: waits.tolist(tensor)),
         # kernels run as their own code, which only a real device could compile
         mock.patch.object(Kernel, "usable", lambda kernel, tensor: tensor.is_cuda and kernel.failure is None),

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from notus.losses import LOSSES, dpo_loss, f_divergence_map, find_loss, label_loss, list_loss, nll_loss, resolve_options
+from notus.losses import (
+    LOSSES,
+    dpo_loss,
+    f_divergence_map,
+    find_loss,
+    label_loss,
+    list_loss,
+    nll_loss,
+    pair_loss,
+    resolve_options,
+)
 
 PAIR_LOSSES = [name for name, loss in LOSSES.items() if loss.rows == "pairs"]
 # those that TRL's DPO trainer has under the same name
@@ -383,6 +393,22 @@ def test_a_missing_reference_is_named() -> None:
         dpo_loss(torch.zeros(2), torch.zeros(2), None, None)
 
 
+def test_pairs_as_columns_name_what_is_missing() -> None:
+    for name, missing in (("sigmoid", "reference"), ("simpo", "lengths"), ("odpo", "ratings")):
+        reference = torch.zeros(2, 2) if name == "odpo" else None
+        with pytest.raises(ValueError, match=f"'{name}' needs {missing}"):
+            pair_loss(LOSSES[name], torch.zeros(2, 2), reference, beta=0.1)
+
+
+@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
+@pytest.mark.parametrize("shape", [(), (3, 1), (2, 3)])
+def test_every_shape_of_pairs_is_taken(loss_type: str, shape: tuple[int, ...]) -> None:
+    c, r = -torch.arange(1.0, 13.0).view(2, 6)[:, : math.prod(shape)]
+    found = loss_of(c.view(shape), r.view(shape), loss_type)
+    for values, expected in zip(found, loss_of(c, r, loss_type), strict=True):
+        assert torch.equal(values, expected.view(shape))
+
+
 def test_ratings_that_are_not_known_do_not_pass_unnoticed() -> None:
     zero, one, nan = torch.zeros(1), torch.ones(1), torch.tensor([math.nan])
     found, _, _ = dpo_loss(zero, zero, zero, zero, loss_type="odpo", chosen_ratings=nan, rejected_ratings=one)
@@ -400,6 +426,8 @@ def test_ratings_that_are_not_known_do_not_pass_unnoticed() -> None:
         ("plackett_luce", {"policy": torch.zeros(2, 3).bfloat16()}, r"policy_logps is torch.bfloat16.*\.float\(\)"),
         ("nca", {"ratings": torch.zeros(2, 3).half()}, "ratings is torch.float16"),
         ("nca", {"ratings": None}, "'nca' needs ratings"),
+        ("all_pairs", {"reference": None}, "'all_pairs' needs reference"),
+        ("kto", {"reference": None}, "'kto' needs reference"),
         ("all_pairs", {"mask": torch.ones(2, 2, dtype=torch.bool)}, r"one shape.*'mask': \(2, 2\)"),
         ("all_pairs", {"policy": torch.zeros(2), "reference": torch.zeros(2), "ratings": None}, r"shape \[B, K\]"),
         ("info_nca", {"beta": 0.0}, "beta must be a positive number"),

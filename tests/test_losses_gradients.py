@@ -239,7 +239,7 @@ def test_gradients_with_another_divergence(name: str, divergence: str) -> None:
     torch.testing.assert_close(gradient_of(name, ratios, options=options), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_beyond_the_cap_a_divergence_goes_on_as_its_tangent() -> None:
+def test_beyond_the_cap_a_divergence_continues_as_its_tangent() -> None:
     u = torch.tensor([-50.0, -60.0, -1e4], requires_grad=True, dtype=torch.float64)
     found = f_divergence_map(u, "forward_kl")
     e50 = math.exp(50)

@@ -53,7 +53,7 @@ class Layout:
         copies: [2, C] gather positions and row positions of the trunks' further copies: first all second copies, then
             all third ones, and so on. Among those of one number, the row positions are unique.
         copy_lengths: how many of them are second, third, ... copies.
-        copy_starts: [number of copies] the same, cumulative from 0, as a tensor that stays on the host.
+        copy_starts: [len(copy_lengths) + 1] the same, cumulative from 0, as a tensor that stays on the host.
         query_starts, key_starts: [S + 1] int32, cumulative segment lengths (cu_seqlens).
         query_lengths, key_lengths: the same lengths as Python integers, S each.
         lengths: [2 S] both, as a tensor that stays on the host.

@@ -243,11 +243,15 @@ _BOUND = {
 def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Compare the digests in the checkpoint `path` with those of this launch.
 
+    Ratings and labels that the checkpoint does not name were not learned from so far, so they may be any.
+
     Raises:
         ValueError: the data or the starting model are others.
     """
     changed = [key for key in now if before.get(key) != now[key]]
     for key in changed:
+        if key.endswith(("(ratings)", "(labels)")) and key not in before:
+            continue
         if key in _BOUND:
             raise ValueError(
                 f"{path} was made from other contents of {key}: restore them to resume, or start over with "
@@ -277,8 +281,8 @@ def load_newest(
 
     Args:
         checkpoints: the newest first.
-        own: the run's `checkpoints` folder. A checkpoint elsewhere is another run's: its history is not taken over,
-            and it is an error if it is damaged.
+        own: the run's `checkpoints` folder. A checkpoint elsewhere is another run's, with another config perhaps: its
+            history and its metric sums are not taken over, and it is an error if it is damaged.
         parameters, optimizer: filled; see `load_checkpoint`.
 
     Raises:
@@ -296,7 +300,9 @@ def load_newest(
             say(f"warning: {error}; this checkpoint is now {aside.name}")
             continue
         if not is_own:
-            progress.logged, progress.trackers = 0, {}
+            progress.logged, progress.trackers, progress.recorded = 0, {}, True
+            # another loss would read these sums as other quantities
+            progress.window_sums, progress.window_steps, progress.window_seconds = [], 0, 0.0
         return path, progress
     raise ValueError(f"{own}: no checkpoint is whole (see above); set training.resume=never to start over")
 

@@ -99,7 +99,7 @@ class DPOTask:
     """The preference loss on packed rows, against cached reference log-probs if it has a reference."""
 
     _start_checked = False
-    _mismatched_mean = 0.0  # mean log-ratio of the last mismatched completions, in nats
+    _mismatched_mean: Tensor | None = None  # mean log-ratio of the last mismatched completions, in nats, on the device
 
     def __init__(
         self,
@@ -118,7 +118,8 @@ class DPOTask:
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
         self.num_sums, self.guards = self._objective.num_sums, self._objective.guards
         self._shifts: dict[Shift, Tensor] = {}
-        self._rewards = RewardMean(device) if "running_mean" in self._objective.shifts else None
+        self._beta = config.beta
+        self._log_ratios = LogRatioMean(device) if "running_mean" in self._objective.shifts else None
 
     def prepare(self, batch: Batch) -> Batch:
         """Add what the loss needs of the row."""
@@ -137,18 +138,24 @@ class DPOTask:
         reward of the steps before, as far as training has come.
         """
         found: dict[Shift, Tensor] = {}
-        if self._rewards is not None:
-            found["running_mean"] = self._rewards.value()
+        if self._log_ratios is not None:
+            found["running_mean"] = self._beta * self._log_ratios.value()
         if "kl" in self._objective.shifts:
-            mismatched = data.mismatched
-            assert mismatched is not None
-            assert mismatched.reference is not None
-            logps = self._score(policy, mismatched.rows, indices, on_row)
-            log_ratios = logps.double() - mismatched.reference[torch.from_numpy(indices)].double()
-            mean = log_ratios.mean()  # on the host
-            self._mismatched_mean = mean.item()
-            found["kl"] = mean.clamp(min=0).float().to(self._device)
+            assert data.mismatched is not None
+            self._mismatched_mean = self._mean_log_ratio(policy, data.mismatched, indices, on_row)
+            found["kl"] = self._mismatched_mean.clamp(min=0).float()
         return found
+
+    def _mean_log_ratio(
+        self, policy: Policy, data: Preferences, indices: np.ndarray, on_row: Callable[[], None] | None
+    ) -> Tensor:
+        """The mean log-ratio of these rows, fp64 in nats. On the device, so that a step does not wait for it."""
+        assert data.reference is not None
+        reference = data.reference[torch.from_numpy(indices)]
+        if self._device.type == "cuda":
+            reference = reference.pin_memory()
+        logps = self._score(policy, data.rows, indices, on_row, to_host=False)
+        return (logps.double() - reference.to(self._device, non_blocking=True).double()).mean()
 
     def row_loss(self, policy: Policy, batch: Batch, step_indices: np.ndarray) -> RowLoss:
         """The row's share of: mean loss over the step's examples + nll_weight * mean NLL of its chosen answers."""
@@ -163,8 +170,9 @@ class DPOTask:
             shifts=self._shifts,
         )
         outcome = self._objective(rows, self._train.totals(step_indices))
-        if self._rewards is not None:
-            self._rewards.add(outcome.rewards[:, 0], batch.weights)
+        if self._log_ratios is not None:
+            assert batch.reference is not None
+            self._log_ratios.add((rows.policy.logps.detach() - batch.reference)[:, 0], batch.weights)
         return RowLoss(
             loss=(outcome.losses * batch.weights).sum() / len(step_indices),
             sums=self._objective.sums(rows, outcome),
@@ -173,12 +181,12 @@ class DPOTask:
 
     def state(self) -> dict[str, list[float]]:
         """Return what a resumed run needs beside its weights; collective."""
-        return {} if self._rewards is None else {"rewards": self._rewards.state()}
+        return {} if self._log_ratios is None else {"log_ratios": self._log_ratios.state()}
 
     def load_state(self, state: Mapping[str, list[float]]) -> None:
         """Continue from what `state` returned."""
-        if self._rewards is not None and "rewards" in state:
-            self._rewards.load(state["rewards"])
+        if self._log_ratios is not None and "log_ratios" in state:  # a branch of a run with another loss has none
+            self._log_ratios.load(state["log_ratios"])
 
     def metrics(self, sums: list[float], seconds: float) -> dict[str, float]:
         """Means over examples, and the speed."""
@@ -201,10 +209,11 @@ class DPOTask:
         found = total.sigmoid_loss / total.examples
         if self._precision == "bf16":
             tolerance = max(tolerance, _BF16_NOISE * math.sqrt(total.noisy_tokens) / total.examples)
+        mismatched = 0.0 if self._mismatched_mean is None else self._mismatched_mean.item()
         # a nat moves the sigmoid loss by half of its β
-        if not abs(self._mismatched_mean) <= tolerance / (0.5 * PROBE_BETA):
+        if not abs(mismatched) <= tolerance / (0.5 * PROBE_BETA):
             raise ValueError(
-                f"at step 0 the mean log-ratio of mismatched completions is {self._mismatched_mean:.6f}, not 0: policy "
+                f"at step 0 the mean log-ratio of mismatched completions is {mismatched:.6f}, not 0: policy "
                 "and reference log-probs disagree before training. Delete the reference cache"
             )
         if not abs(found - math.log(2)) <= tolerance:
@@ -243,9 +252,15 @@ class DPOTask:
         return found
 
     def _score(
-        self, policy: Policy, rows: TokenizedDataset, indices: np.ndarray, on_row: Callable[[], None] | None = None
+        self,
+        policy: Policy,
+        rows: TokenizedDataset,
+        indices: np.ndarray,
+        on_row: Callable[[], None] | None = None,
+        *,
+        to_host: bool = True,
     ) -> Tensor:
-        """`Objective.measure_table` of some rows, on the host; collective."""
+        """`Objective.measure_table` of some rows; collective."""
         return score(
             policy,
             rows,
@@ -255,15 +270,17 @@ class DPOTask:
             on_row=on_row,
             measure=functools.partial(self._objective.measure_table, policy),
             width=self._objective.table_width(rows.num_branches),
+            to_host=to_host,
         )
 
 
-class RewardMean:
-    """The mean reward of all examples of the steps so far: what BCO subtracts from rewards (2404.04656).
+class LogRatioMean:
+    """The mean log-ratio of all examples of the steps so far: β times it is what BCO subtracts (2404.04656).
 
     The paper has half the sum of the means over good and over bad completions; the authors' code has the mean over all
     so far, those of the current micro-batch among them. Here it is the mean over all of the steps before the current
-    one, so that it depends neither on ranks nor on how a step is cut into rows.
+    one, so that it depends neither on ranks nor on how a step is cut into rows. It is kept without β, so that a branch
+    of a run may have another one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -271,12 +288,12 @@ class RewardMean:
         self._total = torch.zeros(2, dtype=torch.float64, device=device)
         self._own = torch.zeros_like(self._total)
 
-    def add(self, rewards: Tensor, weights: Tensor) -> None:
-        """Take the rewards of a row, fp32 [E], those of fillers with weight 0."""
-        self._own += torch.stack([rewards.double(), torch.ones_like(rewards).double()]) @ weights.double()
+    def add(self, log_ratios: Tensor, weights: Tensor) -> None:
+        """Add the log-ratios of a row, fp32 [E] in nats, those of fillers with weight 0."""
+        self._own += torch.stack([log_ratios.double(), torch.ones_like(log_ratios).double()]) @ weights.double()
 
     def value(self) -> Tensor:
-        """Return the mean of what all ranks have added, fp32, 0 if that is nothing; collective."""
+        """Return the mean of what all ranks have added, fp32 in nats; 0 before the first. Collective."""
         self._gather()
         return (self._total[0] / self._total[1].clamp(min=1)).float()
 
@@ -329,7 +346,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
     if not objective.reference:
         say(f"dpo.loss_type {_loss_name(config)} has no reference: no reference pass, and no cache")
     train = _preferences(job, config, "train", job.train_rows)
-    if note := objective.note(train.labels):
+    for note in objective.notes(train.ratings, train.labels, torch.from_numpy(train.rows.loss_tokens) > 0):
         say(note)
     task = DPOTask(
         train,

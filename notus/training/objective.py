@@ -5,6 +5,7 @@ It knows tensors, and neither steps nor ranks. The run around it is in `dpo.py`.
 
 import dataclasses
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ from notus.training.ranking import kendall_tau, pairwise_accuracy, top_1
 from notus.training.warnings import CHOSEN_CHANGE, CHOSEN_FALL, OTHER_MARGINS, SUMMED_MARGINS, Guard
 
 PROBE_BETA = 0.1
+MOST_DOUBLINGS = 10.0  # of LiPO-λ's gains, before a note: ratings from 1 to 10 are the largest scale in common use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +195,11 @@ class Objective(ABC):
 
     @abstractmethod
     def _sides(self, rows: Scored, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what completions have, [E, K]: that of the chosen and of the rejected answer of each row, [E]; else 0."""
+        """Return each row's value of the chosen and of the rejected answer, [E] each, of values [E, K]; 0 for none."""
 
     @abstractmethod
     def _columns(self, rows: Scored, rewards: Tensor) -> dict[str, Tensor]:
-        """Those of the fields of its sums that depend on the kind of rows, [E] each: `accuracy`, and more."""
+        """Return the fields of `_sums` that depend on the kind of rows, [E] each: `accuracy`, and more."""
 
     def measure(self, policy: Policy, batch: Batch) -> Measured:
         """Run a packed row forward: for sums of completions, or for single tokens where the losses need these."""
@@ -328,9 +330,32 @@ class Objective(ABC):
         """Metrics that depend on the kind of rows."""
         return {}
 
-    def note(self, labels: Tensor | None) -> str | None:
-        """Return what to say of the training rows before the first step, by their labels, bool [n]; None: nothing."""
-        return None
+    def notes(self, ratings: Tensor | None, labels: Tensor | None, present: Tensor) -> list[str]:
+        """Return what to say of the training rows before the first step.
+
+        Of pairs and lists: how many have no two answers in the order of their ratings, if a loss ignores such rows.
+
+        Args:
+            ratings: fp32 [n, K], as in `Scored`.
+            labels: bool [n], likewise.
+            present: bool [n, K], which completions there are.
+        """
+        if ratings is None:
+            return []
+        count = int((ratings[:, 0] <= ratings.masked_fill(~present, math.inf).amin(1)).sum())
+        ignoring = [repr(loss.name) for loss in self._losses if self._ignores_ties(loss)]
+        if not count or not ignoring:
+            return []
+        return [
+            f"note: in {count:,} of {len(ratings):,} training rows, no answer is rated below the first one: "
+            f"{', '.join(ignoring)} learns nothing from them"
+        ]
+
+    def _ignores_ties(self, loss: Loss) -> bool:
+        """Whether a loss is 0 for two completions that are rated alike, although their rewards are far apart."""
+        logps, zeros, ones = torch.tensor([[-1000.0, -1.0]]), torch.zeros(1, 2), torch.ones(1, 2)
+        rows = Scored(Measured(logps, logps), zeros, ones, ones[:, 0], public_reference=zeros, ratings=ones)
+        return self._apply(loss, rows)[0].item() == 0
 
     def _guards(self) -> tuple[Guard, ...]:
         """Warn of saturated margins where rewards are sums over tokens, and of chosen answers that become unlikely."""
@@ -341,7 +366,7 @@ class Objective(ABC):
 
 
 class PairObjective(Objective):
-    """Of a chosen and a rejected completion: K = 2."""
+    """The objective of pairs, a chosen and a rejected completion: K = 2."""
 
     _margins = SUMMED_MARGINS
 
@@ -387,7 +412,7 @@ class ListSums(Sums):
 
 
 class ListObjective(Objective):
-    """Of K rated completions, the best first."""
+    """The objective of lists: K rated completions, the best first."""
 
     _sums = ListSums
 
@@ -418,6 +443,20 @@ class ListObjective(Objective):
             "ranked": ranked,
             "top_1": top_1(rewards, ratings, mask).masked_fill(~ranked, 0.0),
         }
+
+    def notes(self, ratings: Tensor | None, labels: Tensor | None, present: Tensor) -> list[str]:
+        """Say also if LiPO-λ's gains, 2^(rating / rating_scale), are far beyond the paper's 1 to 2."""
+        assert ratings is not None
+        found, best = super().notes(ratings, labels, present), ratings.max().item()
+        for loss in self._losses:
+            if loss.name == "lipo_lambda":
+                scale = float(resolve_options(loss, self._config.beta, self._options[loss])["rating_scale"])
+                if best > MOST_DOUBLINGS * scale:
+                    found.append(
+                        f"note: the best rating is {best:g}, and 'lipo_lambda' weighs by 2^(rating / {scale:g}): set "
+                        f"rating_scale in dpo.options to about {best:g}, as the paper's ratings are from 0 to 1"
+                    )
+        return found
 
     def _more_metrics(self, total: Sums) -> dict[str, float]:
         assert isinstance(total, ListSums)
@@ -455,7 +494,7 @@ class LabelSums(Sums):
 
 
 class LabelObjective(Objective):
-    """Of one completion with a label, good or bad: K = 1."""
+    """The objective of labels: one completion, good or bad, so K = 1."""
 
     _sums = LabelSums
 
@@ -493,22 +532,23 @@ class LabelObjective(Objective):
             return {}
         return _means(("kl" if self._leading.shift == "kl" else "rewards/shift", total.shift, total.examples))
 
-    def note(self, labels: Tensor | None) -> str | None:
+    def notes(self, ratings: Tensor | None, labels: Tensor | None, present: Tensor) -> list[str]:
         """Say so if the weights do not balance the labels: for KTO (2402.01306), λ_D n_D / (λ_U n_U) from 1 to 3/2."""
         assert labels is not None
         good, bad = int(labels.sum()), int((~labels).sum())
+        found = []
         for loss in self._losses:
             if loss.option("desirable_weight") is None:
                 continue
             weights = resolve_options(loss, self._config.beta, self._options[loss])
             desirable, undesirable = float(weights["desirable_weight"]), float(weights["undesirable_weight"])
             if not undesirable * bad <= desirable * good <= 1.5 * undesirable * bad:
-                return (
+                found.append(
                     f"note: {good:,} training rows are good and {bad:,} bad; weighted, {desirable * good:g} to "
                     f"{undesirable * bad:g}. KTO's authors advise a ratio from 1 to 3/2: see desirable_weight and "
                     "undesirable_weight in dpo.options"
                 )
-        return None
+        return found
 
 
 def objective_of(config: DPOConfig) -> Objective:

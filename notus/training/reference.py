@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from notus.data.dataset import TokenizedDataset
 from notus.model.export import write_tensors
@@ -46,7 +47,7 @@ class ReferenceKey:
     public: bool = False
 
     def described(self) -> dict[str, str | bool]:
-        """Return what decides the log-probs. A cache without public sums is described as before there were any."""
+        """Return what decides the log-probs; `public` only if it is true, so that other caches keep one name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "public" or value}
 
     @property
@@ -104,12 +105,13 @@ def reference_logps(
     return logps, False
 
 
-def stored_logps(paths: Sequence[Path], digests: np.ndarray) -> Tensor | None:
+def stored_logps(paths: Sequence[Path], digests: np.ndarray, num_branches: int) -> Tensor | None:
     """Look rows up in caches that `reference_logps` wrote, by the digest of each.
 
     Args:
         paths: the caches, of one reference; those that do not exist are passed over.
         digests: uint8 [n, 16], a digest per row.
+        num_branches: K of these rows. The caches may have another K, since the longest list of each decides.
 
     Returns:
         fp32 [n, K] in nats; None if any of the rows is in none of the caches.
@@ -125,10 +127,15 @@ def stored_logps(paths: Sequence[Path], digests: np.ndarray) -> Tensor | None:
             except ValueError as error:
                 raise ValueError(f"the reference cache {path} is damaged ({error}): delete it") from error
             rows = map(np.ndarray.tobytes, tensors["digests"].numpy())
-            known |= dict(zip(rows, tensors["logps"], strict=True))
+            known |= dict(zip(rows, _with_columns(tensors["logps"], num_branches), strict=True))
     found = [known.get(row.tobytes()) for row in digests]
     logps = [row for row in found if row is not None]
     return torch.stack(logps) if len(logps) == len(found) else None
+
+
+def _with_columns(logps: Tensor, count: int) -> Tensor:
+    """Log-probs [n, K] as [n, count]: a row with at most `count` completions has 0 beyond them, and keeps the rest."""
+    return pad(logps[:, :count], (0, max(0, count - logps.shape[1])))
 
 
 def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray) -> Tensor:

@@ -30,6 +30,7 @@ def score(
     on_row: Callable[[], None] | None = None,
     measure: Callable[[Batch], Tensor] | None = None,
     width: int | None = None,
+    to_host: bool = True,
 ) -> Tensor:
     """Score some rows of a dataset; collective, every rank takes a share and gets the whole.
 
@@ -42,9 +43,10 @@ def score(
         on_row: called before each packed row, of which every rank has the same number; what it raises ends the pass.
         measure: what to find of a packed row by the policy, fp32 [E, `width`]; None: `policy(batch)`.
         width: its columns; None: K.
+        to_host: wait for the device and return the result on the host; False: leave it on the device.
 
     Returns:
-        fp32 [n, K] on the host: the sum of each completion's log-probs, in nats, in the order of `indices`; or
+        fp32 [n, K]: the sum of each completion's log-probs, in nats, in the order of `indices`; or
         [n, `width`], what `measure` finds.
     """
     place = {int(index): position for position, index in enumerate(indices)}
@@ -59,7 +61,8 @@ def score(
         return np.array([place[index] for index in row])
 
     _pass(policy, rows, indices, keep, places, tokens_per_row=tokens_per_row, device=device, on_row=on_row)
-    return sum_across_ranks(found).cpu()
+    total = sum_across_ranks(found)
+    return total.cpu() if to_host else total
 
 
 @torch.no_grad()

@@ -216,6 +216,15 @@ def _rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
 
 
+def test_ratings_and_labels_may_be_any_where_none_were_learned_from(tmp_path: Path) -> None:
+    before = {"data.train": "a", "data.train (ratings)": "b"}
+    checkpoint.check_contents(tmp_path, before, {**before, "data.train (labels)": "c", "data.eval (ratings)": "d"})
+    with pytest.raises(ValueError, match=r"other contents of data\.train \(ratings\)"):
+        checkpoint.check_contents(tmp_path, before, {**before, "data.train (ratings)": "c"})
+    with pytest.raises(ValueError, match=r"other contents of data\.eval"):
+        checkpoint.check_contents(tmp_path, before, {**before, "data.eval": "c"})
+
+
 @pytest.mark.parametrize(("written", "count"), [(2, 11), (3, 10)])
 def test_a_checkpoint_of_an_earlier_version_is_read(
     written: int, count: int, tmp_path: Path, device: torch.device

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks import free_ports, launched, run_ranks
-from runs import assert_same_run, at_call, config, settings, terminate, write_messages, write_pairs
+from runs import assert_same_run, at_call, config, read_metrics, settings, terminate, write_messages, write_pairs
 from toys import toy_model_folder
 
 from notus.config import config_from_dict
@@ -168,6 +168,25 @@ def test_a_branch_of_a_run_has_a_history_of_its_own(
     start = str(tmp_path / "origin" / "checkpoints" / "step-00000006")
     assert dpo.run(config("dpo", tmp_path / "branch", model_folder, pairs_file, training__resume=start, **EVERY)) == 0
     assert (seen[0].step, seen[0].trackers, seen[0].logged) == (6, {}, 0)
+
+
+def test_a_branch_with_another_loss_logs_its_own_steps_alone(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    """Its first line of metrics is of steps 7 and 8, although the origin had logged no line since step 5."""
+    assert dpo.run(config("dpo", tmp_path / "origin", model_folder, pairs_file, **EVERY)) == 0
+    more = {**EVERY, "dpo__loss_type": {"sigmoid": 1.0, "ipo_sum": 0.5}}
+    more["training__resume"] = str(tmp_path / "origin" / "checkpoints" / "step-00000006")
+    assert dpo.run(config("dpo", tmp_path / "branch", model_folder, pairs_file, **more)) == 0
+    (line,) = read_metrics(tmp_path / "branch")
+    assert line["step"] == 8
+    assert line["loss"] == pytest.approx(line["loss/sigmoid"] + 0.5 * line["loss/ipo_sum"])
+    more["training__log_every"] = 1
+    assert dpo.run(config("dpo", tmp_path / "single", model_folder, pairs_file, **more)) == 0
+    seventh, eighth = read_metrics(tmp_path / "single")
+    sizes = [4, 1]  # 13 rows in steps of 4
+    expected = sum(size * each["loss"] for size, each in zip(sizes, (seventh, eighth), strict=True)) / sum(sizes)
+    assert line["loss"] == pytest.approx(expected)
 
 
 def test_a_full_disk_at_a_checkpoint_ends_the_run_and_keeps_the_earlier_one(

@@ -102,7 +102,13 @@ def test_bcos_shift_is_the_mean_reward_of_the_steps_before(tmp_path: Path, model
         total, seen = total + count * line["rewards/chosen"], seen + count
     assert abs(lines[-1]["rewards/shift"]) > 0.01
     newest = json.loads((checkpoints_in(run / CHECKPOINTS)[0] / "state.json").read_text())
-    assert newest["progress"]["task"]["rewards"] == pytest.approx([total, 20.0])
+    assert newest["progress"]["task"]["log_ratios"] == pytest.approx([total / 0.1, 20.0])
+    # a branch with another β: the mean of the same log-ratios, times its own β
+    start = str(run / CHECKPOINTS / "step-00000003")
+    branch = {**overrides, "dpo__beta": 0.3, "training__max_steps": 4, "training__resume": start}
+    dpo.run(config("dpo", tmp_path / "branch", model_folder, labels, dpo__loss_type="bco", **branch))
+    (line,) = read_metrics(tmp_path / "branch")
+    assert line["rewards/shift"] == pytest.approx(3 * lines[3]["rewards/shift"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "place"), [("kto", "row_loss"), ("bco", "row_loss"), ("kto", "evaluate")])
@@ -147,7 +153,7 @@ def test_changed_labels_are_refused(tmp_path: Path, model_folder: Path, monkeypa
         dpo.run(run)
 
 
-def test_unbalanced_labels_are_told_once(
+def test_unbalanced_labels_are_noted_once(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = write_labels(tmp_path / "labels.jsonl", 8, good=1.0)

@@ -285,9 +285,56 @@ def test_kto_says_once_that_its_labels_are_not_balanced(
     labels: list[int], options: dict[str, Any], expected: str | None
 ) -> None:
     given = torch.tensor(labels, dtype=torch.bool)
-    note = objective_of(DPOConfig(loss_type="kto", options=options)).note(given)
-    assert note is None if expected is None else expected in str(note)
-    assert objective_of(DPOConfig(loss_type="bco")).note(given) is None
+    present = torch.ones(len(given), 1) > 0
+    _check_notes(objective_of(DPOConfig(loss_type="kto", options=options)).notes(None, given, present), expected)
+    assert objective_of(DPOConfig(loss_type="bco")).notes(None, given, present) == []
+
+
+def _check_notes(notes: list[str], expected: str | None) -> None:
+    assert len(notes) == (expected is not None)
+    assert expected is None or expected in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "expected"),
+    [
+        ("odpo", {}, "in 2 of 3 training rows, no answer is rated below the first one: 'odpo' learns nothing"),
+        ("odpo", {"odpo_alpha": 0.0}, None),
+        ({"sigmoid": 1.0, "odpo": 1.0, "slic": 1.0}, {"slic_delta": 1e-3}, "the first one: 'odpo' learns nothing"),
+        ("sigmoid", {}, None),
+    ],
+)
+def test_pairs_that_are_ignored_for_their_ratings_are_counted(
+    loss: str, options: dict[str, float], expected: str | None
+) -> None:
+    ratings = torch.tensor([[5.0, 1.0], [3.0, 3.0], [2.0, 4.0]])
+    notes = objective_of(DPOConfig(loss_type=loss, options=options)).notes(ratings, None, torch.ones(3, 2) > 0)
+    _check_notes(notes, expected)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.rows == "lists"])
+def test_lists_that_are_ignored_for_their_ties_are_counted(name: str) -> None:
+    ratings = torch.tensor([[5.0, 5.0, 0.0], [5.0, 5.0, 5.0], [5.0, 4.0, 0.0], [-1.0, -2.0, 0.0]])
+    present = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0]]) > 0
+    expected = f"in 2 of 4 training rows, no answer is rated below the first one: {name!r} learns nothing from them"
+    notes = objective_of(DPOConfig(loss_type=name)).notes(ratings, None, present)
+    _check_notes(notes, expected if name in ("all_pairs", "lipo_lambda") else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "best", "options", "expected"),
+    [
+        ("lipo_lambda", 100.0, {}, "the best rating is 100, and 'lipo_lambda' weighs by 2^(rating / 1)"),
+        ("lipo_lambda", 100.0, {"rating_scale": 100.0}, None),
+        ("lipo_lambda", 10.0, {}, None),
+        ("info_nca", 100.0, {}, None),
+    ],
+)
+def test_ratings_that_are_large_for_lipo_are_named(
+    name: str, best: float, options: dict[str, float], expected: str | None
+) -> None:
+    objective = objective_of(DPOConfig(loss_type=name, options=options))
+    _check_notes(objective.notes(torch.tensor([[best, 1.0]]), None, torch.ones(1, 2) > 0), expected)
 
 
 def test_lists_without_ratings_have_their_own_order() -> None:

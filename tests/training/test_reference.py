@@ -62,14 +62,26 @@ def test_rows_are_looked_up_by_their_content(tmp_path: Path, device: torch.devic
     _call(_Scorer(), rows, tmp_path)
     (path,) = tmp_path.iterdir()
     digests = rows.digests()
-    found = stored_logps([tmp_path / "none.safetensors", path], digests[[3, 0, 3]])
+    found = stored_logps([tmp_path / "none.safetensors", path], digests[[3, 0, 3]], 2)
     assert found is not None
     torch.testing.assert_close(found, -torch.tensor([[3, 3.1], [0, 0.1], [3, 3.1]]))
     unknown = np.concatenate([digests[:2], digests[:1] ^ 1])
-    assert stored_logps([path], unknown) is None
+    assert stored_logps([path], unknown, 2) is None
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match="damaged"):
-        stored_logps([path], digests)
+        stored_logps([path], digests, 2)
+
+
+def test_rows_are_found_in_caches_of_longer_and_of_shorter_lists(tmp_path: Path, device: torch.device) -> None:
+    """The log-probs of a completion that a row lacks are 0 in a cache."""
+    rows, paths = _rows(), []
+    for number, table in enumerate([[[-1.0, -2.0, 0.0, 0.0]] * 2, [[-3.0, -4.0], [-5.0, -6.0]]]):
+        digests = rows.digests()[2 * number : 2 * number + 2]
+        paths.append(tmp_path / f"{number}.safetensors")
+        reference._write(paths[-1], {"logps": torch.tensor(table), "digests": torch.from_numpy(digests)}, {})
+    found = stored_logps(paths, rows.digests()[:4], 3)
+    assert found is not None
+    assert found.tolist() == [[-1, -2, 0], [-1, -2, 0], [-3, -4, 0], [-5, -6, 0]]
 
 
 @pytest.mark.parametrize("field", ["weights", "rows", "precision", "kernel"])
@@ -262,4 +274,4 @@ def test_a_cache_with_public_sums(tmp_path: Path, device: torch.device) -> None:
     stored = load_file(path)
     assert torch.equal(stored["logps"], table[:, :2])
     assert torch.equal(stored["public_logps"], table[:, 2:])
-    assert torch.equal(stored_logps([path], rows.digests()), table[:, :2])
+    assert torch.equal(stored_logps([path], rows.digests(), 2), table[:, :2])

@@ -17,12 +17,13 @@ from toys import toy_model, toy_model_folder
 
 from notus.config import TrainingConfig
 from notus.data.batching import StepPlan
+from notus.data.dataset import mismatched
 from notus.model.attention import IMPLEMENTATION
 from notus.model.fused import fuse
 from notus.model.policy import Policy
 from notus.training import scoring
 from notus.training.checkpoint import Progress
-from notus.training.dpo import DPOTask, Preferences, RewardMean
+from notus.training.dpo import DPOTask, LogRatioMean, Preferences
 from notus.training.optimizers import build_optimizer
 from notus.training.setup import start
 from notus.training.sft import SFTTask
@@ -34,13 +35,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "tokens": {"dpo__ld_alpha": 0.5, "dpo__wpo": True, "dpo__nll_weight": 1.0},
     "lists": {"dpo__loss_type": "plackett_luce"},
     "labels": {"dpo__loss_type": "bco"},
+    "mismatched": {"dpo__loss_type": "kto"},
 }
 
 
 @pytest.fixture(params=KINDS)
 def job(request: pytest.FixtureRequest, tmp_path: Path):
     kind, data = request.param, tmp_path / "data.jsonl"
-    {"lists": write_lists, "labels": write_labels}.get(kind, write_pairs)(data, 11)
+    {"lists": write_lists, "labels": write_labels, "mismatched": write_labels}.get(kind, write_pairs)(data, 11)
     task = "sft" if kind == "sft" else "dpo"
     with start(config(task, tmp_path / "run", toy_model_folder(tmp_path / "model"), data, **KINDS[kind])) as found:
         found.kind = kind
@@ -68,7 +70,9 @@ def fast_policy(dtype: torch.dtype) -> Policy:
 
 def task_of(job: Any, device: torch.device) -> DPOTask | SFTTask:
     rows, plan = job.train_rows, StepPlan(11, 8)
-    options: dict[str, Any] = {"plan": plan, "tokens_per_row": int(rows.lengths.max()), "device": device}
+    others = mismatched(rows, 120) if job.kind == "mismatched" else rows
+    longest = max(int(each.lengths.max()) for each in (rows, others))
+    options: dict[str, Any] = {"plan": plan, "tokens_per_row": longest, "device": device}
     if job.kind == "sft":
         return SFTTask(rows, None, **options)
     data = Preferences(rows, torch.zeros(len(rows), rows.num_branches))
@@ -76,8 +80,10 @@ def task_of(job: Any, device: torch.device) -> DPOTask | SFTTask:
         data.public_reference = torch.zeros(len(rows), 2)
     if job.kind == "lists":
         data.ratings = torch.from_numpy(rows.ratings).nan_to_num()
-    if job.kind == "labels":
+    if job.kind in ("labels", "mismatched"):
         data.labels = torch.from_numpy(rows.labels)
+    if job.kind == "mismatched":
+        data.mismatched = Preferences(others, torch.zeros(len(rows), 1))
     return DPOTask(data, None, config=job.config.dpo, precision="bf16", **options)
 
 
@@ -115,7 +121,7 @@ def test_a_step_makes_the_host_wait_once(
     task = task_of(job, job.device if is_labelled else CUDA)  # its reference is real: the feed's thread reads it
     with fake_cuda() as waits:
         if is_labelled:
-            task._rewards = RewardMean(CUDA)
+            task._log_ratios = LogRatioMean(CUDA)
         trainer = trainer_of(task, move(policy), optimizer, CUDA)
         with trainer._dataloader() as loader:
             waits.found.clear()
