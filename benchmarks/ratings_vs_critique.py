@@ -11,8 +11,9 @@ each fault rate: the share of scores of 1 that are stored as 10. The ratings' pa
 
 With `--lists`: what the whole list of rated answers adds to the pair. From the same start and for the same prompts, DPO
 on the pair of the mean ratings, against losses of lists on all four answers with their ratings. A list has more tokens
-than a pair, so the pair is trained twice: for as many steps as the list, and for as many as give as many tokens. And an
-epoch of each on the same few records, of which a pair can use fewer: where its two answers are one text, it is dropped.
+than a pair, so the pair is trained twice: for as many steps as the list, and for as many as give as many tokens. The
+same again with a careless critic, who rates a share of the answers at random. And an epoch of each on the same few
+records, of which a pair can use fewer: where its two answers are one text, it is dropped.
 
 Prints a table in Markdown; `--results` writes it beside the JSON. A finished run leaves its result in the work folder,
 with digests of what went into it, and is not repeated: a launch that was killed resumes with the same command, and

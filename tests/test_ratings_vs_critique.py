@@ -162,9 +162,8 @@ def test_pairs_against_lists_by_hand() -> None:
         ],
     }
     lines = list_table(results).splitlines()
-    assert lines[0].startswith(
-        "Seeds 0, 1, 2; 200, 200, 200 prompts with a pair, 32 in a step, 1,000 held-out prompts;"
-    )
+    assert lines[0].startswith("Seeds 0, 1, 2; 200 rated prompts, 32 in a step, 1,000 held-out prompts;")
+    assert lines[0].endswith("100.0% have a right answer as the chosen one, with a careless critic 20.0%.")
     assert lines[4] == "| 4 steps | pairs | 4 | 1,000 | 50.0% |  |  |  | 50.0% | 1.00 | -0.500 |"
     assert lines[5].startswith(
         "| 4 steps | pairs, equal tokens | 5 | 1,250 | 60.0% | +10.0 ± 0.0 | +10.0, +10.0, +10.0 |  |"
