@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-DEMO, TESTS, PATH, DATA, PUBLISH, ESTIMATE = (block.strip() for block in BLOCKS)
+DEMO, TESTS, PATH, LISTS, DATA, PUBLISH, ESTIMATE = (block.strip() for block in BLOCKS)
 SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
 
 
@@ -77,6 +77,19 @@ def test_the_path_runs_on_what_the_demo_left(demo: dict[str, float], clone: Path
     answers = (clone / "runs" / "answers.jsonl").read_text().splitlines()
     assert all("completion" in json.loads(line) for line in answers)
     assert (clone / "runs" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_lists_run_from_the_ratings_to_the_report(demo: dict[str, float], clone: Path) -> None:
+    curate, curate_eval, train, evaluate, report = _commands(LISTS)
+    _run(curate, clone)
+    _run(curate_eval, clone)
+    _run(train, clone, *SHORT)
+    run = clone / "runs" / "demo-lists"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['eval_rewards/kendall_tau']:.4f}" in _run(evaluate, clone)
+    _run(report, clone)
+    assert "Kendall" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from notus.config import DPOConfig, options_of
 from notus.data.packing import Batch
 from notus.losses import (
     Loss,
-    OptionValue,
     Rows,
     Shift,
     label_loss,
@@ -173,7 +173,7 @@ class Objective(ABC):
     def __init__(self, config: DPOConfig) -> None:
         self._config = config
         self._losses = loss_components(config.loss_type)
-        self._options = {loss: options_of(config, loss) for loss in self._losses}
+        self._options: dict[Loss, dict[str, Any]] = {loss: dict(options_of(config, loss)) for loss in self._losses}
         self.reference = any(loss.reference for loss in self._losses)
         self.public = config.ld_alpha is not None
         self.ratings = any(loss.ratings for loss in self._losses)
@@ -188,7 +188,7 @@ class Objective(ABC):
         self.guards = self._guards()
 
     @abstractmethod
-    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored) -> tuple[Tensor, Tensor]:
         """Losses [E] and rewards [E, K] of one loss."""
 
     @abstractmethod
@@ -233,7 +233,7 @@ class Objective(ABC):
         parts: dict[str, Tensor] = {}
         rewards = rows.policy.logps
         for loss, weight in self._losses.items():
-            losses, own_rewards = self._apply(loss, rows, self._options[loss])
+            losses, own_rewards = self._apply(loss, rows)
             if rows.policy.likelihood is not None:
                 losses = rows.policy.likelihood * losses
             parts[f"loss/{loss.name}"] = losses.detach()
@@ -345,11 +345,11 @@ class PairObjective(Objective):
 
     _margins = SUMMED_MARGINS
 
-    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored) -> tuple[Tensor, Tensor]:
         logps, reference = self._compared(rows)
         beta, lengths, ratings = self._config.beta, rows.lengths, rows.ratings
         losses, rewards = pair_loss(
-            loss, logps, reference, beta=beta, options=options, lengths=lengths, ratings=ratings
+            loss, logps, reference, beta=beta, options=self._options[loss], lengths=lengths, ratings=ratings
         )
         if self.public:  # rewards are those of the whole completions, whatever the loss looks at
             whole = rows.policy.logps.detach()
@@ -391,13 +391,13 @@ class ListObjective(Objective):
 
     _sums = ListSums
 
-    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored) -> tuple[Tensor, Tensor]:
         return list_loss(
             loss,
             rows.policy.logps,
             rows.reference,
             beta=self._config.beta,
-            options=options,
+            options=self._options[loss],
             ratings=rows.ratings,
             mask=rows.lengths > 0,
         )
@@ -459,14 +459,14 @@ class LabelObjective(Objective):
 
     _sums = LabelSums
 
-    def _apply(self, loss: Loss, rows: Scored, options: Mapping[str, OptionValue]) -> tuple[Tensor, Tensor]:
+    def _apply(self, loss: Loss, rows: Scored) -> tuple[Tensor, Tensor]:
         losses, rewards = label_loss(
             loss,
             rows.policy.logps[:, 0],
             None if rows.reference is None else rows.reference[:, 0],
             rows.good(),
             beta=self._config.beta,
-            options=options,
+            options=self._options[loss],
             shift=None if loss.shift is None else rows.shifts[loss.shift],
         )
         return losses, rewards[:, None]
