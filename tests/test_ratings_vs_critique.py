@@ -210,3 +210,15 @@ def test_pairs_against_lists_take_equal_steps_and_equal_tokens(tmp_path: Path) -
     assert all(len({text[0]["content"] for text in row["completions"]}) > 1 for row in all_lists)
     assert len((few / "pairs.jsonl").read_text().splitlines()) < len(all_lists) <= 140
     assert [run["steps"] for run in seed["runs"][8:]] == [2, len(all_lists) // 32, len(all_lists) // 32]
+
+
+def test_the_page_has_the_table_of_pairs_against_lists() -> None:
+    from ratings_vs_critique_report import list_table
+
+    stored = ROOT / "benchmarks" / "results" / "pairs-vs-lists.json"
+    results = json.loads(stored.read_text())
+    assert not results["quick"]
+    lines = list_table(results).splitlines()
+    assert stored.with_suffix(".md").read_text().splitlines() == lines
+    page = (ROOT / "docs" / "ratings-vs-critique.md").read_text().splitlines()
+    assert {line for line in lines if line.startswith("|")} <= set(page)
