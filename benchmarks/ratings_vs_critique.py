@@ -11,8 +11,9 @@ each fault rate: the share of scores of 1 that are stored as 10. The ratings' pa
 
 With `--lists`: what the whole list of rated answers adds to the pair. From the same start and for the same prompts, DPO
 on the pair of the mean ratings, against losses of lists on all four answers with their ratings. A list has more tokens
-than a pair, so the pair is trained twice: for as many steps as the list, and for as many as give as many tokens. And an
-epoch of each on the same few records, of which a pair can use fewer: where its two answers are one text, it is dropped.
+than a pair, so the pair is trained twice: for as many steps as the list, and for as many as give as many tokens. The
+same again with a careless critic, who rates a share of the answers at random. And an epoch of each on the same few
+records, of which a pair can use fewer: where its two answers are one text, it is dropped.
 
 Prints a table in Markdown; `--results` writes it beside the JSON. A finished run leaves its result in the work folder,
 with digests of what went into it, and is not repeated: a launch that was killed resumes with the same command, and
@@ -20,10 +21,12 @@ with digests of what went into it, and is not repeated: a launch that was killed
 """
 
 import argparse
+import copy
 import dataclasses
 import importlib.util
 import json
 import platform
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +145,7 @@ def dpo_run(
 
 # ---- the command ----
 
-QUICK = Size(sft=64, preferences=200, held_out=16, steps=2)
+QUICK = Size(sft=64, preferences=280, held_out=16, steps=2)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -162,27 +165,48 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 # Losses of lists; the pair has `sigmoid`, of which both are generalisations.
 LIST_LOSSES = ("plackett_luce", "all_pairs")
 LIST_STEPS = (16, 32)
+CARELESS = 0.7
 
 
 def lists_seed(size: Size, seed: int, lengths: Sequence[int], work: Path) -> dict[str, Any]:
-    """All runs of a seed of pairs against lists: for the same prompts, and for the same records."""
+    """All runs of a seed of pairs against lists: of the same prompts, with a careless critic, of the same records."""
     data, folder = make_data(size, seed), work / f"seed-{seed}"
     start = start_run(folder / "start", data)
-    rows = {kind: write_rows(kind, data, folder) for kind in ("pairs", "lists")}
-    runs = [run for steps in lengths for run in _of_equal_prompts(folder, data, rows, steps)]
+    careless = dataclasses.replace(data, records=carelessly_rated(data.records, seed))
+    runs = [run for steps in lengths for run in _of_equal_prompts(folder, folder, data, steps, f"{steps} steps")]
+    for steps in lengths:
+        runs += _of_equal_prompts(folder, folder / "careless", careless, steps, f"{steps} steps, careless critic")
     runs += _of_equal_records(folder, data, size.preferences // 2)
-    return {"seed": seed, "start": start["win_rate"], "prompts": rows["pairs"].count, "runs": runs}
+    chosen_right = {
+        name: share(_right(row, "chosen_response") for row in differing(pairs_by_ratings(rated)[0]))
+        for name, rated in (("clean", data), ("careless", careless))
+    }
+    return {"seed": seed, "start": start["win_rate"], "chosen_right": chosen_right, "runs": runs}
 
 
-def _of_equal_prompts(folder: Path, data: Data, rows: dict[str, TrainingRows], steps: int) -> list[dict[str, Any]]:
+def carelessly_rated(records: Rows, seed: int) -> Rows:
+    """The records with all ratings of a share of the answers, `CARELESS`, drawn anew from 1 to 5."""
+    rng, found = random.Random(f"careless {seed}"), copy.deepcopy(records)
+    for record in found:
+        for answer in record["completions"]:
+            if rng.random() < CARELESS:
+                for annotation in answer["annotations"].values():
+                    annotation["Rating"] = str(rng.randint(1, 5))
+    return found
+
+
+def _of_equal_prompts(folder: Path, place: Path, data: Data, steps: int, equal: str) -> list[dict[str, Any]]:
     """The pair and the list in as many steps of the same prompts, and the pair in as many tokens as the list."""
-    place = folder / f"{steps}-steps"
-    lists = {loss: _list_run(place / loss, data, rows["lists"], loss, steps, folder) for loss in LIST_LOSSES}
-    pair = _list_run(place / "sigmoid", data, rows["pairs"], "sigmoid", steps, folder)
+    place.mkdir(exist_ok=True)
+    rows = {kind: write_rows(kind, data, place) for kind in ("pairs", "lists")}
+
+    def run(kind: str, loss: str, count: int) -> dict[str, Any]:
+        return _list_run(place / f"{count}-steps" / loss, data, rows[kind], loss, count, folder)
+
+    lists, pair = {loss: run("lists", loss, steps) for loss in LIST_LOSSES}, run("pairs", "sigmoid", steps)
     longer = round(steps * lists[LIST_LOSSES[0]]["tokens"] / pair["tokens"])
-    more = _list_run(folder / f"{longer}-steps" / "sigmoid", data, rows["pairs"], "sigmoid", longer, folder)
-    found = {PAIRS: pair, MORE_PAIRS: more, **lists}
-    return [{"of": f"{steps} steps", "name": name, **run} for name, run in found.items()]
+    found = {PAIRS: pair, MORE_PAIRS: run("pairs", "sigmoid", longer), **lists}
+    return [{"of": equal, "name": name, **each} for name, each in found.items()]
 
 
 def _of_equal_records(folder: Path, data: Data, count: int) -> list[dict[str, Any]]:

@@ -127,13 +127,17 @@ def list_table(results: dict[str, Any]) -> str:
     """The table of pairs against lists in Markdown, under a line that says what ran."""
     size, seeds = results["size"], results["seeds"]
     places = [(run["of"], run["name"]) for run in seeds[0]["runs"]]
-    prompts = ", ".join(f"{seed['prompts']:,}" for seed in seeds)
+    right = {
+        critic: statistics.mean(seed["chosen_right"][critic] for seed in seeds) for critic in ("clean", "careless")
+    }
     start = statistics.mean(seed["start"] for seed in seeds)
     return "\n".join(
         [
-            f"Seeds {', '.join(str(seed['seed']) for seed in seeds)}; {prompts} prompts with a pair, "
+            f"Seeds {', '.join(str(seed['seed']) for seed in seeds)}; {size['preferences']:,} rated prompts, "
             f"{results['recipes']['dpo']['batch_size']} in a step, {size['held_out']:,} held-out prompts; means over "
-            f"seeds, differences in points with Student's 95% interval; the start answers {start:.1%} right.",
+            f"seeds, differences in points with Student's 95% interval; the start answers {start:.1%} right. Of the "
+            f"pairs, {right['clean']:.1%} have a right answer as the chosen one, with a careless critic "
+            f"{right['careless']:.1%}.",
             "",
             markdown(LIST_HEADS, [_list_cells(seeds, *place) for place in places], "--:"),
         ]

@@ -127,3 +127,15 @@ def test_rows_that_do_not_last_are_an_error(tmp_path: Path) -> None:
     rows = write_rows("pairs", data, tmp_path)
     with pytest.raises(ValueError, match="do not last for 64"):
         loss_run(tmp_path / "run", data, rows, {"loss_type": "sigmoid", "beta": 0.1}, {**DPO, "max_steps": 2}, tmp_path)
+
+
+def test_the_page_and_the_table_are_those_of_the_results() -> None:
+    from losses import table
+
+    stored = ROOT / "benchmarks" / "results" / "losses.json"
+    results = json.loads(stored.read_text())
+    assert not results["quick"]
+    lines = table(results).splitlines()
+    assert stored.with_suffix(".md").read_text().splitlines() == lines
+    page = (ROOT / "docs" / "losses.md").read_text().splitlines()
+    assert {line for line in lines if line.startswith("|")} <= set(page)

@@ -154,17 +154,16 @@ def test_pairs_against_lists_by_hand() -> None:
         ]
 
     results = {
-        "size": {"held_out": 1000},
+        "size": {"held_out": 1000, "preferences": 200},
         "recipes": {"dpo": {"batch_size": 32}},
         "seeds": [
-            {"seed": seed, "start": 0.25, "prompts": 200, "runs": runs(gain)}
+            {"seed": seed, "start": 0.25, "chosen_right": {"clean": 1.0, "careless": gain}, "runs": runs(gain)}
             for seed, gain in enumerate([0.1, 0.2, 0.3])
         ],
     }
     lines = list_table(results).splitlines()
-    assert lines[0].startswith(
-        "Seeds 0, 1, 2; 200, 200, 200 prompts with a pair, 32 in a step, 1,000 held-out prompts;"
-    )
+    assert lines[0].startswith("Seeds 0, 1, 2; 200 rated prompts, 32 in a step, 1,000 held-out prompts;")
+    assert lines[0].endswith("100.0% have a right answer as the chosen one, with a careless critic 20.0%.")
     assert lines[4] == "| 4 steps | pairs | 4 | 1,000 | 50.0% |  |  |  | 50.0% | 1.00 | -0.500 |"
     assert lines[5].startswith(
         "| 4 steps | pairs, equal tokens | 5 | 1,250 | 60.0% | +10.0 ± 0.0 | +10.0, +10.0, +10.0 |  |"
@@ -189,10 +188,11 @@ def test_pairs_against_lists_take_equal_steps_and_equal_tokens(tmp_path: Path) -
     out = tmp_path / "out.json"
     main(["--lists", "--quick", "--seeds=0", f"--work={tmp_path}", f"--results={out}"])
     (seed,) = json.loads(out.read_text())["seeds"]
-    pairs, longer, *lists = seed["runs"][:4]
+    (pairs, longer, *lists), careless = seed["runs"][:4], "2 steps, careless critic"
+    assert 0.5 < seed["chosen_right"]["careless"] < 0.9 < seed["chosen_right"]["clean"]
     names = ["pairs", "pairs, equal tokens", "plackett_luce", "all_pairs"]
-    assert [run["name"] for run in seed["runs"]] == [*names, "pairs", *names[2:]]
-    assert [run["of"] for run in seed["runs"]] == ["2 steps"] * 4 + ["100 records"] * 3
+    assert [run["name"] for run in seed["runs"]] == [*names, *names, "pairs", *names[2:]]
+    assert [run["of"] for run in seed["runs"]] == ["2 steps"] * 4 + [careless] * 4 + ["140 records"] * 3
     assert [run["steps"] for run in (pairs, *lists)] == [2, 2, 2]
     # of the same prompts, two more answers of about 4 tokens each beside about 28 tokens of a pair
     assert {run["tokens"] for run in lists} == {lists[0]["tokens"]}
@@ -205,8 +205,20 @@ def test_pairs_against_lists_take_equal_steps_and_equal_tokens(tmp_path: Path) -
     ]
     assert [row["prompt"][0]["content"] for row in rows] == paired
     assert max(len(row["ratings"]) for row in rows) == 4
-    few = tmp_path / "seed-0" / "100-records"
+    few = tmp_path / "seed-0" / "140-records"
     all_lists = [json.loads(line) for line in (few / "all-lists.jsonl").read_text().splitlines()]
     assert all(len({text[0]["content"] for text in row["completions"]}) > 1 for row in all_lists)
-    assert len((few / "pairs.jsonl").read_text().splitlines()) < len(all_lists) <= 100
-    assert [run["steps"] for run in seed["runs"][4:]] == [1, len(all_lists) // 32, len(all_lists) // 32]
+    assert len((few / "pairs.jsonl").read_text().splitlines()) < len(all_lists) <= 140
+    assert [run["steps"] for run in seed["runs"][8:]] == [2, len(all_lists) // 32, len(all_lists) // 32]
+
+
+def test_the_page_has_the_table_of_pairs_against_lists() -> None:
+    from ratings_vs_critique_report import list_table
+
+    stored = ROOT / "benchmarks" / "results" / "pairs-vs-lists.json"
+    results = json.loads(stored.read_text())
+    assert not results["quick"]
+    lines = list_table(results).splitlines()
+    assert stored.with_suffix(".md").read_text().splitlines() == lines
+    page = (ROOT / "docs" / "ratings-vs-critique.md").read_text().splitlines()
+    assert {line for line in lines if line.startswith("|")} <= set(page)
