@@ -343,9 +343,13 @@ class Mismatched(TokenizedDataset):
 def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
     """Join each row's prompt with the completion of another prompt, from which KTO estimates its KL term.
 
-    Row i has the trunk of row i and the branch of the next row, in the order of the dataset and from its end on from
-    its beginning, whose trunk is another one. KTO (2402.01306) shifts the completions within a batch instead. These
-    rows depend on no batch, so their reference log-probs can be cached.
+    Rows that stand side by side and have the same trunk are a group. Row i has the trunk of row i and a branch of the
+    next group, in the order of the dataset and from its end on from its beginning: the first row of a group has that
+    of the first, the second that of the second, and so on, over again where the next group has fewer. So the two rows
+    of a pair, good and bad, take a good and a bad completion: the KL term sees the same mixture as the loss does.
+
+    KTO (2402.01306) shifts the completions within a batch instead. These rows depend on no batch, so their reference
+    log-probs can be cached.
 
     Args:
         rows: of one completion each.
@@ -362,18 +366,19 @@ def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
             f"row's completion within {max_length} tokens; raise data.max_length"
         )
     prompts = rows.prompt_digests()
-    # runs of neighbouring rows of one prompt: what follows a run has another one, but for the last and the first
-    firsts = np.concatenate([[0], 1 + np.flatnonzero(prompts[1:] != prompts[:-1])])
+    firsts = np.concatenate([[0], 1 + np.flatnonzero(prompts[1:] != prompts[:-1])])  # of the groups
     if len(firsts) == 1:
         raise ValueError(
             "all rows have the same prompt, so no completion of another prompt can be taken for the loss's KL term; "
             "add rows of other prompts"
         )
-    following = np.roll(firsts, -1)
+    sizes = np.diff(firsts, append=len(rows))
+    following = np.roll(np.arange(len(firsts)), -1)
     if prompts[0] == prompts[-1]:
-        following[-1] = firsts[1]
-    run_of = np.searchsorted(firsts, np.arange(len(rows)), side="right") - 1
-    return Mismatched(rows, following[run_of], max_length)
+        following[-1] = 1
+    group = np.repeat(np.arange(len(firsts)), sizes)
+    place, next_group = np.arange(len(rows)) - firsts[group], following[group]
+    return Mismatched(rows, firsts[next_group] + place % sizes[next_group], max_length)
 
 
 def digest_column(column: pa.ChunkedArray) -> np.ndarray:
