@@ -343,7 +343,7 @@ class Mismatched(TokenizedDataset):
 def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
     """Join each row's prompt with the completion of another prompt, from which KTO estimates its KL term.
 
-    Rows that stand side by side and have the same trunk are a group. Row i has the trunk of row i and a branch of the
+    Rows that stand side by side and have the same prompt are a group. Row i has the trunk of row i and a branch of the
     next group, in the order of the dataset and from its end on from its beginning: the first row of a group has that
     of the first, the second that of the second, and so on, over again where the next group has fewer. So the two rows
     of a pair, good and bad, take a good and a bad completion: the KL term sees the same mixture as the loss does.
@@ -365,8 +365,8 @@ def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
             f"{rows.info(index).place}: the prompt of {rows.trunk_lengths[index]} tokens leaves no room for another "
             f"row's completion within {max_length} tokens; raise data.max_length"
         )
-    prompts = rows.prompt_digests()
-    firsts = np.concatenate([[0], 1 + np.flatnonzero(prompts[1:] != prompts[:-1])])  # of the groups
+    continues = _continues_prompt(rows)
+    firsts = np.unique([0, *np.flatnonzero(~continues)])  # of the groups
     if len(firsts) == 1:
         raise ValueError(
             "all rows have the same prompt, so no completion of another prompt can be taken for the loss's KL term; "
@@ -374,11 +374,27 @@ def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
         )
     sizes = np.diff(firsts, append=len(rows))
     following = np.roll(np.arange(len(firsts)), -1)
-    if prompts[0] == prompts[-1]:
+    if continues[0] and len(firsts) > 2:  # past the end stands the same prompt again
         following[-1] = 1
     group = np.repeat(np.arange(len(firsts)), sizes)
     place, next_group = np.arange(len(rows)) - firsts[group], following[group]
     return Mismatched(rows, firsts[next_group] + place % sizes[next_group], max_length)
+
+
+def _continues_prompt(rows: TokenizedDataset) -> np.ndarray:
+    """Whether each row has the prompt of the row before it, the first that of the last: bool [n].
+
+    A completion that is too long cuts its prompt's beginning off, and another of the same prompt does not. So a cut
+    prompt is also the same as one that ends in it.
+    """
+    prompts = rows.prompt_digests()
+    found = prompts == np.roll(prompts, 1)
+    cut = np.zeros(len(rows), bool) if rows.outcomes is None else rows.outcomes & Outcome.PROMPT_CUT > 0
+    for index in np.flatnonzero(~found & (cut | np.roll(cut, 1))):
+        one, other = (example.trunk for example in rows(np.array([index, index - 1])))
+        shorter = min(len(one), len(other))
+        found[index] = shorter > 0 and np.array_equal(one[-shorter:], other[-shorter:])
+    return found
 
 
 def digest_column(column: pa.ChunkedArray) -> np.ndarray:
