@@ -173,7 +173,12 @@ _KNOWN_TO: Mapping[Task, frozenset[str]] = MappingProxyType(
 _KNOWN_TO_ANY = frozenset[str]().union(*_KNOWN_TO.values())
 _EXPECTED = {"completions": "a list of completions", "ratings": "a list of numbers", **dict.fromkeys(TAGS, "a label")}
 # True and 1.0 are equal to 1, False and 0.0 to 0.
-_TRUTHS: Mapping[Any, bool] = {1: True, "true": True, "1": True, 0: False, "false": False, "0": False}
+_TRUTHS: Mapping[Any, bool] = {
+    **dict.fromkeys(
+        (1, "true", "1", "1.0"), True
+    ),  # pandas writes "1.0" into CSV if the column lacks a label somewhere
+    **dict.fromkeys((0, "false", "0", "0.0"), False),
+}
 # Columns that may hold the prompt of answers that seem to have none, the likeliest first.
 _LIKE_PROMPTS = ("question", "query", "input", "problem", "user", "prompt_text", "text", "task", "context")
 # What a row must not set: arguments of transformers' `apply_chat_template`, and what it hands to templates itself.

@@ -160,6 +160,18 @@ class TestLabels:
         assert rows.labels.tolist() == [False, False]
         assert report.dropped == {"empty completion": 1, "chosen and rejected identical": 2}
 
+    @pytest.mark.parametrize("most", [1_000_000, 1])  # together, or each in a group of its own
+    def test_a_completion_that_is_cut_to_the_same_tokens_is_not_good_and_bad(
+        self, most: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenize, "MOST_CHARACTERS", most)
+        pairs = [pair("QJ", "XXXXXXY", "XXXXXXZ"), pair("QJ", "Y", "Z")]
+        rows, report = labels(pairs, max_length=8, max_prompt_length=4)
+        assert texts(rows) == [["Y"], ["Z"]]
+        assert report.dropped == {"chosen and rejected identical": 2}
+        as_pairs = load_pairs(pairs, toy_tokenizer(), max_length=8, max_prompt_length=4)[1]
+        assert as_pairs.dropped == {"chosen and rejected identical": 1}
+
     def test_the_last_answer_alone_is_learned(self) -> None:
         turns = [("user", "Q"), ("assistant", "X"), ("user", "J"), ("assistant", "Y")]
         row = {"messages": [{"role": role, "content": said} for role, said in turns], "kto_tag": "true"}
