@@ -426,10 +426,10 @@ class _Tokenize:
 def _drop_contradictions(rows: Sequence[_Row]) -> None:
     """Drop the two labelled rows of a pair where nothing is left that tells them apart: none is both good and bad."""
     for one, other in itertools.pairwise(rows):
-        if one.place == other.place and one.encoded and other.encoded:
-            if np.array_equal(one.encoded[0].ids, other.encoded[0].ids):
-                one.encoded, other.encoded = [], []
-                one.outcome = other.outcome = Outcome.IDENTICAL
+        is_pair = one.place == other.place and one.encoded and other.encoded
+        if is_pair and np.array_equal(one.encoded[0].ids, other.encoded[0].ids):
+            one.encoded, other.encoded = [], []
+            one.outcome = other.outcome = Outcome.IDENTICAL
 
 
 def _groups(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
