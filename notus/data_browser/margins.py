@@ -95,4 +95,5 @@ def _stored_reference(model: ModelSource, scoring: Scoring) -> Tensor | None:
     folder = Path(model.settings["reference"]["cache_dir"] or model.run / REFERENCE).expanduser()
     identities = [read_identity(path) for path in checkpoints_in(model.run / CHECKPOINTS)]
     names = {each[key] for each in identities for key in ("reference.train", "reference.eval") if key in each}
-    return stored_logps([folder / f"{name}.safetensors" for name in sorted(names)], scoring.pairs.digests())
+    files = [folder / f"{name}.safetensors" for name in sorted(names)]
+    return stored_logps(files, scoring.pairs.digests(), scoring.pairs.num_branches)

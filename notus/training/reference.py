@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from notus.data.dataset import TokenizedDataset
 from notus.model.export import write_tensors
@@ -104,12 +105,14 @@ def reference_logps(
     return logps, False
 
 
-def stored_logps(paths: Sequence[Path], digests: np.ndarray) -> Tensor | None:
+def stored_logps(paths: Sequence[Path], digests: np.ndarray, branches: int) -> Tensor | None:
     """Look rows up in caches that `reference_logps` wrote, by the digest of each.
 
     Args:
         paths: the caches, of one reference; those that do not exist are passed over.
         digests: uint8 [n, 16], a digest per row.
+        branches: K, the most completions of a row. A cache has as many columns as the longest of its own lists; those
+            that a row lacks are 0 everywhere.
 
     Returns:
         fp32 [n, K] in nats; None if any of the rows is in none of the caches.
@@ -125,10 +128,11 @@ def stored_logps(paths: Sequence[Path], digests: np.ndarray) -> Tensor | None:
             except ValueError as error:
                 raise ValueError(f"the reference cache {path} is damaged ({error}): delete it") from error
             rows = map(np.ndarray.tobytes, tensors["digests"].numpy())
-            known |= dict(zip(rows, tensors["logps"], strict=True))
+            logps = tensors["logps"][:, :branches]
+            known |= dict(zip(rows, pad(logps, (0, branches - logps.shape[1])), strict=True))
     found = [known.get(row.tobytes()) for row in digests]
-    logps = [row for row in found if row is not None]
-    return torch.stack(logps) if len(logps) == len(found) else None
+    there = [row for row in found if row is not None]
+    return torch.stack(there) if len(there) == len(found) else None
 
 
 def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray) -> Tensor:

@@ -62,14 +62,24 @@ def test_rows_are_looked_up_by_their_content(tmp_path: Path, device: torch.devic
     _call(_Scorer(), rows, tmp_path)
     (path,) = tmp_path.iterdir()
     digests = rows.digests()
-    found = stored_logps([tmp_path / "none.safetensors", path], digests[[3, 0, 3]])
+    found = stored_logps([tmp_path / "none.safetensors", path], digests[[3, 0, 3]], 2)
     assert found is not None
     torch.testing.assert_close(found, -torch.tensor([[3, 3.1], [0, 0.1], [3, 3.1]]))
     unknown = np.concatenate([digests[:2], digests[:1] ^ 1])
-    assert stored_logps([path], unknown) is None
+    assert stored_logps([path], unknown, 2) is None
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match="damaged"):
-        stored_logps([path], digests)
+        stored_logps([path], digests, 2)
+
+
+def test_stored_log_probs_have_the_columns_that_are_asked_for(tmp_path: Path, device: torch.device) -> None:
+    """As of lists: the caches of training and evaluation rows have as many as their own longest list."""
+    rows = _rows()
+    _call(_Scorer(), rows, tmp_path)
+    (path,) = tmp_path.iterdir()
+    first = rows.digests()[1:2]
+    torch.testing.assert_close(stored_logps([path], first, 3), torch.tensor([[-1, -1.1, 0]]))
+    torch.testing.assert_close(stored_logps([path], first, 1), torch.tensor([[-1.0]]))
 
 
 @pytest.mark.parametrize("field", ["weights", "rows", "precision", "kernel"])
@@ -262,4 +272,4 @@ def test_a_cache_with_public_sums(tmp_path: Path, device: torch.device) -> None:
     stored = load_file(path)
     assert torch.equal(stored["logps"], table[:, :2])
     assert torch.equal(stored["public_logps"], table[:, 2:])
-    assert torch.equal(stored_logps([path], rows.digests()), table[:, :2])
+    assert torch.equal(stored_logps([path], rows.digests(), 2), table[:, :2])
