@@ -391,10 +391,13 @@ def _continues_prompt(rows: TokenizedDataset) -> np.ndarray:
     found = prompts == np.roll(prompts, 1)
     cut = np.zeros(len(rows), bool) if rows.outcomes is None else rows.outcomes & Outcome.PROMPT_CUT > 0
     for index in np.flatnonzero(~found & (cut | np.roll(cut, 1))):
-        one, other = (example.trunk for example in rows(np.array([index, index - 1])))
-        shorter = min(len(one), len(other))
-        found[index] = shorter > 0 and np.array_equal(one[-shorter:], other[-shorter:])
+        own, before = (example.trunk for example in rows(np.array([index, index - 1])))
+        found[index] = (cut[index] and _ends_in(before, own)) or (cut[index - 1] and _ends_in(own, before))
     return found
+
+
+def _ends_in(ids: np.ndarray, end: np.ndarray) -> bool:
+    return 0 < len(end) <= len(ids) and np.array_equal(ids[-len(end) :], end)
 
 
 def digest_column(column: pa.ChunkedArray) -> np.ndarray:
