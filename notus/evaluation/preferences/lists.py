@@ -99,12 +99,17 @@ def ranking(values: Tensor, ratings: np.ndarray, lengths: np.ndarray) -> dict[st
         "prompts": len(top),
         "kendall_tau": float(tau.mean()),
         "kendall_tau_stderr": stderr(tau),
-        "kendall_tau_interval": bootstrap_mean(tau),
+        "kendall_tau_interval": _within(bootstrap_mean(tau), -1.0, 1.0),
         "top_1": float(top.mean()),
         "top_1_stderr": stderr(top),
         "top_1_interval": wilson(float(top.sum()), len(top)),
         "top_1_chance": _chance(ratings, lengths),
     }
+
+
+def _within(interval: tuple[float, float] | None, low: float, high: float) -> tuple[float, float] | None:
+    """An interval of a measure that ends at `low` and `high`: for few prompts the bootstrap's may pass them."""
+    return None if interval is None else (max(low, interval[0]), min(high, interval[1]))
 
 
 def rankings_by_source(

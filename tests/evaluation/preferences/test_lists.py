@@ -73,6 +73,12 @@ def test_ranking_with_its_spread():
     assert found["top_1_chance"] == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
 
 
+def test_of_two_prompts_that_differ_the_interval_ends_where_tau_does():
+    values = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # as the ratings, and reversed
+    found = ranking(values, np.array([[5.0, 1.0]] * 2, np.float32), np.ones((2, 2), int))
+    assert (found["kendall_tau"], found["kendall_tau_interval"]) == (0.0, (-1.0, 1.0))
+
+
 def test_of_one_prompt_the_spread_is_not_known():
     found = ranking(VALUES[:1], RATINGS[:1], LENGTHS[:1])
     assert (found["kendall_tau_stderr"], found["kendall_tau_interval"], found["top_1_stderr"]) == (None, None, None)
