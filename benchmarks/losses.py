@@ -7,7 +7,8 @@ The data are `notus/curation/synthetic.py`'s, whose judge knows the answers; mod
 seed one model is trained with SFT; from it every loss learns, for equally many optimizer steps, at the same learning
 rate, from the same prompts: those whose pair of the mean ratings has two different texts. Losses of pairs get that
 pair; losses of lists all four rated answers; losses of labels the pair's two completions as two rows, labelled good
-and bad, and twice the rows per step. So a step of each takes 32 prompts.
+and bad, and twice the rows per step. So every loss goes through the prompts at the same pace, 32 of them a step. The
+two rows of a pair are shuffled apart, and may be in different steps.
 
 Measured on held-out prompts, with the same commands for every loss: greedy answers that the judge passes
 (`notus generate`), and the log-probs of the right answer and of the task's usual mistake against the start's

@@ -141,7 +141,8 @@ def write_rows(kind: str, data: Data, folder: Path) -> TrainingRows:
 
     "pairs": one pair per prompt, by the mean ratings. "lists": all its rated answers. "labels": the two completions of
     the pair, each with its label; the trainer reads them from the pair. These kinds have the same prompts, those whose
-    pair has two different texts, and as many prompts in a step. "all lists": the lists of all prompts that have one.
+    pair has two different texts, and go through them at the same pace. "all lists": the lists of all prompts that have
+    one.
     """
     rows = pairs = differing(pairs_by_ratings(data)[0])
     if kind in ("lists", "all lists"):

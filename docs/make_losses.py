@@ -154,10 +154,11 @@ def _replaced(page: str, name: str, table: str) -> str:
 
 
 def _losses(losses: list[Loss]) -> str:
-    lines = ["| `loss_type` | loss | use it when | options | TRL 1.16 | source |", "|---|---|---|---|---|---|"]
+    lines = ["| `loss_type` | loss | use it when | needs, options | TRL 1.16 | source |", "|---|---|---|---|---|---|"]
     for loss in losses:
         formula, use, theirs = WORDS[loss.name]
-        options = ", ".join(f"`{option.name}`" for option in loss.options)
+        needs = ["lengths"] * loss.per_token + ["ratings"] * loss.ratings
+        options = ", ".join([*needs, *(f"`{option.name}`" for option in loss.options)])
         lines.append(f"| `{loss.name}` | {formula} | {use} | {options} | {theirs} | {_linked(loss.source)} |")
     return "\n".join(lines) + "\n"
 

@@ -565,6 +565,12 @@ def options_of(dpo: DPOConfig, loss: "Loss") -> dict[str, float | str]:
     return {name: value for name, value in given_options(dpo).items() if loss.option(name)}
 
 
+def _is_option(name: str) -> bool:
+    from notus.losses import LOSSES  # imports torch
+
+    return any(loss.option(name) for loss in LOSSES.values())
+
+
 def _option_key(name: str) -> str:
     return "dpo.label_smoothing" if name == "label_smoothing" else f"dpo.options.{name}"
 
@@ -581,6 +587,8 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
             homes = [home for home, cls in SECTIONS.items() if key in _hints(cls)]
             if homes and name not in homes:
                 raise Invalid(f"{name}.{key}", f"does not exist; did you mean '{homes[0]}.{key}'?")
+            if name == "dpo" and not homes and _is_option(key):
+                raise Invalid(f"dpo.{key}", f"does not exist; did you mean 'dpo.options.{key}'?")
     return {name: _fill(cls, tree.get(name) or {}, f"{name}.") for name, cls in SECTIONS.items()}
 
 

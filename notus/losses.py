@@ -23,7 +23,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -253,11 +253,11 @@ def pair_loss(
 
 
 def list_loss(
-    loss: Loss,
+    loss: Loss | str,
     policy: Tensor,
     reference: Tensor | None,
     *,
-    beta: float,
+    beta: float = 0.1,
     options: Mapping[str, OptionValue] = MappingProxyType({}),
     ratings: Tensor | None = None,
     mask: Tensor | None = None,
@@ -265,8 +265,8 @@ def list_loss(
     """A loss of K completions per prompt.
 
     Args:
-        loss: a row of `LOSSES` for lists.
-        policy: [B, K] log-probs under the policy, in nats; columns from best to worst.
+        loss: the name of a loss of lists, or its row in `LOSSES`.
+        policy: [B, K] log-probs under the policy, in nats; columns from best to worst, or in any order with ratings.
         reference: [B, K] the same under the reference, which all of these losses have.
         beta: β > 0.
         options: of the loss, by name.
@@ -278,10 +278,13 @@ def list_loss(
         losses [B] and rewards [B, K], detached; the reward of a masked column is 0.
 
     Raises:
-        ValueError: an option out of range or without meaning, a missing reference or missing ratings, shapes that
-            differ, a dtype below fp32.
+        ValueError: a loss of other rows, an option out of range or without meaning, a missing reference or missing
+            ratings, shapes that differ, a dtype below fp32, a mask that is not bool.
     """
+    loss = find_loss(loss, "lists")
     settings: dict[str, Any] = resolve_options(loss, beta, options)
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, not {mask.dtype}")
     if loss.ratings:
         _required(loss, "ratings", ratings)
     reference = _required(loss, "reference", reference)  # no loss of lists is without one
@@ -291,19 +294,19 @@ def list_loss(
 
 
 def label_loss(
-    loss: Loss,
+    loss: Loss | str,
     policy: Tensor,
     reference: Tensor | None,
     labels: Tensor,
     *,
-    beta: float,
+    beta: float = 0.1,
     options: Mapping[str, OptionValue] = MappingProxyType({}),
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A loss of single completions, each with a label.
 
     Args:
-        loss: a row of `LOSSES` for labels.
+        loss: the name of a loss of labels, or its row in `LOSSES`.
         policy: [B] log-probs under the policy, in nats.
         reference: [B] the same under the reference, which all of these losses have.
         labels: [B] bool, True for good completions.
@@ -315,9 +318,10 @@ def label_loss(
         losses [B] and rewards [B], detached.
 
     Raises:
-        ValueError: an option out of range or without meaning, a missing reference or shift, shapes that differ, a
-            dtype below fp32.
+        ValueError: a loss of other rows, an option out of range or without meaning, a missing reference or shift,
+            shapes that differ, a dtype below fp32, labels that are not bool.
     """
+    loss = find_loss(loss, "labels")
     settings: dict[str, Any] = resolve_options(loss, beta, options)
     if loss.shift and shift is None:
         raise ValueError(f"loss_type {loss.name!r} needs shift, its {loss.shift}")
@@ -981,24 +985,32 @@ LOSSES = {
 LOSS_TYPES = tuple(LOSSES)
 
 
-def find_loss(name: str, rows: Rows | None = None) -> Loss:
+def find_loss(loss: str | Loss, rows: Rows | None = None) -> Loss:
     """Return the row of a loss.
 
     Args:
-        name: the loss.
+        loss: its name, or the row itself.
         rows: the rows of data that it must learn from; None: any.
 
     Raises:
         ValueError: there is no such loss, or it learns from other rows.
     """
-    if name not in LOSSES:
-        close = difflib.get_close_matches(str(name), LOSSES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(LOSSES)}"
-        raise ValueError(f"loss_type {name!r} does not exist; {hint}")
-    loss = LOSSES[name]
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"loss_type {loss!r} does not exist; {_nearest(loss, LOSSES, 'use one of')}")
+        loss = LOSSES[loss]
+    elif not isinstance(loss, Loss):
+        raise ValueError(f"loss_type must be the name of one loss, not {loss!r}; a config's dpo.loss_type takes sums")
     if rows is not None and loss.rows != rows:
-        raise ValueError(f"loss_type {name!r} is a loss of {loss.rows}, not of {rows}; use {_ENTRIES[loss.rows]}")
+        raise ValueError(f"loss_type {loss.name!r} is a loss of {loss.rows}, not of {rows}; use {_ENTRIES[loss.rows]}")
     return loss
+
+
+def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """How a message about an unknown name ends."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"{otherwise} {', '.join(names)}"
 
 
 _ENTRIES: dict[Rows, str] = {"pairs": "dpo_loss", "lists": "list_loss", "labels": "label_loss"}
@@ -1034,9 +1046,13 @@ def resolve_options(loss: Loss, beta: float, options: Mapping[str, OptionValue])
     for name in options:
         if loss.option(name) is None:
             takers = [other.name for other in LOSSES.values() if other.option(name)]
-            known = sorted({option.name for other in LOSSES.values() for option in other.options})
-            remedy = f"use one of {', '.join(takers)}" if takers else f"the options are {', '.join(known)}"
-            raise ValueError(f"{name} has no meaning for loss_type {loss.name!r}; leave it out, or {remedy}")
+            if not takers:
+                own = [option.name for option in loss.options]
+                remedy = _nearest(name, own, f"the options of {loss.name} are") if own else f"{loss.name} has no option"
+                raise ValueError(f"no loss has an option {name}; {remedy}")
+            raise ValueError(
+                f"{name} has no meaning for loss_type {loss.name!r}; leave it out, or use one of {', '.join(takers)}"
+            )
     found = {option.name: options.get(option.name, option.default) for option in loss.options}
     for option in loss.options:
         if not option.allows(found[option.name]):
@@ -1158,7 +1174,9 @@ def _evaluate(function: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[s
     def call(rows: slice) -> Tensor:
         keywords = {name: tensor[rows] if tensor.ndim else tensor for name, tensor in by_name.items()}
         result = function(*(tensor[rows] for tensor in by_place), **keywords)
-        losses: Tensor = result[0] if isinstance(result, tuple | list) else result
+        losses = result[0] if isinstance(result, tuple | list) and result else result
+        if not isinstance(losses, Tensor):
+            raise AssertionError(f"the function must return losses, a tensor [B] or a scalar, not {losses!r}")
         return losses
 
     losses, count = call(slice(None)), len(by_place[0])

@@ -155,6 +155,7 @@ MISTAKES = {
     "--data.eval=4": "path must be a string",
     "--data.chat_template=chatml": "'zephyr', a .jinja file or null, not 'chatml'",
     "--dpo.loss_type=sigmod": "'sigmod' does not exist; did you mean 'sigmoid'?",
+    "--dpo.simpo_gamma=1": "dpo.simpo_gamma does not exist; did you mean 'dpo.options.simpo_gamma'?",
     "--dpo.loss_type={sigmoid: 1, hing: 2}": "'hing' does not exist; did you mean 'hinge'?",
     "--dpo.loss_type={sigmoid: 0}": "the name of a loss, or a mapping of names to weights above 0, not {'sigmoid': 0}",
     "--dpo.loss_type={}": "loss_type names no loss",

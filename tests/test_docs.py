@@ -70,18 +70,20 @@ def test_the_readme_has_every_loss_beside_those_of_trl():
 
 
 def test_the_code_beside_the_losses_runs():
-    (code,) = blocks("losses.md", "python")
+    code, by_name = blocks("losses.md", "python")
     exec(code, {})
+    exec(by_name, {})
     wrong = code.replace("softplus(-margin)", "(1 + (-margin).exp()).log()")
     (shown,) = re.findall(r"```\nAssertionError: (.*?), …\n```", (ROOT / "docs" / "losses.md").read_text("utf-8"))
     with pytest.raises(AssertionError, match=re.escape(shown)):
         exec(wrong, {})
 
 
-def test_the_sum_of_losses_that_is_shown_is_config():
-    (block,) = blocks("losses.md", "yaml")
+def test_the_losses_that_are_shown_in_yaml_are_config():
     tree = {"model": {"name_or_path": "m"}, "data": {"train": "pairs.jsonl"}, "training": {"output_dir": "o"}}
-    assert config_from_dict(tree | yaml.safe_load(block), "dpo").dpo.nll_weight == 1
+    found = [config_from_dict(tree | yaml.safe_load(block), "dpo").dpo for block in blocks("losses.md", "yaml")]
+    assert [each.nll_weight for each in found] == [1, 0, 1, 1, 0]
+    assert [each.loss_type for each in found[1:]] == ["simpo", "cpo", "orpo", "kto"]
 
 
 def test_the_rows_that_the_data_formats_show_are_read():

@@ -231,6 +231,18 @@ def test_a_loss_without_a_reference_needs_no_reference_pass(capsys):
     assert hours(told(capsys, FULL, "--dpo.loss_type={sigmoid: 0.8, orpo: 0.2}"), "reference pass") > 0
 
 
+def test_a_pair_is_two_examples_of_a_loss_of_labels(capsys, tmp_path):
+    pairs, labelled = tmp_path / "pairs.jsonl", tmp_path / "labelled.jsonl"
+    pairs.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n\n' * 640)
+    labelled.write_text('{"prompt": "q", "completion": "a", "label": true}\n' * 640)
+    settings = ("training.batch_size=64", "training.epochs=1", "training.eval_every=null", "data.eval_size=0")
+    overrides, steps = [f"--{each}" for each in settings], []
+    for loss, path in (("sigmoid", pairs), ("bco", pairs), ("bco", labelled)):
+        text = told(capsys, FULL, f"--data.train={path}", f"--dpo.loss_type={loss}", *overrides)
+        steps.append(number(text, r"Run of (\d+) steps"))
+    assert steps == [10, 20, 10]
+
+
 def test_kto_scores_mismatched_completions_too(capsys):
     lengths = ("--lengths=176,290",)
     bco, kto = (told(capsys, FULL, f"--dpo.loss_type={loss}", *lengths) for loss in ("bco", "kto"))

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from notus.losses import (
     LOSSES,
+    check,
     dpo_loss,
     f_divergence_map,
     find_loss,
+    kto_loss,
     label_loss,
     list_loss,
     nll_loss,
     pair_loss,
+    plackett_luce_loss,
     resolve_options,
 )
 
@@ -346,7 +349,10 @@ def test_nll_over_completions_is_a_mean_of_each() -> None:
         ({"loss_type": "plackett_luce"}, "'plackett_luce' is a loss of lists, not of pairs; use list_loss"),
         ({"loss_type": "kto"}, "'kto' is a loss of labels, not of pairs; use label_loss"),
         ({"simpo_gamma": 1.0}, "simpo_gamma has no meaning for loss_type 'sigmoid'; leave it out, or use one of simpo"),
-        ({"gamma": 1.0}, "gamma has no meaning for loss_type 'sigmoid'.*the options are cal_weight, desirable_weight"),
+        ({"gamma": 1.0}, "no loss has an option gamma; the options of sigmoid are label_smoothing, f_divergence"),
+        ({"loss_type": "dpop", "dpop_lamda": 1.0}, "an option dpop_lamda; did you mean 'dpop_lambda'"),
+        ({"loss_type": "apo_zero", "gamma": 1.0}, "no loss has an option gamma; apo_zero has no option"),
+        ({"loss_type": {"sigmoid": 1.0}}, "must be the name of one loss, not .*takes sums"),
         ({"loss_type": "discopop", "discopop_tau": 1.0}, "discopop_tau must be above 0 and below 1"),
         ({"f_divergence": "kl"}, "f_divergence must be one of reverse_kl, forward_kl"),
         ({"f_alpha": 0.5}, "f_alpha has no effect unless f_divergence is alpha_divergence"),
@@ -407,6 +413,28 @@ def test_every_shape_of_pairs_is_taken(loss_type: str, shape: tuple[int, ...]) -
     found = loss_of(c.view(shape), r.view(shape), loss_type)
     for values, expected in zip(found, loss_of(c, r, loss_type), strict=True):
         assert torch.equal(values, expected.view(shape))
+
+
+def test_losses_are_called_by_name_and_for_their_own_rows() -> None:
+    logps, zeros, labels = -torch.arange(6.0).view(2, 3), torch.zeros(2, 3), torch.tensor([True, False, True])
+    for given in ("plackett_luce", LOSSES["plackett_luce"]):
+        expected = plackett_luce_loss(logps, zeros, beta=0.1)
+        assert torch.equal(list_loss(given, logps, zeros)[0], expected)
+    expected = kto_loss(logps[0], zeros[0], labels, shift=torch.tensor(1.0))
+    assert torch.equal(label_loss("kto", logps[0], zeros[0], labels, shift=torch.tensor(1.0))[0], expected)
+    for name, function in (("sigmoid", list_loss), (LOSSES["bco"], list_loss)):
+        with pytest.raises(ValueError, match=r"not of lists; use (dpo|label)_loss"):
+            function(name, logps, zeros)
+    with pytest.raises(ValueError, match="'nca' is a loss of lists, not of labels; use list_loss"):
+        label_loss("nca", logps[0], zeros[0], labels)
+    with pytest.raises(ValueError, match=r"mask must be bool, not torch\.int64"):
+        list_loss("plackett_luce", logps, zeros, mask=torch.ones(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, ()])
+def test_check_says_what_a_function_must_return(returned: object) -> None:
+    with pytest.raises(AssertionError, match="must return losses, a tensor"):
+        check(lambda *_: returned, "sigmoid")
 
 
 def test_ratings_that_are_not_known_do_not_pass_unnoticed() -> None:

@@ -343,9 +343,13 @@ class Mismatched(TokenizedDataset):
 def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
     """Join each row's prompt with the completion of another prompt, from which KTO estimates its KL term.
 
-    Row i has the trunk of row i and the branch of the next row, in the order of the dataset and from its end on from
-    its beginning, whose trunk is another one. KTO (2402.01306) shifts the completions within a batch instead. These
-    rows depend on no batch, so their reference log-probs can be cached.
+    Rows that stand side by side and have the same prompt are a group. Row i has the trunk of row i and a branch of the
+    next group, in the order of the dataset and from its end on from its beginning: the first row of a group has that
+    of the first, the second that of the second, and so on, over again where the next group has fewer. So the two rows
+    of a pair, good and bad, take a good and a bad completion: the KL term sees the same mixture as the loss does.
+
+    KTO (2402.01306) shifts the completions within a batch instead. These rows depend on no batch, so their reference
+    log-probs can be cached.
 
     Args:
         rows: of one completion each.
@@ -361,19 +365,39 @@ def mismatched(rows: TokenizedDataset, max_length: int) -> Mismatched:
             f"{rows.info(index).place}: the prompt of {rows.trunk_lengths[index]} tokens leaves no room for another "
             f"row's completion within {max_length} tokens; raise data.max_length"
         )
-    prompts = rows.prompt_digests()
-    # runs of neighbouring rows of one prompt: what follows a run has another one, but for the last and the first
-    firsts = np.concatenate([[0], 1 + np.flatnonzero(prompts[1:] != prompts[:-1])])
+    continues = _continues_prompt(rows)
+    firsts = np.unique([0, *np.flatnonzero(~continues)])  # of the groups
     if len(firsts) == 1:
         raise ValueError(
             "all rows have the same prompt, so no completion of another prompt can be taken for the loss's KL term; "
             "add rows of other prompts"
         )
-    following = np.roll(firsts, -1)
-    if prompts[0] == prompts[-1]:
-        following[-1] = firsts[1]
-    run_of = np.searchsorted(firsts, np.arange(len(rows)), side="right") - 1
-    return Mismatched(rows, following[run_of], max_length)
+    sizes = np.diff(firsts, append=len(rows))
+    following = np.roll(np.arange(len(firsts)), -1)
+    if continues[0] and len(firsts) > 2:  # past the end stands the same prompt again
+        following[-1] = 1
+    group = np.repeat(np.arange(len(firsts)), sizes)
+    place, next_group = np.arange(len(rows)) - firsts[group], following[group]
+    return Mismatched(rows, firsts[next_group] + place % sizes[next_group], max_length)
+
+
+def _continues_prompt(rows: TokenizedDataset) -> np.ndarray:
+    """Whether each row has the prompt of the row before it, the first that of the last: bool [n].
+
+    A completion that is too long cuts its prompt's beginning off, and another of the same prompt does not. So a cut
+    prompt is also the same as one that ends in it.
+    """
+    prompts = rows.prompt_digests()
+    found = prompts == np.roll(prompts, 1)
+    cut = np.zeros(len(rows), bool) if rows.outcomes is None else rows.outcomes & Outcome.PROMPT_CUT > 0
+    for index in np.flatnonzero(~found & (cut | np.roll(cut, 1))):
+        own, before = (example.trunk for example in rows(np.array([index, index - 1])))
+        found[index] = (cut[index] and _ends_in(before, own)) or (cut[index - 1] and _ends_in(own, before))
+    return found
+
+
+def _ends_in(ids: np.ndarray, end: np.ndarray) -> bool:
+    return 0 < len(end) <= len(ids) and np.array_equal(ids[-len(end) :], end)
 
 
 def digest_column(column: pa.ChunkedArray) -> np.ndarray:

@@ -153,17 +153,22 @@ def branch_names(count: int, *, is_list: bool = False) -> list[str]:
     return [f"completion {number}" for number in range(1, count + 1)]
 
 
-def describe_example(example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False) -> str:
+def describe_example(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, is_list: bool = False, colour: bool = False
+) -> str:
     """An example as the model sees it, over several lines: prompt and completions, with what is learned marked.
 
     Args:
         example: its trunk is called the prompt, and what the loss sees of a branch is learned.
         tokenizer: the fast tokenizer that made it.
+        is_list: its completions are rated ones, the best first; see `branch_names`.
         colour: mark with colours of a terminal in place of ⟦…⟧.
     """
     pieces = Pieces(tokenizer)
     lines = [f"prompt ({_tokens(len(example.trunk))}):", marked(pieces.spans(example.trunk), colour=colour)]
-    columns = zip(branch_names(len(example.branches)), example.branches, example.loss_masks, strict=True)
+    columns = zip(
+        branch_names(len(example.branches), is_list=is_list), example.branches, example.loss_masks, strict=True
+    )
     for name, ids, mask in columns:
         lines += [
             f"{name} ({_tokens(len(ids))}, {int(mask.sum())} learned):",

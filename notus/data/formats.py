@@ -173,7 +173,12 @@ _KNOWN_TO: Mapping[Task, frozenset[str]] = MappingProxyType(
 _KNOWN_TO_ANY = frozenset[str]().union(*_KNOWN_TO.values())
 _EXPECTED = {"completions": "a list of completions", "ratings": "a list of numbers", **dict.fromkeys(TAGS, "a label")}
 # True and 1.0 are equal to 1, False and 0.0 to 0.
-_TRUTHS: Mapping[Any, bool] = {1: True, "true": True, "1": True, 0: False, "false": False, "0": False}
+_TRUTHS: Mapping[Any, bool] = {
+    **dict.fromkeys(
+        (1, "true", "1", "1.0"), True
+    ),  # pandas writes "1.0" into CSV if the column lacks a label somewhere
+    **dict.fromkeys((0, "false", "0", "0.0"), False),
+}
 # Columns that may hold the prompt of answers that seem to have none, the likeliest first.
 _LIKE_PROMPTS = ("question", "query", "input", "problem", "user", "prompt_text", "text", "task", "context")
 # What a row must not set: arguments of transformers' `apply_chat_template`, and what it hands to templates itself.
@@ -241,22 +246,22 @@ def readings(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _N
 
     Arguments and errors as in `normalize`. A list with fewer than two rated completions has no completion.
     """
-    record, told = normalize(row, task, columns), read_provenance(row, columns)
+    record, known = normalize(row, task, columns), read_provenance(row, columns)
     form, given = find_form(row, task, columns), _present(_renamed(row, columns))
     if "completions" in form:
         entries, left_out = _entries(given)
         rated = tuple(rating for _, _, rating in entries)
-        return [Reading(record, told.source, rated if record.completions else None, None, left_out)]
+        return [Reading(record, known.source, rated if record.completions else None, None, left_out)]
     if form[-1] in TAGS:
-        return [Reading(record, told.source, None, _label(given, form[-1]))]
-    ratings: tuple[float | None, ...] = (told.chosen_rating, told.rejected_rating)
+        return [Reading(record, known.source, None, _label(given, form[-1]))]
+    ratings: tuple[float | None, ...] = (known.chosen_rating, known.rejected_rating)
     if task == "labels":
         return [
-            Reading(record._replace(completions=(completion,)), told.source, _if_known((rating,)), is_good)
+            Reading(record._replace(completions=(completion,)), known.source, _if_known((rating,)), is_good)
             for completion, rating, is_good in zip(record.completions, ratings, (True, False), strict=True)
         ]
     ordered = _best_first(ratings, ratings) if task == "lists" else ratings
-    return [Reading(record, told.source, _if_known(ordered[: len(record.completions)]))]
+    return [Reading(record, known.source, _if_known(ordered[: len(record.completions)]))]
 
 
 def _if_known(ratings: tuple[float | None, ...]) -> tuple[float | None, ...] | None:

@@ -8,6 +8,7 @@ verified before it is used: Arrow itself notices a short file at best, and no al
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -275,10 +276,6 @@ class Rule:
         found = readings(row, self.task, self.columns)
         unread = unknown_columns(row, self.task, self.columns)
         made = [_Row(place, reading, note=json.dumps(unread) if unread else None) for reading in found]
-        if len(found) > 1 and all(reading.record == found[0].record for reading in found):
-            for each in made:  # the same completion cannot be good and bad
-                each.outcome = Outcome.IDENTICAL
-            return made
         for each in made:
             self._render(each)
         return made
@@ -394,6 +391,7 @@ class _Tokenize:
         for group in _groups(self._rendered(batch, indices)):
             self._encode(group)
             made += group
+        _drop_contradictions(made)
         return _table(made)
 
     def _rendered(self, batch: Any, indices: Sequence[int]) -> Iterator[_Row]:
@@ -423,6 +421,15 @@ class _Tokenize:
             raise ValueError(f"{row.place}: {error}") from error
         row.rendered, row.outcome, row.note = [], Outcome.UNREADABLE, str(error)
         return row
+
+
+def _drop_contradictions(rows: Sequence[_Row]) -> None:
+    """Drop the two labelled rows of a pair where nothing is left that tells them apart: none is both good and bad."""
+    for one, other in itertools.pairwise(rows):
+        is_pair = one.place == other.place and one.encoded and other.encoded
+        if is_pair and np.array_equal(one.encoded[0].ids, other.encoded[0].ids):
+            one.encoded, other.encoded = [], []
+            one.outcome = other.outcome = Outcome.IDENTICAL
 
 
 def _groups(rows: Iterator[_Row]) -> Iterator[list[_Row]]:

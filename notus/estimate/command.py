@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 from pathlib import Path
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from notus.estimate.plan import Setting
     from notus.estimate.sizes import Lengths
 
-# Rows after curation, of data sets that the project's configs name.
-KNOWN_ROWS = {"argilla/ultrafeedback-binarized-preferences": 63619}
+# Pairs after curation, of data sets that the project's configs name.
+KNOWN_PAIRS = {"argilla/ultrafeedback-binarized-preferences": 63619}
 # Local data up to this size is tokenised for its true lengths.
 SMALL_DATA = 16 * 2**20
 
@@ -122,7 +123,7 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     if steps is None:
         return [*lines, "Hours: how many examples the data holds is not known here; give --examples."]
     every = config.training.eval_every
-    held_out = config.data.eval_size if config.data.eval is None else _rows(config.data.eval)
+    held_out = config.data.eval_size if config.data.eval is None else _rows(config, config.data.eval)
     besides = 0 if config.data.eval is None else held_out or 0
     return lines + report.run_time(
         plan,
@@ -189,21 +190,34 @@ def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | 
     means = parse_means(args.lengths, config.rows) if args.lengths else typical(config.rows)
     data = config.data
     lengths = draw(means, max_length=data.max_length, max_prompt_length=data.max_prompt_length or data.max_length // 2)
-    return lengths, args.examples or _rows(data.train)
+    return lengths, args.examples or _rows(config, data.train)
 
 
-def _rows(sources: list[dict[str, Any]]) -> int | None:
-    """How many examples, of known data sets and of small local files with one on each line; None: not known."""
+def _rows(config: Config, sources: list[dict[str, Any]]) -> int | None:
+    """How many examples, of known data sets and of small local files with one on each line; None: not known.
+
+    Losses of labels make two examples of a pair.
+    """
     total = 0.0
     for source in sources:
         path = Path(source["path"])
-        count = KNOWN_ROWS.get(source["path"])
+        count, holds_pairs = KNOWN_PAIRS.get(source["path"]), True
         if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size <= SMALL_DATA:
-            count = sum(not line.isspace() for line in path.open("rb"))
+            lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+            count, holds_pairs = len(lines), bool(lines) and _is_pair(lines[0], config)
         if count is None:
             return None
-        total += count * source["weight"]
+        total += count * source["weight"] * (2 if holds_pairs and config.rows == "labels" else 1)
     return round(total)
+
+
+def _is_pair(line: bytes, config: Config) -> bool:
+    from notus.data.formats import guess_task
+
+    try:
+        return guess_task(json.loads(line), config.data.columns) == "dpo"
+    except ValueError:  # reported, with its place, where the data are read
+        return False
 
 
 def _tokenised(config: Config) -> "Lengths | None":

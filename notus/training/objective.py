@@ -533,9 +533,17 @@ class LabelObjective(Objective):
         return _means(("kl" if self._leading.shift == "kl" else "rewards/shift", total.shift, total.examples))
 
     def notes(self, ratings: Tensor | None, labels: Tensor | None, present: Tensor) -> list[str]:
-        """Say so if the weights do not balance the labels: for KTO (2402.01306), λ_D n_D / (λ_U n_U) from 1 to 3/2."""
+        """Warn of labels that are all alike, and of KTO's weights if they do not balance them.
+
+        By KTO's paper (2402.01306), λ_D n_D / (λ_U n_U) should be from 1 to 3/2.
+        """
         assert labels is not None
         good, bad = int(labels.sum()), int((~labels).sum())
+        if not good or not bad:
+            missing = "good" if bad else "bad"
+            return [
+                f"warning: no training row is {missing}: the loss needs both good and bad answers to tell them apart"
+            ]
         found = []
         for loss in self._losses:
             if loss.option("desirable_weight") is None:

@@ -129,8 +129,8 @@ def stored_logps(paths: Sequence[Path], digests: np.ndarray, num_branches: int) 
             rows = map(np.ndarray.tobytes, tensors["digests"].numpy())
             known |= dict(zip(rows, _with_columns(tensors["logps"], num_branches), strict=True))
     found = [known.get(row.tobytes()) for row in digests]
-    logps = [row for row in found if row is not None]
-    return torch.stack(logps) if len(logps) == len(found) else None
+    there = [row for row in found if row is not None]
+    return torch.stack(there) if len(there) == len(found) else None
 
 
 def _with_columns(logps: Tensor, count: int) -> Tensor:

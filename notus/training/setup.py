@@ -354,7 +354,8 @@ def _build(config: Config, device: torch.device, checkpoints: list[Path], train:
     train_rows = inputs.train
     if train:
         first = train_rows(np.arange(1))[0]
-        distributed.say(f"the first training row, ⟦learned⟧:\n{describe_example(first, tokenizer)}")
+        shown = describe_example(first, tokenizer, is_list=config.rows == "lists")
+        distributed.say(f"the first training row, ⟦learned⟧:\n{shown}")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     policy = build_policy(
         folders.base,

@@ -296,7 +296,7 @@ def joined(rows):
 def test_mismatched_takes_the_next_completion_of_another_prompt():
     rows = demonstrations(([1], [10]), ([1], [11, 11]), ([2], [20]), ([3, 3], [30, 31, 32]), ([2], [21]))
     found = mismatched(rows, 64)
-    # the two of prompt 1 take the first after them; the last takes the first of all
+    # the two of prompt 1 take the only one of the next prompt; the last takes the first of all
     expected = [([1], [20]), ([1], [20]), ([2], [30, 31, 32]), ([3, 3], [21]), ([2], [10])]
     assert joined(found) == expected
     assert (found.num_branches, len(found)) == (1, 5)
@@ -305,6 +305,15 @@ def test_mismatched_takes_the_next_completion_of_another_prompt():
     assert found.branch_lengths.tolist() == found.loss_tokens.tolist() == [[1], [1], [3], [1], [1]]
     assert found.separate_lengths(np.arange(5)).tolist() == found.lengths.tolist()
     assert [example.index for example in found(np.array([3, 0]))] == [3, 0]
+
+
+def test_mismatched_completions_of_pairs_are_good_and_bad_as_the_rows_are():
+    # a good and a bad answer of each prompt, as a pair becomes under a loss of labels; the last prompt has three
+    rows = demonstrations(
+        ([1], [10]), ([1], [11]), ([2], [20]), ([2], [21]), ([3], [30]), ([3], [31]), ([3], [32])
+    )  # fmt: skip
+    answers = [answer[0] for _, answer in joined(mismatched(rows, 64))]
+    assert answers == [20, 21, 30, 31, 10, 11, 10]
 
 
 def test_mismatched_past_the_end_skips_a_beginning_of_the_same_prompt():

@@ -92,6 +92,12 @@ def test_an_example_is_described_with_what_is_learned():
     ]  # fmt: skip
 
 
+def test_the_two_completions_of_a_list_are_no_pair():
+    tokenizer = toy_tokenizer()
+    found = describe_example(example(tokenizer, "<s>poem", "sea</s>"), tokenizer, is_list=True)
+    assert [line.split(" (")[0] for line in found.splitlines()[::2]] == ["prompt", "completion 1", "completion 2"]
+
+
 def test_what_is_not_learned_of_a_branch_stands_outside_of_the_markers():
     tokenizer = toy_tokenizer()
     ids = np.array([1, 2, *tokenizer("a", add_special_tokens=False)["input_ids"], 2])

@@ -156,7 +156,7 @@ class TestLabels:
         ("label", "expected"),
         [
             (True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False), ("true", True),
-            ("False", False), (" TRUE\n", True), ("1", True), ("0", False),
+            ("False", False), (" TRUE\n", True), ("1", True), ("0", False), ("1.0", True), ("0.0", False),
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("tag", ["label", "kto_tag"])

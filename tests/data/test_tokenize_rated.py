@@ -11,7 +11,7 @@ from toys import toy_tokenizer
 
 from notus.data import tokenize
 from notus.data.chat import ChatEncoder
-from notus.data.dataset import TokenizedDataset
+from notus.data.dataset import TokenizedDataset, mismatched
 from notus.data.drop_report import DropReport
 from notus.data.mixture import Share, hold_out
 from notus.data.tokenize import Rule, load_labels, load_lists, load_pairs, load_sft, read_shares
@@ -160,6 +160,18 @@ class TestLabels:
         assert rows.labels.tolist() == [False, False]
         assert report.dropped == {"empty completion": 1, "chosen and rejected identical": 2}
 
+    @pytest.mark.parametrize("most", [1_000_000, 1])  # together, or each in a group of its own
+    def test_a_completion_that_is_cut_to_the_same_tokens_is_not_good_and_bad(
+        self, most: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenize, "MOST_CHARACTERS", most)
+        pairs = [pair("QJ", "XXXXXXY", "XXXXXXZ"), pair("QJ", "Y", "Z")]
+        rows, report = labels(pairs, max_length=8, max_prompt_length=4)
+        assert texts(rows) == [["Y"], ["Z"]]
+        assert report.dropped == {"chosen and rejected identical": 2}
+        as_pairs = load_pairs(pairs, toy_tokenizer(), max_length=8, max_prompt_length=4)[1]
+        assert as_pairs.dropped == {"chosen and rejected identical": 1}
+
     def test_the_last_answer_alone_is_learned(self) -> None:
         turns = [("user", "Q"), ("assistant", "X"), ("user", "J"), ("assistant", "Y")]
         row = {"messages": [{"role": role, "content": said} for role, said in turns], "kto_tag": "true"}
@@ -180,6 +192,21 @@ class TestLabels:
         rows, _ = labels([labelled("QQQQJK", "XXXXXX", True)], max_length=8, max_prompt_length=4)
         q, j, k, x = bytes_of("QJKX")
         assert tokens(rows) == [([q, q, j, k], [[x, x, x, x]])]
+
+    def test_a_cut_prompt_is_not_joined_with_its_own_other_answer(self) -> None:
+        # the long answer of the first pair cuts its prompt, the short one does not: two trunks of one prompt
+        rows, _ = labels([pair("QQQQJK", "XXXXXX", "Y"), pair("J", "Z", "ZZ")], max_length=10, max_prompt_length=4)
+        assert rows.trunk_lengths.tolist() == [4, 7, 2, 2]
+        others = mismatched(rows, 10)
+        assert texts(others) == [["Z"], ["ZZ"], ["XXXXXX"], ["Y"]]
+        assert others.trunk_lengths.tolist() == [4, 7, 2, 2]
+        # the same with the cut row at the end: past it stands its own prompt
+        rows, _ = labels(
+            [labelled("QQQQJK", "Y", False), labelled("J", "Z", True), labelled("QQQQJK", "XXXXXX", True)],
+            max_length=10,
+            max_prompt_length=4,
+        )
+        assert texts(mismatched(rows, 10)) == [["Z"], ["XXXXXX"], ["Z"]]
 
 
 def shares(rows: list[Any], task: Any) -> list[Share]:

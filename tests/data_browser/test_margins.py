@@ -6,6 +6,7 @@ import shutil
 import datasets
 import numpy as np
 import pytest
+from rated import write_lists
 from rows_of_data import load_data
 from runs import read_metrics, settings, write_pairs
 from yaml import safe_dump
@@ -114,3 +115,28 @@ def test_a_lists_margin_is_that_of_the_best_over_the_worst():
 def test_a_bad_completions_margin_is_minus_its_reward():
     rewards = np.array([[1.5], [2.0], [-3.0]])
     assert margins.margins_of(rewards, rows_of([1] * 3, [True, False, False])).tolist() == [1.5, -2.0, 3.0]
+
+
+def test_lists_of_caches_of_other_lengths_have_the_margins_of_a_scored_reference(tmp_path, model_folder, monkeypatch):
+    """The longest lists of training, of evaluation and of the rows looked at differ, and so do the caches."""
+    train, held_out = write_lists(tmp_path / "train.jsonl", 12), write_lists(tmp_path / "eval.jsonl", 4, seed=1, most=3)
+    more = {"data__eval": str(held_out), "dpo__loss_type": "plackett_luce", "training__learning_rate": 1e-2}
+    tree = settings(tmp_path / "run", model_folder, train, **more)
+    assert train_dpo(config_from_dict(tree, "dpo")) == 0
+    lines = [*train.read_text().splitlines(), *held_out.read_text().splitlines()]
+    short = [line for line in lines if len(json.loads(line)["completions"]) == 2]
+    some, mixed = tmp_path / "some.jsonl", tmp_path / "mixed.jsonl"
+    some.write_text("\n".join(short))
+    mixed.write_text("\n".join([*short, *held_out.read_text().splitlines()]))
+    scored, score = [], margins.score_model
+    monkeypatch.setattr(margins, "score_model", lambda *args: scored.append(args[0].name) or score(*args))
+    stored = []
+    for path in (some, mixed):
+        tree["data"] = {**tree["data"], "train": str(path), "eval": None}
+        (tmp_path / "config.yaml").write_text(safe_dump(tree))
+        stored.append(found(tmp_path))
+    assert len(scored) == 2  # the policy alone
+    shutil.rmtree(tmp_path / "run" / "reference")
+    assert found(tmp_path) == pytest.approx(stored[1], abs=1e-4)
+    assert len(scored) == 4
+    assert max(map(abs, stored[0])) > 1e-3

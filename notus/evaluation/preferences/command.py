@@ -170,7 +170,7 @@ def _evaluate(
     tokenizer = load_tokenizer(model.folder, args.trust_remote_code)
     tokenization = _tokenization(args, model)
     rows, task = load_rows_of(model, args.pairs, args.split, tokenizer, tokenization)
-    judged = _judged(rows, task, rewards)
+    judged = _judged(rows, task, rewards, name_pairs(model, args.pairs))
     scoring = Scoring(
         pairs=rows,
         tokenizer=tokenizer,
@@ -219,12 +219,15 @@ def _rewards(args: argparse.Namespace, base: "ModelSource | None", loss: "RunLos
     return Rewards(args.beta or loss.beta, relative=loss.reference, per_token=loss.per_token)
 
 
-def _judged(rows: "TokenizedDataset", task: "Task", rewards: "Rewards | None") -> "Judged":
-    """What the rows say is better. Raises ValueError for rows that say nothing."""
+def _judged(rows: "TokenizedDataset", task: "Task", rewards: "Rewards | None", name: str) -> "Judged":
+    """What the rows say is better. Raises ValueError, beginning with their name, for rows that say nothing."""
     from notus.evaluation.preferences.figures import Labels, Lists, Pairs
 
     kinds: dict[str, type[Judged]] = {"lists": Lists, "labels": Labels}
-    return kinds.get(task, Pairs)(rows, rewards)
+    try:
+        return kinds.get(task, Pairs)(rows, rewards)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _tokenization(args: argparse.Namespace, model: "ModelSource") -> "Tokenization":

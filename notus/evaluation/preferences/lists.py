@@ -44,7 +44,9 @@ def rated_pairs(ratings: np.ndarray, lengths: np.ndarray) -> RatedPairs:
     filled = np.where(mask, ratings, 0.0)
     differ = (filled[:, :, None] > filled[:, None, :]) & mask[:, :, None] & mask[:, None, :]
     if not differ.any():
-        raise ValueError("no prompt has two completions with different ratings: there is no order to compare with")
+        raise ValueError(
+            "no prompt has two completions with different ratings, so there is no order to compare with: add some"
+        )
     return RatedPairs(*np.nonzero(differ))
 
 

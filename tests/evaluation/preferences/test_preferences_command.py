@@ -443,7 +443,11 @@ def test_a_run_without_a_reference_is_measured_by_its_own_rewards(
 def test_one_kind_of_label_and_lists_without_an_order_say_nothing(tmp_path, capsys, model_folder):
     row = {"prompt": "the", "completion": " fox", "label": True}
     (tmp_path / "good.jsonl").write_text(json.dumps(row))
-    assert "completions are good" in error_of(capsys, model_folder, "--pairs", tmp_path / "good.jsonl", *FP32)
+    assert "good.jsonl: all 1 completions are good" in error_of(
+        capsys, model_folder, "--pairs", tmp_path / "good.jsonl", *FP32
+    )
     row = {"prompt": "the", "completions": [" fox", " dog"], "ratings": [2, 2]}
     (tmp_path / "tied.jsonl").write_text(json.dumps(row))
-    assert "there is no order" in error_of(capsys, model_folder, "--pairs", tmp_path / "tied.jsonl", *FP32)
+    assert "tied.jsonl: no prompt has two completions with different ratings" in error_of(
+        capsys, model_folder, "--pairs", tmp_path / "tied.jsonl", *FP32
+    )
