@@ -3,8 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -213,48 +211,6 @@ def test_values_and_gradients_equal_the_plain_expression(loss_type: str, dtype: 
     assert found.dtype == gradient.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
-
-
-def trl_loss(
-    policy: Tensor, reference: Tensor, mask: Tensor, loss_type: str, beta: float, label_smoothing: float
-) -> Tensor:
-    """The mean loss of B pairs by TRL's trainer, from log-probs per token [2B, T - 1], chosen completions first."""
-    trl = pytest.importorskip("trl", reason="to compare with TRL: pip install -r requirements-bench.txt")
-    trainer = MagicMock(
-        beta=beta, label_smoothing=label_smoothing, loss_types=[loss_type], loss_weights=[1.0], ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", use_weighting=False, aux_loss_enabled=False,
-    )  # fmt: skip
-    trainer.args.discopop_tau = 0.05
-    trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda tensor: tensor
-    trainer.accelerator.device = torch.device("cpu")
-    zeros = torch.zeros_like(policy)
-    outputs = SimpleNamespace(log_probs=policy, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    chosen, rejected = reference.sum(1).chunk(2)
-    inputs = {"completion_mask": mask, "input_ids": mask, "attention_mask": mask}
-    inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-    return trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
-
-
-@pytest.mark.parametrize("loss_type", TRL_LOSSES)
-def test_values_and_gradients_equal_those_of_trl(loss_type: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 12, (8,), generator=generator)
-    mask = (torch.arange(14) > 0) & (torch.arange(14) <= lengths[:, None])  # after a prompt of one token
-    draw = torch.rand(2, 8, 13, generator=generator, dtype=torch.float64) * mask[:, 1:]
-    policy, reference = -3 * draw[0], -3 * draw[1]
-    policy.requires_grad_()
-    smoothing = 0.2 if loss_type in ("robust", "exo_pair") else 0.0
-    expected = trl_loss(policy, reference, mask.long(), loss_type, 0.3, smoothing)
-    (expected_gradient,) = torch.autograd.grad(expected, policy)
-
-    (chosen, rejected), (n_c, n_r) = policy.sum(1).chunk(2), lengths.chunk(2)
-    found, _, _ = dpo_loss(
-        chosen, rejected, *reference.sum(1).chunk(2), beta=0.3, loss_type=loss_type, label_smoothing=smoothing,
-        chosen_lengths=n_c, rejected_lengths=n_r,
-    )  # fmt: skip
-    (gradient,) = torch.autograd.grad(found.mean(), policy)
-    torch.testing.assert_close(found.mean(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-9)
 
 
 # Values at margins of -10,000 and +10,000 (c = -r, beta 1): linear, quadratic or bounded growth, no overflow.

@@ -594,8 +594,8 @@ def check_ratings(ratings: np.ndarray | None, loss_tokens: np.ndarray, place: Ca
     if len(missing):
         raise ValueError(
             f"{key}, but {len(missing):,} of {len(loss_tokens):,} rows have a completion without one (the first: "
-            f"{place(int(missing[0]))}). docs/data.md names the columns of ratings; leave these rows out, or take another "
-            "loss"
+            f"{place(int(missing[0]))}). docs/data.md names the columns of ratings. Leave these rows out, or take "
+            "another loss"
         )
 
 
