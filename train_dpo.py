@@ -7,12 +7,12 @@ from notus.runtime.process import configure_allocator, leave, run_entry
 
 
 def main() -> int:
-    """Read the settings, then train; torch is imported once they are known to be right. Returns the exit code."""
+    """Read the settings, then train. Returns the exit code."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n\ndocs/config.md describes every key.")
         return 0
+    configure_allocator()  # before torch, which the check of the loss imports
     config = load_config(sys.argv[1:], "dpo")
-    configure_allocator()
     from notus.training.dpo import run
 
     return run(config)

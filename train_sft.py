@@ -11,8 +11,8 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n\ndocs/config.md describes every key.")
         return 0
-    config = load_config(sys.argv[1:], "sft")
     configure_allocator()
+    config = load_config(sys.argv[1:], "sft")
     from notus.training.sft import run
 
     return run(config)

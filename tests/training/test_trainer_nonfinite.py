@@ -11,21 +11,21 @@ from runs import settings
 
 from notus.config import config_from_dict
 from notus.model.policy import Policy
-from notus.training import dpo, trainer
+from notus.training import dpo, objective, trainer
 
 
 def _poison_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """In its third step, one pair's loss."""
-    inner, calls = dpo.dpo_loss, []
+    inner, calls = objective.pair_loss, []
 
     def poisoned(*args: Any, **options: Any) -> Any:
-        losses, *rewards = inner(*args, **options)
+        losses, rewards = inner(*args, **options)
         calls.append(1)
-        return (
-            losses * torch.tensor([float("nan")] + [1.0] * (len(losses) - 1)) if len(calls) == 3 else losses
-        ), *rewards
+        if len(calls) == 3:
+            losses = losses * torch.tensor([float("nan")] + [1.0] * (len(losses) - 1))
+        return losses, rewards
 
-    monkeypatch.setattr(dpo, "dpo_loss", poisoned)
+    monkeypatch.setattr(objective, "pair_loss", poisoned)
 
 
 def _poison_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
