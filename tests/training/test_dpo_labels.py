@@ -153,12 +153,12 @@ def test_changed_labels_are_refused(tmp_path: Path, model_folder: Path, monkeypa
         dpo.run(run)
 
 
-def test_unbalanced_labels_are_noted_once(
+def test_labels_that_are_all_alike_are_warned_of_once(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = write_labels(tmp_path / "labels.jsonl", 8, good=1.0)
     dpo.run(config("dpo", tmp_path / "run", model_folder, labels, dpo__loss_type="kto", data__eval_size=2))
-    assert capsys.readouterr().out.count("note: 6 training rows are good and 0 bad") == 1
+    assert capsys.readouterr().out.count("warning: no training row is bad") == 1
 
 
 def test_a_mismatched_row_that_fits_no_packed_row_is_an_error(tmp_path: Path, model_folder: Path) -> None:
