@@ -478,7 +478,7 @@ def _loss_conflicts(config: Config) -> Iterator[Invalid]:
     from notus.losses import LOSSES, loss_components  # imports torch
 
     dpo = config.dpo
-    for name in _loss_names(dpo):
+    for name in _components(dpo):
         if name not in LOSSES:
             yield Invalid("dpo.loss_type", f"{name!r} does not exist{nearest(name, LOSSES)}")
             return
@@ -500,8 +500,13 @@ def _loss_conflicts(config: Config) -> Iterator[Invalid]:
         yield from _without_effect("reference", config.reference, why)
 
 
-def _loss_names(dpo: DPOConfig) -> list[str]:
+def _components(dpo: DPOConfig) -> list[str]:
     return [dpo.loss_type] if isinstance(dpo.loss_type, str) else list(dpo.loss_type)
+
+
+def loss_name(dpo: DPOConfig) -> str:
+    """Return `dpo.loss_type` as messages have it: the name in quotes, or those of a sum."""
+    return ", ".join(map(repr, _components(dpo)))
 
 
 def _named(losses: Iterable["Loss"]) -> str:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from notus.config import Config, Task, load_config
+from notus.config import Config, Task, load_config, loss_name
 from notus.evaluation.arguments import count, positive
 
 if TYPE_CHECKING:
@@ -93,11 +93,6 @@ def _passes(config: Config) -> _Passes:
     return _Passes(any(loss.reference for loss in losses), any(loss.shift == "kl" for loss in losses))
 
 
-def _loss_name(config: Config) -> str:
-    loss = config.dpo.loss_type
-    return loss if isinstance(loss, str) else ", ".join(loss)
-
-
 UNITS = {"dpo": "pairs", "sft": "examples", "lists": "lists", "labels": "completions"}
 
 
@@ -115,7 +110,7 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
         return [*lines, report.OFFLOADED]
     lines += [*report.step(plan, UNITS[config.rows]), *report.advice(plan), ""]
     if config.task == "dpo" and not passes.reference:
-        lines.append(f"No reference pass: dpo.loss_type {_loss_name(config)} has no reference.")
+        lines.append(f"No reference pass: dpo.loss_type {loss_name(config.dpo)} has no reference.")
     steps = config.training.max_steps
     if rows is not None:
         whole = math.ceil((rows - config.data.eval_size) / config.training.batch_size) * config.training.epochs

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from notus.config import Config, DPOConfig
+from notus.config import Config, DPOConfig, loss_name
 from notus.data.batching import StepPlan
 from notus.data.dataset import TokenizedDataset, mismatched
 from notus.data.packing import Batch, check_fits
@@ -23,7 +23,6 @@ from notus.training.objective import (
     Measured,
     Scored,
     Totals,
-    check_ratings,
     measure_public,
     objective_of,
     ratings_or_order,
@@ -332,7 +331,7 @@ def fill_reference(config: Config) -> None:
         ValueError: a user's mistake, in one line; also a loss without a reference.
     """
     if not objective_of(config.dpo).reference:
-        raise ValueError(f"dpo.loss_type {_loss_name(config)} has no reference: there is nothing to compute")
+        raise ValueError(f"dpo.loss_type {loss_name(config.dpo)} has no reference: there is nothing to compute")
     with start(config, train=False) as job:
         assert job is not None
         for name, rows in (("train", job.train_rows), ("eval", job.eval_rows)):
@@ -344,7 +343,7 @@ def build_task(job: Run, config: Config) -> DPOTask:
     """The task of a run: its rows, with the reference log-probs read or computed here; collective."""
     objective = objective_of(config.dpo)
     if not objective.reference:
-        say(f"dpo.loss_type {_loss_name(config)} has no reference: no reference pass, and no cache")
+        say(f"dpo.loss_type {loss_name(config.dpo)} has no reference: no reference pass, and no cache")
     train = _preferences(job, config, "train", job.train_rows)
     for note in objective.notes(train.ratings, train.labels, torch.from_numpy(train.rows.loss_tokens) > 0):
         say(note)
@@ -362,22 +361,14 @@ def build_task(job: Run, config: Config) -> DPOTask:
     return task
 
 
-def _loss_name(config: Config) -> str:
-    names = config.dpo.loss_type
-    return repr(names) if isinstance(names, str) else ", ".join(map(repr, names))
-
-
 def _preferences(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Preferences:
-    """Rows of "train" or "eval" with what their loss needs. Raises ValueError if their ratings are not all known."""
+    """Rows of "train" or "eval" with what their loss needs. Raises ValueError if none has another prompt, for KTO."""
     objective = objective_of(config.dpo)
-    key = f"data.{name}: dpo.loss_type {_loss_name(config)} needs ratings"
-    if objective.ratings:
-        check_ratings(rows.ratings, rows.loss_tokens, lambda index: rows.info(index).place, key)
     found = Preferences(rows, None)
     if config.rows == "lists":
         found.ratings = torch.from_numpy(ratings_or_order(rows.ratings, rows.loss_tokens))
     elif objective.ratings:
-        assert rows.ratings is not None
+        assert rows.ratings is not None  # checked when the data were loaded
         found.ratings = torch.from_numpy(rows.ratings)
     if config.rows == "labels":
         assert rows.labels is not None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config
+from notus.config import Config, loss_name
 from notus.data.batching import StepPlan, packing_report
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
@@ -40,7 +40,7 @@ from notus.training.dataloader import row_costs
 from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
-from notus.training.objective import objective_of
+from notus.training.objective import check_ratings, objective_of
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
 from notus.training.parallelize import COMPUTE_DTYPES, build_policy, check_adapters, find_path, read_model_config
 from notus.training.reference import digest_of_rows
@@ -397,7 +397,17 @@ def _load_data(config: Config, model_config: PreTrainedConfig, tokenizer: PreTra
         distributed.say(notice)
     for rows in every:
         check_fits(int(rows.lengths.max()), config.training.tokens_per_row)
+    for name, part in (("train", inputs.train), ("eval", inputs.eval)):
+        if part is not None:
+            _check_ratings(config, name, part)
     return inputs
+
+
+def _check_ratings(config: Config, name: str, rows: TokenizedDataset) -> None:
+    """Raise ValueError, naming the data and the loss, if the loss needs ratings that a row does not have."""
+    if config.task == "dpo" and objective_of(config.dpo).ratings:
+        key = f"data.{name}: dpo.loss_type {loss_name(config.dpo)} needs ratings"
+        check_ratings(rows.ratings, rows.loss_tokens, lambda index: rows.info(index).place, key)
 
 
 def _path(config: Config, model_config: PreTrainedConfig, device: torch.device) -> PathChoice:
