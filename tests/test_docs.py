@@ -33,6 +33,19 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+def test_the_site_links_to_the_repository():
+    links = runpy.run_path(str(ROOT / "docs" / "site_links.py"))["replace_links"]
+    text = "[a](../notus/losses.py) [b](data.md#files) [c](../README.md#models), ![d](losses.svg) [e](../configs/demo)"
+    assert links(text, "page.md", "https://host/me/notus.git") == (
+        "[a](https://host/me/notus/blob/main/notus/losses.py) [b](data.md#files) "
+        "[c](https://host/me/notus/blob/main/README.md#models), ![d](losses.svg) "
+        "[e](https://host/me/notus/tree/main/configs/demo)"
+    )
+    assert links(text, "page.md", "") == "a [b](data.md#files) c, ![d](losses.svg) e"
+    with pytest.raises(ValueError, match=r"docs/page.md links to ../gone.py"):
+        links("[x](../gone.py)", "page.md", "")
+
+
 def test_the_config_is_described_as_it_is():
     made = runpy.run_path(str(ROOT / "docs" / "make_config.py"))["render"]()
     text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
