@@ -9,6 +9,7 @@ OUTPUT_DIR/beta-0.05/  beta-0.1/  ...  reference/  sweep.json  report.html
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import importlib.util
 import itertools
 import json
@@ -63,9 +64,17 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A run of the grid: its folder's name, the overrides that make it, and the config that these give."""
+    """A run of the grid.
+
+    Attributes:
+        name: its folder's name.
+        values: what the grid's keys are in it.
+        words: the overrides that make it.
+        config: what these give.
+    """
 
     name: str
+    values: Mapping[str, Any]
     words: tuple[str, ...]
     config: "Config"
 
@@ -240,10 +249,14 @@ def plan(config: str, overrides: Sequence[str], *, task: "Task", output: str | N
     folder = Path(output or drafts[0].training.output_dir)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds a run: choose another folder for the sweep with --output DIR")
+    if any(draft.training.resume == "never" for draft in drafts):
+        raise ValueError("training.resume=never: a sweep resumes its own runs; to start over, choose another --output")
+    date = _shared_date(folder)
     runs = []
     for words, draft in zip(grid, drafts, strict=True):
         with _naming(words):
-            runs.append(_planned(config, [*fixed, *words], axes, draft, folder, cache))
+            dated = [] if draft.data.template_date else [f"--data.template_date={date}"]
+            runs.append(_planned(config, [*fixed, *words, *dated], axes, draft, folder, cache))
     _check_names(runs, grid)
     return folder, runs
 
@@ -274,6 +287,18 @@ def _given_cache(config: str, fixed: Sequence[str]) -> str | None:
     return None if given in (None, "null") else str(given)
 
 
+def _shared_date(folder: Path) -> str:
+    """Return the date that chat templates of all runs take for today: that of the sweep's first run, else today.
+
+    Otherwise runs of different days could have different prompts, and need a reference of their own.
+    """
+    from notus.config import read_yaml
+    from notus.training.run_folder import CONFIG_FILE
+
+    dates = [read_yaml(path).get("data", {}).get("template_date") for path in folder.glob(f"*/{CONFIG_FILE}")]
+    return min((date for date in dates if date), default=datetime.date.today().isoformat())
+
+
 def _has_reference(config: "Config") -> bool:
     from notus.losses import loss_components
 
@@ -286,14 +311,15 @@ def _planned(
     """Return a run with its own folder and the cache that all share; a loss without a reference has none."""
     from notus.config import load_config
 
-    name = run_name({axis.key: value_of(draft, axis.key) for axis in axes})
+    values = {axis.key: value_of(draft, axis.key) for axis in axes}
+    name = run_name(values)
     more = [f"--training.output_dir={_yaml_string(folder / name)}"]
     if _has_reference(draft) and not cache:
         more.append(f"--reference.cache_dir={_yaml_string(folder / 'reference')}")
     elif cache and not _has_reference(draft):
         more.append("--reference.cache_dir=null")
     all_words = (*words, *more)
-    return Planned(name, all_words, load_config([config, *all_words], draft.task))
+    return Planned(name, values, all_words, load_config([config, *all_words], draft.task))
 
 
 def _yaml_string(path: Path) -> str:
@@ -503,7 +529,7 @@ class Row:
     Attributes:
         name: its folder's name.
         state: finished, running, unfinished, failed or not begun.
-        settings: its config by "section.key".
+        settings: its config, `{section: {key: value}}`.
         metrics: its evaluations, and the last step's loss and rewards, by name.
         seconds: how long it trained, over all launches; None if that is not known.
     """
@@ -526,7 +552,7 @@ def read_rows(folder: Path, runs: Sequence[Planned], failed: Mapping[str, int]) 
     from notus.training.run_folder import CONFIG_FILE
 
     rows = []
-    planned = {run.name: _flat(dataclasses.asdict(run.config)) for run in runs}
+    planned = {run.name: _settings(run.config) for run in runs}
     earlier = {path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")} - set(planned)
     for name in [*planned, *sorted(earlier)]:
         if (folder / name / CONFIG_FILE).is_file():
@@ -534,23 +560,23 @@ def read_rows(folder: Path, runs: Sequence[Planned], failed: Mapping[str, int]) 
             state = "failed" if name in failed else found.state
             curves = {metric: curve.known for metric, curve in found.curves.items() if _is_shown(metric)}
             metrics = {metric: Measure.of(metric, curve.steps, curve.values) for metric, curve in curves.items()}
-            rows.append(Row(name, state, _flat(found.settings), metrics, found.environment.get("seconds")))
+            rows.append(Row(name, state, found.settings, metrics, found.environment.get("seconds")))
         else:
             rows.append(Row(name, "failed" if name in failed else "not begun", planned[name], {}))
     return rows
 
 
+def _settings(config: "Config") -> dict[str, dict[str, Any]]:
+    """Return the config as the run's folder will hold it."""
+    from notus.config import DPO_SECTIONS, SECTIONS
+
+    tree = dataclasses.asdict(config)
+    sections = [name for name in SECTIONS if config.task == "dpo" or name not in DPO_SECTIONS]
+    return {name: {key.rstrip("_"): value for key, value in tree[name].items()} for name in sections}
+
+
 def _is_shown(metric: str) -> bool:
     return metric.startswith("eval_") or metric in _METRICS
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key.rstrip('_')}": value  # as in YAML, where no key ends with an underscore
-        for section, values in settings.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
 
 
 def _compare(folder: Path, runs: Sequence[Planned], outcome: Outcome, *, sort: str | None) -> None:
@@ -563,15 +589,16 @@ def _compare(folder: Path, runs: Sequence[Planned], outcome: Outcome, *, sort: s
         tell(f"warning: --sort {sort}: no run has this metric; there are {', '.join(sorted(known))}", sys.stderr)
     key = sort if sort in known else next((metric for metric in _METRICS if metric in known), None)
     rows = sorted_rows(rows, key)
-    differing = differing_settings(rows)
-    tell("\n" + table(rows, differing, key))
+    settings = compared_settings(rows, runs)
+    tell("\n" + table(rows, settings, key))
     if folder.is_dir():
         shown = [
-            {**dataclasses.asdict(row), "settings": {name: row.settings.get(name) for name in differing}}
-            for row in rows
+            dataclasses.asdict(row) | {"settings": {key: values[place] for key, values in settings.items()}}
+            for place, row in enumerate(rows)
         ]
         write_text(folder / SUMMARY, json.dumps({"sorted_by": key, "runs": shown}, indent=1) + "\n")
-        _report([folder / row.name for row in rows if row.state != "not begun" and row.metrics], folder / REPORT)
+        if not outcome.signal:  # what stopped the sweep doesn't wait for long
+            _report([folder / row.name for row in rows if row.state != "not begun" and row.metrics], folder / REPORT)
 
 
 def _report(runs: Sequence[Path], output: Path) -> None:
@@ -582,7 +609,7 @@ def _report(runs: Sequence[Path], output: Path) -> None:
         return
     if importlib.util.find_spec("plotly") is None:
         tell(
-            f"{output}: not written, because it is drawn with plotly: pip install plotly, then `notus sweep ... --table`"
+            "no report: it is drawn with plotly. Install that (pip install plotly), then run `notus sweep ... --table`"
         )
         return
     run_command("report", *runs, "--output", output)
@@ -599,39 +626,43 @@ def sorted_rows(rows: Sequence[Row], metric: str | None) -> list[Row]:
     ]
 
 
-def differing_settings(rows: Sequence[Row]) -> list[str]:
-    """Return the keys whose values differ between runs, without those that name places or change no result."""
-    from notus.training.run_folder import FREE_KEYS
+def compared_settings(rows: Sequence[Row], runs: Sequence[Planned]) -> dict[str, list[Any]]:
+    """Return the settings to show, one value per row: those that differ and have influence, and the grid's keys."""
+    from notus.evaluation.report.tables import differing_settings
 
-    names = dict.fromkeys(name for row in rows for name in row.settings)
-    left_out = FREE_KEYS | {"data.template_date"}
-    return [name for name in names if name not in left_out and _differs(rows, name)]
-
-
-def _differs(rows: Sequence[Row], name: str) -> bool:
-    return len({json.dumps(row.settings.get(name), sort_keys=True) for row in rows}) > 1
+    keys = dict.fromkeys(".".join(key.split(".")[:2]) for run in runs for key in run.values)
+    of_grid = {key: [_setting(row, key) for row in rows] for key in keys}
+    return of_grid | differing_settings([row.settings for row in rows])
 
 
-def table(rows: Sequence[Row], differing: Sequence[str], metric: str | None) -> str:
-    """Return the comparison as lines: settings that differ, metrics, seconds, state and folder of each run."""
+def _setting(row: Row, key: str) -> Any:
+    section, name = key.split(".")
+    return row.settings.get(section, {}).get(name)
+
+
+def table(rows: Sequence[Row], settings: Mapping[str, Sequence[Any]], metric: str | None) -> str:
+    """Return the comparison as lines: settings by key, metrics, seconds, state and folder of each run."""
+    from notus.evaluation.report.tables import setting
+
     known = {name for row in rows for name in row.metrics}
     evaluated = [name for name in _METRICS if name.startswith("eval_") and name in known]
     shown = evaluated or [name for name in _METRICS if name in known]
     if metric is not None and metric not in shown:
         shown = [metric, *shown]
-    lines = [[*(name.rsplit(".", 1)[-1] for name in differing), *_heads(shown), "seconds", "state", "run"]]
-    for row in rows:
-        settings = [_in_words(row.settings.get(name)) for name in differing]
-        values = [cell for name in shown for cell in _cells(name, row.metrics.get(name))]
-        lines.append([*settings, *values, "" if row.seconds is None else f"{row.seconds:.0f}", row.state, row.name])
+    lines = [[*map(_short_key, settings), *_heads(shown), "seconds", "state", "run"]]
+    for place, row in enumerate(rows):
+        values = [setting(column[place]) for column in settings.values()]
+        values += [cell for name in shown for cell in _cells(name, row.metrics.get(name))]
+        lines.append([*values, "" if row.seconds is None else f"{row.seconds:.0f}", row.state, row.name])
+    return "\n".join(_aligned(lines, left=2))
+
+
+def _aligned(lines: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Return lines of cells with their columns aligned: the last `left` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place >= len(line) - 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    signs = [">"] * (len(widths) - left) + ["<"] * left
+    forms = [f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True)]
+    return ["  ".join(form.format(cell) for form, cell in zip(forms, line, strict=True)).rstrip() for line in lines]
 
 
 def _has_best(metric: str) -> bool:
