@@ -25,6 +25,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
+from notus import foreign_keys
+
 if TYPE_CHECKING:
     from notus.losses import Loss
 
@@ -348,7 +350,7 @@ def load_config(arguments: str | Path | Sequence[str], task: Task) -> Config:
     "command line", the key and the remedy, for anything that is not a valid configuration of a `task` run.
     """
     words = [str(arguments)] if isinstance(arguments, str | Path) else list(arguments)
-    tree, source, origins = _read_arguments(words)
+    tree, source, origins = _read_arguments(words, task)
     return config_from_dict(tree, task, source=source, origins=origins)
 
 
@@ -364,8 +366,7 @@ def config_from_dict(
         for conflict in _conflicts(config):
             raise conflict
     except Invalid as error:
-        hint = " (once true: full, false: none)" if error.key == "training.activation_checkpointing" else ""
-        raise ValueError(f"{(origins or {}).get(error.key, source)}: {error}{hint}") from None
+        raise ValueError(f"{(origins or {}).get(error.key, source)}: {error}") from None
     return config
 
 
@@ -420,7 +421,7 @@ def _conflicts(config: Config) -> Iterator[Invalid]:
         yield from _without_effect("tracking", tracking, why, keys=("sample_tokens",))
     if config.task == "sft":
         for name, section in (("dpo", config.dpo), ("reference", config.reference)):
-            yield from _without_effect(name, section, "in SFT: remove it, or run train_dpo.py")
+            yield from _without_effect(name, section, "in SFT: remove it, or run the command dpo")
     yield from _checkpoint_conflicts(config.training)
     yield from _data_conflicts(config)
     if config.task == "dpo":
@@ -470,7 +471,9 @@ def _data_conflicts(config: Config) -> Iterator[Invalid]:
         reason = "has no effect without evaluation data: set data.eval or data.eval_size, or remove it (null)"
         yield Invalid("training.eval_every", reason)
     if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
-        yield Invalid("data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}")
+        instead = _other_value("data.chat_template", data.chat_template)
+        reason = f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}{instead}"
+        yield Invalid("data.chat_template", reason)
 
 
 def _loss_conflicts(config: Config) -> Iterator[Invalid]:
@@ -480,7 +483,7 @@ def _loss_conflicts(config: Config) -> Iterator[Invalid]:
     dpo = config.dpo
     for name in _components(dpo):
         if name not in LOSSES:
-            yield Invalid("dpo.loss_type", f"{name!r} does not exist{nearest(name, LOSSES)}")
+            yield Invalid("dpo.loss_type", f"{name!r} does not exist{_other_value('dpo.loss_type', name, LOSSES)}")
             return
     try:
         losses = list(loss_components(dpo.loss_type))
@@ -587,14 +590,25 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return {name: dataclass} for all sections. Raise `Invalid` for the first key that is wrong."""
     for name, keys in tree.items():
         if name not in SECTIONS:
-            raise Invalid(str(name), f"is not a section{nearest(str(name), SECTIONS)}")
+            raise Invalid(str(name), _no_section(str(name)))
         for key in keys or {}:
             homes = [home for home, cls in SECTIONS.items() if key in _hints(cls)]
             if homes and name not in homes:
                 raise Invalid(f"{name}.{key}", f"does not exist; did you mean '{homes[0]}.{key}'?")
             if name == "dpo" and not homes and _is_option(key):
                 raise Invalid(f"dpo.{key}", f"does not exist; did you mean 'dpo.options.{key}'?")
+            if not homes and (other := foreign_keys.find(str(key))):
+                raise Invalid(f"{name}.{key}", f"does not exist; {other.advice()}")
     return {name: _fill(cls, tree.get(name) or {}, f"{name}.") for name, cls in SECTIONS.items()}
+
+
+def _no_section(name: str) -> str:
+    """Return what is wrong with a name that stands where a section should, and what to do."""
+    if other := foreign_keys.find(name):
+        return f"is not a section; {other.advice()}"
+    if homes := [home for home, cls in SECTIONS.items() if name in _hints(cls)]:
+        return f"is not a section; set {homes[0]}.{name}"
+    return f"is not a section{nearest(name, SECTIONS)}"
 
 
 def _fill(cls: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
@@ -623,8 +637,8 @@ def _invalid(error: ValidationError, hints: Mapping[str, Any], values: Mapping[s
     reason = f", not {_SHORT.repr(values[key])}"
     if first["type"] == "less_than" and first["ctx"]["lt"] == 2**63:
         reason += ", which takes more than 64 bits"
-    if get_origin(hints[key]) is Literal:
-        reason += nearest(_SHORT.repr(values[key]).strip("'"), get_args(hints[key]))
+    choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+    reason += _other_value(f"{prefix}{key}", values[key], choices)
     if source_error := first.get("ctx", {}).get("error"):
         reason = f": {source_error}"
     return Invalid(f"{prefix}{key}", f"must be {describe(hints[key])}{reason}")
@@ -654,6 +668,13 @@ def _limit(bound: Ge | Gt | Le | Lt) -> str:
             return f"<= {high}"
         case Lt(high):
             return f"< {high}"
+
+
+def _other_value(key: str, value: Any, valid: Iterable[str] = ()) -> str:
+    """Return how a message about a wrong value ends: what to set, if another trainer has it, else the nearest."""
+    if (advice := foreign_keys.find_value(key, value)) is not None:
+        return f": {advice}"
+    return nearest(_SHORT.repr(value).strip("'"), valid) if valid else ""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -768,7 +789,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {line}not valid YAML: character {error.character:#x} is not allowed") from error
 
 
-def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str, str]]:
+def _read_arguments(words: Sequence[str], task: Task) -> tuple[dict[str, Any], str, dict[str, str]]:
     """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
     _check_spaces(words)
     paths = [word for word in words if not word.startswith("-")]
@@ -777,8 +798,7 @@ def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str
         raise ValueError(f"command line: expected CONFIG.yaml [--section.key=value ...], but got {got}")
     source = os.path.expanduser(paths[0])
     tree = read_yaml(Path(source))
-    if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
-        raise ValueError(f"{source}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
+    _check_sections(tree, source, task)
     origins = {}
     for word in words:
         if word.startswith("-"):
@@ -791,6 +811,25 @@ def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str
     return tree, source, origins
 
 
+_NAMED = 4  # how many keys of a file without sections a message translates
+
+
+def _check_sections(tree: Any, source: str, task: Task) -> None:
+    """Raise ValueError for a file that is not made of sections, or is made for the other task."""
+    if isinstance(tree, dict):
+        stray = {str(name): where for name in tree if name not in SECTIONS and (where := _home(str(name)))}
+        if stray:
+            known = sorted(stray.items(), key=lambda item: "." not in item[1])  # those that have a key here go first
+            shown = ", ".join(f"{name} -> {where}" for name, where in known[:_NAMED])
+            more = f", and {len(stray) - _NAMED} more" if len(stray) > _NAMED else ""
+            raise ValueError(f"{source}: write the keys in sections: {shown}{more}; see docs/coming-from-trl.md")
+    if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
+        raise ValueError(f"{source}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
+    for name in DPO_SECTIONS:
+        if task == "sft" and tree.get(name):
+            raise ValueError(f"{source}: has a section `{name}`, so it is for DPO: run the command dpo, or remove it")
+
+
 def _mapping(value: Any, key: str) -> dict[str, Any]:
     """Return what a key holds so far as a mapping, to which an override adds an entry."""
     if value is not None and not isinstance(value, dict):
@@ -798,11 +837,27 @@ def _mapping(value: Any, key: str) -> dict[str, Any]:
     return value or {}
 
 
+def _home(name: str) -> str:
+    """Return where a key without its section, or another trainer's, is set: "section.key", why nowhere, or ""."""
+    if (other := foreign_keys.find(name)) is not None:
+        return " and ".join(other.keys) or "(none needed)" * (other.kind == "none needed") or "(not available)"
+    return next((f"{home}.{name}" for home, cls in SECTIONS.items() if name in _hints(cls)), "")
+
+
 def _check_spaces(words: Sequence[str]) -> None:
-    """Reject `--section.key value`: the value would be taken for a second config file."""
+    """Reject `--section.key value`: the value would be taken for a second config file. Reject keys without section."""
+    for word in words:
+        if (flat := re.match(r"--([\w-]+)(?:=|$)", word)) and _home(flat[1].replace("-", "_")):
+            name = flat[1].replace("-", "_")
+            raise ValueError(f"command line: --{flat[1]} has no section; {_advice(name)}")
     for key, value in itertools.pairwise(words):
         if re.fullmatch(r"--\w+\.\w+", key) and not value.startswith("-"):
             raise ValueError(f"command line: '{key} {value}' needs a = between: {key}={value}")
+
+
+def _advice(name: str) -> str:
+    other = foreign_keys.find(name)
+    return other.advice() if other else f"set {_home(name)}"
 
 
 def _parse_override(word: str) -> tuple[str, list[str], Any]:
@@ -813,5 +868,21 @@ def _parse_override(word: str) -> tuple[str, list[str], Any]:
         raise ValueError(f"command line: {word!r} is not of the form --section.key=value (no value is null)")
     section, key, text = match.groups()
     if section not in SECTIONS:
-        raise ValueError(f"command line: section {section!r} does not exist{nearest(section, SECTIONS)}")
-    return section, key.split("."), _parse_yaml(text, f"command line: --{section}.{key}")
+        known = foreign_keys.find(key) or foreign_keys.find(section)
+        remedy = f"; {known.advice()}" if known else nearest(section, SECTIONS)
+        raise ValueError(f"command line: section {section!r} does not exist{remedy}")
+    value = _parse_yaml(text, f"command line: --{section}.{key}")
+    return section, key.split("."), _split_at_commas(section, key, value)
+
+
+def _split_at_commas(section: str, key: str, value: Any) -> Any:
+    """Return `a,b` as [a, b] for a key whose value is a list of strings; any other value as it is."""
+    hint = _hints(SECTIONS[section]).get(key)
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    is_list = any(get_origin(part) is Annotated and get_args(part)[0] == list[String] for part in choices)
+    words = [word for part in choices if get_origin(part) is Literal for word in get_args(part)]
+    if not is_list or not isinstance(value, str) or value in words:
+        return value
+    if foreign_keys.find_value(f"{section}.{key}", value) is not None:
+        return value  # the check of the values says what to set instead
+    return [part.strip() for part in value.split(",")]

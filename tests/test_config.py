@@ -168,7 +168,7 @@ MISTAKES = {
     "--dpo.beta=0": "a number > 0, not 0",
     "--dpo.label_smoothing=0.6": "a number >= 0 and <= 0.5, not 0.6",
     "--lora.dropout=1": "a number >= 0 and < 1, not 1",
-    "--lora.target_modules=q_proj": "a list of strings or 'all-linear', not 'q_proj'",
+    "--lora.target_modules=q_proj,,v_proj": "a list of strings or 'all-linear', not ['q_proj', '', 'v_proj']",
     "--lora.target_modules=[]": "a list of strings or 'all-linear', not []",
     "--lora.target_modules=[3]": "a list of strings or 'all-linear', not [3]",
     "--training.seed=2026-13-45": "an integer >= 0, not '2026-13-45'",
@@ -205,6 +205,8 @@ def test_mistakes_on_the_command_line_are_named(minimal: str, override: str) -> 
 
 def test_unknown_sections_and_single_dashes_are_named(minimal: str) -> None:
     with pytest.raises(ValueError, match=r"command line: .*'trainin' does not exist; did you mean 'training'"):
+        load(minimal, "--trainin.tokens_per_row=1")
+    with pytest.raises(ValueError, match=r"command line: .*'trainin' does not exist; set training\.epochs$"):
         load(minimal, "--trainin.epochs=1")
     with pytest.raises(ValueError, match=r"command line: '-v' .*--section\.key=value"):
         load(minimal, "-v")
@@ -293,7 +295,7 @@ def test_settings_without_effect_are_rejected(minimal: str, overrides: list[str]
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--dpo.beta=0.2", "dpo.beta has no effect in SFT: remove it, or run train_dpo.py"),
+        ("--dpo.beta=0.2", "dpo.beta has no effect in SFT: remove it, or run the command dpo"),
         ("--reference.cache_dir=x", "reference.cache_dir has no effect in SFT"),
         ("--data.max_prompt_length=5", "data.max_prompt_length has no effect in SFT, which cuts long rows"),
     ],
@@ -324,6 +326,38 @@ def test_sft_rejects_what_only_dpo_uses(minimal: str, override: str, message: st
 ])  # fmt: skip
 def test_the_same_settings_are_valid_where_they_have_an_effect(minimal: str, overrides: list[str]) -> None:
     load(minimal, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "key", "expected"),
+    [
+        (["--lora.rank=2", "--lora.target_modules=q_proj,v_proj"], "lora", "target_modules", ["q_proj", "v_proj"]),
+        (["--lora.rank=2", "--lora.target_modules=q_proj"], "lora", "target_modules", ["q_proj"]),
+        (["--lora.rank=2", "--lora.target_modules=all-linear"], "lora", "target_modules", "all-linear"),
+        (["--lora.rank=2", "--lora.target_modules=[a, b]"], "lora", "target_modules", ["a", "b"]),
+        (["--lora.rank=2", "--lora.modules_to_save=a, b"], "lora", "modules_to_save", ["a", "b"]),
+        (["--data.new_tokens=<a>,<b>"], "data", "new_tokens", ["<a>", "<b>"]),
+        (["--data.train=a,b.jsonl"], "data", "train", [{"path": "a,b.jsonl", "split": "train", "weight": 1.0}]),
+        (["--training.output_dir=a,b"], "training", "output_dir", "a,b"),
+        (["--tracking.wandb=true", "--tracking.run_name=a,b"], "tracking", "run_name", "a,b"),
+    ],
+)
+def test_a_comma_separates_the_entries_of_a_list_of_strings_alone(
+    minimal: str, overrides: list[str], section: str, key: str, expected: Any
+) -> None:
+    assert getattr(getattr(load(minimal, *overrides), section), key) == expected
+
+
+def test_a_config_of_dpo_is_none_of_sft(tmp_path: Path) -> None:
+    """Decided by the sections of the file, also where their values are the defaults; an empty one says nothing."""
+    path = tmp_path / "run.yaml"
+    for section in ("dpo: {beta: 0.1}", "reference: {cache_dir: null}"):
+        path.write_text(f"{MINIMAL}{section}\n")
+        name = section.split(":")[0]
+        with pytest.raises(ValueError, match=f"has a section `{name}`, so it is for DPO: run the command dpo"):
+            load_config(path, "sft")
+    path.write_text(f"{MINIMAL}dpo:\n")
+    assert load_config(path, "sft").task == "sft"
 
 
 def test_entries_of_a_mapping_are_set_one_by_one(minimal: str, tmp_path: Path) -> None:
@@ -417,7 +451,7 @@ def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_the_older_values_of_activation_checkpointing_get_a_hint(minimal: str, value: str) -> None:
-    with pytest.raises(ValueError, match=r"activation_checkpointing must be .*\(once true: full, false: none\)"):
+    with pytest.raises(ValueError, match=r"activation_checkpointing must be .*: set '(full|none)'$"):
         load(minimal, f"--training.activation_checkpointing={value}")
 
 
