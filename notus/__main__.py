@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from notus.runtime.process import configure_allocator, leave, run_entry
+from notus.runtime.process import configure_allocator, guard_streams, leave, run_entry
 
 HELP = {
     "demo": "make data, train a small model on it and align it, to see the whole path work",
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit as argparse does: 2 for a command line that cannot be read, 0 after help.
     """
     configure_allocator()
+    guard_streams()
     args = _parse(sys.argv[1:] if argv is None else list(argv))
     return run_entry(lambda: args.run(args))
 
