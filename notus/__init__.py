@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from notus.api import Callback, Result, load_result, train
+    from notus.api import Callback, Result, Scores, load_result, score, train
     from notus.config import Config, load_config
 
 __all__ = [
     "Callback",
     "Config",
     "Result",
+    "Scores",
     "load_config",
     "load_result",
+    "score",
     "train",
 ]
 

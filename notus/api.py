@@ -21,7 +21,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,12 @@ from torch.fx.experimental import _config as symbols
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.config import SECTIONS, Config, Task, config_from_dict, load_config, read_yaml
+from notus.evaluation.preferences.scores import Scoring
+from notus.evaluation.resolve_model import ChatSettings, ModelSource
+from notus.evaluation.score import Lengths, Scores, read_model, score_rows, tokenize, tokenizer_for
+from notus.model.export import load_causal_lm
 from notus.runtime import switches
+from notus.runtime.distributed import process_group
 from notus.training import dpo, sft
 from notus.training.callbacks import Callback, Caller
 from notus.training.checkpoint import checkpoints_in
@@ -44,7 +49,7 @@ if TYPE_CHECKING:
 
 Rows = "datasets.Dataset | Sequence[Mapping[str, Any]]"
 
-__all__ = ["Callback", "Result", "load_result", "train"]
+__all__ = ["Callback", "Result", "Scores", "load_result", "score", "train"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +99,6 @@ class Result:
                 f"{self.output_dir}: this run is not finished, so it has no model yet; resume it, or export its newest "
                 "checkpoint with `notus export`"
             )
-        from notus.model.export import load_causal_lm
-
         with _process_unchanged():
             return load_causal_lm(
                 self.model_path,
@@ -200,6 +203,86 @@ def _read_lines(path: Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read as metrics ({error}); restore the file") from error
+
+
+def score(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: "datasets.Dataset | Sequence[Any] | str | os.PathLike[str]",
+    *,
+    reference: PreTrainedModel | str | os.PathLike[str] | None = None,
+    beta: float = 0.1,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    chat_template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    tokens_per_row: int = 4096,
+    precision: Literal["bf16", "fp32"] | None = None,
+    trust_remote_code: bool = False,
+) -> Scores:
+    """Compute the log-probs of completions, and with a reference their DPO rewards.
+
+        scores = notus.score(model, tokenizer, pairs, reference="HuggingFaceTB/SmolLM2-135M-Instruct")
+        scores.logps, scores.tokens, scores.margins
+
+    The packed path is used where a check shows that it computes what the model's own forward pass does. Elsewhere the
+    model's own forward pass is used. A loaded model stays on its device and is not changed. Under torchrun, all ranks
+    call this with the same arguments and share the rows.
+
+    Args:
+        model: a loaded transformers model (also one with PEFT adapters), or the folder or hub id of a model, an adapter
+            or a run.
+        tokenizer: of the model; None: that of its folder, or hub id.
+        pairs: rows in any form that training takes: pairs, lists, labelled answers or demonstrations, as a list of
+            mappings, a `datasets.Dataset` or a file; or a list of tuples (prompt, completion). The first row decides
+            which of them.
+        reference: what the rewards are relative to, given as the model is.
+        beta: scale of the rewards.
+        max_length: most tokens of prompt and completion; longer rows are cut as in training. None: nothing is cut, and
+            a row that is longer than the model's context is an error.
+        max_prompt_length: prompt tokens to keep of a row that is too long; None: half of `max_length`.
+        chat_template: "zephyr" or a `.jinja` file; None: that of the run or the tokenizer.
+        columns: what the rows call their columns, `{their name: ours}`.
+        tokens_per_row: most tokens of a packed row. It bounds the memory.
+        precision: "bf16" or "fp32", of models that are loaded here; a loaded model computes in its own dtype. None:
+            that of the run, else bf16 on a GPU and fp32 on a CPU.
+        trust_remote_code: run Python code that comes with a model.
+
+    Raises:
+        ValueError: a mistake in the arguments, the rows or the models, in one line that says what to change.
+    """
+    if tokens_per_row < 1 or beta <= 0:
+        raise ValueError(f"tokens_per_row and beta must be above 0, not {tokens_per_row} and {beta}")
+    given = {"model": model} if reference is None else {"model": model, "reference": reference}
+    with _process_unchanged(), process_group() as home:
+        models = {name: read_model(each, name, device=home, trust=trust_remote_code) for name, each in given.items()}
+        policy, _ = models["model"]
+        tokenizer = tokenizer_for(policy, tokenizer, trust_remote_code)
+        chat = ChatSettings.of_run(policy.settings) if isinstance(policy, ModelSource) else ChatSettings()
+        if chat_template is not None:
+            chat = dataclasses.replace(chat, chat_template=chat_template)
+        lengths = Lengths(max_length, max_prompt_length)
+        rows, report = tokenize(pairs, tokenizer, chat, lengths, columns or {})
+        found = {}
+        for name, (each, device) in models.items():
+            computed = precision or _precision(each, device)
+            scoring = Scoring(rows, tokenizer, computed, device, tokens_per_row, trust_remote_code)
+            found[name] = score_rows(each, name, scoring)
+    return Scores(
+        logps=found["model"].logps,
+        tokens=torch.from_numpy(rows.loss_tokens),
+        rows=torch.from_numpy(rows.stored_rows),
+        report=report,
+        reference_logps=found["reference"].logps if "reference" in found else None,
+        beta=beta,
+        path=found["model"].path,
+        path_reason=found["model"].reason,
+    )
+
+
+def _precision(model: torch.nn.Module | ModelSource, device: torch.device) -> str:
+    default = "bf16" if device.type == "cuda" else "fp32"
+    return model.choose(None, "training.precision", default) if isinstance(model, ModelSource) else default
 
 
 # ---- arguments -> config ----

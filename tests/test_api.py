@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -295,3 +296,113 @@ def test_importing_notus_imports_no_torch() -> None:
         assert getattr(notus, name).__module__.startswith("notus.")
     with pytest.raises(AttributeError, match="no attribute 'trane'"):
         notus.trane  # type: ignore[attr-defined]  # noqa: B018
+
+
+# ---- scoring ----
+
+
+def expected_logps(model: torch.nn.Module, prompt: str, completion: str) -> tuple[float, int]:
+    """What transformers' own forward says of a completion and the end-of-sequence token, and how many tokens it has."""
+    tokenizer = toy_tokenizer()
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor(tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id])
+    was_training = model.training
+    with torch.no_grad():
+        logps = model.eval()(ids[None]).logits[0].double().log_softmax(-1)
+    model.train(was_training)
+    return logps[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum().item(), len(ids) - start
+
+
+def expected_scores(model: torch.nn.Module, pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    found = [[expected_logps(model, row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in pairs]
+    return torch.tensor(found)[..., 0], torch.tensor(found)[..., 1].long()
+
+
+def snapshot(model: torch.nn.Module) -> list[Any]:
+    """All that scoring could change of a model."""
+    modules = [
+        (name, type(each), each.training, sorted(vars(each)), "forward" in vars(each))
+        for name, each in model.named_modules()
+    ]
+    places = [(name, id(tensor), tensor.requires_grad) for name, tensor in model.named_parameters()]
+    return [modules, places, model.config.to_dict(), model.config._attn_implementation]
+
+
+@pytest.mark.parametrize("path", ["packed", "plain"])
+def test_scores_are_those_of_transformers_own_forward(path: str) -> None:
+    model, pairs = toy_model("llama").train(), rows(7)
+    hooks = []
+    if path == "plain":  # what a hook does is not known to the packed path
+        hooks.append(model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5))
+    before = snapshot(model)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = notus.score(model, toy_tokenizer(), pairs)
+    assert snapshot(model) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert scores.path == path
+    assert (scores.path_reason is None) == (path == "packed")
+    logps, tokens = expected_scores(model, pairs)
+    torch.testing.assert_close(scores.logps, logps, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores.tokens, tokens)
+    assert torch.equal(scores.chosen, scores.logps[:, 0])
+    with pytest.raises(ValueError, match="pass reference="):
+        _ = scores.margins
+
+
+def test_rewards_are_relative_to_the_reference(model_folder: Path) -> None:
+    pairs, policy = rows(5), toy_model(seed=1)
+    scores = notus.score(policy, toy_tokenizer(), datasets.Dataset.from_list(pairs), reference=model_folder, beta=0.3)
+    (policy_logps, _), (reference_logps, _) = (expected_scores(each, pairs) for each in (policy, toy_model()))
+    torch.testing.assert_close(scores.reference_logps, reference_logps, rtol=1e-5, atol=1e-5)
+    rewards = 0.3 * (policy_logps - reference_logps)
+    torch.testing.assert_close(scores.rewards, rewards, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.margins, rewards[:, 0] - rewards[:, 1], rtol=1e-4, atol=1e-5)
+    by_path = notus.score(str(model_folder), None, pairs, reference=toy_model())
+    torch.testing.assert_close(by_path.rewards, torch.zeros(5, 2), rtol=0, atol=1e-5)
+
+
+def test_prompts_with_one_completion_and_rows_that_are_dropped() -> None:
+    model = toy_model()
+    pairs = [("the quick", " fox"), ("a poem", ""), ("the sea", " hello world")]
+    scores = notus.score(model, toy_tokenizer(), pairs)
+    assert scores.rows.tolist() == [0, 2]
+    assert "1" in str(scores.report)
+    expected = [expected_logps(model, *pairs[index]) for index in (0, 2)]
+    torch.testing.assert_close(scores.logps, torch.tensor([[each] for each, _ in expected]), rtol=1e-5, atol=1e-5)
+    assert scores.tokens.tolist() == [[count] for _, count in expected]
+    with pytest.raises(ValueError, match="not pairs"):
+        _ = scores.rejected
+
+
+def test_a_model_with_peft_adapters_is_scored_by_its_own_forward() -> None:
+    import peft
+
+    wrapped = peft.get_peft_model(toy_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    pairs = rows(3)
+    scores = notus.score(wrapped, toy_tokenizer(), pairs)
+    assert scores.path == "plain"
+    torch.testing.assert_close(scores.logps, expected_scores(wrapped, pairs)[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(scores.logps, expected_scores(toy_model(), pairs)[0], atol=0.1)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        notus.train({"training": {"output_dir": "nowhere"}}, model=wrapped, tokenizer=toy_tokenizer(), train=pairs)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pairs": []}, "holds no rows"),
+        ({"pairs": [("a", "b"), ("a", "b", "c")]}, r"row 2: is not a tuple \(prompt, completion\)"),
+        ({"pairs": [{"question": "a"}]}, "no known"),
+        ({"tokenizer": None}, "tokenizer: is required with a loaded model"),
+        ({"model": "nowhere/at all"}, "nowhere/at all"),
+        ({"model": torch.nn.Linear(1, 1)}, r"^model: is a Linear"),
+        ({"reference": 3}, r"^reference: is a int"),
+        ({"beta": 0.0}, "beta must be above 0"),
+        ({"pairs": [("the sea " * 200, " fox")]}, r"the context of model ends at 256.*set max_length"),
+    ],
+)
+def test_scoring_names_what_is_wrong(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        notus.score(**{"model": toy_model(), "tokenizer": toy_tokenizer(), "pairs": rows(2), **given})
+    assert "\n" not in str(caught.value)
+    assert not dist.is_initialized()
