@@ -77,18 +77,18 @@ def open_folder(config: Config) -> Opening:
     return Opening(finished=False, checkpoints=checkpoints)
 
 
-def is_finished(config: Config) -> bool:
+def holds_finished(config: Config) -> bool:
     """Whether the folder holds this run with its final model. Changes nothing.
 
     Raises:
         ValueError: the folder holds a run with another config.
     """
     folder = Path(config.training.output_dir)
-    if not (folder / CONFIG_FILE).exists() or not _has_begun(folder):
+    if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
         return False
     dated = dataclasses.replace(config.data, template_date=template_date(config))
     _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
-    return any((folder / MODEL / name).is_file() for name in _MODEL_FILES)
+    return is_finished(folder)
 
 
 def _resume(config: Config) -> str:
