@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from notus.runtime.command_line import called_as
-from notus.runtime.process import configure_allocator, leave, run_entry
+from notus.runtime.process import configure_allocator, guard_streams, leave, run_entry
 
 HELP = {
     "dpo": "train with DPO or another preference loss",
@@ -22,6 +22,7 @@ HELP = {
     "demo": "make data, train a small model on it and align it, to see the whole path work",
     "curate": "turn UltraFeedback records into preference pairs",
     "data": "show the rows of a config as the model sees them; --html: as a page to browse, compare and mark them",
+    "sweep": "train one run for each combination of several values, and compare them in a table and a report",
     "reference": "compute the reference log-probs of a DPO config, and stop",
     "evaluate": "measure a model: preferences on held-out pairs, or another --suite",
     "generate": "complete the prompts of a file",
@@ -34,6 +35,7 @@ MODULES = {
     "demo": "notus.demo",
     "curate": "notus.curation.command",
     "data": "notus.data_browser.command",
+    "sweep": "notus.sweep",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit as argparse does: 2 for a command line that cannot be read, 0 after help.
     """
     configure_allocator()  # before torch is imported
+    guard_streams()
     words = sys.argv[1:] if argv is None else list(argv)
     return run_entry(_find(words), resumable=words[0] in ("dpo", "sft"))
 

@@ -22,7 +22,7 @@ from notus.model.policy import Policy
 from notus.model.routers import Routers
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
-from notus.training.checkpoint import Progress
+from notus.training.checkpoint import Progress, step_of
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import Dataloader, row_costs
 from notus.training.gradient_clipping import clipped_update, gradient_norm, is_first_replica, local_gradients
@@ -197,11 +197,13 @@ class Trainer:
             try:
                 with self._dataloader() as loader:
                     ending = self._train(loader)
-            except Exception as error:
-                if not isinstance(error, RuntimeError):  # which may mean that the other ranks are gone
+            except BaseException as error:
+                # a RuntimeError may mean that the other ranks are gone
+                if world_size() == 1 or not isinstance(error, RuntimeError):
                     self.checkpoints.wait()  # what was saved before is worth its last bytes
                 raise
             self.checkpoints.wait()
+            self._report_saved()
         self._report_idle(loader)
         return ending
 
@@ -217,6 +219,7 @@ class Trainer:
             # Saved after it is recorded, so that a resumed run does not log the step again.
             if ending or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
                 self._save()
+            self._report_saved()
             if ending:
                 return ending
         return Ending.FINISHED
@@ -385,7 +388,13 @@ class Trainer:
         self.progress.task = self.task.state()
         self.progress.trackers = self.tracker.state()
         self.tracker.sync(self.progress.step)
+        self.checkpoints.wait()
+        self._report_saved()  # the next one may replace it
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
+
+    def _report_saved(self) -> None:
+        for path in self.checkpoints.completed():
+            self.tracker.saved(step_of(path), path)
 
     def _dataloader(self) -> Dataloader:
         task = self.task
