@@ -1,4 +1,7 @@
-"""configs/launch: the files parse, their commands are ones that torchrun and notus read, and jobs are requeued."""
+"""configs/launch: the files parse, their commands are ones that torchrun and notus read, and jobs are requeued.
+
+test_two_nodes.py trains by the script for several nodes.
+"""
 
 import json
 import os
@@ -11,10 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ranks import free_port
-from runs import read_metrics, settings, wait_until, write_pairs
+from runs import wait_until
 from torch.distributed.run import get_args_parser
-from toys import toy_model_folder
 
 from notus.config import load_config
 
@@ -164,20 +165,3 @@ def test_a_kubernetes_job_is_consistent(name, monkeypatch):
     assert int(arguments.nnodes) == spec["completions"] == spec["parallelism"]
     port = service["spec"]["ports"][0]["port"]
     assert arguments.rdzv_endpoint == f"{job['metadata']['name']}-0.{pod['subdomain']}:{port}"
-
-
-@pytest.mark.slow
-def test_two_tasks_of_a_job_train_together(cluster, monkeypatch):
-    """The script itself, with two torchrun agents over gloo in place of two nodes."""
-    both = 'trap : TERM; for node in 0 1; do "$@" & done; wait -n && wait -n'
-    (cluster / "bin" / "srun").write_text(f"#!/bin/bash\n{both}\n")
-    (cluster / "bin" / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
-    (cluster / "bin" / "torchrun").write_text(f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
-    job = {"SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": str(20000 + free_port() % 20000), "GLOO_SOCKET_IFNAME": "lo"}
-    for name, value in {**job, "PET_LOCAL_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}.items():
-        monkeypatch.setenv(name, value)
-    tree = settings(cluster / "run", toy_model_folder(cluster / "model"), write_pairs(cluster / "pairs.jsonl", 8))
-    (cluster / "config.yaml").write_text(yaml.safe_dump({**tree, "dpo": {"beta": 0.1}}))
-    words = ["dpo", "config.yaml", "--training.sharding=hybrid"]  # which is an error on one node
-    assert submit(LAUNCH / "slurm-several-nodes.sh", "", *words).wait(timeout=180) == 0
-    assert len(read_metrics(cluster / "run")) == 2
