@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from notus.runtime.command_line import called_as
-from notus.runtime.process import configure_allocator, leave, run_entry
+from notus.runtime.process import configure_allocator, guard_streams, leave, run_entry
 
 HELP = {
     "dpo": "train with DPO or another preference loss",
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit as argparse does: 2 for a command line that cannot be read, 0 after help.
     """
     configure_allocator()  # before torch is imported
+    guard_streams()
     words = sys.argv[1:] if argv is None else list(argv)
     return run_entry(_find(words), resumable=words[0] in ("dpo", "sft"))
 

@@ -42,6 +42,8 @@ Strings = Annotated[list[String], MinLen(1), "a list of strings"]
 NoneOrMore = Annotated[list[String], "a list of strings"]
 Count = Annotated[int, Ge(1), Lt(2**63)]
 Index = Annotated[int, Ge(0), Lt(2**63)]
+Held = Annotated[Index | Annotated[float, Gt(0), Lt(1)], "a number of rows, or a fraction above 0 and below 1"]
+Share = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Names = Annotated[dict[String, String], "a mapping of names to names"]
@@ -112,8 +114,9 @@ class DataConfig:
     """A file (JSON, JSON Lines, Parquet, CSV), a folder, a hub id, or a list of `{path, split, weight}`. Required."""
     eval: Sources | None = None
     """The same for evaluation. null: no evaluation, unless `eval_size` holds rows out of `train`."""
-    eval_size: Index = 0
-    """Rows held out of `train` for evaluation, drawn with `training.seed`."""
+    eval_size: Held = 0
+    """Rows held out of `train` for evaluation, drawn with `training.seed`: a number of rows (an integer), or a fraction
+    of the different training rows, such as 0.05. A fraction is rounded up, and leaves at least one row to train on."""
     max_length: Count = 1024
     """Longest prompt + completion in tokens. SFT cuts longer rows at their end. DPO cuts the prompt first, to
     `max_prompt_length`; if that is not enough, it cuts completions to `max_length` - `max_prompt_length`, as the
@@ -169,10 +172,17 @@ class TrainingConfig:
     """Stop after this many optimizer steps, if the epochs do not end earlier. null: run all epochs."""
     learning_rate: Positive = 5e-7
     """Peak learning rate."""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """The learning rate after warm-up: decay to zero, or stay constant."""
-    warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of all steps in which the learning rate rises linearly from zero."""
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """The learning rate after warm-up. "linear" and "cosine" decay until the last step, "constant" stays at the peak,
+    "wsd" (warm-up, stable, decay) stays at the peak and decays linearly over the last `decay_ratio` of the steps."""
+    min_lr_ratio: Share = 0.0
+    """Where the decay of linear, cosine and wsd ends, as a share of the peak. 0: at zero."""
+    warmup_ratio: Share = 0.1
+    """Share of all steps in which the learning rate rises linearly from zero, rounded up to whole steps."""
+    warmup_steps: Index | None = None
+    """The same as a number of steps, in place of `warmup_ratio`. null: `warmup_ratio` decides."""
+    decay_ratio: Annotated[float, Gt(0), Le(1)] = 0.1
+    """For wsd: share of all steps, the last ones, in which the learning rate decays, rounded up to whole steps."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """RMSprop keeps one state per parameter, AdamW two."""
     optimizer_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
@@ -182,6 +192,9 @@ class TrainingConfig:
     """Weight of the load-balancing loss of mixture-of-experts routers, averaged over the step's examples. 0: none."""
     weight_decay: NonNegative = 0.0
     """Weight decay, as torch's optimizer of that name applies it."""
+    weight_decay_exclude: NoneOrMore = field(default_factory=lambda: ["bias", "norm"])
+    """Parameters without weight decay: those whose name contains one of these words, and for "norm" all normalisation
+    layers. The default excludes what transformers' Trainer excludes. []: decay all parameters."""
     max_grad_norm: NonNegative | None = 1.0
     """Gradients are clipped to this global norm. null or 0: the norm is logged, nothing is clipped."""
     seed: Index = 42
@@ -212,6 +225,14 @@ class TrainingConfig:
     answers."""
     eval_every: Count | None = None
     """Steps between evaluations. null: at the end only."""
+    eval_at_start: bool = True
+    """Evaluate before the first step too, if there is evaluation data: `initial_evaluation.json` in the run's folder.
+    With a reference model this needs no forward pass, because the policy is the reference then."""
+    best_metric: String | None = None
+    """An evaluation metric such as `eval_loss`: the model with its best value becomes the final one. Whether higher or
+    lower is better is known by its name. null: the last model is the final one."""
+    early_stopping_patience: Count | None = None
+    """Stop after this many evaluations in a row without a new best `best_metric`. null: do not stop early."""
     save_every: Count | None = None
     """Steps between checkpoints. null: at the end of each epoch."""
     keep_checkpoints: Count | None = 2
@@ -222,6 +243,8 @@ class TrainingConfig:
     """Write checkpoints in the background, from a copy in host memory. false: wait for them, without the copy."""
     max_hours: Positive | None = None
     """Stop with a checkpoint at the first step after so many hours of one launch. The same command resumes."""
+    extend: bool = False
+    """Continue a begun or finished run to a raised `max_steps` or `epochs`. Without it, raising them is an error."""
     resume: FilePath = "auto"
     """"auto": resume from the newest checkpoint in `output_dir`. "never": start over. Or a checkpoint's folder."""
 
@@ -423,6 +446,8 @@ def _conflicts(config: Config) -> Iterator[Invalid]:
         for name, section in (("dpo", config.dpo), ("reference", config.reference)):
             yield from _without_effect(name, section, "in SFT: remove it, or run the command dpo")
     yield from _checkpoint_conflicts(config.training)
+    yield from _schedule_conflicts(config.training)
+    yield from _evaluation_conflicts(config)
     yield from _data_conflicts(config)
     if config.task == "dpo":
         yield from _loss_conflicts(config)
@@ -458,6 +483,48 @@ def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
         yield Invalid("training.keep_every", f"({every}) must be a multiple of training.save_every ({saved})")
 
 
+def _schedule_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
+    """Yield what the learning rate's schedule or the optimizer would ignore."""
+    schedule = training.lr_schedule
+    if schedule == "constant" and training.min_lr_ratio:
+        yield Invalid("training.min_lr_ratio", "has no effect with training.lr_schedule 'constant': remove it")
+    if schedule != "wsd":
+        why = f"with training.lr_schedule {schedule!r}: set that to wsd, or remove it"
+        yield from _changed(training, ("decay_ratio",), why)
+    if training.warmup_steps is not None:
+        yield from _changed(training, ("warmup_ratio",), "beside training.warmup_steps: keep one of the two")
+    elif schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
+        reason = f"({training.decay_ratio:g}) and training.warmup_ratio ({training.warmup_ratio:g}) are more than all"
+        yield Invalid("training.decay_ratio", f"{reason} steps: lower one of them")
+    if not training.weight_decay:
+        why = "while training.weight_decay is 0: set that, or remove it"
+        yield from _changed(training, ("weight_decay_exclude",), why)
+    if training.extend and training.resume == "never":
+        yield Invalid("training.extend", "has no effect with training.resume=never, which starts over: remove one")
+
+
+def _changed(training: TrainingConfig, keys: tuple[str, ...], why: str) -> Iterator[Invalid]:
+    """`_without_effect` for the section whose keys do not all have defaults."""
+    defaults = dataclasses.asdict(TrainingConfig(output_dir="-"))
+    for key in keys:
+        if getattr(training, key) != defaults[key]:
+            yield Invalid(f"training.{key}", f"has no effect {why}")
+
+
+def _evaluation_conflicts(config: Config) -> Iterator[Invalid]:
+    """Yield what needs evaluations where there are none."""
+    data, training = config.data, config.training
+    if data.eval is None and not data.eval_size:
+        why = "without evaluation data: set data.eval or data.eval_size, or remove it"
+        yield from _changed(training, ("eval_every", "eval_at_start", "best_metric", "early_stopping_patience"), why)
+    if training.best_metric is not None and training.eval_every is None:
+        reason = "needs evaluations while the model learns, to choose from: set training.eval_every"
+        yield Invalid("training.best_metric", reason)
+    if training.early_stopping_patience is not None and training.best_metric is None:
+        reason = "needs a metric to improve: set training.best_metric, for example to eval_loss"
+        yield Invalid("training.early_stopping_patience", reason)
+
+
 def _data_conflicts(config: Config) -> Iterator[Invalid]:
     data, prompt = config.data, config.data.max_prompt_length
     if config.task == "sft" and prompt is not None:
@@ -467,9 +534,6 @@ def _data_conflicts(config: Config) -> Iterator[Invalid]:
         yield Invalid("data.max_prompt_length", reason)
     if data.eval is not None and data.eval_size > 0:
         yield Invalid("data.eval_size", "has no effect beside data.eval: keep one of the two")
-    if data.eval is None and data.eval_size == 0 and config.training.eval_every is not None:
-        reason = "has no effect without evaluation data: set data.eval or data.eval_size, or remove it (null)"
-        yield Invalid("training.eval_every", reason)
     if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
         instead = _other_value("data.chat_template", data.chat_template)
         reason = f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}{instead}"
@@ -827,7 +891,9 @@ def _check_sections(tree: Any, source: str, task: Task) -> None:
         raise ValueError(f"{source}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
     for name in DPO_SECTIONS:
         if task == "sft" and tree.get(name):
-            raise ValueError(f"{source}: has a section `{name}`, so it is for DPO: run the command dpo, or remove it")
+            raise ValueError(
+                f"{source}: has a section `{name}`, which is of DPO: train with the command dpo, or remove it for SFT"
+            )
 
 
 def _mapping(value: Any, key: str) -> dict[str, Any]:

@@ -570,6 +570,10 @@ _OPTIMIZERS_OF_8_BITS = dict.fromkeys(
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adam", "paged_adamw_32bit", "AdamW")
 _SIGMOID = ("dpo", "sigmoid_dpo", "dpo_sigmoid", "standard", "default", "cdpo", "bt", "bradley_terry")
 
+_NO_FP16 = (
+    "fp16 needs loss scaling, which is not implemented, and bf16 has the range of fp32. On a GPU without bf16, set fp32"
+)
+
 VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "dpo.loss_type": {
@@ -611,6 +615,7 @@ VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "training.precision": {
             **dict.fromkeys(("bfloat16", "true", "True", "16", "bf16-mixed", "auto"), "set 'bf16'"),
+            **dict.fromkeys(("fp16", "float16", "fp16-mixed"), _NO_FP16),
             **dict.fromkeys(("float32", "32", "no", "False", "false"), "set 'fp32'"),
         },
         "training.activation_checkpointing": {

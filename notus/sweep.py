@@ -458,16 +458,16 @@ class Child:
 
 
 def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, stop_on_error: bool) -> Outcome:
-    """Train what is not finished, one run after another. Raises ValueError as `is_finished`, before the first."""
-    from notus.training.run_folder import is_finished
+    """Train what is not finished, one run after another. Raises ValueError as `holds_finished`, before the first."""
+    from notus.training.run_folder import holds_finished
 
     for planned in runs:
-        is_finished(planned.config)  # raises if the folder holds another run
+        holds_finished(planned.config)  # raises if the folder holds another run
     outcome, child = Outcome({}), Child()
     with _hold(folder), child.listening():
         for number, planned in enumerate(runs, start=1):
             header = f"\n== run {number} of {len(runs)}: {planned.name}"
-            if is_finished(planned.config):
+            if holds_finished(planned.config):
                 tell(f"{header}: finished already")
                 continue
             tell(header)
@@ -480,7 +480,7 @@ def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, sto
                 if stop_on_error:
                     break
         # a run that stopped at training.max_hours is left, too
-        outcome.left = sum(each.name not in outcome.failed and not is_finished(each.config) for each in runs)
+        outcome.left = sum(each.name not in outcome.failed and not holds_finished(each.config) for each in runs)
     return outcome
 
 

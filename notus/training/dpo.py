@@ -18,6 +18,7 @@ from notus.losses import Shift
 from notus.model.policy import Policy
 from notus.model.supported import check_context
 from notus.runtime.distributed import say, sum_across_ranks
+from notus.training.callbacks import COMMAND_LINE, Caller
 from notus.training.objective import (
     PROBE_BETA,
     Measured,
@@ -311,8 +312,8 @@ class LogRatioMean:
         self._own.zero_()
 
 
-def run(config: Config) -> int:
-    """Train with DPO as `config` says: `train_dpo.py`.
+def run(config: Config, caller: Caller = COMMAND_LINE) -> int:
+    """Train with DPO as `config` says: `train_dpo.py`, and `notus.train`.
 
     Returns:
         The exit code: 0, or `notus.runtime.process.STOPPED` if a signal ended the run before its last step.
@@ -320,7 +321,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with start(config) as job:
+    with start(config, caller) as job:
         return 0 if job is None else job.train(build_task(job, config))
 
 

@@ -64,9 +64,9 @@ def open_folder(config: Config) -> Opening:
         resume = _resume(config)
         if resume == "never":
             _set_aside(folder)
-        elif (folder / CONFIG_FILE).exists() and _has_begun(folder):
+        elif (folder / CONFIG_FILE).exists() and has_begun(folder):
             _check_same_run(folder / CONFIG_FILE, config)
-            if any((folder / MODEL / name).is_file() for name in _MODEL_FILES):
+            if is_finished(folder):
                 return Opening(finished=True, checkpoints=[])
         _check_room_for_model(folder / MODEL)
         checkpoints = _checkpoints(folder, resume)
@@ -77,18 +77,18 @@ def open_folder(config: Config) -> Opening:
     return Opening(finished=False, checkpoints=checkpoints)
 
 
-def is_finished(config: Config) -> bool:
+def holds_finished(config: Config) -> bool:
     """Whether the folder holds this run with its final model. Changes nothing.
 
     Raises:
         ValueError: the folder holds a run with another config.
     """
     folder = Path(config.training.output_dir)
-    if not (folder / CONFIG_FILE).exists() or not _has_begun(folder):
+    if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
         return False
     dated = dataclasses.replace(config.data, template_date=template_date(config))
     _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
-    return any((folder / MODEL / name).is_file() for name in _MODEL_FILES)
+    return is_finished(folder)
 
 
 def _resume(config: Config) -> str:
@@ -152,7 +152,12 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
     return ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder")
 
 
-def _has_begun(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Whether a run wrote its final model here."""
+    return any((folder / MODEL / name).is_file() for name in _MODEL_FILES)
+
+
+def has_begun(folder: Path) -> bool:
     """Whether a run got as far as training here; one that failed before leaves a config that binds nobody."""
     metrics = folder / METRICS_FILE
     logged = metrics.exists() and metrics.stat().st_size > 0

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config, loss_name
+from notus.config import Config, TrainingConfig, loss_name
 from notus.data.batching import StepPlan, packing_report
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
@@ -34,6 +34,7 @@ from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
 from notus.runtime.process import STOPPED
+from notus.training.callbacks import COMMAND_LINE, CallbackLogger, Caller
 from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
@@ -49,7 +50,7 @@ from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared,
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
 from notus.training.tracking import Tracker, hardware, open_tracker
-from notus.training.trainer import Ending, Trainer
+from notus.training.trainer import Ending, Trainer, warmup_steps
 from notus.training.trainer import Task as LoopTask
 from notus.training.warnings import plain_text_notice
 
@@ -72,6 +73,7 @@ class Run:
         checkpoints: where to resume: the first that is whole, the newest first.
         stop: requests to end before the last step.
         hardware: the job's devices.
+        caller: who started it.
     """
 
     config: Config
@@ -88,6 +90,7 @@ class Run:
     checkpoints: list[Path]
     stop: Stop
     hardware: str
+    caller: Caller
 
     @property
     def train_rows(self) -> TokenizedDataset:
@@ -136,10 +139,8 @@ class Run:
         )
         progress = self._progress(optimizer)
         tracker = distributed.main_first(lambda: self._tracker(progress))
-        if self.total_steps == 1 and training.warmup_ratio:
-            distributed.say(
-                "warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0"
-            )
+        if notice := _warmup_notice(training, self.total_steps):
+            distributed.say(notice)
         checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,
             self.device,
@@ -165,8 +166,9 @@ class Run:
         if ending is Ending.FINISHED:
             self._export()
             return 0
+        reason = "a callback" if self.stop.requested and ending is Ending.BUDGET else ending.value
         distributed.say(
-            f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; everything is saved, "
+            f"stopped by {reason} after step {progress.step} of {self.total_steps}; everything is saved, "
             "and the same command resumes the run"
         )
         return STOPPED if ending is Ending.SIGNAL else 0
@@ -235,6 +237,7 @@ class Run:
             total_steps=self.total_steps,
             hardware=self.hardware,
             data=self.inputs.summary(),
+            more=[CallbackLogger(self.caller.callbacks, self.stop)],
         )
 
     def _merged_adapter(self) -> Adapter | None:
@@ -269,11 +272,12 @@ class Run:
 
 
 @contextlib.contextmanager
-def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
+def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) -> Iterator[Run | None]:
     """Join the process group and build a run up to its first step; yields None if it is finished already.
 
     Args:
         config: the run's settings.
+        caller: who starts it.
         train: False: claim no folder and build a frozen policy, for scoring alone.
 
     Raises:
@@ -281,7 +285,7 @@ def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
     """
     stop, training = Stop(config.training.max_hours), config.training
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stop.listening())
+        stack.enter_context(stop.listening() if caller.owns_process else stop.asking())
         stack.enter_context(deterministic(training.deterministic))
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
         if training.optimizer_dtype == "int8" and train:
@@ -297,7 +301,10 @@ def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
 
             def claim() -> Opening:
                 stack.enter_context(hold_folder(config))
-                return open_folder(config)
+                opening = open_folder(config)
+                if caller.write_inputs is not None:
+                    caller.write_inputs()
+                return opening
 
             opening = distributed.on_main(claim)
             check_shared(Path(config.training.output_dir))
@@ -306,9 +313,23 @@ def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
                 yield None
                 return
             checkpoints = opening.checkpoints
-        job = _build(config, device, checkpoints, train, stop)
+        job = _build(config, device, checkpoints, train, stop, caller)
         check_newest(checkpoints, job.identity if checkpoints else {})
         yield job
+
+
+def _warmup_notice(training: TrainingConfig, total_steps: int) -> str | None:
+    """What to say of a warm-up that takes all of the run; None: it does not."""
+    warmup = warmup_steps(training, total_steps)
+    if warmup < total_steps:
+        return None
+    key = "warmup_ratio" if training.warmup_steps is None else "warmup_steps"
+    if total_steps == 1:
+        return f"warning: the only step is at learning rate 0, where warm-up begins; set training.{key}=0"
+    return (
+        f"warning: warm-up takes {warmup} steps and the run {total_steps}: the learning rate does not reach its peak; "
+        f"lower training.{key}"
+    )
 
 
 def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
@@ -323,7 +344,9 @@ def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
         )
 
 
-def _build(config: Config, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
+def _build(
+    config: Config, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop, caller: Caller
+) -> Run:
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
@@ -382,7 +405,7 @@ def _build(config: Config, device: torch.device, checkpoints: list[Path], train:
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
-        inputs, plan, checkpoints, stop, hardware(device),
+        inputs, plan, checkpoints, stop, hardware(device), caller,
     )  # fmt: skip
 
 

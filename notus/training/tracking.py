@@ -64,6 +64,9 @@ class Logger:
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Take what the model generates after `step` steps."""
 
+    def saved(self, step: int, path: Path) -> None:
+        """Take note that the checkpoint of `step` is on disk, in the folder `path`."""
+
     def sync(self, step: int) -> None:
         """Put everything on disk, before the checkpoint of `step`."""
 
@@ -455,6 +458,10 @@ class Tracker:
         if samples:
             self._each(lambda logger: logger.log_samples(step, samples))
 
+    def saved(self, step: int, path: Path) -> None:
+        """Report that the checkpoint of `step` is on disk."""
+        self._each(lambda logger: logger.saved(step, path))
+
     def state(self) -> dict[str, str]:
         """Return what a checkpoint keeps, so that a resumed run continues in the same place: the W&B run's id."""
         return dict(self._state)
@@ -489,7 +496,14 @@ class Tracker:
 
 
 def open_tracker(
-    folder: Path, config: Config, progress: Progress, *, total_steps: int, hardware: str, data: Mapping[str, Any]
+    folder: Path,
+    config: Config,
+    progress: Progress,
+    *,
+    total_steps: int,
+    hardware: str,
+    data: Mapping[str, Any],
+    more: Sequence[Logger] = (),
 ) -> Tracker:
     """Open every logger that the config asks for, continuing after `progress`; writes `data.json`. For rank 0.
 
@@ -500,6 +514,7 @@ def open_tracker(
         total_steps: of the whole run.
         hardware: the job's devices.
         data: the content of `data.json`.
+        more: further loggers, which get everything last.
 
     Raises:
         ValueError: a file is damaged, or a service rejects the run.
@@ -529,4 +544,4 @@ def open_tracker(
     if tracking.tensorboard:
         texts = {"config": to_yaml(config), "data": json.dumps(data, indent=1)}
         loggers.append(TensorBoardLogger(folder, resume_step=kept, texts=texts))
-    return Tracker(loggers)
+    return Tracker([*loggers, *more])

@@ -22,7 +22,7 @@ from notus.model.policy import Policy
 from notus.model.routers import Routers
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
-from notus.training.checkpoint import Progress
+from notus.training.checkpoint import Progress, step_of
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import Dataloader, row_costs
 from notus.training.gradient_clipping import clipped_update, gradient_norm, is_first_replica, local_gradients
@@ -175,7 +175,7 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.policy, self.optimizer, self.task, self.config = policy, optimizer, task, config
-        self.total_steps, self.warmup_steps = total_steps, math.ceil(config.warmup_ratio * total_steps)
+        self.total_steps = total_steps
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
         self.stop, self.meter, self.sample = stop, meter, sample
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -197,11 +197,13 @@ class Trainer:
             try:
                 with self._dataloader() as loader:
                     ending = self._train(loader)
-            except Exception as error:
-                if not isinstance(error, RuntimeError):  # which may mean that the other ranks are gone
+            except BaseException as error:
+                # a RuntimeError may mean that the other ranks are gone
+                if world_size() == 1 or not isinstance(error, RuntimeError):
                     self.checkpoints.wait()  # what was saved before is worth its last bytes
                 raise
             self.checkpoints.wait()
+            self._report_saved()
         self._report_idle(loader)
         return ending
 
@@ -217,6 +219,7 @@ class Trainer:
             # Saved after it is recorded, so that a resumed run does not log the step again.
             if ending or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
                 self._save()
+            self._report_saved()
             if ending:
                 return ending
         return Ending.FINISHED
@@ -305,7 +308,12 @@ class Trainer:
     def _update(self, step: int, gradients: list[Tensor], agreed: Agreement) -> None:
         """Take the optimizer's step at the schedule's learning rate, with the gradient clipped."""
         factor = learning_rate_factor(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.lr_schedule
+            step,
+            total_steps=self.total_steps,
+            warmup_steps=warmup_steps(self.config, self.total_steps),
+            schedule=self.config.lr_schedule,
+            floor=self.config.min_lr_ratio,
+            decay_steps=math.ceil(self.config.decay_ratio * self.total_steps),
         )
         self.progress.learning_rate = self.config.learning_rate * factor
         self.progress.grad_norm = agreed.norm_value
@@ -380,7 +388,13 @@ class Trainer:
         self.progress.task = self.task.state()
         self.progress.trackers = self.tracker.state()
         self.tracker.sync(self.progress.step)
+        self.checkpoints.wait()
+        self._report_saved()  # the next one may replace it
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
+
+    def _report_saved(self) -> None:
+        for path in self.checkpoints.completed():
+            self.tracker.saved(step_of(path), path)
 
     def _dataloader(self) -> Dataloader:
         task = self.task
@@ -398,6 +412,11 @@ class Trainer:
         """Print what share of this launch's steps was spent waiting; collective."""
         waited = max(gather_objects(loader.waited / self._trained if self._trained else 0.0))
         say(f"idle: {waited:.2%} of the steps for want of data, {loader.idle_share:.2%} by cost for a heavier rank")
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """Return the steps in which the learning rate rises: as configured, or a share of all steps, rounded up."""
+    return math.ceil(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
 
 
 def _own_share(window_sums: list[list[float]], count: int) -> list[float]:
