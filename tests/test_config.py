@@ -494,7 +494,8 @@ def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     task: Any = "sft" if path.name.startswith("sft") else "dpo"
     load_config(path, task)
     head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
-    assert f"train_{task}.py configs/{path.relative_to(CONFIGS)}" in head
+    place = path.relative_to(CONFIGS)
+    assert f"train_{task}.py configs/{place}" in head or f"notus {task} configs/{place}" in head
     for word in ("Command", "Hardware", "Time", "Expect"):
         assert re.search(rf"^# {word}", head, flags=re.MULTILINE), word
 
