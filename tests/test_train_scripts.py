@@ -135,7 +135,7 @@ run(sys.argv[0], run_name="__main__")
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None max_split_size_mb:64"),
     ],
 )
-@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py", "notus"])
+@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py", "notus reference"])
 def test_gpu_memory_may_grow_unless_the_user_has_configured_it(
     entry: str, given: dict[str, str], seen: str, config_file: Path
 ) -> None:
@@ -145,14 +145,20 @@ def test_gpu_memory_may_grow_unless_the_user_has_configured_it(
         tree = yaml.safe_load(config_file.read_text())
         path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if key not in ("dpo", "reference")}))
     environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
-    words = [entry, *(["reference"] if entry == "notus" else []), str(path)]
+    words = [*entry.split(), str(path)]
     command = [sys.executable, "-c", FIRST_IMPORT, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[0] == seen, done.stderr
 
 
-@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py"])
-def test_help_shows_the_usage(entry: str) -> None:
-    done = _start(entry, "--help")
-    assert done.returncode == 0
-    assert f"python {entry} CONFIG.yaml [--section.key=value ...]" in done.stdout
+@pytest.mark.parametrize(
+    "command", ["python train_dpo.py", "python train_sft.py", "python -m notus dpo", "torchrun -m notus sft"]
+)
+def test_usage_names_the_command_as_it_was_called(command: str) -> None:
+    """Without arguments: one line and exit code 1."""
+    launcher, *words = command.split()
+    environment = {**os.environ, **({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"} if launcher == "torchrun" else {})}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    usage = f"error: usage: {command} CONFIG.yaml [--section.key=value ...]; `{command} --help` lists every key\n"
+    assert done.stderr == usage

@@ -77,6 +77,20 @@ def open_folder(config: Config) -> Opening:
     return Opening(finished=False, checkpoints=checkpoints)
 
 
+def holds_finished(config: Config) -> bool:
+    """Whether the folder holds this run with its final model. Changes nothing.
+
+    Raises:
+        ValueError: the folder holds a run with another config.
+    """
+    folder = Path(config.training.output_dir)
+    if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
+        return False
+    dated = dataclasses.replace(config.data, template_date=template_date(config))
+    _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
+    return is_finished(folder)
+
+
 def _resume(config: Config) -> str:
     """`training.resume`; torchrun's restart of a launch that began anew is to resume it."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

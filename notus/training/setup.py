@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config, loss_name
+from notus.config import Config, TrainingConfig, loss_name
 from notus.data.batching import StepPlan, packing_report
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
@@ -50,7 +50,7 @@ from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared,
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
 from notus.training.tracking import Tracker, hardware, open_tracker
-from notus.training.trainer import Ending, Trainer
+from notus.training.trainer import Ending, Trainer, warmup_steps
 from notus.training.trainer import Task as LoopTask
 from notus.training.warnings import plain_text_notice
 
@@ -139,10 +139,8 @@ class Run:
         )
         progress = self._progress(optimizer)
         tracker = distributed.main_first(lambda: self._tracker(progress))
-        if self.total_steps == 1 and training.warmup_ratio:
-            distributed.say(
-                "warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0"
-            )
+        if notice := _warmup_notice(training, self.total_steps):
+            distributed.say(notice)
         checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,
             self.device,
@@ -318,6 +316,20 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
         job = _build(config, device, checkpoints, train, stop, caller)
         check_newest(checkpoints, job.identity if checkpoints else {})
         yield job
+
+
+def _warmup_notice(training: TrainingConfig, total_steps: int) -> str | None:
+    """What to say of a warm-up that takes all of the run; None: it does not."""
+    warmup = warmup_steps(training, total_steps)
+    if warmup < total_steps:
+        return None
+    key = "warmup_ratio" if training.warmup_steps is None else "warmup_steps"
+    if total_steps == 1:
+        return f"warning: the only step is at learning rate 0, where warm-up begins; set training.{key}=0"
+    return (
+        f"warning: warm-up takes {warmup} steps and the run {total_steps}: the learning rate does not reach its peak; "
+        f"lower training.{key}"
+    )
 
 
 def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:

@@ -175,7 +175,7 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.policy, self.optimizer, self.task, self.config = policy, optimizer, task, config
-        self.total_steps, self.warmup_steps = total_steps, math.ceil(config.warmup_ratio * total_steps)
+        self.total_steps = total_steps
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
         self.stop, self.meter, self.sample = stop, meter, sample
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -308,7 +308,12 @@ class Trainer:
     def _update(self, step: int, gradients: list[Tensor], agreed: Agreement) -> None:
         """Take the optimizer's step at the schedule's learning rate, with the gradient clipped."""
         factor = learning_rate_factor(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, schedule=self.config.lr_schedule
+            step,
+            total_steps=self.total_steps,
+            warmup_steps=warmup_steps(self.config, self.total_steps),
+            schedule=self.config.lr_schedule,
+            floor=self.config.min_lr_ratio,
+            decay_steps=math.ceil(self.config.decay_ratio * self.total_steps),
         )
         self.progress.learning_rate = self.config.learning_rate * factor
         self.progress.grad_norm = agreed.norm_value
@@ -407,6 +412,11 @@ class Trainer:
         """Print what share of this launch's steps was spent waiting; collective."""
         waited = max(gather_objects(loader.waited / self._trained if self._trained else 0.0))
         say(f"idle: {waited:.2%} of the steps for want of data, {loader.idle_share:.2%} by cost for a heavier rank")
+
+
+def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
+    """Return the steps in which the learning rate rises: as configured, or a share of all steps, rounded up."""
+    return math.ceil(config.warmup_ratio * total_steps) if config.warmup_steps is None else config.warmup_steps
 
 
 def _own_share(window_sums: list[list[float]], count: int) -> list[float]:

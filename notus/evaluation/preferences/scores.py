@@ -60,7 +60,8 @@ def name_pairs(model: ModelSource, given: str | None) -> str:
         raise ValueError(f"{model.name}: no DPO run that held rows out: name held-out pairs or lists with --pairs")
     if data.get("eval"):
         return ", ".join(source["path"] for source in data["eval"])  # a resolved config has a list
-    return f"{data['eval_size']} rows held out of data.train"
+    size = data["eval_size"]
+    return f"{size} rows held out of data.train" if isinstance(size, int) else f"{size:g} of the rows of data.train"
 
 
 def guess_rows(path: str, split: str) -> Task:
