@@ -21,7 +21,7 @@ PAGE = Path(__file__).with_name("losses.md")
 WORDS = {
     "sigmoid": (
         "−(1−ε) log σ(m) − ε log σ(−m)",
-        "you have no reason for another one. It is DPO, as in Notus 7B v1. ε > 0 (conservative DPO) is for noisy labels",
+        "you have no reason for another. It is DPO, as in Notus 7B v1. ε > 0 is for noisy labels (conservative DPO)",
         "`sigmoid`, without ε",
     ),
     "robust": (
@@ -92,12 +92,12 @@ WORDS = {
     ),
     "slic": (
         "max(0, δ − m)",
-        "you want no reference, and pairs that are already told apart should stop contributing. Use it with an `nll_weight`",
+        "you want no reference, and pairs that are told apart should stop contributing. Use it with an `nll_weight`",
         "`hinge` of CPOTrainer",
     ),
     "plackett_luce": (
         "Σ_k log Σ_{j not before k} e^(s_j − s_k)",
-        "you have no reason for another one. It is DPO on rankings. Only the order of the ratings matters",
+        "you have no reason for another. It is DPO on rankings. Only the order of the ratings matters",
         "–",
     ),
     "all_pairs": (
