@@ -36,6 +36,7 @@ from notus.training.sampling import Sample
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+INITIAL_FILE = "initial_evaluation.json"
 ENVIRONMENT_FILE = "environment.json"
 # What the terminal shows of a step, and of an evaluation, in this order: a label for each metric that there is.
 SHOWN = {
@@ -73,8 +74,14 @@ class Logger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take a line of metrics."""
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Take the evaluation before the first step. It is no line of metrics, for there was no step."""
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Take what the model generates after `step` steps."""
+
+    def saved(self, step: int, path: Path) -> None:
+        """Take note that the checkpoint of `step` is on disk, in the folder `path`."""
 
     def sync(self, step: int) -> None:
         """Put everything on disk, before the checkpoint of `step`."""
@@ -172,6 +179,30 @@ class MetricsFile(Logger):
         self._lines.close()
 
 
+class InitialFile(Logger):
+    """`initial_evaluation.json`: the evaluation before the first step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        write_text(self._path, json.dumps({"step": 0, **metrics}) + "\n", locked=True)
+
+
+def read_initial(path: Path) -> dict[str, float] | None:
+    """Return the metrics of `initial_evaluation.json`; None if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("step") == 0:
+            return {str(name): float(value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    tell(f"warning: {path} is damaged: the model is evaluated again")
+    return None
+
+
 class SamplesFile(Logger):
     """One JSON object per sample."""
 
@@ -254,8 +285,7 @@ class ProgressBar(Logger):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
-        held_out = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
-        left = self._eta.update(step, now, evaluated=bool(held_out))
+        left = self._eta.update(step, now, evaluated=any(key.startswith("eval_") for key in metrics))
         shown = _figures(SHOWN, metrics)
         if left is not None and step < self._total:
             shown += f"  ETA {_clock(left)}"
@@ -265,16 +295,22 @@ class ProgressBar(Logger):
         elif now - self._last >= self._between or step == self._total:
             self._last = now
             tell(f"step {step}/{self._total}  {shown}")
-        if held_out:
-            self._show(f"evaluation at step {step}: {_figures(SHOWN_OF_EVALUATION, held_out, most=_MOST_SHOWN)}")
+        self._show_evaluation(step, metrics)
 
-    def _show(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+    def _show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print a line of what was measured on held-out rows, if anything was: above the bar if there is one."""
+        held_out = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+        if not held_out:
+            return
+        line = f"evaluation at step {step}: {_figures(SHOWN_OF_EVALUATION, held_out, most=_MOST_SHOWN)}"
         if self._bar is None:
             tell(line)
         else:
             with self._bar.external_write_mode():
                 tell(line)
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self._show_evaluation(0, metrics)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -430,6 +466,9 @@ class WandbLogger(Logger):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(grouped(metrics), step=step)
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
 
@@ -490,6 +529,9 @@ class TensorBoardLogger(Logger):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its thread writes: only then is it known whether the disk took them
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         parts = [
             f"**{sample.index}: {name}**\n\n{_verbatim(text)}"
@@ -534,10 +576,18 @@ class Tracker:
         """Record the metrics of `step` (optimizer steps completed)."""
         self._each(lambda logger: logger.log(step, metrics))
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Record the evaluation before the first step."""
+        self._each(lambda logger: logger.log_initial(metrics))
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Record what the model generates after `step` steps."""
         if samples:
             self._each(lambda logger: logger.log_samples(step, samples))
+
+    def saved(self, step: int, path: Path) -> None:
+        """Report that the checkpoint of `step` is on disk."""
+        self._each(lambda logger: logger.saved(step, path))
 
     def state(self) -> dict[str, str]:
         """Return what a checkpoint keeps, so that a resumed run continues in the same place: the W&B run's id."""
@@ -573,7 +623,14 @@ class Tracker:
 
 
 def open_tracker(
-    folder: Path, config: Config, progress: Progress, *, total_steps: int, hardware: str, data: Mapping[str, Any]
+    folder: Path,
+    config: Config,
+    progress: Progress,
+    *,
+    total_steps: int,
+    hardware: str,
+    data: Mapping[str, Any],
+    more: Sequence[Logger] = (),
 ) -> Tracker:
     """Open every logger that the config asks for, continuing after `progress`; writes `data.json`. For rank 0.
 
@@ -584,6 +641,7 @@ def open_tracker(
         total_steps: of the whole run.
         hardware: the job's devices.
         data: the content of `data.json`.
+        more: further loggers, which get everything last.
 
     Raises:
         ValueError: a file is damaged, or a service rejects the run.
@@ -594,6 +652,7 @@ def open_tracker(
     kept = recorded if step else -1  # at step 0 the model is sampled, once
     loggers: list[Logger] = [
         MetricsFile(folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
+        InitialFile(folder / INITIAL_FILE),
         ProgressBar(total_steps=total_steps, start_step=step, eval_every=config.training.eval_every),
         EnvironmentFile(folder / ENVIRONMENT_FILE, step=step, hardware=hardware),
     ]
@@ -613,4 +672,4 @@ def open_tracker(
     if tracking.tensorboard:
         texts = {"config": to_yaml(config), "data": json.dumps(data, indent=1)}
         loggers.append(TensorBoardLogger(folder, resume_step=kept, texts=texts))
-    return Tracker(loggers)
+    return Tracker([*loggers, *more])
