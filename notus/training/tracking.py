@@ -35,6 +35,7 @@ from notus.training.sampling import Sample
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+INITIAL_FILE = "initial_evaluation.json"
 ENVIRONMENT_FILE = "environment.json"
 # What the terminal shows: a label for each metric.
 SHOWN = {
@@ -60,6 +61,9 @@ class Logger:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take a line of metrics."""
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Take the evaluation before the first step. It is no line of metrics, for there was no step."""
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Take what the model generates after `step` steps."""
@@ -163,6 +167,30 @@ class MetricsFile(Logger):
         self._lines.close()
 
 
+class InitialFile(Logger):
+    """`initial_evaluation.json`: the evaluation before the first step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        write_text(self._path, json.dumps({"step": 0, **metrics}) + "\n", locked=True)
+
+
+def read_initial(path: Path) -> dict[str, float] | None:
+    """Return the metrics of `initial_evaluation.json`; None if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("step") == 0:
+            return {str(name): float(value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    tell(f"warning: {path} is damaged: the model is evaluated again")
+    return None
+
+
 class SamplesFile(Logger):
     """One JSON object per sample."""
 
@@ -210,6 +238,10 @@ class ProgressBar(Logger):
         figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
         shown = "  ".join(f"{label} {value}" for label, value in figures.items())
         tell(f"step {step}/{self._total}  {shown}  left {_clock(left)}")
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        if self._bar is None:
+            tell(f"step 0/{self._total}  {'  '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -349,6 +381,9 @@ class WandbLogger(Logger):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(grouped(metrics), step=step)
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
 
@@ -409,6 +444,9 @@ class TensorBoardLogger(Logger):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its thread writes: only then is it known whether the disk took them
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         parts = [
             f"**{sample.index}: {name}**\n\n{_verbatim(text)}"
@@ -452,6 +490,10 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (optimizer steps completed)."""
         self._each(lambda logger: logger.log(step, metrics))
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Record the evaluation before the first step."""
+        self._each(lambda logger: logger.log_initial(metrics))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Record what the model generates after `step` steps."""
@@ -525,6 +567,7 @@ def open_tracker(
     kept = recorded if step else -1  # at step 0 the model is sampled, once
     loggers: list[Logger] = [
         MetricsFile(folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
+        InitialFile(folder / INITIAL_FILE),
         ProgressBar(total_steps=total_steps, start_step=step),
         EnvironmentFile(folder / ENVIRONMENT_FILE, step=step, hardware=hardware),
     ]
