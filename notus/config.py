@@ -25,6 +25,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
+from notus import foreign_keys
+
 if TYPE_CHECKING:
     from notus.losses import Loss
 
@@ -40,6 +42,8 @@ Strings = Annotated[list[String], MinLen(1), "a list of strings"]
 NoneOrMore = Annotated[list[String], "a list of strings"]
 Count = Annotated[int, Ge(1), Lt(2**63)]
 Index = Annotated[int, Ge(0), Lt(2**63)]
+Held = Annotated[Index | Annotated[float, Gt(0), Lt(1)], "a number of rows, or a fraction above 0 and below 1"]
+Share = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Names = Annotated[dict[String, String], "a mapping of names to names"]
@@ -110,8 +114,9 @@ class DataConfig:
     """A file (JSON, JSON Lines, Parquet, CSV), a folder, a hub id, or a list of `{path, split, weight}`. Required."""
     eval: Sources | None = None
     """The same for evaluation. null: no evaluation, unless `eval_size` holds rows out of `train`."""
-    eval_size: Index = 0
-    """Rows held out of `train` for evaluation, drawn with `training.seed`."""
+    eval_size: Held = 0
+    """Rows held out of `train` for evaluation, drawn with `training.seed`: a number of rows (an integer), or a fraction
+    of the different training rows, such as 0.05. A fraction is rounded up, and leaves at least one row to train on."""
     max_length: Count = 1024
     """Longest prompt + completion in tokens. SFT cuts longer rows at their end. DPO cuts the prompt first, to
     `max_prompt_length`; if that is not enough, it cuts completions to `max_length` - `max_prompt_length`, as the
@@ -167,10 +172,17 @@ class TrainingConfig:
     """Stop after this many optimizer steps, if the epochs do not end earlier. null: run all epochs."""
     learning_rate: Positive = 5e-7
     """Peak learning rate."""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """The learning rate after warm-up: decay to zero, or stay constant."""
-    warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of all steps in which the learning rate rises linearly from zero."""
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """The learning rate after warm-up. "linear" and "cosine" decay until the last step, "constant" stays at the peak,
+    "wsd" (warm-up, stable, decay) stays at the peak and decays linearly over the last `decay_ratio` of the steps."""
+    min_lr_ratio: Share = 0.0
+    """Where the decay of linear, cosine and wsd ends, as a share of the peak. 0: at zero."""
+    warmup_ratio: Share = 0.1
+    """Share of all steps in which the learning rate rises linearly from zero, rounded up to whole steps."""
+    warmup_steps: Index | None = None
+    """The same as a number of steps, in place of `warmup_ratio`. null: `warmup_ratio` decides."""
+    decay_ratio: Annotated[float, Gt(0), Le(1)] = 0.1
+    """For wsd: share of all steps, the last ones, in which the learning rate decays, rounded up to whole steps."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """RMSprop keeps one state per parameter, AdamW two."""
     optimizer_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
@@ -180,6 +192,9 @@ class TrainingConfig:
     """Weight of the load-balancing loss of mixture-of-experts routers, averaged over the step's examples. 0: none."""
     weight_decay: NonNegative = 0.0
     """Weight decay, as torch's optimizer of that name applies it."""
+    weight_decay_exclude: NoneOrMore = field(default_factory=lambda: ["bias", "norm"])
+    """Parameters without weight decay: those whose name contains one of these words, and for "norm" all normalisation
+    layers. The default excludes what transformers' Trainer excludes. []: decay all parameters."""
     max_grad_norm: NonNegative | None = 1.0
     """Gradients are clipped to this global norm. null or 0: the norm is logged, nothing is clipped."""
     seed: Index = 42
@@ -210,6 +225,14 @@ class TrainingConfig:
     answers."""
     eval_every: Count | None = None
     """Steps between evaluations. null: at the end only."""
+    eval_at_start: bool = True
+    """Evaluate before the first step too, if there is evaluation data: `initial_evaluation.json` in the run's folder.
+    With a reference model this needs no forward pass, because the policy is the reference then."""
+    best_metric: String | None = None
+    """An evaluation metric such as `eval_loss`: the model with its best value becomes the final one. Whether higher or
+    lower is better is known by its name. null: the last model is the final one."""
+    early_stopping_patience: Count | None = None
+    """Stop after this many evaluations in a row without a new best `best_metric`. null: do not stop early."""
     save_every: Count | None = None
     """Steps between checkpoints. null: at the end of each epoch."""
     keep_checkpoints: Count | None = 2
@@ -220,6 +243,8 @@ class TrainingConfig:
     """Write checkpoints in the background, from a copy in host memory. false: wait for them, without the copy."""
     max_hours: Positive | None = None
     """Stop with a checkpoint at the first step after so many hours of one launch. The same command resumes."""
+    extend: bool = False
+    """Continue a begun or finished run to a raised `max_steps` or `epochs`. Without it, raising them is an error."""
     resume: FilePath = "auto"
     """"auto": resume from the newest checkpoint in `output_dir`. "never": start over. Or a checkpoint's folder."""
 
@@ -348,7 +373,7 @@ def load_config(arguments: str | Path | Sequence[str], task: Task) -> Config:
     "command line", the key and the remedy, for anything that is not a valid configuration of a `task` run.
     """
     words = [str(arguments)] if isinstance(arguments, str | Path) else list(arguments)
-    tree, source, origins = _read_arguments(words)
+    tree, source, origins = _read_arguments(words, task)
     return config_from_dict(tree, task, source=source, origins=origins)
 
 
@@ -364,8 +389,7 @@ def config_from_dict(
         for conflict in _conflicts(config):
             raise conflict
     except Invalid as error:
-        hint = " (once true: full, false: none)" if error.key == "training.activation_checkpointing" else ""
-        raise ValueError(f"{(origins or {}).get(error.key, source)}: {error}{hint}") from None
+        raise ValueError(f"{(origins or {}).get(error.key, source)}: {error}") from None
     return config
 
 
@@ -420,8 +444,10 @@ def _conflicts(config: Config) -> Iterator[Invalid]:
         yield from _without_effect("tracking", tracking, why, keys=("sample_tokens",))
     if config.task == "sft":
         for name, section in (("dpo", config.dpo), ("reference", config.reference)):
-            yield from _without_effect(name, section, "in SFT: remove it, or run train_dpo.py")
+            yield from _without_effect(name, section, "in SFT: remove it, or run the command dpo")
     yield from _checkpoint_conflicts(config.training)
+    yield from _schedule_conflicts(config.training)
+    yield from _evaluation_conflicts(config)
     yield from _data_conflicts(config)
     if config.task == "dpo":
         yield from _loss_conflicts(config)
@@ -457,6 +483,48 @@ def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
         yield Invalid("training.keep_every", f"({every}) must be a multiple of training.save_every ({saved})")
 
 
+def _schedule_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
+    """Yield what the learning rate's schedule or the optimizer would ignore."""
+    schedule = training.lr_schedule
+    if schedule == "constant" and training.min_lr_ratio:
+        yield Invalid("training.min_lr_ratio", "has no effect with training.lr_schedule 'constant': remove it")
+    if schedule != "wsd":
+        why = f"with training.lr_schedule {schedule!r}: set that to wsd, or remove it"
+        yield from _changed(training, ("decay_ratio",), why)
+    if training.warmup_steps is not None:
+        yield from _changed(training, ("warmup_ratio",), "beside training.warmup_steps: keep one of the two")
+    elif schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
+        reason = f"({training.decay_ratio:g}) and training.warmup_ratio ({training.warmup_ratio:g}) are more than all"
+        yield Invalid("training.decay_ratio", f"{reason} steps: lower one of them")
+    if not training.weight_decay:
+        why = "while training.weight_decay is 0: set that, or remove it"
+        yield from _changed(training, ("weight_decay_exclude",), why)
+    if training.extend and training.resume == "never":
+        yield Invalid("training.extend", "has no effect with training.resume=never, which starts over: remove one")
+
+
+def _changed(training: TrainingConfig, keys: tuple[str, ...], why: str) -> Iterator[Invalid]:
+    """`_without_effect` for the section whose keys do not all have defaults."""
+    defaults = dataclasses.asdict(TrainingConfig(output_dir="-"))
+    for key in keys:
+        if getattr(training, key) != defaults[key]:
+            yield Invalid(f"training.{key}", f"has no effect {why}")
+
+
+def _evaluation_conflicts(config: Config) -> Iterator[Invalid]:
+    """Yield what needs evaluations where there are none."""
+    data, training = config.data, config.training
+    if data.eval is None and not data.eval_size:
+        why = "without evaluation data: set data.eval or data.eval_size, or remove it"
+        yield from _changed(training, ("eval_every", "eval_at_start", "best_metric", "early_stopping_patience"), why)
+    if training.best_metric is not None and training.eval_every is None:
+        reason = "needs evaluations while the model learns, to choose from: set training.eval_every"
+        yield Invalid("training.best_metric", reason)
+    if training.early_stopping_patience is not None and training.best_metric is None:
+        reason = "needs a metric to improve: set training.best_metric, for example to eval_loss"
+        yield Invalid("training.early_stopping_patience", reason)
+
+
 def _data_conflicts(config: Config) -> Iterator[Invalid]:
     data, prompt = config.data, config.data.max_prompt_length
     if config.task == "sft" and prompt is not None:
@@ -466,11 +534,10 @@ def _data_conflicts(config: Config) -> Iterator[Invalid]:
         yield Invalid("data.max_prompt_length", reason)
     if data.eval is not None and data.eval_size > 0:
         yield Invalid("data.eval_size", "has no effect beside data.eval: keep one of the two")
-    if data.eval is None and data.eval_size == 0 and config.training.eval_every is not None:
-        reason = "has no effect without evaluation data: set data.eval or data.eval_size, or remove it (null)"
-        yield Invalid("training.eval_every", reason)
     if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
-        yield Invalid("data.chat_template", f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}")
+        instead = _other_value("data.chat_template", data.chat_template)
+        reason = f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}{instead}"
+        yield Invalid("data.chat_template", reason)
 
 
 def _loss_conflicts(config: Config) -> Iterator[Invalid]:
@@ -480,7 +547,7 @@ def _loss_conflicts(config: Config) -> Iterator[Invalid]:
     dpo = config.dpo
     for name in _components(dpo):
         if name not in LOSSES:
-            yield Invalid("dpo.loss_type", f"{name!r} does not exist{nearest(name, LOSSES)}")
+            yield Invalid("dpo.loss_type", f"{name!r} does not exist{_other_value('dpo.loss_type', name, LOSSES)}")
             return
     try:
         losses = list(loss_components(dpo.loss_type))
@@ -587,14 +654,25 @@ def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return {name: dataclass} for all sections. Raise `Invalid` for the first key that is wrong."""
     for name, keys in tree.items():
         if name not in SECTIONS:
-            raise Invalid(str(name), f"is not a section{nearest(str(name), SECTIONS)}")
+            raise Invalid(str(name), _no_section(str(name)))
         for key in keys or {}:
             homes = [home for home, cls in SECTIONS.items() if key in _hints(cls)]
             if homes and name not in homes:
                 raise Invalid(f"{name}.{key}", f"does not exist; did you mean '{homes[0]}.{key}'?")
             if name == "dpo" and not homes and _is_option(key):
                 raise Invalid(f"dpo.{key}", f"does not exist; did you mean 'dpo.options.{key}'?")
+            if not homes and (other := foreign_keys.find(str(key))):
+                raise Invalid(f"{name}.{key}", f"does not exist; {other.advice()}")
     return {name: _fill(cls, tree.get(name) or {}, f"{name}.") for name, cls in SECTIONS.items()}
+
+
+def _no_section(name: str) -> str:
+    """Return what is wrong with a name that stands where a section should, and what to do."""
+    if other := foreign_keys.find(name):
+        return f"is not a section; {other.advice()}"
+    if homes := [home for home, cls in SECTIONS.items() if name in _hints(cls)]:
+        return f"is not a section; set {homes[0]}.{name}"
+    return f"is not a section{nearest(name, SECTIONS)}"
 
 
 def _fill(cls: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
@@ -623,8 +701,8 @@ def _invalid(error: ValidationError, hints: Mapping[str, Any], values: Mapping[s
     reason = f", not {_SHORT.repr(values[key])}"
     if first["type"] == "less_than" and first["ctx"]["lt"] == 2**63:
         reason += ", which takes more than 64 bits"
-    if get_origin(hints[key]) is Literal:
-        reason += nearest(_SHORT.repr(values[key]).strip("'"), get_args(hints[key]))
+    choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+    reason += _other_value(f"{prefix}{key}", values[key], choices)
     if source_error := first.get("ctx", {}).get("error"):
         reason = f": {source_error}"
     return Invalid(f"{prefix}{key}", f"must be {describe(hints[key])}{reason}")
@@ -654,6 +732,13 @@ def _limit(bound: Ge | Gt | Le | Lt) -> str:
             return f"<= {high}"
         case Lt(high):
             return f"< {high}"
+
+
+def _other_value(key: str, value: Any, valid: Iterable[str] = ()) -> str:
+    """Return how a message about a wrong value ends: what to set, if another trainer has it, else the nearest."""
+    if (advice := foreign_keys.find_value(key, value)) is not None:
+        return f": {advice}"
+    return nearest(_SHORT.repr(value).strip("'"), valid) if valid else ""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -768,7 +853,7 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {line}not valid YAML: character {error.character:#x} is not allowed") from error
 
 
-def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str, str]]:
+def _read_arguments(words: Sequence[str], task: Task) -> tuple[dict[str, Any], str, dict[str, str]]:
     """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
     _check_spaces(words)
     paths = [word for word in words if not word.startswith("-")]
@@ -777,8 +862,7 @@ def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str
         raise ValueError(f"command line: expected CONFIG.yaml [--section.key=value ...], but got {got}")
     source = os.path.expanduser(paths[0])
     tree = read_yaml(Path(source))
-    if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
-        raise ValueError(f"{source}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
+    _check_sections(tree, source, task)
     origins = {}
     for word in words:
         if word.startswith("-"):
@@ -791,6 +875,27 @@ def _read_arguments(words: Sequence[str]) -> tuple[dict[str, Any], str, dict[str
     return tree, source, origins
 
 
+_NAMED = 4  # how many keys of a file without sections a message translates
+
+
+def _check_sections(tree: Any, source: str, task: Task) -> None:
+    """Raise ValueError for a file that is not made of sections, or is made for the other task."""
+    if isinstance(tree, dict):
+        stray = {str(name): where for name in tree if name not in SECTIONS and (where := _home(str(name)))}
+        if stray:
+            known = sorted(stray.items(), key=lambda item: "." not in item[1])  # those that have a key here go first
+            shown = ", ".join(f"{name} -> {where}" for name, where in known[:_NAMED])
+            more = f", and {len(stray) - _NAMED} more" if len(stray) > _NAMED else ""
+            raise ValueError(f"{source}: write the keys in sections: {shown}{more}; see docs/coming-from-trl.md")
+    if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
+        raise ValueError(f"{source}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
+    for name in DPO_SECTIONS:
+        if task == "sft" and tree.get(name):
+            raise ValueError(
+                f"{source}: has a section `{name}`, which is of DPO: train with the command dpo, or remove it for SFT"
+            )
+
+
 def _mapping(value: Any, key: str) -> dict[str, Any]:
     """Return what a key holds so far as a mapping, to which an override adds an entry."""
     if value is not None and not isinstance(value, dict):
@@ -798,11 +903,27 @@ def _mapping(value: Any, key: str) -> dict[str, Any]:
     return value or {}
 
 
+def _home(name: str) -> str:
+    """Return where a key without its section, or another trainer's, is set: "section.key", why nowhere, or ""."""
+    if (other := foreign_keys.find(name)) is not None:
+        return " and ".join(other.keys) or "(none needed)" * (other.kind == "none needed") or "(not available)"
+    return next((f"{home}.{name}" for home, cls in SECTIONS.items() if name in _hints(cls)), "")
+
+
 def _check_spaces(words: Sequence[str]) -> None:
-    """Reject `--section.key value`: the value would be taken for a second config file."""
+    """Reject `--section.key value`: the value would be taken for a second config file. Reject keys without section."""
+    for word in words:
+        if (flat := re.match(r"--([\w-]+)(?:=|$)", word)) and _home(flat[1].replace("-", "_")):
+            name = flat[1].replace("-", "_")
+            raise ValueError(f"command line: --{flat[1]} has no section; {_advice(name)}")
     for key, value in itertools.pairwise(words):
         if re.fullmatch(r"--\w+\.\w+", key) and not value.startswith("-"):
             raise ValueError(f"command line: '{key} {value}' needs a = between: {key}={value}")
+
+
+def _advice(name: str) -> str:
+    other = foreign_keys.find(name)
+    return other.advice() if other else f"set {_home(name)}"
 
 
 def _parse_override(word: str) -> tuple[str, list[str], Any]:
@@ -813,5 +934,21 @@ def _parse_override(word: str) -> tuple[str, list[str], Any]:
         raise ValueError(f"command line: {word!r} is not of the form --section.key=value (no value is null)")
     section, key, text = match.groups()
     if section not in SECTIONS:
-        raise ValueError(f"command line: section {section!r} does not exist{nearest(section, SECTIONS)}")
-    return section, key.split("."), _parse_yaml(text, f"command line: --{section}.{key}")
+        known = foreign_keys.find(key) or foreign_keys.find(section)
+        remedy = f"; {known.advice()}" if known else nearest(section, SECTIONS)
+        raise ValueError(f"command line: section {section!r} does not exist{remedy}")
+    value = _parse_yaml(text, f"command line: --{section}.{key}")
+    return section, key.split("."), _split_at_commas(section, key, value)
+
+
+def _split_at_commas(section: str, key: str, value: Any) -> Any:
+    """Return `a,b` as [a, b] for a key whose value is a list of strings; any other value as it is."""
+    hint = _hints(SECTIONS[section]).get(key)
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    is_list = any(get_origin(part) is Annotated and get_args(part)[0] == list[String] for part in choices)
+    words = [word for part in choices if get_origin(part) is Literal for word in get_args(part)]
+    if not is_list or not isinstance(value, str) or value in words:
+        return value
+    if foreign_keys.find_value(f"{section}.{key}", value) is not None:
+        return value  # the check of the values says what to set instead
+    return [part.strip() for part in value.split(",")]

@@ -35,6 +35,7 @@ from notus.training.sampling import Sample
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+INITIAL_FILE = "initial_evaluation.json"
 ENVIRONMENT_FILE = "environment.json"
 # What the terminal shows: a label for each metric.
 SHOWN = {
@@ -61,8 +62,14 @@ class Logger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take a line of metrics."""
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Take the evaluation before the first step. It is no line of metrics, for there was no step."""
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Take what the model generates after `step` steps."""
+
+    def saved(self, step: int, path: Path) -> None:
+        """Take note that the checkpoint of `step` is on disk, in the folder `path`."""
 
     def sync(self, step: int) -> None:
         """Put everything on disk, before the checkpoint of `step`."""
@@ -160,6 +167,30 @@ class MetricsFile(Logger):
         self._lines.close()
 
 
+class InitialFile(Logger):
+    """`initial_evaluation.json`: the evaluation before the first step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        write_text(self._path, json.dumps({"step": 0, **metrics}) + "\n", locked=True)
+
+
+def read_initial(path: Path) -> dict[str, float] | None:
+    """Return the metrics of `initial_evaluation.json`; None if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("step") == 0:
+            return {str(name): float(value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    tell(f"warning: {path} is damaged: the model is evaluated again")
+    return None
+
+
 class SamplesFile(Logger):
     """One JSON object per sample."""
 
@@ -207,6 +238,10 @@ class ProgressBar(Logger):
         figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
         shown = "  ".join(f"{label} {value}" for label, value in figures.items())
         tell(f"step {step}/{self._total}  {shown}  left {_clock(left)}")
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        if self._bar is None:
+            tell(f"step 0/{self._total}  {'  '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -346,6 +381,9 @@ class WandbLogger(Logger):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(grouped(metrics), step=step)
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
 
@@ -406,6 +444,9 @@ class TensorBoardLogger(Logger):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its thread writes: only then is it known whether the disk took them
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         parts = [
             f"**{sample.index}: {name}**\n\n{_verbatim(text)}"
@@ -450,10 +491,18 @@ class Tracker:
         """Record the metrics of `step` (optimizer steps completed)."""
         self._each(lambda logger: logger.log(step, metrics))
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Record the evaluation before the first step."""
+        self._each(lambda logger: logger.log_initial(metrics))
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Record what the model generates after `step` steps."""
         if samples:
             self._each(lambda logger: logger.log_samples(step, samples))
+
+    def saved(self, step: int, path: Path) -> None:
+        """Report that the checkpoint of `step` is on disk."""
+        self._each(lambda logger: logger.saved(step, path))
 
     def state(self) -> dict[str, str]:
         """Return what a checkpoint keeps, so that a resumed run continues in the same place: the W&B run's id."""
@@ -489,7 +538,14 @@ class Tracker:
 
 
 def open_tracker(
-    folder: Path, config: Config, progress: Progress, *, total_steps: int, hardware: str, data: Mapping[str, Any]
+    folder: Path,
+    config: Config,
+    progress: Progress,
+    *,
+    total_steps: int,
+    hardware: str,
+    data: Mapping[str, Any],
+    more: Sequence[Logger] = (),
 ) -> Tracker:
     """Open every logger that the config asks for, continuing after `progress`; writes `data.json`. For rank 0.
 
@@ -500,6 +556,7 @@ def open_tracker(
         total_steps: of the whole run.
         hardware: the job's devices.
         data: the content of `data.json`.
+        more: further loggers, which get everything last.
 
     Raises:
         ValueError: a file is damaged, or a service rejects the run.
@@ -510,6 +567,7 @@ def open_tracker(
     kept = recorded if step else -1  # at step 0 the model is sampled, once
     loggers: list[Logger] = [
         MetricsFile(folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
+        InitialFile(folder / INITIAL_FILE),
         ProgressBar(total_steps=total_steps, start_step=step),
         EnvironmentFile(folder / ENVIRONMENT_FILE, step=step, hardware=hardware),
     ]
@@ -529,4 +587,4 @@ def open_tracker(
     if tracking.tensorboard:
         texts = {"config": to_yaml(config), "data": json.dumps(data, indent=1)}
         loggers.append(TensorBoardLogger(folder, resume_step=kept, texts=texts))
-    return Tracker(loggers)
+    return Tracker([*loggers, *more])

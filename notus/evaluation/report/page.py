@@ -89,9 +89,10 @@ def render(runs: "Sequence[Run]") -> str:
         "breakdowns": (RESULT_FILES, tables.breakdown_bars),
         "preference_table": (RESULT_FILES, tables.preference_table),
         "samples": (SAMPLES_FILE, tables.sample_groups),
-        "differing": (CONFIG_FILE, tables.differing_settings),
+        "differing": (CONFIG_FILE, tables.differing_table),
     }
     folders = [run.folder for run in runs]
+    runs = parse_files(CONFIG_FILE, folders, partial(tables.with_labels, runs))
     made = {name: parse_files(files, folders, partial(make, runs)) for name, (files, make) in parts.items()}
     panels = [panel for name in ("training", "data", "calibration") for panel in made[name]]
     return (

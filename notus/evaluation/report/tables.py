@@ -1,7 +1,9 @@
 """The parts of the report that are text: facts, headline figures, tables, bars and samples, and how numbers look."""
 
 import dataclasses
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
@@ -9,12 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from notus.config import SECTIONS
 from notus.evaluation.read_run import Run
 from notus.evaluation.results import Figure, Result
 from notus.evaluation.run_loss import RunLoss
+from notus.training.run_folder import FREE_KEYS
 
 NONE = "–"
 MOST_SOURCES = 20
+LONGEST_LABEL = 40  # characters of a run's name in the keys of the charts
+# Settings that may differ between runs with the same result: where and how a run computes, and what it logs.
+WITHOUT_INFLUENCE = FREE_KEYS | {"training.extend"}
 SHOWN_VERSIONS = ("torch", "transformers")
 SUITES = {
     "preferences": "Preferences",
@@ -174,16 +181,89 @@ def last_values(runs: Sequence[Run]) -> Table:
     return Table("First and last value of every metric", columns, rows)
 
 
-def differing_settings(runs: Sequence[Run]) -> Table | None:
-    """Return the settings in which runs differ; None for one run, or if none differ."""
-    flat = [
-        {f"{section}.{key}": str(value) for section, values in run.settings.items() for key, value in values.items()}
-        for run in runs
-    ]
-    differing = {name for settings in flat for name in settings if len({other.get(name) for other in flat}) > 1}
-    shown = [{name: value for name, value in settings.items() if name in differing} for settings in flat]
-    columns = {run.label: settings for run, settings in zip(runs, shown, strict=True)}
-    return _by_name("Settings that differ", columns, first="Setting")
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the settings in which runs differ, as `{"section.key": [one value per run]}`; empty if none do.
+
+    Args:
+        configs: each run's resolved config, `{section: {key: value}}`. A key that a config of an earlier version lacks
+            has its default. A whole section that a config lacks (SFT has no `dpo`) gives None.
+
+    Keys that don't influence the result, such as `training.output_dir`, are left out.
+    """
+    flat = [_flat(config) for config in configs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    found = {name: [settings.get(name) for settings in flat] for name in names if name not in WITHOUT_INFLUENCE}
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config by "section.key", with the default of every key that its sections lack."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.items()
+        for key, value in {**defaults(section), **values}.items()
+    }
+
+
+def defaults(section: str) -> dict[str, Any]:
+    """Return the defaults of a config section; none for a required key, or a section that does not exist."""
+    found = {}
+    for item in dataclasses.fields(SECTIONS[section]) if section in SECTIONS else ():
+        if item.default is not dataclasses.MISSING:
+            found[item.name.rstrip("_")] = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            found[item.name.rstrip("_")] = item.default_factory()
+    return found
+
+
+def setting(value: Any) -> str:
+    """Write a setting's value as a user would: `5e-7`, `true`, `null`, `q_proj, v_proj`, a source by its path."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0*", lambda found: "e" + found[1].strip("+"), f"{value:.10g}")
+    if isinstance(value, Mapping):
+        if set(value) == {"path", "split", "weight"}:
+            return _source(value)
+        return ", ".join(f"{name}: {setting(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting, value)) or "none"
+    return short_path(str(value))
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """Write a source of rows: its path, and what is not as usual."""
+    split = "" if source["split"] == "train" else f", split {source['split']}"
+    weight = "" if source["weight"] == 1 else f", weight {setting(source['weight'])}"
+    return f"{short_path(str(source['path']))}{split}{weight}"
+
+
+def with_labels(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, each called by the settings that set it apart, as "beta 0.05".
+
+    They keep the names of their folders if these labels would be long, or the same for two runs.
+    """
+    differing = differing_settings([run.settings for run in runs])
+    differing.pop("data.template_date", None)  # the day of the run
+    keys = Counter(name.rpartition(".")[2] for name in differing)
+    labels = []
+    for index in range(len(runs)):
+        parts = []
+        for name, values in differing.items():
+            key = name.rpartition(".")[2]
+            parts.append(f"{key if keys[key] == 1 else name} {setting(values[index])}")
+        labels.append(", ".join(parts))
+    if len(set(labels)) < len(runs) or any(not 0 < len(label) <= LONGEST_LABEL for label in labels):
+        return list(runs)
+    return [dataclasses.replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
+
+def differing_table(runs: Sequence[Run]) -> Table | None:
+    """Return a table of the settings in which runs differ; None for one run, or if none differ."""
+    differing = differing_settings([run.settings for run in runs])
+    rows = [[name, *map(setting, values)] for name, values in differing.items()]
+    note = "Settings that can't change the result, such as folders and logging, are left out."
+    return Table("Settings that differ", ["Setting", *(run.label for run in runs)], rows, note) if rows else None
 
 
 def _by_name(

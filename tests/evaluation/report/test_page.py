@@ -320,8 +320,8 @@ def test_a_loss_without_a_reference_has_no_drift_from_one(make_run):
 
 def test_runs_of_pairs_and_lists_beside_each_other(make_run):
     figures = figures_of(page_of(make_run("pairs"), make_run("lists", dpo__loss_type="all_pairs")))
-    assert [trace["name"] for trace in figures["accuracy"]["data"]] == ["pairs, train"]
-    assert [trace["name"] for trace in figures["accuracy-lists"]["data"]] == ["lists, train"]
+    assert [trace["name"] for trace in figures["accuracy"]["data"]] == ["loss_type sigmoid, train"]
+    assert [trace["name"] for trace in figures["accuracy-lists"]["data"]] == ["loss_type all_pairs, train"]
     assert len(figures["grad-norm"]["data"]) == 2
 
 
