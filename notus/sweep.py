@@ -509,16 +509,19 @@ def _hold(folder: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """The last value of a metric in a run, and the best one with its step."""
+    """The last value of a metric in a run, and the best one with its step; None if no value is better than another."""
 
     final: float
-    best: float
-    best_step: int
+    best: float | None
+    best_step: int | None
 
     @classmethod
     def of(cls, metric: str, steps: "np.ndarray", values: "np.ndarray") -> "Measure":
         """Return those of values fp64 [n] at steps int64 [n]; the earliest of equal ones is the best."""
-        place = int(values.argmin() if lower_is_better(metric) else values.argmax())
+        higher = higher_is_better(metric)
+        if higher is None:
+            return cls(float(values[-1]), None, None)
+        place = int(values.argmax() if higher else values.argmin())
         return cls(float(values[-1]), float(values[place]), int(steps[place]))
 
 
@@ -541,9 +544,12 @@ class Row:
     seconds: float | None = None
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one."""
-    return re.search(r"(^|[_/])(loss|kl|perplexity)($|[_/])", metric) is not None
+def higher_is_better(metric: str) -> bool | None:
+    """Whether a larger value of a metric is the better one; None if neither can be said, as of `kl`."""
+    from notus.training.best_model import HIGHER_IS_BETTER, deciding_metrics
+
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    return HIGHER_IS_BETTER.get(name, False) if deciding_metrics([name]) else None
 
 
 def read_rows(folder: Path, runs: Sequence[Planned], failed: Mapping[str, int]) -> list[Row]:
@@ -616,14 +622,22 @@ def _report(runs: Sequence[Path], output: Path) -> None:
 
 
 def sorted_rows(rows: Sequence[Row], metric: str | None) -> list[Row]:
-    """Return the rows with the best last value of `metric` first; those without it keep their order at the end."""
+    """Return the rows with the best model by `metric` first; those without it keep their order at the end.
+
+    The model of a run is that of its last step, or of its best evaluation by `training.best_metric`. If no value of the
+    metric is better than another, the smallest is first.
+    """
     if metric is None:
         return list(rows)
-    sign = 1 if lower_is_better(metric) else -1
+    sign = -1 if higher_is_better(metric) else 1
+
+    def place(row: Row) -> float:
+        found = row.metrics[metric]
+        by_best = row.settings["training"].get("best_metric") == metric
+        return sign * (found.best if by_best and found.best is not None else found.final)
+
     with_metric = [row for row in rows if metric in row.metrics]
-    return sorted(with_metric, key=lambda row: sign * row.metrics[metric].final) + [
-        row for row in rows if metric not in row.metrics
-    ]
+    return sorted(with_metric, key=place) + [row for row in rows if metric not in row.metrics]
 
 
 def compared_settings(rows: Sequence[Row], runs: Sequence[Planned]) -> dict[str, list[Any]]:
@@ -666,8 +680,8 @@ def _aligned(lines: Sequence[Sequence[str]], *, left: int) -> list[str]:
 
 
 def _has_best(metric: str) -> bool:
-    """Whether the best value means something: a single training step's is noise, and no margin is the best one."""
-    return metric.startswith("eval_") and not metric.endswith("margins")
+    """Whether the best value is shown: that of a training step is noise, and a larger margin is not a better run."""
+    return metric.startswith("eval_") and not metric.endswith("margins") and higher_is_better(metric) is not None
 
 
 def _heads(metrics: Sequence[str]) -> list[str]:
@@ -675,6 +689,5 @@ def _heads(metrics: Sequence[str]) -> list[str]:
 
 
 def _cells(metric: str, found: Measure | None) -> list[str]:
-    if found is None:
-        return [""] * (1 + _has_best(metric))
-    return [f"{value:.4g}" for value in [found.final, *([found.best] if _has_best(metric) else [])]]
+    values = [None, None] if found is None else [found.final, found.best]
+    return ["" if value is None else f"{value:.4g}" for value in values[: 1 + _has_best(metric)]]
