@@ -362,22 +362,6 @@ def test_sft_without_evaluation_is_compared_by_its_last_loss(capsys):
     assert "1" in lines[1][1:-1]
 
 
-@pytest.mark.parametrize(
-    ("metric", "higher"),
-    [("loss", False), ("eval_loss/ipo", False), ("eval_rewards/accuracies", True), ("eval_kl", None), ("epoch", None)],
-)
-def test_which_end_of_a_metric_is_the_better_one(metric, higher):
-    assert sweep.higher_is_better(metric) is higher
-
-
-def test_a_run_is_ranked_by_the_model_that_it_exported():
-    accuracy = {"a": sweep.Measure(0.6, 0.9, 2), "b": sweep.Measure(0.7, 0.8, 2)}
-    for best_metric, order in ((None, "ba"), (ACCURACY, "ab"), ("eval_loss", "ba")):
-        tree = {"training": {"best_metric": best_metric}}
-        rows = [sweep.Row(name, "finished", tree, {ACCURACY: found}) for name, found in accuracy.items()]
-        assert "".join(row.name for row in sweep.sorted_rows(rows, ACCURACY)) == order
-
-
 def test_the_page_on_sweeps_shows_a_grid_that_is_valid(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
