@@ -437,7 +437,8 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             measure=functools.partial(measure_public, job.policy) if public else None,
             width=2 * rows.num_branches if public else None,
         )
-        say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
+        if len(indices) < len(rows):
+            say(f"reference log-probs: {indices[-1] + 1}/{len(rows)} rows")
         return logps
 
     try:
@@ -447,5 +448,6 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
     job.identity[f"reference.{name}"] = key.name
-    say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
+    done = "read from" if read else "computed, and saved to"
+    say(f"reference log-probs of {name}: {len(rows)} rows {done} {folder / key.name}.safetensors")
     return logps

@@ -335,7 +335,7 @@ class Run:
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
                 plain_text=self.inputs.plain_text,
             )
-        distributed.say(f"finished: {target}")
+        distributed.say(f"finished: the model is in {target}")
 
 
 @contextlib.contextmanager
@@ -378,7 +378,7 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
             opening = distributed.on_main(claim)
             check_shared(Path(config.training.output_dir))
             if opening.finished:
-                distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
+                distributed.say(f"finished already: the model is in {Path(config.training.output_dir) / MODEL}")
                 yield None
                 return
         job = _build(config, device, opening, train, stop, caller)
@@ -444,7 +444,7 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
     if train:
         first = train_rows(np.arange(1))[0]
         shown = describe_example(first, tokenizer, is_list=config.rows == "lists")
-        distributed.say(f"the first training row, ⟦learned⟧:\n{shown}")
+        distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     policy = build_policy(
         folders.base,

@@ -34,6 +34,7 @@ from notus.training.throughput import Meter
 from notus.training.tracking import Tracker
 from notus.training.warnings import Guard, Guards
 
+_WORTH_A_LINE = 0.02  # share of a launch's time
 _ROUTER_SUMS = 2  # behind the task's: the routers' loss, and of how many examples
 
 
@@ -439,9 +440,12 @@ class Trainer:
         )
 
     def _report_idle(self, loader: Dataloader) -> None:
-        """Print what share of this launch's steps was spent waiting; collective."""
+        """Log what share of this launch was spent waiting for data, if it matters, and for other ranks; collective."""
         waited = max(gather_objects(loader.waited / self._trained if self._trained else 0.0))
-        say(f"idle: {waited:.2%} of the steps for want of data, {loader.idle_share:.2%} by cost for a heavier rank")
+        if waited >= _WORTH_A_LINE:
+            say(f"training waited for data for {waited:.1%} of the time: the CPU makes rows too slowly")
+        if world_size() > 1:
+            say(f"ranks waited for the slowest one for {loader.idle_share:.2%} of the time (estimated from their rows)")
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
