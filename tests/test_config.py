@@ -155,18 +155,17 @@ MISTAKES = {
     "--training.min_lr_ratio=1.1": "a number >= 0 and <= 1, not 1.1",
     "--training.warmup_steps=-1": "an integer >= 0 or null, not -1",
     "--training.decay_ratio=0": "a number > 0 and <= 1, not 0",
-    "--training.weight_decay_exclude=bias": "a list of strings, not 'bias'",
-    "--data.eval_size=1.0": "a number of rows, or a fraction above 0 and below 1, not 1.0",
-    "--data.eval_size=0.0": "a number of rows, or a fraction above 0 and below 1, not 0.0",
-    "--data.eval_size=-0.5": "a number of rows, or a fraction above 0 and below 1, not -0.5",
-    "--data.eval_size=-1": "a number of rows, or a fraction above 0 and below 1, not -1",
-    "--data.eval_size=true": "a number of rows, or a fraction above 0 and below 1, not True",
+    "--data.eval_size=1.0": "an integer >= 0 or number > 0 and < 1, not 1.0",
+    "--data.eval_size=0.0": "an integer >= 0 or number > 0 and < 1, not 0.0",
+    "--data.eval_size=-0.5": "an integer >= 0 or number > 0 and < 1, not -0.5",
+    "--data.eval_size=-1": "an integer >= 0 or number > 0 and < 1, not -1",
+    "--data.eval_size=true": "an integer >= 0 or number > 0 and < 1, not True",
     "--training.output_dir=3": "a string (in quotes if it reads as something else), not 3",
     "--training.output_dir=null": "a string",
     "--model.name_or_path=''": "a string",
     "--data.shuffle=1": "true or false, not 1",
-    "--data.train=null": "a path, or a list of {path, split, weight}: path must be a string",
-    "--data.train=[]": "a path, or a list of {path, split, weight}",
+    "--data.train=null": "a path or list of {path, split, weight}: path must be a string",
+    "--data.train=[]": "a path or list of {path, split, weight}",
     "--data.train=[{path: a, wieght: 2}]": "wieght does not exist; did you mean 'weight'?",
     "--data.train=[{split: a}]": "path is required",
     "--data.train=[{path: a, weight: 0}]": "weight must be a number > 0, not 0",
@@ -175,18 +174,18 @@ MISTAKES = {
     "--dpo.loss_type=sigmod": "'sigmod' does not exist; did you mean 'sigmoid'?",
     "--dpo.simpo_gamma=1": "dpo.simpo_gamma does not exist; did you mean 'dpo.options.simpo_gamma'?",
     "--dpo.loss_type={sigmoid: 1, hing: 2}": "'hing' does not exist; did you mean 'hinge'?",
-    "--dpo.loss_type={sigmoid: 0}": "the name of a loss, or a mapping of names to weights above 0, not {'sigmoid': 0}",
+    "--dpo.loss_type={sigmoid: 0}": "a string or mapping of strings to numbers > 0, not {'sigmoid': 0}",
     "--dpo.loss_type={}": "loss_type names no loss",
     "--dpo.options.discopop_tua=0.1": "has no effect with dpo.loss_type 'sigmoid'; did you mean 'discopop_tau'?",
     "--dpo.options.discopop_tau=0.1": "has no effect with dpo.loss_type 'sigmoid': use one of discopop",
     "--dpo.options={label_smoothing: 0.1}": "holds label_smoothing, which has a key of its own",
-    "--dpo.options=0.1": "a mapping of names to numbers or words, not 0.1",
+    "--dpo.options=0.1": "a mapping of strings to numbers or strings, not 0.1",
     "--dpo.nll_mean=words": "'tokens' or 'completions', not 'words'",
     "--dpo.ld_alpha=1": "a number >= 0 and < 1 or null, not 1",
     "--dpo.beta=0": "a number > 0, not 0",
     "--dpo.label_smoothing=0.6": "a number >= 0 and <= 0.5, not 0.6",
     "--lora.dropout=1": "a number >= 0 and < 1, not 1",
-    "--lora.target_modules=q_proj": "a list of strings or 'all-linear', not 'q_proj'",
+    "--lora.target_modules=q_proj,,v_proj": "a list of strings or 'all-linear', not ['q_proj', '', 'v_proj']",
     "--lora.target_modules=[]": "a list of strings or 'all-linear', not []",
     "--lora.target_modules=[3]": "a list of strings or 'all-linear', not [3]",
     "--training.seed=2026-13-45": "an integer >= 0, not '2026-13-45'",
@@ -223,6 +222,8 @@ def test_mistakes_on_the_command_line_are_named(minimal: str, override: str) -> 
 
 def test_unknown_sections_and_single_dashes_are_named(minimal: str) -> None:
     with pytest.raises(ValueError, match=r"command line: .*'trainin' does not exist; did you mean 'training'"):
+        load(minimal, "--trainin.tokens_per_row=1")
+    with pytest.raises(ValueError, match=r"command line: .*'trainin' does not exist; set training\.epochs$"):
         load(minimal, "--trainin.epochs=1")
     with pytest.raises(ValueError, match=r"command line: '-v' .*--section\.key=value"):
         load(minimal, "-v")
@@ -336,7 +337,7 @@ def test_settings_without_effect_are_rejected(minimal: str, overrides: list[str]
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--dpo.beta=0.2", "dpo.beta has no effect in SFT: remove it, or run train_dpo.py"),
+        ("--dpo.beta=0.2", "dpo.beta has no effect in SFT: remove it, or run the command dpo"),
         ("--reference.cache_dir=x", "reference.cache_dir has no effect in SFT"),
         ("--data.max_prompt_length=5", "data.max_prompt_length has no effect in SFT, which cuts long rows"),
     ],
@@ -377,6 +378,38 @@ def test_the_same_settings_are_valid_where_they_have_an_effect(minimal: str, ove
     load(minimal, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "section", "key", "expected"),
+    [
+        (["--lora.rank=2", "--lora.target_modules=q_proj,v_proj"], "lora", "target_modules", ["q_proj", "v_proj"]),
+        (["--lora.rank=2", "--lora.target_modules=q_proj"], "lora", "target_modules", ["q_proj"]),
+        (["--lora.rank=2", "--lora.target_modules=all-linear"], "lora", "target_modules", "all-linear"),
+        (["--lora.rank=2", "--lora.target_modules=[a, b]"], "lora", "target_modules", ["a", "b"]),
+        (["--lora.rank=2", "--lora.modules_to_save=a, b"], "lora", "modules_to_save", ["a", "b"]),
+        (["--data.new_tokens=<a>,<b>"], "data", "new_tokens", ["<a>", "<b>"]),
+        (["--data.train=a,b.jsonl"], "data", "train", [{"path": "a,b.jsonl", "split": "train", "weight": 1.0}]),
+        (["--training.output_dir=a,b"], "training", "output_dir", "a,b"),
+        (["--tracking.wandb=true", "--tracking.run_name=a,b"], "tracking", "run_name", "a,b"),
+    ],
+)
+def test_a_comma_separates_the_entries_of_a_list_of_strings_alone(
+    minimal: str, overrides: list[str], section: str, key: str, expected: Any
+) -> None:
+    assert getattr(getattr(load(minimal, *overrides), section), key) == expected
+
+
+def test_a_config_of_dpo_is_none_of_sft(tmp_path: Path) -> None:
+    """Decided by the sections of the file, also where their values are the defaults; an empty one says nothing."""
+    path = tmp_path / "run.yaml"
+    for section in ("dpo: {beta: 0.1}", "reference: {cache_dir: null}"):
+        path.write_text(f"{MINIMAL}{section}\n")
+        name = section.split(":")[0]
+        with pytest.raises(ValueError, match=f"has a section `{name}`, which is of DPO: train with the command dpo"):
+            load_config(path, "sft")
+    path.write_text(f"{MINIMAL}dpo:\n")
+    assert load_config(path, "sft").task == "sft"
+
+
 def test_entries_of_a_mapping_are_set_one_by_one(minimal: str, tmp_path: Path) -> None:
     dpo = load(minimal, "--dpo.loss_type=discopop", "--dpo.options.discopop_tau=0.1").dpo
     assert dpo.options == {"discopop_tau": 0.1}
@@ -396,7 +429,10 @@ def test_entries_of_a_mapping_are_set_one_by_one(minimal: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--dpo.options.discopop_tau=[1]", "dpo.options must be a mapping of names to numbers or words, not {'disc"),
+        (
+            "--dpo.options.discopop_tau=[1]",
+            "dpo.options must be a mapping of strings to numbers or strings, not {'disc",
+        ),
         ("--training.seed.x=1", "training.seed must be an integer >= 0, not {'x': 1}"),
         ("--training.output_dir.x=1", "training.output_dir is 'runs/here', which has no entries: set training.output"),
         ("--dpo.options.a.b=1", "is not of the form --section.key=value"),
@@ -461,14 +497,15 @@ def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     task: Any = "sft" if path.name.startswith("sft") else "dpo"
     load_config(path, task)
     head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
-    assert f"train_{task}.py configs/{path.relative_to(CONFIGS)}" in head
+    place = path.relative_to(CONFIGS)
+    assert f"train_{task}.py configs/{place}" in head or f"notus {task} configs/{place}" in head
     for word in ("Command", "Hardware", "Time", "Expect"):
         assert re.search(rf"^# {word}", head, flags=re.MULTILINE), word
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_the_older_values_of_activation_checkpointing_get_a_hint(minimal: str, value: str) -> None:
-    with pytest.raises(ValueError, match=r"activation_checkpointing must be .*\(once true: full, false: none\)"):
+    with pytest.raises(ValueError, match=r"activation_checkpointing must be .*: set '(full|none)'$"):
         load(minimal, f"--training.activation_checkpointing={value}")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from notus.config import Config, Task, load_config, loss_name
 from notus.evaluation.arguments import count, positive
+from notus.runtime.process import tell
 
 if TYPE_CHECKING:
     from notus.estimate.plan import Setting
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     args, overrides = options.parse_known_args(args.overrides, args)
     task: Task = args.task or ("sft" if "sft" in Path(args.config).name else "dpo")
     config = load_config([args.config, *overrides], task)
-    print("\n".join(estimate(config, args)))
-    return 0
+    return 0 if tell("\n".join(estimate(config, args))) else 1
 
 
 @dataclasses.dataclass(frozen=True)

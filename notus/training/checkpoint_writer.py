@@ -49,7 +49,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 class Checkpoints:
-    """Writes a run's checkpoints. All methods but `failed` are collective."""
+    """Writes a run's checkpoints. All methods but `failed` and `completed` are collective."""
 
     def __init__(
         self, folder: Path, device: torch.device, *, background: bool, keep: int | None, keep_every: int | None
@@ -73,6 +73,7 @@ class Checkpoints:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._writing: concurrent.futures.Future[Any] | None = None
         self._path = folder
+        self._new: list[Path] = []  # on disk, and not handed out by `completed` yet
 
     def save(
         self, progress: Progress, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: PiecewiseOptimizer
@@ -96,6 +97,7 @@ class Checkpoints:
         if self._thread is None:
             writer = _Writer(commit, local)
             self._raise_from(lambda: dcp.save(tensors, storage_writer=writer))
+            self._new.append(self._path)
             return
         writer = _Writer(commit, self._copy(local))
         self._writing = self._thread.submit(dcp.save, tensors, storage_writer=writer, process_group=self._group)
@@ -123,6 +125,14 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is not None:
             self._raise_from(writing.result)
+            self._new.append(self._path)
+
+    def completed(self) -> list[Path]:
+        """Return the checkpoints that are on disk, as far as this rank knows, since the last call; waits for none."""
+        if self._writing is not None and self._writing.done() and not self.failed():
+            self.wait()
+        new, self._new = self._new, []
+        return new
 
     def _raise_from(self, work: Any) -> None:
         try:

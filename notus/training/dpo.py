@@ -18,6 +18,7 @@ from notus.losses import Shift
 from notus.model.policy import Policy
 from notus.model.supported import check_context
 from notus.runtime.distributed import say, sum_across_ranks
+from notus.training.callbacks import COMMAND_LINE, Caller
 from notus.training.objective import (
     PROBE_BETA,
     Measured,
@@ -333,8 +334,8 @@ class LogRatioMean:
         self._own.zero_()
 
 
-def run(config: Config) -> int:
-    """Train with DPO as `config` says: `train_dpo.py`.
+def run(config: Config, caller: Caller = COMMAND_LINE) -> int:
+    """Train with DPO as `config` says: `train_dpo.py`, and `notus.train`.
 
     Returns:
         The exit code: 0, or `notus.runtime.process.STOPPED` if a signal ended the run before its last step.
@@ -342,7 +343,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with start(config) as job:
+    with start(config, caller) as job:
         return 0 if job is None else job.train(build_task(job, config))
 
 
@@ -436,7 +437,8 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             measure=functools.partial(measure_public, job.policy) if public else None,
             width=2 * rows.num_branches if public else None,
         )
-        say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
+        if len(indices) < len(rows):
+            say(f"reference log-probs: {indices[-1] + 1}/{len(rows)} rows")
         return logps
 
     try:
@@ -446,5 +448,6 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
     job.identity[f"reference.{name}"] = key.name
-    say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
+    done = "read from" if read else "computed, and saved to"
+    say(f"reference log-probs of {name}: {len(rows)} rows {done} {folder / key.name}.safetensors")
     return logps

@@ -74,17 +74,16 @@ def open_folder(config: Config) -> Opening:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         resume = _resume(config)
-        has_model = any((folder / MODEL / name).is_file() for name in _MODEL_FILES)
         if resume == "never":
             _set_aside(folder)
-        elif (folder / CONFIG_FILE).exists() and _has_begun(folder):
+        elif (folder / CONFIG_FILE).exists() and has_begun(folder):
             extended = _check_same_run(folder / CONFIG_FILE, config)
-            if has_model and not extended and not (folder / EXTENDING).exists():
+            if is_finished(folder) and not extended:
                 return Opening(finished=True, checkpoints=[])
         else:
             _begin(folder, config)
         checkpoints = _checkpoints(folder, resume)
-        if extended and has_model:
+        if extended and has_model(folder):
             _begin_extension(folder, checkpoints)
         if not (folder / EXTENDING).exists():
             _check_room_for_model(folder / MODEL)
@@ -117,6 +116,20 @@ def _begin_extension(folder: Path, checkpoints: list[Path]) -> None:
 def end_extension(folder: Path) -> None:
     """Note that `model` is that of the whole run; for rank 0."""
     (folder / EXTENDING).unlink(missing_ok=True)
+
+
+def holds_finished(config: Config) -> bool:
+    """Whether the folder holds this run with its final model. Changes nothing.
+
+    Raises:
+        ValueError: the folder holds a run with another config.
+    """
+    folder = Path(config.training.output_dir)
+    if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
+        return False
+    dated = dataclasses.replace(config.data, template_date=template_date(config))
+    extended = _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
+    return is_finished(folder) and not extended
 
 
 def _resume(config: Config) -> str:
@@ -180,7 +193,17 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
     return ValueError(f"training.output_dir={folder} cannot be written ({error}): choose another folder")
 
 
-def _has_begun(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Whether a run wrote its final model here, and is not being extended."""
+    return has_model(folder) and not (folder / EXTENDING).exists()
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a run wrote a final model here; one that is extended keeps it until it has a newer one."""
+    return any((folder / MODEL / name).is_file() for name in _MODEL_FILES)
+
+
+def has_begun(folder: Path) -> bool:
     """Whether a run got as far as training here; one that failed before leaves a config that binds nobody."""
     metrics = folder / METRICS_FILE
     logged = metrics.exists() and metrics.stat().st_size > 0

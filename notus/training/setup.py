@@ -36,6 +36,7 @@ from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
 from notus.runtime.process import STOPPED
 from notus.training.best_model import check_best_metric
+from notus.training.callbacks import COMMAND_LINE, CallbackLogger, Caller
 from notus.training.checkpoint import (
     Progress,
     check_contents,
@@ -98,6 +99,7 @@ class Run:
         extended: whether this launch raises the number of steps.
         stop: requests to end before the last step.
         hardware: the job's devices.
+        caller: who started it.
     """
 
     config: Config
@@ -115,6 +117,7 @@ class Run:
     extended: bool
     stop: Stop
     hardware: str
+    caller: Caller
 
     @property
     def train_rows(self) -> TokenizedDataset:
@@ -194,8 +197,9 @@ class Run:
             self._export()
             distributed.on_main(lambda: end_extension(self.folder))
             return 0
+        reason = "a callback" if self.stop.requested and ending is Ending.BUDGET else ending.value
         distributed.say(
-            f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; everything is saved, "
+            f"stopped by {reason} after step {progress.step} of {self.total_steps}; everything is saved, "
             "and the same command resumes the run"
         )
         return STOPPED if ending is Ending.SIGNAL else 0
@@ -316,6 +320,7 @@ class Run:
             total_steps=self.total_steps,
             hardware=self.hardware,
             data=self.inputs.summary(),
+            more=[CallbackLogger(self.caller.callbacks, self.stop)],
         )
 
     def _merged_adapter(self) -> Adapter | None:
@@ -346,15 +351,16 @@ class Run:
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
                 plain_text=self.inputs.plain_text,
             )
-        distributed.say(f"finished: {target}")
+        distributed.say(f"finished: the model is in {target}")
 
 
 @contextlib.contextmanager
-def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
+def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) -> Iterator[Run | None]:
     """Join the process group and build a run up to its first step; yields None if it is finished already.
 
     Args:
         config: the run's settings.
+        caller: who starts it.
         train: False: claim no folder and build a frozen policy, for scoring alone.
 
     Raises:
@@ -362,7 +368,7 @@ def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
     """
     stop, training = Stop(config.training.max_hours), config.training
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stop.listening())
+        stack.enter_context(stop.listening() if caller.owns_process else stop.asking())
         stack.enter_context(deterministic(training.deterministic))
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
         if training.optimizer_dtype == "int8" and train:
@@ -380,15 +386,18 @@ def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
 
             def claim() -> Opening:
                 stack.enter_context(hold_folder(config))
-                return open_folder(config)
+                opening = open_folder(config)
+                if caller.write_inputs is not None:
+                    caller.write_inputs()
+                return opening
 
             opening = distributed.on_main(claim)
             check_shared(Path(config.training.output_dir))
             if opening.finished:
-                distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
+                distributed.say(f"finished already: the model is in {Path(config.training.output_dir) / MODEL}")
                 yield None
                 return
-        job = _build(config, device, opening, train, stop)
+        job = _build(config, device, opening, train, stop, caller)
         check_newest(opening.checkpoints, job.identity if opening.checkpoints else {})
         yield job
 
@@ -419,7 +428,7 @@ def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
         )
 
 
-def _build(config: Config, device: torch.device, opening: Opening, train: bool, stop: Stop) -> Run:
+def _build(config: Config, device: torch.device, opening: Opening, train: bool, stop: Stop, caller: Caller) -> Run:
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
@@ -451,7 +460,7 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
     if train:
         first = train_rows(np.arange(1))[0]
         shown = describe_example(first, tokenizer, is_list=config.rows == "lists")
-        distributed.say(f"the first training row, ⟦learned⟧:\n{shown}")
+        distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     policy = build_policy(
         folders.base,
@@ -478,7 +487,7 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
-        inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device),
+        inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device), caller,
     )  # fmt: skip
 
 

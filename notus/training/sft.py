@@ -11,6 +11,7 @@ from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
 from notus.losses import nll_loss
 from notus.model.policy import Policy
+from notus.training.callbacks import COMMAND_LINE, Caller
 from notus.training.scoring import score
 from notus.training.setup import start
 from notus.training.trainer import RowLoss
@@ -87,8 +88,8 @@ class SFTTask:
         return self.evaluate(policy, on_row)
 
 
-def run(config: Config) -> int:
-    """Fine-tune as `config` says: `train_sft.py`.
+def run(config: Config, caller: Caller = COMMAND_LINE) -> int:
+    """Fine-tune as `config` says: `train_sft.py`, and `notus.train`.
 
     Returns:
         The exit code: 0, or `notus.runtime.process.STOPPED` if a signal ended the run before its last step.
@@ -96,7 +97,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with start(config) as job:
+    with start(config, caller) as job:
         if job is None:
             return 0
         task = SFTTask(

@@ -23,7 +23,7 @@ from notus.model.routers import Routers
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
 from notus.training.best_model import check_found, judge
-from notus.training.checkpoint import Progress
+from notus.training.checkpoint import Progress, step_of
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import Dataloader, row_costs
 from notus.training.gradient_clipping import clipped_update, gradient_norm, is_first_replica, local_gradients
@@ -34,6 +34,7 @@ from notus.training.throughput import Meter
 from notus.training.tracking import Tracker
 from notus.training.warnings import Guard, Guards
 
+_WORTH_A_LINE = 0.02  # share of a launch's time
 _ROUTER_SUMS = 2  # behind the task's: the routers' loss, and of how many examples
 
 
@@ -206,11 +207,13 @@ class Trainer:
             try:
                 with self._dataloader() as loader:
                     ending = self._train(loader)
-            except Exception as error:
-                if not isinstance(error, RuntimeError):  # which may mean that the other ranks are gone
+            except BaseException as error:
+                # a RuntimeError may mean that the other ranks are gone
+                if world_size() == 1 or not isinstance(error, RuntimeError):
                     self.checkpoints.wait()  # what was saved before is worth its last bytes
                 raise
             self.checkpoints.wait()
+            self._report_saved()
         self._report_idle(loader)
         return ending
 
@@ -227,6 +230,7 @@ class Trainer:
             is_best = self.progress.best_step == self.progress.step
             if ending or is_best or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
                 self._save()
+            self._report_saved()
             if ending:
                 return ending
         return Ending.FINISHED
@@ -415,7 +419,13 @@ class Trainer:
         self.progress.task = self.task.state()
         self.progress.trackers = self.tracker.state()
         self.tracker.sync(self.progress.step)
+        self.checkpoints.wait()
+        self._report_saved()  # the next one may replace it
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
+
+    def _report_saved(self) -> None:
+        for path in self.checkpoints.completed():
+            self.tracker.saved(step_of(path), path)
 
     def _dataloader(self) -> Dataloader:
         task = self.task
@@ -430,9 +440,12 @@ class Trainer:
         )
 
     def _report_idle(self, loader: Dataloader) -> None:
-        """Print what share of this launch's steps was spent waiting; collective."""
+        """Log what share of this launch was spent waiting for data, if it matters, and for other ranks; collective."""
         waited = max(gather_objects(loader.waited / self._trained if self._trained else 0.0))
-        say(f"idle: {waited:.2%} of the steps for want of data, {loader.idle_share:.2%} by cost for a heavier rank")
+        if waited >= _WORTH_A_LINE:
+            say(f"training waited for data for {waited:.1%} of the time: the CPU makes rows too slowly")
+        if world_size() > 1:
+            say(f"ranks waited for the slowest one for {loader.idle_share:.2%} of the time (estimated from their rows)")
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:

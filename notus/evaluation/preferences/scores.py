@@ -151,7 +151,7 @@ def score_model(source: ModelSource, scoring: Scoring, samples: TokenizedDataset
     `samples` are other rows, scored token by token. Raises ValueError for a model that cannot be loaded, rows that do
     not fit, and log-probs that are not finite.
     """
-    policy = _build(source, scoring)
+    policy = build_scored(source, scoring)
     scores = _score(policy, source.name, scoring, samples)
     del policy
     free_memory()
@@ -165,7 +165,7 @@ def score_adapter(
 
     The base must be what is left then: see `switches_to`.
     """
-    policy = _build(source, scoring)
+    policy = build_scored(source, scoring)
     adapted = _score(policy, source.name, scoring, samples)
     with adapters_off(policy.causal_lm):
         base = _score(policy, str(source.base), scoring, samples)
@@ -198,7 +198,8 @@ def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDatase
     return Scores(logps, tokens)
 
 
-def _build(source: ModelSource, scoring: Scoring) -> Policy:
+def build_scored(source: ModelSource, scoring: Scoring) -> Policy:
+    """Load a model for scoring; collective. Raises ValueError if that fails, or if the rows do not fit it."""
     longest = int(scoring.pairs.lengths.max())
     if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
         raise ValueError(
