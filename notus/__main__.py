@@ -47,6 +47,10 @@ MODULES = {
 # Their arguments are CONFIG.yaml [--section.key=value ...]. The same command resumes a run that a signal has stopped.
 TRAINING = ("dpo", "sft", "reference")
 
+KEYS = """The keys of the config, with their defaults. Set them in CONFIG.yaml, or here as --section.key=value, such as
+--training.learning_rate=1e-6. The values are YAML; a list of strings may also be written a,b. docs/config.md has the
+full descriptions."""
+
 Declare = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
 
@@ -110,8 +114,11 @@ def _usage(command: str) -> str:
 
 
 def _print_help(command: str) -> None:
+    from notus.config_reference import help_text
+
     if os.environ.get("RANK", "0") == "0":
-        print(f"usage: {_usage(command)}\n\n{HELP[command]}")
+        head = f"usage: {_usage(command)}\n\n{HELP[command]}\n\n{KEYS}\n"
+        print(head, help_text("sft" if command == "sft" else "dpo"), sep="\n")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
