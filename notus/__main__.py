@@ -1,6 +1,6 @@
-"""`python -m notus COMMAND`: everything but training itself, which is `train_sft.py` and `train_dpo.py`.
+"""`notus COMMAND`, or `python -m notus COMMAND`, or `torchrun -m notus COMMAND`.
 
-A command's module is imported only when that command runs, so that help and mistakes answer at once.
+The module of a command is imported only when that command runs, so that help and mistakes answer at once.
 """
 
 import argparse
@@ -11,14 +11,19 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from notus.runtime.process import configure_allocator, leave, run_entry
+from notus.runtime.command_line import called_as
+from notus.runtime.process import configure_allocator, guard_streams, leave, run_entry
 
 HELP = {
+    "dpo": "train with DPO or another preference loss",
+    "sft": "fine-tune on demonstrations",
     "demo": "make data, train a small model on it and align it, to see the whole path work",
     "curate": "turn UltraFeedback records into preference pairs",
     "data": "show the rows of a config as the model sees them; --html: as a page to browse, compare and mark them",
-    "reference": "fill the reference log-prob cache of a DPO config, and stop",
+    "sweep": "train one run for each combination of several values, and compare them in a table and a report",
+    "reference": "compute the reference log-probs of a DPO config, and stop",
     "evaluate": "measure a model: preferences on held-out pairs, or another --suite",
     "generate": "complete the prompts of a file",
     "estimate": "say whether a run fits on given GPUs, how long it takes and what it costs",
@@ -30,6 +35,7 @@ MODULES = {
     "demo": "notus.demo",
     "curate": "notus.curation.command",
     "data": "notus.data_browser.command",
+    "sweep": "notus.sweep",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
@@ -38,29 +44,85 @@ MODULES = {
     "export": "notus.evaluation.release.export",
 }
 
+# Their arguments are CONFIG.yaml [--section.key=value ...]. The same command resumes a run that a signal has stopped.
+TRAINING = ("dpo", "sft", "reference")
+
+KEYS = """The keys of the config, with their defaults. Set them in CONFIG.yaml, or here as --section.key=value, such as
+--training.learning_rate=1e-6. The values are YAML; a list of strings may also be written a,b. docs/config.md has the
+full descriptions."""
+
 Declare = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` names and return the exit code: 0, 1 for a user's mistake.
+    """Run the command that `argv` names and return the exit code: 0, 1 for a user's mistake, 75 for a stopped run.
 
     Raises SystemExit as argparse does: 2 for a command line that cannot be read, 0 after help.
     """
-    configure_allocator()
-    args = _parse(sys.argv[1:] if argv is None else list(argv))
-    return run_entry(lambda: args.run(args))
+    configure_allocator()  # before torch is imported
+    guard_streams()
+    words = sys.argv[1:] if argv is None else list(argv)
+    return run_entry(_find(words), resumable=words[0] in ("dpo", "sft"))
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process, and end the process: the installed `notus`."""
+    leave(main())
 
 
 def run_command(*words: object) -> None:
     """Run a command within another one: its errors are raised, and exit codes other than 0 end the process."""
-    args = _parse([str(word) for word in words])
-    if code := args.run(args):
+    if code := _find([str(word) for word in words])():
         sys.exit(code)
 
 
+def _find(words: list[str]) -> Callable[[], int]:
+    """Return the command that `words` name, ready to run."""
+    if words and words[0] in TRAINING:
+        command, arguments = words[0], words[1:]
+        if {"-h", "--help"} & set(arguments):
+            _print_help(command)
+            sys.exit(0)
+        return lambda: _train(command, arguments)
+    args = _parse(words)
+    return lambda: args.run(args)
+
+
+def _train(command: str, arguments: list[str]) -> int:
+    """Check the config, then import torch and train, or compute the reference alone. Returns the exit code."""
+    from notus.config import load_config
+
+    if not arguments:
+        raise ValueError(f"usage: {_usage(command)}; `{called_as(command)} --help` lists every key")
+    if command == "sft":
+        config = load_config(arguments, "sft")
+        from notus.training import sft
+
+        return sft.run(config)
+    config = load_config(arguments, "dpo")
+    from notus.training import dpo
+
+    if command == "dpo":
+        return dpo.run(config)
+    dpo.fill_reference(config)
+    return 0
+
+
+def _usage(command: str) -> str:
+    return f"{called_as(command)} CONFIG.yaml [--section.key=value ...]"
+
+
+def _print_help(command: str) -> None:
+    from notus.config_reference import help_text
+
+    if os.environ.get("RANK", "0") == "0":
+        head = f"usage: {_usage(command)}\n\n{HELP[command]}\n\n{KEYS}\n"
+        print(head, help_text("sft" if command == "sft" else "dpo"), sep="\n")
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m notus", description="Direct Preference Optimization.")
+    parser = argparse.ArgumentParser(prog=called_as(), description="Direct Preference Optimization.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)
     # Every rank reads the same command line. Rank 0 reports what is wrong with it.
@@ -79,26 +141,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _load(name: str, argv: list[str]) -> tuple[Declare, Run]:
-    if name == "reference":
-        return _declare_reference, _run_reference
     module = importlib.import_module(MODULES[name])
     if name == "evaluate":  # its suites have arguments of their own
         module = module.find_suite(argv)
     return module.add_arguments, module.run
 
 
-def _declare_reference(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for train_dpo.py")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
-
-
-def _run_reference(args: argparse.Namespace) -> int:
-    from notus.config import load_config
-    from notus.training.dpo import fill_reference
-
-    fill_reference(load_config([args.config, *args.overrides], "dpo"))
-    return 0
-
-
 if __name__ == "__main__":
-    leave(main())
+    entry()

@@ -1,6 +1,7 @@
 """What the documents show works: their code runs, their rows load, their links lead somewhere."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -10,15 +11,20 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from runs import write_pairs
+from runs import config, read_metrics, write_pairs
 from toys import toy_model_folder
 
-from notus.config import SECTIONS, config_from_dict
+from notus.config import SECTIONS, DPOConfig, config_from_dict
 from notus.data.formats import normalize, readings
-from notus.losses import LOSSES
+from notus.losses import LOSSES, dpo_loss, label_loss, list_loss
+from notus.training import dpo, sft
+from notus.training.objective import objective_of
 
 ROOT = Path(__file__).resolve().parents[1]
+LOSSES_AT_START = {"sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0}
+"""What docs/metrics.md gives as the loss of a policy that equals its reference, at β = 0.1."""
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -33,6 +39,19 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+def test_the_site_links_to_the_repository():
+    links = runpy.run_path(str(ROOT / "docs" / "site_links.py"))["replace_links"]
+    text = "[a](../notus/losses.py) [b](data.md#files) [c](../README.md#models), ![d](losses.svg) [e](../configs/demo)"
+    assert links(text, "page.md", "https://host/me/notus.git") == (
+        "[a](https://host/me/notus/blob/main/notus/losses.py) [b](data.md#files) "
+        "[c](https://host/me/notus/blob/main/README.md#models), ![d](losses.svg) "
+        "[e](https://host/me/notus/tree/main/configs/demo)"
+    )
+    assert links(text, "page.md", "") == "a [b](data.md#files) c, ![d](losses.svg) e"
+    with pytest.raises(ValueError, match=r"docs/page.md links to ../gone.py"):
+        links("[x](../gone.py)", "page.md", "")
+
+
 def test_the_config_is_described_as_it_is():
     made = runpy.run_path(str(ROOT / "docs" / "make_config.py"))["render"]()
     text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
@@ -41,6 +60,15 @@ def test_the_config_is_described_as_it_is():
         table = text.split(f"## `{section}`\n")[1].split("\n## ")[0]
         cells = [re.fullmatch(r"\| `(\w+)` \| .+ \| .+ \| .+ \|", line) for line in table.splitlines()]
         assert [found[1] for found in cells if found] == [item.name.rstrip("_") for item in fields(kind)]
+
+
+def test_the_keys_that_the_docs_name_are_keys_of_the_config():
+    files = {"json", "jsonl", "md", "py", "safetensors"}  # data.md and the like are files
+    for path in DOCS:
+        text = path.read_text(encoding="utf-8")
+        for section, key in re.findall(rf"(?<![\w./-])(?:--)?({'|'.join(SECTIONS)})\.([a-z_]+)\b(?!\()", text):
+            known = {item.name.rstrip("_") for item in fields(SECTIONS[section])}
+            assert key in known | files, f"{path.name}: {section}.{key}"
 
 
 def test_every_loss_is_described_as_it_is():
@@ -127,3 +155,46 @@ def test_what_the_page_on_adapters_shows_is_config():
         tree = {"model": {"name_or_path": "m"}, "data": {}, "training": {"output_dir": "o"}, **tree}
         tree["data"] = {"train": "pairs.jsonl", **tree["data"]}
         config_from_dict(tree, "dpo")
+
+
+# Logged only on a GPU, only by a mixture of experts; held by tests/training/test_throughput.py and test_router_loss.py.
+ELSEWHERE = {"system/gpu_memory_gib", "system/mfu", "router_aux_loss"}
+
+
+def logged_by(**options):
+    """The keys that a loss logs, from its objective alone: every sum is 1."""
+    objective = objective_of(DPOConfig(**options))
+    return set(objective.metrics([1.0] * objective.num_sums))
+
+
+def test_the_glossary_has_every_metric_that_runs_log(tmp_path, model_folder, pairs_file):
+    dpo.run(config("dpo", tmp_path / "dpo", model_folder, pairs_file, training__max_steps=1, data__eval_size=2))
+    sft.run(config("sft", tmp_path / "sft", model_folder, pairs_file, training__max_steps=1, data__eval_size=2))
+    lines = [read_metrics(tmp_path / task)[-1] for task in ("dpo", "sft")]
+    logged = ELSEWHERE.union(*lines)
+    logged |= logged_by(loss_type={"sigmoid": 1.0, "hinge": 1.0}, nll_weight=1.0) | logged_by(loss_type="simpo")
+    logged |= logged_by(loss_type="plackett_luce") | logged_by(loss_type="kto") | logged_by(loss_type="bco")
+    evaluated = {key for key in logged if key.startswith("eval_")}
+    assert {key.removeprefix("eval_") for key in evaluated} <= logged  # one glossary does for both
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## Evaluation")[0]
+    first_cells = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)
+    shown = [key for cell in first_cells for key in re.findall(r"`([^`]+)`", cell)]
+    assert len(shown) == len(set(shown))
+    parts = {f"loss/{name}" for name in LOSSES}
+    assert set(shown) - {"loss/NAME"} == logged - evaluated - parts
+    assert ("loss/NAME" in shown) == bool(logged & parts)
+
+
+def test_the_first_losses_of_the_glossary_are_those_of_the_functions():
+    zero = torch.zeros(1, dtype=torch.float64)
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert "0.693 for `sigmoid`" in page
+    assert "25 at β = 0.1" in page
+    lengths = {"chosen_lengths": zero + 3, "rejected_lengths": zero + 5}
+    first = {name: dpo_loss(*[zero] * 4, loss_type=name, beta=0.1, **lengths)[0].item() for name in LOSSES_AT_START}
+    assert first == pytest.approx(LOSSES_AT_START)
+    assert list_loss("plackett_luce", zero.expand(1, 4), zero.expand(1, 4), beta=0.1)[0].item() == pytest.approx(
+        math.log(24)
+    )
+    good = torch.tensor([True])
+    assert label_loss("kto", zero, zero, good, beta=0.1, shift=zero[0])[0].item() == pytest.approx(0.5)

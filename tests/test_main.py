@@ -10,7 +10,8 @@ from runs import settings, write_pairs
 from toys import toy_model_folder
 
 from notus import __main__ as entry
-from notus.config import config_from_dict, save_config
+from notus.config import DPO_SECTIONS, SECTIONS, config_from_dict, save_config
+from notus.config_reference import entries
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +21,7 @@ def test_every_command_answers_for_help(capsys, name):
     with pytest.raises(SystemExit) as caught:
         entry.main([name, "--help"])
     assert caught.value.code == 0
-    assert f"python -m notus {name}" in capsys.readouterr().out
+    assert f"usage: notus {name}" in capsys.readouterr().out
 
 
 def test_help_lists_the_commands(capsys):
@@ -31,7 +32,32 @@ def test_help_lists_the_commands(capsys):
     assert all(name in output for name in ("demo", "curate", "reference", "evaluate", "generate", "export"))
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in entry.MODULES), ["evaluate", "--suite", "win-rate"]])
+@pytest.mark.parametrize("command", ["dpo", "sft", "reference"])
+def test_help_of_training_lists_every_key_that_the_task_uses(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        entry.main([command, "--help"])
+    assert caught.value.code == 0
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 120
+    for name, section in SECTIONS.items():
+        used = command != "sft" or name not in DPO_SECTIONS
+        assert (f"\n{name}: " in output) == used
+        found = output.split(f"\n{name}: ")[-1].split("\n\n")[0]
+        for key in entries(section) if used else []:
+            line = next(line for line in found.splitlines() if line.startswith(f"  {key.key} "))
+            assert line.split(maxsplit=1)[1].startswith(key.default)
+            assert key.type.split()[0] in found
+    assert "learning_rate             5e-7          Peak learning rate. [number > 0]\n" in output
+
+
+def test_help_is_found_anywhere_and_printed_by_one_rank(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        entry.main(["dpo", "config.yaml", "-h"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in entry.HELP), ["evaluate", "--suite", "win-rate"]])
 def test_help_starts_no_torch(command):
     code = (
         "import sys, contextlib\nfrom notus.__main__ import main\n"
@@ -46,7 +72,7 @@ def test_help_starts_no_torch(command):
     ("argv", "message"),
     [
         (["evalute"], "there is no command 'evalute'; did you mean evaluate?"),
-        (["zzz"], "choose from demo, curate"),
+        (["zzz"], "choose from dpo, sft, demo"),
         ([], "required: COMMAND"),
         (["export"], "required: RUN, OUT"),
     ],
@@ -123,7 +149,7 @@ SUITES = [
 ]
 
 
-@pytest.mark.parametrize("words", [[name] for name in entry.HELP if name != "evaluate"] + SUITES, ids=" ".join)
+@pytest.mark.parametrize("words", [[name] for name in entry.MODULES if name != "evaluate"] + SUITES, ids=" ".join)
 def test_home_is_expanded_in_every_path_of_a_command(words, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     declare, _ = entry._load(words[0], words)

@@ -47,7 +47,7 @@ def test_version_and_name_agree() -> None:
     released = re.findall(r"^## \[(\d.*)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert released[0] == (notus.__version__, citation["date-released"])
     assert PROJECT["name"] == "notus-dpo"
-    assert PROJECT["scripts"] == {"notus": "notus.__main__:main"}
+    assert PROJECT["scripts"] == {"notus": "notus.__main__:entry"}
     assert (ROOT / "notus" / "py.typed").is_file()
 
 

@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-DEMO, TESTS, PATH, LISTS, DATA, PUBLISH, ESTIMATE = (block.strip() for block in BLOCKS)
+BLOCKS = [block.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
+INSTALL, OWN, USE, DEMO, PATH, LISTS, DATA, PUBLISH, ESTIMATE, TESTS = BLOCKS
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
 
 
@@ -29,7 +30,10 @@ def _commands(block: str) -> list[str]:
 
 def _run(command: str, folder: Path, *extra: str) -> str:
     words = shlex.split(command)
-    launch = {"torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+    launch = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+        "notus": [sys.executable, "-m", "notus"],
+    }
     words = [*launch.get(words[0], [sys.executable]), *words[1:], *extra]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)

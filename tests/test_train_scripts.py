@@ -1,5 +1,6 @@
 """The entries as a user starts them: processes, exit codes, and who speaks."""
 
+import csv
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ import pytest
 import yaml
 from runs import read_metrics, settings, write_pairs
 from toys import assets_dir, toy_model_folder
+
+from notus.config import load_config
+from notus.training import dpo, sft
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,7 +139,7 @@ run(sys.argv[0], run_name="__main__")
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None max_split_size_mb:64"),
     ],
 )
-@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py", "notus"])
+@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py", "notus reference"])
 def test_gpu_memory_may_grow_unless_the_user_has_configured_it(
     entry: str, given: dict[str, str], seen: str, config_file: Path
 ) -> None:
@@ -145,14 +149,50 @@ def test_gpu_memory_may_grow_unless_the_user_has_configured_it(
         tree = yaml.safe_load(config_file.read_text())
         path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if key not in ("dpo", "reference")}))
     environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
-    words = [entry, *(["reference"] if entry == "notus" else []), str(path)]
+    words = [*entry.split(), str(path)]
     command = [sys.executable, "-c", FIRST_IMPORT, *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[0] == seen, done.stderr
 
 
-@pytest.mark.parametrize("entry", ["train_dpo.py", "train_sft.py"])
-def test_help_shows_the_usage(entry: str) -> None:
-    done = _start(entry, "--help")
-    assert done.returncode == 0
-    assert f"python {entry} CONFIG.yaml [--section.key=value ...]" in done.stdout
+@pytest.mark.parametrize(
+    "command", ["python train_dpo.py", "python train_sft.py", "python -m notus dpo", "torchrun -m notus sft"]
+)
+def test_usage_names_the_command_as_it_was_called(command: str) -> None:
+    """Without arguments: one line and exit code 1."""
+    launcher, *words = command.split()
+    environment = {**os.environ, **({"TORCHELASTIC_RUN_ID": "x", "RANK": "0"} if launcher == "torchrun" else {})}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    usage = f"error: usage: {command} CONFIG.yaml [--section.key=value ...]; `{command} --help` lists every key\n"
+    assert done.stderr == usage
+
+
+STARTERS = {
+    "dpo": ("prompt", "chosen", "rejected"),
+    "dpo-lora": ("prompt", "chosen", "rejected"),
+    "sft": ("prompt", "completion"),
+}
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_a_starter_config_trains_on_a_file_of_ones_own(name: str, config_file: Path, tmp_path: Path) -> None:
+    """As it stands, on a CPU: only the model, the data and the run's folder are given."""
+    columns, table = STARTERS[name], tmp_path / "mine.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for number in range(20):
+            writer.writerow([f"What is {number}, plus one?", f"It is {number + 1}.", "No idea."][: len(columns)])
+    model, run = config_file.parent / "model", tmp_path / "run"
+    given = {"model.name_or_path": model, "data.train": table, "training.output_dir": run}
+    words = [f"--{key}={value}" for key, value in given.items()]
+    config = load_config([str(ROOT / "configs" / f"{name}.yaml"), *words, f"--data.cache_dir={tmp_path}"], name[:3])
+    assert (sft if config.task == "sft" else dpo).run(config) == 0
+    lines = read_metrics(run)
+    assert len(lines) == {"dpo": 1, "dpo-lora": 2, "sft": 2}[name]  # 19 rows are left: batches of 32, 16, 32; 2 epochs
+    assert lines[-1]["eval_loss"] > 0
+    if config.task == "dpo":
+        assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-3)  # bf16
+    weights = "adapter_model.safetensors" if name == "dpo-lora" else "model.safetensors"
+    assert (run / "model" / weights).is_file()

@@ -5,7 +5,9 @@ chosen first, and no copy of one is trained on; only then rows are repeated by t
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import datasets
 import numpy as np
@@ -41,7 +43,22 @@ def mixed(shares: Sequence[Share], seed: int) -> datasets.Dataset:
     return datasets.concatenate_datasets([_weighted(share, seed) for share in shares])
 
 
-def hold_out(shares: Sequence[Share], size: int, seed: int) -> tuple[list[Share], datasets.Dataset, int]:
+def rows_to_hold(size: float, available: int) -> int:
+    """How many of `available` rows `data.eval_size` holds out.
+
+    A fraction is rounded up, as `datasets` and scikit-learn do, but exactly, as it is written: 0.07 of 100 rows are 7
+    (in binary, the product is a little more). It leaves at least one row to train on.
+
+    Args:
+        size: a number of rows (an integer), or a fraction (a float) above 0 and below 1.
+        available: different rows.
+    """
+    if isinstance(size, int):
+        return size
+    return max(1, min(available - 1, math.ceil(Fraction(repr(size)) * available)))
+
+
+def hold_out(shares: Sequence[Share], size: float, seed: int) -> tuple[list[Share], datasets.Dataset, int]:
     """Choose evaluation rows, before any row is repeated.
 
     Without weights or copies, the rows are those of `datasets`' own `train_test_split(test_size=size, seed=seed)`, as
@@ -49,7 +66,7 @@ def hold_out(shares: Sequence[Share], size: int, seed: int) -> tuple[list[Share]
 
     Args:
         shares: the sources; of those with a weight below 1 what it takes is drawn first.
-        size: how many rows to hold out.
+        size: how many rows to hold out, or which fraction of the different ones; see `rows_to_hold`.
         seed: of all draws.
 
     Returns:
@@ -65,14 +82,17 @@ def hold_out(shares: Sequence[Share], size: int, seed: int) -> tuple[list[Share]
     ]
     rows = datasets.concatenate_datasets([share.rows for share in drawn])
     distinct = np.sort(np.unique(digests_of(rows), return_index=True)[1])
-    if not 0 < size < len(distinct):
+    count = rows_to_hold(size, len(distinct))
+    if len(distinct) == 1:
+        raise ValueError("cannot hold out the only row for evaluation: give more rows, or set data.eval_size=0")
+    if not 0 < count < len(distinct):
         raise ValueError(
-            f"cannot hold {size} of {len(distinct)} different rows out for evaluation; choose 1 to {len(distinct) - 1}"
+            f"cannot hold {count} of {len(distinct)} different rows out for evaluation; choose 1 to {len(distinct) - 1}"
         )
-    chosen = np.sort(distinct[np.random.default_rng(seed).permutation(len(distinct))[:size]])
+    chosen = np.sort(distinct[np.random.default_rng(seed).permutation(len(distinct))[:count]])
     held = rows.select(chosen)
     left, taken = without(drawn, held)
-    return left, held, taken - size
+    return left, held, taken - count
 
 
 def without(shares: Sequence[Share], held: datasets.Dataset) -> tuple[list[Share], int]:

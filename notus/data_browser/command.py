@@ -93,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
     with process_group() as device:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the rows
             data = _load(args, overrides, device)
-        if is_main():
-            _show(data, args)
-    return 0
+        return 0 if not is_main() or _show(data, args) else 1
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -124,7 +122,8 @@ def _load(args: argparse.Namespace, overrides: Sequence[str], device: "torch.dev
     return data.with_margins(reward_margins(args.scored_by, data, device, trust_remote_code=trust))
 
 
-def _show(data: "Data", args: argparse.Namespace) -> None:
+def _show(data: "Data", args: argparse.Namespace) -> bool:
+    """Write the page, or print the rows; returns False if a full disk behind stdout took them."""
     count = (0 if args.html else SHOWN) if args.count is None else args.count
     shown = data.order[: count or len(data)]
     if args.html:
@@ -132,27 +131,28 @@ def _show(data: "Data", args: argparse.Namespace) -> None:
 
         size = write_page(Path(args.html), data, shown)
         tell(f"page: {args.html} ({len(shown):,} rows, {size / 2**20:.1f} MiB)")
-        return
-    if args.json:
-        _print_json(data, shown)
-    else:
-        _print_rows(data, shown, ids=args.ids)
+        return True
+    return _print_json(data, shown) if args.json else _print_rows(data, shown, ids=args.ids)
 
 
-def _print_json(data: "Data", shown: Sequence[int]) -> None:
+def _print_json(data: "Data", shown: Sequence[int]) -> bool:
     from notus.data_browser.rows import as_json
     from notus.data_browser.terminal import report_lines
 
+    # in another encoding, a character that is escaped as a terminal shows it would be no JSON
+    escape = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    kept = True
     for index in shown:
-        tell(as_json(data.row(index), data.pieces))
+        kept = tell(as_json(data.row(index), data.pieces, escape=escape)) and kept
     tell("\n".join(report_lines(data)), sys.stderr)
+    return kept
 
 
-def _print_rows(data: "Data", shown: Sequence[int], *, ids: bool) -> None:
+def _print_rows(data: "Data", shown: Sequence[int], *, ids: bool) -> bool:
     from notus.data_browser.terminal import report_lines, row_lines, template_lines
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     tell("\n".join(template_lines(data, colour=colour)))
     for index in shown:
         tell("\n".join(["", *row_lines(data.row(index), data.pieces, ids=ids, colour=colour)]))
-    tell("\n".join(["", *report_lines(data)]))
+    return tell("\n".join(["", *report_lines(data)]))

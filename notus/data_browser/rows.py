@@ -212,8 +212,8 @@ def _exact(rating: float | None) -> float | None:
     return None if rating is None else float(str(np.float32(rating)))
 
 
-def as_json(row: Row, pieces: Pieces) -> str:
-    """A row as a line of JSON; see `command`."""
+def as_json(row: Row, pieces: Pieces, *, escape: bool = False) -> str:
+    """A row as a line of JSON, in ASCII alone with `escape`; see `command`."""
     tree = {
         "index": row.index,
         "id": row.id,
@@ -230,7 +230,7 @@ def as_json(row: Row, pieces: Pieces) -> str:
         ],
         "cut": {"prompt": row.cut[0], "completions": row.cut[1:]},
     }
-    return json.dumps(tree, ensure_ascii=False)
+    return json.dumps(tree, ensure_ascii=escape)
 
 
 def digest(data: Data) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from notus.config import Config, Task, load_config, loss_name
 from notus.evaluation.arguments import count, positive
+from notus.runtime.process import tell
 
 if TYPE_CHECKING:
     from notus.estimate.plan import Setting
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     args, overrides = options.parse_known_args(args.overrides, args)
     task: Task = args.task or ("sft" if "sft" in Path(args.config).name else "dpo")
     config = load_config([args.config, *overrides], task)
-    print("\n".join(estimate(config, args)))
-    return 0
+    return 0 if tell("\n".join(estimate(config, args))) else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,7 @@ UNITS = {"dpo": "pairs", "sft": "examples", "lists": "lists", "labels": "complet
 
 def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     """The report's lines."""
+    from notus.data.mixture import rows_to_hold
     from notus.estimate import report
     from notus.estimate.plan import make_plan
 
@@ -111,14 +112,17 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     lines += [*report.step(plan, UNITS[config.rows]), *report.advice(plan), ""]
     if config.task == "dpo" and not passes.reference:
         lines.append(f"No reference pass: dpo.loss_type {loss_name(config.dpo)} has no reference.")
-    steps = config.training.max_steps
+    steps, held_out = config.training.max_steps, None
+    if config.data.eval is None and (rows is not None or isinstance(config.data.eval_size, int)):
+        held_out = rows_to_hold(config.data.eval_size, rows or 0)
     if rows is not None:
-        whole = math.ceil((rows - config.data.eval_size) / config.training.batch_size) * config.training.epochs
+        whole = math.ceil((rows - (held_out or 0)) / config.training.batch_size) * config.training.epochs
         steps = whole if steps is None else min(steps, whole)
     if steps is None:
         return [*lines, "Hours: how many examples the data holds is not known here; give --examples."]
     every = config.training.eval_every
-    held_out = config.data.eval_size if config.data.eval is None else _rows(config, config.data.eval)
+    if config.data.eval is not None:
+        held_out = _rows(config, config.data.eval)
     besides = 0 if config.data.eval is None else held_out or 0
     return lines + report.run_time(
         plan,

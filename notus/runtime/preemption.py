@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ class Stop:
         """Count the budget of `max_hours` from now on; None: no limit."""
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._signalled: float | None = None
+        self.requested = False
         self._patient = False
 
     @property
@@ -41,10 +43,14 @@ class Stop:
         """Whether this process was asked to stop by a signal."""
         return self._signalled is not None
 
+    def request(self) -> None:
+        """Ask to stop after the next step, as if the time were used up."""
+        self.requested = True
+
     @property
     def overdue(self) -> bool:
-        """Whether the time is used up."""
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        """Whether the time is used up, or `request` was called."""
+        return self.requested or (self._deadline is not None and time.monotonic() >= self._deadline)
 
     def check(self) -> None:
         """Ask all ranks, on the host alone, whether one of them got a signal; collective. Raises Interrupted if so."""
@@ -87,6 +93,40 @@ class Stop:
             watcher.join()
             os.close(reading)
 
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Handle signals within a program that goes on afterwards, such as a notebook; never end the process by itself.
+
+        The first signal within `in_loop` is a request, and at the end of the context it goes to the handler that was
+        there before: once all is saved, Ctrl-C raises KeyboardInterrupt and SIGTERM ends the program. Every other
+        signal goes to that handler at once. Outside a process's main thread, nothing is changed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        held: list[int] = []
+
+        def handle(number: int, _: object) -> None:
+            now = time.monotonic()
+            if self._signalled is None and self._patient:
+                self._signalled = now
+                held.append(number)
+                _tell(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
+            elif self._signalled is None or now - self._signalled > _ECHO_SECONDS:
+                held.clear()
+                _hand_on(number, before[signal.Signals(number)])
+
+        for number in SIGNALS:
+            signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if held:
+            signal.raise_signal(held[0])
+
     def _watch(self, reading: int) -> None:
         while received := os.read(reading, 1):
             if received[0] in SIGNALS:
@@ -98,13 +138,20 @@ class Stop:
             self._signalled = now
             _tell(f"{number.name}: stopping after this step; a second or more from now, another one ends the run")
         elif self._signalled is None:
-            _tell(
-                f"{number.name}: stopped outside the training steps, nothing to save; the same command resumes the run"
-            )
+            _tell(f"{number.name}: stopped outside the training steps; the same command resumes the run")
             os._exit(STOPPED)
         elif now - self._signalled > _ECHO_SECONDS:
             _tell(f"{number.name} again: stopped at once; the same command resumes from the last checkpoint")
             os._exit(128 + number)
+
+
+def _hand_on(number: int, handler: Any) -> None:
+    """Let an earlier handler take a signal; None: one that was not set from Python."""
+    if callable(handler):
+        handler(number, None)
+    elif handler != signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 _pipe: tuple[int, ...] = ()  # of the one `Stop` that listens

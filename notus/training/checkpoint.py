@@ -24,8 +24,9 @@ from notus.training.optimizers import PiecewiseOptimizer
 
 STATE_FILE = "state.json"
 DAMAGED = "damaged-"  # before the name of a checkpoint that could not be read
-_FORMAT = 4
+_FORMAT = 5
 _FORMAT_0_1, _FORMAT_0_3 = 2, 3  # of earlier versions, whose DPO runs kept more metric sums
+_FORMAT_0_5 = 4  # without the best evaluation and the run's length
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -49,6 +50,9 @@ class Progress:
             of the reference caches.
         trackers: ids of the run at its trackers, by their names.
         task: what the task has learned beside the weights, by its own names.
+        total_steps: of the run as it was when this was written; 0: not known. `training.extend` raises it.
+        best_step, best_value: the evaluation with the best `training.best_metric` so far; 0 and None: there is none.
+        evaluations_since_best: how many evaluations since then were not better.
     """
 
     step: int = 0
@@ -63,6 +67,10 @@ class Progress:
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
     trackers: dict[str, str] = dataclasses.field(default_factory=dict)
     task: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    total_steps: int = 0
+    best_step: int = 0
+    best_value: float | None = None
+    evaluations_since_best: int = 0
 
 
 def load_checkpoint(
@@ -110,6 +118,14 @@ def read_identity(path: Path) -> dict[str, str]:
         return dict(_read_state(path)["progress"]["identity"])
     except DamagedCheckpointError:
         return {}
+
+
+def best_step_of(path: Path) -> int:
+    """`Progress.best_step` of a checkpoint, 0 if there is none or it is damaged; for one rank."""
+    try:
+        return int(_read_state(path)["progress"].get("best_step", 0))
+    except ValueError:  # damaged, or of another version
+        return 0
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -187,7 +203,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     if state["format"] in (_FORMAT_0_1, _FORMAT_0_3):
         sums = state["progress"]["window_sums"]
         state["progress"]["window_sums"] = [_current_sums(each, state["format"]) for each in sums]
-    elif state["format"] != _FORMAT:
+    elif state["format"] not in (_FORMAT_0_5, _FORMAT):
         raise ValueError(
             f"{path} has format {state['format']}, this version reads {_FORMAT}: finish the run with the version that "
             "began it, or set training.resume=never to start over"
@@ -303,6 +319,7 @@ def load_newest(
             progress.logged, progress.trackers, progress.recorded = 0, {}, True
             # another loss would read these sums as other quantities
             progress.window_sums, progress.window_steps, progress.window_seconds = [], 0, 0.0
+            progress.best_step, progress.best_value, progress.evaluations_since_best = 0, None, 0
         return path, progress
     raise ValueError(f"{own}: no checkpoint is whole (see above); set training.resume=never to start over")
 

@@ -33,6 +33,7 @@ from notus.runtime.process import tell
 from notus.training.checkpoint import (
     STATE_FILE,
     Progress,
+    best_step_of,
     causes,
     checkpoints_in,
     describe,
@@ -48,7 +49,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 class Checkpoints:
-    """Writes a run's checkpoints. All methods but `failed` are collective."""
+    """Writes a run's checkpoints. All methods but `failed` and `completed` are collective."""
 
     def __init__(
         self, folder: Path, device: torch.device, *, background: bool, keep: int | None, keep_every: int | None
@@ -72,6 +73,7 @@ class Checkpoints:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._writing: concurrent.futures.Future[Any] | None = None
         self._path = folder
+        self._new: list[Path] = []  # on disk, and not handed out by `completed` yet
 
     def save(
         self, progress: Progress, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: PiecewiseOptimizer
@@ -95,6 +97,7 @@ class Checkpoints:
         if self._thread is None:
             writer = _Writer(commit, local)
             self._raise_from(lambda: dcp.save(tensors, storage_writer=writer))
+            self._new.append(self._path)
             return
         writer = _Writer(commit, self._copy(local))
         self._writing = self._thread.submit(dcp.save, tensors, storage_writer=writer, process_group=self._group)
@@ -122,6 +125,14 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is not None:
             self._raise_from(writing.result)
+            self._new.append(self._path)
+
+    def completed(self) -> list[Path]:
+        """Return the checkpoints that are on disk, as far as this rank knows, since the last call; waits for none."""
+        if self._writing is not None and self._writing.done() and not self.failed():
+            self.wait()
+        new, self._new = self._new, []
+        return new
 
     def _raise_from(self, work: Any) -> None:
         try:
@@ -164,8 +175,11 @@ class _Commit:
 
     def _drop_old(self) -> None:
         if self.keep is not None:
-            for path in checkpoints_in(self.path.parent)[self.keep :]:
-                if self.keep_every is None or step_of(path) % self.keep_every:
+            found = checkpoints_in(self.path.parent)
+            # A run that resumes from any of those that stay needs what was the best model at its time.
+            best = {best_step_of(path) for path in found[: self.keep]} if self.progress.best_step else set()
+            for path in found[self.keep :]:
+                if step_of(path) not in best and (self.keep_every is None or step_of(path) % self.keep_every):
                     try:
                         _remove(path)
                     except OSError as error:  # NFS, say, while somebody reads it; the next save tries again

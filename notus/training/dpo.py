@@ -18,6 +18,7 @@ from notus.losses import Shift
 from notus.model.policy import Policy
 from notus.model.supported import check_context
 from notus.runtime.distributed import say, sum_across_ranks
+from notus.training.callbacks import COMMAND_LINE, Caller
 from notus.training.objective import (
     PROBE_BETA,
     Measured,
@@ -117,7 +118,7 @@ class DPOTask:
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
         self.num_sums, self.guards = self._objective.num_sums, self._objective.guards
         self._shifts: dict[Shift, Tensor] = {}
-        self._beta = config.beta
+        self._beta, self._wpo = config.beta, config.wpo
         self._log_ratios = LogRatioMean(device) if "running_mean" in self._objective.shifts else None
 
     def prepare(self, batch: Batch) -> Batch:
@@ -237,7 +238,23 @@ class DPOTask:
         if held_out is None:
             return {}
         everything = np.arange(len(held_out.rows))
-        sums = self._sums_of(policy, held_out, everything, on_row)
+        return self._evaluation(self._sums_of(policy, held_out, everything, on_row))
+
+    def evaluate_start(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
+        """The same before the first step: the policy is the reference, so the cached log-probs are its own.
+
+        A pass is needed where there is no reference, and for WPO, whose weights are of the policy's single tokens.
+        """
+        held_out = self._held_out
+        if held_out is None or held_out.reference is None or self._wpo:
+            return self.evaluate(policy, on_row)
+        # no completion's log-ratio has moved: KTO's KL and BCO's mean reward are 0
+        shifts = {kind: torch.zeros(()) for kind in self._objective.shifts}
+        everything = np.arange(len(held_out.rows))
+        measured = Measured(held_out.reference, held_out.public_reference)
+        return self._evaluation(self._sums(held_out, everything, measured, shifts))
+
+    def _evaluation(self, sums: list[float]) -> dict[str, float]:
         return {f"eval_{name}": value for name, value in self.metrics(sums, 0.0).items()}
 
     def _sums_of(
@@ -246,6 +263,12 @@ class DPOTask:
         """The metric sums of some rows, by a pass without dropout; collective."""
         measured = self._objective.read_table(self._score(policy, data.rows, indices, on_row), data.rows.num_branches)
         shifts = {kind: shift.cpu() for kind, shift in self._shifts_of(policy, data, indices, on_row).items()}
+        return self._sums(data, indices, measured, shifts)
+
+    def _sums(
+        self, data: Preferences, indices: np.ndarray, measured: Measured, shifts: Mapping[Shift, Tensor]
+    ) -> list[float]:
+        """The metric sums of some rows of which a pass has been made."""
         rows = data.scored(indices, measured, shifts)
         found: list[float] = self._objective.sums(rows, self._objective(rows, data.totals(indices))).tolist()
         return found
@@ -311,8 +334,8 @@ class LogRatioMean:
         self._own.zero_()
 
 
-def run(config: Config) -> int:
-    """Train with DPO as `config` says: `train_dpo.py`.
+def run(config: Config, caller: Caller = COMMAND_LINE) -> int:
+    """Train with DPO as `config` says: `train_dpo.py`, and `notus.train`.
 
     Returns:
         The exit code: 0, or `notus.runtime.process.STOPPED` if a signal ended the run before its last step.
@@ -320,7 +343,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with start(config) as job:
+    with start(config, caller) as job:
         return 0 if job is None else job.train(build_task(job, config))
 
 
@@ -414,7 +437,8 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             measure=functools.partial(measure_public, job.policy) if public else None,
             width=2 * rows.num_branches if public else None,
         )
-        say(f"reference log-probs: {indices[-1] + 1}/{len(rows)}")
+        if len(indices) < len(rows):
+            say(f"reference log-probs: {indices[-1] + 1}/{len(rows)} rows")
         return logps
 
     try:
@@ -424,5 +448,6 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
     job.identity[f"reference.{name}"] = key.name
-    say(f"reference log-probs: {len(rows)} rows {'read from' if read else 'written to'} {folder / key.name}")
+    done = "read from" if read else "computed, and saved to"
+    say(f"reference log-probs of {name}: {len(rows)} rows {done} {folder / key.name}.safetensors")
     return logps

@@ -382,26 +382,31 @@ def _lines(flat: Tensor) -> Tensor:
     return flat.view(-1, _LINE) if flat.numel() % _LINE == 0 else flat
 
 
-def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """The share of the peak learning rate at a step.
+def learning_rate_factor(
+    step: int, *, total_steps: int, warmup_steps: int, schedule: str, floor: float = 0.0, decay_steps: int = 0
+) -> float:
+    """Return the share of the peak learning rate at a step. It depends on the step alone; there is no state.
 
-    Warm-up rises linearly from 0 at step 0 to 1 at step `warmup_steps`; then `linear` falls to 0 at `total_steps`,
-    `cosine` follows half a cosine to 0 there, and `constant` stays at 1. The same as transformers' schedules.
+    Warm-up rises linearly from 0 at step 0 to 1 at step `warmup_steps`. Then `linear` falls to `floor` at
+    `total_steps`, `cosine` follows half a cosine to `floor` there, `constant` stays at 1, and `wsd` (arXiv 2404.06395)
+    stays at 1 until the last `decay_steps`, in which it falls linearly to `floor`. The same as transformers'
+    schedules, but its `wsd` warms up from the floor, and its `linear` has none.
 
     Args:
         step: optimizer steps taken so far.
         total_steps, warmup_steps: in optimizer steps.
-        schedule: "linear", "cosine" or "constant".
+        schedule: "linear", "cosine", "constant" or "wsd".
+        floor: where the decay ends, as a share of the peak.
+        decay_steps: of `wsd`; where they and the warm-up are more than all steps, the warm-up comes first.
     """
     if step < warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if schedule == "linear":
-        return max(0.0, 1.0 - progress)
-    if schedule == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    assert schedule == "constant", schedule
-    return 1.0
+    if schedule == "constant":
+        return 1.0
+    start = max(warmup_steps, total_steps - decay_steps) if schedule == "wsd" else warmup_steps
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
+    return floor + (1.0 - floor) * left
 
 
 def build_optimizer(

@@ -23,6 +23,7 @@ from notus.data.dataset import TokenizedDataset
 from notus.model.export import write_tensors
 from notus.runtime.distributed import on_main
 from notus.runtime.files import replacing
+from notus.runtime.process import tell
 
 FORMAT = 4  # another one for every change of how log-probs round
 PART_SIZE = 2048
@@ -160,7 +161,7 @@ def _read_part(path: Path, expected: Tensor) -> Tensor | None:
     try:
         tensors, _ = _open(path)
     except ValueError as error:
-        print(f"computing a part of the reference cache again: {path} is damaged ({error})", flush=True)
+        tell(f"computing a part of the reference cache again: {path} is damaged ({error})")
         return None
     return tensors["logps"] if torch.equal(tensors["digests"], expected) else None
 

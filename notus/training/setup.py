@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from notus.config import Config, loss_name
+from notus.config import Config, TrainingConfig, loss_name
 from notus.data.batching import StepPlan, packing_report
 from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
@@ -34,7 +34,16 @@ from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
 from notus.runtime.process import STOPPED
-from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
+from notus.training.best_model import check_best_metric
+from notus.training.callbacks import COMMAND_LINE, CallbackLogger, Caller
+from notus.training.checkpoint import (
+    Progress,
+    check_contents,
+    check_newest,
+    load_checkpoint,
+    load_newest,
+    step_folder,
+)
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
 from notus.training.int8_states import check_torchao
@@ -42,14 +51,30 @@ from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.objective import check_ratings, objective_of
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
-from notus.training.parallelize import COMPUTE_DTYPES, build_policy, check_adapters, find_path, read_model_config
+from notus.training.parallelize import (
+    COMPUTE_DTYPES,
+    build_policy,
+    check_adapters,
+    find_path,
+    read_model_config,
+    reshard,
+)
 from notus.training.reference import digest_of_rows
 from notus.training.run_data import Inputs, check_rows, load_inputs
-from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
+from notus.training.run_folder import (
+    CHECKPOINTS,
+    MODEL,
+    Opening,
+    check_shared,
+    end_extension,
+    hold_folder,
+    open_folder,
+    template_date,
+)
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
-from notus.training.tracking import Tracker, hardware, open_tracker
-from notus.training.trainer import Ending, Trainer
+from notus.training.tracking import INITIAL_FILE, Tracker, hardware, open_tracker, read_initial
+from notus.training.trainer import Ending, Trainer, warmup_steps
 from notus.training.trainer import Task as LoopTask
 from notus.training.warnings import plain_text_notice
 
@@ -70,8 +95,10 @@ class Run:
         inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
         checkpoints: where to resume: the first that is whole, the newest first.
+        extended: whether this launch raises the number of steps.
         stop: requests to end before the last step.
         hardware: the job's devices.
+        caller: who started it.
     """
 
     config: Config
@@ -86,8 +113,10 @@ class Run:
     inputs: Inputs
     plan: StepPlan
     checkpoints: list[Path]
+    extended: bool
     stop: Stop
     hardware: str
+    caller: Caller
 
     @property
     def train_rows(self) -> TokenizedDataset:
@@ -136,10 +165,8 @@ class Run:
         )
         progress = self._progress(optimizer)
         tracker = distributed.main_first(lambda: self._tracker(progress))
-        if self.total_steps == 1 and training.warmup_ratio:
-            distributed.say(
-                "warning: the only step is at learning rate 0, where warm-up begins; set training.warmup_ratio=0"
-            )
+        if notice := _warmup_notice(training, self.total_steps):
+            distributed.say(notice)
         checkpoints = Checkpoints(
             self.folder / CHECKPOINTS,
             self.device,
@@ -160,13 +187,17 @@ class Run:
                 stop=self.stop,
                 meter=Meter(self.policy, self.train_rows, self.plan, device=self.device, precision=training.precision),
                 sample=self._sampler(),
+                initial=distributed.on_main(lambda: read_initial(self.folder / INITIAL_FILE)),
                 device=self.device,
             ).run()
-        if ending is Ending.FINISHED:
+        if ending in (Ending.FINISHED, Ending.EARLY):
+            self._choose_best(progress)
             self._export()
+            distributed.on_main(lambda: end_extension(self.folder))
             return 0
+        reason = "a callback" if self.stop.requested and ending is Ending.BUDGET else ending.value
         distributed.say(
-            f"stopped by {ending.value} after step {progress.step} of {self.total_steps}; everything is saved, "
+            f"stopped by {reason} after step {progress.step} of {self.total_steps}; everything is saved, "
             "and the same command resumes the run"
         )
         return STOPPED if ending is Ending.SIGNAL else 0
@@ -210,8 +241,46 @@ class Run:
         if progress.step > self.total_steps:
             raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
         progress.identity = self.identity
+        if progress.best_step:
+            self._find_best(progress)
+        if progress.total_steps and progress.total_steps != self.total_steps:
+            progress.evaluations_since_best = 0  # of the run before it was extended
+        elif self.extended and progress.total_steps:
+            distributed.say(
+                f"warning: training.extend has no effect: the run's {self.total_steps} steps end with its epochs; "
+                "raise training.epochs"
+            )
         distributed.say(f"resuming from {path} (step {progress.step} of {self.total_steps})")
         return progress
+
+    def _find_best(self, progress: Progress) -> Path:
+        """The checkpoint of the best evaluation so far. Raises ValueError if it is gone."""
+        path = self.folder / CHECKPOINTS / step_folder(progress.best_step)
+        if not distributed.on_main(path.is_dir):
+            raise ValueError(
+                f"{path} is gone, which has the best model by {self.config.training.best_metric}: restore it, or start "
+                "over with training.resume=never"
+            )
+        return path
+
+    def _choose_best(self, progress: Progress) -> None:
+        """Load the model to export, that of the best evaluation, if training.best_metric asks for it. Collective."""
+        training, step = self.config.training, progress.best_step
+        if progress.step < self.total_steps:
+            distributed.say(
+                f"stopped early after step {progress.step} of {self.total_steps}: {progress.evaluations_since_best} "
+                f"evaluations without a better {training.best_metric}"
+            )
+        if training.best_metric is None:
+            return
+        if not step:
+            distributed.say(f"warning: no evaluation had a finite {training.best_metric}: the last model is exported")
+            return
+        if step != progress.step:
+            reshard(self.policy)
+            load_checkpoint(self._find_best(progress), self.policy.named_parameters(), None)
+        best = f"{training.best_metric} {progress.best_value:.6g}"
+        distributed.say(f"the model of step {step} is exported, the best one: {best}")
 
     def _sampler(self) -> Sampler | None:
         return build_sampler(
@@ -235,6 +304,7 @@ class Run:
             total_steps=self.total_steps,
             hardware=self.hardware,
             data=self.inputs.summary(),
+            more=[CallbackLogger(self.caller.callbacks, self.stop)],
         )
 
     def _merged_adapter(self) -> Adapter | None:
@@ -265,15 +335,16 @@ class Run:
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
                 plain_text=self.inputs.plain_text,
             )
-        distributed.say(f"finished: {target}")
+        distributed.say(f"finished: the model is in {target}")
 
 
 @contextlib.contextmanager
-def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
+def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) -> Iterator[Run | None]:
     """Join the process group and build a run up to its first step; yields None if it is finished already.
 
     Args:
         config: the run's settings.
+        caller: who starts it.
         train: False: claim no folder and build a frozen policy, for scoring alone.
 
     Raises:
@@ -281,34 +352,52 @@ def start(config: Config, *, train: bool = True) -> Iterator[Run | None]:
     """
     stop, training = Stop(config.training.max_hours), config.training
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stop.listening())
+        stack.enter_context(stop.listening() if caller.owns_process else stop.asking())
         stack.enter_context(deterministic(training.deterministic))
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
         if training.optimizer_dtype == "int8" and train:
             check_torchao()
+        if train:
+            check_best_metric(config)
         if training.cpu_offload and device.type == "cpu":
             raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
             distributed.ranks_per_node()  # raises now what would stop the run after hours of tokenising
-        checkpoints: list[Path] = []
+        opening = Opening(finished=False, checkpoints=[])
         today = distributed.on_main(lambda: template_date(config))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=today))
         if train:
 
             def claim() -> Opening:
                 stack.enter_context(hold_folder(config))
-                return open_folder(config)
+                opening = open_folder(config)
+                if caller.write_inputs is not None:
+                    caller.write_inputs()
+                return opening
 
             opening = distributed.on_main(claim)
             check_shared(Path(config.training.output_dir))
             if opening.finished:
-                distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
+                distributed.say(f"finished already: the model is in {Path(config.training.output_dir) / MODEL}")
                 yield None
                 return
-            checkpoints = opening.checkpoints
-        job = _build(config, device, checkpoints, train, stop)
-        check_newest(checkpoints, job.identity if checkpoints else {})
+        job = _build(config, device, opening, train, stop, caller)
+        check_newest(opening.checkpoints, job.identity if opening.checkpoints else {})
         yield job
+
+
+def _warmup_notice(training: TrainingConfig, total_steps: int) -> str | None:
+    """What to say of a warm-up that takes all of the run; None: it does not."""
+    warmup = warmup_steps(training, total_steps)
+    if warmup < total_steps:
+        return None
+    key = "warmup_ratio" if training.warmup_steps is None else "warmup_steps"
+    if total_steps == 1:
+        return f"warning: the only step is at learning rate 0, where warm-up begins; set training.{key}=0"
+    return (
+        f"warning: warm-up takes {warmup} steps and the run {total_steps}: the learning rate does not reach its peak; "
+        f"lower training.{key}"
+    )
 
 
 def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
@@ -323,7 +412,7 @@ def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
         )
 
 
-def _build(config: Config, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop) -> Run:
+def _build(config: Config, device: torch.device, opening: Opening, train: bool, stop: Stop, caller: Caller) -> Run:
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
@@ -355,7 +444,7 @@ def _build(config: Config, device: torch.device, checkpoints: list[Path], train:
     if train:
         first = train_rows(np.arange(1))[0]
         shown = describe_example(first, tokenizer, is_list=config.rows == "lists")
-        distributed.say(f"the first training row, ⟦learned⟧:\n{shown}")
+        distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     policy = build_policy(
         folders.base,
@@ -382,7 +471,7 @@ def _build(config: Config, device: torch.device, checkpoints: list[Path], train:
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
-        inputs, plan, checkpoints, stop, hardware(device),
+        inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device), caller,
     )  # fmt: skip
 
 

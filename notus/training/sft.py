@@ -11,6 +11,7 @@ from notus.data.dataset import TokenizedDataset
 from notus.data.packing import Batch
 from notus.losses import nll_loss
 from notus.model.policy import Policy
+from notus.training.callbacks import COMMAND_LINE, Caller
 from notus.training.scoring import score
 from notus.training.setup import start
 from notus.training.trainer import RowLoss
@@ -82,9 +83,13 @@ class SFTTask:
         )
         return {"eval_loss": -logps.double().sum().item() / int(self._held_out.loss_tokens.sum())}
 
+    def evaluate_start(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
+        """The same before the first step: nothing is known of the model without a pass."""
+        return self.evaluate(policy, on_row)
 
-def run(config: Config) -> int:
-    """Fine-tune as `config` says: `train_sft.py`.
+
+def run(config: Config, caller: Caller = COMMAND_LINE) -> int:
+    """Fine-tune as `config` says: `train_sft.py`, and `notus.train`.
 
     Returns:
         The exit code: 0, or `notus.runtime.process.STOPPED` if a signal ended the run before its last step.
@@ -92,7 +97,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError: a user's mistake, in one line.
     """
-    with start(config) as job:
+    with start(config, caller) as job:
         if job is None:
             return 0
         task = SFTTask(

@@ -9,7 +9,7 @@ import pytest
 from toys import toy_tokenizer
 
 from notus.data.chat import ChatEncoder
-from notus.data.mixture import Share, copies, digests_of, hold_out, mixed, without
+from notus.data.mixture import Share, copies, digests_of, hold_out, mixed, rows_to_hold, without
 from notus.data.tokenize import Rule, read_shares
 
 
@@ -84,6 +84,26 @@ def test_copies_are_counted() -> None:
 def test_both_sides_keep_rows(size: int) -> None:
     with pytest.raises(ValueError, match=f"cannot hold {size} of 3 different rows out .* choose 1 to 2"):
         hold_out([share([2, 3, 4, 4])], size, 42)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "rows", "held"),
+    [(0.5, 3, 2), (0.07, 100, 7), (0.1, 30, 3), (0.001, 3, 1), (0.999, 3, 2), (1e-5, 200_000, 2), (0.3, 2, 1)],
+)
+def test_a_fraction_is_rounded_up_exactly_and_leaves_rows_on_both_sides(fraction: float, rows: int, held: int) -> None:
+    assert rows_to_hold(fraction, rows) == held
+
+
+def test_a_fraction_is_of_the_different_rows_and_holds_the_rows_of_that_number() -> None:
+    rows = [2, 3, 4, 4, 5, 6, 7, 7, 8]  # 7 different ones: 0.4 of them are 2.8
+    by_fraction, by_number = (hold_out([share(rows)], size, 42) for size in (0.4, 3))
+    assert numbers(by_fraction[1]) == numbers(by_number[1])
+    assert len(by_fraction[1]) == 3
+
+
+def test_the_only_row_cannot_be_held_out() -> None:
+    with pytest.raises(ValueError, match="cannot hold out the only row"):
+        hold_out([share([2, 2])], 0.5, 42)
 
 
 def test_overlap_with_named_evaluation_rows_is_left_out() -> None:

@@ -175,7 +175,7 @@ def test_a_row_that_cannot_be_read_names_its_line(tmp_path, model_folder, capsys
 def test_a_setting_that_sft_does_not_have_is_an_error(tmp_path, model_folder, capsys):
     config = write_config(tmp_path, model_folder, [{"prompt": "a", "completion": " b"}], dpo__beta=0.3)
     assert entry.main(["data", str(config)]) == 1
-    assert "dpo.beta has no effect in SFT" in capsys.readouterr().err
+    assert "has a section `dpo`, which is of DPO" in capsys.readouterr().err
 
 
 TURN = {"role": "user", "content": "Hi"}

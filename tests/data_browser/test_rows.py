@@ -1,5 +1,6 @@
 """Rows and what is known of them: flags, duplicates, overlap, order."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -100,6 +101,9 @@ def test_labels_are_shown_with_how_many_are_good(tmp_path, model_folder):
     assert [data.row(index).label for index in range(4)] == [True, False, True, False]
     assert "labels: 2 true, 2 false" in report_lines(data)
     assert json.loads(as_json(data.row(1), data.pieces))["label"] is False
+    row = as_json(dataclasses.replace(data.row(1), source="naïve"), data.pieces, escape=True)
+    assert row.isascii()
+    assert json.loads(row)["source"] == "naïve"
 
 
 def test_rows_of_another_loss_are_an_error_as_in_training(tmp_path, model_folder):

@@ -204,7 +204,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) 
         load_checkpoint(tmp_path, parameters, optimizer)
     path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
     _rewritten(path, lambda state: state.update(format=9))
-    with pytest.raises(ValueError, match="format 9, this version reads 4"):
+    with pytest.raises(ValueError, match="format 9, this version reads 5"):
         load_checkpoint(path, parameters, optimizer)
 
 

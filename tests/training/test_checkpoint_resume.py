@@ -33,8 +33,9 @@ def test_preempted_and_resumed_is_bitwise_undisturbed(
     assert module.run(config(task, tmp_path / "whole", model_folder, data, **overrides)) == 0
     cut = config(task, tmp_path / "cut", model_folder, data, **overrides)
     with monkeypatch.context() as patch:
-        # 13 rows in steps of 4: 4 steps an epoch. The 5th step's loss, or its evaluation.
-        at_call(patch, owner, *(("row_loss", 5) if place == "step" else ("evaluate", 1)), terminate)
+        # 13 rows in steps of 4: 4 steps an epoch. The 5th step's loss, or its evaluation; SFT also makes one at step 0.
+        evaluation = ("evaluate", 1 if task == "dpo" else 2)
+        at_call(patch, owner, *(("row_loss", 5) if place == "step" else evaluation), terminate)
         assert module.run(cut) == STOPPED
     assert (tmp_path / "cut" / "checkpoints" / "latest").read_text() == "step-00000005\n"
     assert not (tmp_path / "cut" / "model").exists()

@@ -39,6 +39,52 @@ def _flat(parameters: list[nn.Parameter]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("schedule", "points"),
     [
+        # 2 steps of warm-up, then 8 from 1 to 0.2: 0.1 a step
+        ("linear", {0: 0.0, 1: 0.5, 2: 1.0, 3: 0.9, 6: 0.6, 9: 0.3, 10: 0.2}),
+        # half of the way after 4 steps of 8; a quarter: 0.2 + 0.8 * (1 + cos 45°) / 2
+        ("cosine", {1: 0.5, 2: 1.0, 4: 0.2 + 0.4 * (1 + math.sqrt(0.5)), 6: 0.6, 10: 0.2}),
+        # 4 steps at the peak, then 4 of decay: 0.2 a step
+        ("wsd", {0: 0.0, 1: 0.5, 2: 1.0, 5: 1.0, 6: 1.0, 7: 0.8, 8: 0.6, 9: 0.4, 10: 0.2}),
+    ],
+)
+def test_schedule_with_a_floor_at_exact_points(schedule: str, points: dict[int, float]) -> None:
+    for step, expected in points.items():
+        found = learning_rate_factor(step, total_steps=10, warmup_steps=2, schedule=schedule, floor=0.2, decay_steps=4)
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_wsd_whose_warm_up_and_decay_overlap_warms_up_first() -> None:
+    rates = [
+        learning_rate_factor(step, total_steps=8, warmup_steps=6, schedule="wsd", decay_steps=4) for step in range(9)
+    ]
+    assert rates == pytest.approx([0, 1 / 6, 1 / 3, 0.5, 2 / 3, 5 / 6, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize("total", [7, 20])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_schedules_are_those_of_transformers(total: int, floor: float) -> None:
+    """Its linear schedule has no floor, and its WSD warms up from the floor, not from 0."""
+    from transformers import optimization as theirs
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    ends = {"num_warmup_steps": 2, "num_training_steps": total}
+    schedules = {
+        "cosine": theirs.get_cosine_with_min_lr_schedule_with_warmup(optimizer, min_lr_rate=floor, **ends),
+        "wsd": theirs.get_wsd_schedule(optimizer, num_decay_steps=3, decay_type="linear", min_lr_ratio=floor, **ends),
+    }
+    if not floor:
+        schedules["linear"] = theirs.get_linear_schedule_with_warmup(optimizer, **ends)
+    for name, scheduler in schedules.items():
+        for step in range(2 if name == "wsd" else 0, total + 1):
+            found = learning_rate_factor(
+                step, total_steps=total, warmup_steps=2, schedule=name, floor=floor, decay_steps=3
+            )
+            assert found == pytest.approx(scheduler.lr_lambdas[0](step), abs=1e-12), (name, step)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
         ("linear", {0: 0.0, 1: 0.5, 2: 1.0, 6: 0.5, 10: 0.0}),
         ("cosine", {0: 0.0, 2: 1.0, 6: 0.5, 4: 0.5 * (1 + math.sqrt(0.5)), 10: 0.0}),
         ("constant", {0: 0.0, 1: 0.5, 2: 1.0, 10: 1.0}),

@@ -60,7 +60,8 @@ def name_pairs(model: ModelSource, given: str | None) -> str:
         raise ValueError(f"{model.name}: no DPO run that held rows out: name held-out pairs or lists with --pairs")
     if data.get("eval"):
         return ", ".join(source["path"] for source in data["eval"])  # a resolved config has a list
-    return f"{data['eval_size']} rows held out of data.train"
+    size = data["eval_size"]
+    return f"{size} rows held out of data.train" if isinstance(size, int) else f"{size:g} of the rows of data.train"
 
 
 def guess_rows(path: str, split: str) -> Task:
@@ -150,7 +151,7 @@ def score_model(source: ModelSource, scoring: Scoring, samples: TokenizedDataset
     `samples` are other rows, scored token by token. Raises ValueError for a model that cannot be loaded, rows that do
     not fit, and log-probs that are not finite.
     """
-    policy = _build(source, scoring)
+    policy = build_scored(source, scoring)
     scores = _score(policy, source.name, scoring, samples)
     del policy
     free_memory()
@@ -164,7 +165,7 @@ def score_adapter(
 
     The base must be what is left then: see `switches_to`.
     """
-    policy = _build(source, scoring)
+    policy = build_scored(source, scoring)
     adapted = _score(policy, source.name, scoring, samples)
     with adapters_off(policy.causal_lm):
         base = _score(policy, str(source.base), scoring, samples)
@@ -197,7 +198,8 @@ def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDatase
     return Scores(logps, tokens)
 
 
-def _build(source: ModelSource, scoring: Scoring) -> Policy:
+def build_scored(source: ModelSource, scoring: Scoring) -> Policy:
+    """Load a model for scoring; collective. Raises ValueError if that fails, or if the rows do not fit it."""
     longest = int(scoring.pairs.lengths.max())
     if scoring.tokens_per_row is not None and scoring.tokens_per_row < longest:
         raise ValueError(

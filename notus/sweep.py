@@ -1,0 +1,680 @@
+"""`notus sweep CONFIG --dpo.beta=0.05,0.1,0.3 ...`: train one run for each combination of values, then compare them.
+
+A key with several values, separated by commas, is an axis of the grid. A key with one value is an override of all runs.
+A value in brackets, braces or quotes is one value: `--lora.target_modules=[q_proj],[q_proj,v_proj]`.
+
+OUTPUT_DIR/beta-0.05/  beta-0.1/  ...  reference/  sweep.json  report.html
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import itertools
+import json
+import keyword
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from notus.runtime.process import STOPPED, follow_parent, tell
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from notus.config import Config, Task
+
+SUMMARY = "sweep.json"
+REPORT = "report.html"
+_LOCK = ".lock"
+_NOT_SWEPT = {
+    "training.output_dir": "each run gets a folder of its own: use --output DIR",
+    "training.resume": "the sweep resumes its own runs: remove it",
+    "reference.cache_dir": "all runs share one cache: give one folder",
+}
+# What the table shows, if a run has it: the first of them that any run has is what it is sorted by.
+_METRICS = (
+    "eval_rewards/kendall_tau",
+    "eval_rewards/accuracies",
+    "eval_loss",
+    "eval_rewards/margins",
+    "rewards/kendall_tau",
+    "rewards/accuracies",
+    "loss",
+    "rewards/margins",
+)
+_MAX_VALUE, _MAX_NAME = 40, 180
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A key with its values, as they stand on the command line."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run of the grid.
+
+    Attributes:
+        name: its folder's name.
+        values: what the grid's keys are in it.
+        words: the overrides that make it.
+        config: what these give.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    words: tuple[str, ...]
+    config: "Config"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.training.output_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """How a run is started: `nproc_per_node` None: plain Python, else torchrun with as many processes."""
+
+    config: str
+    task: "Task"
+    nproc_per_node: int | None = None
+
+    def command(self, run: Planned) -> list[str]:
+        """Return the complete command line that trains `run`."""
+        words = [sys.executable]
+        if self.nproc_per_node is not None:
+            words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.nproc_per_node}"]
+        return [*words, "-m", "notus", self.task, self.config, *run.words]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for `notus dpo`")
+    _add_options(parser)
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value[,value ...]")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="the folder of the sweep, which holds the runs (default: the config's training.output_dir)",
+    )
+    parser.add_argument("--task", choices=("dpo", "sft"), help="default: found from the config")
+    parser.add_argument("--nproc-per-node", type=_count, metavar="N", help="train each run on N GPUs, under torchrun")
+    parser.add_argument("--sort", metavar="METRIC", help="sort the table by the last value of this metric")
+    parser.add_argument("--stop-on-error", action="store_true", help="stop at the first run that fails")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--print", action="store_true", help="print one command per run for a scheduler, start nothing")
+    only.add_argument("--table", action="store_true", help="show the table of the runs so far, start nothing")
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sweep and return its exit code.
+
+    Returns:
+        0; 1 if a run failed; 75 if it was stopped by SIGTERM or by `training.max_hours`, 130 by SIGINT. The same
+        command then resumes.
+
+    Raises:
+        ValueError: a user's mistake, in one line, before the first run starts.
+    """
+    # options may stand after CONFIG, among the overrides
+    options = argparse.ArgumentParser(prog="notus sweep", allow_abbrev=False)
+    _add_options(options)
+    args, overrides = options.parse_known_args(args.overrides, args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a sweep starts its runs itself: start it without torchrun, with --nproc-per-node N")
+    task = args.task or find_task(args.config, overrides)
+    folder, runs = plan(args.config, overrides, task=task, output=args.output)
+    launcher = Launcher(args.config, task, args.nproc_per_node)
+    if args.print:
+        for planned in runs:
+            tell(shlex.join(launcher.command(planned)))
+        return 0
+    outcome = Outcome({}) if args.table else _train_all(folder, runs, launcher, stop_on_error=args.stop_on_error)
+    _compare(folder, runs, outcome, sort=args.sort)
+    return outcome.report(runs)
+
+
+# ---- the grid ----
+
+
+def find_task(config: str, overrides: Sequence[str] = ()) -> "Task":
+    """Return which task a config file is for. Raises ValueError if it does not say."""
+    from notus.config import DPO_SECTIONS, read_yaml
+
+    tree = read_yaml(Path(config))
+    sections = {str(name) for name in tree} if isinstance(tree, dict) else set()
+    sections |= {word.removeprefix("--").split(".")[0] for word in overrides}
+    if sections & set(DPO_SECTIONS):
+        return "dpo"
+    raise ValueError(f"{config} has no section dpo, so it may be for DPO or SFT: add --task dpo or --task sft")
+
+
+def read_grid(overrides: Sequence[str]) -> tuple[list[Axis], list[str]]:
+    """Return the keys with several values, and the other words. Raises ValueError for what cannot be swept."""
+    axes: list[Axis] = []
+    fixed: list[str] = []
+    for word in overrides:
+        match = re.fullmatch(r"--([\w.]+)=(.*)", word, flags=re.DOTALL)
+        values = split_values(match[2]) if match else []
+        if match is None or len(values) == 1:
+            fixed.append(word)
+            continue
+        key = match[1]
+        if "" in values:
+            raise ValueError(f"command line: {word!r} has a comma with no value beside it")
+        if key in _NOT_SWEPT:
+            raise ValueError(f"command line: {key} cannot have several values in a sweep; {_NOT_SWEPT[key]}")
+        _check_lists(key, values)
+        axes.append(Axis(key, tuple(values)))
+    keys = [axis.key for axis in axes] + [word.removeprefix("--").split("=")[0] for word in fixed]
+    if twice := next((axis.key for axis in axes if keys.count(axis.key) > 1), None):
+        raise ValueError(f"command line: {twice} is given twice; give all its values at once")
+    if not axes:
+        raise ValueError("command line: no key has several values; for example --dpo.beta=0.05,0.1,0.3")
+    return axes, fixed
+
+
+def split_values(text: str) -> list[str]:
+    """Split at the commas that stand outside brackets, braces and quotes."""
+    values, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter == "," and not depth and not quote:
+            values.append("")
+            continue
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and (depth or not values[-1].strip()):  # elsewhere it is an apostrophe
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        values[-1] += letter
+    return [value.strip() for value in values]
+
+
+def _check_lists(key: str, values: Sequence[str]) -> None:
+    """Raise ValueError where `a,b` may be meant as one list: the key holds a list of strings."""
+    from notus.config import SECTIONS
+
+    section, _, name = key.partition(".")
+    hints = get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
+    kinds = [hints.get(name), *get_args(hints.get(name))]
+    words = [word for kind in kinds for word in get_args(kind) if get_origin(kind) is Literal]
+    if list[str] in kinds and any(not value.startswith("[") and value not in words for value in values):
+        listed, each = f"[{','.join(values)}]", ",".join(f"[{value}]" for value in values)
+        raise ValueError(f"command line: {key} is a list: write {listed} for one value, or {each} for several")
+
+
+def plan(config: str, overrides: Sequence[str], *, task: "Task", output: str | None) -> tuple[Path, list[Planned]]:
+    """Return the sweep's folder and its runs, all of them checked.
+
+    Raises:
+        ValueError: naming the combination that is no valid config, or whose folder holds another run.
+    """
+    from notus.config import load_config
+    from notus.training.run_folder import CONFIG_FILE
+
+    axes, fixed = read_grid(overrides)
+    cache = _given_cache(config, fixed)
+    grid = [[f"--{axis.key}={value}" for axis, value in zip(axes, values, strict=True)] for values in _product(axes)]
+    drafts = []
+    for words in grid:
+        with _naming(words):
+            null = ["--reference.cache_dir=null"] if task == "dpo" else []
+            drafts.append(load_config([config, *fixed, *words, *null], task))
+    if cache and not any(map(_has_reference, drafts)):
+        load_config([config, *fixed, *grid[0]], task)  # raises: the cache has no effect on any run
+    folder = Path(output or drafts[0].training.output_dir)
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds a run: choose another folder for the sweep with --output DIR")
+    if any(draft.training.resume == "never" for draft in drafts):
+        raise ValueError("training.resume=never: a sweep resumes its own runs; to start over, choose another --output")
+    date = _shared_date(folder)
+    runs = []
+    for words, draft in zip(grid, drafts, strict=True):
+        with _naming(words):
+            dated = [] if draft.data.template_date else [f"--data.template_date={date}"]
+            runs.append(_planned(config, [*fixed, *words, *dated], axes, draft, folder, cache))
+    _check_names(runs, grid)
+    return folder, runs
+
+
+def _product(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:
+    return itertools.product(*(axis.values for axis in axes))
+
+
+@contextlib.contextmanager
+def _naming(words: Sequence[str]) -> Iterator[None]:
+    """Name the combination in a mistake that is found within."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"sweep, run {' '.join(words)}: {error}") from None
+
+
+def _given_cache(config: str, fixed: Sequence[str]) -> str | None:
+    """Return `reference.cache_dir` as the file or the command line sets it."""
+    from notus.config import read_yaml
+
+    tree = read_yaml(Path(config))
+    section = tree.get("reference") if isinstance(tree, dict) else None
+    given = section.get("cache_dir") if isinstance(section, dict) else None
+    for word in fixed:
+        if word.startswith("--reference.cache_dir="):
+            given = word.partition("=")[2]
+    return None if given in (None, "null") else str(given)
+
+
+def _shared_date(folder: Path) -> str:
+    """Return the date that chat templates of all runs take for today: that of the sweep's first run, else today.
+
+    Otherwise runs of different days could have different prompts, and need a reference of their own.
+    """
+    from notus.config import read_yaml
+    from notus.training.run_folder import CONFIG_FILE
+
+    dates = [read_yaml(path).get("data", {}).get("template_date") for path in folder.glob(f"*/{CONFIG_FILE}")]
+    return min((date for date in dates if date), default=datetime.date.today().isoformat())
+
+
+def _has_reference(config: "Config") -> bool:
+    from notus.losses import loss_components
+
+    return config.task == "dpo" and any(loss.reference for loss in loss_components(config.dpo.loss_type))
+
+
+def _planned(
+    config: str, words: Sequence[str], axes: Sequence[Axis], draft: "Config", folder: Path, cache: str | None
+) -> Planned:
+    """Return a run with its own folder and the cache that all share; a loss without a reference has none."""
+    from notus.config import load_config
+
+    values = {axis.key: value_of(draft, axis.key) for axis in axes}
+    name = run_name(values)
+    more = [f"--training.output_dir={_yaml_string(folder / name)}"]
+    if _has_reference(draft) and not cache:
+        more.append(f"--reference.cache_dir={_yaml_string(folder / 'reference')}")
+    elif cache and not _has_reference(draft):
+        more.append("--reference.cache_dir=null")
+    all_words = (*words, *more)
+    return Planned(name, values, all_words, load_config([config, *all_words], draft.task))
+
+
+def _yaml_string(path: Path) -> str:
+    """Return a path as YAML: as it is where that is a string in YAML, else in quotes."""
+    return str(path) if re.fullmatch(r"[\w/.][\w/.+-]*", str(path)) else json.dumps(str(path), ensure_ascii=False)
+
+
+def _check_names(runs: Sequence[Planned], grid: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError where two combinations are one."""
+    first: dict[str, Sequence[str]] = {}
+    for planned, words in zip(runs, grid, strict=True):
+        if planned.name in first:
+            raise ValueError(f"sweep: {' '.join(first[planned.name])} and {' '.join(words)} are the same run")
+        first[planned.name] = words
+
+
+def value_of(config: "Config", key: str) -> Any:
+    """Return the value of `section.key` or `section.key.entry` in a resolved config."""
+    section, name, *entry = key.split(".")
+    value = getattr(getattr(config, section), name + "_" * keyword.iskeyword(name))
+    return value[entry[0]] if entry else value
+
+
+def run_name(values: Mapping[str, Any]) -> str:
+    """Return the name of the folder of a run with these values by key: `beta-0.1_learning_rate-1e-06`.
+
+    The same values always give the same name, and different values different names.
+    """
+    shorts = [_short_key(key) for key in values]
+    if len(set(shorts)) < len(shorts):
+        shorts = list(values)
+    name = "_".join(f"{short}-{_short_value(value)}" for short, value in zip(shorts, values.values(), strict=True))
+    return name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}-{_digest(name)}"
+
+
+def _short_key(key: str) -> str:
+    """Return the last part of a key, with its section where another section has the same key."""
+    from notus.config import SECTIONS
+
+    last = key.rsplit(".", 1)[-1]
+    homes = [section for section, cls in SECTIONS.items() if last in cls.__dataclass_fields__]
+    return last if [f"{home}.{last}" for home in homes] in ([], [key]) else key
+
+
+def _short_value(value: Any) -> str:
+    """Return a value as part of a file name, with a digest where that leaves something out."""
+    text = _in_words(value)
+    safe = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-.")[:_MAX_VALUE]
+    whole = text.split("+") == value if isinstance(value, list) else not isinstance(value, str | dict) or text == value
+    return safe if whole and safe == text else f"{safe}-{_digest(json.dumps(value, sort_keys=True))}".lstrip("-")
+
+
+def _in_words(value: Any) -> str:
+    match value:
+        case float():
+            return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        case list():
+            return "+".join(map(_in_words, value))
+        case {"path": path}:
+            return _in_words(path)
+        case dict():
+            return "+".join(f"{name}-{_in_words(each)}" for name, each in value.items())
+        case str():
+            return value.rstrip("/").rsplit("/", 1)[-1]
+        case _:
+            return json.dumps(value)  # an integer, true, false or null
+
+
+def _digest(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+# ---- the runs ----
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of the runs of this launch.
+
+    Attributes:
+        failed: the exit code of each run that failed, by name.
+        signal: the signal that stopped the sweep; 0: none.
+        left: runs that the same command resumes or starts.
+    """
+
+    failed: dict[str, int]
+    signal: int = 0
+    left: int = 0
+
+    def report(self, runs: Sequence[Planned]) -> int:
+        """Print what failed and what is left, and return the sweep's exit code."""
+        for name, code in self.failed.items():
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            tell(f"failed: {name} ({how}); its error stands above, below its header", sys.stderr)
+        if self.left:
+            why = f"stopped by {signal.Signals(self.signal).name}: " if self.signal else ""
+            tell(f"{why}{self.left} of {len(runs)} runs are left; the same command continues", sys.stderr)
+        if self.signal and self.left:
+            return STOPPED if self.signal == signal.SIGTERM else 128 + self.signal
+        return 1 if self.failed else STOPPED if self.left else 0
+
+
+class Child:
+    """The run that trains now. SIGTERM and SIGINT are passed on to it, and it saves before it ends."""
+
+    def __init__(self) -> None:
+        """Nothing runs yet."""
+        self.signal = 0  # the first one that came
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the signals within the block."""
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run a command to its end and return its exit code; if the sweep is killed, the child gets SIGTERM."""
+        # In a group of its own, Ctrl-C reaches it once, from here, not a second time from the terminal.
+        self._process = subprocess.Popen(command, process_group=0, preexec_fn=lambda: follow_parent(signal.SIGTERM))
+        if self.signal:  # it came while the process was started
+            self._process.send_signal(self.signal)
+        try:
+            return self._process.wait()
+        finally:
+            self._process = None
+
+    def _receive(self, number: int, _: object) -> None:
+        self.signal = self.signal or number
+        if self._process is not None:
+            self._process.send_signal(number)
+
+
+def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, stop_on_error: bool) -> Outcome:
+    """Train what is not finished, one run after another. Raises ValueError as `holds_finished`, before the first."""
+    from notus.training.run_folder import holds_finished
+
+    for planned in runs:
+        holds_finished(planned.config)  # raises if the folder holds another run
+    outcome, child = Outcome({}), Child()
+    with _hold(folder), child.listening():
+        for number, planned in enumerate(runs, start=1):
+            header = f"\n== run {number} of {len(runs)}: {planned.name}"
+            if holds_finished(planned.config):
+                tell(f"{header}: finished already")
+                continue
+            tell(header)
+            code = child.run(launcher.command(planned))
+            if child.signal or code == STOPPED:
+                outcome.signal = child.signal or signal.SIGTERM
+                break
+            if code:
+                outcome.failed[planned.name] = code
+                if stop_on_error:
+                    break
+        # a run that stopped at training.max_hours is left, too
+        outcome.left = sum(each.name not in outcome.failed and not holds_finished(each.config) for each in runs)
+    return outcome
+
+
+@contextlib.contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of the folder. Raises ValueError if one is running in it, or if it cannot be written."""
+    from notus.runtime.files import lock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a")
+    except OSError as error:
+        raise ValueError(f"the sweep's folder {folder} cannot be written ({error}): choose another --output") from error
+    with file:
+        try:
+            lock(file)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder} is in use by another sweep: wait for its end, or choose --output") from error
+        except OSError as error:
+            tell(f"note: {folder} cannot be locked ({error.strerror}); do not start a second sweep in it")
+        yield
+
+
+# ---- the comparison ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The last value of a metric in a run, and the best one with its step."""
+
+    final: float
+    best: float
+    best_step: int
+
+    @classmethod
+    def of(cls, metric: str, steps: "np.ndarray", values: "np.ndarray") -> "Measure":
+        """Return those of values fp64 [n] at steps int64 [n]; the earliest of equal ones is the best."""
+        place = int(values.argmin() if lower_is_better(metric) else values.argmax())
+        return cls(float(values[-1]), float(values[place]), int(steps[place]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A run in the table.
+
+    Attributes:
+        name: its folder's name.
+        state: finished, running, unfinished, failed or not begun.
+        settings: its config, `{section: {key: value}}`.
+        metrics: its evaluations, and the last step's loss and rewards, by name.
+        seconds: how long it trained, over all launches; None if that is not known.
+    """
+
+    name: str
+    state: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, Measure]
+    seconds: float | None = None
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric is the better one."""
+    return re.search(r"(^|[_/])(loss|kl|perplexity)($|[_/])", metric) is not None
+
+
+def read_rows(folder: Path, runs: Sequence[Planned], failed: Mapping[str, int]) -> list[Row]:
+    """Return a row for each run of the grid, and for each run of an earlier grid in the same folder."""
+    from notus.evaluation.read_run import read_run
+    from notus.training.run_folder import CONFIG_FILE
+
+    rows = []
+    planned = {run.name: _settings(run.config) for run in runs}
+    earlier = {path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")} - set(planned)
+    for name in [*planned, *sorted(earlier)]:
+        if (folder / name / CONFIG_FILE).is_file():
+            found = read_run(folder / name)
+            state = "failed" if name in failed else found.state
+            curves = {metric: curve.known for metric, curve in found.curves.items() if _is_shown(metric)}
+            metrics = {metric: Measure.of(metric, curve.steps, curve.values) for metric, curve in curves.items()}
+            rows.append(Row(name, state, found.settings, metrics, found.environment.get("seconds")))
+        else:
+            rows.append(Row(name, "failed" if name in failed else "not begun", planned[name], {}))
+    return rows
+
+
+def _settings(config: "Config") -> dict[str, dict[str, Any]]:
+    """Return the config as the run's folder will hold it."""
+    from notus.config import DPO_SECTIONS, SECTIONS
+
+    tree = dataclasses.asdict(config)
+    sections = [name for name in SECTIONS if config.task == "dpo" or name not in DPO_SECTIONS]
+    return {name: {key.rstrip("_"): value for key, value in tree[name].items()} for name in sections}
+
+
+def _is_shown(metric: str) -> bool:
+    return metric.startswith("eval_") or metric in _METRICS
+
+
+def _compare(folder: Path, runs: Sequence[Planned], outcome: Outcome, *, sort: str | None) -> None:
+    """Print the table, and write it as `sweep.json` and the runs as `report.html`."""
+    from notus.runtime.files import write_text
+
+    rows = read_rows(folder, runs, outcome.failed)
+    known = {metric for row in rows for metric in row.metrics}
+    if sort is not None and known and sort not in known:
+        tell(f"warning: --sort {sort}: no run has this metric; there are {', '.join(sorted(known))}", sys.stderr)
+    key = sort if sort in known else next((metric for metric in _METRICS if metric in known), None)
+    rows = sorted_rows(rows, key)
+    settings = compared_settings(rows, runs)
+    tell("\n" + table(rows, settings, key))
+    if folder.is_dir():
+        shown = [
+            dataclasses.asdict(row) | {"settings": {key: values[place] for key, values in settings.items()}}
+            for place, row in enumerate(rows)
+        ]
+        write_text(folder / SUMMARY, json.dumps({"sorted_by": key, "runs": shown}, indent=1) + "\n")
+        if not outcome.signal:  # what stopped the sweep doesn't wait for long
+            _report([folder / row.name for row in rows if row.state != "not begun" and row.metrics], folder / REPORT)
+
+
+def _report(runs: Sequence[Path], output: Path) -> None:
+    """Write the overlaid report of the runs that have metrics."""
+    from notus.__main__ import run_command
+
+    if not runs:
+        return
+    if importlib.util.find_spec("plotly") is None:
+        tell(
+            "no report: it is drawn with plotly. Install that (pip install plotly), then run `notus sweep ... --table`"
+        )
+        return
+    run_command("report", *runs, "--output", output)
+
+
+def sorted_rows(rows: Sequence[Row], metric: str | None) -> list[Row]:
+    """Return the rows with the best last value of `metric` first; those without it keep their order at the end."""
+    if metric is None:
+        return list(rows)
+    sign = 1 if lower_is_better(metric) else -1
+    with_metric = [row for row in rows if metric in row.metrics]
+    return sorted(with_metric, key=lambda row: sign * row.metrics[metric].final) + [
+        row for row in rows if metric not in row.metrics
+    ]
+
+
+def compared_settings(rows: Sequence[Row], runs: Sequence[Planned]) -> dict[str, list[Any]]:
+    """Return the settings to show, one value per row: those that differ and have influence, and the grid's keys."""
+    from notus.evaluation.report.tables import differing_settings
+
+    keys = dict.fromkeys(".".join(key.split(".")[:2]) for run in runs for key in run.values)
+    of_grid = {key: [_setting(row, key) for row in rows] for key in keys}
+    return of_grid | differing_settings([row.settings for row in rows])
+
+
+def _setting(row: Row, key: str) -> Any:
+    section, name = key.split(".")
+    return row.settings.get(section, {}).get(name)
+
+
+def table(rows: Sequence[Row], settings: Mapping[str, Sequence[Any]], metric: str | None) -> str:
+    """Return the comparison as lines: settings by key, metrics, seconds, state and folder of each run."""
+    from notus.evaluation.report.tables import setting
+
+    known = {name for row in rows for name in row.metrics}
+    evaluated = [name for name in _METRICS if name.startswith("eval_") and name in known]
+    shown = evaluated or [name for name in _METRICS if name in known]
+    if metric is not None and metric not in shown:
+        shown = [metric, *shown]
+    lines = [[*map(_short_key, settings), *_heads(shown), "seconds", "state", "run"]]
+    for place, row in enumerate(rows):
+        values = [setting(column[place]) for column in settings.values()]
+        values += [cell for name in shown for cell in _cells(name, row.metrics.get(name))]
+        lines.append([*values, "" if row.seconds is None else f"{row.seconds:.0f}", row.state, row.name])
+    return "\n".join(_aligned(lines, left=2))
+
+
+def _aligned(lines: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Return lines of cells with their columns aligned: the last `left` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    signs = [">"] * (len(widths) - left) + ["<"] * left
+    forms = [f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True)]
+    return ["  ".join(form.format(cell) for form, cell in zip(forms, line, strict=True)).rstrip() for line in lines]
+
+
+def _has_best(metric: str) -> bool:
+    """Whether the best value means something: a single training step's is noise, and no margin is the best one."""
+    return metric.startswith("eval_") and not metric.endswith("margins")
+
+
+def _heads(metrics: Sequence[str]) -> list[str]:
+    return [head for metric in metrics for head in [metric, *(["best"] if _has_best(metric) else [])]]
+
+
+def _cells(metric: str, found: Measure | None) -> list[str]:
+    if found is None:
+        return [""] * (1 + _has_best(metric))
+    return [f"{value:.4g}" for value in [found.final, *([found.best] if _has_best(metric) else [])]]

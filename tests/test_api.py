@@ -1,0 +1,408 @@
+"""The Python API: rows and models in memory, callbacks, results, and a process that is left as it was."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.distributed as dist
+from runs import assert_same_run, read_metrics, settings, words, write_pairs
+from toys import toy_model, toy_tokenizer
+
+import notus
+
+
+def rows(count: int = 18, seed: int = 0) -> list[dict[str, Any]]:
+    """The rows of `write_pairs`."""
+    generator = random.Random(seed)
+    found = []
+    for _ in range(count):
+        prompt, first, second = (words(generator, 1, 9) for _ in range(3))
+        found.append({"prompt": prompt, "chosen": f" {first}a", "rejected": f" {second}b"})
+    return found
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: Path) -> Callable[..., dict[str, dict[str, Any]]]:
+    """Make a config of a short run, without data."""
+
+    def make(name: str = "run", **overrides: Any) -> dict[str, dict[str, Any]]:
+        tree = settings(tmp_path / name, model_folder, tmp_path / "none", **overrides)
+        if "data__train" not in overrides:
+            del tree["data"]["train"]
+        return tree
+
+    return make
+
+
+class Notes(notus.Callback):
+    """Writes down what it is told; `stop_at` and `fail_at` are steps."""
+
+    def __init__(self, stop_at: int | None = None, fail_at: int | None = None) -> None:
+        self.logged: list[int] = []
+        self.evaluated: list[tuple[int, list[str]]] = []
+        self.saved: list[tuple[int, Path, bool]] = []
+        self._stop_at, self._fail_at = stop_at, fail_at
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> bool:
+        assert not any(name.startswith("eval_") for name in metrics)
+        assert "loss" in metrics
+        self.logged.append(step)
+        if step == self._fail_at:
+            raise ZeroDivisionError("a fault of the callback")
+        return step == self._stop_at
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert all(name.startswith("eval_") for name in metrics)
+        self.evaluated.append((step, sorted(metrics)))
+
+    def on_save(self, step: int, path: Path) -> None:
+        self.saved.append((step, path, (path / "state.json").is_file()))
+
+
+# ---- training ----
+
+
+def test_rows_in_memory_train_as_the_same_rows_in_a_file(tmp_path: Path, config: Any) -> None:
+    result = notus.train(config(training__eval_every=2), train=rows(), eval=rows(6, seed=1))
+    tree = config("file", training__eval_every=2)
+    tree["data"] |= {"train": str(write_pairs(tmp_path / "train.jsonl", 18))}
+    tree["data"] |= {"eval": str(write_pairs(tmp_path / "eval.jsonl", 6, seed=1))}
+    notus.train(tree)
+    assert_same_run(tmp_path / "run", tmp_path / "file")
+    assert result.metrics == read_metrics(tmp_path / "run")
+    assert result.finished
+    assert result.output_dir == tmp_path / "run"
+    assert result.model_path == tmp_path / "run" / "model"
+    steps = [line["step"] for line in result.evaluations]
+    assert steps == [2, 4, 5]
+    assert all(set(line) > {"eval_loss", "step"} and "loss" not in line for line in result.evaluations)
+    assert result.config.training.batch_size == 4
+
+
+def test_the_same_rows_resume_and_other_rows_are_refused(tmp_path: Path, config: Any) -> None:
+    whole = notus.train(config("whole"), train=rows())
+    first = Notes(stop_at=2)
+    stopped = notus.train(config(), train=rows(), callbacks=[first])
+    assert not stopped.finished
+    assert stopped.model_path is None
+    assert stopped.checkpoint == tmp_path / "run" / "checkpoints" / "step-00000003"
+    with pytest.raises(ValueError, match=r"not finished"):
+        stopped.load_model()
+    with pytest.raises(ValueError, match=r"began with another train"):
+        notus.train(config(), train=rows(seed=1))
+    resumed = notus.train(config(), train=rows())
+    assert resumed.finished
+    assert_same_run(whole.output_dir, resumed.output_dir)
+    with pytest.raises(ValueError, match=r"began with another train"):  # also where nothing is left to do
+        notus.train(config(), train=rows(seed=1))
+    again = notus.train(config(training__resume="never"), train=rows(seed=1))
+    assert again.metrics != resumed.metrics
+    assert list((tmp_path / "run").glob("previous-*/inputs/train.jsonl"))
+
+
+def test_a_loaded_model_trains_as_its_folder_does_and_is_left_alone(tmp_path: Path, config: Any) -> None:
+    by_folder = notus.train(config("folder", lora__rank=4), train=rows())
+    tree = config(lora__rank=4)
+    del tree["model"]
+    model = toy_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config_before = model.config.to_dict()
+    result = notus.train(tree, model=model, tokenizer=toy_tokenizer(), train=rows())
+    assert_same_run(by_folder.output_dir, result.output_dir)
+    assert model.training
+    assert model.config.to_dict() == config_before
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    used = toy_tokenizer()
+    used(["a", "a b"], padding=True, truncation=True, max_length=4) if used.pad_token else used("a")
+    assert notus.train(tree, model=model, tokenizer=used, train=rows()).finished
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"began with another model"):
+        notus.train(tree, model=model, tokenizer=toy_tokenizer(), train=rows())
+
+
+def test_the_trained_model_is_loaded_with_its_adapter(config: Any, model_folder: Path) -> None:
+    result = notus.train(config(lora__rank=4, training__learning_rate=0.05), train=rows())
+    model, tokenizer = result.load_model()
+    ids = torch.tensor([tokenizer("the quick fox")["input_ids"]])
+    start = type(model).from_pretrained(model_folder)
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).logits, start(ids).logits, atol=1e-3)
+    read = notus.load_result(result.output_dir)
+    assert read == result
+
+
+def test_sft_learns_from_rows_in_memory(config: Any) -> None:
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows()]
+    result = notus.train(config(), task="sft", train=demonstrations)
+    assert result.config.task == "sft"
+    assert result.finished
+    assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
+
+
+def test_a_config_object_and_overrides(tmp_path: Path, config: Any) -> None:
+    tree = config()
+    tree["data"]["train"] = str(tmp_path / "nowhere.jsonl")
+    loaded = notus.train.__globals__["config_from_dict"](tree, "dpo")
+    result = notus.train(loaded, train=rows(), overrides={"training.max_steps": 1, "dpo.beta": 0.3})
+    assert result.config.dpo.beta == 0.3
+    assert [line["step"] for line in result.metrics] == [1]
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train": []}, r"^train: holds no rows"),
+        ({"train": [{"prompt": "a", "chosen": "b", "rejected": "c"}, "text"]}, r"^train, row 2: is a str"),
+        ({"train": [{"prompt": "a", "chosen": object(), "rejected": "c"}]}, r"^train, row 1: key 'chosen'.* object"),
+        ({"train": {"prompt": ["a"]}}, r"^train: is a dict; give a datasets.Dataset or a list"),
+        ({"train": rows(2), "eval": []}, r"^eval: holds no rows"),
+        ({"train": rows(2), "tokenizer": "gpt2"}, r"^tokenizer: has no effect"),
+        ({"train": rows(2), "model": "elsewhere"}, r"model\.name_or_path is .* and model= is 'elsewhere'"),
+        ({"train": rows(2), "model": torch.nn.Linear(2, 2)}, r"^model: is a Linear; give a folder"),
+        ({"train": rows(2), "task": "ppo"}, r"^task: must be 'dpo' or 'sft', not 'ppo'"),
+        ({"train": rows(2), "callbacks": [print]}, r"^callbacks: .* is no notus.Callback"),
+        ({"train": rows(2), "overrides": {"beta": 1}}, r"^overrides: 'beta' is no key"),
+        ({}, r"^config: there is no training data"),
+    ],
+)
+def test_mistakes_are_one_line(config: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        notus.train(config(), **given)
+    assert "\n" not in str(caught.value)
+    assert not dist.is_initialized()
+
+
+def test_rows_beside_data_train_are_refused(tmp_path: Path, config: Any) -> None:
+    tree = config(data__train="pairs.jsonl")
+    with pytest.raises(ValueError, match=r"data\.train and the argument train= both name rows"):
+        notus.train(tree, train=rows())
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=rf"{path}: data\.train and the argument"):
+        notus.train(path, train=rows())
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, config: Any) -> None:
+    bad = [*rows(3), {"prompt": "a", "chosen": "b"}]
+    with pytest.raises(ValueError, match=r"inputs/train\.jsonl, line 4"):
+        notus.train(config(), train=bad)
+    assert notus.train(config(), train=rows()).finished  # a run that did not begin binds nobody
+
+
+# ---- callbacks ----
+
+
+def test_callbacks_hear_of_every_log_evaluation_and_save(tmp_path: Path, config: Any) -> None:
+    notes = Notes()
+    tree = config(training__eval_every=2, training__save_every=2, training__log_every=2, data__eval_size=4)
+    result = notus.train(tree, train=rows(20), callbacks=[notes])
+    assert notes.logged == [2, 4]
+    assert [step for step, _ in notes.evaluated if step] == [2, 4]
+    assert "eval_rewards/margins" in notes.evaluated[-1][1]
+    assert [(step, there) for step, _, there in notes.saved] == [(2, True), (4, True)]
+    assert notes.saved[-1][1] == result.checkpoint
+
+
+def test_an_error_in_a_callback_ends_the_run_after_its_line_is_written(tmp_path: Path, config: Any) -> None:
+    with pytest.raises(ZeroDivisionError, match="a fault of the callback"):
+        notus.train(config(), train=rows(), callbacks=[Notes(fail_at=3)])
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert not dist.is_initialized()
+
+
+# ---- the process ----
+
+
+def test_the_process_is_left_as_it_was(config: Any) -> None:
+    def state() -> list[Any]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        threads = sorted(thread.name for thread in threading.enumerate())
+        return [
+            dict(os.environ), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+            torch.get_default_dtype(), torch.is_grad_enabled(), handlers, threads, dist.is_initialized(),
+        ]  # fmt: skip
+
+    torch.manual_seed(7)
+    before, drawn = state(), torch.random.get_rng_state()
+    notus.train(config("one"), train=rows())
+    notus.train(config("two", training__deterministic=True), train=rows())
+    assert state() == before
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_another_process_group_is_named(config: Any) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"torch\.distributed is initialized"):
+            notus.train(config(), train=rows())
+    finally:
+        dist.destroy_process_group()
+
+
+class Interrupt(notus.Callback):
+    """Presses Ctrl-C at step 2."""
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_saves_and_raises(tmp_path: Path, config: Any) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        notus.train(config(), train=rows(), callbacks=[Interrupt()])
+    assert signal.getsignal(signal.SIGINT) is before
+    stopped = notus.load_result(tmp_path / "run")
+    assert stopped.checkpoint is not None
+    assert stopped.checkpoint.name == "step-00000003"
+    assert notus.train(config(), train=rows()).finished
+
+
+def test_ctrl_c_before_the_first_step_raises_at_once(tmp_path: Path, config: Any, monkeypatch: Any) -> None:
+    from notus.training import setup
+
+    monkeypatch.setattr(setup, "load_inputs", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        notus.train(config(), train=rows())
+    assert not dist.is_initialized()
+
+
+def test_a_thread_trains(config: Any) -> None:
+    found: list[notus.Result] = []
+    thread = threading.Thread(target=lambda: found.append(notus.train(config(), train=rows())))
+    thread.start()
+    thread.join()
+    assert found[0].finished
+
+
+def test_importing_notus_imports_no_torch() -> None:
+    check = "import notus, sys; dir(notus); notus.Config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+    for name in notus.__all__:
+        assert getattr(notus, name).__module__.startswith("notus.")
+    with pytest.raises(AttributeError, match="no attribute 'trane'"):
+        notus.trane  # type: ignore[attr-defined]  # noqa: B018
+
+
+# ---- scoring ----
+
+
+def expected_logps(model: torch.nn.Module, prompt: str, completion: str) -> tuple[float, int]:
+    """What transformers' own forward says of a completion and the end-of-sequence token, and how many tokens it has."""
+    tokenizer = toy_tokenizer()
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor(tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id])
+    was_training = model.training
+    with torch.no_grad():
+        logps = model.eval()(ids[None]).logits[0].double().log_softmax(-1)
+    model.train(was_training)
+    return logps[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum().item(), len(ids) - start
+
+
+def expected_scores(model: torch.nn.Module, pairs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    found = [[expected_logps(model, row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in pairs]
+    return torch.tensor(found)[..., 0], torch.tensor(found)[..., 1].long()
+
+
+def snapshot(model: torch.nn.Module) -> list[Any]:
+    """All that scoring could change of a model."""
+    modules = [
+        (name, type(each), each.training, sorted(vars(each)), "forward" in vars(each))
+        for name, each in model.named_modules()
+    ]
+    places = [(name, id(tensor), tensor.requires_grad) for name, tensor in model.named_parameters()]
+    return [modules, places, model.config.to_dict(), model.config._attn_implementation]
+
+
+@pytest.mark.parametrize("path", ["packed", "plain"])
+def test_scores_are_those_of_transformers_own_forward(path: str) -> None:
+    model, pairs = toy_model("llama").train(), rows(7)
+    hooks = []
+    if path == "plain":  # what a hook does is not known to the packed path
+        hooks.append(model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5))
+    before = snapshot(model)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = notus.score(model, toy_tokenizer(), pairs)
+    assert snapshot(model) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert scores.path == path
+    assert (scores.path_reason is None) == (path == "packed")
+    logps, tokens = expected_scores(model, pairs)
+    torch.testing.assert_close(scores.logps, logps, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores.tokens, tokens)
+    assert torch.equal(scores.chosen, scores.logps[:, 0])
+    with pytest.raises(ValueError, match="pass reference="):
+        _ = scores.margins
+
+
+def test_rewards_are_relative_to_the_reference(model_folder: Path) -> None:
+    pairs, policy = rows(5), toy_model(seed=1)
+    scores = notus.score(policy, toy_tokenizer(), datasets.Dataset.from_list(pairs), reference=model_folder, beta=0.3)
+    (policy_logps, _), (reference_logps, _) = (expected_scores(each, pairs) for each in (policy, toy_model()))
+    torch.testing.assert_close(scores.reference_logps, reference_logps, rtol=1e-5, atol=1e-5)
+    rewards = 0.3 * (policy_logps - reference_logps)
+    torch.testing.assert_close(scores.rewards, rewards, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.margins, rewards[:, 0] - rewards[:, 1], rtol=1e-4, atol=1e-5)
+    by_path = notus.score(str(model_folder), None, pairs, reference=toy_model())
+    torch.testing.assert_close(by_path.rewards, torch.zeros(5, 2), rtol=0, atol=1e-5)
+
+
+def test_prompts_with_one_completion_and_rows_that_are_dropped() -> None:
+    model = toy_model()
+    pairs = [("the quick", " fox"), ("a poem", ""), ("the sea", " hello world")]
+    scores = notus.score(model, toy_tokenizer(), pairs)
+    assert scores.rows.tolist() == [0, 2]
+    assert "1" in str(scores.report)
+    expected = [expected_logps(model, *pairs[index]) for index in (0, 2)]
+    torch.testing.assert_close(scores.logps, torch.tensor([[each] for each, _ in expected]), rtol=1e-5, atol=1e-5)
+    assert scores.tokens.tolist() == [[count] for _, count in expected]
+    with pytest.raises(ValueError, match="not pairs"):
+        _ = scores.rejected
+
+
+def test_a_model_with_peft_adapters_is_scored_by_its_own_forward() -> None:
+    import peft
+
+    wrapped = peft.get_peft_model(toy_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    pairs = rows(3)
+    scores = notus.score(wrapped, toy_tokenizer(), pairs)
+    assert scores.path == "plain"
+    torch.testing.assert_close(scores.logps, expected_scores(wrapped, pairs)[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(scores.logps, expected_scores(toy_model(), pairs)[0], atol=0.1)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        notus.train({"training": {"output_dir": "nowhere"}}, model=wrapped, tokenizer=toy_tokenizer(), train=pairs)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pairs": []}, "holds no rows"),
+        ({"pairs": [("a", "b"), ("a", "b", "c")]}, r"row 2: is not a tuple \(prompt, completion\)"),
+        ({"pairs": [{"question": "a"}]}, "no known"),
+        ({"tokenizer": None}, "tokenizer: is required with a loaded model"),
+        ({"model": "nowhere/at all"}, "nowhere/at all"),
+        ({"model": torch.nn.Linear(1, 1)}, r"^model: is a Linear"),
+        ({"reference": 3}, r"^reference: is a int"),
+        ({"beta": 0.0}, "beta must be above 0"),
+        ({"pairs": [("the sea " * 200, " fox")]}, r"the context of model ends at 256.*set max_length"),
+    ],
+)
+def test_scoring_names_what_is_wrong(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        notus.score(**{"model": toy_model(), "tokenizer": toy_tokenizer(), "pairs": rows(2), **given})
+    assert "\n" not in str(caught.value)
+    assert not dist.is_initialized()
