@@ -642,7 +642,7 @@ def _setting(row: Row, key: str) -> Any:
 
 def table(rows: Sequence[Row], settings: Mapping[str, Sequence[Any]], metric: str | None) -> str:
     """Return the comparison as lines: settings by key, metrics, seconds, state and folder of each run."""
-    from notus.evaluation.report.tables import setting
+    from notus.evaluation.formatting import setting
 
     known = {name for row in rows for name in row.metrics}
     evaluated = [name for name in _METRICS if name.startswith("eval_") and name in known]
