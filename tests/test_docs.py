@@ -132,6 +132,14 @@ def test_the_rows_that_the_data_formats_show_are_read():
     assert [readings(json.loads(line), "labels")[0].label for line in labels.splitlines()] == [False, True]
 
 
+def test_the_example_has_a_usage(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["score_pairs.py"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "examples" / "score_pairs.py"))
+    assert caught.value.code == 2
+    assert "usage: score_pairs.py [-h] POLICY REFERENCE PAIRS" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_example_scores_pairs(tmp_path):
     model, other = toy_model_folder(tmp_path / "a"), toy_model_folder(tmp_path / "b", seed=1)
