@@ -310,7 +310,9 @@ def test_a_signal_stops_the_sweep(monkeypatch, capsys, number, code):
 
 def test_a_child_gets_the_signal_and_the_time_to_save(tmp_path):
     code = (
-        "import signal, sys, time, pathlib\nsaved = lambda *_: (time.sleep(0.2), sys.exit(75))\n"
+        "import os, signal, sys, time, pathlib\n"
+        "assert os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] == '600'\n"
+        "saved = lambda *_: (time.sleep(0.2), sys.exit(75))\n"
         "signal.signal(signal.SIGTERM, saved)\npathlib.Path('ready').touch()\ntime.sleep(60)"
     )
 
