@@ -295,7 +295,7 @@ def with_paths(settings: Settings, run: Path) -> Settings:
             data[key] = [{**part, "path": _path_of(str(part["path"]), settings, run)} for part in data[key]]
     if str(data.get("chat_template")).endswith(".jinja"):  # else it is a name, or the template itself
         data["chat_template"] = _path_of(data["chat_template"], settings, run)
-    for section, key in ((data, "exclude"), (model, "name_or_path"), (model, "adapter")):
+    for section, key in ((data, "exclude"), (data, "cache_dir"), (model, "name_or_path"), (model, "adapter")):
         if section.get(key):
             section[key] = _path_of(section[key], settings, run)
     return {**settings, "data": data, "model": model}

@@ -473,12 +473,11 @@ def test_a_run_with_relative_paths_is_evaluated_from_any_folder(
     write_pairs(Path("pairs.jsonl"), 8, seed=5)  # of the same name, but not the run's
     there = evaluate(tmp_path, place / run)
     assert {**there, "model": "", "base": "", "pairs": ""} == {**here, "model": "", "base": "", "pairs": ""}
-    # a copy elsewhere: its own folder does not say where it was trained, but what it needs may have moved with it
-    shutil.move(place / "start", "start")
+    # a copy elsewhere: its own folder does not say where it was trained, but the data may have moved with it
     assert main(["evaluate", "moved"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: moved: data/pairs.jsonl, where its held-out rows are, is not there: ")
     assert told.endswith("or name held-out pairs or lists with --pairs")
-    shutil.copytree(place / "data", "data")
-    monkeypatch.chdir(place)
+    shutil.copytree(place / "data", "data", dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     assert evaluate(tmp_path, moved)["rewards/margins"] == here["rewards/margins"]
