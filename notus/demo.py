@@ -4,6 +4,8 @@ Data and judge are `curation/synthetic.py`. A model of under a million parameter
 stage is what a user would run: `curate`, `train_sft.py`, `train_dpo.py`, `evaluate`, `generate`, `export`.
 
 DIR/data/  base/  sft/  dpo/  export/  answers-sft.jsonl  answers-dpo.jsonl  evaluation.json  summary.json
+
+With --real: a published model and published pairs, see `real_demo.py`.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from notus import real_demo
 from notus.__main__ import run_command
 from notus.curation import synthetic
 from notus.runtime.files import write_text
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
     from notus.config import Config, Task
 
+OUTPUT = "runs/demo"
 SUMMARY = "summary.json"
 # Prompts of each part; no prompt is in two parts.
 SIZES = {"sft": 14_400, "preferences": 4_500, "held_out": 400}
@@ -46,17 +50,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=os.path.expanduser,
         metavar="DIR",
-        default="runs/demo",
-        help="a new folder (default: runs/demo)",
+        help=f"a new folder (default: {OUTPUT}; with --real: {real_demo.OUTPUT})",
     )
     parser.add_argument("--seed", type=int, default=42, help="of data, model and training (default: 42)")
+    parser.add_argument(
+        "--real",
+        action="store_true",
+        help="train a published chat model on published pairs in place of made ones: some minutes on two cores",
+    )
+    parser.add_argument(
+        "--model",
+        type=os.path.expanduser,
+        metavar="ID_OR_PATH",
+        help=f"with --real: a chat model (default: {real_demo.MODEL})",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=os.path.expanduser,
+        metavar="ID_OR_PATH",
+        help=f"with --real: preference pairs (default: {'/'.join(real_demo.PAIRS)})",
+    )
+    parser.add_argument("--lora", action="store_true", help="with --real: train LoRA adapters, not all weights")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the whole path into a new folder, print a table, return 0. A finished demo only shows its table.
 
-    Raises ValueError for a folder that holds something else.
+    Raises ValueError for a folder that holds something else, and for options without effect.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the demo runs in one process: start it without torchrun")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} is negative; give 0 or more")
+    args.output = args.output or (real_demo.OUTPUT if args.real else OUTPUT)
+    if args.real:
+        return real_demo.run(args)
+    for option in ("model", "pairs", "lora"):
+        if getattr(args, option):
+            raise ValueError(f"--{option} has no effect on the demo with made data; add --real")
+    return _run_made(args)
+
+
+def _run_made(args: argparse.Namespace) -> int:
+    """Run the demo with made data and a made model."""
     began = time.monotonic()
     folder = Path(args.output)
     _check(folder, args.seed)
@@ -71,10 +107,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(folder: Path, seed: int) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("the demo runs in one process: start it without torchrun")
-    if seed < 0:
-        raise ValueError(f"--seed {seed} is negative; give 0 or more")
     remedy = "name a new folder with --output, or remove this one first"
     if (folder / SUMMARY).is_file():
         before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["seed"]

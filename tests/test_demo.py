@@ -1,7 +1,7 @@
 """What the demo rejects, and its tokenizer. `test_readme.py` shows that it learns."""
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
@@ -9,25 +9,37 @@ import pytest
 from notus import demo
 
 
+def _args(*words: object) -> Namespace:
+    parser = ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
 def test_a_folder_with_something_else_in_it_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no finished demo; name a new folder"):
-        demo.run(Namespace(output=str(tmp_path), seed=0))
+        demo.run(_args("--output", tmp_path, "--seed", 0))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_another_seeds_demo_is_not_passed_off(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps({"seed": 1}))
     with pytest.raises(ValueError, match="holds a demo with seed 1, not 2"):
-        demo.run(Namespace(output=str(tmp_path), seed=2))
+        demo.run(_args("--output", tmp_path, "--seed", 2))
 
 
 def test_it_is_one_process_and_no_negative_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--seed -1 is negative"):
-        demo.run(Namespace(output=str(tmp_path / "new"), seed=-1))
+        demo.run(_args("--output", tmp_path / "new", "--seed=-1"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process"):
-        demo.run(Namespace(output=str(tmp_path / "new"), seed=0))
+        demo.run(_args("--output", tmp_path / "new"))
+
+
+@pytest.mark.parametrize("words", [("--model", "somewhere"), ("--pairs", "some.jsonl"), ("--lora",)])
+def test_options_of_the_real_demo_need_it(tmp_path: Path, words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{words[0]} has no effect .*; add --real"):
+        demo.run(_args("--output", tmp_path / "new", *words))
 
 
 def test_roles_and_digits_are_single_tokens() -> None:
