@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         remedy="choose another place with --output",
     )
     write_text(output, page)
-    tell(f"report: {output} ({len(page.encode()) / 2**20:.1f} MiB)")
+    tell(f"report: {output.absolute()} ({len(page.encode()) / 2**20:.1f} MiB)")
     return 0
 
 
