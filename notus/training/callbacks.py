@@ -28,7 +28,7 @@ class Callback:
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> bool | None:
         """Receive the metrics of an evaluation on the held-out rows; their names start with `eval_`.
 
-        At step 0 that is the evaluation of the model before training.
+        The first one is that of the model before training, at step 0, unless `training.eval_at_start` is false.
         """
         return None
 

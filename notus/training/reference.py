@@ -106,6 +106,11 @@ def reference_logps(
     return logps, False
 
 
+def content_digest(logps: Tensor) -> str:
+    """A digest of log-probs as `reference_logps` returns them."""
+    return _digest({"logps": logps.contiguous()})
+
+
 def stored_logps(paths: Sequence[Path], digests: np.ndarray, num_branches: int) -> Tensor | None:
     """Look rows up in caches that `reference_logps` wrote, by the digest of each.
 

@@ -273,6 +273,11 @@ def _check_same_run(path: Path, config: Config) -> bool:
     before, now = _flat(load_config(path, config.task)), _flat(config)
     if before["data.template_date"] is None:  # a run from before it was recorded
         before["data.template_date"] = now["data.template_date"]
+    exclude = "training.weight_decay_exclude"
+    if not before["training.weight_decay"]:
+        before[exclude] = now[exclude]
+    elif "weight_decay_exclude" not in content["training"]:  # a run from before the key: all parameters decayed
+        before[exclude] = []
     changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
     if not changed:
         return False
