@@ -238,8 +238,8 @@ def test_the_process_is_left_as_it_was(config: Any) -> None:
 
     torch.manual_seed(7)
     before, drawn = state(), torch.random.get_rng_state()
-    notus.train(config("one"), train=rows())
-    notus.train(config("two", training__deterministic=True), train=rows())
+    notus.train(config("one", training__max_steps=1), train=rows())
+    notus.train(config("two", training__max_steps=1, training__deterministic=True), train=rows())
     assert state() == before
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
@@ -283,7 +283,7 @@ def test_ctrl_c_before_the_first_step_raises_at_once(tmp_path: Path, config: Any
 
 def test_a_thread_trains(config: Any) -> None:
     found: list[notus.Result] = []
-    thread = threading.Thread(target=lambda: found.append(notus.train(config(), train=rows())))
+    thread = threading.Thread(target=lambda: found.append(notus.train(config(training__max_steps=1), train=rows())))
     thread.start()
     thread.join()
     assert found[0].finished
