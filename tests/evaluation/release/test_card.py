@@ -566,7 +566,7 @@ def test_first_and_last_only_where_there_are_two(tmp_path):
 
 def test_settings_of_later_versions_are_in_the_table(tmp_path):
     more = {"training__lr_schedule": "cosine", "training__min_lr_ratio": 0.1, "training__warmup_steps": 1500}
-    more |= {"training__warmup_ratio": 0.1, "training__best_metric": "eval_loss"}
+    more |= {"training__warmup_ratio": 0.1, "training__best_metric": "eval_loss", "training__eval_every": 10}
     run = make_run(tmp_path / "run", data__eval_size=0.05, training__max_steps=5000, **more)
     text = card(run)[1]
     assert "| schedule | cosine, warm-up over 1,500 steps, down to 0.1 of the peak |" in text
