@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -132,18 +130,14 @@ def test_the_rows_that_the_data_formats_show_are_read():
     assert [readings(json.loads(line), "labels")[0].label for line in labels.splitlines()] == [False, True]
 
 
-@pytest.mark.slow
-def test_the_example_scores_pairs(tmp_path):
+def test_the_example_scores_pairs(tmp_path, monkeypatch, capsys):
     model, other = toy_model_folder(tmp_path / "a"), toy_model_folder(tmp_path / "b", seed=1)
     pairs = write_pairs(tmp_path / "pairs.jsonl", 7)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
-    outputs = [
-        subprocess.run(
-            [sys.executable, ROOT / "examples" / "score_pairs.py", policy, model, pairs],
-            env=environment, capture_output=True, text=True, check=True,
-        ).stdout
-        for policy in (model, other)
-    ]  # fmt: skip
+    outputs = []
+    for policy in (model, other):
+        monkeypatch.setattr(sys, "argv", ["score_pairs.py", str(policy), str(model), str(pairs)])
+        runpy.run_path(str(ROOT / "examples" / "score_pairs.py"), run_name="__main__")
+        outputs.append(capsys.readouterr().out)
     assert "7 kept" in outputs[0]
     assert "loss 0.6931  accuracy 0.0%" in outputs[0]  # the policy is the reference: ln 2, and no pair is won
     assert "loss 0.6931" not in outputs[1]
