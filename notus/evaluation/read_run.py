@@ -17,9 +17,8 @@ from notus.evaluation.run_loss import RunLoss, read_loss
 from notus.runtime.files import is_locked
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
-from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
+from notus.training.tracking import ENVIRONMENT_FILE, INITIAL_FILE, METRICS_FILE, SAMPLES_FILE
 
-INITIAL_EVALUATION = "initial_evaluation.json"
 RESULT_FILES = f"{EVALUATIONS}/*/{RESULT}"
 
 
@@ -163,7 +162,7 @@ def read_run(folder: Path, label: str = "") -> Run:
     return Run(
         folder=folder,
         settings=read_run_settings(folder),
-        metrics=[*_initial_evaluation(folder / INITIAL_EVALUATION), *read_lines(folder / METRICS_FILE)],
+        metrics=[*_initial_evaluation(folder / INITIAL_FILE), *read_lines(folder / METRICS_FILE)],
         data=_read_object(folder / DATA_FILE),
         environment=_read_object(folder / ENVIRONMENT_FILE),
         results=read_results(folder),

@@ -330,7 +330,7 @@ def calibration_panels(runs: Sequence[Run]) -> list[Panel]:
         panel.note += f" Each point stands for {least if least == most else f'{least} to {most}'} pairs."
     low, high = 0.5, max(max(shown), 0.52)
     panel.figure.add_scatter(
-        x=[low, 1.0], y=[low, 1.0], mode="lines", line={"width": 1.5, "dash": "dot"}, hoverinfo="skip",
+        x=[low, high], y=[low, high], mode="lines", line={"width": 1.5, "dash": "dot"}, hoverinfo="skip",
         meta={"colour": None},
     )  # fmt: skip
     edge = 0.04 * (high - low)

@@ -15,8 +15,6 @@ from notus.training.run_folder import FREE_KEYS
 
 MOST_SOURCES = 20
 LONGEST_LABEL = 40  # characters of a run's name in the keys of the charts
-# Settings that may differ between runs with the same result: where and how a run computes, and what it logs.
-WITHOUT_INFLUENCE = FREE_KEYS | {"training.extend"}
 SHOWN_VERSIONS = ("torch", "transformers")
 SUITES = {
     "preferences": "Preferences",
@@ -160,7 +158,7 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[A
     """
     flat = [_flat(config) for config in configs]
     names = dict.fromkeys(name for settings in flat for name in settings)
-    found = {name: [settings.get(name) for settings in flat] for name in names if name not in WITHOUT_INFLUENCE}
+    found = {name: [settings.get(name) for settings in flat] for name in names if name not in FREE_KEYS}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
 
 
