@@ -117,8 +117,8 @@ def _rate_cells(results: dict[str, Any], number: int) -> list[str]:
 
 
 LIST_HEADS = (
-    "equal", "trained", "steps", "tokens", "right answers", "less the pair's", "per seed",
-    "less the pair's, equal tokens", "reward accuracy", "margin, nats", "chosen, nats per token",
+    "setting", "trained on", "steps", "tokens", "right answers", "minus the pair's", "per seed",
+    "minus the pair's, equal tokens", "reward accuracy", "margin, nats", "chosen, nats per token",
 )  # fmt: skip
 PAIRS, MORE_PAIRS = "pairs", "pairs, equal tokens"
 

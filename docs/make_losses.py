@@ -21,44 +21,48 @@ PAGE = Path(__file__).with_name("losses.md")
 WORDS = {
     "sigmoid": (
         "−(1−ε) log σ(m) − ε log σ(−m)",
-        "in doubt. It is DPO, as in Notus 7B v1. ε > 0 (conservative DPO) is for noisy labels",
+        "you have no reason for another. It is DPO, as in Notus 7B v1. ε > 0 is for noisy labels (conservative DPO)",
         "`sigmoid`, without ε",
     ),
     "robust": (
         "(−(1−ε) log σ(m) + ε log σ(−m)) / (1−2ε)",
-        "a known share ε of the labels is swapped",
+        "you know that a share ε of the labels is swapped",
         "`robust`",
     ),
     "hinge": ("max(0, 1 − m)", "pairs that are already told apart should stop contributing", "`hinge`"),
     "ipo": (
         "(c/n_c − r/n_r − 1/(2β))²",
-        "the margin must not grow without limit on pairs that are always won. IPO as it is commonly used",
+        "the margin of pairs that are always won must not grow without limit. This is IPO as it is commonly used",
         "`ipo`",
     ),
-    "ipo_sum": ("(c − r − 1/(2β))²", "the same, as the paper writes it: longer completions move further", "–"),
+    "ipo_sum": ("(c − r − 1/(2β))²", "as for `ipo`, but as the paper writes it: longer completions move further", "–"),
     "sigmoid_norm": (
         "−log σ(β(c/n_c − r/n_r))",
-        "lengths differ much and length must not be rewarded. β is then larger, 2 to 10",
+        "lengths differ much and length must not be rewarded. β is larger here: 2 to 10",
         "`sigmoid_norm`",
     ),
-    "exo_pair": ("KL((σ(m), σ(−m)) ‖ (1−ε, ε))", "the reverse KL is wanted; needs ε > 0", "`exo_pair`"),
+    "exo_pair": ("KL((σ(m), σ(−m)) ‖ (1−ε, ε))", "you want the reverse KL. Needs ε > 0", "`exo_pair`"),
     "nca_pair": (
         "−log σ(βc) − ½ log σ(−βc) − ½ log σ(−βr)",
-        "the chosen answers' likelihood must not fall",
+        "the likelihood of the chosen answers must not fall",
         "`nca_pair`",
     ),
-    "bco_pair": ("−log σ(βc) − log σ(−βr)", "pairs made of separate thumbs up and down", "`bco_pair`"),
-    "sppo_hard": ("(c − 1/(2β))² + (r + 1/(2β))²", "self-play rounds, each side with a target", "`sppo_hard`"),
+    "bco_pair": ("−log σ(βc) − log σ(−βr)", "your pairs are made of separate thumbs up and down", "`bco_pair`"),
+    "sppo_hard": (
+        "(c − 1/(2β))² + (r + 1/(2β))²",
+        "you train in rounds of self-play. Each side has a target",
+        "`sppo_hard`",
+    ),
     "apo_zero": ("1 − σ(βc) + σ(βr)", "the chosen answers are better than the model's own", "`apo_zero`"),
     "apo_down": ("σ(βc) + 1 − σ(m)", "the model is better than both answers", "`apo_down`"),
     "discopop": (
         "(1−g)(−log σ(m)) + g e^(−m), g = σ(m/τ)",
-        "exploring. It was found by search",
+        "you want to explore. It was found by an automatic search",
         "`discopop`",
     ),
     "dpop": (
         "−log σ(m − λ max(0, −βc))",
-        "both answers differ in a few tokens, and DPO would make the chosen one less likely, too",
+        "both answers differ in a few tokens only, and DPO would make the chosen one less likely, too",
         "–",
     ),
     "odpo": (
@@ -68,42 +72,42 @@ WORDS = {
     ),
     "cal_dpo": (
         "−log σ(c − r) + w (c − 1/(2β))² + w (r + 1/(2β))²",
-        "the rewards' values matter, not only their difference",
+        "the values of the rewards matter, and not only their difference",
         "–",
     ),
     "simpo": (
         "−(1−ε) log σ(x) − ε log σ(−x), x = m − γ, per token",
-        "no reference fits in memory, and length must not be rewarded. β 2 to 10",
+        "you want no reference, and length must not be rewarded. β is 2 to 10",
         "`simpo` of CPOTrainer",
     ),
     "cpo": (
         "−(1−ε) log σ(m) − ε log σ(−m)",
-        "no reference; with `nll_weight` 1, which keeps the model near the chosen answers",
+        "you want no reference. Use it with `nll_weight` 1, which keeps the model near the chosen answers",
         "`sigmoid` of CPOTrainer",
     ),
     "orpo": (
         "−β log σ(x), x: difference of log(p/(1−p)), log p per token",
-        "SFT and preferences in one run, from a base model; with `nll_weight` 1",
+        "you want SFT and preferences in one run, from a base model. Use it with `nll_weight` 1",
         "ORPOTrainer",
     ),
     "slic": (
         "max(0, δ − m)",
-        "no reference, and pairs that are told apart should stop contributing; with an `nll_weight`",
+        "you want no reference, and pairs that are told apart should stop contributing. Use it with an `nll_weight`",
         "`hinge` of CPOTrainer",
     ),
     "plackett_luce": (
         "Σ_k log Σ_{j not before k} e^(s_j − s_k)",
-        "in doubt: DPO on rankings. Only the order of the ratings matters",
+        "you have no reason for another. It is DPO on rankings. Only the order of the ratings matters",
         "–",
     ),
     "all_pairs": (
         "mean over pairs with different ratings of −log σ(s_k − s_j)",
-        "DPO on every pair of the list at once",
+        "you want DPO on every pair of the list at once",
         "–",
     ),
     "lipo_lambda": (
         "Σ over such pairs of Δ_kj (−log σ(s_k − s_j))",
-        "the top of the list matters most. Δ is what swapping the two changes in the list's DCG",
+        "the top of the list matters most. Δ is the change of the list's DCG if the two are swapped",
         "–",
     ),
     "info_nca": (
@@ -113,7 +117,7 @@ WORDS = {
     ),
     "nca": (
         "−Σ_k (p_k log σ(s_k) + 1/K log σ(−s_k))",
-        "the same, and good answers' likelihood must not fall",
+        "as for `info_nca`, and the likelihood of good answers must not fall",
         "–",
     ),
     "kto": (
@@ -121,7 +125,11 @@ WORDS = {
         "answers have a thumb up or down, without pairs",
         "`kto` of KTOTrainer",
     ),
-    "bco": ("−log σ(βu − δ) if good, −log σ(δ − βu) if bad", "the same, as a classifier", "–"),
+    "bco": (
+        "−log σ(βu − δ) if good, −log σ(δ − βu) if bad",
+        "as for `kto`. It trains the reward as a classifier of good and bad",
+        "–",
+    ),
 }
 """The loss of one row; when to use it; TRL 1.16's name for it, in DPOTrainer if none is named."""
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from notus import __version__
 from notus.runtime.command_line import called_as
 from notus.runtime.process import configure_allocator, guard_streams, leave, run_entry
 
@@ -46,6 +47,10 @@ MODULES = {
 
 # Their arguments are CONFIG.yaml [--section.key=value ...]. The same command resumes a run that a signal has stopped.
 TRAINING = ("dpo", "sft", "reference")
+
+KEYS = """The keys of the config, with their defaults. Set them in CONFIG.yaml, or here as --section.key=value, such as
+--training.learning_rate=1e-6. The values are YAML; a list of strings may also be written a,b. docs/config.md has the
+full descriptions."""
 
 Declare = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
@@ -110,12 +115,16 @@ def _usage(command: str) -> str:
 
 
 def _print_help(command: str) -> None:
+    from notus.config_reference import help_text
+
     if os.environ.get("RANK", "0") == "0":
-        print(f"usage: {_usage(command)}\n\n{HELP[command]}")
+        head = f"usage: {_usage(command)}\n\n{HELP[command]}\n\n{KEYS}\n"
+        print(head, help_text("sft" if command == "sft" else "dpo"), sep="\n")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=called_as(), description="Direct Preference Optimization.")
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)
     # Every rank reads the same command line. Rank 0 reports what is wrong with it.

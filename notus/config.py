@@ -36,20 +36,20 @@ Rows = Literal["dpo", "sft", "lists", "labels"]
 
 # Values are taken as they are: "1" is no number, 1 is not true. An integer may stand for a float.
 EXACT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-String = Annotated[str, MinLen(1), "a string (in quotes if it reads as something else)"]
+String = Annotated[str, MinLen(1), "string"]
 FilePath = Annotated[String, AfterValidator(os.path.expanduser)]  # or a hub id, which begins with no ~
-Strings = Annotated[list[String], MinLen(1), "a list of strings"]
-NoneOrMore = Annotated[list[String], "a list of strings"]
+Strings = Annotated[list[String], MinLen(1), "list of strings"]
+NoneOrMore = Annotated[list[String], "list of strings"]
 Count = Annotated[int, Ge(1), Lt(2**63)]
 Index = Annotated[int, Ge(0), Lt(2**63)]
-Held = Annotated[Index | Annotated[float, Gt(0), Lt(1)], "a number of rows, or a fraction above 0 and below 1"]
+Held = Annotated[Index | Annotated[float, Gt(0), Lt(1)], "integer >= 0 or number > 0 and < 1"]
 Share = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
-Names = Annotated[dict[String, String], "a mapping of names to names"]
-Arguments = Annotated[dict[String, Any], "a mapping of names to values"]
-LossType = Annotated[String | dict[String, Positive], "the name of a loss, or a mapping of names to weights above 0"]
-Options = Annotated[dict[String, float | String], "a mapping of names to numbers or words"]
+Names = Annotated[dict[String, String], "mapping of strings to strings"]
+Arguments = Annotated[dict[String, Any], "mapping of strings to values"]
+LossType = Annotated[String | dict[String, Positive], "string or mapping of strings to numbers > 0"]
+Options = Annotated[dict[String, float | String], "mapping of strings to numbers or strings"]
 
 
 def _as_day(value: Any) -> str:
@@ -57,7 +57,7 @@ def _as_day(value: Any) -> str:
     return value.isoformat() if type(value) is datetime.date else datetime.date.fromisoformat(str(value)).isoformat()
 
 
-Day = Annotated[str, BeforeValidator(_as_day), "a date (YYYY-MM-DD)"]
+Day = Annotated[str, BeforeValidator(_as_day), "date (YYYY-MM-DD)"]
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -65,9 +65,10 @@ class DataSource:
     """One source of rows. `DataConfig` holds it as a plain mapping with every key set."""
 
     path: FilePath
-    """A file (JSON, JSON Lines, Parquet, CSV), a folder or a hub id. Required. In YAML, a string alone is a path."""
+    """A file (JSON, JSON Lines, Parquet, CSV), a folder or a hub id. In YAML, a string alone stands for `{path:
+    ...}`."""
     split: String = "train"
-    """The split of a hub dataset to use."""
+    """The split of a hub dataset to read."""
     weight: Positive = 1.0
     """Share of the source's rows to use. Above 1, rows repeat."""
 
@@ -82,7 +83,7 @@ def _as_sources(value: Any) -> list[dict[str, Any]]:
 
 
 Sources = Annotated[
-    list[dict[str, Any]], BeforeValidator(_as_sources), MinLen(1), "a path, or a list of {path, split, weight}"
+    list[dict[str, Any]], BeforeValidator(_as_sources), MinLen(1), "path or list of {path, split, weight}"
 ]
 
 
@@ -91,162 +92,169 @@ class ModelConfig:
     """The model that a run starts from."""
 
     name_or_path: FilePath
-    """A local folder in Hugging Face layout, or a hub id. Required."""
+    """The model: a folder in Hugging Face layout, a hub id, an adapter, or the folder of an earlier run."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Set it only for authors you trust."""
+    """Run the Python code that comes with the model. Turn it on only for authors you trust."""
     path: Literal["auto", "packed", "plain"] = "auto"
-    """How log-probs are computed. "packed": completions that share their prompt, through this project's attention.
-    "plain": the model's own forward pass, each completion by itself; slower, and for every model. "auto": packed where
-    a check at the start finds it equal to the model's own forward pass, else plain, with the reason."""
+    """How log-probs are computed. "packed": a prompt is shared by its completions, and nothing is padded. "plain": the
+    model's own forward pass on each completion; slower, and for every model. "auto": packed if a check at the start
+    finds it equal to the model's own forward pass, otherwise plain. The log says which, and why."""
     adapter: FilePath | None = None
-    """A LoRA adapter (this project's or PEFT's) of the model. It is merged into the model before anything else, unless
-    `lora.continue` trains it further. The reference has it, too."""
+    """A LoRA adapter to start from, made by this project or by PEFT. It is merged into the model first, unless
+    `lora.continue` trains it further. It is part of the reference, too."""
     quantization: Literal["nf4"] | None = None
-    """"nf4": keep the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314). Needs LoRA.
+    """"nf4" keeps the frozen weights of the blocks' linear layers in 4 bits (QLoRA, arXiv 2305.14314). It needs LoRA.
     null: no quantization."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
 class DataConfig:
-    """What the model learns from, and how it becomes tokens."""
+    """The data, and how it becomes tokens."""
 
     train: Sources
-    """A file (JSON, JSON Lines, Parquet, CSV), a folder, a hub id, or a list of `{path, split, weight}`. Required."""
+    """The training data: a file (JSON, JSON Lines, Parquet, CSV), a folder, a hub id, or a list of `{path, split,
+    weight}`."""
     eval: Sources | None = None
-    """The same for evaluation. null: no evaluation, unless `eval_size` holds rows out of `train`."""
+    """The evaluation data, given in the same ways. null: no evaluation, unless `eval_size` holds out training rows."""
     eval_size: Held = 0
-    """Rows held out of `train` for evaluation, drawn with `training.seed`: a number of rows (an integer), or a fraction
-    of the different training rows, such as 0.05. A fraction is rounded up, and leaves at least one row to train on."""
+    """How many training rows to hold out for evaluation: an integer, or a fraction such as 0.05. They are drawn with
+    `training.seed`. A fraction is one of the different training rows. It is rounded up, and leaves at least one row to
+    train on."""
     max_length: Count = 1024
-    """Longest prompt + completion in tokens. SFT cuts longer rows at their end. DPO cuts the prompt first, to
-    `max_prompt_length`; if that is not enough, it cuts completions to `max_length` - `max_prompt_length`, as the
-    original did, also where the prompt is shorter than that."""
+    """Longest prompt and completion together, in tokens. SFT cuts longer rows at their end. DPO cuts the prompt first,
+    to `max_prompt_length`. If that is not enough, it cuts completions to `max_length` - `max_prompt_length`, as the
+    original DPO code did, even if the prompt is shorter than that."""
     max_prompt_length: Count | None = None
-    """DPO: last tokens of the prompt to keep if a pair is too long. null: 512, at most half of `max_length`."""
+    """DPO: how many tokens to keep of the prompt's end if a pair is too long. null: 512, but at most half of
+    `max_length`."""
     shuffle: bool = True
-    """Shuffle the rows anew for each epoch, seeded by `training.seed`. false: keep the order of the data."""
+    """Shuffle the rows for each epoch, seeded by `training.seed`. false: keep the order of the data."""
     columns: Names = field(default_factory=dict)
-    """What the data call their columns, if not as docs/data.md does: `{their name: ours}`; `unused` leaves one out."""
+    """Rename the columns of the data to those of docs/data.md: `{their name: our name}`. Our name `unused` leaves a
+    column out."""
     too_long: Literal["cut", "drop"] = "cut"
-    """What becomes of a row that is longer than `max_length`."""
+    """What to do with a row that is longer than `max_length`."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What becomes of a row that cannot be read: it stops the run, or it is left out and counted."""
+    """What to do with a row that cannot be read. "error" stops the run. "skip" leaves the row out and counts it."""
     exclude: FilePath | None = None
-    """A file of row ids, one a line, as `notus data --html` exports them: these rows are left out."""
+    """A file of row ids to leave out, one per line. `notus data --html` exports such files."""
     chat_template: FilePath | None = None
-    """"zephyr" or a `.jinja` file. null: the tokenizer's own, or Zephyr's if it has none."""
+    """The chat template: "zephyr", or a `.jinja` file. null: the tokenizer's own, or Zephyr's if it has none."""
     chat_template_kwargs: Arguments = field(default_factory=dict)
-    """Arguments of the template for all rows, for example `{enable_thinking: false}`. A row's own win."""
+    """Arguments for the chat template, for example `{enable_thinking: false}`. A row's own arguments win."""
     template_date: Day | None = None
-    """The date (YYYY-MM-DD) that a template takes for today. null: the day the run started, which is recorded."""
+    """The date (YYYY-MM-DD) that a chat template uses for today. null: the day the run started, which is recorded."""
     add_empty_system: bool = False
     """Add an empty system turn to conversations that have none, as Notus 7B v1 did."""
     mask_history: bool = False
-    """Learn the last assistant turn of a conversation only."""
+    """Learn only the last assistant turn of a conversation."""
     split_special_tokens: bool = False
-    """Read the special tokens that stand in a message's text as plain text, so that no message can write control
-    tokens."""
+    """Read special tokens in a message's text as plain text, so that no message can write control tokens."""
     new_tokens: NoneOrMore = field(default_factory=list)
-    """Special tokens to add to the tokenizer. Where the embedding and the head have no rows for them, they get some,
+    """Special tokens to add to the tokenizer. If the embedding and the head have no rows for them, new rows are added,
     which start as the mean of the others. With LoRA, name the embedding and the head in `lora.modules_to_save`."""
     num_workers: Count = 1
-    """Processes that tokenise. 1: this process alone."""
+    """How many processes tokenize the data. 1: only this one."""
     cache_dir: FilePath | None = None
-    """Where tokenised rows are kept between runs. null: the cache folder of `datasets`."""
+    """Folder for tokenized rows, which are kept between runs. null: the cache folder of `datasets`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
 class TrainingConfig:
-    """How the model learns, and what the run leaves behind."""
+    """How the model is trained, and what the run saves."""
 
     output_dir: FilePath
-    """The run's folder: resolved config, metrics, checkpoints, final model. Required."""
+    """The run's folder: resolved config, metrics, checkpoints and the final model."""
     batch_size: Count = 64
-    """Examples (of DPO a pair, a list or a labelled answer) per optimizer step over the whole job, whatever the number
-    of GPUs."""
+    """Examples per optimizer step, over all GPUs together. An example of DPO is a pair, a list or a labelled answer."""
     tokens_per_row: Count = 4096
-    """Tokens of one packed row, which is one forward pass per GPU. Affects memory and speed, not the result."""
+    """Tokens in one packed row. Each GPU computes one row per forward pass. This affects memory and speed, not the
+    result."""
     epochs: Count = 3
     """Passes over the training data."""
     max_steps: Count | None = None
-    """Stop after this many optimizer steps, if the epochs do not end earlier. null: run all epochs."""
+    """Stop after this many optimizer steps, even if the epochs are not over. null: run all epochs."""
     learning_rate: Positive = 5e-7
     """Peak learning rate."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """The learning rate after warm-up. "linear" and "cosine" decay until the last step, "constant" stays at the peak,
     "wsd" (warm-up, stable, decay) stays at the peak and decays linearly over the last `decay_ratio` of the steps."""
     min_lr_ratio: Share = 0.0
-    """Where the decay of linear, cosine and wsd ends, as a share of the peak. 0: at zero."""
+    """Where linear, cosine and wsd end, as a share of the peak. 0: at zero."""
     warmup_ratio: Share = 0.1
     """Share of all steps in which the learning rate rises linearly from zero, rounded up to whole steps."""
     warmup_steps: Index | None = None
-    """The same as a number of steps, in place of `warmup_ratio`. null: `warmup_ratio` decides."""
+    """Warm-up as a number of steps, in place of `warmup_ratio`. null: use `warmup_ratio`."""
     decay_ratio: Annotated[float, Gt(0), Le(1)] = 0.1
     """For wsd: share of all steps, the last ones, in which the learning rate decays, rounded up to whole steps."""
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
-    """RMSprop keeps one state per parameter, AdamW two."""
+    """The optimizer: RMSprop, which keeps one state per parameter, or AdamW, which keeps two."""
     optimizer_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Dtype of those states. bf16 takes half the memory; stochastic rounding lets the averages still move. int8 takes
-    a quarter: AdamW's states in blocks with a scale each (arXiv 2110.02861), by torchao."""
+    """Dtype of the optimizer's states. bf16 takes half the memory of fp32; it rounds at random, so that small changes
+    are not lost. int8 takes a quarter: it keeps AdamW's states in blocks with a scale each (arXiv 2110.02861), and
+    needs torchao."""
     router_aux_loss_coef: NonNegative = 0.0
     """Weight of the load-balancing loss of mixture-of-experts routers, averaged over the step's examples. 0: none."""
     weight_decay: NonNegative = 0.0
-    """Weight decay, as torch's optimizer of that name applies it."""
+    """Weight decay, applied as torch's optimizer of that name does."""
     weight_decay_exclude: NoneOrMore = field(default_factory=lambda: ["bias", "norm"])
     """Parameters without weight decay: those whose name contains one of these words, and for "norm" all normalisation
     layers. The default excludes what transformers' Trainer excludes. []: decay all parameters."""
     max_grad_norm: NonNegative | None = 1.0
-    """Gradients are clipped to this global norm. null or 0: the norm is logged, nothing is clipped."""
+    """Clip gradients to this global norm. null or 0: log the norm, clip nothing."""
     seed: Index = 42
-    """Seed of shuffling, dropout, LoRA's initial weights and the held-out rows."""
+    """Seed of shuffling, of LoRA's dropout and initial weights, and of the held-out rows."""
     deterministic: bool = False
-    """Use algorithms that give the same bits again on the same machine with the same number of ranks. Operations
-    without such an algorithm raise an error. On a GPU, a resumed run ends bitwise as an undisturbed one only with this,
-    because the attention's backward pass otherwise adds gradients in any order. A CPU does not need it. Its cost on a
-    GPU: not run."""
+    """Use deterministic algorithms, so that a run repeats bit for bit on the same machine with the same number of
+    ranks. Operations without such an algorithm raise an error. On a GPU, a resumed run equals an uninterrupted one bit
+    for bit only with this, because otherwise the attention's backward pass adds gradients in any order. A CPU does not
+    need it. Its cost on a GPU: not run."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of the forward and backward pass. Master weights, sums and losses are fp32 either way."""
+    """Dtype of the forward and backward pass. Master weights, sums and losses are always fp32."""
     activation_checkpointing: Literal["none", "products", "selective", "full", "auto"] = "full"
-    """What a block keeps of its forward pass. The backward pass recomputes the rest, bit for bit. "none": keep
+    """Which activations a block keeps for the backward pass, which recomputes the others bit for bit. "none": keep
     everything, which is fastest and takes most memory. "products": keep the outputs of matrix products and attention.
-    "selective": keep those of every second product and of attention. "full": keep the block's input alone. "auto": the
+    "selective": keep those of every second product and of attention. "full": keep only the block's input. "auto": the
     first of these, in this order, that is estimated to fit into memory."""
     compile: bool = False
     """Compile each block with torch.compile."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer states in host memory. Slow, and only for GPUs. A toy run on a GPU ends as
-    without it; its speed: not run."""
+    """Keep weights, gradients and optimizer states in host memory. This is slow, and for GPUs only. A toy run on a GPU
+    gave the same result with and without it. Its speed: not run."""
     sharding: Literal["full", "hybrid"] = "full"
-    """"full": each rank holds a share of the model. "hybrid": each node holds all of it, sharded over its ranks."""
+    """How GPUs share the model. "full": each rank holds a part of it. "hybrid": each node holds all of it, divided
+    among its ranks."""
     timeout_minutes: Annotated[float, Gt(0), Le(525_600)] = 30.0
-    """How long a rank waits for the others before it fails. Rank 0's work before training is not limited."""
+    """How long a rank waits for the others before it fails. Rank 0's work before training has no limit."""
     log_every: Count = 1
-    """Steps between lines of `metrics.jsonl`, whose `pairs_per_second` counts rows of any kind: pairs, lists, labelled
+    """Steps between lines of `metrics.jsonl`. Its `pairs_per_second` counts rows of any kind: pairs, lists, labelled
     answers."""
     eval_every: Count | None = None
     """Steps between evaluations. null: at the end only."""
     eval_at_start: bool = True
-    """Evaluate before the first step too, if there is evaluation data: `initial_evaluation.json` in the run's folder.
-    With a reference model this needs no forward pass, because the policy is the reference then."""
+    """Also evaluate before the first step, if there is evaluation data: `initial_evaluation.json` in the run's folder.
+    With a reference model this needs no forward pass, because the policy is still the reference."""
     best_metric: String | None = None
-    """An evaluation metric such as `eval_loss`: the model with its best value becomes the final one. Whether higher or
-    lower is better is known by its name. null: the last model is the final one."""
+    """An evaluation metric such as `eval_loss`: the model with its best value becomes the final one. The name says
+    whether higher or lower is better. null: the last model is the final one."""
     early_stopping_patience: Count | None = None
     """Stop after this many evaluations in a row without a new best `best_metric`. null: do not stop early."""
     save_every: Count | None = None
     """Steps between checkpoints. null: at the end of each epoch."""
     keep_checkpoints: Count | None = 2
-    """Newest checkpoints to keep. null: all. With two, a run can resume even if the newest is damaged."""
+    """How many of the newest checkpoints to keep. null: all. With two, a run can resume even if the newest is
+    damaged."""
     keep_every: Count | None = None
     """Also keep the checkpoint of every so many steps, a multiple of `save_every`."""
     async_checkpoints: bool = True
-    """Write checkpoints in the background, from a copy in host memory. false: wait for them, without the copy."""
+    """Write checkpoints in the background, from a copy in host memory. false: wait for them, and make no copy."""
     max_hours: Positive | None = None
-    """Stop with a checkpoint at the first step after so many hours of one launch. The same command resumes."""
+    """Stop with a checkpoint at the first step after this many hours of one launch. The same command resumes."""
     extend: bool = False
     """Continue a begun or finished run to a raised `max_steps` or `epochs`. Without it, raising them is an error."""
     resume: FilePath = "auto"
-    """"auto": resume from the newest checkpoint in `output_dir`. "never": start over. Or a checkpoint's folder."""
+    """What to resume from. "auto": the newest checkpoint in `output_dir`. "never": nothing; start over. Otherwise the
+    folder of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -254,38 +262,39 @@ class DPOConfig:
     """The preference loss. `notus.losses` has the equations."""
 
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference. Of a loss without a reference: the scale of its rewards."""
+    """How strongly the policy is held to the reference. For a loss without a reference: the scale of its rewards."""
     loss_type: LossType = "sigmoid"
-    """Name of the loss, or a weighted sum of losses, `{name: weight}`. docs/losses.md has them all, and says which of
-    them learn from pairs, which from lists of rated answers, and which from single answers with a label."""
+    """The name of the loss, or `{name: weight}` for a weighted sum. docs/losses.md lists all losses, and says which of
+    them learn from pairs, from lists of rated answers, or from single answers with a label."""
     label_smoothing: Annotated[float, Ge(0), Le(0.5)] = 0.0
-    """Assumed share of swapped labels, for the losses that have this option; of a sum, for those of its losses."""
+    """Assumed share of swapped labels, for the losses that have this option. In a sum, it applies to those that do."""
     options: Options = field(default_factory=dict)
-    """Further options of the loss, `{name: value}`; docs/losses.md has them. Of a sum, each loss gets those that it
-    takes. On the command line also `--dpo.options.NAME=VALUE`."""
+    """Further options of the loss: `{name: value}`. docs/losses.md lists them. In a sum, each loss gets the options
+    that it takes. On the command line also `--dpo.options.NAME=VALUE`."""
     nll_weight: NonNegative = 0.0
-    """Weight of the chosen completions' negative log-likelihood; of lists, the best rated ones'."""
+    """Weight of an added term: the negative log-likelihood of the chosen completions, or of a list's best rated
+    ones."""
     nll_mean: Literal["tokens", "completions"] = "tokens"
-    """How that is averaged: over the step's chosen tokens, or first over each completion and then over the step's
-    completions, as Iterative RPO does (arXiv 2404.19733)."""
+    """How that term is averaged: over the step's chosen tokens, or first over each completion and then over the step's
+    completions, as in Iterative RPO (arXiv 2404.19733)."""
     ld_alpha: Annotated[float, Ge(0), Lt(1)] | None = None
-    """LD-DPO (arXiv 2409.06411): of the longer completion of a pair, the log-probs of tokens beyond the length of the
-    shorter one count with this weight. null: all tokens count alike."""
+    """LD-DPO (arXiv 2409.06411): the weight of tokens beyond the length of the pair's shorter completion. null: all
+    tokens count alike."""
     wpo: bool = False
-    """WPO (arXiv 2406.11827): weigh each pair by how likely the policy itself is to write its completions."""
+    """WPO (arXiv 2406.11827): weight each pair by how likely the policy itself is to write its completions."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
 class ReferenceConfig:
-    """The reference model's log-probs, computed once and kept; losses without a reference need none."""
+    """The reference model's log-probs, which are computed once and cached. Losses without a reference need none."""
 
     cache_dir: FilePath | None = None
-    """A folder that several runs may share. null: `reference` in the run's folder."""
+    """Folder of the cache, which several runs may share. null: `reference` in the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
 class LoraConfig:
-    """Low-rank adapters in place of full fine-tuning."""
+    """Low-rank adapters, trained in place of all weights."""
 
     rank: Index = 0
     """Rank of the adapters. 0: full fine-tuning."""
@@ -296,21 +305,21 @@ class LoraConfig:
     target_modules: Strings | Literal["all-linear"] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
     )
-    """Names of the linear layers that get adapters, or "all-linear": all but the language-model head, and those where
-    an adapter would have no effect or PEFT would not load it."""
+    """Names of the linear layers that get adapters, or "all-linear". The latter leaves out the language-model head, and
+    layers where an adapter would have no effect or PEFT would not load it."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)."""
     modules_to_save: NoneOrMore = field(default_factory=list)
-    """Names of modules that are trained in full beside the adapters, such as `embed_tokens` and `lm_head`, and saved
-    with them."""
+    """Names of modules to train in full beside the adapters, such as `embed_tokens` and `lm_head`. They are saved with
+    the adapters."""
     continue_: bool = False
-    """Train the adapter of `model.adapter`, or of a run in `model.name_or_path`, further, in place of a new one. Its
-    rank, alpha and targets must be these. The reference is the model with that adapter."""
+    """Train an existing adapter further: that of `model.adapter`, or of a run in `model.name_or_path`. Its rank, alpha
+    and targets must be these. The reference is the model with that adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
 class TrackingConfig:
-    """What a run logs besides `metrics.jsonl`, and where."""
+    """What a run logs besides `metrics.jsonl`."""
 
     wandb: bool = False
     """Log to Weights & Biases."""
@@ -321,10 +330,10 @@ class TrackingConfig:
     run_name: String | None = None
     """Weights & Biases run name. null: the name of the run's folder."""
     samples: Index = 4
-    """Prompts that the model completes greedily at step 0, at each evaluation and at the end: the first ones of the
-    evaluation data, else of the training data. 0: none."""
+    """How many prompts the model completes greedily at step 0, at each evaluation and at the end. They are the first of
+    the evaluation data, or else of the training data. 0: none."""
     sample_tokens: Count = 48
-    """Longest such completion, in tokens. For each token, sharded ranks gather the whole model once."""
+    """Longest such completion, in tokens. Sharded ranks gather the whole model once for each token."""
 
 
 @dataclass(frozen=True, kw_only=True, config=EXACT)
@@ -705,11 +714,11 @@ def _invalid(error: ValidationError, hints: Mapping[str, Any], values: Mapping[s
     reason += _other_value(f"{prefix}{key}", values[key], choices)
     if source_error := first.get("ctx", {}).get("error"):
         reason = f": {source_error}"
-    return Invalid(f"{prefix}{key}", f"must be {describe(hints[key])}{reason}")
+    return Invalid(f"{prefix}{key}", f"must be {_with_article(describe(hints[key]))}{reason}")
 
 
 def describe(hint: Any) -> str:
-    """Return the type `hint` in words."""
+    """Return the type `hint` in words: string, integer, number, boolean, list of strings, and so on."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(part) for part in parts)
@@ -719,7 +728,17 @@ def describe(hint: Any) -> str:
         words = [part for part in parts if isinstance(part, str)]
         limits = [_limit(part) for part in parts[1:] if part != Lt(2**63)]
         return words[0] if words else f"{describe(parts[0])} {' and '.join(limits)}"
-    return {bool: "true or false", int: "an integer", float: "a number"}.get(hint, "null")
+    return {bool: "boolean", int: "integer", float: "number"}.get(hint, "null")
+
+
+def _with_article(words: str) -> str:
+    """Return the words of a type as they follow "must be"."""
+    if words.startswith("boolean"):
+        return words.replace("boolean", "true or false", 1)
+    if words in ("string", "string or null"):
+        words = words.replace("string", "string (in quotes if it reads as something else)")
+    article = "" if words.startswith("'") else "an " if words[0] in "aeiou" else "a "
+    return article + words
 
 
 def _limit(bound: Ge | Gt | Le | Lt) -> str:

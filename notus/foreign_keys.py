@@ -233,7 +233,7 @@ _DPO: dict[str, Counterpart] = {
     "loss_weights": _set("dpo.loss_type", note="as {name: weight, ...}; the weight of `sft` is dpo.nll_weight"),
     "ld_alpha": _set("dpo.ld_alpha"),
     "f_divergence_type": _set("dpo.options.f_divergence"),
-    "f_alpha_divergence_coef": _set("dpo.options.f_alpha"),
+    "f_alpha_divergence_coef": _set("dpo.options.f_alpha", note="1 minus TRL's value"),
     "label_smoothing": _set("dpo.label_smoothing"),
     "beta": _set("dpo.beta"),
     "use_weighting": _set("dpo.wpo"),

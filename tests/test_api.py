@@ -406,3 +406,40 @@ def test_scoring_names_what_is_wrong(given: dict[str, Any], message: str) -> Non
         notus.score(**{"model": toy_model(), "tokenizer": toy_tokenizer(), "pairs": rows(2), **given})
     assert "\n" not in str(caught.value)
     assert not dist.is_initialized()
+
+
+TWO_RANKS = """
+import os, sys
+import notus
+from toys import toy_model, toy_tokenizer
+from test_api import Notes, rows
+import json
+
+tree = json.loads(sys.argv[1])
+stopped = notus.train(tree, model=toy_model(), tokenizer=toy_tokenizer(), train=rows(), callbacks=[Notes(stop_at=2)])
+whole = notus.train(tree, model=toy_model(), tokenizer=toy_tokenizer(), train=rows())
+scores = notus.score(toy_model(seed=1), toy_tokenizer(), rows(5), reference=whole.model_path)
+with open(sys.argv[2] + os.environ["RANK"], "w") as file:
+    json.dump([stopped.finished, whole.finished, scores.margins.tolist()], file)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_twice_and_score(tmp_path: Path, config: Any) -> None:
+    tree = config()
+    del tree["model"]
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS)
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)]
+    arguments = [json.dumps(tree), str(tmp_path / "out")]
+    subprocess.run([*launch, *arguments], env={**os.environ, "PYTHONPATH": paths}, check=True)
+    found = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1]
+    assert found[0][:2] == [False, True]
+    alone = notus.train(config("alone"), train=rows())
+    for line, expected in zip(notus.load_result(tmp_path / "run").metrics, alone.metrics, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    scores = notus.score(toy_model(seed=1), toy_tokenizer(), rows(5), reference=alone.model_path)
+    torch.testing.assert_close(scores.margins, torch.tensor(found[0][2]), rtol=1e-3, atol=1e-3)

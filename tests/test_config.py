@@ -155,17 +155,17 @@ MISTAKES = {
     "--training.min_lr_ratio=1.1": "a number >= 0 and <= 1, not 1.1",
     "--training.warmup_steps=-1": "an integer >= 0 or null, not -1",
     "--training.decay_ratio=0": "a number > 0 and <= 1, not 0",
-    "--data.eval_size=1.0": "a number of rows, or a fraction above 0 and below 1, not 1.0",
-    "--data.eval_size=0.0": "a number of rows, or a fraction above 0 and below 1, not 0.0",
-    "--data.eval_size=-0.5": "a number of rows, or a fraction above 0 and below 1, not -0.5",
-    "--data.eval_size=-1": "a number of rows, or a fraction above 0 and below 1, not -1",
-    "--data.eval_size=true": "a number of rows, or a fraction above 0 and below 1, not True",
+    "--data.eval_size=1.0": "an integer >= 0 or number > 0 and < 1, not 1.0",
+    "--data.eval_size=0.0": "an integer >= 0 or number > 0 and < 1, not 0.0",
+    "--data.eval_size=-0.5": "an integer >= 0 or number > 0 and < 1, not -0.5",
+    "--data.eval_size=-1": "an integer >= 0 or number > 0 and < 1, not -1",
+    "--data.eval_size=true": "an integer >= 0 or number > 0 and < 1, not True",
     "--training.output_dir=3": "a string (in quotes if it reads as something else), not 3",
     "--training.output_dir=null": "a string",
     "--model.name_or_path=''": "a string",
     "--data.shuffle=1": "true or false, not 1",
-    "--data.train=null": "a path, or a list of {path, split, weight}: path must be a string",
-    "--data.train=[]": "a path, or a list of {path, split, weight}",
+    "--data.train=null": "a path or list of {path, split, weight}: path must be a string",
+    "--data.train=[]": "a path or list of {path, split, weight}",
     "--data.train=[{path: a, wieght: 2}]": "wieght does not exist; did you mean 'weight'?",
     "--data.train=[{split: a}]": "path is required",
     "--data.train=[{path: a, weight: 0}]": "weight must be a number > 0, not 0",
@@ -174,12 +174,12 @@ MISTAKES = {
     "--dpo.loss_type=sigmod": "'sigmod' does not exist; did you mean 'sigmoid'?",
     "--dpo.simpo_gamma=1": "dpo.simpo_gamma does not exist; did you mean 'dpo.options.simpo_gamma'?",
     "--dpo.loss_type={sigmoid: 1, hing: 2}": "'hing' does not exist; did you mean 'hinge'?",
-    "--dpo.loss_type={sigmoid: 0}": "the name of a loss, or a mapping of names to weights above 0, not {'sigmoid': 0}",
+    "--dpo.loss_type={sigmoid: 0}": "a string or mapping of strings to numbers > 0, not {'sigmoid': 0}",
     "--dpo.loss_type={}": "loss_type names no loss",
     "--dpo.options.discopop_tua=0.1": "has no effect with dpo.loss_type 'sigmoid'; did you mean 'discopop_tau'?",
     "--dpo.options.discopop_tau=0.1": "has no effect with dpo.loss_type 'sigmoid': use one of discopop",
     "--dpo.options={label_smoothing: 0.1}": "holds label_smoothing, which has a key of its own",
-    "--dpo.options=0.1": "a mapping of names to numbers or words, not 0.1",
+    "--dpo.options=0.1": "a mapping of strings to numbers or strings, not 0.1",
     "--dpo.nll_mean=words": "'tokens' or 'completions', not 'words'",
     "--dpo.ld_alpha=1": "a number >= 0 and < 1 or null, not 1",
     "--dpo.beta=0": "a number > 0, not 0",
@@ -429,7 +429,10 @@ def test_entries_of_a_mapping_are_set_one_by_one(minimal: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--dpo.options.discopop_tau=[1]", "dpo.options must be a mapping of names to numbers or words, not {'disc"),
+        (
+            "--dpo.options.discopop_tau=[1]",
+            "dpo.options must be a mapping of strings to numbers or strings, not {'disc",
+        ),
         ("--training.seed.x=1", "training.seed must be an integer >= 0, not {'x': 1}"),
         ("--training.output_dir.x=1", "training.output_dir is 'runs/here', which has no entries: set training.output"),
         ("--dpo.options.a.b=1", "is not of the form --section.key=value"),
@@ -489,12 +492,17 @@ def test_reading_a_config_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+# configs/launch holds files for schedulers
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "launch")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     task: Any = "sft" if path.name.startswith("sft") else "dpo"
     load_config(path, task)
     head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
-    assert f"train_{task}.py configs/{path.relative_to(CONFIGS)}" in head
+    place = path.relative_to(CONFIGS)
+    assert f"train_{task}.py configs/{place}" in head or f"notus {task} configs/{place}" in head
     for word in ("Command", "Hardware", "Time", "Expect"):
         assert re.search(rf"^# {word}", head, flags=re.MULTILINE), word
 

@@ -10,7 +10,8 @@ from runs import settings, write_pairs
 from toys import toy_model_folder
 
 from notus import __main__ as entry
-from notus.config import config_from_dict, save_config
+from notus.config import DPO_SECTIONS, SECTIONS, config_from_dict, save_config
+from notus.config_reference import entries
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,31 @@ def test_help_lists_the_commands(capsys):
     assert caught.value.code == 0
     output = capsys.readouterr().out
     assert all(name in output for name in ("demo", "curate", "reference", "evaluate", "generate", "export"))
+
+
+@pytest.mark.parametrize("command", ["dpo", "sft", "reference"])
+def test_help_of_training_lists_every_key_that_the_task_uses(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        entry.main([command, "--help"])
+    assert caught.value.code == 0
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 120
+    for name, section in SECTIONS.items():
+        used = command != "sft" or name not in DPO_SECTIONS
+        assert (f"\n{name}: " in output) == used
+        found = output.split(f"\n{name}: ")[-1].split("\n\n")[0]
+        for key in entries(section) if used else []:
+            line = next(line for line in found.splitlines() if line.startswith(f"  {key.key} "))
+            assert line.split(maxsplit=1)[1].startswith(key.default)
+            assert key.type.split()[0] in found
+    assert "learning_rate             5e-7          Peak learning rate. [number > 0]\n" in output
+
+
+def test_help_is_found_anywhere_and_printed_by_one_rank(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        entry.main(["dpo", "config.yaml", "-h"])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in entry.HELP), ["evaluate", "--suite", "win-rate"]])

@@ -29,6 +29,7 @@ BASE = {
     "training": {"output_dir": "runs/sweep"},
     "dpo": {"beta": 0.1},
 }
+ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = "eval_rewards/accuracies"
 
 
@@ -361,18 +362,15 @@ def test_sft_without_evaluation_is_compared_by_its_last_loss(capsys):
     assert "1" in lines[1][1:-1]
 
 
-@pytest.mark.parametrize(
-    ("metric", "lower"),
-    [
-        ("loss", True),
-        ("eval_loss", True),
-        ("eval_kl", True),
-        ("eval_rewards/accuracies", False),
-        ("logps/chosen", False),
-    ],
-)
-def test_which_end_of_a_metric_is_the_better_one(metric, lower):
-    assert sweep.lower_is_better(metric) is lower
+def test_the_page_on_sweeps_shows_a_grid_that_is_valid(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("notus sweep ")]
+    assert len(commands) == 3
+    for command, count in zip(commands, (6, 3, 3), strict=True):
+        words = [word for word in shlex.split(command.split(" > ")[0])[1:] if word not in ("--print", "--table")]
+        assert entry.main([*words, "--print"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == count
 
 
 def test_two_real_runs_compute_the_reference_once(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The entries as a user starts them: processes, exit codes, and who speaks."""
 
+import csv
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ import pytest
 import yaml
 from runs import read_metrics, settings, write_pairs
 from toys import assets_dir, toy_model_folder
+
+from notus.config import load_config
+from notus.training import dpo, sft
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,12 +40,12 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_by_torchrun_log_the_same_losses_as_plain_python(config_file: Path) -> None:
     folder = config_file.parent
     losses = []
-    for name, ranks in (("one", 0), ("two", 2)):
-        done = _start("train_dpo.py", config_file, f"--training.output_dir={folder / name}", ranks=ranks)
+    for name, ranks, entry in (("one", 0, ["train_dpo.py"]), ("two", 2, ["-m", "notus", "dpo"])):
+        done = _start(*entry, config_file, f"--training.output_dir={folder / name}", ranks=ranks)
         assert done.returncode == 0, done.stderr
         losses.append([line["loss"] for line in read_metrics(folder / name)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    again = _start("train_dpo.py", config_file, f"--training.output_dir={folder / 'one'}")
+    again = _start("-m", "notus", "dpo", config_file, f"--training.output_dir={folder / 'one'}")
     assert again.returncode == 0
     assert "finished" in again.stdout
 
@@ -162,3 +166,33 @@ def test_usage_names_the_command_as_it_was_called(command: str) -> None:
     assert done.returncode == 1
     usage = f"error: usage: {command} CONFIG.yaml [--section.key=value ...]; `{command} --help` lists every key\n"
     assert done.stderr == usage
+
+
+STARTERS = {
+    "dpo": ("prompt", "chosen", "rejected"),
+    "dpo-lora": ("prompt", "chosen", "rejected"),
+    "sft": ("prompt", "completion"),
+}
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_a_starter_config_trains_on_a_file_of_ones_own(name: str, config_file: Path, tmp_path: Path) -> None:
+    """As it stands, on a CPU: only the model, the data and the run's folder are given."""
+    columns, table = STARTERS[name], tmp_path / "mine.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for number in range(20):
+            writer.writerow([f"What is {number}, plus one?", f"It is {number + 1}.", "No idea."][: len(columns)])
+    model, run = config_file.parent / "model", tmp_path / "run"
+    given = {"model.name_or_path": model, "data.train": table, "training.output_dir": run}
+    words = [f"--{key}={value}" for key, value in given.items()]
+    config = load_config([str(ROOT / "configs" / f"{name}.yaml"), *words, f"--data.cache_dir={tmp_path}"], name[:3])
+    assert (sft if config.task == "sft" else dpo).run(config) == 0
+    lines = read_metrics(run)
+    assert len(lines) == {"dpo": 1, "dpo-lora": 2, "sft": 2}[name]  # 19 rows are left: batches of 32, 16, 32; 2 epochs
+    assert lines[-1]["eval_loss"] > 0
+    if config.task == "dpo":
+        assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-3)  # bf16
+    weights = "adapter_model.safetensors" if name == "dpo-lora" else "model.safetensors"
+    assert (run / "model" / weights).is_file()

@@ -30,6 +30,12 @@ inner = dpo.DPOTask.row_loss
 dpo.DPOTask.row_loss = lambda *arguments: time.sleep(0.1) or inner(*arguments)
 leave(run_entry(lambda: dpo.run(load_config(sys.argv[1:], "dpo"))))
 """
+# What stands in for the scheduler of configs/launch/slurm-several-nodes.sh: an agent for each of two nodes.
+STUBS = {
+    "srun": 'for node in 0 1; do "$@" & done; wait -n && wait -n',
+    "scontrol": "echo 127.0.0.1",
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+}
 Start = Callable[[Path, Path, int], "subprocess.Popen[bytes]"]
 
 
@@ -54,6 +60,19 @@ def start(tmp_path: Path) -> Iterator[Start]:
     print((tmp_path / "log").read_text())
 
 
+def _train_by_slurm_script(folder: Path, config: Path, port: int) -> int:
+    """Run the script as a job of two nodes and return its exit code; `port`: 20000 to 39999."""
+    (folder / "bin").mkdir()
+    for name, body in STUBS.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(port), "SLURM_JOB_NODELIST": "", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    own = {"PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **job, **own, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    words = ["bash", str(ROOT / "configs/launch/slurm-several-nodes.sh"), "dpo", str(config)]
+    return subprocess.run(words, env=environment, timeout=180, check=False).returncode
+
+
 def _processes(folder: Path) -> dict[int, int]:
     """The processes that have a file of `folder` on their command line, and their parents."""
     lines = subprocess.check_output(["ps", "-ewwo", "pid=,ppid=,args="], text=True).splitlines()
@@ -75,9 +94,9 @@ def test_a_node_is_lost_and_returns(tmp_path: Path, start: Start) -> None:
     for name in ("whole", "lost"):
         more = {"training__epochs": STEPS // 2, "training__save_every": 5, "training__sharding": "hybrid"}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings(tmp_path / name, model, pairs, **more)))
-    port = free_port()
-    agents = [start(ROOT / "train_dpo.py", tmp_path / "whole.yaml", port) for _ in range(2)]
-    assert [agent.wait(timeout=180) for agent in agents] == [0, 0]
+    # the script's port is 20000 + the job's id % 20000
+    port = next(port for port in iter(free_port, None) if 20000 <= port < 40000)
+    assert _train_by_slurm_script(tmp_path, tmp_path / "whole.yaml", port) == 0
 
     (tmp_path / "slow.py").write_text(SLOW)
     launch = (tmp_path / "slow.py", tmp_path / "lost.yaml", free_port())

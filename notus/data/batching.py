@@ -163,18 +163,22 @@ class PackingReport:
         padding_share: share of processed tokens that carry nothing (fillers of empty rows).
         sharing_gain: tokens with a trunk per branch, over tokens with one trunk per example.
         idle_share: share of the steps for which the mean rank waits for a heavier one, by cost.
+        ranks: how many share a step.
     """
 
     steps: int
     padding_share: float
     sharing_gain: float
     idle_share: float
+    ranks: int = 1
 
     def __str__(self) -> str:
-        return (
-            f"packing: padding {self.padding_share:.2%}, sharing gain {self.sharing_gain:.2f}x, "
-            f"ranks idle {self.idle_share:.2%} by cost (over {self.steps} steps of an epoch)"
-        )
+        found = f"packing: {self.padding_share:.2%} padding"
+        if self.sharing_gain > 1:
+            found += f", {1 - 1 / self.sharing_gain:.0%} fewer tokens because prompts are shared"
+        if self.ranks > 1:
+            found += f", ranks wait for the slowest one for {self.idle_share:.2%} of a step"
+        return f"{found} (over the first {self.steps} steps)"
 
 
 def packing_report(
@@ -203,4 +207,4 @@ def packing_report(
         paid += world_size * lockstep_cost(ranks, of_step)
         packed += int(rows.lengths[indices].sum())
         separate += int(rows.separate_lengths(indices).sum())
-    return PackingReport(steps, empty / (packed + empty), separate / packed, 1 - cost / paid)
+    return PackingReport(steps, empty / (packed + empty), separate / packed, 1 - cost / paid, world_size)

@@ -79,7 +79,8 @@ class DropReport:
         yield from (f"dropped {count}: {reason}" for reason, count in self.dropped.items())
         yield from (f"cannot be read: {place}" for place in self.unreadable)
         share = f" ({self.cut_share:.1%} of the tokens)" if self.cut_share else ""
-        yield f"cut to length: {self.prompts_cut} prompts, {self.completions_cut} rows' completions{share}"
+        if self.prompts_cut or self.completions_cut:
+            yield f"cut to length: {self.prompts_cut} prompts, {self.completions_cut} rows' completions{share}"
         if self.cut_share > HEAVY_TRUNCATION:
             keys = "data.max_length" + (" or data.max_prompt_length" if self.prompts_cut else "")
             yield f"warning: {self.cut_share:.0%} of the tokens are cut away; raise {keys}, or set data.too_long=drop"

@@ -411,7 +411,13 @@ def _to_arrow(parquet: pa.parquet.ParquetFile, path: Path, columns: Sequence[str
         pa.ipc.new_stream(file, schema) as writer,
     ):
         for batch in _batches(parquet, path, columns):
-            writer.write_batch(batch.cast(schema))
+            stored = [_as_type(column, field.type) for column, field in zip(batch.columns, schema, strict=True)]
+            writer.write_batch(pa.RecordBatch.from_arrays(stored, schema=schema))
+
+
+def _as_type(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Cast a column if it has another type: Arrow's cast fails for nested fields that are null throughout."""
+    return column if column.type == kind else column.cast(kind)
 
 
 def _storage(kind: pa.DataType) -> pa.DataType:

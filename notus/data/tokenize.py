@@ -41,6 +41,7 @@ from notus.data.formats import (
 from notus.data.mixture import Share, copies, mixed
 from notus.data.sources import Part, Source, is_mixture, open_rows, open_source, parts, read_rows
 from notus.runtime.files import disk_error, sync
+from notus.runtime.process import tell
 
 RowSource: TypeAlias = str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]
 OnBadRow = Literal["error", "skip"]
@@ -568,7 +569,7 @@ def cached(folder: Path, name: str, make: Callable[[str], object]) -> datasets.D
     """
     final = folder / name
     if final.is_dir() and not _is_whole(final):
-        print(f"warning: the tokenised dataset {final} is damaged: it is made again", flush=True)
+        tell(f"warning: the tokenised dataset {final} is damaged: it is made again")
         shutil.rmtree(final)
     if not final.is_dir():
         try:

@@ -17,7 +17,7 @@ from notus.evaluation.run_loss import RunLoss, read_loss
 from notus.runtime.files import is_locked
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
-from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
+from notus.training.tracking import ENVIRONMENT_FILE, INITIAL_FILE, METRICS_FILE, SAMPLES_FILE
 
 RESULT_FILES = f"{EVALUATIONS}/*/{RESULT}"
 
@@ -51,7 +51,8 @@ class Run:
 
     folder: Path  # the run's folder
     settings: dict[str, dict[str, Any]]  # the resolved config by section
-    metrics: Sequence[Mapping[str, Any]]  # the lines of `metrics.jsonl`, each with an integer `step`
+    # the lines of `metrics.jsonl`, each with an integer `step`; before them the evaluation at step 0, if there is one.
+    metrics: Sequence[Mapping[str, Any]]
     # data, environment: `data.json` and `environment.json`; empty if they do not exist.
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -116,6 +117,11 @@ class Run:
             by_index.setdefault(line["index"], {})[sample.step] = sample
         return [[steps[step] for step in sorted(steps)] for _, steps in sorted(by_index.items())]
 
+    def start(self, name: str) -> float | None:
+        """A held-out metric before training, by its name with `eval_`; None if it was not measured."""
+        curve = self.curves[name].known if name in self.curves else None
+        return float(curve.values[0]) if curve is not None and curve.steps[0] == 0 else None
+
     @property
     def step(self) -> int:
         """The last step that was logged; 0 before the first."""
@@ -156,7 +162,7 @@ def read_run(folder: Path, label: str = "") -> Run:
     return Run(
         folder=folder,
         settings=read_run_settings(folder),
-        metrics=read_lines(folder / METRICS_FILE),
+        metrics=[*_initial_evaluation(folder / INITIAL_FILE), *read_lines(folder / METRICS_FILE)],
         data=_read_object(folder / DATA_FILE),
         environment=_read_object(folder / ENVIRONMENT_FILE),
         results=read_results(folder),
@@ -168,6 +174,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's log, but for one that the run is still writing; see `read_records`."""
     wrong = "not an object with a step; restore the file, or move it away"
     return read_records(path, wrong, lambda record: isinstance(record.get("step"), int))
+
+
+def _initial_evaluation(path: Path) -> list[dict[str, Any]]:
+    """Return the evaluation before training as a line of metrics; none for a run of an earlier version."""
+    found = _read_object(path)
+    return [{**{name: value for name, value in found.items() if name.startswith("eval_")}, "step": 0}] if found else []
 
 
 def _read_object(path: Path) -> dict[str, Any]:

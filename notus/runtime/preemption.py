@@ -138,9 +138,7 @@ class Stop:
             self._signalled = now
             _tell(f"{number.name}: stopping after this step; a second or more from now, another one ends the run")
         elif self._signalled is None:
-            _tell(
-                f"{number.name}: stopped outside the training steps, nothing to save; the same command resumes the run"
-            )
+            _tell(f"{number.name}: stopped outside the training steps; the same command resumes the run")
             os._exit(STOPPED)
         elif now - self._signalled > _ECHO_SECONDS:
             _tell(f"{number.name} again: stopped at once; the same command resumes from the last checkpoint")

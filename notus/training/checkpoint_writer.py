@@ -33,6 +33,7 @@ from notus.runtime.process import tell
 from notus.training.checkpoint import (
     STATE_FILE,
     Progress,
+    best_step_of,
     causes,
     checkpoints_in,
     describe,
@@ -174,8 +175,11 @@ class _Commit:
 
     def _drop_old(self) -> None:
         if self.keep is not None:
-            for path in checkpoints_in(self.path.parent)[self.keep :]:
-                if self.keep_every is None or step_of(path) % self.keep_every:
+            found = checkpoints_in(self.path.parent)
+            # A run that resumes from any of those that stay needs what was the best model at its time.
+            best = {best_step_of(path) for path in found[: self.keep]} if self.progress.best_step else set()
+            for path in found[self.keep :]:
+                if step_of(path) not in best and (self.keep_every is None or step_of(path) % self.keep_every):
                     try:
                         _remove(path)
                     except OSError as error:  # NFS, say, while somebody reads it; the next save tries again

@@ -326,6 +326,10 @@ class Objective(ABC):
             metrics |= _means(("nll_loss", -total.chosen_logp, total.chosen_tokens))
         return metrics | self._more_metrics(total)
 
+    def metric_names(self) -> list[str]:
+        """Return the names of all metrics there can be; some rows may lack some, such as labels that are all alike."""
+        return list(self.metrics([1.0] * self.num_sums))
+
     def _more_metrics(self, total: Sums) -> dict[str, float]:
         """Metrics that depend on the kind of rows."""
         return {}

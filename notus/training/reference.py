@@ -23,6 +23,7 @@ from notus.data.dataset import TokenizedDataset
 from notus.model.export import write_tensors
 from notus.runtime.distributed import on_main
 from notus.runtime.files import replacing
+from notus.runtime.process import tell
 
 FORMAT = 4  # another one for every change of how log-probs round
 PART_SIZE = 2048
@@ -105,6 +106,11 @@ def reference_logps(
     return logps, False
 
 
+def content_digest(logps: Tensor) -> str:
+    """A digest of log-probs as `reference_logps` returns them."""
+    return _digest({"logps": logps.contiguous()})
+
+
 def stored_logps(paths: Sequence[Path], digests: np.ndarray, num_branches: int) -> Tensor | None:
     """Look rows up in caches that `reference_logps` wrote, by the digest of each.
 
@@ -160,7 +166,7 @@ def _read_part(path: Path, expected: Tensor) -> Tensor | None:
     try:
         tensors, _ = _open(path)
     except ValueError as error:
-        print(f"computing a part of the reference cache again: {path} is damaged ({error})", flush=True)
+        tell(f"computing a part of the reference cache again: {path} is damaged ({error})")
         return None
     return tensors["logps"] if torch.equal(tensors["digests"], expected) else None
 

@@ -1,7 +1,7 @@
 """A run's folder: who may use it, where to resume, and when it is finished.
 
 OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  model/
-           data.json  environment.json  samples.jsonl
+           data.json  environment.json  samples.jsonl  initial_evaluation.json
 """
 
 import dataclasses
@@ -18,23 +18,24 @@ import yaml
 
 from notus.config import Config, load_config, save_config
 from notus.runtime.distributed import gather_objects, on_main, rank
-from notus.runtime.files import lock, replacing
+from notus.runtime.files import lock, replacing, sync
 from notus.runtime.process import first_line, tell
 from notus.training.checkpoint import DAMAGED, checkpoints_in
-from notus.training.tracking import METRICS_FILE
+from notus.training.tracking import INITIAL_FILE, METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 REFERENCE = "reference"
 LOCK = ".lock"
+EXTENDING = ".extending"  # stands while `model` is that of the run before it was extended
 _MODEL_FILES = ("config.json", "adapter_config.json")
 # What may differ when a run is resumed: how and where it computes, not what.
 FREE_KEYS = frozenset(
     {
         "data.num_workers", "data.cache_dir", "reference.cache_dir", "training.output_dir", "training.resume",
         "training.tokens_per_row", "training.activation_checkpointing", "training.compile", "training.cpu_offload",
-        "training.deterministic", "training.sharding",
+        "training.deterministic", "training.sharding", "training.eval_at_start", "training.extend",
         "training.timeout_minutes", "training.log_every", "training.eval_every", "training.save_every",
         "training.keep_checkpoints", "training.keep_every", "training.async_checkpoints", "training.max_hours",
         "tracking.wandb", "tracking.tensorboard", "tracking.project", "tracking.run_name",
@@ -43,12 +44,23 @@ FREE_KEYS = frozenset(
 )  # fmt: skip
 
 
+# What `training.extend` may raise.
+LENGTH_KEYS = ("training.max_steps", "training.epochs")
+
+
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """What `open_folder` found: whether the run is finished, and the checkpoints to resume from, the newest first."""
+    """What `open_folder` found.
+
+    Attributes:
+        finished: whether the run is finished.
+        checkpoints: to resume from, the newest first.
+        extended: whether this launch makes the run longer than it was so far.
+    """
 
     finished: bool
     checkpoints: list[Path]
+    extended: bool = False
 
 
 def open_folder(config: Config) -> Opening:
@@ -58,23 +70,52 @@ def open_folder(config: Config) -> Opening:
         ValueError: the folder belongs to a run with another config or cannot be written, or the checkpoint named in
             `training.resume` does not exist or is not the newest of this run.
     """
-    folder = Path(config.training.output_dir)
+    folder, extended = Path(config.training.output_dir), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         resume = _resume(config)
         if resume == "never":
             _set_aside(folder)
         elif (folder / CONFIG_FILE).exists() and has_begun(folder):
-            _check_same_run(folder / CONFIG_FILE, config)
-            if is_finished(folder):
+            extended = _check_same_run(folder / CONFIG_FILE, config)
+            if is_finished(folder) and not extended:
                 return Opening(finished=True, checkpoints=[])
-        _check_room_for_model(folder / MODEL)
+        else:
+            _begin(folder, config)
         checkpoints = _checkpoints(folder, resume)
+        if extended and has_model(folder):
+            _begin_extension(folder, checkpoints)
+        if not (folder / EXTENDING).exists():
+            _check_room_for_model(folder / MODEL)
         with replacing(folder / CONFIG_FILE, locked=True) as temporary:
             save_config(config, temporary)
     except OSError as error:
         raise _unwritable(folder, error) from error
-    return Opening(finished=False, checkpoints=checkpoints)
+    return Opening(finished=False, checkpoints=checkpoints, extended=extended)
+
+
+def _begin(folder: Path, config: Config) -> None:
+    """Prepare for a run that begins: remove what one that failed before its first step left of another config."""
+    if config.training.extend:
+        raise ValueError(
+            f"training.extend: {folder} holds no run that could be extended; remove it, or check the folder"
+        )
+    (folder / INITIAL_FILE).unlink(missing_ok=True)
+
+
+def _begin_extension(folder: Path, checkpoints: list[Path]) -> None:
+    """Mark a finished run as unfinished. Its model stays until the extended run replaces it."""
+    if not checkpoints:
+        raise ValueError(
+            f"training.extend: {folder / CHECKPOINTS} has no checkpoint to continue from: restore the last"
+        )
+    (folder / EXTENDING).touch()
+    sync(folder)
+
+
+def end_extension(folder: Path) -> None:
+    """Note that `model` is that of the whole run; for rank 0."""
+    (folder / EXTENDING).unlink(missing_ok=True)
 
 
 def holds_finished(config: Config) -> bool:
@@ -87,8 +128,8 @@ def holds_finished(config: Config) -> bool:
     if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
         return False
     dated = dataclasses.replace(config.data, template_date=template_date(config))
-    _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
-    return is_finished(folder)
+    extended = _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
+    return is_finished(folder) and not extended
 
 
 def _resume(config: Config) -> str:
@@ -153,7 +194,12 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run wrote its final model here."""
+    """Whether a run wrote its final model here, and is not being extended."""
+    return has_model(folder) and not (folder / EXTENDING).exists()
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a run wrote a final model here; one that is extended keeps it until it has a newer one."""
     return any((folder / MODEL / name).is_file() for name in _MODEL_FILES)
 
 
@@ -209,7 +255,12 @@ def _check_room_for_model(path: Path) -> None:
         raise ValueError(f"{path} is not a model of ours, which is to stand there: move it, or choose another folder")
 
 
-def _check_same_run(path: Path, config: Config) -> None:
+def _check_same_run(path: Path, config: Config) -> bool:
+    """Compare the config in `path` with this launch's; return whether `training.extend` makes the run longer.
+
+    Raises:
+        ValueError: they are not those of one run.
+    """
     try:
         content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -222,13 +273,32 @@ def _check_same_run(path: Path, config: Config) -> None:
     before, now = _flat(load_config(path, config.task)), _flat(config)
     if before["data.template_date"] is None:  # a run from before it was recorded
         before["data.template_date"] = now["data.template_date"]
+    exclude = "training.weight_decay_exclude"
+    if not before["training.weight_decay"]:
+        before[exclude] = now[exclude]
+    elif "weight_decay_exclude" not in content["training"]:  # a run from before the key: all parameters decayed
+        before[exclude] = []
     changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
-    if changed:
-        changes = ", ".join(f"{key} (was {json.dumps(before[key])}, is {json.dumps(now[key])})" for key in changed)
+    if not changed:
+        return False
+    changes = ", ".join(f"{key} (was {json.dumps(before[key])}, is {json.dumps(now[key])})" for key in changed)
+    if set(changed) - set(LENGTH_KEYS):
         raise ValueError(
             f"{path.parent} holds a run with another config: {changes}. Choose another training.output_dir, restore "
             "the config to resume, or set training.resume=never to start over"
         )
+    # max_steps of null is no limit
+    if any(before[key] is None or (now[key] is not None and now[key] < before[key]) for key in changed):
+        raise ValueError(
+            f"{path.parent} holds a run that is to be longer: {changes}. A run can be made longer, but not shorter: "
+            "restore the config, or choose another training.output_dir"
+        )
+    if not config.training.extend:
+        raise ValueError(
+            f"{path.parent} holds a shorter run: {changes}. Set training.extend=true to continue it to its new end, or "
+            "restore the config"
+        )
+    return True
 
 
 def _flat(config: Config) -> dict[str, Any]:

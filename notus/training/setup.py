@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from notus.config import Config, TrainingConfig, loss_name
@@ -34,22 +35,46 @@ from notus.runtime import distributed
 from notus.runtime.determinism import deterministic
 from notus.runtime.preemption import Stop
 from notus.runtime.process import STOPPED
+from notus.training.best_model import check_best_metric
 from notus.training.callbacks import COMMAND_LINE, CallbackLogger, Caller
-from notus.training.checkpoint import Progress, check_contents, check_newest, load_newest
+from notus.training.checkpoint import (
+    Progress,
+    check_contents,
+    check_newest,
+    load_checkpoint,
+    load_newest,
+    step_folder,
+)
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import row_costs
 from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.objective import check_ratings, objective_of
-from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
-from notus.training.parallelize import COMPUTE_DTYPES, build_policy, check_adapters, find_path, read_model_config
+from notus.training.optimizers import PiecewiseOptimizer, build_optimizer, without_decay
+from notus.training.parallelize import (
+    COMPUTE_DTYPES,
+    build_policy,
+    check_adapters,
+    find_path,
+    read_model_config,
+    reshard,
+)
 from notus.training.reference import digest_of_rows
 from notus.training.run_data import Inputs, check_rows, load_inputs
-from notus.training.run_folder import CHECKPOINTS, MODEL, Opening, check_shared, hold_folder, open_folder, template_date
+from notus.training.run_folder import (
+    CHECKPOINTS,
+    MODEL,
+    Opening,
+    check_shared,
+    end_extension,
+    hold_folder,
+    open_folder,
+    template_date,
+)
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
-from notus.training.tracking import Tracker, hardware, open_tracker
+from notus.training.tracking import INITIAL_FILE, Tracker, hardware, open_tracker, read_initial
 from notus.training.trainer import Ending, Trainer, warmup_steps
 from notus.training.trainer import Task as LoopTask
 from notus.training.warnings import plain_text_notice
@@ -71,6 +96,7 @@ class Run:
         inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
         checkpoints: where to resume: the first that is whole, the newest first.
+        extended: whether this launch raises the number of steps.
         stop: requests to end before the last step.
         hardware: the job's devices.
         caller: who started it.
@@ -88,6 +114,7 @@ class Run:
     inputs: Inputs
     plan: StepPlan
     checkpoints: list[Path]
+    extended: bool
     stop: Stop
     hardware: str
     caller: Caller
@@ -135,6 +162,7 @@ class Run:
             name=training.optimizer,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
+            undecayed=self._undecayed(),
             state_dtype=training.optimizer_dtype,
         )
         progress = self._progress(optimizer)
@@ -161,10 +189,13 @@ class Run:
                 stop=self.stop,
                 meter=Meter(self.policy, self.train_rows, self.plan, device=self.device, precision=training.precision),
                 sample=self._sampler(),
+                initial=distributed.on_main(lambda: read_initial(self.folder / INITIAL_FILE)),
                 device=self.device,
             ).run()
-        if ending is Ending.FINISHED:
+        if ending in (Ending.FINISHED, Ending.EARLY):
+            self._choose_best(progress)
             self._export()
+            distributed.on_main(lambda: end_extension(self.folder))
             return 0
         reason = "a callback" if self.stop.requested and ending is Ending.BUDGET else ending.value
         distributed.say(
@@ -201,6 +232,20 @@ class Run:
             for name, column in columns.items()
         }
 
+    def _undecayed(self) -> list[nn.Parameter]:
+        """The trained parameters without weight decay. Raises ValueError for a word that excludes none of them."""
+        training = self.config.training
+        if not training.weight_decay:
+            return []
+        found = without_decay(self.policy, training.weight_decay_exclude)
+        usual = TrainingConfig(output_dir="-").weight_decay_exclude  # Llama, say, has no biases
+        for word, parameters in found.items():
+            if word not in usual and not any(each.requires_grad for each in parameters):
+                raise ValueError(
+                    f"training.weight_decay_exclude: no trained parameter has {word!r} in its name: remove it"
+                )
+        return [parameter for parameters in found.values() for parameter in parameters]
+
     def _progress(self, optimizer: PiecewiseOptimizer) -> Progress:
         """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""
         if not self.checkpoints:
@@ -212,8 +257,46 @@ class Run:
         if progress.step > self.total_steps:
             raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
         progress.identity = self.identity
+        if progress.best_step:
+            self._find_best(progress)
+        if progress.total_steps and progress.total_steps != self.total_steps:
+            progress.evaluations_since_best = 0  # of the run before it was extended
+        elif self.extended and progress.total_steps:
+            distributed.say(
+                f"warning: training.extend has no effect: the run's {self.total_steps} steps end with its epochs; "
+                "raise training.epochs"
+            )
         distributed.say(f"resuming from {path} (step {progress.step} of {self.total_steps})")
         return progress
+
+    def _find_best(self, progress: Progress) -> Path:
+        """The checkpoint of the best evaluation so far. Raises ValueError if it is gone."""
+        path = self.folder / CHECKPOINTS / step_folder(progress.best_step)
+        if not distributed.on_main(path.is_dir):
+            raise ValueError(
+                f"{path} is gone, which has the best model by {self.config.training.best_metric}: restore it, or start "
+                "over with training.resume=never"
+            )
+        return path
+
+    def _choose_best(self, progress: Progress) -> None:
+        """Load the model to export, that of the best evaluation, if training.best_metric asks for it. Collective."""
+        training, step = self.config.training, progress.best_step
+        if progress.step < self.total_steps:
+            distributed.say(
+                f"stopped early after step {progress.step} of {self.total_steps}: {progress.evaluations_since_best} "
+                f"evaluations without a better {training.best_metric}"
+            )
+        if training.best_metric is None:
+            return
+        if not step:
+            distributed.say(f"warning: no evaluation had a finite {training.best_metric}: the last model is exported")
+            return
+        if step != progress.step:
+            reshard(self.policy)
+            load_checkpoint(self._find_best(progress), self.policy.named_parameters(), None)
+        best = f"{training.best_metric} {progress.best_value:.6g}"
+        distributed.say(f"the model of step {step} is exported, the best one: {best}")
 
     def _sampler(self) -> Sampler | None:
         return build_sampler(
@@ -268,7 +351,7 @@ class Run:
                 dtype=COMPUTE_DTYPES[self.config.training.precision],
                 plain_text=self.inputs.plain_text,
             )
-        distributed.say(f"finished: {target}")
+        distributed.say(f"finished: the model is in {target}")
 
 
 @contextlib.contextmanager
@@ -290,11 +373,13 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
         device = stack.enter_context(distributed.process_group(timedelta(minutes=training.timeout_minutes)))
         if training.optimizer_dtype == "int8" and train:
             check_torchao()
+        if train:
+            check_best_metric(config)
         if training.cpu_offload and device.type == "cpu":
             raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
         if training.sharding == "hybrid":
             distributed.ranks_per_node()  # raises now what would stop the run after hours of tokenising
-        checkpoints: list[Path] = []
+        opening = Opening(finished=False, checkpoints=[])
         today = distributed.on_main(lambda: template_date(config))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=today))
         if train:
@@ -309,12 +394,11 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
             opening = distributed.on_main(claim)
             check_shared(Path(config.training.output_dir))
             if opening.finished:
-                distributed.say(f"finished already: {Path(config.training.output_dir) / MODEL}")
+                distributed.say(f"finished already: the model is in {Path(config.training.output_dir) / MODEL}")
                 yield None
                 return
-            checkpoints = opening.checkpoints
-        job = _build(config, device, checkpoints, train, stop, caller)
-        check_newest(checkpoints, job.identity if checkpoints else {})
+        job = _build(config, device, opening, train, stop, caller)
+        check_newest(opening.checkpoints, job.identity if opening.checkpoints else {})
         yield job
 
 
@@ -344,9 +428,7 @@ def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
         )
 
 
-def _build(
-    config: Config, device: torch.device, checkpoints: list[Path], train: bool, stop: Stop, caller: Caller
-) -> Run:
+def _build(config: Config, device: torch.device, opening: Opening, train: bool, stop: Stop, caller: Caller) -> Run:
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
@@ -378,7 +460,7 @@ def _build(
     if train:
         first = train_rows(np.arange(1))[0]
         shown = describe_example(first, tokenizer, is_list=config.rows == "lists")
-        distributed.say(f"the first training row, ⟦learned⟧:\n{shown}")
+        distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     policy = build_policy(
         folders.base,
@@ -405,7 +487,7 @@ def _build(
     distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
     return Run(
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
-        inputs, plan, checkpoints, stop, hardware(device), caller,
+        inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device), caller,
     )  # fmt: skip
 
 

@@ -83,6 +83,10 @@ class SFTTask:
         )
         return {"eval_loss": -logps.double().sum().item() / int(self._held_out.loss_tokens.sum())}
 
+    def evaluate_start(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
+        """The same before the first step: nothing is known of the model without a pass."""
+        return self.evaluate(policy, on_row)
+
 
 def run(config: Config, caller: Caller = COMMAND_LINE) -> int:
     """Fine-tune as `config` says: `train_sft.py`, and `notus.train`.

@@ -9,13 +9,14 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
 import secrets
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -35,8 +36,9 @@ from notus.training.sampling import Sample
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+INITIAL_FILE = "initial_evaluation.json"
 ENVIRONMENT_FILE = "environment.json"
-# What the terminal shows: a label for each metric.
+# What the terminal shows of a step, and of an evaluation, in this order: a label for each metric that there is.
 SHOWN = {
     "loss": "loss",
     "accuracy": "rewards/accuracies",
@@ -46,6 +48,17 @@ SHOWN = {
     "pairs/s": "pairs_per_second",
     "examples/s": "examples_per_second",
 }
+SHOWN_OF_EVALUATION = {
+    "loss": "loss",
+    "tau": "rewards/kendall_tau",
+    "top-1": "rewards/top_1",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "kl": "kl",
+    "chosen reward": "rewards/chosen",
+    "rejected reward": "rewards/rejected",
+}
+_MOST_SHOWN = 6  # of an evaluation; metrics.jsonl has all
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -60,6 +73,9 @@ class Logger:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take a line of metrics."""
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Take the evaluation before the first step. It is no line of metrics, for there was no step."""
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Take what the model generates after `step` steps."""
@@ -163,6 +179,30 @@ class MetricsFile(Logger):
         self._lines.close()
 
 
+class InitialFile(Logger):
+    """`initial_evaluation.json`: the evaluation before the first step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        write_text(self._path, json.dumps({"step": 0, **metrics}) + "\n", locked=True)
+
+
+def read_initial(path: Path) -> dict[str, float] | None:
+    """Return the metrics of `initial_evaluation.json`; None if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("step") == 0:
+            return {str(name): float(value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    tell(f"warning: {path} is damaged: the model is evaluated again")
+    return None
+
+
 class SamplesFile(Logger):
     """One JSON object per sample."""
 
@@ -182,38 +222,105 @@ class SamplesFile(Logger):
         self._lines.close()
 
 
+class Eta:
+    """Estimates how long the rest of a run takes, from the intervals between its lines of metrics.
+
+    A plain mean since the launch would be wrong in three ways. The first interval holds compilation, warm-up and the
+    evaluation before the first step, so it is dropped as soon as there is another one. Steps and evaluations are timed
+    apart, because an evaluation may take as long as a hundred steps, and the rest of the run may hold more or fewer of
+    them than the part that is done. Only the latest intervals of this launch count, so that the estimate is right after
+    a resume on another machine, and follows a machine that becomes slower.
+    """
+
+    def __init__(self, *, total_steps: int, step: int, eval_every: int | None, now: float) -> None:
+        """Begin after `step`, at the time `now` in seconds; `eval_every`: None if only the last step is evaluated."""
+        self._total, self._every = total_steps, eval_every
+        self._step, self._time, self._count = step, now, 0
+        # (steps, seconds) of intervals without and with an evaluation
+        self._plain: deque[tuple[int, float]] = deque(maxlen=50)
+        self._evaluated: deque[tuple[int, float]] = deque(maxlen=5)
+
+    def update(self, step: int, now: float, *, evaluated: bool) -> float | None:
+        """Take the line of `step`, written at `now`; returns the seconds to the end, None before it can be known."""
+        if self._count == 1:
+            self._plain.clear()
+            self._evaluated.clear()
+        (self._evaluated if evaluated else self._plain).append((step - self._step, now - self._time))
+        self._step, self._time, self._count = step, now, self._count + 1
+        steps, seconds = (sum(column) for column in zip(*(self._plain or self._evaluated), strict=True))
+        if not steps:
+            return None
+        per_step = seconds / steps
+        # with nothing but evaluations so far, a step's time has its share of them
+        extra = [max(0.0, took - count * per_step) for count, took in self._evaluated] if self._plain else []
+        per_evaluation = sum(extra) / len(extra) if extra else 0.0
+        return (self._total - step) * per_step + self._evaluations_after(step) * per_evaluation
+
+    def _evaluations_after(self, step: int) -> int:
+        """How many steps after `step` are evaluated: every so many, and the last."""
+        if step >= self._total:
+            return 0
+        if self._every is None:
+            return 1
+        return self._total // self._every - step // self._every + bool(self._total % self._every)
+
+
 class ProgressBar(Logger):
-    """A bar where there is a terminal, a line every few seconds where there is none."""
+    """A bar where there is a terminal, a line every few seconds where there is none; a line for each evaluation."""
 
     remedy = f"{METRICS_FILE} has every line"
 
-    def __init__(self, *, total_steps: int, start_step: int, seconds_between: float = 5.0) -> None:
-        self._total, self._start, self._began = total_steps, start_step, time.monotonic()
+    def __init__(
+        self, *, total_steps: int, start_step: int, eval_every: int | None = None, seconds_between: float = 5.0
+    ) -> None:
+        self._total = total_steps
+        self._eta = Eta(total_steps=total_steps, step=start_step, eval_every=eval_every, now=time.monotonic())
         self._between, self._last = seconds_between, float("-inf")
+        # tqdm's own estimate is a mean since the launch
+        layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
         interactive = sys.stderr.isatty()
         self._bar = (
-            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True) if interactive else None
+            tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=layout) if interactive else None
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        figures = {label: f"{metrics[key]:.4g}" for label, key in SHOWN.items() if key in metrics}
-        if self._bar is not None:
-            self._bar.set_postfix(figures, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
         now = time.monotonic()
-        evaluated = any(key.startswith("eval_") for key in metrics)
-        if now - self._last < self._between and step != self._total and not evaluated:
+        left = self._eta.update(step, now, evaluated=any(key.startswith("eval_") for key in metrics))
+        shown = _figures(SHOWN, metrics)
+        if left is not None and step < self._total:
+            shown += f"  ETA {_clock(left)}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._last >= self._between or step == self._total:
+            self._last = now
+            tell(f"step {step}/{self._total}  {shown}")
+        self._show_evaluation(step, metrics)
+
+    def _show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print a line of what was measured on held-out rows, if anything was: above the bar if there is one."""
+        held_out = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+        if not held_out:
             return
-        self._last = now
-        left = (now - self._began) / max(1, step - self._start) * (self._total - step)
-        figures.update({key: f"{value:.4g}" for key, value in metrics.items() if key.startswith("eval_")})
-        shown = "  ".join(f"{label} {value}" for label, value in figures.items())
-        tell(f"step {step}/{self._total}  {shown}  left {_clock(left)}")
+        line = f"evaluation at step {step}: {_figures(SHOWN_OF_EVALUATION, held_out, most=_MOST_SHOWN)}"
+        if self._bar is None:
+            tell(line)
+        else:
+            with self._bar.external_write_mode():
+                tell(line)
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self._show_evaluation(0, metrics)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _figures(labels: Mapping[str, str], metrics: Mapping[str, float], most: int | None = None) -> str:
+    """The metrics that `labels` names, in that order, at most so many."""
+    found = [f"{label} {metrics[key]:.4g}" for label, key in labels.items() if key in metrics]
+    return "  ".join(found[:most])
 
 
 def _clock(seconds: float) -> str:
@@ -301,6 +408,17 @@ def _grouped(name: str) -> str:
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
+def _has_wandb_key() -> bool:
+    """Whether a key of Weights & Biases, or a token, is set or stored; asks neither the user nor the server."""
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    if "prompt" in inspect.signature(wandb.login).parameters:  # since 0.31, where `wandb.api` warns that it will go
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)
+
+
 class WandbLogger(Logger):
     """A Weights & Biases run; offline unless a key is set and the server answers.
 
@@ -318,8 +436,7 @@ class WandbLogger(Logger):
         """
         import wandb
 
-        has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         self._folder = folder
         self.run_id = run_id or secrets.token_hex(4)
         begin: Callable[..., Any] = functools.partial(
@@ -348,6 +465,9 @@ class WandbLogger(Logger):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(grouped(metrics), step=step)
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
@@ -409,6 +529,9 @@ class TensorBoardLogger(Logger):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # its thread writes: only then is it known whether the disk took them
 
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self.log(0, metrics)
+
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         parts = [
             f"**{sample.index}: {name}**\n\n{_verbatim(text)}"
@@ -452,6 +575,10 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (optimizer steps completed)."""
         self._each(lambda logger: logger.log(step, metrics))
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        """Record the evaluation before the first step."""
+        self._each(lambda logger: logger.log_initial(metrics))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Record what the model generates after `step` steps."""
@@ -525,7 +652,8 @@ def open_tracker(
     kept = recorded if step else -1  # at step 0 the model is sampled, once
     loggers: list[Logger] = [
         MetricsFile(folder / METRICS_FILE, resume_step=kept, last_logged=progress.logged),
-        ProgressBar(total_steps=total_steps, start_step=step),
+        InitialFile(folder / INITIAL_FILE),
+        ProgressBar(total_steps=total_steps, start_step=step, eval_every=config.training.eval_every),
         EnvironmentFile(folder / ENVIRONMENT_FILE, step=step, hardware=hardware),
     ]
     if tracking.samples or (folder / SAMPLES_FILE).exists():

@@ -22,6 +22,7 @@ from notus.model.policy import Policy
 from notus.model.routers import Routers
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
+from notus.training.best_model import check_found, judge
 from notus.training.checkpoint import Progress, step_of
 from notus.training.checkpoint_writer import Checkpoints
 from notus.training.dataloader import Dataloader, row_costs
@@ -33,6 +34,7 @@ from notus.training.throughput import Meter
 from notus.training.tracking import Tracker
 from notus.training.warnings import Guard, Guards
 
+_WORTH_A_LINE = 0.02  # share of a launch's time
 _ROUTER_SUMS = 2  # behind the task's: the routers' loss, and of how many examples
 
 
@@ -44,6 +46,7 @@ class Ending(enum.Enum):
     """Why the loop ended."""
 
     FINISHED = "the last step is done"
+    EARLY = "training.early_stopping_patience"
     SIGNAL = "a signal"
     BUDGET = "training.max_hours"
 
@@ -100,6 +103,10 @@ class Task(Protocol):
 
     def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
         """Return metrics on held-out data, none if there is none. Collective; calls `on_row`, which may raise."""
+        ...
+
+    def evaluate_start(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
+        """Return what `evaluate` returns of a policy that has learned nothing yet, with less work if possible."""
         ...
 
     def state(self) -> dict[str, list[float]]:
@@ -172,12 +179,15 @@ class Trainer:
         stop: Stop,
         meter: Meter,
         sample: Sampling | None,
+        initial: dict[str, float] | None = None,
         device: torch.device,
     ) -> None:
+        """Prepare to train; `initial` is the evaluation before the first step, if an earlier launch made it."""
         self.policy, self.optimizer, self.task, self.config = policy, optimizer, task, config
         self.total_steps = total_steps
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
-        self.stop, self.meter, self.sample = stop, meter, sample
+        self.stop, self.meter, self.sample, self._initial = stop, meter, sample, initial
+        progress.total_steps = total_steps
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._routers = Routers(policy.causal_lm) if config.router_aux_loss_coef else None
         # Metric sums stay on the device in fp64 until a line of metrics is due: no host sync per row.
@@ -217,7 +227,8 @@ class Trainer:
                 self.task.check_first_step(self._global_sums())
             ending = self._record(ending)  # a signal may interrupt its evaluation
             # Saved after it is recorded, so that a resumed run does not log the step again.
-            if ending or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
+            is_best = self.progress.best_step == self.progress.step
+            if ending or is_best or self._due(self.config.save_every or self.task.plan.steps_per_epoch):
                 self._save()
             self._report_saved()
             if ending:
@@ -225,13 +236,29 @@ class Trainer:
         return Ending.FINISHED
 
     def _before_first_step(self) -> Ending | None:
-        """Sample a fresh model, or make up for the evaluation that a signal kept a resumed run from."""
+        """Evaluate and sample a fresh model, or make up for what a signal kept a resumed run from."""
         if self.progress.step == 0:
             try:
+                self._evaluate_start()
                 self.tracker.log_samples(0, self._samples())
             except Interrupted:
                 return Ending.SIGNAL
-        return None if self.progress.recorded else self._record(None)
+        return self._stop_early() if self.progress.recorded else self._record(None)
+
+    def _evaluate_start(self) -> None:
+        """Log the evaluation of the model as it is before the first step."""
+        if not self.config.eval_at_start:
+            return
+        metrics = self.task.evaluate_start(self.policy, self.stop.check) if self._initial is None else self._initial
+        if metrics and self.config.best_metric is not None:
+            check_found(self.config.best_metric, metrics)
+        if metrics:
+            self.tracker.log_initial(metrics)
+
+    def _stop_early(self) -> Ending | None:
+        """Whether so many evaluations were no better that the run is to end."""
+        patience = self.config.early_stopping_patience
+        return Ending.EARLY if patience and self.progress.evaluations_since_best >= patience else None
 
     def _step(self, step: int, loader: Dataloader) -> Ending | None:
         """Take one optimizer step; returns the reason to stop after it, if any rank has one."""
@@ -348,6 +375,10 @@ class Trainer:
             self.tracker.log(self.progress.step, {**metrics, **held_out})
             self.tracker.log_samples(self.progress.step, samples)
             self.progress.logged = self.progress.step
+            if held_out and self.config.best_metric is not None:
+                # as the first rank has them, so that all decide alike
+                judge(self.progress, self.config.best_metric, gather_objects(held_out)[0])
+                ending = self._stop_early()
         self.progress.recorded = True
         return ending
 
@@ -409,9 +440,12 @@ class Trainer:
         )
 
     def _report_idle(self, loader: Dataloader) -> None:
-        """Print what share of this launch's steps was spent waiting; collective."""
+        """Log what share of this launch was spent waiting for data, if it matters, and for other ranks; collective."""
         waited = max(gather_objects(loader.waited / self._trained if self._trained else 0.0))
-        say(f"idle: {waited:.2%} of the steps for want of data, {loader.idle_share:.2%} by cost for a heavier rank")
+        if waited >= _WORTH_A_LINE:
+            say(f"training waited for data for {waited:.1%} of the time: the CPU makes rows too slowly")
+        if world_size() > 1:
+            say(f"ranks waited for the slowest one for {loader.idle_share:.2%} of the time (estimated from their rows)")
 
 
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:

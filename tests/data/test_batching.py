@@ -1,5 +1,6 @@
 """Which examples a step sees; which rank and packed row each goes to: what fits, and how evenly it costs."""
 
+import dataclasses
 import itertools
 import math
 
@@ -160,9 +161,12 @@ def test_packing_report_by_hand():
     assert report.padding_share == pytest.approx(3 / 23)
     assert report.sharing_gain == pytest.approx(27 / 20)
     assert report.idle_share == pytest.approx(6 / 26)
-    assert (
-        str(report)
-        == "packing: padding 13.04%, sharing gain 1.35x, ranks idle 23.08% by cost (over 2 steps of an epoch)"
+    assert str(report) == (
+        "packing: 13.04% padding, 26% fewer tokens because prompts are shared, ranks wait for the slowest one for "
+        "23.08% of a step (over the first 2 steps)"
+    )
+    assert str(dataclasses.replace(report, ranks=1, sharing_gain=1.0)) == (
+        "packing: 13.04% padding (over the first 2 steps)"
     )
 
 

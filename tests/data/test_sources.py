@@ -722,3 +722,10 @@ def test_parts() -> None:
 def test_refused_parts(source: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parts(source)
+
+
+def test_a_nested_field_that_is_null_in_every_row_of_a_parquet_file(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "name": None}, {"role": "assistant", "name": None}]}] * 3
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    source = open_source(str(tmp_path / "rows.parquet"), cache_dir=tmp_path / "cache")
+    assert [row for _, row in read_rows(source, source.rows.with_format("arrow")[:], range(3))] == rows

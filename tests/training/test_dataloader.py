@@ -100,8 +100,8 @@ def test_the_thread_makes_rows_during_the_run_and_ends_with_it(
     assert seen == [1, 1, 1]
     assert prefetching() == []
     told = capsys.readouterr().out
-    assert "% of the steps for want of data, 0.00% by cost for a heavier rank" in told
-    assert "ranks idle 0.00% by cost (over 3 steps of an epoch)" in told
+    assert "packing: 0.00% padding" in told
+    assert "rank" not in told  # there is one
 
 
 def test_the_thread_ends_with_a_run_that_is_refused(tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ def _assert_events_once(run: Path) -> None:
     events = accumulators.EventAccumulator(str(run / "tensorboard"))
     events.Reload()  # files of one second come in any order
     assert sorted(event.step for event in events.Scalars("train/loss")) == [1, 2, 3, 4]
-    assert sorted(event.step for event in events.Scalars("eval/loss")) == [1, 2, 3, 4]
+    assert sorted(event.step for event in events.Scalars("eval/loss")) == [0, 1, 2, 3, 4]
     assert sorted(event.step for event in events.Scalars("system/tokens_per_second")) == [1, 2, 3, 4]
     assert sorted(event.step for event in events.Tensors("samples/text_summary")) == [0, 1, 2, 3, 4]
     for title, part in (("config", "batch_size: 4"), ("data", '"rows": 13')):

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from disks import largest_file
 
 from notus.runtime import switches
 from notus.training import tracking
-from notus.training.tracking import EnvironmentFile, MetricsFile, ProgressBar, Tracker, hardware
+from notus.training.tracking import EnvironmentFile, Eta, MetricsFile, ProgressBar, Tracker, hardware
 
 
 def test_one_line_per_step(tmp_path: Path) -> None:
@@ -75,11 +76,80 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
     ]
 
 
-def test_evaluations_are_always_told(capsys: pytest.CaptureFixture[str]) -> None:
+PAIRS = {
+    "loss": 0.625, "rewards/chosen": 0.1, "rewards/rejected": -0.2, "rewards/margins": 0.3, "rewards/accuracies": 0.75,
+    "logps/chosen": -55.5, "logps/rejected": -58.25, "logps/chosen_change": 0.5,
+}  # fmt: skip
+SHORT = "accuracy 0.75  margin 0.3  "
+REWARDS = "chosen reward 0.1  rejected reward -0.2"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "line"),
+    [
+        (PAIRS, f"loss 0.625  {SHORT}{REWARDS}"),
+        ({**PAIRS, "rewards/top_1": 0.5, "rewards/kendall_tau": 0.25},
+         f"loss 0.625  tau 0.25  top-1 0.5  {SHORT}chosen reward 0.1"),
+        ({**PAIRS, "kl": 0.125}, f"loss 0.625  {SHORT}kl 0.125  {REWARDS}"),
+        ({"loss": 2.5}, "loss 2.5"),
+    ],
+    ids=["pairs", "lists", "labels", "sft"],
+)  # fmt: skip
+def test_an_evaluation_is_one_short_line(
+    metrics: dict[str, float], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     bar = ProgressBar(total_steps=9, start_step=0, seconds_between=60)
-    bar.log(1, {})
-    bar.log(2, {"eval_loss": 0.625})
-    assert "eval_loss 0.625" in capsys.readouterr().out.splitlines()[1]
+    bar.log(1, {"loss": 1.0})
+    bar.log(2, {"loss": 1.0, **{f"eval_{name}": value for name, value in metrics.items()}})
+    assert capsys.readouterr().out.splitlines()[1:] == [f"evaluation at step 2: {line}"]
+
+
+def test_the_eta_counts_steps_and_evaluations_apart() -> None:
+    # steps of 2 s, evaluations of 30 s, at 10, 20, ..., 90 and at the last step, 95; compiling takes 490 s
+    eta = Eta(total_steps=95, step=0, eval_every=10, now=1000.0)
+    assert eta.update(5, 1500.0, evaluated=False) == 90 * 100.0  # all that is known so far
+    assert eta.update(10, 1540.0, evaluated=True) == 85 * 8.0  # the first interval does not count any more
+    assert eta.update(15, 1550.0, evaluated=False) == 80 * 2.0 + 9 * 30.0
+    assert eta.update(20, 1590.0, evaluated=True) == 75 * 2.0 + 8 * 30.0
+    assert eta.update(95, 9999.0, evaluated=True) == 0.0
+
+
+def test_the_eta_of_a_resumed_run_counts_its_own_steps_alone() -> None:
+    eta = Eta(total_steps=1000, step=900, eval_every=None, now=0.0)
+    assert eta.update(910, 50.0, evaluated=False) == 90 * 5.0
+    assert eta.update(920, 60.0, evaluated=False) == 80 * 1.0
+
+
+def test_the_eta_follows_a_machine_that_becomes_slower() -> None:
+    eta = Eta(total_steps=10**6, step=0, eval_every=None, now=0.0)
+    now = 0.0
+    for step in range(1, 200):
+        now += 1.0 if step < 100 else 3.0
+        left = eta.update(step, now, evaluated=False)
+    assert left == (10**6 - 199) * 3.0
+
+
+def test_a_line_without_a_step_says_nothing_of_the_eta() -> None:
+    """A resumed run makes up for the evaluation that a signal kept it from."""
+    eta = Eta(total_steps=10, step=5, eval_every=5, now=0.0)
+    assert eta.update(5, 60.0, evaluated=True) is None
+    assert eta.update(6, 62.0, evaluated=False) == 4 * 2.0
+
+
+def test_the_bar_shows_the_eta_and_evaluations_above_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 20.0, 22.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = ProgressBar(total_steps=3602, start_step=0)
+    for step in (1, 2):
+        bar.log(step, {"loss": 0.5, "eval_loss": 0.25} if step == 1 else {"loss": 0.5})
+    bar.close()
+    shown = capsys.readouterr()
+    assert "loss 0.5  ETA 2:00:00" in shown.err
+    assert "left" not in shown.err
+    assert shown.out == "evaluation at step 1: loss 0.25\n"
 
 
 @pytest.mark.parametrize("content", [None, b'{"step": 1}\n{"step": 2}\n'])

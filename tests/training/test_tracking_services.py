@@ -239,6 +239,27 @@ def test_a_wandb_server_out_of_reach_leaves_the_run_offline(
     assert warnings[0].startswith("warning: Weights & Biases is out of reach (")
 
 
+def test_a_stored_key_is_found_without_what_wandb_warns_of(
+    wandb_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    monkeypatch.delenv("WANDB_SILENT")
+    monkeypatch.setattr(wandb, "api", None)  # deprecated: any use of it prints a warning
+    assert not tracking._has_wandb_key()
+    (wandb_folder / "no-netrc").write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
+    (wandb_folder / "no-netrc").chmod(0o600)
+    try:
+        assert tracking._has_wandb_key()
+    finally:
+        wbauth.unauthenticate_session(update_settings=False)
+    assert "deprecated" not in "".join(capfd.readouterr())
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "login", None)  # not even looked at
+    assert tracking._has_wandb_key()
+
+
 def test_settings_that_wandb_refuses_are_an_error_at_the_start(wandb_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"tracking\.wandb: Weights & Biases rejects the run \(Invalid project name"):
         WandbLogger(project="a/b", name=None, folder=wandb_folder, config={})

@@ -326,12 +326,16 @@ def judge(
         parse_entry(row, Judgment, f"{kept}, line {number}", "judgments, or remove the line or the file")
         for number, row in enumerate(read_records(kept), start=1)
     ]
-    known = {line.key: line for line in lines if line.score != UNREAD}
+    known = {line.key for line in lines if line.score != UNREAD}
     left = [match for match in wanted if match.key not in known]
-    verdicts = [known[match.key] for match in wanted if match.key in known]
-    if verdicts:
-        print(f"{len(verdicts)} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
-    with tqdm(total=len(wanted), initial=len(verdicts), desc="judging", disable=None) as bar:
+    wanted_keys = {match.key for match in wanted}
+    verdicts = [
+        line for line in lines if line.score != UNREAD and line.key in wanted_keys
+    ]  # twice, if they are there so
+    there = len(wanted) - len(left)
+    if there:
+        print(f"{there} of {len(wanted)} verdicts are in {kept}, and not asked for again", flush=True)
+    with tqdm(total=len(wanted), initial=there, desc="judging", disable=None) as bar:
 
         def record(match: Judgment, reply: str | Exception) -> dict[str, Any] | None:
             bar.update()
@@ -427,10 +431,11 @@ class Scores:
     turns: Mapping[int, list[float]]  # the same scores by turn
     categories: Mapping[str, list[float]]  # the same scores by category; empty where the questions are not known
     unread: int  # verdicts that could not be read; they count nowhere else
+    repeated: int = 0  # scores of a turn that has one already; they count like the others
 
     @property
     def count(self) -> int:
-        """How many turns have a score."""
+        """How many scores there are."""
         return sum(map(len, self.turns.values()))
 
     @property
@@ -456,14 +461,14 @@ class Scores:
             return {str(key): {"score": _mean(each), "count": len(each)} for key, each in parts.items() if each}
 
         own = {"model": self.model, "judge": self.judge, "score": self.mean if self.count else None}
-        counts = {"scored": self.count, "unread": self.unread}
+        counts = {"scored": self.count, "unread": self.unread, "repeated": self.repeated}
         return {**own, **counts, "turns": means(self.turns), "categories": means(self.categories)}
 
     @property
     def is_like_published(self) -> bool:
         """Whether published scores may stand beside these."""
         whole = (len(self.questions), self.count) == (PUBLISHED_QUESTIONS, PUBLISHED_TURNS)
-        return self.judge in PUBLISHED_BY and whole
+        return self.judge in PUBLISHED_BY and whole and not self.repeated
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -473,27 +478,29 @@ def _mean(values: Sequence[float]) -> float:
 def score(judgments: Iterable[Judgment], categories: Mapping[int | str, str] | None = None) -> list[Scores]:
     """Return the scores of each model by each judge, the best first; `categories` are the questions', by their ids.
 
-    Of several judgments of the same turn the last one with a score counts; FastChat's `show_result` averages them all.
+    Every judgment with a score counts, also several of the same turn, as in FastChat's `show_result`. A judgment
+    without one is unread only if its turn has no other: the judge was asked again then.
     """
-    last: dict[tuple[str, str], dict[tuple[int | str, int], float]] = {}
+    judged: dict[tuple[str, str], dict[tuple[int | str, int], list[float]]] = {}
     for judgment in judgments:
-        by_turn = last.setdefault((judgment.model, judgment.judge[0]), {})
-        turn = (judgment.question_id, judgment.turn)
-        if judgment.score != UNREAD or turn not in by_turn:
-            by_turn[turn] = judgment.score
+        by_turn = judged.setdefault((judgment.model, judgment.judge[0]), {})
+        values = by_turn.setdefault((judgment.question_id, judgment.turn), [])
+        if judgment.score != UNREAD:
+            values.append(judgment.score)
     found = []
-    for (model, judge), by_turn in last.items():
+    for (model, judge), by_turn in judged.items():
         questions: dict[int | str, list[float]] = {}
         turns: dict[int, list[float]] = {1: [], 2: []}
         of_category: dict[str, list[float]] = {name: [] for name in (categories or {}).values()}  # in their order
-        read = {key: value for key, value in by_turn.items() if value != UNREAD}
-        for (question, number), value in read.items():
-            questions.setdefault(question, []).append(value)
-            turns[number].append(value)
+        read = {key: values for key, values in by_turn.items() if values}
+        for (question, number), values in read.items():
+            questions.setdefault(question, []).extend(values)
+            turns[number] += values
             if categories and question in categories:
-                of_category[categories[question]].append(value)
+                of_category[categories[question]] += values
         of_category = {name: values for name, values in of_category.items() if values}
-        found.append(Scores(model, judge, questions, turns, of_category, len(by_turn) - len(read)))
+        repeated = sum(len(values) - 1 for values in read.values())
+        found.append(Scores(model, judge, questions, turns, of_category, len(by_turn) - len(read), repeated))
     return sorted(found, key=lambda scores: (math.isnan(scores.mean), -scores.mean, scores.model))
 
 
@@ -550,6 +557,7 @@ def figures(scores: Sequence[Scores], dataset: str | None = None) -> list[Figure
         setup = f"{public_name(each.model)}, " if len(scores) > 1 else ""
         setup += f"judged by {public_name(each.judge)}"  # a server of one's own names a model by its folder
         setup += f", {each.unread} verdicts not readable" if each.unread else ""
+        setup += f", {each.repeated} of {each.count} judge a turn again" if each.repeated else ""
         questions = len(each.questions)
         setup += "" if questions == PUBLISHED_QUESTIONS else f", {questions} questions"
         stderr = None if math.isnan(each.stderr) else each.stderr
@@ -575,6 +583,12 @@ def table(scores: Sequence[Scores]) -> str:
     for model, judge, *cells in rows:
         numbers = [f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=True)]
         lines.append("  ".join([f"{model:{widths[0]}}", f"{judge:{widths[1]}}", *numbers]))
+    for each in scores:
+        if each.repeated:
+            lines.append(
+                f"{each.model}: {each.repeated} of {each.count} judgments judge a turn that was judged before; all are "
+                "averaged, as FastChat does"
+            )
     if any(each.is_like_published for each in scores):
         published = ", ".join(f"{name} {value:.2f}" for name, value in PUBLISHED.items())
         lines.append(f"published, judged by GPT-4: {published}")

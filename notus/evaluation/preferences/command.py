@@ -17,8 +17,8 @@ A run's figures are also written to RUN/evaluations/preferences/result.json. Its
     by_length         [{low, high, + overall's keys}]: completion tokens, of pairs those of both together
     by_longer         [{longer: "chosen" | "rejected" | "neither", + compare}]; null: labels
     length_bias       see `metrics.length_bias`; null: undefined, and for labels
-    calibration       {bins: [{low, high, count, confidence, frequency, interval}], ece, brier, best_beta, best_loss},
-                      see `metrics.calibration`; null: no base, and for labels
+    calibration       {bins: [{low, high, count, confidence, frequency, interval}], quantiles: [the same], ece, brier,
+                      best_beta, best_loss}, see `metrics.calibration`; null: no base, and for labels
     ranking           see `lists.ranking`; null: not for lists. Files of early versions lack it
     kl                see `kl.kl`; null: not asked for
 

@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 from notus.evaluation.intervals import bootstrap_mean, bootstrap_ratio, ratio_stderr, stderr, wilson
 
 BINS = 10
+SMALLEST_GROUP = 10  # pairs in a point of the calibration plot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +247,8 @@ def calibration(margins: np.ndarray, beta: float, prompts: np.ndarray | None = N
     Returns:
         `bins`: of ten equal ones between 1/2 and 1 those that hold pairs, each with `low`, `high`, `count`, mean
             `confidence`, `frequency` of the preferred being the chosen (a tie counts half) and its 95% `interval`.
+        `quantiles`: the same of groups with about equal numbers of pairs, ten or fewer, by confidence; pairs of equal
+            confidence share a group. A plot of these uses its area, where most margins are small.
         `ece`: the expected calibration error, mean |frequency - confidence| over pairs (Guo et al. 1706.04599, eq. 3);
             noise alone makes it more than 0.
         `brier`: the mean (1 - σ(margin))² (Brier 1950): 0.25 for a model that prefers nothing.
@@ -259,7 +262,10 @@ def calibration(margins: np.ndarray, beta: float, prompts: np.ndarray | None = N
     confidence = _sigmoid(np.abs(margins))
     numbers = np.minimum((confidence - 0.5) * 2 * BINS, BINS - 1).astype(int)
     parts = {int(number): numbers == number for number in np.unique(numbers)}
-    bins = [_bin(number, right[part], confidence[part], _part(prompts, part)) for number, part in parts.items()]
+    bins = [
+        {**_bounds(number), **_bin(right[part], confidence[part], _part(prompts, part))}
+        for number, part in parts.items()
+    ]
     gaps = [entry["count"] * abs(entry["frequency"] - entry["confidence"]) for entry in bins]
     scale = best_scale(margins)
     if scale is None:  # the limit: a tie alone has a loss
@@ -268,6 +274,7 @@ def calibration(margins: np.ndarray, beta: float, prompts: np.ndarray | None = N
         best_loss = float(np.mean(np.logaddexp(0, -scale * margins)))
     return {
         "bins": bins,
+        "quantiles": _quantiles(right, confidence, prompts),
         "ece": sum(gaps) / len(margins),
         "brier": float(np.mean((1 - _sigmoid(margins)) ** 2)),
         "best_beta": None if scale is None else beta * scale,
@@ -275,14 +282,30 @@ def calibration(margins: np.ndarray, beta: float, prompts: np.ndarray | None = N
     }
 
 
-def _bin(number: int, right: np.ndarray, confidence: np.ndarray, prompts: np.ndarray | None) -> dict[str, Any]:
+def _bounds(number: int) -> dict[str, float]:
+    """The ends of one of the equal bins."""
+    return {"low": 0.5 + number / (2 * BINS), "high": 0.5 + (number + 1) / (2 * BINS)}
+
+
+def _quantiles(right: np.ndarray, confidence: np.ndarray, prompts: np.ndarray | None) -> list[dict[str, Any]]:
+    """Return groups of at least about `SMALLEST_GROUP` pairs each, in the order of confidence."""
+    groups = min(BINS, max(1, len(right) // SMALLEST_GROUP))
+    edges = np.quantile(confidence, np.arange(1, groups) / groups)
+    numbers = np.searchsorted(edges, confidence, side="right")
+    found = []
+    for number in np.unique(numbers):
+        part = numbers == number
+        ends = {"low": float(confidence[part].min()), "high": float(confidence[part].max())}
+        found.append({**ends, **_bin(right[part], confidence[part], _part(prompts, part))})
+    return found
+
+
+def _bin(right: np.ndarray, confidence: np.ndarray, prompts: np.ndarray | None) -> dict[str, Any]:
     interval = wilson(float(right.sum()), len(right))
     if prompts is not None:
         _, numbers = np.unique(prompts, return_inverse=True)
         interval = _clustered_share(np.bincount(numbers, right), np.bincount(numbers))
     return {
-        "low": 0.5 + number / (2 * BINS),
-        "high": 0.5 + (number + 1) / (2 * BINS),
         "count": len(right),
         "confidence": float(confidence.mean()),
         "frequency": float(right.mean()),

@@ -17,6 +17,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
+from notus.evaluation.formatting import NONE, duration, number, setting
 from notus.evaluation.results import Figure, Result, check_output, hub_id, parse_files, public_name
 from notus.runtime.files import write_text
 
@@ -31,7 +32,6 @@ CARD = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _PAPERS = Path(__file__).with_name("papers.bib")
 _SIGNED = "written by notus card; sha256 of what stands above: "
-_NOT_KNOWN = "–"
 _LAST = 10  # logged steps
 _STEP = re.compile(r"\(step (\d+)\)$")
 # Settings of the suites that score a file; the file says which model it is of.
@@ -44,6 +44,7 @@ _COURSE = {
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
 }
+_SHARES = ("rewards/top_1", "rewards/accuracies")  # written in percent
 # What settings of the loss are called, where their own name does not say it.
 _SETTINGS = {
     "NLL weight": "weight of the chosen completions' negative log-likelihood",
@@ -61,7 +62,8 @@ class Release:
     variant: Variant  # all weights, the adapter alone, or the adapter merged into its base
     name: str  # the title, if there is no `repo_id`
     step: int | None = None  # of an unfinished run, the step of the exported checkpoint; None: the run is finished
-    repo_id: str | None = None  # where on the hub the model will be; None: the card's example loads the folder `name`
+    repo_id: str | None = None  # where on the hub the model will be; None: only on this machine
+    location: str | None = None  # the model's folder as seen from the card's; None: not there yet, an export makes it
     base_model: str | None = None  # the base model's public id; None: what the run's config names, if that is one
     licence: str | None = None  # None: the base model's, if its own card says
     languages: Sequence[str] = ()  # codes such as "en"
@@ -70,6 +72,11 @@ class Release:
     def title(self) -> str:
         """The model's name without its owner."""
         return _one_space((self.repo_id or self.name).rpartition("/")[2])
+
+    @property
+    def identifier(self) -> str:
+        """What a reader of the card loads: the hub id, else the model's folder."""
+        return self.repo_id or self.location or self.name
 
     @property
     def public_base(self) -> str | None:
@@ -118,15 +125,23 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def release_of(args: argparse.Namespace, run: "Run", *, name: str, repo_id: str | None) -> Release:
-    """Return the finished run's model as the command line describes it. Raises ValueError for a merge without LoRA."""
+def release_of(
+    args: argparse.Namespace, run: "Run", *, name: str, repo_id: str | None, location: str | None = "."
+) -> Release:
+    """Return the finished run's model as the command line describes it; by default it lies where its card does.
+
+    Raises ValueError for a merge without LoRA.
+    """
     variant: Variant = "full"
     if run.settings["lora"]["rank"]:
         variant = "merged" if args.merge else "adapter"
     elif args.merge:
         raise ValueError(f"{run.folder}: a full fine-tuning run has nothing to merge; leave --merge out")
     languages = tuple(args.language or ())
-    return Release(run, variant, name, None, repo_id, args.base_model, args.license, languages)
+    return Release(
+        run, variant, name, None, repo_id, location, base_model=args.base_model, licence=args.license,
+        languages=languages,
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,10 +150,12 @@ def run(args: argparse.Namespace) -> int:
     from notus.training.run_folder import MODEL
 
     folder = Path(args.run_folder)
-    release = release_of(args, read_run(folder), name=folder.resolve().name, repo_id=args.repo_id)
+    release = release_of(args, read_run(folder), name=folder.resolve().name, repo_id=args.repo_id, location=None)
     release = dataclasses.replace(release, step=exported_step(folder))
     if release.step is None:
         chat, generation = has_chat_template(folder / MODEL), has_generation_config(folder / MODEL)
+        if release.variant != "merged":
+            release = dataclasses.replace(release, location=_seen_from_card(folder / MODEL, args.output))
     else:
         chat, generation = will_have_chat_template(release.run), True
     text = model_card(release, chat=chat, generation=generation)
@@ -149,11 +166,21 @@ def run(args: argparse.Namespace) -> int:
     check_output(output, not_over=str(folder))
     if output.exists() and not is_untouched(output):
         raise ValueError(
-            f"{output}: exists, and was edited, or is no card of ours; remove it, or name another --output"
+            f"{output}: this file was edited after `notus card` wrote it, or is not a model card; remove it, or choose "
+            "another file with --output"
         )
     write_text(output, signed(text))
-    print(f"wrote {output}")
+    print(f"Wrote the model card to {output}")
     return 0
+
+
+def _seen_from_card(model: Path, output: str | None) -> str:
+    """Return the path of a run's model from the folder of its card; elsewhere "RUN/model", without what is above."""
+    run = model.parent.resolve()
+    if output in (None, "-"):
+        return model.name
+    path = os.path.relpath(run / model.name, Path(str(output)).resolve().parent)
+    return f"{run.name}/{model.name}" if path.startswith(os.pardir) else Path(path).as_posix()
 
 
 def repo_id(text: str) -> str:
@@ -219,8 +246,10 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
             return _template().render(
                 {**run.settings, **noted},
                 metadata=_metadata(release, licence, evaluations).to_yaml(),
-                identifier=json.dumps(release.repo_id or release.name, ensure_ascii=False),  # also as Python writes it
+                identifier=json.dumps(release.identifier, ensure_ascii=False),  # also as Python writes it
                 name=_one_line(release.title),
+                held_out=_held_out(run.settings["data"].get("eval_size")),
+                last_tokens=0 if chat else _last_tokens(release),
                 summary=_summary(release),
                 release=release,
                 licence=licence,
@@ -245,7 +274,7 @@ def _loss(loss: "RunLoss") -> dict[str, str]:
     values = {"beta": loss.beta, **loss.options, **loss.additions}
     named = {_SETTINGS.get(name, name.replace("_", " ")): value for name, value in values.items()}
     without = {} if loss.reference else {"reference model": "none"}
-    words = {name: value if isinstance(value, str) else f"{value:g}" for name, value in named.items()}
+    words = {name: setting(value) for name, value in named.items()}
     return {"loss": loss.name, **without, **words}
 
 
@@ -415,7 +444,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["cell"] = lambda value: _one_line(value).replace("|", "\\|")
-    environment.filters["number"] = lambda value: f"{value:g}"
+    environment.filters["setting"] = setting
     environment.filters["public"] = public_name
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
@@ -482,19 +511,13 @@ def _machine(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if environment.get("hardware"):
         yield "hardware", f"{environment['hardware']} (processes: {environment['world_size']})"
     if environment.get("seconds"):
-        yield "time", _duration(float(environment["seconds"]))
+        yield "training time", duration(float(environment["seconds"]))
     if environment.get("versions"):
         yield "software", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _course(metrics: Sequence[Mapping[str, Any]], rows: str) -> Iterator[dict[str, str]]:
-    """Yield the first and the last value of each metric that the card shows, of a run on these rows of data."""
+    """Yield the first and the last value of each metric that the card shows; `first` is "" if there is only one."""
     shown = {key: f"{name}, training" for key, name in _COURSE.items()} | {"loss": "training loss"}
     sides = zip(("chosen", "rejected"), _SIDES.get(rows, ()), strict=False)
     held_out = {**_COURSE, **{f"rewards/{key}": f"reward of {name}" for key, name in sides}}
@@ -503,11 +526,35 @@ def _course(metrics: Sequence[Mapping[str, Any]], rows: str) -> Iterator[dict[st
         lines = [line for line in metrics if key in line and math.isfinite(line[key])]
         if not lines:
             continue
-        first, last = (f"{line[key]:.4g} (step {line['step']})" for line in (lines[0], lines[-1]))
+        unit = "share" if key.removeprefix("eval_") in _SHARES else ""
+        first, last = (f"{number(float(line[key]), unit)} (step {line['step']:,})" for line in (lines[0], lines[-1]))
         if not key.startswith("eval_") and len(lines) > 2 * _LAST:  # single steps are noisy, the last one often small
-            mean = fmean(line[key] for line in lines[-_LAST:])
-            last = f"{mean:.4g} (mean of the last {_LAST}, to step {lines[-1]['step']})"
-        yield {"name": name, "first": first, "last": last}
+            mean = number(fmean(line[key] for line in lines[-_LAST:]), unit)
+            last = f"{mean} (mean of the last {_LAST}, to step {lines[-1]['step']:,})"
+        yield {"name": name, "first": first if len(lines) > 1 else "", "last": last}
+
+
+def _held_out(size: float | None) -> str:
+    """Say how many training rows were held out: a number of rows, or a share of them; nothing for none."""
+    if not size:
+        return ""
+    return f"{number(float(size), 'share')} of the training rows" if size < 1 else f"{size:,} of the training rows"
+
+
+def _last_tokens(release: Release) -> int:
+    """Return how many tokens the tokenizer adds behind a text (an EOS, say), which a prompt of training lacks."""
+    from tokenizers import Tokenizer
+
+    from notus.training.run_folder import MODEL
+
+    final = release.run.folder / MODEL / "tokenizer.json"
+    path = final if final.is_file() else _base_file(release.run.base, final.name)
+    if path is None:
+        return 0
+    tokenizer = Tokenizer.from_file(str(path))
+    plain, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    return max(0, len(full) - start - len(plain))
 
 
 def _table(result: Result, release: Release) -> dict[str, Any]:
@@ -516,10 +563,10 @@ def _table(result: Result, release: Release) -> dict[str, Any]:
         {
             "label": _figure_label(figure),
             "metric": figure.metric,
-            "value": _number(figure.value, figure.unit),
-            "stderr": _number(figure.stderr, figure.unit),
-            "count": _NOT_KNOWN if figure.count is None else f"{figure.count:,}",
-            "peers": [_number(figure.reference.get(peer), figure.unit) for peer in peers],
+            "value": number(figure.value, figure.unit),
+            "stderr": NONE if figure.stderr is None else number(figure.stderr, figure.unit),
+            "count": NONE if figure.count is None else f"{figure.count:,}",
+            "peers": [number(figure.reference.get(peer, math.nan), figure.unit) for peer in peers],
         }
         for figure in result.figures
     ]
@@ -530,9 +577,3 @@ def _table(result: Result, release: Release) -> dict[str, Any]:
         "peers": peers,
         "rows": rows,
     }
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None or not math.isfinite(value):
-        return _NOT_KNOWN
-    return f"{value:.2f} %" if unit == "%" else f"{value:.4g}{unit and ' ' + unit}"

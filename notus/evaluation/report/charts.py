@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from notus.evaluation.formatting import number
 from notus.evaluation.read_run import Curve, Run
-from notus.evaluation.report.tables import number
 
 MAX_POINTS = 1_500  # of a curve in the page
 COMPONENT = "loss/"  # begins the metric of each loss of a sum
@@ -178,8 +178,10 @@ class Panel:
         x, y = np.array([b["confidence"] for b in bins]), np.array([b["frequency"] for b in bins])
         low, high = np.array([b["interval"] for b in bins]).T
         symbol = _symbol(colour)
+        counts = [f"{b['count']:,} pairs" if "count" in b else "" for b in bins]
         trace = go.Scatter(
-            x=x, y=y, mode="lines+markers", line={"width": 2}, marker={"size": 9, "symbol": symbol},
+            x=x, y=y, mode="lines+markers", line={"width": 2}, marker={"size": 9, "symbol": symbol}, text=counts,
+            hovertemplate="%{y:.1%} right at a confidence of %{x:.1%}, %{text}",
             error_y={"type": "data", "symmetric": False, "array": high - y, "arrayminus": y - low, "thickness": 1},
         )  # fmt: skip
         self.keys.append(Key(name, colour, "solid", symbol, [self._add(trace, name, colour)]))
@@ -237,8 +239,9 @@ def _training_panel(chart: Chart, lines: Mapping[str, str], runs: Sequence[Run],
                 marked = len(runs) > 1 or len(lines) > 1
                 label = ", ".join(filter(None, words))
                 panel.add_line(curve, label, colour=colour, held_out=held_out, marked=marked, noisy=chart.noisy)
-    x_axis = {"title": {"text": "step"}, "range": [0, 1.03 * last]}
-    panel.set_axes(x_axis, {"rangemode": "tozero" if chart.from_zero else "normal"})
+    x_axis = {"title": {"text": "step"}, "range": [-0.02 * last, 1.03 * last]}
+    ticks = {"tickformat": "~e"} if chart.name == "learning-rate" else {}
+    panel.set_axes(x_axis, {"rangemode": "tozero" if chart.from_zero else "normal", **ticks})
     return panel
 
 
@@ -266,41 +269,85 @@ def data_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _histograms(runs: Sequence[Run], group: str, title: str, note: str, axis: str) -> list[Panel]:
-    """Return a single chart of all parts (prompt, chosen, …) for one run; for several, a chart for each part."""
+    """Return a single chart of all parts (prompt, chosen, …) for one run; for several, a chart for each part.
+
+    Runs with the same data count as one, and equal histograms of a chart are drawn once.
+    """
     read = [(run.data.get("train") or {}).get(group) or {} for run in runs]
     found = [{part: h for part, h in histograms.items() if any(h["counts"])} for histograms in read]
     parts = list(dict.fromkeys(part for histograms in found for part in histograms))
-    single = len(runs) == 1
+    single = all(histograms == found[0] for histograms in found)
     panels = []
     for shown in [parts] if single and parts else [[part] for part in parts]:
         name, heading = (group, title) if single else (f"{group}-{shown[0]}", f"{title}: {shown[0]}")
         panel = Panel(name, heading, note, "share")
-        panel.set_axes({"title": {"text": axis}}, {"rangemode": "tozero"})
-        for place, (run, histograms) in enumerate(zip(runs, found, strict=True)):
-            for index, part in enumerate(shown):
-                if histogram := histograms.get(part):
-                    label, colour = (part, index) if single else (run.label, place)
-                    panel.add_outline(histogram["edges"], histogram["counts"], label, colour=colour)
+        panel.set_axes({"title": {"text": axis}}, {"rangemode": "tozero", "title": {"text": "share of rows"}})
+        if single:
+            lines = [(part, index, found[0][part]) for index, part in enumerate(shown)]
+        else:
+            lines = [(run.label, i, found[i][shown[0]]) for i, run in enumerate(runs) if shown[0] in found[i]]
+        for label, colour, histogram in _merged(lines):
+            panel.add_outline(histogram["edges"], histogram["counts"], label, colour=colour)
         panels.append(panel)
     return panels
 
 
+def _merged(lines: Sequence[tuple[str, int, Mapping[str, Any]]]) -> list[tuple[str, int, Mapping[str, Any]]]:
+    """Return lines (name, colour, histogram) with equal histograms as one, in the first one's colour."""
+    groups: list[list[tuple[str, int, Mapping[str, Any]]]] = []
+    for line in lines:
+        same = next((group for group in groups if group[0][2] == line[2]), None)
+        if same is None:
+            groups.append([line])
+        else:
+            same.append(line)
+    return [(in_words([name for name, *_ in group]), group[0][1], group[0][2]) for group in groups]
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Return names as "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 def calibration_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return a chart of confidence against frequency, with a line for each run; none if no run has it."""
-    panel = Panel(
-        "calibration", "Calibration", "σ(margin) of the answer that the model prefers, against how often that is the "
-        "better one, with 95% intervals. On the dotted line the model is as sure as it is right.", "share",
-    )  # fmt: skip
-    panel.set_axes({"title": {"text": "confidence"}, "tickformat": ".0%", "range": [0.49, 1.02]}, {"range": [0, 1.03]})
-    panel.figure.update_layout(hovermode="closest")
+    note = (
+        "How sure the model is of the answer that it prefers, σ(margin), against how often that answer is the better "
+        "one, with 95% intervals. Above the dotted line, the model is right more often than it is sure."
+    )
+    panel = Panel("calibration", "Calibration", note, "share")
+    shown, counts = [0.5], []
+    for colour, run in enumerate(runs):
+        known = run.preference_details("calibration") or {}
+        if bins := known.get("quantiles") or known.get("bins"):
+            panel.add_bins(bins, run.label if len(runs) > 1 else "held-out pairs", colour=colour)
+            shown += [entry["confidence"] for entry in bins]
+            counts += [entry["count"] for entry in bins if "count" in entry]
+    if not panel.keys:
+        return []
+    if counts:
+        least, most = f"{min(counts):,}", f"{max(counts):,}"
+        panel.note += f" Each point stands for {least if least == most else f'{least} to {most}'} pairs."
+    low, high = 0.5, max(max(shown), 0.52)
     panel.figure.add_scatter(
-        x=[0.5, 1.0], y=[0.5, 1.0], mode="lines", line={"width": 1.5, "dash": "dot"}, hoverinfo="skip",
+        x=[low, high], y=[low, high], mode="lines", line={"width": 1.5, "dash": "dot"}, hoverinfo="skip",
         meta={"colour": None},
     )  # fmt: skip
-    for colour, run in enumerate(runs):
-        if bins := (run.preference_details("calibration") or {}).get("bins"):
-            panel.add_bins(bins, run.label if len(runs) > 1 else "held-out pairs", colour=colour)
-    return [panel] if panel.keys else []
+    edge = 0.04 * (high - low)
+    ends = [bound for trace in panel.figure.data[:-1] for bound in _reach(trace)]
+    y_range = [max(-0.03, min(0.5, *ends) - 0.03), min(1.03, max(high, *ends) + 0.03)]
+    x_axis = {"title": {"text": "confidence"}, "tickformat": ".0%" if high - low > 0.08 else ".1%"}
+    panel.set_axes(
+        {**x_axis, "range": [low - edge, high + edge]}, {"range": y_range, "title": {"text": "how often right"}}
+    )
+    panel.figure.update_layout(hovermode="closest")
+    return [panel]
+
+
+def _reach(trace: go.Scatter) -> list[float]:
+    """The ends of a line's intervals."""
+    y = np.asarray(trace.y, dtype=float)
+    return [*(y - np.asarray(trace.error_y.arrayminus)).tolist(), *(y + np.asarray(trace.error_y.array)).tolist()]
 
 
 def decimate(curve: Curve, limit: int = MAX_POINTS) -> Curve:

@@ -27,7 +27,7 @@
     });
     if (layout.xaxis.title.text === "step") layout.xaxis.unifiedhovertitle = { text: "step %{x:,d}" };
     layout.xaxis = { showgrid: false, zeroline: false, ticks: "outside", tickcolor: colour("line"), nticks: 7, ...layout.xaxis, ...axis };
-    layout.yaxis = { nticks: 6, hoverformat: ".4~g", ...layout.yaxis, ...axis };
+    layout.yaxis = { nticks: 6, minexponent: 5, separatethousands: true, hoverformat: ".4~g", ...layout.yaxis, ...axis };
     return [data, layout, config];
   }
 

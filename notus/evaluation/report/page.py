@@ -71,17 +71,22 @@ def render(runs: "Sequence[Run]") -> str:
 
     from notus.evaluation.read_run import RESULT_FILES
     from notus.evaluation.report import charts, tables
+    from notus.evaluation.report.headlines import headlines
     from notus.training.run_data import DATA_FILE
     from notus.training.run_folder import CONFIG_FILE
     from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 
     scripts = [script(get_plotlyjs()), script((HERE / "page.js").read_text(encoding="utf-8"))]
+    measured = f"{METRICS_FILE}, {RESULT_FILES} or {ENVIRONMENT_FILE}"
     parts: dict[str, tuple[str, Callable[[Sequence[Run]], Any]]] = {  # each from these files of the runs
         "training": (f"{CONFIG_FILE} or {METRICS_FILE}", charts.training_panels),
         "data": (DATA_FILE, charts.data_panels),
         "calibration": (RESULT_FILES, charts.calibration_panels),
         "facts": (f"{CONFIG_FILE} or {ENVIRONMENT_FILE}", lambda runs: [tables.facts(run) for run in runs]),
-        "tiles": (RESULT_FILES, tables.tiles),
+        "headlines": (measured, lambda runs: [headlines(run) for run in runs]),
+        "results": (measured, tables.headline_table),
+        "changed": (CONFIG_FILE, tables.changed_settings),
+        "summaries": (CONFIG_FILE, lambda runs: [tables.summary(run) for run in runs]),
         "last_values": (METRICS_FILE, tables.last_values),
         "data_table": (DATA_FILE, tables.data_table),
         "sources": (DATA_FILE, tables.source_bars),

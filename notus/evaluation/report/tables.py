@@ -1,27 +1,20 @@
 """The parts of the report that are text: facts, headline figures, tables, bars and samples, and how numbers look."""
 
 import dataclasses
-import json
-import math
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from notus.config import SECTIONS
+from notus.evaluation.formatting import NONE, number, setting, short_path, with_error
 from notus.evaluation.read_run import Run
+from notus.evaluation.report.headlines import TITLES, Headline, headlines
 from notus.evaluation.results import Figure, Result
 from notus.evaluation.run_loss import RunLoss
 from notus.training.run_folder import FREE_KEYS
 
-NONE = "–"
 MOST_SOURCES = 20
 LONGEST_LABEL = 40  # characters of a run's name in the keys of the charts
-# Settings that may differ between runs with the same result: where and how a run computes, and what it logs.
-WITHOUT_INFLUENCE = FREE_KEYS | {"training.extend"}
 SHOWN_VERSIONS = ("torch", "transformers")
 SUITES = {
     "preferences": "Preferences",
@@ -59,6 +52,7 @@ class Bars:
     caption: str
     note: str
     rows: Mapping[str, Sequence[tuple[int, Cell, float]]]
+    of_all: bool = False  # the values of the first run are those of all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +66,14 @@ class Samples:
 
 def facts(run: Run) -> dict[str, str]:
     """Return what a run is and was made with, by name."""
-    training, lora = run.settings["training"], run.settings["lora"]
-    size = f"LoRA of rank {lora['rank']}" if lora["rank"] else "all weights"
-    planned = f" of {run.planned_steps:,}" if run.planned_steps is not None else ""
+    training = run.settings["training"]
     found = {
-        "Task": _task(run, size),
+        "Task": _task(run),
         "Base model": short_path(run.base),
-        "Steps": f"{run.step:,}{planned}",
+        "Data": ", ".join(setting(source) for source in run.settings["data"]["train"]),
+        "Steps": _steps(run),
         "Batch": f"{training['batch_size']} {run.unit} a step",
-        "Learning rate": f"{number(training['learning_rate'])}, {training['lr_schedule']}, {training['optimizer']}",
+        "Learning rate": f"{setting(training['learning_rate'])}, {training['lr_schedule']}, {training['optimizer']}",
     }
     if run.loss is not None:
         found["Preference loss"] = _loss_in_words(run.loss)
@@ -88,15 +81,26 @@ def facts(run: Run) -> dict[str, str]:
         found["Tokens seen"] = number(run.curves["num_tokens"].values[-1])
     if hardware := run.environment.get("hardware"):
         found["Hardware"] = hardware
-    if (seconds := run.environment.get("seconds", 0)) >= 1:
-        found["Training time"] = duration(seconds)
     if versions := run.environment.get("versions"):
         found["Versions"] = ", ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if name in versions)
     return found
 
 
-def _task(run: Run, size: str) -> str:
+def summary(run: Run) -> str:
+    """Return what was done in one line, as "DPO of all weights from …/sft/model: 75 steps of 32 pairs"."""
+    batch = f"{run.settings['training']['batch_size']} {run.unit}"
+    return f"{_task(run)}, from {short_path(run.base)}: {_steps(run)} steps of {batch}"
+
+
+def _steps(run: Run) -> str:
+    planned = run.planned_steps
+    return f"{run.step:,}" + ("" if planned in (None, run.step) else f" of {planned:,}")
+
+
+def _task(run: Run) -> str:
     """What was done, as "DPO of all weights" or "Preference optimization with lists, of all weights"."""
+    rank = run.settings["lora"]["rank"]
+    size = f"LoRA of rank {rank}" if rank else "all weights"
     if run.loss is None:
         return f"SFT of {size}"
     is_dpo = run.loss.rows == "pairs" and run.loss.reference
@@ -106,66 +110,28 @@ def _task(run: Run, size: str) -> str:
 def _loss_in_words(loss: RunLoss) -> str:
     """The loss with β, its options and what is added to it."""
     values = {"β": loss.beta, **loss.options, **loss.additions}
-    parts = [f"{name} = {value if isinstance(value, str) else number(value)}" for name, value in values.items()]
+    parts = [f"{name} = {setting(value)}" for name, value in values.items()]
     return ", ".join([loss.name, *parts, *([] if loss.reference else ["no reference"])])
 
 
-def tiles(runs: Sequence[Run]) -> dict[str, list[tuple[int, str, str]]]:
-    """Return the headline figures that any run has, by title: each run's index, the figure, and what it is."""
-    found: dict[str, list[tuple[int, str, str]]] = {}
-    for index, run in enumerate(runs):
-        headlines = {
-            "Reward accuracy": _latest(run, "rewards/accuracies", "share"),
-            "Kendall's τ": _latest(run, "rewards/kendall_tau"),
-            "Top-1 accuracy": _latest(run, "rewards/top_1", "share"),
-            "Reward margin": _latest(run, "rewards/margins"),
-            "Loss": _loss(run),
-            "KL": _kl(run),
-            "Throughput": _over(run, np.nanmedian, "pairs_per_second", f"{run.unit.split()[-1]}/s, median")
-            or _over(run, np.nanmedian, "examples_per_second", "examples/s, median"),
-            "Peak memory": _over(run, np.nanmax, "system/gpu_memory_gib", "GiB of a GPU")
-            or _over(run, np.nanmax, "system/host_memory_gib", "GiB of the host"),
-            "MFU": _over(run, np.nanmedian, "system/mfu", "median", "share"),
-        }
-        for title, figure in headlines.items():
-            entries = found.setdefault(title, [])
-            if figure is not None:
-                entries.append((index, *figure))
-    return {title: entries for title, entries in found.items() if entries}
+def headline_table(runs: Sequence[Run]) -> Table:
+    """Return the headline figures of several runs: a row for each run."""
+    found = [headlines(run) for run in runs]
+    titles = [title for title in TITLES if any(title in of_run for of_run in found)]
+    rows: list[list[Cell]] = []
+    for run, of_run in zip(runs, found, strict=True):
+        cells = [_headline_cell(of_run[title]) if title in of_run else NONE for title in titles]
+        rows.append([(run.label, short_path(str(run.folder)) if run.label != run.folder.name else ""), *cells])
+    shown = [headline for of_run in found for headline in of_run.values()]
+    notes = ["Arrows show the change since the start of training."] if any(each.arrow for each in shown) else []
+    notes += ["Ranges are 95% intervals."] if any(each.interval for each in shown) else []
+    return Table("Results", ["Run", *titles], rows, " ".join(notes))
 
 
-def _latest(run: Run, name: str, unit: str = "") -> tuple[str, str] | None:
-    """Return the last held-out value, or where there is none the last of training."""
-    for key, where in ((f"eval_{name}", "held-out"), (name, "train")):
-        if key in run.curves:
-            known = run.curves[key].known
-            return number(known.values[-1], unit), f"{where}, step {known.steps[-1]:,}"
-    return None
-
-
-def _loss(run: Run) -> tuple[str, str] | None:
-    latest = _latest(run, "loss")
-    if latest is None or "loss" not in run.curves:
-        return latest
-    first, where = run.curves["loss"].known, "train " if "eval_loss" in run.curves else ""
-    return latest[0], f"{latest[1]}; {where}{number(first.values[0])} at step {first.steps[0]:,}"
-
-
-def _kl(run: Run) -> tuple[str, str] | None:
-    found = run.preference_details("kl")
-    if not found:
-        return None
-    # The base of the evaluation need not be the model that the run started from.
-    settings = next(result.settings for result in run.results if result.suite == "preferences")
-    base = short_path(str(settings.get("base") or "its base"))
-    return number(found["per_sequence"]), f"nats per answer, sampled, from {base}"
-
-
-def _over(
-    run: Run, summary: Callable[[np.ndarray], Any], name: str, note: str, unit: str = ""
-) -> tuple[str, str] | None:
-    """Return a summary of a metric's values over the whole run."""
-    return (number(float(summary(run.curves[name].values)), unit), note) if name in run.curves else None
+def _headline_cell(headline: Headline) -> Cell:
+    change = f"{headline.arrow} {headline.change}".strip()
+    notes = list(filter(None, [change, headline.interval])) or headline.notes[:1]
+    return f"{headline.value} {headline.unit}".strip(), "; ".join(notes)
 
 
 def last_values(runs: Sequence[Run]) -> Table:
@@ -192,7 +158,7 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[A
     """
     flat = [_flat(config) for config in configs]
     names = dict.fromkeys(name for settings in flat for name in settings)
-    found = {name: [settings.get(name) for settings in flat] for name in names if name not in WITHOUT_INFLUENCE}
+    found = {name: [settings.get(name) for settings in flat] for name in names if name not in FREE_KEYS}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
 
 
@@ -214,28 +180,6 @@ def defaults(section: str) -> dict[str, Any]:
         elif item.default_factory is not dataclasses.MISSING:
             found[item.name.rstrip("_")] = item.default_factory()
     return found
-
-
-def setting(value: Any) -> str:
-    """Write a setting's value as a user would: `5e-7`, `true`, `null`, `q_proj, v_proj`, a source by its path."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, float):
-        return re.sub(r"e([+-])0*", lambda found: "e" + found[1].strip("+"), f"{value:.10g}")
-    if isinstance(value, Mapping):
-        if set(value) == {"path", "split", "weight"}:
-            return _source(value)
-        return ", ".join(f"{name}: {setting(part)}" for name, part in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(setting, value)) or "none"
-    return short_path(str(value))
-
-
-def _source(source: Mapping[str, Any]) -> str:
-    """Write a source of rows: its path, and what is not as usual."""
-    split = "" if source["split"] == "train" else f", split {source['split']}"
-    weight = "" if source["weight"] == 1 else f", weight {setting(source['weight'])}"
-    return f"{short_path(str(source['path']))}{split}{weight}"
 
 
 def with_labels(runs: Sequence[Run]) -> list[Run]:
@@ -261,9 +205,30 @@ def with_labels(runs: Sequence[Run]) -> list[Run]:
 def differing_table(runs: Sequence[Run]) -> Table | None:
     """Return a table of the settings in which runs differ; None for one run, or if none differ."""
     differing = differing_settings([run.settings for run in runs])
-    rows = [[name, *map(setting, values)] for name, values in differing.items()]
+    rows = [[name, *_setting_cells(runs, name, values)] for name, values in differing.items()]
     note = "Settings that can't change the result, such as folders and logging, are left out."
     return Table("Settings that differ", ["Setting", *(run.label for run in runs)], rows, note) if rows else None
+
+
+def _setting_cells(runs: Sequence[Run], name: str, values: Sequence[Any]) -> list[str]:
+    """Write a setting of each run; a dash for a run whose config has no such section."""
+    section = name.partition(".")[0]
+    return [setting(value) if section in run.settings else NONE for run, value in zip(runs, values, strict=True)]
+
+
+def changed_settings(runs: Sequence[Run]) -> Table | None:
+    """Return a table of the settings that are not at their default in any of the runs; None if there are none."""
+    flat = [_flat(run.settings) for run in runs]
+    default = {f"{section}.{key}": value for section in SECTIONS for key, value in defaults(section).items()}
+    names = dict.fromkeys(name for settings in flat for name in settings if name in default)
+    rows = []
+    for name in names:
+        values = [settings.get(name) for settings in flat]
+        # The date is recorded in every run.
+        if name != "data.template_date" and any(value not in (None, default[name]) for value in values):
+            rows.append([name, *_setting_cells(runs, name, values), setting(default[name])])
+    columns = ["Setting", *([run.label for run in runs] if len(runs) > 1 else ["Value"]), "Default"]
+    return Table("Settings that are not at their default", columns, rows) if rows else None
 
 
 def _by_name(
@@ -278,10 +243,12 @@ def _by_name(
 def data_table(runs: Sequence[Run]) -> Table | None:
     """Return what was read, dropped and cut, by run and split; None if no run has it."""
     columns = {}
-    for run in runs:
+    found = [{key: _row_counts(run.data[key]) for key in ("train", "eval") if run.data.get(key)} for run in runs]
+    alike = all(counts == found[0] for counts in found)
+    for run, counts in zip(runs[:1] if alike else runs, found, strict=False):
         for key, split in (("train", "train"), ("eval", "held-out")):
-            if part := run.data.get(key):
-                columns[f"{run.label}: {split}" if len(runs) > 1 else split] = _row_counts(part)
+            if key in counts:
+                columns[split if alike else f"{run.label}: {split}"] = counts[key]
     return _by_name("Rows", columns)
 
 
@@ -301,6 +268,8 @@ def _row_counts(part: Mapping[str, Any]) -> dict[str, str]:
 def source_bars(runs: Sequence[Run]) -> list[Bars]:
     """Return training rows by source, the most frequent first; nothing if no run knows them."""
     sources = [(run.data.get("train") or {}).get("sources") or {} for run in runs]
+    alike = all(counts == sources[0] for counts in sources)
+    sources = sources[:1] if alike else sources
     totals: Counter[str] = sum(map(Counter, sources), Counter())
     if not totals:
         return []
@@ -310,8 +279,8 @@ def source_bars(runs: Sequence[Run]) -> list[Bars]:
         for name, _ in totals.most_common(MOST_SOURCES)
     }
     rest = len(totals) - len(rows)
-    note = "Training rows by where they come from" + (f"; {rest:,} rarer sources are left out." if rest else ".")
-    return [Bars("Sources", note, rows)]
+    note = "Training rows by where they come from." + (f" {rest:,} rarer sources are left out." if rest else "")
+    return [Bars("Sources", note, rows, of_all=alike)]
 
 
 def evaluation_tables(runs: Sequence[Run]) -> list[Table]:
@@ -328,7 +297,9 @@ def _suite_table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
     rows: dict[tuple[str, str, str, str], list[Figure | None]] = {}  # a figure for each result that has it
     for index, (_, result) in enumerate(results):
         for figure in result.figures:
-            key = (figure.name, figure.metric, figure.setup, figure.unit)
+            # How preferences are set up is the run's own: its β, and the model it is compared with.
+            setup = "" if suite == "preferences" else figure.setup
+            key = (figure.name, figure.metric, setup, figure.unit)
             found = rows.setdefault(key, [None] * len(results))
             found[index] = found[index] or figure
     figures = {key: [figure for figure in found if figure is not None] for key, found in rows.items()}
@@ -339,13 +310,21 @@ def _suite_table(suite: str, results: Sequence[tuple[str, Result]]) -> Table:
         name, metric, setup, _ = key
         # The only figure of a name goes by it; of several, each says what it measures.
         title = name if names[name] == 1 else f"{name}: {metric.replace('_', ' ')}"
-        how = ", ".join(filter(None, (metric, " ".join(short_path(word) for word in setup.split(" ")))))
+        setups = {figure.setup for figure in figures[key]}
+        setup = setup or (setups.pop() if len(setups) == 1 else "")
+        measure = "" if suite == "preferences" else metric  # whose names say it
+        how = ", ".join(filter(None, (measure, _short_setup(setup))))
         references = [_reference(figures[key], peer) for peer in published]
-        cells.append([(title, how), *(_figure_cell(figure) for figure in found), *references])
-    models = "; ".join(f"{short_path(result.model)}, {result.date}" for _, result in results)
-    note = f"{models}. ± is one standard error, n the number of examples."
+        of_each = len(setups) > 1
+        cells.append([(title, how), *(_figure_cell(figure, with_setup=of_each) for figure in found), *references])
+    when = "; ".join(dict.fromkeys(f"{short_path(result.model)}, {result.date}" for _, result in results))
+    note = f"Evaluated: {when}. ± is one standard error, and n is the number of examples."
     columns = ["", *(_result_column(label, result) for label, result in results), *published]
     return Table(SUITES.get(suite, suite), columns, cells, note)
+
+
+def _short_setup(setup: str) -> str:
+    return " ".join(short_path(word) for word in setup.split(" "))
 
 
 def _result_column(label: str, result: Result) -> str:
@@ -354,14 +333,13 @@ def _result_column(label: str, result: Result) -> str:
     return f"{label}{step}{rest}" if step else label
 
 
-def _figure_cell(figure: Figure | None) -> Cell:
+def _figure_cell(figure: Figure | None, *, with_setup: bool) -> Cell:
     if figure is None:
         return NONE
-    value = number(figure.value, figure.unit)
-    if figure.stderr:  # 0 if all answers are alike, which says nothing
-        rounded = figure.stderr if figure.unit == "%" else float(f"{figure.stderr:.2g}")
-        value += f" ± {number(rounded, figure.unit)}"
-    return value, f"n = {figure.count:,}" if figure.count else ""
+    notes = [f"n = {figure.count:,}"] if figure.count else []
+    notes += [_short_setup(figure.setup)] if with_setup and figure.setup else []
+    # A standard error is 0 if all answers are alike, which says nothing.
+    return with_error(figure.value, figure.stderr, figure.unit), ", ".join(notes)
 
 
 def _reference(figures: Sequence[Figure], peer: str) -> str:
@@ -376,7 +354,7 @@ def breakdown_bars(runs: Sequence[Run]) -> list[Bars]:
     kinds = {
         "by_source": ("source", "{source}"),
         "by_length": ("length of both answers", "{low:,} to {high:,} tokens"),
-        "by_longer": ("longer answer", "{longer}"),
+        "by_longer": ("which answer is longer", "{longer}"),
     }
     found = []
     for key, (title, name) in kinds.items():
@@ -388,8 +366,8 @@ def breakdown_bars(runs: Sequence[Run]) -> list[Bars]:
                 if row[measure] is None:  # of one label alone there is no AUC
                     continue
                 label = name.format(**row)
-                if run.preference_details("ranking"):  # of lists no answer was chosen
-                    label = {"chosen": "better rated", "rejected": "worse rated"}.get(label, label)
+                if key == "by_longer":
+                    label = _longer(label, of_lists=bool(run.preference_details("ranking")))
                 group.setdefault(label, []).append((index, *_bar(row, measure)))
         if rows:
             found.append(Bars(f"Accuracy by {title}", "With 95% intervals.", rows))
@@ -398,6 +376,14 @@ def breakdown_bars(runs: Sequence[Run]) -> list[Bars]:
             note = "The probability that a good answer has a higher reward than a bad one, with 95% intervals."
             found.append(Bars(f"AUC by {title}", note, of_labels))
     return found
+
+
+def _longer(which: str, *, of_lists: bool) -> str:
+    """Return which answer is longer in words; of lists no answer was chosen."""
+    if which == "neither":
+        return "of equal length"
+    names = {"chosen": "better rated", "rejected": "worse rated"} if of_lists else {}
+    return f"{names.get(which, which)} is longer"
 
 
 def _bar(row: Mapping[str, Any], measure: str) -> tuple[Cell, float]:
@@ -413,7 +399,7 @@ def preference_table(runs: Sequence[Run]) -> Table | None:
         "Brier score (0.25 is chance)": ("calibration", "brier"),
         "β at which it is calibrated best": ("calibration", "best_beta"),
         "Correlation of margin and length difference": ("length_bias", "pearson"),
-        "The same, of ranks": ("length_bias", "spearman"),
+        "Rank correlation of margin and length difference": ("length_bias", "spearman"),
         "Margin per token of difference": ("length_bias", "slope_per_token"),
         "Margin at equal length": ("length_bias", "margin_at_equal_length"),
         "KL to the base per token, nats, sampled": ("kl", "per_token"),
@@ -446,38 +432,3 @@ def _before_and_after(run: Run, title: str) -> Samples:
     rows = [(found[0].prompt, [found[0].completion, found[-1].completion][: len(found)]) for found in run.samples]
     # A step that is still being written lacks some prompts.
     return Samples(columns, [row for row in rows if len(row[1]) == len(columns)], title)
-
-
-def number(value: float, unit: str = "") -> str:
-    """Write a number with four figures; `unit` "%" takes a percentage, "share" a share of 1. A dash if not finite."""
-    if not math.isfinite(value):
-        return NONE
-    return ("−" if value < 0 else "") + _positive(abs(value), unit)
-
-
-def _positive(value: float, unit: str) -> str:
-    if unit == "share":
-        return f"{100 * value:.1f}%"
-    if unit == "%":
-        return f"{value:.2f}%"
-    if value >= 1000 or value == int(value):
-        return f"{value:,.0f}"
-    if value < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Write a duration in its two greatest units, as "1 h 52 min"."""
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
-    if round(seconds) < 3600:
-        return "{} min {} s".format(*divmod(round(seconds), 60))
-    return "{:,} h {} min".format(*divmod(round(seconds / 60), 60))
-
-
-def short_path(path: str) -> str:
-    """Return the end of a long path on this machine; anything else as it is."""
-    parts = PurePath(path).parts
-    return "…/" + "/".join(parts[-2:]) if path.startswith("/") and len(parts) > 3 else path

@@ -46,12 +46,19 @@ def test_without_the_questions_there_are_no_categories() -> None:
     assert score(LINES)[0].categories == {}
 
 
-def test_the_last_judgment_of_a_turn_counts_unless_it_holds_no_score() -> None:
-    lines = [fastchat.judgment(81, 1, 2), fastchat.judgment(81, 1, 9), fastchat.judgment(81, 1, -1)]
-    (scores,) = score(lines)
-    assert (scores.mean, scores.count, scores.unread) == (9, 1, 0)
-    (scores,) = score(reversed(lines))
-    assert (scores.mean, scores.count, scores.unread) == (2, 1, 0)
+def test_all_judgments_of_a_turn_that_hold_a_score_are_averaged_as_fastchat_does() -> None:
+    lines = [fastchat.judgment(81, 1, 2), fastchat.judgment(81, 1, 8), fastchat.judgment(81, 1, -1)]
+    for judgments in (lines, lines[::-1]):
+        (scores,) = score(judgments, fastchat.CATEGORIES)
+        assert (scores.mean, scores.count, scores.unread, scores.repeated) == (5, 2, 0, 1)
+        assert sorted(scores.turns[1]) == sorted(scores.categories["writing"]) == [2, 8]
+    told = "toy: 1 of 2 judgments judge a turn that was judged before; all are averaged, as FastChat does"
+    assert table([scores]).splitlines()[-1] == told
+    assert figures([scores])[0].setup == "judged by gpt-4, 1 of 2 judge a turn again, 1 questions"
+    assert scores.as_json()["repeated"] == 1
+    # FastChat's mean is over lines: (2 + 8 + 9) / 3, not the mean of 5 and 9
+    (scores,) = score([*lines, fastchat.judgment(82, 1, 9)])
+    assert scores.mean == pytest.approx(19 / 3)
 
 
 def test_models_and_judges_are_kept_apart_the_best_first() -> None:
@@ -80,6 +87,9 @@ def test_published_scores_stand_beside_those_of_the_same_judge_and_as_many_quest
     assert overall(80, "gpt-4o").reference == {}
     assert overall(79, "gpt-4").reference == {}
     assert overall(80, "gpt-4", -1).reference == {}  # a turn without a verdict
+    twice = [fastchat.judgment(number, turn, 8) for number in range(80) for turn in (1, 2)]
+    twice[-1] = twice[0]  # as many lines, but one turn is judged twice and another never
+    assert figures(score(twice))[0].reference == {}
 
 
 def test_figures_of_one_model() -> None:

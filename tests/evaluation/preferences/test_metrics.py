@@ -146,6 +146,18 @@ def test_bins_errors_and_scores():
     assert found["brier"] == pytest.approx((0.01 + 0.01 + 0.81 + 0.0625 + 0.25) / 5)
 
 
+def test_groups_of_equal_size_by_confidence():
+    margins = np.array([0.1 * (i + 1) * (-1 if i < 6 else 1) for i in range(40)])  # the six least sure are wrong
+    groups = calibration(margins[np.random.default_rng(0).permutation(40)], beta=0.1)["quantiles"]
+    assert [group["count"] for group in groups] == [10, 10, 10, 10]  # at least ten pairs each
+    assert [group["frequency"] for group in groups] == [0.4, 1.0, 1.0, 1.0]
+    means = [np.mean([1 / (1 + np.exp(-0.1 * (i + 1))) for i in range(start, start + 10)]) for start in (0, 10, 20, 30)]
+    assert [group["confidence"] for group in groups] == pytest.approx(means)
+    assert groups[0]["low"] == pytest.approx(1 / (1 + np.exp(-0.1)))
+    (tied,) = calibration(np.full(40, 0.5), beta=0.1)["quantiles"]  # equal ones are never divided
+    assert (tied["count"], tied["frequency"]) == (40, 1.0)
+
+
 def test_certainty_falls_into_the_last_bin():
     (only,) = calibration(np.array([800.0, 900.0]), beta=0.1)["bins"]
     assert (only["low"], only["high"], only["count"], only["confidence"]) == (0.95, 1.0, 2, 1.0)

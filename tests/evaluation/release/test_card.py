@@ -10,11 +10,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from runs import settings, write_pairs
-from toys import toy_model_folder
+from tokenizers import processors
+from toys import toy_model_folder, toy_tokenizer
+from transformers import GenerationMixin
 
 from notus.__main__ import main
 from notus.config import config_from_dict, to_yaml
-from notus.data.chat import ZEPHYR_TEMPLATE
+from notus.data.chat import ZEPHYR_TEMPLATE, ChatEncoder
 from notus.evaluation.release.card import citations
 from notus.evaluation.results import Figure, Result, write_result
 from notus.losses import LOSSES
@@ -72,17 +74,17 @@ def test_header_and_text_of_the_recipe(tmp_path):
     assert f"notus-7b is [{BASE}](https://huggingface.co/{BASE}), all of its weights trained by Direct Prefer" in text
     assert 'from_pretrained("ada/notus-7b", dtype="auto")' in text
     assert 'messages = [{"role": "system", "content": ""}, {"role": "user"' in text
-    assert "2,000 rows were held out of the training data for evaluation (seed 42)" in text
+    assert "2,000 of the training rows were held out for evaluation (seed 42)" in text
     for row in ("loss | sigmoid", "beta | 0.1", "label smoothing | 0.1", "pairs per step | 4", "learning rate | 0.001"):
         assert f"| {row} |\n" in text
     assert "| weight of the chosen completions' negative log-likelihood | 0.25, mean over tokens |\n" in text
-    assert "| schedule | linear, warm-up over 0.5 % of the steps |\n" in text
-    assert "| system turn | an empty one in conversations without |\n" in text
-    assert "| order of the data | as it is, in every epoch |\n" in text
+    assert "| schedule | linear, warm-up over 0.5% of the steps |\n" in text
+    assert "| system turn | empty where a conversation has none |\n" in text
+    assert "| order of the data | not shuffled |\n" in text
     assert "gradient norm" not in text
-    assert "| training loss | 0.6931 (step 1) | 0.25 (step 3) |" in text
-    assert "| loss, held-out | 0.6 (step 2) | 0.4 (step 3) |" in text
-    assert text.count("not recorded") == 2
+    assert "| training loss | 0.693 (step 1) | 0.250 (step 3) |" in text
+    assert "| loss, held-out | 0.600 (step 2) | 0.400 (step 3) |" in text
+    assert text.count("were not recorded.") == 2
     assert re.findall(r"@\w+\{(\w+),", text) == [
         "rafailov2023direct",
         "cui2023ultrafeedback",
@@ -90,7 +92,7 @@ def test_header_and_text_of_the_recipe(tmp_path):
         "notus",
     ]
     assert "Training has not finished" not in text
-    assert "Not evaluated beyond training" in text
+    assert "There is no evaluation beyond the figures of its training." in text
 
 
 def test_adapter_merged_and_sft(tmp_path):
@@ -121,7 +123,7 @@ def test_what_the_run_noted_of_data_and_machine(tmp_path):
     assert "- training: 1,000 pairs\n- training, rows by source: flan 600, sharegpt 400\n" in text
     assert "1,010 rows read; dropped: empty completion 7, other 3; cut to length: 4 prompts, 1,200 rows' compl" in text
     assert "- evaluation: 20 pairs\n" in text
-    assert "- hardware: 8 x A100 (processes: 8)\n- time: 2.0 h\n- software: torch 2.13.0\n" in text
+    assert "- hardware: 8 x A100 (processes: 8)\n- training time: 2 h 0 min\n- software: torch 2.13.0\n" in text
     assert "not recorded" not in text
 
 
@@ -168,9 +170,10 @@ def test_lists_and_labels_are_no_pairs(tmp_path, loss, unit, better, paper):
     assert f"- training: 1,000 {unit}\n" in text
     assert "- training: 600 good and 400 bad completions\n" in text
     assert f"| {unit} per step | 4 |\n" in text
-    assert "| Kendall's τ of rewards and ratings, training | 0.25 (step 1) |" in text
-    assert "| top-1 accuracy of rewards, held-out | 0.5 (step 1) |" in text
-    assert f"| reward of {better}, held-out | 0.75 (step 1) |" in text
+    assert "| Kendall's τ of rewards and ratings, training | 0.250 (step 1) |" in text
+    assert "| top-1 accuracy of rewards, held-out | 50.0% (step 1) |" in text
+    assert f"| reward of {better}, held-out | 0.750 (step 1) |" in text
+    assert "| measure | value |" in text  # there is only one step
     assert loss.replace("_", "-") in data.tags
     assert keys_of(text)[:2] == ["rafailov2023direct", paper]
     assert "pairs" not in text.partition("## Citation")[0]
@@ -234,12 +237,12 @@ def test_evaluations_are_read_back_by_the_hubs_client(tmp_path):
         ),
     ]  # fmt: skip
     assert data.model_name == "run"
-    assert "| ARC-Challenge (25-shot) | acc_norm | 64.59 % | 1.40 % | 1,172 | 62.03 % |\n" in text
+    assert "| ARC-Challenge (25-shot) | acc_norm | 64.6% | 1.4% | 1,172 | 62.0% |\n" in text
     assert (
         "| benchmark | measure | this model | standard error | examples | Zephyr |\n|---|---|---|---|---|---|\n" in text
     )
     assert "| broken | acc | – | – | – | – |\n" in text
-    assert "| reward \\| accuracy | accuracy | 90.50 % | – | – |\n" in text
+    assert "| reward \\| accuracy | accuracy | 90.5% | – | – |\n" in text
     assert "`old`, 2026-11-22, **of the model after step 2, not of this model**:" in text
     assert "| benchmark | measure | that model | standard error | examples | Zephyr |\n" in text
     assert "/home/ada" not in text
@@ -261,13 +264,13 @@ def test_what_a_judged_file_says_of_another_model_is_not_this_ones(tmp_path):
 def test_the_last_training_figure_is_a_mean_where_steps_are_many(tmp_path):
     run = make_run(tmp_path / "run")
     losses = [0.75, *[0.5] * 18, 0.25]  # ten steps are 0.5 but for the last
-    for more, told in (([], "0.25 (step 20)"), ([0.25], "0.45 (mean of the last 10, to step 21)")):
+    for more, told in (([], "0.250 (step 20)"), ([0.25], "0.450 (mean of the last 10, to step 21)")):
         lines = [{"step": step, "loss": loss, "eval_loss": loss} for step, loss in enumerate([*losses, *more], start=1)]
         lines += [{"step": len(lines) + 1, "loss": math.nan, "eval_loss": math.inf}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         _, text, _ = card(run)
-        assert f"| training loss | 0.75 (step 1) | {told} |" in text
-        assert f"| loss, held-out | 0.75 (step 1) | 0.25 (step {len(lines) - 1}) |" in text
+        assert f"| training loss | 0.750 (step 1) | {told} |" in text
+        assert f"| loss, held-out | 0.750 (step 1) | 0.250 (step {len(lines) - 1}) |" in text
 
 
 def test_figures_of_the_header_are_rounded_to_six_digits(tmp_path):
@@ -304,7 +307,11 @@ def test_names_that_hold_anything_stay_names(tmp_path):
     assert "on `my' data| #.jsonl`." in text
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     loaded = [node.args[0].value for node in ast.walk(ast.parse(code)) if is_load(node)]
-    assert loaded == [name, name]
+    assert loaded == ["model", "model"]
+    elsewhere = tmp_path / "card.md"
+    assert main(["card", str(run), "--output", str(elsewhere)]) == 0
+    code = re.search(r"```python\n(.*?)```", elsewhere.read_text(), re.DOTALL)[1]
+    assert [node.args[0].value for node in ast.walk(ast.parse(code)) if is_load(node)] == [f"{name}/model"] * 2
 
 
 def is_load(node):
@@ -376,7 +383,7 @@ def test_an_unfinished_run_says_its_step(tmp_path, capsys):
     (run / "checkpoints" / "step-00000002").mkdir(parents=True)
     _, text, _ = card(run)
     assert "**Training has not finished**: this is the model after step 2." in text
-    assert "| training loss | 0.6931 (step 1) | 0.5 (step 2) |" in text
+    assert "| training loss | 0.693 (step 1) | 0.500 (step 2) |" in text
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # the run is writing it
     card(run)
@@ -433,7 +440,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert (run / "README.md").read_text() == written
     for edited in (written.replace("# run", "# Run"), written + "More.\n", "Mine.\n"):
         (run / "README.md").write_text(edited)
-        assert "was edited, or is no card of ours" in refused(capsys, run)
+        assert "this file was edited after" in refused(capsys, run)
         assert (run / "README.md").read_text() == edited
     assert main(["card", str(run), "--output", "-"]) == 0
     assert capsys.readouterr().out == written.rpartition("\n<!--")[0]
@@ -447,8 +454,8 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 
 def run_example(folder, monkeypatch, capsys):
-    """Run the card's Python in the folder above, as a reader would."""
-    monkeypatch.chdir(folder.parent)
+    """Run the card's Python in the folder of the card, as a reader would."""
+    monkeypatch.chdir(folder)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     capsys.readouterr()
     exec(code, {})
@@ -479,5 +486,87 @@ def test_the_example_of_a_chat_model_works(model_folder, tmp_path, monkeypatch, 
     assert "apply_chat_template" in (tmp_path / "chat" / "README.md").read_text()
     assert (tmp_path / "chat" / "chat_template.jinja").read_text().endswith(ZEPHYR_TEMPLATE)
     assert run_example(tmp_path / "chat", monkeypatch, capsys).strip()
-    example = card(tmp_path / "run", "--repo-id", "chat")[1].partition("```python")[2].partition("```")[0]
+    if finished:  # the run's own card, whose model is in a folder beside it
+        assert main(["card", str(tmp_path / "run")]) == 0
+        assert run_example(tmp_path / "run", monkeypatch, capsys).strip()
+    example = card(tmp_path / "run", "--repo-id", ".")[1].partition("```python\n")[2].partition("```")[0]
     assert example in (tmp_path / "chat" / "README.md").read_text()
+
+
+def ids_of_example(folder, monkeypatch):
+    """The ids that the card's own Python hands to the model."""
+    asked = []
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, input_ids, **_: asked.append(input_ids) or input_ids)
+    monkeypatch.chdir(folder)
+    exec(re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1], {})
+    (ids,) = asked
+    return ids[0].tolist()
+
+
+@pytest.mark.parametrize("add_empty_system", [False, True])
+def test_the_example_gives_a_chat_models_ids_of_training(tmp_path, monkeypatch, add_empty_system):
+    """The tokenizer alone writes BOS, the template none: training has it once, and so has the example."""
+    base = toy_model_folder(tmp_path / "base")
+    toy_tokenizer(bos=True).save_pretrained(base)
+    row = {"prompt": [{"role": "user", "content": "Name three primes."}]}
+    row |= {key: [{"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps(row) + "\n")
+    more = {"data__add_empty_system": add_empty_system, "data__chat_template": "zephyr", "training__max_steps": 1}
+    dpo.run(config_from_dict(settings(tmp_path / "run", base, pairs, **more), "dpo"))
+    assert main(["card", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    system = "<|system|>\n</s>\n" if add_empty_system else ""
+    text = f"<s>{system}<|user|>\nName three primes.</s>\n<|assistant|>\n"
+    expected = toy_tokenizer(bos=True)(text, add_special_tokens=False)["input_ids"]
+    trunk = trained_prompt(toy_tokenizer(bos=True), row["prompt"], add_empty_system)
+    assert trunk == expected
+    assert expected.count(1) == 1
+    for folder in ("run", "out"):
+        assert ids_of_example(tmp_path / folder, monkeypatch) == expected
+
+
+def trained_prompt(tokenizer, messages, add_empty_system):
+    """The ids of training before the completion: those that no loss is taken of."""
+    encoder = ChatEncoder(tokenizer, chat_template="zephyr", add_empty_system=add_empty_system)
+    (encoded,) = encoder.encode([(messages, [{"role": "assistant", "content": "chosen"}])])
+    return encoded.ids[: int(encoded.mask.argmax())].tolist()
+
+
+@pytest.mark.parametrize(("single", "last"), [("<s> $A", 0), ("<s> $A </s>", 1), ("$A </s>", 1)])
+def test_the_example_gives_a_plain_models_ids_of_training(tmp_path, monkeypatch, single, last):
+    """A prompt ends in no EOS, even if the tokenizer puts one behind every text."""
+    base = toy_model_folder(tmp_path / "base")
+    tokenizer = toy_tokenizer()
+    special = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.save_pretrained(base)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Once upon a time", "chosen": " a", "rejected": " b"}) + "\n")
+    dpo.run(config_from_dict(settings(tmp_path / "run", base, pairs, training__max_steps=1), "dpo"))
+    assert main(["card", str(tmp_path / "run")]) == 0
+    plain = tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
+    expected = [1, *plain] if "<s>" in single else plain
+    assert ChatEncoder(tokenizer).encode_prompt("Once upon a time") == expected
+    assert len(tokenizer("Once upon a time")["input_ids"]) == len(expected) + last
+    assert ids_of_example(tmp_path / "run", monkeypatch) == expected
+
+
+def test_first_and_last_only_where_there_are_two(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.5, "eval_loss": 0.6}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| loss, held-out | – | 0.600 (step 2) |" in card(run)[1]
+    start = {"step": 0, "eval_loss": 0.69315, "eval_rewards/accuracies": 0.5}
+    (run / "initial_evaluation.json").write_text(json.dumps(start))
+    text = card(run)[1]
+    assert "| loss, held-out | 0.693 (step 0) | 0.600 (step 2) |" in text
+    assert "| reward accuracy, held-out | – | 50.0% (step 0) |" in text
+
+
+def test_settings_of_later_versions_are_in_the_table(tmp_path):
+    more = {"training__lr_schedule": "cosine", "training__min_lr_ratio": 0.1, "training__warmup_steps": 1500}
+    run = make_run(tmp_path / "run", data__eval_size=0.05, training__max_steps=5000, **more)
+    text = card(run)[1]
+    assert "| schedule | cosine, warm-up over 1,500 steps, down to 0.1 of the peak |" in text
+    assert "5.0% of the training rows were held out for evaluation" in text

@@ -4,6 +4,7 @@ Skipped where there is no Chromium with its driver.
 """
 
 import itertools
+import json
 
 import pytest
 from browsers import OVERFLOWS, colours, contrast, forget_logs, look, needs_browser, open_browser, requests_of, rgb
@@ -69,6 +70,8 @@ def _full_run(folder):
     write_result(folder / "evaluations" / "open-llm", Result("open-llm", "m" * 80, [arc], {}))
     details = {"calibration": {"bins": BINS, "ece": 0.1, "brier": 0.2, "best_beta": 0.1}}
     write_result(folder / "evaluations" / "preferences", Result("preferences", "m", [arc], {}, details))
+    start = {"step": 0, "eval_loss": 0.693, "eval_rewards/accuracies": 0.8}  # the accuracy falls, the loss as well
+    (folder / "initial_evaluation.json").write_text(json.dumps(start))
     return folder
 
 
@@ -90,6 +93,7 @@ def test_plotly_reads_the_runs_values(show):
     train, _, held_out = page.execute_script(read)
     metrics = dpo_metrics(60, eval_every=20)
     assert [tuple(point) for point in train] == [(m["step"], pytest.approx(m["loss"], rel=1e-6)) for m in metrics]
+    assert held_out.pop(0) == [0, pytest.approx(0.693)]
     assert [tuple(point) for point in held_out] == [(step, pytest.approx(0.6 - 0.001 * step)) for step in (20, 40, 60)]
 
 
@@ -139,9 +143,12 @@ def test_charts_follow_the_window(show):
 def test_texts_and_lines_stand_out(show, scheme):
     page = show("two", scheme=scheme)
     for selector in (
-        "body", ".eyebrow", "nav a", ".badge.finished", ".badge.unfinished", "dt", ".tile small", ".note", ".lead",
-        ".key", "thead th", "td small", ".answers .label", "footer p", ".plot .xtick text", ".plot .ytick text",
+        "body", ".eyebrow", "nav a", ".badge.unfinished", "dt", ".note", ".lead", ".key", "thead th", "td small",
+        ".answers .label", "footer p", ".plot .xtick text", ".plot .ytick text",
     ):  # fmt: skip
+        assert contrast(*colours(page, selector)) >= 4.5, selector
+    page = show("one", scheme=scheme)
+    for selector in (".badge.finished", ".summary", ".tile small", ".tile .unit", ".change.better", ".change.worse"):
         assert contrast(*colours(page, selector)) >= 4.5, selector
     card = colours(page, ".chart")[1]
     style = "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()"
@@ -178,8 +185,8 @@ def test_screen_readers_are_told(show):
     assert page.execute_script("return document.documentElement.lang") == "en"
     label = page.execute_script("return document.getElementById('loss-dpo-plot').getAttribute('aria-label')")
     assert label == (
-        "Preference loss. train: from 0.6931 at step 1 to 0.1031 at step 60. "
-        "held-out: from 0.58 at step 20 to 0.54 at step 60."
+        "Preference loss. train: from 0.693 at step 1 to 0.103 at step 60. "
+        "held-out: from 0.693 at step 0 to 0.540 at step 60."
     )
     levels = page.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => Number(e.tagName[1]))")
     assert levels[0] == 1

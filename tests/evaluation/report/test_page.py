@@ -11,9 +11,9 @@ import pytest
 from report_runs import dpo_metrics, label_metrics, list_metrics, sft_metrics
 
 from notus.__main__ import main
+from notus.evaluation.formatting import number
 from notus.evaluation.read_run import read_runs
 from notus.evaluation.report.page import COLOURS, render
-from notus.evaluation.report.tables import duration, number, short_path
 from notus.evaluation.results import Figure, Result, write_result
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -119,25 +119,105 @@ def test_names_break_at_their_joints(make_run):
 
 def test_headline_figures(make_run):
     text = text_of(page_of(make_run(metrics=dpo_metrics(20, eval_every=10), finished=False, training__epochs=3)))
-    assert "Reward accuracy 75.0% held-out, step 20" in text
-    assert "Reward margin 0.25 held-out, step 20" in text
-    assert "Loss 0.58 held-out, step 20; train 0.6931 at step 1" in text
-    assert "Throughput 50.5 pairs/s, median" in text  # of 41 to 60
-    assert "Steps 20 of 30" in text
+    assert "Held-out accuracy 75.0% at step 20" in text
+    assert "Held-out reward margin 0.250 at step 20" in text
+    assert "Held-out loss 0.580 at step 20" in text
+    # ln 2 falls by 0.01 a step; the mean of the last two of 20 is ln 2 - 0.185
+    assert "Training loss 0.508 ▼ −0.185 from 0.693 at the start at step 20, moving mean" in text
+    assert "Chosen log-prob change +3.80 nats per answer, training" in text  # 0.02 * 19 / β
+    assert "Speed 50.5 pairs/s median" in text  # of 41 to 60
+    assert "DPO of all weights, from base: 20 of 30 steps of 4 pairs" in text
     assert "unfinished" in text
+    assert text.index("Held-out accuracy") < text.index("Learning rate") < text.index("Settings that are not")
+
+
+def with_start(folder, **values):
+    """A run's folder with the evaluation before training."""
+    start = {"eval_loss": 0.6931, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0, **values}
+    (folder / "initial_evaluation.json").write_text(json.dumps({"step": 0, **start}))
+    return folder
+
+
+def test_the_start_is_the_baseline_of_held_out_figures(make_run):
+    page = page_of(with_start(make_run(metrics=dpo_metrics(20, eval_every=20))))
+    text = text_of(page)
+    assert "Held-out accuracy 75.0% ▲ +25.0 points from 50.0% at the start at step 20" in text
+    assert "Held-out reward margin 0.250 ▲ +0.250 from 0 at the start" in text
+    assert "Held-out loss 0.580 ▼ −0.113 from 0.693 at the start" in text
+    assert page.count('class="change better"') == 4  # with the training loss
+    steps, accuracies = lines(figures_of(page), "accuracy")[2]
+    assert (steps.tolist(), accuracies.tolist()) == ([0, 20], [0.5, 0.75])  # a line, and no lone square
+    worse = page_of(with_start(make_run("worse", metrics=dpo_metrics(20, eval_every=20)), eval_loss=0.25))
+    assert "Held-out loss 0.580 ▲ +0.330 from 0.250 at the start" in text_of(worse)
+    assert worse.count('class="change worse"') == 1
+
+
+def test_an_evaluation_of_the_held_out_rows_gives_the_interval(make_run):
+    run = with_start(make_run(metrics=dpo_metrics(20, eval_every=20)))
+    accuracy = Figure("reward accuracy", "accuracy", 80.0, "%", 4.0, 100, "beta 0.1, against base")
+    details = {"overall": {"accuracy_interval": [0.711, 0.867]}}
+    of_run = {"base": "base", "pairs": "other.jsonl", "ranked_by": "rewards"}
+    result = Result("preferences", str(run), [accuracy], of_run, details)
+    write_result(run / "evaluations" / "preferences", result)
+    assert "Held-out accuracy 75.0%" in text_of(page_of(run))  # of other rows
+    config = run / "config.yaml"
+    config.write_text(
+        config.read_text().replace("eval: null", "eval: [{path: other.jsonl, split: train, weight: 1.0}]")
+    )
+    told = "Held-out accuracy 80.0% ▲ +30.0 points from 50.0% at the start 95% interval: 71.1% to 86.7% 100 pairs"
+    assert told in text_of(page_of(run))
+    early = Result("preferences", f"{run} (step 10)", [accuracy], of_run, details)
+    write_result(run / "evaluations" / "preferences", early)
+    assert "Held-out accuracy 75.0%" in text_of(page_of(run))  # of an earlier step
+
+
+def test_only_settings_off_their_default_are_listed_before_all_of_them(make_run):
+    page = page_of(make_run(dpo__beta=0.3))
+    text = text_of(page)
+    listed = text[text.index("Settings that are not at their default") : text.index("All settings")]
+    assert "dpo.beta 0.3 0.1" in listed
+    assert "training.precision fp32 bf16" in listed
+    assert "training.seed" not in listed
+    assert "seed: 42" in text[text.index("All settings") :]
+
+
+def test_equal_histograms_are_drawn_once(make_run):
+    figures = figures_of(page_of(make_run("one", data=DATA)))
+    assert [trace["name"] for trace in figures["lengths"]["data"]] == ["prompt, chosen and rejected"]
+    train = {**DATA["train"], "lengths": {"prompt": HISTOGRAM, "chosen": {"edges": [0, 10], "counts": [10]}}}
+    first, second = make_run("two", data={"train": train}), make_run("three", data={"train": train}, dpo__beta=0.3)
+    page = page_of(first, second)
+    assert [trace["name"] for trace in figures_of(page)["lengths"]["data"]] == ["prompt", "chosen"]  # of both runs
+    assert text_of(page).count("sharegpt") == 1
+    third = page_of(first, make_run("four", data=DATA, dpo__beta=0.3))
+    assert [trace["name"] for trace in figures_of(third)["lengths-prompt"]["data"]] == ["beta 0.1 and beta 0.3"]
+    assert len(figures_of(third)["lengths-chosen"]["data"]) == 2
+
+
+def test_results_of_several_runs_side_by_side(make_run):
+    first = with_start(make_run("one", metrics=dpo_metrics(20, eval_every=20), dpo__beta=0.05))
+    page = page_of(first, make_run("two", dpo__beta=0.1, finished=False))
+    text = text_of(page)
+    assert "beta 0.05 and beta 0.1" in text
+    results = text[text.index("Results Run") : text.index("Settings that differ")]
+    assert "Run Held-out accuracy Training accuracy Held-out reward margin" in results
+    assert "one 75.0% ▲ +25.0 points –" in results
+    assert "unfinished" in results
+    assert "dpo.beta 0.05 0.1" in text
 
 
 def test_data_and_environment(make_run):
     environment = {"hardware": "2 x A100", "seconds": 6700.0, "versions": {"torch": "2.13.0", "numpy": "2"}}
     page = page_of(make_run(data=DATA, environment=environment))
     text = text_of(page)
-    assert "Hardware 2 x A100 Training time 1 h 52 min Versions torch 2.13.0" in text
+    assert "Training time 1 h 52 min 2 x A100" in text
+    assert "Hardware 2 x A100 Versions torch 2.13.0" in text
     assert "read 14 kept 10 dropped: empty completion 4 prompts cut to length 2 used 10" in text
     assert "sharegpt 7 flan 3" in text
-    (edges, shares), _ = lines(figures_of(page), "ratings")
+    ((edges, shares),) = lines(figures_of(page), "ratings")
     assert edges.tolist() == [0, 10, 20, 30]
     assert shares.tolist() == [0.1, 0.6, 0.3, 0.3]
-    assert len(figures_of(page)["lengths"]["data"]) == 3
+    assert [trace["name"] for trace in figures_of(page)["lengths"]["data"]] == ["prompt, chosen and rejected"]
 
 
 def test_evaluations_beside_published_figures(make_run):
@@ -152,11 +232,11 @@ def test_evaluations_beside_published_figures(make_run):
     )
     page = page_of(first, second)
     text = text_of(page)
-    assert "one two Zephyr ARC acc_norm, 25-shot 62.50% ± 1.25% n = 1,172 64.00% ± 1.25% n = 1,172 62.03%" in text
-    assert "margin margin, against …/sft/model −0.5 ± 0.012" in text
-    assert "KL 3.5 two: nats per answer, sampled, from runs/sft/model" in text
+    assert "one two Zephyr ARC acc_norm, 25-shot 62.5% ± 1.2% n = 1,172 64.0% ± 1.2% n = 1,172 62.0%" in text
+    assert "margin against …/sft/model −0.500 ± 0.012" in text
+    assert "3.50 nats per answer, from runs/sft/model" in text
     assert "sharegpt two 80.0% 49–94%, n = 10" in text
-    assert "KL to the base per token, nats, sampled 0.25" in text
+    assert "KL to the base per token, nats, sampled 0.250" in text
     assert "β at which" not in text  # there is none
     assert len(figures_of(page)["calibration"]["data"]) == 2
 
@@ -277,9 +357,10 @@ def test_a_run_of_lists(make_run):
     assert "Preference optimization with lists, of all weights" in text
     assert "1 plackett_luce + 0.5 all_pairs, β = 0.1" in text
     assert "4 lists a step" in text
-    assert "Kendall&#39;s τ 0.5 held-out, step 20" in text
-    assert "Top-1 accuracy of a random choice 0.25" in text
-    assert "better rated 80.0%" in text
+    assert "Held-out Kendall&#39;s τ 0.500 ± 0.10 n = 10" not in text
+    assert "Held-out Kendall&#39;s τ 0.500 at step 20" in text
+    assert "Top-1 accuracy of a random choice 0.250" in text
+    assert "better rated is longer 80.0%" in text
     own = text.replace("pairs.jsonl", "").replace("all_pairs", "").partition("Settings 20")[0]
     assert "over pairs" not in own
     assert "ln 2" not in own
@@ -328,19 +409,6 @@ def test_runs_of_pairs_and_lists_beside_each_other(make_run):
 def test_a_long_run_gives_a_small_file(make_run):
     long, short = make_run("long", metrics=dpo_metrics(20_000, eval_every=100)), make_run("short")
     assert len(page_of(long)) - len(page_of(short)) < 500_000
-
-
-def test_numbers_as_they_are_written():
-    told = [number(value) for value in (0.0, 3.0, -0.05927, 12345.678, 2.5e-5, 5e-7, 0.69314718)]
-    assert told == ["0", "3", "−0.05927", "12,346", "2.5e-5", "5e-7", "0.6931"]
-    assert [number(0.90625, "share"), number(64.586, "%")] == ["90.6%", "64.59%"]
-    assert [number(float("nan")), number(float("inf"), "share")] == ["–", "–"]
-    assert [duration(s) for s in (59.4, 59.6, 3590.0, 3599.6, 6700.0)] == [
-        "59 s", "1 min 0 s", "59 min 50 s", "1 h 0 min", "1 h 52 min"
-    ]  # fmt: skip
-    assert [short_path(p) for p in ("/a/b/c/model", "hub/model", "runs/x/y/z")] == [
-        "…/c/model", "hub/model", "runs/x/y/z"
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

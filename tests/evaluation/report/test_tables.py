@@ -1,11 +1,11 @@
-"""The tables' own parts: which settings differ, how they are written, and what runs are called by them."""
+"""The tables' own parts: which settings differ, and what runs are called by them."""
 
 import copy
 
 from runs import settings
 
 from notus.evaluation.read_run import read_runs
-from notus.evaluation.report.tables import differing_settings, setting, with_labels
+from notus.evaluation.report.tables import differing_settings, with_labels
 
 
 def test_differing_settings_have_one_value_per_run(tmp_path):
@@ -38,15 +38,6 @@ def test_a_section_that_a_run_lacks_has_no_values(tmp_path):
     sft = settings(tmp_path, "base", tmp_path / "a.jsonl")
     dpo = copy.deepcopy(sft) | {"dpo": {"beta": 0.3}}
     assert differing_settings([sft, dpo])["dpo.beta"] == [None, 0.3]
-
-
-def test_settings_as_a_user_writes_them():
-    values = (0.1, 5e-7, 1e20, 16.0, 64, True, None, ["q_proj", "v_proj"], [], {"a": 0.5}, "/a/b/c/d.jsonl")
-    assert [setting(value) for value in values] == [
-        "0.1", "5e-7", "1e20", "16", "64", "true", "null", "q_proj, v_proj", "none", "a: 0.5", "…/c/d.jsonl"
-    ]  # fmt: skip
-    sources = [{"path": "a/b.jsonl", "split": "train", "weight": 1.0}, {"path": "o/n", "split": "x", "weight": 0.5}]
-    assert setting(sources) == "a/b.jsonl, o/n, split x, weight 0.5"
 
 
 def labels(*folders):
