@@ -91,7 +91,7 @@ def steps_kept(run: Path) -> list[int]:
     return sorted(step_of(path) for path in checkpoints_in(run / "checkpoints"))
 
 
-@pytest.mark.parametrize("kind", ["dpo-full", "dpo-lora", "sft-full"])
+@pytest.mark.parametrize("kind", ["dpo-lora", "sft-full"])
 def test_the_best_model_is_exported_and_survives_signals_and_pruning(
     kind: str, tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -60,7 +60,7 @@ MOMENTS = [(dpo.Run, "_progress", 1), (dpo.DPOTask, "row_loss", 2), (dpo.DPOTask
            (dpo.Run, "_export", 1)]  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora__rank": 2, "lora__dropout": 0.3}], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [{"lora__rank": 2, "lora__dropout": 0.3}], ids=["lora"])
 def test_kills_and_signals_at_any_moment_change_nothing(
     lora: dict[str, Any], tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
