@@ -532,6 +532,6 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
     _check_content(job, f"reference.{name}", key.name, logps, folder if read else None)
-    done = "read from" if read else "computed, and saved to"
+    done = "read from" if read else "written to"
     say(f"reference log-probs of {name}: {len(rows)} rows {done} {folder / key.name}.safetensors")
     return logps
