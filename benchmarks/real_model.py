@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="a folder for the runs and what was measured")
     parser.add_argument("--trl-python", default=sys.executable, help="Python of an environment that has TRL")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--results", type=Path, help="write what was measured to this JSON file")
     parser.add_argument("--search", action="store_true", help="try TRL's options first, and take the fastest")
     return parser.parse_args()
 
@@ -128,7 +129,7 @@ def train_notus(args: argparse.Namespace, side: str) -> None:
 def train_trl(args: argparse.Namespace) -> None:
     config, tokens = write_pairs(args)
     options = {**TRL, **(fastest(args, config) if args.search else {})}
-    outcome = run_trl(args, config, "trl", options, args.output / "train.jsonl", args.output / "eval.jsonl")
+    outcome = run_trl(args, config, "trl", options, args.output / "train.jsonl")
     if outcome["tokens"] != tokens:
         sys.exit("TRL and Notus saw other tokens")
 
@@ -139,15 +140,13 @@ def fastest(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     few, seconds = args.output / "probe.jsonl", []
     few.write_text("".join(steps[: 2 * config.training.batch_size]), encoding="utf-8")
     for number, candidate in enumerate(CANDIDATES):
-        found = run_trl(args, config, f"probe-{number}", {**TRL, **candidate}, few, few)
+        found = run_trl(args, config, f"probe-{number}", {**TRL, **candidate}, few)
         seconds.append(found["step_seconds"][1])
         print(f"{candidate or TRL}: {seconds[-1]:.1f} s a step", file=sys.stderr, flush=True)
     return CANDIDATES[seconds.index(min(seconds))]
 
 
-def run_trl(
-    args: argparse.Namespace, config: Any, name: str, options: dict[str, Any], train: Path, held_out: Path
-) -> dict[str, Any]:
+def run_trl(args: argparse.Namespace, config: Any, name: str, options: dict[str, Any], train: Path) -> dict[str, Any]:
     """Train with TRL in `output/name`, and return the outcome."""
     training, pairs = config.training, options["per_device_train_batch_size"]
     job = Job(
@@ -162,9 +161,7 @@ def run_trl(
         options={
             **options,
             "optim": "adamw_torch",
-            "eval_pairs": str(held_out),
             "precompute_ref_batch_size": pairs,
-            "per_device_eval_batch_size": pairs,
         },
     )
     job.write(args.output / f"{name}-job.json")
@@ -219,6 +216,19 @@ def table(args: argparse.Namespace) -> str:
     return markdown(["", *(SIDES[side] for side in columns)], rows)
 
 
+def results(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what each side that has run measured, without rows and answers."""
+    found = {}
+    for side in SIDES:
+        if (args.output / f"{side}.json").is_file():
+            outcome = json.loads((args.output / f"{side}.json").read_text())
+            evaluation = json.loads((args.output / f"{side}-evaluation.json").read_text())
+            names = ("num_rows", "precision", "beta", "loss", "overall", "rewards/chosen", "rewards/rejected")
+            outcome.pop("tokens", None)
+            found[side] = {**outcome, "held_out": {name: evaluation[name] for name in names}}
+    return found
+
+
 def _costs(outcome: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "seconds: reference pass", f"{outcome['reference_seconds']:.0f}"
     yield "seconds: training", f"{outcome['training_seconds']:.0f}"
@@ -246,6 +256,8 @@ def main() -> None:
             train_trl(args) if side == "trl" else train_notus(args, side)
         measure(args, side)
     print(table(args))
+    if args.results:
+        write_json(args.results, results(args))
     if all((args.output / f"{side}.json").is_file() for side in ("dpo", "trl")):
         print(largest_difference(args))
 

@@ -3,8 +3,8 @@
     python real_model_side.py notus JOB_FILE OUTCOME_FILE
     python real_model_side.py trl JOB_FILE OUTCOME_FILE     # in an environment that has TRL; it needs no Notus
 
-A job of Notus is `{"config": FILE, "overrides": [...]}`; one of TRL is a `common.Job`, with `optim` and `eval_pairs`
-among its options.
+A job of Notus is `{"config": FILE, "overrides": [...]}`; one of TRL is a `common.Job`, with `optim` among its
+options.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def run_notus(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_trl(job: Job) -> dict[str, Any]:
-    """Train with TRL's DPOTrainer, evaluate with it, save the model to `scratch/model`."""
+    """Train with TRL's DPOTrainer and save the model to `scratch/model`."""
     import torch
     from datasets import load_dataset
     from transformers import AutoTokenizer
@@ -56,27 +56,20 @@ def run_trl(job: Job) -> dict[str, Any]:
     from trl_side import StepClock, TimedTrainer, settings
 
     options = dict(job.options)
-    optimizer, eval_pairs = options.pop("optim"), options.pop("eval_pairs")
+    optimizer = options.pop("optim")
     memory, began, worked = PeakMemory(), time.perf_counter(), time.process_time()
     args = settings(dataclasses.replace(job, options=options))
     args.optim = optimizer
     args.model_init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-    files = {"train": job.pairs, "eval": eval_pairs}
-    data = {
-        name: load_dataset("json", data_files=file, split="train", cache_dir=job.scratch)
-        for name, file in files.items()
-    }
     clock = StepClock()
     trainer = TimedTrainer(
         job.model,
         args=args,
-        train_dataset=data["train"],
-        eval_dataset=data["eval"],
+        train_dataset=load_dataset("json", data_files=job.pairs, split="train", cache_dir=job.scratch),
         processing_class=AutoTokenizer.from_pretrained(job.model),
         callbacks=[clock],
     )
     trainer.train()
-    evaluation = trainer.evaluate()
     trainer.save_model(f"{job.scratch}/model")
     return {
         "reference_seconds": trainer.reference_seconds,
@@ -86,7 +79,6 @@ def run_trl(job: Job) -> dict[str, Any]:
         "step_seconds": clock.step_seconds,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "peak_mib": memory.peak_mib(),
-        "evaluation": evaluation,
         "tokens": [
             describe_tokens(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset
         ],

@@ -1,6 +1,6 @@
-"""Pairs -> log-probs of a policy and its reference -> the DPO loss: `score_pairs.py POLICY REFERENCE PAIRS`."""
+"""Pairs -> log-probs of a policy and its reference -> the DPO loss."""
 
-import sys
+import argparse
 
 from notus.data.dataset import TokenizedDataset
 from notus.data.tokenize import load_pairs
@@ -10,9 +10,15 @@ from notus.losses import dpo_loss
 from notus.model.export import load_tokenizer
 from notus.runtime.distributed import process_group
 
-policy, reference = (find_source(name) for name in sys.argv[1:3])  # folders of runs, models or adapters, or hub ids
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("policy", metavar="POLICY", help="the folder of a run, a model or an adapter, or a hub id")
+parser.add_argument("reference", metavar="REFERENCE", help="the same for the model that it started from")
+parser.add_argument("pairs", metavar="PAIRS", help="a file of prompt, chosen, rejected; docs/data.md has the formats")
+args = parser.parse_args()
+
+policy, reference = find_source(args.policy), find_source(args.reference)
 tokenizer = load_tokenizer(policy.folder, trust_remote_code=False)
-dataset, report = load_pairs(sys.argv[3], tokenizer, max_length=1024, max_prompt_length=512)
+dataset, report = load_pairs(args.pairs, tokenizer, max_length=1024, max_prompt_length=512)
 rows = TokenizedDataset(dataset)
 with process_group() as device:  # under torchrun, the ranks share the models and the work
     scoring = Scoring(rows, tokenizer, precision="fp32", device=device)

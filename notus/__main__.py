@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from notus import __version__
 from notus.runtime.command_line import called_as
 from notus.runtime.process import configure_allocator, guard_streams, leave, run_entry
 
@@ -123,6 +124,7 @@ def _print_help(command: str) -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=called_as(), description="Direct Preference Optimization.")
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     wanted = next((word for word in argv if not word.startswith("-")), None)
     # Every rank reads the same command line. Rank 0 reports what is wrong with it.

@@ -129,17 +129,14 @@ def summary(folder: Path, evaluation: Path) -> str:
 
 
 def measured(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield title and figure, with 95% intervals, of the `overall` part and the means of an evaluation's result."""
-    from notus.evaluation.intervals import share_interval, student
-
+    """Yield title and figure of what `notus evaluate --output` wrote, with 95% intervals."""
     overall = result["overall"]
-    half = student(overall["count"] - 1) * (overall["margin_stderr"] or 0.0)
-    low, high = share_interval(overall["accuracy"], overall["accuracy_stderr"], overall["count"])
+    low, high = overall["accuracy_interval"]
+    least, most = overall["margin_interval"]
     yield "held-out pairs", f"{overall['count']}"
     yield "held-out loss (before: 0.693)", f"{result['loss']:.3f}"
     yield "reward accuracy (before: 50%)", f"{overall['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})"
-    margin = overall["margin"]
-    yield "reward margin (before: 0)", f"{margin:.3f} (95% interval {margin - half:.3f} to {margin + half:.3f})"
+    yield "reward margin (before: 0)", f"{overall['margin']:.3f} (95% interval {least:.3f} to {most:.3f})"
     for side in ("chosen", "rejected"):
         yield f"log-prob change, {side}", f"{result[f'rewards/{side}'] / result['beta']:+.2f} nats"
 

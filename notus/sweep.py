@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from notus.runtime.process import STOPPED, follow_parent, tell
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from notus.config import Config, Task
 
 SUMMARY = "sweep.json"
@@ -40,17 +38,7 @@ _NOT_SWEPT = {
     "training.resume": "the sweep resumes its own runs: remove it",
     "reference.cache_dir": "all runs share one cache: give one folder",
 }
-# What the table shows, if a run has it: the first of them that any run has is what it is sorted by.
-_METRICS = (
-    "eval_rewards/kendall_tau",
-    "eval_rewards/accuracies",
-    "eval_loss",
-    "eval_rewards/margins",
-    "rewards/kendall_tau",
-    "rewards/accuracies",
-    "loss",
-    "rewards/margins",
-)
+_GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun gives its ranks to save; 30 by default
 _MAX_VALUE, _MAX_NAME = 40, 180
 
 
@@ -443,7 +431,12 @@ class Child:
     def run(self, command: Sequence[str]) -> int:
         """Run a command to its end and return its exit code; if the sweep is killed, the child gets SIGTERM."""
         # In a group of its own, Ctrl-C reaches it once, from here, not a second time from the terminal.
-        self._process = subprocess.Popen(command, process_group=0, preexec_fn=lambda: follow_parent(signal.SIGTERM))
+        self._process = subprocess.Popen(
+            command,
+            env={_GRACE: "600", **os.environ},
+            process_group=0,
+            preexec_fn=lambda: follow_parent(signal.SIGTERM),
+        )
         if self.signal:  # it came while the process was started
             self._process.send_signal(self.signal)
         try:
@@ -507,89 +500,18 @@ def _hold(folder: Path) -> Iterator[None]:
 # ---- the comparison ----
 
 
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """The last value of a metric in a run, and the best one with its step."""
-
-    final: float
-    best: float
-    best_step: int
-
-    @classmethod
-    def of(cls, metric: str, steps: "np.ndarray", values: "np.ndarray") -> "Measure":
-        """Return those of values fp64 [n] at steps int64 [n]; the earliest of equal ones is the best."""
-        place = int(values.argmin() if lower_is_better(metric) else values.argmax())
-        return cls(float(values[-1]), float(values[place]), int(steps[place]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A run in the table.
-
-    Attributes:
-        name: its folder's name.
-        state: finished, running, unfinished, failed or not begun.
-        settings: its config, `{section: {key: value}}`.
-        metrics: its evaluations, and the last step's loss and rewards, by name.
-        seconds: how long it trained, over all launches; None if that is not known.
-    """
-
-    name: str
-    state: str
-    settings: Mapping[str, Any]
-    metrics: Mapping[str, Measure]
-    seconds: float | None = None
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one."""
-    return re.search(r"(^|[_/])(loss|kl|perplexity)($|[_/])", metric) is not None
-
-
-def read_rows(folder: Path, runs: Sequence[Planned], failed: Mapping[str, int]) -> list[Row]:
-    """Return a row for each run of the grid, and for each run of an earlier grid in the same folder."""
-    from notus.evaluation.read_run import read_run
-    from notus.training.run_folder import CONFIG_FILE
-
-    rows = []
-    planned = {run.name: _settings(run.config) for run in runs}
-    earlier = {path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")} - set(planned)
-    for name in [*planned, *sorted(earlier)]:
-        if (folder / name / CONFIG_FILE).is_file():
-            found = read_run(folder / name)
-            state = "failed" if name in failed else found.state
-            curves = {metric: curve.known for metric, curve in found.curves.items() if _is_shown(metric)}
-            metrics = {metric: Measure.of(metric, curve.steps, curve.values) for metric, curve in curves.items()}
-            rows.append(Row(name, state, found.settings, metrics, found.environment.get("seconds")))
-        else:
-            rows.append(Row(name, "failed" if name in failed else "not begun", planned[name], {}))
-    return rows
-
-
-def _settings(config: "Config") -> dict[str, dict[str, Any]]:
-    """Return the config as the run's folder will hold it."""
-    from notus.config import DPO_SECTIONS, SECTIONS
-
-    tree = dataclasses.asdict(config)
-    sections = [name for name in SECTIONS if config.task == "dpo" or name not in DPO_SECTIONS]
-    return {name: {key.rstrip("_"): value for key, value in tree[name].items()} for name in sections}
-
-
-def _is_shown(metric: str) -> bool:
-    return metric.startswith("eval_") or metric in _METRICS
-
-
 def _compare(folder: Path, runs: Sequence[Planned], outcome: Outcome, *, sort: str | None) -> None:
     """Print the table, and write it as `sweep.json` and the runs as `report.html`."""
+    from notus.evaluation.compare_runs import METRICS, compared_settings, read_rows, sorted_rows, table
     from notus.runtime.files import write_text
 
-    rows = read_rows(folder, runs, outcome.failed)
+    rows = read_rows(folder, {run.name: _settings(run.config) for run in runs}, outcome.failed)
     known = {metric for row in rows for metric in row.metrics}
     if sort is not None and known and sort not in known:
         tell(f"warning: --sort {sort}: no run has this metric; there are {', '.join(sorted(known))}", sys.stderr)
-    key = sort if sort in known else next((metric for metric in _METRICS if metric in known), None)
+    key = sort if sort in known else next((metric for metric in METRICS if metric in known), None)
     rows = sorted_rows(rows, key)
-    settings = compared_settings(rows, runs)
+    settings = compared_settings(rows, dict.fromkeys(".".join(key.split(".")[:2]) for key in runs[0].values))
     tell("\n" + table(rows, settings, key))
     if folder.is_dir():
         shown = [
@@ -615,66 +537,10 @@ def _report(runs: Sequence[Path], output: Path) -> None:
     run_command("report", *runs, "--output", output)
 
 
-def sorted_rows(rows: Sequence[Row], metric: str | None) -> list[Row]:
-    """Return the rows with the best last value of `metric` first; those without it keep their order at the end."""
-    if metric is None:
-        return list(rows)
-    sign = 1 if lower_is_better(metric) else -1
-    with_metric = [row for row in rows if metric in row.metrics]
-    return sorted(with_metric, key=lambda row: sign * row.metrics[metric].final) + [
-        row for row in rows if metric not in row.metrics
-    ]
+def _settings(config: "Config") -> dict[str, dict[str, Any]]:
+    """Return the config as the run's folder will hold it."""
+    from notus.config import DPO_SECTIONS, SECTIONS
 
-
-def compared_settings(rows: Sequence[Row], runs: Sequence[Planned]) -> dict[str, list[Any]]:
-    """Return the settings to show, one value per row: those that differ and have influence, and the grid's keys."""
-    from notus.evaluation.report.tables import differing_settings
-
-    keys = dict.fromkeys(".".join(key.split(".")[:2]) for run in runs for key in run.values)
-    of_grid = {key: [_setting(row, key) for row in rows] for key in keys}
-    return of_grid | differing_settings([row.settings for row in rows])
-
-
-def _setting(row: Row, key: str) -> Any:
-    section, name = key.split(".")
-    return row.settings.get(section, {}).get(name)
-
-
-def table(rows: Sequence[Row], settings: Mapping[str, Sequence[Any]], metric: str | None) -> str:
-    """Return the comparison as lines: settings by key, metrics, seconds, state and folder of each run."""
-    from notus.evaluation.formatting import setting
-
-    known = {name for row in rows for name in row.metrics}
-    evaluated = [name for name in _METRICS if name.startswith("eval_") and name in known]
-    shown = evaluated or [name for name in _METRICS if name in known]
-    if metric is not None and metric not in shown:
-        shown = [metric, *shown]
-    lines = [[*map(_short_key, settings), *_heads(shown), "seconds", "state", "run"]]
-    for place, row in enumerate(rows):
-        values = [setting(column[place]) for column in settings.values()]
-        values += [cell for name in shown for cell in _cells(name, row.metrics.get(name))]
-        lines.append([*values, "" if row.seconds is None else f"{row.seconds:.0f}", row.state, row.name])
-    return "\n".join(_aligned(lines, left=2))
-
-
-def _aligned(lines: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Return lines of cells with their columns aligned: the last `left` to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    signs = [">"] * (len(widths) - left) + ["<"] * left
-    forms = [f"{{:{sign}{width}}}" for sign, width in zip(signs, widths, strict=True)]
-    return ["  ".join(form.format(cell) for form, cell in zip(forms, line, strict=True)).rstrip() for line in lines]
-
-
-def _has_best(metric: str) -> bool:
-    """Whether the best value means something: a single training step's is noise, and no margin is the best one."""
-    return metric.startswith("eval_") and not metric.endswith("margins")
-
-
-def _heads(metrics: Sequence[str]) -> list[str]:
-    return [head for metric in metrics for head in [metric, *(["best"] if _has_best(metric) else [])]]
-
-
-def _cells(metric: str, found: Measure | None) -> list[str]:
-    if found is None:
-        return [""] * (1 + _has_best(metric))
-    return [f"{value:.4g}" for value in [found.final, *([found.best] if _has_best(metric) else [])]]
+    tree = dataclasses.asdict(config)
+    sections = [name for name in SECTIONS if config.task == "dpo" or name not in DPO_SECTIONS]
+    return {name: {key.rstrip("_"): value for key, value in tree[name].items()} for name in sections}

@@ -492,7 +492,11 @@ def test_reading_a_config_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+# configs/launch holds files for schedulers
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "launch")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
     task: Any = "sft" if path.name.startswith("sft") else "dpo"
     load_config(path, task)

@@ -1,11 +1,19 @@
 """What the packaging files say of versions agrees, and the files of .github are what GitHub expects."""
 
+import configparser
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import yaml
+from runs import settings, write_pairs
+from toys import toy_model_folder
 
 import notus
 
@@ -58,3 +66,33 @@ def test_issue_forms_parse_and_ask_for_something() -> None:
         tree = yaml.safe_load(form.read_text(encoding="utf-8"))
         assert {"name", "description", "body"} <= set(tree)
         assert all({"id", "type", "attributes"} <= set(question) for question in tree["body"])
+
+
+def test_a_wheel_can_train(tmp_path: Path) -> None:
+    """Built, unpacked and called by its entry point, away from the repository."""
+    source, place = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "notus", source / "notus", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*build, "-w", tmp_path, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(place)
+    (path,) = place.glob("*.dist-info/entry_points.txt")
+    points = configparser.ConfigParser()
+    points.read(path)
+    module, function = points["console_scripts"]["notus"].split(":")
+
+    model, pairs = toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 4)
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(tmp_path / "run", model, pairs)))
+    script = tmp_path / "notus"  # as pip writes it
+    script.write_text(f"from {module} import {function}\nif __name__ == '__main__':\n    {function}()\n")
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, "dpo", config]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1

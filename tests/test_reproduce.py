@@ -8,11 +8,10 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import free_ports, launched, run_ranks
 from runs import read_metrics
 from toys import toy_model_folder
 
@@ -71,22 +70,36 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(command: str, folder: Path, *extra: str) -> None:
-    """One command of the guide in `folder`, with local names for the hub's; two ranks for eight.
+def words_of(command: str) -> list[str]:
+    """The words that follow `notus` in a command of the guide; whoever calls starts the ranks."""
+    words = shlex.split(command.replace("openbmb/UltraFeedback", "UltraFeedback.jsonl"))
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc-per-node=8", command
+        words = ["python", *words[2:]]
+    starts = {("python", "train_dpo.py"): ["dpo"], ("python", "-m", "notus"): []}
+    for start, command_name in starts.items():
+        if tuple(words[: len(start)]) == start:
+            return [*command_name, *words[len(start) :]]
+    raise AssertionError(command)
 
-    What needs neither ranks nor a process of its own runs in this one, which has imported everything.
-    """
-    command = command.replace("openbmb/UltraFeedback", "UltraFeedback.jsonl")
-    words = [*shlex.split(command.replace("--nproc-per-node=8", "--nproc-per-node=2")), *extra]
-    if words[:3] == ["python", "-m", "notus"]:
-        with contextlib.chdir(folder):
-            assert main(words[3:]) == 0, command
-        return
-    launch = {"torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"], "python": [sys.executable]}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    words = [*launch[words[0]], *words[1:]]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+def run(command: str, folder: Path, *extra: str) -> None:
+    """One command of the guide for one process, in this one, which has imported everything."""
+    with contextlib.chdir(folder):
+        assert main([*words_of(command), *extra]) == 0, command
+
+
+def run_ranks_of(commands: list[str], folder: Path, extra: list[list[str]]) -> None:
+    """Commands for torchrun, one after the other, on the same two ranks; two stand for eight."""
+    words = [[*words_of(command), *more] for command, more in zip(commands, extra, strict=True)]
+    run_ranks(_rank, 2, folder, words, free_ports(len(words)), folder)
+
+
+def _rank(commands: list[list[str]], ports: list[int], folder: Path) -> None:
+    os.chdir(folder)
+    for words, port in zip(commands, ports, strict=True):
+        with launched(port):
+            assert main(words) == 0, words
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +107,13 @@ def trained(work: Path) -> Path:
     """After steps 2 and 3 of the guide."""
     (command,) = CURATE
     run(command, work)
-    data = ["--model.name_or_path=zephyr-7b-sft-full", "--data.train=runs/notus-7b-v1/pairs.parquet"]
-    for command in TRAIN:
-        rank = ["--lora.rank=4"] if "dpo-lora" in command else []
-        run(command, work, *data, *SMALL, *rank)
+    data = ["--model.name_or_path=zephyr-7b-sft-full", "--data.train=runs/notus-7b-v1/pairs.parquet", *SMALL]
+    extra = [[*data, *(["--lora.rank=4"] if "dpo-lora" in command else [])] for command in TRAIN]
+    many = [command.startswith("torchrun") for command in TRAIN]
+    assert many == [True, True, False, False]
+    run_ranks_of(TRAIN[:2], work, extra[:2])
+    for command, more in zip(TRAIN[2:], extra[2:], strict=True):
+        run(command, work, *more)
     return work
 
 
@@ -111,9 +127,8 @@ def test_what_is_trained_begins_at_ln_2_and_does_not_depend_on_the_gpus(trained:
 
 
 def test_every_suite_leaves_its_result_for_report_and_card(trained: Path) -> None:
-    for command in EVALUATE:
-        suite = (re.search(r"--suite (\S+)", command) or ["", "preferences"])[1]
-        run(command, trained, *SUITES[suite])
+    suites = [(re.search(r"--suite (\S+)", command) or ["", "preferences"])[1] for command in EVALUATE]
+    run_ranks_of(EVALUATE, trained, [SUITES[suite] for suite in suites])
     found = trained / "runs" / "notus-7b-v1" / "dpo-full" / "evaluations"
     assert (found / "preferences" / "result.json").is_file()
     assert "small_choice" in (found / "open-llm" / "table.md").read_text()

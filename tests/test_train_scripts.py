@@ -40,12 +40,12 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_by_torchrun_log_the_same_losses_as_plain_python(config_file: Path) -> None:
     folder = config_file.parent
     losses = []
-    for name, ranks in (("one", 0), ("two", 2)):
-        done = _start("train_dpo.py", config_file, f"--training.output_dir={folder / name}", ranks=ranks)
+    for name, ranks, entry in (("one", 0, ["train_dpo.py"]), ("two", 2, ["-m", "notus", "dpo"])):
+        done = _start(*entry, config_file, f"--training.output_dir={folder / name}", ranks=ranks)
         assert done.returncode == 0, done.stderr
         losses.append([line["loss"] for line in read_metrics(folder / name)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    again = _start("train_dpo.py", config_file, f"--training.output_dir={folder / 'one'}")
+    again = _start("-m", "notus", "dpo", config_file, f"--training.output_dir={folder / 'one'}")
     assert again.returncode == 0
     assert "finished" in again.stdout
 

@@ -82,6 +82,7 @@ from notus.data.messages import (
     read_string,
     read_tools,
 )
+from notus.runtime.command_line import called_as
 
 __all__ = [
     "Message",
@@ -156,9 +157,10 @@ _LABELS = (
 )
 _LISTS = (
     "these are lists of rated completions, for losses of lists, as with dpo.loss_type=plackett_luce; for others make "
-    "pairs of the raw records with `python -m notus curate`, without --listwise"
+    "pairs of the raw records with `{}`, without --listwise"
 )
-_RAW = "these are UltraFeedback's: make {} of them with `python -m notus curate{}` first"
+_RAW = "these are UltraFeedback's: make {} of them with `{}{}` first"
+_DEMONSTRATIONS = "these are demonstrations: train on them with `{}`, or add the answer that is worse as 'rejected'"
 _UNSUPPORTED = {
     **dict.fromkeys(TAGS, _LABELS),
     **dict.fromkeys(_MEDIA, "only text can be learned; leave these rows out"),
@@ -327,13 +329,16 @@ def find_form(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _
     accepted = "; ".join("+".join(form) for form in forms)
     remedy = "rename the columns, or map them with data.columns: {their name: ours}"
     if {"completions", "ratings"} <= set(given) and task != "lists":
-        remedy = _LISTS
+        remedy = _LISTS.format(called_as("curate"))
     elif {"instruction", "completions"} <= set(given):
-        remedy = _RAW.format("lists", " --listwise") if task == "lists" else _RAW.format("pairs", "")
+        kind, option = ("lists", " --listwise") if task == "lists" else ("pairs", "")
+        remedy = _RAW.format(kind, called_as("curate"), option)
     elif not given.keys().isdisjoint(TAGS):
         remedy = _LABELS
     elif unmet:
         remedy = f"of data.columns, the row lacks {', '.join(unmet)}; correct the names"
+    elif task == "dpo" and any(all(column in given for column in form) for form in SFT_FORMS):
+        remedy = _DEMONSTRATIONS.format(called_as("sft"))
     raise ValueError(
         f"the columns {', '.join(map(str, row)) or '(none)'} are of no known {task} form ({accepted}); {remedy}"
     )

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from notus.runtime.command_line import called_as
 from notus.runtime.process import tell
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ SHOWN = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument(
-        "config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for train_dpo.py or train_sft.py"
+        "config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for the commands dpo and sft"
     )
     _add_options(parser)
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
@@ -65,7 +66,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         dest="scored_by",
         type=os.path.expanduser,
         metavar="RUN",
-        help="a run of train_dpo.py: compute each row's reward margin (the best completion's reward minus the worst's; "
+        help="a run of DPO: compute each row's reward margin (the best completion's reward minus the worst's; "
         "of a bad completion, minus its reward), and show the most wrongly ordered first",
     )
 
@@ -83,7 +84,7 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Show the rows. Raises ValueError: a user's mistake, in one line; OSError if the page cannot be written."""
     # options may stand after CONFIG, among the overrides
-    options = argparse.ArgumentParser(prog="python -m notus data", allow_abbrev=False)
+    options = argparse.ArgumentParser(prog=called_as("data"), allow_abbrev=False)
     _add_options(options)
     args, overrides = options.parse_known_args(args.overrides, args)
     _check(args)

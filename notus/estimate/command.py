@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from notus.config import Config, Task, load_config, loss_name
 from notus.evaluation.arguments import count, positive
+from notus.runtime.command_line import called_as
 from notus.runtime.process import tell
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SMALL_DATA = 16 * 2**20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument(
-        "config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for train_dpo.py or train_sft.py"
+        "config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for the commands dpo and sft"
     )
     _add_options(parser)
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
@@ -64,7 +65,7 @@ def _share(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Print the estimate. Raises ValueError: a user's mistake, in one line."""
     # options may stand after CONFIG, among the overrides
-    options = argparse.ArgumentParser(prog="python -m notus estimate", allow_abbrev=False)
+    options = argparse.ArgumentParser(prog=called_as("estimate"), allow_abbrev=False)
     _add_options(options)
     args, overrides = options.parse_known_args(args.overrides, args)
     task: Task = args.task or ("sft" if "sft" in Path(args.config).name else "dpo")

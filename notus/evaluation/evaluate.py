@@ -5,6 +5,8 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
+from notus.runtime.command_line import called_as
+
 DEFAULT = "preferences"
 # By name: the module that has `add_arguments` and `run`, imported when it is asked for.
 SUITES = {
@@ -18,7 +20,7 @@ SUITES = {
 
 def find_suite(argv: Sequence[str]) -> ModuleType:
     """The module of the suite that a command line names with --suite; exits as argparse does if there is none such."""
-    parser = argparse.ArgumentParser(prog="python -m notus evaluate", add_help=False)  # --suit, too, as the suite does
+    parser = argparse.ArgumentParser(prog=called_as("evaluate"), add_help=False)  # --suit, too, as the suite does
     add_suite_argument(parser)
     known, _ = parser.parse_known_args(argv)
     return importlib.import_module(SUITES[known.suite])

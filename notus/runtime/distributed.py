@@ -5,6 +5,7 @@ One code path: plain `python` is a world of one rank.
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -25,6 +26,9 @@ PATIENCE = datetime.timedelta(hours=6)
 
 _patient: dist.ProcessGroup | None = None  # all ranks over gloo, for waits of up to PATIENCE; None: the default group
 _timeout = TIMEOUT
+# The launcher's store by its address, with this process's number and how many there are; it outlives a process group.
+_stores: dict[tuple[str | None, ...], tuple[dist.Store, int, int]] = {}
+_joined = itertools.count(1)  # process groups of this process; all ranks join the same ones
 
 
 @contextlib.contextmanager
@@ -58,15 +62,20 @@ def _launchers_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]
     """The store that the launcher describes, this process's number and how many there are.
 
     On one node torchrun keeps a store over its restarts, in which the addresses of processes that are gone would lead
-    ranks astray: each attempt has keys of its own. Several nodes count attempts each for itself.
+    ranks astray: each attempt has keys of its own. So has each process group of a program that joins several. Several
+    nodes count attempts each for itself.
     """
+    address = tuple(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
     try:
-        store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+        if address not in _stores:
+            _stores[address] = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = first_line(error)
         raise LostPeers(f"no store of the launcher at {where} ({reason})", int(os.environ["RANK"])) from error
+    store, number, size = _stores[address]
     store.set_timeout(timeout)
+    store = dist.PrefixStore(f"group-{next(_joined)}", store)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return store, number, size

@@ -26,7 +26,10 @@ class Callback:
         return None
 
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> bool | None:
-        """Receive the metrics of an evaluation on the held-out rows; their names start with `eval_`."""
+        """Receive the metrics of an evaluation on the held-out rows; their names start with `eval_`.
+
+        The first one is that of the model before training, at step 0, unless `training.eval_at_start` is false.
+        """
         return None
 
     def on_save(self, step: int, path: Path) -> bool | None:
@@ -50,6 +53,9 @@ class CallbackLogger(Logger):
             self._each(lambda callback: callback.on_log(step, trained))
         if held_out:
             self._each(lambda callback: callback.on_evaluate(step, held_out))
+
+    def log_initial(self, metrics: Mapping[str, float]) -> None:
+        self._each(lambda callback: callback.on_evaluate(0, metrics))
 
     def saved(self, step: int, path: Path) -> None:
         self._each(lambda callback: callback.on_save(step, path))

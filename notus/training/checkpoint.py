@@ -46,8 +46,8 @@ class Progress:
         grad_norm, learning_rate: of the last step.
         window_sums: metric sums since the last line of metrics, by rank.
         window_steps, window_seconds: how many steps these are, and their seconds.
-        identity: digests of what the run learns from and starts from, by the config key that names it; and the names
-            of the reference caches.
+        identity: digests of what the run learns from and starts from, by the config key that names it; the names of
+            the reference caches, and the digests of their log-probs.
         trackers: ids of the run at its trackers, by their names.
         task: what the task has learned beside the weights, by its own names.
         total_steps: of the run as it was when this was written; 0: not known. `training.extend` raises it.
@@ -200,6 +200,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
     if not whole:
         raise DamagedCheckpointError(f"{file} is damaged: its content does not match its digest")
+    _check_keys(file, state)
     if state["format"] in (_FORMAT_0_1, _FORMAT_0_3):
         sums = state["progress"]["window_sums"]
         state["progress"]["window_sums"] = [_current_sums(each, state["format"]) for each in sums]
@@ -209,6 +210,35 @@ def _read_state(path: Path) -> dict[str, Any]:
             "began it, or set training.resume=never to start over"
         )
     return state
+
+
+# Beside these, fields of `Progress` have been added since version 0.1; a checkpoint without them has their defaults.
+_ALWAYS = {
+    "step", "num_tokens", "logged", "recorded", "grad_norm", "learning_rate", "window_sums", "window_steps",
+    "window_seconds", "identity", "trackers",
+}  # fmt: skip
+
+
+def _check_keys(file: Path, state: dict[str, Any]) -> None:
+    """Raise ValueError if a whole `state.json` has other keys than this version writes.
+
+    That is no reason to fall back to an older checkpoint: the digest shows that some version wrote exactly this, and a
+    key that is passed over could change what the run computes.
+    """
+    always, known = {"format", "optimizer", "progress", "files"}, {field.name for field in dataclasses.fields(Progress)}
+    progress = state.get("progress")
+    within = set(progress) if isinstance(progress, dict) else set()
+    missing = (always - set(state)) | {f"progress.{name}" for name in _ALWAYS - within}
+    unknown = (set(state) - always - {"optimizer_dtype"}) | {f"progress.{name}" for name in within - known}
+    if state.get("format") not in (_FORMAT_0_1, _FORMAT_0_3, _FORMAT_0_5, _FORMAT):
+        missing, unknown = missing & {"format"}, set()  # that it has another format says more
+    found = [f"{what} {', '.join(sorted(keys))}" for what, keys in (("lacks", missing), ("has", unknown)) if keys]
+    if found:
+        raise ValueError(
+            f"{file} {' and '.join(found)}: another version wrote it, or it was edited. Resume with the version that "
+            "began the run, move this checkpoint away to resume from the one before, or set training.resume=never to "
+            "start over"
+        )
 
 
 def _current_sums(sums: list[float], written: int) -> list[float]:
@@ -249,6 +279,28 @@ def _problems(path: Path, expected: dict[str, Any]) -> list[str]:
     return [] if digest.hexdigest() == expected["sha256"] else [f"{path} does not match its digest"]
 
 
+CONTENT = " (content)"  # ends the name in `Progress.identity` of the digest of a reference cache's log-probs
+
+
+def recorded_content(checkpoints: Sequence[Path], name: str, cache: str) -> str | None:
+    """The digest of the log-probs that a run learned from so far; collective.
+
+    Args:
+        checkpoints: of the run, the newest first.
+        name: of the cache in `Progress.identity`.
+        cache: the cache's own name, which stands for all that decides its log-probs.
+
+    Returns:
+        None if there is no whole checkpoint, it was made with another cache, or by a version that did not record it.
+    """
+
+    def find() -> str | None:
+        identity = next((found for path in checkpoints if (found := read_identity(path))), {})
+        return identity.get(name + CONTENT) if identity.get(name) == cache else None
+
+    return on_main(find)
+
+
 # Contents that a run cannot change when it is resumed.
 _BOUND = {
     "data.train", "data.train (ratings)", "data.train (labels)", "data.eval", "data.eval (ratings)",
@@ -259,14 +311,15 @@ _BOUND = {
 def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Compare the digests in the checkpoint `path` with those of this launch.
 
-    Ratings and labels that the checkpoint does not name were not learned from so far, so they may be any.
+    Ratings and labels that the checkpoint does not name were not learned from so far, so they may be any. The content
+    of a reference cache is compared where the cache is read; see `recorded_content`.
 
     Raises:
         ValueError: the data or the starting model are others.
     """
     changed = [key for key in now if before.get(key) != now[key]]
     for key in changed:
-        if key.endswith(("(ratings)", "(labels)")) and key not in before:
+        if key.endswith(CONTENT) or (key.endswith(("(ratings)", "(labels)")) and key not in before):
             continue
         if key in _BOUND:
             raise ValueError(

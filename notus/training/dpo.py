@@ -19,6 +19,7 @@ from notus.model.policy import Policy
 from notus.model.supported import check_context
 from notus.runtime.distributed import say, sum_across_ranks
 from notus.training.callbacks import COMMAND_LINE, Caller
+from notus.training.checkpoint import CONTENT, recorded_content
 from notus.training.objective import (
     PROBE_BETA,
     Measured,
@@ -28,7 +29,7 @@ from notus.training.objective import (
     objective_of,
     ratings_or_order,
 )
-from notus.training.reference import ReferenceKey, digest_of_rows, reference_logps
+from notus.training.reference import ReferenceKey, content_digest, digest_of_rows, reference_logps
 from notus.training.run_folder import REFERENCE
 from notus.training.scoring import score
 from notus.training.setup import Run, start
@@ -40,6 +41,10 @@ from notus.training.trainer import RowLoss
 # loss by 0.05 * 0.03 * sqrt(tokens) / pairs; five times that is let pass.
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 _BF16_NOISE = 5 * 0.05 * 0.03
+_DISAGREE = (
+    "policy and reference log-probs disagree before training. Delete the reference cache; if it happens again, the "
+    "attention kernel or the precision differs between the two passes"
+)
 
 
 @dataclasses.dataclass
@@ -99,6 +104,8 @@ class DPOTask:
     """The preference loss on packed rows, against cached reference log-probs if it has a reference."""
 
     _start_checked = False
+    _begun = False  # whether this launch has begun a step
+    _first_ratios: Tensor | None = None  # during its first step: `_log_ratio_sums` so far, on the device
     _mismatched_mean: Tensor | None = None  # mean log-ratio of the last mismatched completions, in nats, on the device
 
     def __init__(
@@ -127,6 +134,9 @@ class DPOTask:
 
     def begin_step(self, policy: Policy, step_indices: np.ndarray) -> None:
         """Find what a loss of labels subtracts from all of the step's rows alike; collective."""
+        watch = self._objective.reference and not (self._begun or self._start_checked)
+        self._first_ratios = torch.zeros((), dtype=torch.float64, device=self._device) if watch else None
+        self._begun = True
         self._shifts = self._shifts_of(policy, self._train, step_indices)
 
     def _shifts_of(
@@ -170,6 +180,8 @@ class DPOTask:
             shifts=self._shifts,
         )
         outcome = self._objective(rows, self._train.totals(step_indices))
+        if self._first_ratios is not None:
+            self._first_ratios = self._first_ratios + _log_ratio_sums(rows)
         if self._log_ratios is not None:
             assert batch.reference is not None
             self._log_ratios.add((rows.policy.logps.detach() - batch.reference)[:, 0], batch.weights)
@@ -198,7 +210,8 @@ class DPOTask:
     def check_first_step(self, sums: list[float]) -> None:
         """Policy and reference are one model at step 0, so the sigmoid loss is ln 2, whichever loss is trained.
 
-        The log-ratios of mismatched completions must be 0 to the same accuracy.
+        The log-ratios of mismatched completions must be 0 to the same accuracy, and so must those of the chosen, of the
+        rejected and of each further completion, because a shift that they share cancels in the loss. Collective.
 
         Raises:
             ValueError: it is not.
@@ -219,9 +232,40 @@ class DPOTask:
         if not abs(found - math.log(2)) <= tolerance:
             raise ValueError(
                 f"at step 0 the sigmoid loss is {found:.6f}, not ln 2 = {math.log(2):.6f} (tolerance {tolerance:g}): "
-                "policy and reference log-probs disagree before training. Delete the reference cache; if it happens "
-                "again, the attention kernel or the precision differs between the two passes"
+                f"{_DISAGREE}"
             )
+        if self._first_ratios is not None:
+            self._check_log_ratios(sum_across_ranks(self._first_ratios).tolist())
+            self._first_ratios = None
+
+    def _check_log_ratios(self, sums: list[float]) -> None:
+        """Raise ValueError if a completion's mean log-ratio over the first step is not 0; `sums`: `_log_ratio_sums`."""
+        lengths = self._train.rows.loss_tokens[self.plan.indices(0)]
+        if self._objective.public:  # the first parts are as long as the shorter completion
+            lengths = np.concatenate([lengths, lengths.min(axis=1, keepdims=True).repeat(2, axis=1)], axis=1)
+        columns = zip(sums, lengths.sum(axis=0).tolist(), (lengths > 0).sum(axis=0).tolist(), strict=True)
+        for column, (total, tokens, count) in enumerate(columns):
+            if not count:
+                continue
+            # as for the loss, which a nat moves by half of its β
+            tolerance = FIRST_LOSS_TOLERANCE[self._precision]
+            if self._precision == "bf16":
+                tolerance = max(tolerance, _BF16_NOISE * math.sqrt(tokens) / count)
+            tolerance /= 0.5 * PROBE_BETA
+            if not abs(total / count) <= tolerance:
+                raise ValueError(
+                    f"at step 0 the mean log-ratio of {self._column_name(column)} is {total / count:.6f} nats, not 0 "
+                    f"(tolerance {tolerance:.3g}): {_DISAGREE}"
+                )
+
+    def _column_name(self, column: int) -> str:
+        branches = self._train.rows.num_branches
+        if branches == 1:
+            return "the completions"
+        if branches > 2:
+            return f"completion {column + 1} of the lists"
+        part = "completions" if column < branches else "completions' first parts"
+        return f"the {('chosen', 'rejected')[column % 2]} {part}"
 
     def check_start(self, policy: Policy) -> None:
         """Make the check of `check_first_step` now, by a pass without dropout; collective.
@@ -229,7 +273,10 @@ class DPOTask:
         Dropout changes what a trained adapter adds: the loss of the first step itself is not ln 2 then.
         """
         if self._objective.reference:
-            self.check_first_step(self._sums_of(policy, self._train, self.plan.indices(0)))
+            indices = self.plan.indices(0)
+            measured, shifts = self._measured(policy, self._train, indices)
+            self.check_first_step(self._sums(self._train, indices, measured, shifts))
+            self._check_log_ratios(_log_ratio_sums(self._train.scored(indices, measured, {})).tolist())
         self._start_checked = True
 
     def evaluate(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
@@ -261,9 +308,14 @@ class DPOTask:
         self, policy: Policy, data: Preferences, indices: np.ndarray, on_row: Callable[[], None] | None = None
     ) -> list[float]:
         """The metric sums of some rows, by a pass without dropout; collective."""
+        return self._sums(data, indices, *self._measured(policy, data, indices, on_row))
+
+    def _measured(
+        self, policy: Policy, data: Preferences, indices: np.ndarray, on_row: Callable[[], None] | None = None
+    ) -> tuple[Measured, dict[Shift, Tensor]]:
+        """What a pass without dropout says of some rows, and what their losses subtract, on the host; collective."""
         measured = self._objective.read_table(self._score(policy, data.rows, indices, on_row), data.rows.num_branches)
-        shifts = {kind: shift.cpu() for kind, shift in self._shifts_of(policy, data, indices, on_row).items()}
-        return self._sums(data, indices, measured, shifts)
+        return measured, {kind: shift.cpu() for kind, shift in self._shifts_of(policy, data, indices, on_row).items()}
 
     def _sums(
         self, data: Preferences, indices: np.ndarray, measured: Measured, shifts: Mapping[Shift, Tensor]
@@ -294,6 +346,18 @@ class DPOTask:
             width=self._objective.table_width(rows.num_branches),
             to_host=to_host,
         )
+
+
+def _log_ratio_sums(rows: Scored) -> Tensor:
+    """Sums over rows of log(policy / reference), fp64 [K] on their device; with LD-DPO 2 more, of the first parts.
+
+    A list with fewer than K completions adds 0 beyond them; fillers weigh nothing.
+    """
+    assert rows.reference is not None
+    ratios = (rows.policy.logps.detach() - rows.reference).masked_fill(rows.lengths == 0, 0.0)
+    if rows.policy.public is not None and rows.public_reference is not None:
+        ratios = torch.cat([ratios, rows.policy.public.detach() - rows.public_reference], dim=1)
+    return rows.weights.double() @ ratios.double()
 
 
 class LogRatioMean:
@@ -411,6 +475,26 @@ def _preferences(job: Run, config: Config, name: str, rows: TokenizedDataset) ->
     return found
 
 
+def _check_content(job: Run, name: str, cache: str, logps: Tensor, folder: Path | None) -> None:
+    """Record which log-probs the run learns from; `folder`: where they were read, None if they were computed now.
+
+    Raises:
+        ValueError: the checkpoint was made with other log-probs of the same name: somebody or something has changed
+            the file since then, and its own digest with it. If they were computed again (on another device, say), they
+            may differ by rounding, which is only logged.
+    """
+    found, before = content_digest(logps), recorded_content(job.checkpoints, name, cache)
+    if before not in (None, found):
+        if folder is not None:
+            path = folder / f"{cache}.safetensors"
+            raise ValueError(
+                f"the reference cache {path} does not hold the log-probs that this run has learned from so far: delete "
+                "it to compute them again, or set reference.cache_dir to a folder of this run's own"
+            )
+        say(f"note: {name} was computed again, and is not bit for bit that of the launch before")
+    job.identity[name], job.identity[name + CONTENT] = cache, found
+
+
 def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Tensor:
     """The reference's log-probs, fp32 [n, K], from the cache or by a pass of the untrained policy.
 
@@ -447,7 +531,7 @@ def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset)
         raise ValueError(
             f"the reference cache cannot be kept in {folder} ({error}): set reference.cache_dir"
         ) from error
-    job.identity[f"reference.{name}"] = key.name
+    _check_content(job, f"reference.{name}", key.name, logps, folder if read else None)
     done = "read from" if read else "computed, and saved to"
     say(f"reference log-probs of {name}: {len(rows)} rows {done} {folder / key.name}.safetensors")
     return logps

@@ -22,6 +22,7 @@ continues to the bit, and replicas of a shard stay equal. States in int8 are rou
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -81,7 +82,7 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
             scale: fp32 scalar that the gradients are multiplied with first; None: 1. They are left as they are.
         """
         assert closure is None
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters:
                 if not self.state[parameter]:
@@ -91,13 +92,14 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
             if plain and self.state_dtype == torch.float32 and self.kernel and self.kernel.usable(_local(plain[0])):
                 self._in_one_pass(plain, group, scale)
             elif plain:
-                self._in_pieces(plain, group, scale)
-            if len(plain) < len(parameters):
-                self._in_blocks([each for each in parameters if self.in_int8(each)], group, scale)
+                self._in_pieces(plain, group, scale, self._noise(plain[0], number))
+            if blocks := [each for each in parameters if self.in_int8(each)]:
+                self._in_blocks(blocks, group, scale, self._noise(blocks[0], number))
 
-    def _in_pieces(self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None) -> None:
+    def _in_pieces(
+        self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None, noise: torch.Generator
+    ) -> None:
         """Update parameters whose averages are numbers, in fp32 or bf16."""
-        noise = self._noise(parameters[0])
         for chunk in self._chunks(parameters):
             values, gradients, averages = (list(column) for column in zip(*chunk, strict=True))
             if scale is not None:
@@ -113,9 +115,10 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
                         place.copy_(round_at_random(average, noise))
                 del average, column  # or the last of them would stay through the next piece
 
-    def _in_blocks(self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None) -> None:
+    def _in_blocks(
+        self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None, noise: torch.Generator
+    ) -> None:
         """Update parameters whose averages are codes and scales. The first is that of the gradients, with a sign."""
-        noise = self._noise(parameters[0])
         for parameter in parameters:
             for value, gradient, stored in self._row_pieces(parameter):
                 if scale is not None:
@@ -160,7 +163,7 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _in_one_pass(self, parameters: list[nn.Parameter], group: Any, scale: Tensor | None) -> None:
-        """Update by the kernel. Numbers that change from step to step are tensors, so that it is compiled once."""
+        """Update by the kernel. Numbers that change are tensors, so that it is compiled once."""
         device = _local(parameters[0]).device
         numbers = [torch.full((), value, device=device) for value in self.numbers(group, self.state[parameters[0]])]
         factor = torch.ones((), device=device) if scale is None else scale
@@ -171,8 +174,8 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
             self.kernel(*map(_lines, self._flat(parameter)), factor, *numbers, *self.constants(group))
 
     def numbers(self, group: Any, state: dict[str, Tensor]) -> list[float]:
-        """What changes from step to step, for the kernel."""
-        return [group["lr"]]
+        """What changes from step to step or from group to group, for the kernel."""
+        return [group["lr"], group["weight_decay"]]
 
     def constants(self, group: Any) -> list[float]:
         """What stays, for the kernel."""
@@ -201,13 +204,14 @@ class PiecewiseOptimizer(torch.optim.Optimizer):
         if chunk:
             yield chunk
 
-    def _noise(self, parameter: nn.Parameter) -> torch.Generator:
+    def _noise(self, parameter: nn.Parameter, group: int) -> torch.Generator:
+        """The random bits of a group's update, others than those of the groups before it."""
         shard = 0
         if isinstance(parameter, DTensor):
             dims = [dim for dim, kind in enumerate(parameter.placements) if kind.is_shard()]
             shard = sum(parameter.device_mesh.get_local_rank(dim) for dim in dims)
         step = int(self.state[parameter]["step"].item())
-        return torch.Generator(_local(parameter).device).manual_seed((step << 20) + shard)
+        return torch.Generator(_local(parameter).device).manual_seed((step << 20) + (group << 18) + shard)
 
 
 def _rmsprop(
@@ -216,9 +220,9 @@ def _rmsprop(
     square: Tensor,
     scale: Tensor,
     rate: Tensor,
+    decay: Tensor,
     alpha: float,
     epsilon: float,
-    decay: float,
 ) -> None:
     """`RMSprop.update` in one pass."""
     scaled = gradient * scale + decay * value
@@ -232,7 +236,7 @@ class RMSprop(PiecewiseOptimizer, torch.optim.RMSprop):
     moments = ("square_avg",)
     kernel = Kernel(_rmsprop, plain=None, switch="fused_optimizer", varying=0)
 
-    def __init__(self, parameters: list[nn.Parameter], *, state_dtype: str = "fp32", **options: Any) -> None:
+    def __init__(self, parameters: Any, *, state_dtype: str = "fp32", **options: Any) -> None:
         super().__init__(parameters, **options)
         assert state_dtype != "int8"  # the config refuses it
         self.state_dtype = STATE_DTYPES[state_dtype]
@@ -251,8 +255,8 @@ class RMSprop(PiecewiseOptimizer, torch.optim.RMSprop):
         torch._foreach_addcdiv_(values, gradients, denominators, value=-group["lr"])
 
     def constants(self, group: Any) -> list[float]:
-        """α, ε and the weight decay."""
-        return [group["alpha"], group["eps"], group["weight_decay"]]
+        """α and ε."""
+        return [group["alpha"], group["eps"]]
 
 
 def _adamw(
@@ -262,12 +266,12 @@ def _adamw(
     square: Tensor,
     scale: Tensor,
     rate: Tensor,
+    decay: Tensor,
     correction1: Tensor,
     correction2: Tensor,
     beta1: float,
     beta2: float,
     epsilon: float,
-    decay: float,
 ) -> None:
     """`AdamW.update` in one pass; the corrections are 1 - β₁ᵗ and √(1 - β₂ᵗ)."""
     scaled = gradient * scale
@@ -283,7 +287,7 @@ class AdamW(PiecewiseOptimizer, torch.optim.AdamW):
     moments = ("exp_avg", "exp_avg_sq")
     kernel = Kernel(_adamw, plain=None, switch="fused_optimizer", varying=0)
 
-    def __init__(self, parameters: list[nn.Parameter], *, state_dtype: str = "fp32", **options: Any) -> None:
+    def __init__(self, parameters: Any, *, state_dtype: str = "fp32", **options: Any) -> None:
         super().__init__(parameters, **options)
         self.state_dtype = STATE_DTYPES[state_dtype]
 
@@ -312,13 +316,13 @@ class AdamW(PiecewiseOptimizer, torch.optim.AdamW):
         )
 
     def numbers(self, group: Any, state: dict[str, Tensor]) -> list[float]:
-        """The learning rate and the bias corrections."""
+        """The learning rate, the weight decay and the bias corrections."""
         step, (beta1, beta2) = int(state["step"].item()), group["betas"]
-        return [group["lr"], 1 - beta1**step, math.sqrt(1 - beta2**step)]
+        return [group["lr"], group["weight_decay"], 1 - beta1**step, math.sqrt(1 - beta2**step)]
 
     def constants(self, group: Any) -> list[float]:
-        """β₁, β₂, ε and the weight decay."""
-        return [*group["betas"], group["eps"], group["weight_decay"]]
+        """β₁, β₂ and ε."""
+        return [*group["betas"], group["eps"]]
 
 
 def check_update(optimizer: PiecewiseOptimizer, gather: kernels.Gather) -> list[str]:
@@ -415,15 +419,55 @@ def build_optimizer(
     name: str,
     learning_rate: float,
     weight_decay: float,
+    undecayed: Iterable[nn.Parameter] = (),
     state_dtype: str = "fp32",
 ) -> PiecewiseOptimizer:
-    """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters; see `optimizers`."""
+    """RMSprop (α 0.99) or AdamW (β 0.9, 0.999), ε 1e-8, over the trainable parameters; see `optimizers`.
+
+    Args:
+        parameters: of the model; frozen ones are left out.
+        name: "rmsprop" or "adamw".
+        learning_rate: that of the first step, unless `set_learning_rate` changes it.
+        weight_decay: of all but `undecayed`, which have none.
+        undecayed: see `without_decay`.
+        state_dtype: "fp32", "bf16" or "int8".
+    """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    free = {id(parameter) for parameter in undecayed} if weight_decay else set()
+    decayed, rest = ([each for each in trainable if (id(each) in free) == wanted] for wanted in (False, True))
+    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed or not rest else []
+    groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
     kind = RMSprop if name == "rmsprop" else AdamW
-    optimizer = kind(trainable, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = kind(groups, state_dtype=state_dtype, lr=learning_rate, weight_decay=weight_decay)
     for problem in check_update(optimizer, gather_objects):
         say(f"warning: {problem}")
     return optimizer
+
+
+# What transformers' Trainer takes for a normalisation layer by its name; it also takes each `nn.LayerNorm` for one.
+_NORM = re.compile(r"layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def without_decay(model: nn.Module, words: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters that get no weight decay, by the word that excludes them.
+
+    A word excludes the parameters whose name contains it, in any case. "norm" excludes normalisation layers instead, so
+    that a name such as `normalizer` is not meant. With "bias" and "norm", these are the parameters that transformers'
+    Trainer leaves out (5.17 to 5.23, `get_decay_parameter_names`). A tied parameter goes by its first name, as there.
+    """
+    layer_norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm)
+        for parameter in module.parameters()
+    }
+    found: dict[str, list[nn.Parameter]] = {word: [] for word in words}
+    for name, parameter in model.named_parameters():
+        for word, parameters in found.items():
+            is_norm = word == "norm" and (_NORM.search(name.lower()) or id(parameter) in layer_norms)
+            if is_norm or (word != "norm" and word.lower() in name.lower()):
+                parameters.append(parameter)
+    return found
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from notus.data.dataset import TokenizedDataset
 from notus.model.export import write_tensors
 from notus.runtime.distributed import on_main
-from notus.runtime.files import replacing
+from notus.runtime.files import check_regular, replacing
 from notus.runtime.process import tell
 
 FORMAT = 4  # another one for every change of how log-probs round
@@ -104,6 +104,11 @@ def reference_logps(
     # another run may be filling the same cache; it writes its parts again
     on_main(lambda: shutil.rmtree(parts, ignore_errors=True))
     return logps, False
+
+
+def content_digest(logps: Tensor) -> str:
+    """A digest of log-probs as `reference_logps` returns them."""
+    return _digest({"logps": logps.contiguous()})
 
 
 def stored_logps(paths: Sequence[Path], digests: np.ndarray, num_branches: int) -> Tensor | None:
@@ -196,7 +201,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file that `_write` wrote. ValueError if it is not as it was written."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(check_regular(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from notus.config import Config, TrainingConfig, loss_name
@@ -50,7 +51,7 @@ from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.objective import check_ratings, objective_of
-from notus.training.optimizers import PiecewiseOptimizer, build_optimizer
+from notus.training.optimizers import PiecewiseOptimizer, build_optimizer, without_decay
 from notus.training.parallelize import (
     COMPUTE_DTYPES,
     build_policy,
@@ -161,6 +162,7 @@ class Run:
             name=training.optimizer,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
+            undecayed=self._undecayed(),
             state_dtype=training.optimizer_dtype,
         )
         progress = self._progress(optimizer)
@@ -229,6 +231,20 @@ class Run:
             f"{key} ({name})": hashlib.sha256(b"" if column is None else column.tobytes()).hexdigest()
             for name, column in columns.items()
         }
+
+    def _undecayed(self) -> list[nn.Parameter]:
+        """The trained parameters without weight decay. Raises ValueError for a word that excludes none of them."""
+        training = self.config.training
+        if not training.weight_decay:
+            return []
+        found = without_decay(self.policy, training.weight_decay_exclude)
+        usual = TrainingConfig(output_dir="-").weight_decay_exclude  # Llama, say, has no biases
+        for word, parameters in found.items():
+            if word not in usual and not any(each.requires_grad for each in parameters):
+                raise ValueError(
+                    f"training.weight_decay_exclude: no trained parameter has {word!r} in its name: remove it"
+                )
+        return [parameter for parameters in found.values() for parameter in parameters]
 
     def _progress(self, optimizer: PiecewiseOptimizer) -> Progress:
         """Load the newest whole checkpoint, if there is one, into the policy and the optimizer; else start at 0."""

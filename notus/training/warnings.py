@@ -26,7 +26,8 @@ def plain_text_notice(
         )
     return (
         f"note: {counts}, for which the chat template is not used. The model learns to continue text, and `notus "
-        "generate` and the evaluation suites give it string prompts as they are. For a chat model, give messages"
+        "generate` and the evaluation suites give it string prompts as they are. For a chat model, give messages, or "
+        "set data.columns to {prompt: instruction}, which makes chat turns of strings"
     )
 
 

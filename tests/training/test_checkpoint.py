@@ -208,6 +208,53 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, device: torch.device) 
         load_checkpoint(path, parameters, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state["progress"].update(momentum=1.0), r"state\.json has progress\.momentum: another version"),
+        (lambda state: state["progress"].pop("step"), r"state\.json lacks progress\.step: another version"),
+        (lambda state: state["progress"].pop("identity"), r"lacks progress\.identity"),
+        (lambda state: state.update(shards=2), "has shards"),
+        (lambda state: state.pop("files"), "lacks files"),
+        (lambda state: state.pop("optimizer"), "lacks optimizer"),
+        (lambda state: state.pop("format"), "lacks format"),
+        (lambda state: state.pop("progress"), r"lacks progress, progress\."),
+        (lambda state: state.update(progress=[]), r"lacks progress\."),
+    ],
+)
+def test_a_checkpoint_with_other_keys_is_of_another_version(
+    change: Callable[[dict[str, Any]], None], told: str, tmp_path: Path, device: torch.device
+) -> None:
+    """Not damaged, by its digest: so it is neither renamed nor passed over, and says what to do in one line."""
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    path = save_checkpoint(tmp_path, Progress(1), parameters, optimizer)
+    _rewritten(path, change)
+    for read in (
+        lambda: load_checkpoint(path, parameters, optimizer),
+        lambda: checkpoint.read_identity(path),
+        lambda: checkpoint.load_newest([path], tmp_path, parameters, optimizer),
+    ):
+        with pytest.raises(ValueError, match=told) as raised:
+            read()
+        assert not isinstance(raised.value, DamagedCheckpointError)
+        assert "\n" not in str(raised.value)
+        assert "training.resume=never" in str(raised.value)
+    assert path.is_dir()
+
+
+def test_a_checkpoint_without_what_was_added_later_is_read(tmp_path: Path, device: torch.device) -> None:
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    path = save_checkpoint(tmp_path, Progress(1, num_tokens=7), parameters, optimizer)
+
+    def change(state: dict[str, Any]) -> None:
+        del state["optimizer_dtype"]
+        for name in ("task", "total_steps", "best_step", "best_value", "evaluations_since_best"):
+            del state["progress"][name]
+
+    _rewritten(path, change)
+    assert load_checkpoint(path, parameters, optimizer) == Progress(1, num_tokens=7)
+
+
 def _rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a checkpoint's state as another version would have written it, digest and all."""
     state = json.loads((path / "state.json").read_text())

@@ -1,5 +1,6 @@
 """An interrupted and resumed run is an undisturbed one, bit by bit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from toys import toy_model_folder
 
 from notus.config import config_from_dict
 from notus.runtime.process import STOPPED
-from notus.training import dpo, sft
+from notus.training import checkpoint, dpo, reference, sft
 
 EVERY = {"training__save_every": 3, "training__log_every": 4, "training__epochs": 2, "training__eval_every": 5,
          "data__eval_size": 5}  # fmt: skip
@@ -97,6 +98,42 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     told = capsys.readouterr().out
     assert "this checkpoint is now damaged-step-00000008" in told
     assert f"resuming from {checkpoints / 'step-00000006'} (step 6 of 8)" in told
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_reference_cache_that_was_altered_with_its_digest_is_refused(
+    tmp_path: Path,
+    model_folder: Path,
+    pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dpo.run(config("dpo", tmp_path / "whole", model_folder, pairs_file, **EVERY))
+    cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **EVERY)
+    with monkeypatch.context() as patch:
+        at_call(patch, dpo.DPOTask, "row_loss", 8, terminate)
+        assert dpo.run(cut) == STOPPED
+    caches = sorted((tmp_path / "cut" / "reference").glob("*.safetensors"))
+    assert len(caches) == 2  # of training and held-out rows
+    for cache in caches:
+        right = cache.read_bytes()
+        tensors, metadata = reference._open(cache)
+        reference._write(cache, {**tensors, "logps": tensors["logps"] + 1.0}, metadata)
+        with pytest.raises(ValueError, match=rf"{cache} does not hold the log-probs that this run .*: delete it"):
+            dpo.run(cut)
+        cache.write_bytes(right)
+    caches[0].unlink()  # computed again: on a CPU bit for bit
+    capsys.readouterr()
+    # a run of an earlier version did not record what the cache held
+    for path in (tmp_path / "cut" / "checkpoints").glob("step-*"):
+        state = json.loads((path / "state.json").read_text())
+        del state["digest"]
+        identity = state["progress"]["identity"]
+        assert sum(name.endswith(" (content)") for name in identity) == 2
+        state["progress"]["identity"] = {key: each for key, each in identity.items() if "content" not in key}
+        (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest_of(state)}))
+    assert dpo.run(cut) == 0
+    assert "warning" not in capsys.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 

@@ -4,8 +4,10 @@ import json
 import math
 from dataclasses import astuple, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -205,6 +207,58 @@ def test_a_reference_of_another_computation_stops_the_run_at_step_0(
     # the log-ratio of the rejected is 0.5: softplus(0.1 * 0.5) = 0.718460
     with pytest.raises(ValueError, match=r"at step 0 the sigmoid loss is 0\.718\d+, not ln 2"):
         dpo.run(settings)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shift", "told"),
+    [
+        ({}, [0.5, 0.5], "the chosen completions is -0.500"),
+        ({"dpo__ld_alpha": 0.5}, [0, 0, 0.5, 0.5], "the chosen completions' first parts is -0.500"),
+        ({"lora__rank": 2, "lora__dropout": 0.3}, [-0.5, -0.5], "the chosen completions is 0.500"),
+        ({"dpo__loss_type": "plackett_luce"}, [0, 0.5, 0], "completion 2 of the lists is -0.500"),
+        ({"dpo__loss_type": "bco"}, [0.125], "the completions is -0.125"),
+    ],
+    ids=["pairs", "ld-dpo", "lora", "lists", "labels"],
+)
+def test_a_shift_that_cancels_in_the_loss_stops_the_run_at_step_0(
+    loss: dict[str, Any], shift: list[float], told: str, tmp_path: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rows = {
+        # as many are good as are bad: to first order, the shift cancels
+        1: [{"prompt": f"sea {n}", "completion": " fox", "label": n % 2 == 0} for n in range(4)],
+        3: [{"prompt": "sea", "completions": [" fox", " dog", " poem"], "ratings": [3, 2, 1]}] * 4,
+    }.get(len(shift), [{"prompt": "sea", "chosen": " fox", "rejected": " dog jumps"}] * 4)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config("dpo", tmp_path / "run", model_folder, tmp_path / "rows.jsonl", **loss)
+    with monkeypatch.context() as patch:
+        inner = dpo.score
+
+        def shifted(*args: Any, **named: Any) -> torch.Tensor:
+            found = inner(*args, **named)
+            return found + torch.tensor(shift)[: found.shape[1]] * (found != 0)
+
+        patch.setattr(dpo, "score", shifted)
+        dpo.fill_reference(settings)
+    with pytest.raises(ValueError, match=rf"at step 0 the mean log-ratio of {told}\d* nats, not 0 \(tolerance 0.002\)"):
+        dpo.run(settings)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_tolerance_of_a_log_ratio_follows_the_noise_of_bf16() -> None:
+    task = object.__new__(dpo.DPOTask)
+    task._precision, task._objective = "bf16", PairObjective(DPOConfig())
+    lengths = np.tile([[100, 400]], (4, 1))
+    task._train = SimpleNamespace(rows=SimpleNamespace(loss_tokens=lengths, num_branches=2))
+    task.plan = SimpleNamespace(indices=lambda step: np.arange(4))
+    # of 4 x 100 tokens the mean is within 5 * 0.03 * sqrt(400) / 4 = 0.75, of 4 x 400 within 1.5; sums are 4 times that
+    task._check_log_ratios([4 * 0.74, -4 * 1.49])
+    with pytest.raises(ValueError, match=r"the chosen completions is 0\.76.*tolerance 0\.75"):
+        task._check_log_ratios([4 * 0.76, 0.0])
+    with pytest.raises(ValueError, match=r"the rejected completions is -1\.51.*tolerance 1\.5\)"):
+        task._check_log_ratios([0.0, -4 * 1.51])
+    with pytest.raises(ValueError, match="nan nats"):
+        task._check_log_ratios([math.nan, 0.0])
 
 
 def test_the_tolerance_at_step_0_follows_the_noise_of_bf16() -> None:

@@ -3,12 +3,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import FAMILIES, make_family
 from torch import nn
+from toys import Root
 
 from notus.runtime import switches
 from notus.training import optimizers
 from notus.training.gradient_clipping import clipped_update
-from notus.training.optimizers import build_optimizer, learning_rate_factor, round_at_random
+from notus.training.optimizers import build_optimizer, learning_rate_factor, round_at_random, without_decay
 
 
 def _parameters() -> list[nn.Parameter]:
@@ -221,3 +223,90 @@ def test_parameters_of_any_size_are_two_graphs(kernels_on_cpu: None) -> None:
         optimizer.param_groups[0]["lr"] = rate
         _train(optimizer, parameters, 1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen2", "qwen3", "gemma2", "olmo2", "gpt2", "opt", "phi", "mamba", "mixtral", "nemotron", "falcon"],
+)
+def test_without_decay_is_what_transformers_trainer_leaves_out(family: str) -> None:
+    from transformers.trainer import Trainer
+
+    name = next(each for each in FAMILIES if each.split("/")[0] == family)
+    model = make_family(name)
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    theirs = {each for each, _ in model.named_parameters() if each not in decayed}
+    found = without_decay(Root(model), ["bias", "norm"])
+    excluded = {id(parameter) for parameters in found.values() for parameter in parameters}
+    assert {each for each, parameter in model.named_parameters() if id(parameter) in excluded} == theirs
+    assert 0 < len(theirs) < len(list(model.parameters()))
+
+
+def test_words_of_ones_own_are_parts_of_names() -> None:
+    model = make_family("gpt2")
+    found = without_decay(model, ["WTE", "attn.c_proj", "nothing"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(each)] for each in found["WTE"]] == ["transformer.wte.weight"]
+    assert {names[id(each)] for each in found["attn.c_proj"]} == {
+        f"transformer.h.{layer}.attn.c_proj.{kind}" for layer in (0, 1) for kind in ("weight", "bias")
+    }
+    assert found["nothing"] == []
+
+
+@pytest.mark.parametrize("chunk", [3, 10**6])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "kind"), [("rmsprop", torch.optim.RMSprop), ("adamw", torch.optim.AdamW)])
+def test_parameters_without_decay_are_updated_without(
+    name: str, kind: Callable[..., torch.optim.Optimizer], dtype: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(optimizers.CHUNK, "cpu", chunk)
+    ours, theirs = _parameters(), _parameters()
+    optimizer = build_optimizer(
+        ours, name=name, learning_rate=0.01, weight_decay=0.5, undecayed=[ours[0], ours[2]], state_dtype=dtype
+    )
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    _train(optimizer, ours, 5)
+    groups = [{"params": theirs[1::2], "weight_decay": 0.5}, {"params": theirs[::2], "weight_decay": 0.0}]
+    options = {"fused": True} if name == "adamw" else {"foreach": True}
+    _train(kind(groups, lr=0.01, **options), theirs, 5)
+    accuracy = {"rtol": 1e-6, "atol": 1e-7} if dtype == "fp32" else {"rtol": 0.0, "atol": 5e-3}
+    torch.testing.assert_close(_flat(ours), _flat(theirs), **accuracy)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_without_gradients_only_weights_that_decay_move(dtype: str) -> None:
+    """AdamW's averages stay 0: after 3 steps the weights are (1 - 0.1 * 0.5)³ times those before."""
+    parameters = [nn.Parameter(torch.ones(64, 128)) for _ in range(2)]
+    optimizer = build_optimizer(
+        parameters, name="adamw", learning_rate=0.1, weight_decay=0.5, undecayed=parameters[:1], state_dtype=dtype
+    )
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert torch.equal(parameters[0].detach(), torch.ones(64, 128))
+    torch.testing.assert_close(parameters[1].detach(), torch.full((64, 128), 0.95**3))
+
+
+def test_the_kernel_knows_the_groups(kernels_on_cpu: None) -> None:
+    found = []
+    for disabled in ((), ("fused_optimizer",)):
+        for name in ("rmsprop", "adamw"):
+            parameters = _parameters()
+            with switches.disabled(*disabled):
+                optimizer = build_optimizer(
+                    parameters, name=name, learning_rate=0.01, weight_decay=0.5, undecayed=parameters[2:]
+                )
+                _train(optimizer, parameters, 3)
+            found.append(_flat(parameters))
+    for with_kernel, plain in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(with_kernel, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("undecayed", "decays"), [([], [0.1]), ([0, 1, 2, 3], [0.0])])
+def test_a_group_without_parameters_is_left_out(undecayed: list[int], decays: list[float]) -> None:
+    parameters = _parameters()
+    optimizer = build_optimizer(
+        parameters, name="adamw", learning_rate=0.01, weight_decay=0.1, undecayed=[parameters[i] for i in undecayed]
+    )
+    assert [group["weight_decay"] for group in optimizer.param_groups] == decays

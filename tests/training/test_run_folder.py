@@ -83,6 +83,22 @@ def test_another_config_is_refused_by_key(tmp_path: Path) -> None:
         open_folder(_config(tmp_path, dpo__beta=0.2))
 
 
+def test_a_run_from_before_weight_decay_had_exclusions_is_not_continued_with_some(tmp_path: Path) -> None:
+    saved = tmp_path / "run" / "config.yaml"
+    for decay, message in ((0.1, r'weight_decay_exclude \(was \[\], is \["bias", "norm"\]\)'), (0.0, None)):
+        open_folder(_config(tmp_path, training__weight_decay=decay))
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+        saved.write_text(saved.read_text().replace("  weight_decay_exclude:\n  - bias\n  - norm\n", ""))
+        assert "weight_decay_exclude" not in saved.read_text()
+        if message is None:
+            open_folder(_config(tmp_path, training__weight_decay=decay))
+            continue
+        with pytest.raises(ValueError, match=message):
+            open_folder(_config(tmp_path, training__weight_decay=decay))
+        open_folder(_config(tmp_path, training__weight_decay=decay, training__weight_decay_exclude=[]))
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -43,7 +43,10 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path, model_fold
         )
     )  # fmt: skip
     model, tokenizer = (AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    others = [parameter for name, parameter in model.named_parameters() if "norm" not in name]
+    groups = [{"params": others, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 3)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     losses, rates = [], []
