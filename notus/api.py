@@ -42,7 +42,7 @@ from notus.training.checkpoint import checkpoints_in
 from notus.training.inputs import Inputs
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL, is_finished
-from notus.training.tracking import METRICS_FILE
+from notus.training.tracking import INITIAL_FILE, METRICS_FILE, read_initial
 
 if TYPE_CHECKING:
     import datasets
@@ -62,6 +62,7 @@ class Result:
         finished: False if it was stopped early; the same call of `train` resumes it.
         metrics: the lines of `metrics.jsonl`: `step`, `loss`, `rewards/accuracies` and so on. Evaluations are among
             them, as keys that start with `eval_`.
+        evaluations: those on held-out rows: `step` and the keys that start with `eval_`. Step 0 is before training.
         model_path: the final model or adapter, in Hugging Face layout; None while the run is not finished.
         checkpoint: the newest checkpoint; None if there is none.
     """
@@ -70,17 +71,9 @@ class Result:
     config: Config
     finished: bool
     metrics: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
     model_path: Path | None
     checkpoint: Path | None
-
-    @property
-    def evaluations(self) -> list[dict[str, float]]:
-        """The evaluations on held-out rows: `step` and the keys that start with `eval_`."""
-        found = [
-            {name: value for name, value in line.items() if name == "step" or name.startswith("eval_")}
-            for line in self.metrics
-        ]
-        return [line for line in found if len(line) > 1]
 
     def load_model(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -184,14 +177,24 @@ def load_result(folder: str | os.PathLike[str]) -> Result:
     task: Task = "dpo" if isinstance(tree, dict) and "dpo" in tree else "sft"
     finished = is_finished(run)
     checkpoints = checkpoints_in(run / CHECKPOINTS)
+    metrics = _read_lines(run / METRICS_FILE)
     return Result(
         output_dir=run,
         config=load_config(path, task),
         finished=finished,
-        metrics=_read_lines(run / METRICS_FILE),
+        metrics=metrics,
+        evaluations=_evaluations(read_initial(run / INITIAL_FILE), metrics),
         model_path=run / MODEL if finished else None,
         checkpoint=checkpoints[0] if checkpoints else None,
     )
+
+
+def _evaluations(initial: dict[str, float] | None, metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    first = [] if initial is None else [{"step": 0, **initial}]
+    found = [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("eval_")} for line in metrics
+    ]
+    return first + [line for line in found if len(line) > 1]
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:

@@ -852,6 +852,9 @@ def dump_yaml(tree: Any) -> str:
 
 def read_yaml(path: Path) -> Any:
     """Return the value of a YAML file. Raise ValueError if it cannot be read or is not valid."""
+    # a shell's <(command) has a writer; any other FIFO would keep the process waiting for ever
+    if path.exists() and not path.is_file() and not path.is_dir() and path.parts[1:2] not in (("dev",), ("proc",)):
+        raise ValueError(f"{path}: cannot read the config file: it is not a file")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -38,6 +38,7 @@ _NOT_SWEPT = {
     "training.resume": "the sweep resumes its own runs: remove it",
     "reference.cache_dir": "all runs share one cache: give one folder",
 }
+_GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun gives its ranks to save; 30 by default
 _MAX_VALUE, _MAX_NAME = 40, 180
 
 
@@ -430,7 +431,12 @@ class Child:
     def run(self, command: Sequence[str]) -> int:
         """Run a command to its end and return its exit code; if the sweep is killed, the child gets SIGTERM."""
         # In a group of its own, Ctrl-C reaches it once, from here, not a second time from the terminal.
-        self._process = subprocess.Popen(command, process_group=0, preexec_fn=lambda: follow_parent(signal.SIGTERM))
+        self._process = subprocess.Popen(
+            command,
+            env={_GRACE: "600", **os.environ},
+            process_group=0,
+            preexec_fn=lambda: follow_parent(signal.SIGTERM),
+        )
         if self.signal:  # it came while the process was started
             self._process.send_signal(self.signal)
         try:

@@ -84,7 +84,7 @@ def test_rows_in_memory_train_as_the_same_rows_in_a_file(tmp_path: Path, config:
     assert result.output_dir == tmp_path / "run"
     assert result.model_path == tmp_path / "run" / "model"
     steps = [line["step"] for line in result.evaluations]
-    assert steps == [2, 4, 5]
+    assert steps == [0, 2, 4, 5]
     assert all(set(line) > {"eval_loss", "step"} and "loss" not in line for line in result.evaluations)
     assert result.config.training.batch_size == 4
 
@@ -211,7 +211,7 @@ def test_callbacks_hear_of_every_log_evaluation_and_save(tmp_path: Path, config:
     tree = config(training__eval_every=2, training__save_every=2, training__log_every=2, data__eval_size=4)
     result = notus.train(tree, train=rows(20), callbacks=[notes])
     assert notes.logged == [2, 4]
-    assert [step for step, _ in notes.evaluated if step] == [2, 4]
+    assert [step for step, _ in notes.evaluated] == [0, 2, 4]
     assert "eval_rewards/margins" in notes.evaluated[-1][1]
     assert [(step, there) for step, _, there in notes.saved] == [(2, True), (4, True)]
     assert notes.saved[-1][1] == result.checkpoint
@@ -238,8 +238,8 @@ def test_the_process_is_left_as_it_was(config: Any) -> None:
 
     torch.manual_seed(7)
     before, drawn = state(), torch.random.get_rng_state()
-    notus.train(config("one"), train=rows())
-    notus.train(config("two", training__deterministic=True), train=rows())
+    notus.train(config("one", training__max_steps=1), train=rows())
+    notus.train(config("two", training__max_steps=1, training__deterministic=True), train=rows())
     assert state() == before
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
@@ -283,7 +283,7 @@ def test_ctrl_c_before_the_first_step_raises_at_once(tmp_path: Path, config: Any
 
 def test_a_thread_trains(config: Any) -> None:
     found: list[notus.Result] = []
-    thread = threading.Thread(target=lambda: found.append(notus.train(config(), train=rows())))
+    thread = threading.Thread(target=lambda: found.append(notus.train(config(training__max_steps=1), train=rows())))
     thread.start()
     thread.join()
     assert found[0].finished

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -25,18 +23,31 @@ from notus.training.objective import objective_of
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES_AT_START = {"sigmoid": math.log(2), "ipo": 25.0, "hinge": 1.0}
 """What docs/metrics.md gives as the loss of a policy that equals its reference, at β = 0.1."""
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+            page = path.parent / target if target else path
+            assert page.exists(), target
+            assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
 
 
 def test_the_site_links_to_the_repository():
@@ -89,11 +100,11 @@ def test_the_figure_of_losses_is_the_one_that_is_drawn(tmp_path):
     assert (tmp_path / "losses.svg").read_text(encoding="utf-8") == figure, "run: python docs/make_losses.py --figure"
 
 
-def test_the_readme_has_every_loss_beside_those_of_trl():
+def test_the_readme_has_every_loss():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"**{len(LOSSES)} losses**" in readme
-    section = readme.split("\n## Losses\n")[1].split("\n## ")[0]
-    named = [cells[2] for cells in (line.split("|") for line in section.splitlines()) if len(cells) > 3]
+    assert f"DPO and {len(LOSSES) - 1} other losses" in readme
+    table = readme.split("| learns from | `dpo.loss_type` |\n")[1].split("\n\n")[0]
+    named = [line.split("|")[2] for line in table.splitlines()]
     assert sorted(re.findall(r"`(\w+)`", " ".join(named))) == sorted(LOSSES)
 
 
@@ -132,18 +143,22 @@ def test_the_rows_that_the_data_formats_show_are_read():
     assert [readings(json.loads(line), "labels")[0].label for line in labels.splitlines()] == [False, True]
 
 
-@pytest.mark.slow
-def test_the_example_scores_pairs(tmp_path):
+def test_the_example_has_a_usage(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["score_pairs.py"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "examples" / "score_pairs.py"))
+    assert caught.value.code == 2
+    assert "usage: score_pairs.py [-h] POLICY REFERENCE PAIRS" in capsys.readouterr().err
+
+
+def test_the_example_scores_pairs(tmp_path, monkeypatch, capsys):
     model, other = toy_model_folder(tmp_path / "a"), toy_model_folder(tmp_path / "b", seed=1)
     pairs = write_pairs(tmp_path / "pairs.jsonl", 7)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
-    outputs = [
-        subprocess.run(
-            [sys.executable, ROOT / "examples" / "score_pairs.py", policy, model, pairs],
-            env=environment, capture_output=True, text=True, check=True,
-        ).stdout
-        for policy in (model, other)
-    ]  # fmt: skip
+    outputs = []
+    for policy in (model, other):
+        monkeypatch.setattr(sys, "argv", ["score_pairs.py", str(policy), str(model), str(pairs)])
+        runpy.run_path(str(ROOT / "examples" / "score_pairs.py"), run_name="__main__")
+        outputs.append(capsys.readouterr().out)
     assert "7 kept" in outputs[0]
     assert "loss 0.6931  accuracy 0.0%" in outputs[0]  # the policy is the reference: ln 2, and no pair is won
     assert "loss 0.6931" not in outputs[1]

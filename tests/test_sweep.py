@@ -22,6 +22,8 @@ from notus import __main__ as entry
 from notus import sweep
 from notus.config import load_config, save_config
 from notus.runtime.process import STOPPED
+from notus.training import dpo
+from notus.training.scoring import score
 
 BASE = {
     "model": {"name_or_path": "base"},
@@ -310,7 +312,9 @@ def test_a_signal_stops_the_sweep(monkeypatch, capsys, number, code):
 
 def test_a_child_gets_the_signal_and_the_time_to_save(tmp_path):
     code = (
-        "import signal, sys, time, pathlib\nsaved = lambda *_: (time.sleep(0.2), sys.exit(75))\n"
+        "import os, signal, sys, time, pathlib\n"
+        "assert os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] == '600'\n"
+        "saved = lambda *_: (time.sleep(0.2), sys.exit(75))\n"
         "signal.signal(signal.SIGTERM, saved)\npathlib.Path('ready').touch()\ntime.sleep(60)"
     )
 
@@ -373,18 +377,23 @@ def test_the_page_on_sweeps_shows_a_grid_that_is_valid(monkeypatch, capsys):
         assert len(capsys.readouterr().out.splitlines()) == count
 
 
-def test_two_real_runs_compute_the_reference_once(tmp_path, monkeypatch, capsys):
+def test_two_real_runs_compute_the_reference_once(tmp_path, monkeypatch):
     tree = settings(
         tmp_path / "sweep", toy_model_folder(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 8),
         data__eval_size=2, dpo__beta=0.1,
     )  # fmt: skip
     monkeypatch.setattr(sweep.Child, "run", lambda child, command: entry.main(list(command[3:])))
     monkeypatch.setattr(sweep, "_report", lambda runs, output: None)
-    capsys.readouterr()
+    computed, inner = [], dpo._with_reference
+
+    def counted(job: Any, *arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(dpo, "score", lambda *given, **named: computed.append(1) or score(*given, **named))
+            return inner(job, *arguments)
+
+    monkeypatch.setattr(dpo, "_with_reference", counted)
     assert entry.main(["sweep", write_config(tree), "--dpo.beta=0.1,0.5"]) == 0
-    output = capsys.readouterr().out
-    assert output.count("rows written to") == 2  # of training and evaluation, by the first run
-    assert output.count("rows read from") == 2
+    assert len(computed) == 2  # of training and evaluation, by the first run
     assert len(list((tmp_path / "sweep" / "reference").glob("*.safetensors"))) == 2
     first, second = (read_metrics(tmp_path / "sweep" / f"beta-{beta}") for beta in (0.1, 0.5))
     assert first[0]["loss"] == pytest.approx(second[0]["loss"], abs=1e-6)

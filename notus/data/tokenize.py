@@ -40,7 +40,7 @@ from notus.data.formats import (
 )
 from notus.data.mixture import Share, copies, mixed
 from notus.data.sources import Part, Source, is_mixture, open_rows, open_source, parts, read_rows
-from notus.runtime.files import disk_error, sync
+from notus.runtime.files import check_regular, disk_error, sync
 from notus.runtime.process import tell
 
 RowSource: TypeAlias = str | Path | datasets.Dataset | Sequence[Mapping[str, Any]]
@@ -568,9 +568,12 @@ def cached(folder: Path, name: str, make: Callable[[str], object]) -> datasets.D
         OSError: the disk fails; see `disk_error`. An earlier state is untouched.
     """
     final = folder / name
-    if final.is_dir() and not _is_whole(final):
+    if (final.is_dir() and not _is_whole(final)) or (final.is_symlink() and not final.exists()):
         tell(f"warning: the tokenised dataset {final} is damaged: it is made again")
-        shutil.rmtree(final)
+        if final.is_symlink():
+            final.unlink()  # what it points to is somebody else's
+        else:
+            shutil.rmtree(final)
     if not final.is_dir():
         try:
             _publish(final, make)
@@ -608,7 +611,8 @@ def _clear_leftovers(final: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / _DIGESTS).read_text(encoding="utf-8")) == _digests(folder))
+        found = _digests(folder)
+        return bool(found) and bool(json.loads(check_regular(folder / _DIGESTS).read_text(encoding="utf-8")) == found)
     except (OSError, ValueError):
         return False
 
@@ -616,6 +620,6 @@ def _is_whole(folder: Path) -> bool:
 def _digests(folder: Path) -> dict[str, str]:
     found = {}
     for path in folder.glob("*.arrow"):
-        with path.open("rb") as file:
+        with check_regular(path).open("rb") as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from notus.evaluation.read_run import read_run
 from notus.evaluation.formatting import setting
+from notus.evaluation.read_run import read_run
 from notus.evaluation.report.tables import differing_settings
 from notus.training.best_model import HIGHER_IS_BETTER, deciding_metrics
 from notus.training.run_folder import CONFIG_FILE

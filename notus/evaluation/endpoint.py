@@ -15,6 +15,7 @@ import signal
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -100,7 +101,7 @@ class Endpoint:
 
     async def _request(self, messages: Sequence[dict[str, str]]) -> str:
         url = self.base_url.rstrip("/") + "/chat/completions"
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature}
@@ -121,13 +122,28 @@ class Endpoint:
         return self._content(content)
 
     async def _read(self, response: "httpx.Response") -> bytes:
-        """Return the whole body, decompressed; a server that sends too much is not read to the end."""
+        """Return the whole body, decompressed; a server that sends too much is not read to the end.
+
+        httpx would decompress each part whole, and as often as the server says: a few kilobytes can become gigabytes.
+        """
+        too_much = _Transient(f"an answer of more than {MAX_BYTES >> 20} MiB")
         content = bytearray()
-        async for part in response.aiter_bytes():
+        async for part in response.aiter_raw():
             content += part
             if len(content) > MAX_BYTES:
-                raise _Transient(f"an answer of more than {MAX_BYTES >> 20} MiB")
-        return bytes(content)
+                raise too_much
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        if encoding in ("", "identity"):
+            return bytes(content)
+        if encoding not in ("gzip", "deflate"):
+            raise _Transient(f"an answer in an encoding that was not asked for ({self._clean(encoding)})")
+        try:
+            unpacked = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(content, MAX_BYTES + 1)
+        except zlib.error as error:
+            raise _Transient(f"an answer that is no {encoding} ({error})") from None
+        if len(unpacked) > MAX_BYTES:
+            raise too_much
+        return unpacked
 
     def _fail(self, status: int, content: bytes, retry_after: str | None) -> NoReturn:
         """Raise what a status that is not 2xx means."""

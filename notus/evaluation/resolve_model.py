@@ -186,7 +186,7 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
     folder = find_folder(name)
     if not is_run(folder):
         return _source(name, folder)
-    settings, run = read_run_settings(folder), folder
+    settings, run = with_paths(read_run_settings(folder), folder), folder
     if (run / MODEL).is_dir():
         return _source(name, run / MODEL, settings, run)
     out = export_newest(run, trust_remote_code=trust_remote_code)
@@ -244,6 +244,7 @@ def _source(name: str, folder: Path, settings: Settings | None = None, run: Path
     base = None
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_adapter_settings(folder)["base_model_name_or_path"]
+        base = _path_of(base, settings, run) if settings and run else base
     found = folder if base else resolve_model_folder(folder)
     trained = run or (folder.parent if folder.name == MODEL and is_run(folder.parent) else None)
     plain_text = learned_plain_text(found) or (trained is not None and run_learned_plain_text(trained))
@@ -279,6 +280,45 @@ def read_run_settings(run: Path) -> dict[str, dict[str, Any]]:
     if not _are_settings(settings):
         raise ValueError(f"{path}: not the settings of a run; restore the file, or name the model's own folder")
     return settings
+
+
+def with_paths(settings: Settings, run: Path) -> Settings:
+    """Return a run's settings with the files that they name, wherever the command runs from.
+
+    The run's relative paths start from the folder in which it was trained. `training.output_dir`, if it is relative,
+    and the run's place say which that is. Otherwise a path that is not there from the working folder is looked for in
+    the folders above the run. A name that is found nowhere stays as it is: it may be a hub id.
+    """
+    data, model = dict(settings["data"]), dict(settings["model"])
+    for key in ("train", "eval"):
+        if data.get(key):
+            data[key] = [{**part, "path": _path_of(str(part["path"]), settings, run)} for part in data[key]]
+    if str(data.get("chat_template")).endswith(".jinja"):  # else it is a name, or the template itself
+        data["chat_template"] = _path_of(data["chat_template"], settings, run)
+    for section, key in ((data, "exclude"), (data, "cache_dir"), (model, "name_or_path"), (model, "adapter")):
+        if section.get(key):
+            section[key] = _path_of(section[key], settings, run)
+    return {**settings, "data": data, "model": model}
+
+
+def _path_of(name: str, settings: Settings, run: Path) -> str:
+    """A path of a run's settings, or of its adapter, as it is from the working folder; other names as they are."""
+    if os.path.isabs(name) or name.startswith("~"):
+        return name
+    trained_in = _folder_of_training(settings, run)
+    if trained_in is None and Path(name).exists():
+        return name
+    places = list(run.resolve().parents) if trained_in is None else [trained_in]
+    found = next((place / name for place in places if (place / name).exists()), None)
+    return name if found is None or found == Path.cwd() / name else str(found)
+
+
+def _folder_of_training(settings: Settings, run: Path) -> Path | None:
+    """The folder that the run's relative paths start from; None if its settings do not say."""
+    output, place = Path(settings["training"].get("output_dir") or "/").parts, run.resolve().parts
+    if output[0] == "/" or ".." in output or place[-len(output) :] != output:
+        return None
+    return Path(*place[: -len(output)])
 
 
 def _are_settings(tree: Any) -> bool:
@@ -414,7 +454,7 @@ def _main(run_folder: str, folder: str, trust_remote_code: str) -> int:
     run = Path(run_folder)
     try:
         with contextlib.redirect_stdout(sys.stderr), process_group():
-            settings, trust = read_run_settings(run), trust_remote_code == "True"
+            settings, trust = with_paths(read_run_settings(run), run), trust_remote_code == "True"
             causal_lm, tokenizer, checkpoint = load_unfinished(run, settings, trust_remote_code=trust)
             out, dtype = Path(folder) / checkpoint.name, COMPUTE_DTYPES[settings["training"]["precision"]]
             write_model(

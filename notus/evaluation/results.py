@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from notus.runtime.files import disk_error, lock, write_text
+from notus.runtime.files import check_regular, disk_error, lock, write_text
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ def hold_folder(folder: Path) -> None:
     place = folder.resolve()
     if place in _locks:  # opening and closing the file again would release the lock
         return
-    file = (folder / LOCK).open("a")
+    file = check_regular(folder / LOCK).open("a")
     try:
         lock(file)
     except BlockingIOError as error:
@@ -181,7 +181,7 @@ def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(record) + "\n" for record in records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _appending, path.open("a+b") as file:
+        with _appending, check_regular(path).open("a+b") as file:
             with contextlib.suppress(OSError):  # on a file system without locks, one process writes at a time
                 lock(file, wait=True)  # a line that another process is writing at this moment is not cut off
             _drop_partial_line(file.fileno())

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,9 +31,6 @@ from notus.runtime.distributed import main_first
 from notus.training.parallelize import check_attention, find_path, fuse_or_check_graph
 from notus.training.run_data import check_rows
 from notus.training.scoring import score_all
-
-if TYPE_CHECKING:
-    import datasets
 
 NO_LIMIT = 2**30  # tokens: what does not fit the model is an error, and nothing is cut
 AnyModel = nn.Module | ModelSource
@@ -177,8 +175,11 @@ def _named_columns(rows: Any) -> Any:
 
 def _task_of(rows: Any, columns: Mapping[str, str]) -> Task:
     """Return what the first row is for."""
+    first = rows[0] if isinstance(rows, Sequence | datasets.Dataset) and len(rows) else None
+    if isinstance(first, Mapping):
+        return guess_task(first, columns)
     open_rows(rows)  # raises what is wrong with them
-    return guess_task(rows[0], columns)
+    raise AssertionError(type(first))
 
 
 def score_rows(model: AnyModel, name: str, scoring: Scoring) -> Scored:

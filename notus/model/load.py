@@ -29,6 +29,7 @@ from notus.model.lora import LoRALinear
 from notus.model.quantization import RowsToQuantize, rows_to_quantize
 from notus.model.sharded_tensors import fill_rows, local, local_rows
 from notus.model.structure import text_config
+from notus.runtime.files import check_regular
 from notus.runtime.process import first_line
 
 WEIGHTS = "model.safetensors"
@@ -124,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError, naming the file, if it holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(check_regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):

@@ -1,9 +1,11 @@
 """Files and folders that appear whole or not at all, the lock of a folder, and errors that say why a disk failed."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -17,6 +19,26 @@ def disk_error(path: Path, error: OSError | str) -> OSError:
     place = next(folder for folder in path.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(place).free / 1e9
     return OSError(f"{path}: cannot be written ({reason}); {free:.1f} GB free in {place}")
+
+
+_STREAMS = ("/dev/", "/proc/")  # a shell's <(command), whose writer is there
+
+
+def check_regular(path: Path) -> Path:
+    """Return `path`, which is to be opened; a FIFO without a writer, say, would keep the process waiting for ever.
+
+    Raises:
+        OSError: it is a FIFO, a socket or a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # whoever opens it says more
+        return path
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    kind = kinds.get(stat.S_IFMT(mode))
+    if kind and not str(path.absolute()).startswith(_STREAMS):
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return path
 
 
 def sync(path: Path) -> None:

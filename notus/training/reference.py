@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from notus.data.dataset import TokenizedDataset
 from notus.model.export import write_tensors
 from notus.runtime.distributed import on_main
-from notus.runtime.files import replacing
+from notus.runtime.files import check_regular, replacing
 from notus.runtime.process import tell
 
 FORMAT = 4  # another one for every change of how log-probs round
@@ -201,7 +201,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file that `_write` wrote. ValueError if it is not as it was written."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(check_regular(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -19,6 +19,7 @@ from notus.data.mixture import Share, hold_out, mixed, without
 from notus.data.tokenize import Rule, read_shares
 from notus.model.usage import set_trained_templates
 from notus.runtime import distributed
+from notus.runtime.files import check_regular
 
 DATA_FILE = "data.json"
 BUCKETS = 24
@@ -207,7 +208,7 @@ def read_ids(path: Path) -> frozenset[str]:
         ValueError: it cannot be read, or a line is no id.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = check_regular(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.exclude={path} cannot be read ({error})") from error
     found = set()

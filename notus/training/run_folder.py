@@ -18,7 +18,7 @@ import yaml
 
 from notus.config import Config, load_config, save_config
 from notus.runtime.distributed import gather_objects, on_main, rank
-from notus.runtime.files import lock, replacing, sync
+from notus.runtime.files import check_regular, lock, replacing, sync
 from notus.runtime.process import first_line, tell
 from notus.training.checkpoint import DAMAGED, checkpoints_in
 from notus.training.tracking import INITIAL_FILE, METRICS_FILE
@@ -157,7 +157,7 @@ def template_date(config: Config) -> str:
 
 def _recorded_date(path: Path) -> str | None:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["template_date"]
+        found = yaml.safe_load(check_regular(path).read_text(encoding="utf-8"))["data"]["template_date"]
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError):  # what is wrong with it is reported elsewhere
         return None
     return found if isinstance(found, str) else None
@@ -174,7 +174,7 @@ def hold_folder(config: Config) -> IO[str]:
     folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
+        file = check_regular(folder / LOCK).open("a")
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
@@ -262,8 +262,8 @@ def _check_same_run(path: Path, config: Config) -> bool:
         ValueError: they are not those of one run.
     """
     try:
-        content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        content = dict(yaml.safe_load(check_regular(path).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({first_line(error)}): remove it to resume with this launch's config"
         ) from error

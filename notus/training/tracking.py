@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from notus.config import Config, to_yaml
 from notus.runtime.distributed import gather_objects, world_size
-from notus.runtime.files import disk_error, replacing, write_text
+from notus.runtime.files import check_regular, disk_error, replacing, write_text
 from notus.runtime.process import first_line, tell
 from notus.runtime.switches import disabled_names
 from notus.training.checkpoint import Progress
@@ -140,7 +140,7 @@ class StepLines:
 
 def _lines_until(path: Path, step: int) -> list[bytes]:
     """Whole lines up to and including `step`; a last line that a crash cut short is left out."""
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = check_regular(path).read_bytes().splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, start=1):
         found = _step_of(line)
@@ -194,10 +194,10 @@ def read_initial(path: Path) -> dict[str, float] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(check_regular(path).read_text(encoding="utf-8"))
         if found.pop("step") == 0:
             return {str(name): float(value) for name, value in found.items()}
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         pass
     tell(f"warning: {path} is damaged: the model is evaluated again")
     return None
@@ -383,9 +383,9 @@ def _launches(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        launches = list(json.loads(path.read_text(encoding="utf-8"))["launches"])
+        launches = list(json.loads(check_regular(path).read_text(encoding="utf-8"))["launches"])
         sum(launch["seconds"] for launch in launches)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         tell(f"warning: {path} is damaged: the earlier launches are not listed")
         return []
     return launches

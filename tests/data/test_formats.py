@@ -164,6 +164,14 @@ def test_unknown_columns_are_named_beside_the_accepted() -> None:
         find_form({}, "dpo")
 
 
+def test_demonstrations_in_a_run_of_dpo_name_the_command_for_them():
+    for row in ({"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a", "completion": "b"}):
+        with pytest.raises(ValueError, match=r"these are demonstrations: train on them with `notus sft`"):
+            find_form(row, "dpo")
+    with pytest.raises(ValueError, match=r"of data\.columns, the row lacks worse; correct the names"):
+        find_form({"prompt": "a", "completion": "b"}, "dpo", {"worse": "rejected"})
+
+
 def test_raw_ultrafeedback_is_sent_to_curation() -> None:
     with pytest.raises(ValueError, match="notus curate"):
         find_form({"instruction": "q", "completions": [], "models": []}, "dpo")

@@ -5,13 +5,17 @@ import asyncio
 import contextlib
 import email.utils
 import gzip
+import json
 import os
 import signal
 import threading
 import time
 import traceback
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +23,7 @@ from judges import Reply, completion, serving
 from ranks import free_port
 
 from notus.evaluation.arguments import add_judge_arguments
-from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, judge_endpoint
+from notus.evaluation.endpoint import Endpoint, EndpointError, ask_all, collect_verdicts, judge_endpoint
 
 QUESTION = [{"role": "user", "content": "How good is this?"}]
 KEY = "sk-very-secret-1234"
@@ -224,6 +228,73 @@ def test_an_answer_without_end_is_cut_off(reply: Reply, waits: list[float]) -> N
         pytest.raises(EndpointError, match="an answer of more than 16 MiB"),
     ):
         ask(served.url, waits, timeout=60.0, retries=0)
+
+
+def drip_body(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    while True:
+        handler.wfile.write(b" ")
+        time.sleep(0.02)
+
+
+def drip_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for number in range(10**9):
+        handler.wfile.write(f"X-{number}: y\r\n".encode())
+        time.sleep(0.02)
+
+
+def endless_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        handler.wfile.write(b"X-Long: " + b"y" * 2**16 + b"\r\n")
+
+
+MISCONDUCT = {
+    "stalls": Reply(conduct=lambda handler: time.sleep(5)),
+    "drips its body": Reply(conduct=drip_body),
+    "drips its headers": Reply(conduct=drip_headers),
+    "has headers without end": Reply(conduct=endless_headers),
+    "has a body without end": Reply(conduct=endless),
+    "sends garbage": Reply(b"\x00\xff" * 1000),
+    "is not HTTP": Reply(conduct=nonsense),
+    # two layers of gzip: a hundred bytes for each megabyte, and a hundredth of that again
+    "packs gigabytes": Reply(
+        gzip.compress(gzip.compress(bytes(2**27), 1), 1), headers={"Content-Encoding": "gzip, gzip"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISCONDUCT)
+def test_every_misconduct_costs_a_retry_then_a_counted_failure_in_bounded_time_and_memory(
+    name: str, tmp_path: Path, waits: list[float]
+) -> None:
+    with serving(lambda request, number: MISCONDUCT[name]) as served:
+        judge = endpoint(served.url, waits, timeout=0.5, retries=1)
+        tracemalloc.start()
+        began = time.monotonic()
+        failures = collect_verdicts(
+            lambda item: judge.ask(QUESTION), [1, 2], lambda item, outcome: None, parallel=2, kept=tmp_path / "kept"
+        )
+        took, (_, peak) = time.monotonic() - began, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(failures) == 2
+    assert all("(2 requests)" in failure for failure in failures)
+    assert len(served.requests) == 4
+    assert len(waits) == 2
+    assert took < 20  # two requests of half a second, on a machine that may be busy
+    assert peak < 4 * 2 * (16 << 20)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_packed_answer_is_read(waits: list[float]) -> None:
+    body = json.dumps(completion("[[8]]")).encode()
+    packed = {"gzip": gzip.compress(body), "deflate": zlib.compress(body), "identity": body}
+    replies = [Reply(content, headers={"Content-Encoding": name}) for name, content in packed.items()]
+    with serving(lambda request, number: replies[number]) as served:
+        assert [ask(served.url, waits) for _ in replies] == ["[[8]]"] * 3
+    assert served.headers[0]["Accept-Encoding"] == "identity"
+    assert waits == []
 
 
 def test_content_that_is_no_string_is_no_chat_completion(waits: list[float]) -> None:

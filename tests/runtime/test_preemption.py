@@ -102,3 +102,26 @@ def test_one_ranks_request_is_heard_by_all(tmp_path: Path) -> None:
 def test_the_budget_interrupts_nothing(device: torch.device) -> None:
     """An evaluation longer than the budget would else never end."""
     Stop(max_hours=1e-9).check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_within_a_program_a_signal_is_a_request_and_goes_to_the_earlier_handler_at_the_end(number: int) -> None:
+    stop, seen = Stop(), []
+    before = signal.signal(number, lambda found, _: seen.append(found))
+    own = signal.getsignal(number)
+    try:
+        with stop.asking():
+            signal.raise_signal(number)  # outside the loop there is nothing to save
+            assert seen == [number]
+            with stop.in_loop():
+                signal.raise_signal(number)
+                assert stop.signalled
+                signal.raise_signal(number)  # what a launcher passes on at once is the same request
+                assert seen == [number]
+        assert seen == [number, number]
+        assert signal.getsignal(number) is own
+        with pytest.raises(ValueError, match="of the body"), stop.asking():
+            raise ValueError("of the body")
+        assert signal.getsignal(number) is own
+    finally:
+        signal.signal(number, before)

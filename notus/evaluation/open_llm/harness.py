@@ -119,7 +119,12 @@ class NotusLM(TemplateLM):
         return Text(ids[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return log-likelihoods of whole strings, cut into windows that do not overlap in what they score."""
+        """Return log-likelihoods of whole strings, cut into windows that do not overlap in what they score.
+
+        As in lm-eval's `HFLM`, a tokenizer that adds BOS has it twice: the first window is [BOS, BOS, text], and the
+        log-prob of the second BOS is part of the sum. So the perplexities are comparable with those that others
+        publish, but higher than those of the text alone.
+        """
         windows: list[Encoded] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import gc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
 from notus.data.formats import Task, guess_task
 from notus.data.mixture import mixed
-from notus.data.sources import open_source, read_rows
+from notus.data.sources import data_suffix, open_source, read_rows
 from notus.data.tokenize import Rule, read_shares
 from notus.evaluation.resolve_model import ChatSettings, ModelSource
 from notus.model.load import resolve_model_folder
@@ -96,6 +97,7 @@ def load_rows_of(
     name = name_pairs(model, given)
     if given is None:
         config = config_from_dict(dict(model.settings), "dpo", source=model.name)
+        _check_there(model, config.data.eval or config.data.train)
         rows = load_held_out(config.data, tokenizer, task=config.rows, seed=config.training.seed)
         _check_held_out(model, rows)
         return rows, config.rows
@@ -105,6 +107,17 @@ def load_rows_of(
     shares, report = main_first(lambda: read_shares([{"path": given, "split": part}], rule))
     say(f"{name} {report}")
     return TokenizedDataset(mixed(shares, seed=0)), task
+
+
+def _check_there(model: ModelSource, sources: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a data file of the run is not where it was: its path may be relative to another folder."""
+    for source in sources:
+        path = Path(str(source["path"])).expanduser()
+        if data_suffix(path) and not path.exists() and "://" not in str(source["path"]):
+            raise ValueError(
+                f"{model.name}: {path}, where its held-out rows are, is not there: call this from the folder that the "
+                "run was trained in, restore the file, or name held-out pairs or lists with --pairs"
+            )
 
 
 def _check_held_out(model: ModelSource, rows: TokenizedDataset) -> None:

@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=os.path.expanduser,
         nargs="+",
         metavar="RUN",
-        help="a run's folder, finished or not; several: overlaid",
+        help="a run's folder, finished or not; several are compared",
     )
     parser.add_argument(
         "--output",
         type=os.path.expanduser,
         metavar="FILE.html",
-        help=f"default: {REPORT} in the run's folder, or for several runs in the working folder; an earlier report is "
-        "replaced",
+        help=f"where to write the report (default: {REPORT} in the run's folder, or for several runs in the current "
+        "folder); an earlier report is replaced",
     )
 
 
@@ -46,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         import plotly  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError("the report draws with plotly, which is not installed: pip install plotly") from error
+        raise ValueError("the report needs plotly, which is not installed: pip install plotly") from error
     from notus.evaluation.read_run import read_runs
 
     default = Path(args.runs[0]).expanduser() / REPORT if len(args.runs) == 1 else Path(REPORT)
     output = Path(args.output) if args.output else default
     # UTF-8 cannot hold half of a surrogate pair, which the data may contain.
     page = render(read_runs(args.runs)).encode("utf-8", "replace").decode("utf-8")
+    new_folder = "" if output.parent.exists() else f"; made its folder {output.parent}"
     check_page(
         output,
         kind="report",
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         remedy="choose another place with --output",
     )
     write_text(output, page)
-    tell(f"report: {output} ({len(page.encode()) / 2**20:.1f} MiB)")
+    tell(f"Wrote the report to {output} ({len(page.encode()) / 2**20:.1f} MiB){new_folder}")
     return 0
 
 

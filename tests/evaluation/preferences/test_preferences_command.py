@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -451,3 +452,32 @@ def test_one_kind_of_label_and_lists_without_an_order_say_nothing(tmp_path, caps
     assert "tied.jsonl: no prompt has two completions with different ratings" in error_of(
         capsys, model_folder, "--pairs", tmp_path / "tied.jsonl", *FP32
     )
+
+
+def test_a_run_with_relative_paths_is_evaluated_from_any_folder(
+    tmp_path, model_folder, pairs_file, monkeypatch, capsys
+):
+    place = tmp_path / "project"
+    (place / "data").mkdir(parents=True)
+    shutil.copyfile(pairs_file, place / "data" / "pairs.jsonl")
+    shutil.copytree(model_folder, place / "start")
+    monkeypatch.chdir(place)
+    overrides = {"data__eval_size": 4, "lora__rank": 2, "training__max_steps": 1, "training__learning_rate": 0.05}
+    run = Path("runs") / "lora"
+    dpo.run(config("dpo", run, Path("start"), Path("data") / "pairs.jsonl", **overrides))
+    here = evaluate(tmp_path, run)
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    shutil.copytree(run, moved)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_pairs(Path("pairs.jsonl"), 8, seed=5)  # of the same name, but not the run's
+    there = evaluate(tmp_path, place / run)
+    assert {**there, "model": "", "base": "", "pairs": ""} == {**here, "model": "", "base": "", "pairs": ""}
+    # a copy elsewhere: its own folder does not say where it was trained, but the data may have moved with it
+    assert main(["evaluate", "moved"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: moved: data/pairs.jsonl, where its held-out rows are, is not there: ")
+    assert told.endswith("or name held-out pairs or lists with --pairs")
+    shutil.copytree(place / "data", "data", dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(tmp_path, moved)["rewards/margins"] == here["rewards/margins"]

@@ -361,7 +361,7 @@ def test_licence_is_the_bases_or_given_and_never_guessed(tmp_path, capsys):
     run = make_run(tmp_path / "run", model=base)
     _, text, data = card(run)
     assert data.license is None
-    assert "Not stated." in text
+    assert "The licence is not stated" in text
     stated = base / "README.md"
     stated.write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: https://l.org\n---\nText\n")
     _, text, data = card(run)
@@ -489,8 +489,8 @@ def test_the_example_of_a_chat_model_works(model_folder, tmp_path, monkeypatch, 
     if finished:  # the run's own card, whose model is in a folder beside it
         assert main(["card", str(tmp_path / "run")]) == 0
         assert run_example(tmp_path / "run", monkeypatch, capsys).strip()
-    example = card(tmp_path / "run", "--repo-id", ".")[1].partition("```python\n")[2].partition("```")[0]
-    assert example in (tmp_path / "chat" / "README.md").read_text()
+    example = card(tmp_path / "run", "--repo-id", "chat")[1].partition("```python\n")[2].partition("```")[0]
+    assert example.replace('"chat"', '"."') in (tmp_path / "chat" / "README.md").read_text()
 
 
 def ids_of_example(folder, monkeypatch):
@@ -566,7 +566,9 @@ def test_first_and_last_only_where_there_are_two(tmp_path):
 
 def test_settings_of_later_versions_are_in_the_table(tmp_path):
     more = {"training__lr_schedule": "cosine", "training__min_lr_ratio": 0.1, "training__warmup_steps": 1500}
+    more |= {"training__warmup_ratio": 0.1, "training__best_metric": "eval_loss", "training__eval_every": 10}
     run = make_run(tmp_path / "run", data__eval_size=0.05, training__max_steps=5000, **more)
     text = card(run)[1]
     assert "| schedule | cosine, warm-up over 1,500 steps, down to 0.1 of the peak |" in text
+    assert "| exported model | that of the evaluation with the best `eval_loss` |" in text
     assert "5.0% of the training rows were held out for evaluation" in text
