@@ -347,7 +347,8 @@ def test_a_preempted_run_is_one_run_offline_and_after_the_sync(
     assert not (wandb_folder / ".local").exists()  # what the sync needs is with the run
     kept = read_metrics(wandb_folder / "run")
     assert [line.get("train/loss") for line in lines] == [None, *(line["loss"] for line in kept)]
-    assert [line.get("eval/loss") for line in lines] == [None, *(line.get("eval_loss") for line in kept)]
+    start = json.loads((wandb_folder / "run" / "initial_evaluation.json").read_text())
+    assert [line.get("eval/loss") for line in lines] == [start["eval_loss"], *(line.get("eval_loss") for line in kept)]
     assert all(line["system/tokens_per_second"] > 0 for line in lines[1:])
     _sync(files, _Server(), name, [(line["_step"], line.get("train/loss")) for line in lines])
 
