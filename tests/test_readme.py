@@ -3,6 +3,7 @@
 What is changed: the environment is the one that runs the tests, and training after the demo stops after a few steps.
 """
 
+import csv
 import json
 import os
 import re
@@ -64,6 +65,41 @@ def test_the_first_command_learns(demo: dict[str, float]) -> None:
     assert demo["dpo_win_rate"] >= 0.9
     assert demo["eval_reward_accuracy"] >= 0.85
     assert demo["seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def own_data(demo: dict[str, float], clone: Path) -> Path:
+    """A user's CSV with the README's columns, and prompts to try the model on."""
+    header = re.search(r"```csv\n(.*?)\n", README)[1].split(",")
+    records = [json.loads(line) for line in (clone / "runs/demo/data/pairs-train.jsonl").read_text().splitlines()[:40]]
+    rows = [[record["instruction"], record["chosen_response"], record["rejected_response"]] for record in records]
+    with (clone / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    (clone / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt, *_ in rows[:2]), encoding="utf-8")
+    return clone
+
+
+@pytest.mark.slow
+def test_own_data_train_an_own_model_that_answers_and_is_merged(own_data: Path) -> None:
+    (train,) = _commands(OWN)
+    assert HUB_MODEL in train
+    output = _run(train.replace(HUB_MODEL, "runs/demo/sft/model"), own_data)
+    assert "plain text" not in output  # strings under these columns are turns of a chat
+    assert "the model is in runs/mine/model" in output
+    assert (own_data / "runs" / "mine" / "model" / "adapter_config.json").is_file()
+    for command in _commands(USE):
+        _run(command, own_data)
+    assert len((own_data / "answers.jsonl").read_text().splitlines()) == 2
+    assert (own_data / "runs" / "mine-merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_python_example_trains(own_data: Path) -> None:
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "notus.train" in block)
+    assert HUB_MODEL in code
+    (own_data / "example.py").write_text(code.replace(HUB_MODEL, "runs/demo/sft/model"), encoding="utf-8")
+    output = _run("python example.py", own_data)
+    assert "runs/mine-in-python/model" in output.splitlines()[-1]
 
 
 @pytest.mark.slow
