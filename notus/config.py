@@ -596,9 +596,12 @@ def _option_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Inva
     given = given_options(dpo)
     for name in given:
         if not any(loss.option(name) for loss in losses):
-            takers = [loss.name for loss in LOSSES.values() if loss.option(name)]
-            options = sorted({option.name for loss in LOSSES.values() for option in loss.options})
-            remedy = f": use one of {', '.join(takers)}" if takers else nearest(name, options)
+            if takers := [loss.name for loss in LOSSES.values() if loss.option(name)]:
+                remedy = f": use one of {', '.join(takers)}"
+            elif other := foreign_keys.find(name):
+                remedy = f"; {other.advice()}"
+            else:
+                remedy = nearest(name, sorted({option.name for loss in LOSSES.values() for option in loss.options}))
             yield Invalid(_option_key(name), f"has no effect with dpo.loss_type {_named(losses)}{remedy}")
     for loss in losses:
         for option in loss.options:
@@ -953,7 +956,7 @@ def _parse_override(word: str) -> tuple[str, list[str], Any]:
     of a mapping."""
     match = re.fullmatch(r"--(\w+)\.(\w+(?:\.\w+)?)=(.+)", word, flags=re.DOTALL)
     if match is None:
-        raise ValueError(f"command line: {word!r} is not of the form --section.key=value (no value is null)")
+        raise ValueError(f"command line: {word!r} is not of the form --section.key=value (write null for no value)")
     section, key, text = match.groups()
     if section not in SECTIONS:
         known = foreign_keys.find(key) or foreign_keys.find(section)
