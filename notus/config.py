@@ -262,7 +262,7 @@ class DPOConfig:
     """The preference loss. `notus.losses` has the equations."""
 
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference. For a loss without a reference: the scale of its rewards."""
+    """How strongly the policy is kept near the reference. For a loss without a reference: the scale of its rewards."""
     loss_type: LossType = "sigmoid"
     """The name of the loss, or `{name: weight}` for a weighted sum. docs/losses.md lists all losses, and says which of
     them learn from pairs, from lists of rated answers, or from single answers with a label."""
