@@ -880,7 +880,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def _read_arguments(words: Sequence[str], task: Task) -> tuple[dict[str, Any], str, dict[str, str]]:
     """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
-    _check_spaces(words)
+    check_spaces(words)
     paths = [word for word in words if not word.startswith("-")]
     if len(paths) != 1:
         got = " ".join(words) or "nothing"
@@ -935,7 +935,7 @@ def _home(name: str) -> str:
     return next((f"{home}.{name}" for home, cls in SECTIONS.items() if name in _hints(cls)), "")
 
 
-def _check_spaces(words: Sequence[str]) -> None:
+def check_spaces(words: Sequence[str]) -> None:
     """Reject `--section.key value`: the value would be taken for a second config file. Reject keys without section."""
     for word in words:
         if (flat := re.match(r"--([\w-]+)(?:=|$)", word)) and _home(flat[1].replace("-", "_")):
