@@ -262,7 +262,7 @@ class DPOConfig:
     """The preference loss. `notus.losses` has the equations."""
 
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference. For a loss without a reference: the scale of its rewards."""
+    """How strongly the policy is kept near the reference. For a loss without a reference: the scale of its rewards."""
     loss_type: LossType = "sigmoid"
     """The name of the loss, or `{name: weight}` for a weighted sum. docs/losses.md lists all losses, and says which of
     them learn from pairs, from lists of rated answers, or from single answers with a label."""
@@ -596,9 +596,12 @@ def _option_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Inva
     given = given_options(dpo)
     for name in given:
         if not any(loss.option(name) for loss in losses):
-            takers = [loss.name for loss in LOSSES.values() if loss.option(name)]
-            options = sorted({option.name for loss in LOSSES.values() for option in loss.options})
-            remedy = f": use one of {', '.join(takers)}" if takers else nearest(name, options)
+            if takers := [loss.name for loss in LOSSES.values() if loss.option(name)]:
+                remedy = f": use one of {', '.join(takers)}"
+            elif other := foreign_keys.find(name):
+                remedy = f"; {other.advice()}"
+            else:
+                remedy = nearest(name, sorted({option.name for loss in LOSSES.values() for option in loss.options}))
             yield Invalid(_option_key(name), f"has no effect with dpo.loss_type {_named(losses)}{remedy}")
     for loss in losses:
         for option in loss.options:
@@ -877,7 +880,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def _read_arguments(words: Sequence[str], task: Task) -> tuple[dict[str, Any], str, dict[str, str]]:
     """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
-    _check_spaces(words)
+    check_spaces(words)
     paths = [word for word in words if not word.startswith("-")]
     if len(paths) != 1:
         got = " ".join(words) or "nothing"
@@ -932,7 +935,7 @@ def _home(name: str) -> str:
     return next((f"{home}.{name}" for home, cls in SECTIONS.items() if name in _hints(cls)), "")
 
 
-def _check_spaces(words: Sequence[str]) -> None:
+def check_spaces(words: Sequence[str]) -> None:
     """Reject `--section.key value`: the value would be taken for a second config file. Reject keys without section."""
     for word in words:
         if (flat := re.match(r"--([\w-]+)(?:=|$)", word)) and _home(flat[1].replace("-", "_")):
@@ -953,7 +956,7 @@ def _parse_override(word: str) -> tuple[str, list[str], Any]:
     of a mapping."""
     match = re.fullmatch(r"--(\w+)\.(\w+(?:\.\w+)?)=(.+)", word, flags=re.DOTALL)
     if match is None:
-        raise ValueError(f"command line: {word!r} is not of the form --section.key=value (no value is null)")
+        raise ValueError(f"command line: {word!r} is not of the form --section.key=value (write null for no value)")
     section, key, text = match.groups()
     if section not in SECTIONS:
         known = foreign_keys.find(key) or foreign_keys.find(section)

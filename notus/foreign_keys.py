@@ -68,12 +68,13 @@ _OPTIMIZER = _set("training.optimizer", note="rmsprop or adamw; training.optimiz
 _DATA = _set("data.train", note="a file, a folder, a hub id, or a list of {path, split, weight}")
 _EVAL_DATA = _set("data.eval", note="as data.train; or set data.eval_size to hold rows out of data.train")
 _SAMPLES = _set("data.train", note="as {path, weight: 0.1} for a tenth of the rows")
+_MIX = _set("data.train", note="a list of {path, weight}; a weight is the share of that source's rows, not of the mix")
 _FORMAT = _always("the columns of a row tell its format; data.columns renames them")
 _TEMPLATE = _set("data.chat_template", note="a .jinja file or 'zephyr'; by default the tokenizer's own")
 _PACKED = _always("rows are always packed, without padding, and examples do not see each other")
 _LOCAL = _always("torchrun says it to each process")
 _LOG = _always("each logged step is one line of metrics.jsonl and of the terminal")
-_DATALOADER_WORKERS = _set("data.num_workers", note="the processes that tokenize")
+_WORKERS = _set("data.num_workers", note="the processes that tokenize")
 _LORA_TARGETS = _set("lora.target_modules", note="a list of names, or all-linear")
 _NO_ADAPTER_KIND = _missing("LoRA and rsLoRA (lora.rslora) are the adapters that Notus trains")
 _QLORA = _set("model.quantization", note="nf4; needs lora.rank above 0")
@@ -89,6 +90,7 @@ _OWN_REFERENCE = _missing("the reference is the model that the run starts from (
 _GALORE = _missing("training.optimizer_dtype=int8 or bf16, LoRA or model.quantization=nf4 save memory instead")
 _TRACKER = _set("tracking.wandb", "tracking.tensorboard", note="true or false each")
 _PROMPT_ON = _missing("only completions are learned, never prompts")
+_FTX = _set("dpo.nll_weight", "dpo.nll_mean", note="LLaMA-Factory's mean is dpo.nll_mean=completions")
 _RL_ONLY = _missing("it is a setting of online RL, and Notus trains on given completions")
 
 _TRAINER: dict[str, Counterpart] = {
@@ -101,16 +103,18 @@ _TRAINER: dict[str, Counterpart] = {
     "lr_scheduler_kwargs": _set("training.min_lr_ratio", "training.decay_ratio", note="the floor, and WSD's decay"),
     "warmup_steps": _set("training.warmup_steps", note="an integer; a share of all steps is training.warmup_ratio"),
     "optim": _OPTIMIZER,
-    "optim_args": _always("the optimizers have PyTorch's default settings beside learning rate and weight decay"),
-    "weight_decay": _set("training.weight_decay", "training.weight_decay_exclude"),
-    "adam_beta1": _always("AdamW's betas are 0.9 and 0.999, TRL's default"),
-    "adam_beta2": _always("AdamW's betas are 0.9 and 0.999, TRL's default"),
-    "adam_epsilon": _always("AdamW's epsilon is 1e-8, TRL's default"),
+    "optim_args": _missing("the optimizers have PyTorch's defaults, except for learning rate and weight decay"),
+    "weight_decay": _set("training.weight_decay", note="biases and norms are excluded, as there"),
+    "adam_beta1": _missing("AdamW's betas are 0.9 and 0.999, which are TRL's defaults"),
+    "adam_beta2": _missing("AdamW's betas are 0.9 and 0.999, which are TRL's defaults"),
+    "adam_epsilon": _missing("AdamW's epsilon is 1e-8, which is TRL's default"),
     "optim_target_modules": _GALORE,
     "gradient_accumulation_steps": _BATCH,
     "average_tokens_across_devices": _always("the loss is always divided by the step's count over all GPUs"),
     "max_grad_norm": _set("training.max_grad_norm"),
-    "label_smoothing_factor": _set("dpo.label_smoothing", note="of the preference loss"),
+    "label_smoothing_factor": _missing(
+        "TRL's DPO ignores it, and SFT learns from labels as they are; dpo.label_smoothing is that of preferences"
+    ),
     "bf16": _BF16,
     "fp16": _FP16,
     "bf16_full_eval": _always("evaluation has the precision of training"),
@@ -148,7 +152,7 @@ _TRAINER: dict[str, Counterpart] = {
     "trackio_static_space_id": _TRACKER,
     "eval_strategy": _set("training.eval_every", note="in steps; null: at the end only"),
     "eval_steps": _set("training.eval_every", note="in steps"),
-    "eval_delay": _set("training.eval_every", note="in steps"),
+    "eval_delay": _missing("evaluations begin with the first training.eval_every steps"),
     "per_device_eval_batch_size": _EVAL_BATCH,
     "prediction_loss_only": _METRICS,
     "eval_on_start": _set("training.eval_at_start"),
@@ -182,7 +186,7 @@ _TRAINER: dict[str, Counterpart] = {
     "accelerator_config": _SHARD,
     "parallelism_config": _SHARD,
     "dataloader_drop_last": _always("no row is dropped: the last step of an epoch takes what is left"),
-    "dataloader_num_workers": _DATALOADER_WORKERS,
+    "dataloader_num_workers": _LOADER,
     "dataloader_pin_memory": _LOADER,
     "dataloader_persistent_workers": _LOADER,
     "dataloader_prefetch_factor": _LOADER,
@@ -218,7 +222,7 @@ _DPO: dict[str, Counterpart] = {
         "training.router_aux_loss_coef", note="0 by default, whatever the model's config says"
     ),
     "disable_dropout": _always("the model's own dropout is always off; lora.dropout is the adapters'"),
-    "dataset_num_proc": _DATALOADER_WORKERS,
+    "dataset_num_proc": _WORKERS,
     "max_length": _set("data.max_length"),
     "truncation_mode": _set(
         "data.max_prompt_length", "data.too_long", note="a long prompt loses its start, a long completion its end"
@@ -233,8 +237,11 @@ _DPO: dict[str, Counterpart] = {
     "loss_weights": _set("dpo.loss_type", note="as {name: weight, ...}; the weight of `sft` is dpo.nll_weight"),
     "ld_alpha": _set("dpo.ld_alpha"),
     "f_divergence_type": _set("dpo.options.f_divergence"),
-    "f_alpha_divergence_coef": _set("dpo.options.f_alpha", note="1 minus TRL's value"),
-    "label_smoothing": _set("dpo.label_smoothing"),
+    "f_alpha_divergence_coef": _set(
+        "dpo.options.f_alpha",
+        note="1 minus TRL 1.16's value; older releases, with (1 - u^-alpha)/alpha, have the value itself",
+    ),
+    "label_smoothing": _set("dpo.label_smoothing", note="it acts on sigmoid, too, where TRL 1.16 ignores it"),
     "beta": _set("dpo.beta"),
     "use_weighting": _set("dpo.wpo"),
     "discopop_tau": _set("dpo.options.discopop_tau"),
@@ -253,8 +260,8 @@ _OLDER: dict[str, Counterpart] = {
     "max_target_length": _set("data.max_length", "data.max_prompt_length"),
     "warmup_ratio": _set("training.warmup_ratio"),
     "evaluation_strategy": _set("training.eval_every", note="in steps; null: at the end only"),
-    "rpo_alpha": _set("dpo.nll_weight"),
-    "reference_free": _set("dpo.loss_type", note="simpo, cpo, orpo and slic have no reference"),
+    "rpo_alpha": _set("dpo.nll_weight", note="the mean over chosen tokens, as there"),
+    "reference_free": _set("dpo.loss_type", note="cpo is sigmoid without a reference, and slic is hinge"),
     "force_use_ref_model": _always("the reference is the model that the run starts from"),
     "ref_model_init_kwargs": _OWN_REFERENCE,
     "model_adapter_name": _set("model.adapter"),
@@ -268,9 +275,9 @@ _OLDER: dict[str, Counterpart] = {
     "use_num_logits_to_keep": _always("logits are computed for learned tokens only"),
     "is_encoder_decoder": _missing("Notus trains decoder-only models"),
     "tools": _set("data.train", note="a column `tools` of the rows"),
-    "f_alpha": _set("dpo.options.f_alpha"),
     "simpo_gamma": _set("dpo.options.simpo_gamma"),
-    "cpo_alpha": _set("dpo.nll_weight"),
+    "cpo_alpha": _set("dpo.nll_weight", note="1 by default in TRL, 0 here"),
+    "gamma_beta_ratio": _set("dpo.options.simpo_gamma", note="that ratio times dpo.beta"),
     "desirable_weight": _set("dpo.options.desirable_weight", note="of dpo.loss_type=kto"),
     "undesirable_weight": _set("dpo.options.undesirable_weight", note="of dpo.loss_type=kto"),
     "group_by_length": _always("each step is balanced by length over the GPUs"),
@@ -331,7 +338,7 @@ _HANDBOOK: dict[str, Counterpart] = {
     "dataset_mixture": _set("data.train", note="a list of {path, split, weight}"),
     "dataset_splits": _set("data.train", "data.eval", note="as {path, split} each"),
     "dataset_configs": _CONFIGURATION,
-    "preprocessing_num_workers": _DATALOADER_WORKERS,
+    "preprocessing_num_workers": _WORKERS,
     "chat_template": _TEMPLATE,
     "auto_insert_empty_system_msg": _set("data.add_empty_system"),
     "tokenizer_name_or_path": _always("the tokenizer is the model's"),
@@ -362,11 +369,11 @@ _LLAMA_FACTORY: dict[str, Counterpart] = {
     "use_llama_pro": _missing("train all weights, or LoRA (lora.rank)"),
     "pref_beta": _set("dpo.beta"),
     "pref_loss": _set("dpo.loss_type"),
-    "pref_ftx": _set("dpo.nll_weight"),
-    "pref_bco_weight": _set("dpo.loss_type", note="{sigmoid: 1, bco_pair: that weight}"),
+    "pref_ftx": _FTX,
+    "pref_bco_weight": _set("dpo.loss_type", note="for a weight w: {sigmoid: 1/(1+w), bco_pair: w/(1+w)}"),
     "dpo_beta": _set("dpo.beta"),
     "dpo_loss": _set("dpo.loss_type"),
-    "dpo_ftx": _set("dpo.nll_weight"),
+    "dpo_ftx": _FTX,
     "dpo_label_smoothing": _set("dpo.label_smoothing"),
     "kto_chosen_weight": _set("dpo.options.desirable_weight", note="of dpo.loss_type=kto"),
     "kto_rejected_weight": _set("dpo.options.undesirable_weight", note="of dpo.loss_type=kto"),
@@ -385,8 +392,8 @@ _LLAMA_FACTORY: dict[str, Counterpart] = {
     "train_on_prompt": _PROMPT_ON,
     "neat_packing": _PACKED,
     "streaming": _missing("the rows are tokenized once and kept on disk"),
-    "mix_strategy": _set("data.train", note="a list of {path, weight}"),
-    "interleave_probs": _set("data.train", note="a list of {path, weight}"),
+    "mix_strategy": _MIX,
+    "interleave_probs": _MIX,
     "default_system": _SYSTEM,
     "enable_thinking": _set("data.chat_template_kwargs", note="as {enable_thinking: false}"),
     "quantization_bit": _QLORA,
@@ -434,8 +441,8 @@ _AXOLOTL: dict[str, Counterpart] = {
     "dpo_label_smoothing": _set("dpo.label_smoothing"),
     "dpo_padding_free": _PACKED,
     "dpo_use_logits_to_keep": _always("logits are computed for learned tokens only"),
-    "orpo_alpha": _missing("dpo.beta weighs the odds ratio of dpo.loss_type=orpo"),
-    "rpo_alpha": _set("dpo.nll_weight"),
+    "orpo_alpha": _set("dpo.beta", "dpo.nll_weight", note="with dpo.loss_type=orpo, that value and 1"),
+    "rpo_alpha": _set("dpo.nll_weight", note="the mean over chosen tokens, as there"),
     "kto_desirable_weight": _set("dpo.options.desirable_weight", note="of dpo.loss_type=kto"),
     "kto_undesirable_weight": _set("dpo.options.undesirable_weight", note="of dpo.loss_type=kto"),
     "trl": _set("dpo.beta", note="and other keys of the section dpo"),
@@ -445,7 +452,7 @@ _AXOLOTL: dict[str, Counterpart] = {
     "val_set_size": _set("data.eval_size", note="rows held out of data.train, or their share"),
     "shuffle_merged_datasets": _set("data.shuffle"),
     "dataset_prepared_path": _set("data.cache_dir"),
-    "dataset_processes": _DATALOADER_WORKERS,
+    "dataset_processes": _WORKERS,
     "dataset_shard_num": _SAMPLES,
     "skip_prepare_dataset": _FORMAT,
     "sequence_len": _set("data.max_length"),
@@ -457,7 +464,7 @@ _AXOLOTL: dict[str, Counterpart] = {
     "train_on_inputs": _PROMPT_ON,
     "roles_to_train": _always("assistant turns alone are learned; data.mask_history keeps the last of them"),
     "default_system_message": _SYSTEM,
-    "special_tokens": _set("data.new_tokens"),
+    "special_tokens": _set("data.new_tokens", note="those that the tokenizer lacks; no pad token is needed"),
     "tokens": _set("data.new_tokens"),
     "adapter": _set("lora.rank", note="above 0: LoRA; QLoRA also needs model.quantization=nf4"),
     "lora_model_dir": _set("model.adapter", note="lora.continue=true trains it further"),
@@ -544,7 +551,7 @@ _SHORT: dict[str, Counterpart] = {
     "wandb": _set("tracking.wandb"),
     "tensorboard": _set("tracking.tensorboard"),
     "num_generations": _RL_ONLY,
-    "num_workers": _DATALOADER_WORKERS,
+    "num_workers": _WORKERS,
     "optimizer_type": _OPTIMIZER,
     "gamma": _set("dpo.options.simpo_gamma"),
     "revision": _REVISION,
@@ -581,7 +588,7 @@ VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "kto_pair": "KTO learns from labels: set 'kto', which reads a pair as a good and a bad completion",
             "kto_unpaired": "set 'kto'",
             "bco_unpaired": "set 'bco'",
-            "rdpo": "robust DPO is 'robust'",
+            "rdpo": "robust DPO is 'robust'; R-DPO, which penalises length, is not available",
             "robust_dpo": "set 'robust'",
             "sft": "the likelihood of the chosen completions is dpo.nll_weight",
             "rpo": "set 'sigmoid' and dpo.nll_weight",
@@ -610,7 +617,7 @@ VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cosine_with_min_lr": "set 'cosine' and training.min_lr_ratio",
             "warmup_stable_decay": "set 'wsd'",
             "constant_with_warmup": "set 'constant', which has a warm-up, too",
-            "cosine_with_restarts": "set 'cosine'",
+            "cosine_with_restarts": "set 'cosine', which has no restarts",
             "none": "set 'constant'",
         },
         "training.precision": {
@@ -658,4 +665,14 @@ def find(name: str) -> Counterpart | None:
 
 def find_value(key: str, value: object) -> str | None:
     """Return what to set in place of a value that another trainer takes for our `key`; None if we know none."""
+    names = value.split(",") if isinstance(value, str) else value
+    if key == "dpo.loss_type" and isinstance(names, list) and not (isinstance(value, str) and len(names) == 1):
+        return _sum_of([str(name).strip(" []'\"") for name in names])
     return VALUES.get(key, {}).get(str(value))
+
+
+def _sum_of(names: list[str]) -> str:
+    """Return how to set what TRL has as a list of losses."""
+    losses = [name for name in names if name != "sft"]
+    whole = f"'{losses[0]}'" if len(losses) == 1 else f"{{{', '.join(f'{name}: 1' for name in losses)}}}"
+    return f"set {whole}" + " and dpo.nll_weight" * ("sft" in names)

@@ -162,6 +162,9 @@ def find_task(config: str, overrides: Sequence[str] = ()) -> "Task":
 
 def read_grid(overrides: Sequence[str]) -> tuple[list[Axis], list[str]]:
     """Return the keys with several values, and the other words. Raises ValueError for what cannot be swept."""
+    from notus.config import check_spaces
+
+    check_spaces(overrides)
     axes: list[Axis] = []
     fixed: list[str] = []
     for word in overrides:
@@ -222,7 +225,6 @@ def plan(config: str, overrides: Sequence[str], *, task: "Task", output: str | N
         ValueError: naming the combination that is no valid config, or whose folder holds another run.
     """
     from notus.config import load_config
-    from notus.training.run_folder import CONFIG_FILE
 
     axes, fixed = read_grid(overrides)
     cache = _given_cache(config, fixed)
@@ -234,6 +236,8 @@ def plan(config: str, overrides: Sequence[str], *, task: "Task", output: str | N
             drafts.append(load_config([config, *fixed, *words, *null], task))
     if cache and not any(map(_has_reference, drafts)):
         load_config([config, *fixed, *grid[0]], task)  # raises: the cache has no effect on any run
+    from notus.training.run_folder import CONFIG_FILE  # imports torch and more: mistakes above answer at once
+
     folder = Path(output or drafts[0].training.output_dir)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds a run: choose another folder for the sweep with --output DIR")

@@ -205,7 +205,7 @@ MISTAKES = {
     "--model.name_or_path=NO": "a string (in quotes if it reads as something else), not False",
     "--data.shuffle=y": "true or false, not 'y'",
     "--training.epochs": "--section.key=value",
-    "--training.max_steps=": "--section.key=value (no value is null)",
+    "--training.max_steps=": "--section.key=value (write null for no value)",
     "--data.train=[a": "line 1: not valid YAML",
 }
 

@@ -65,7 +65,12 @@ def cluster(tmp_path, monkeypatch):
     (stubs / "record").write_text(RECORD)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
-    for name, value in {**job, "SLURM_ARRAY_TASK_ID": "2", "PATH": f"{stubs}:{os.environ['PATH']}"}.items():
+    for name, value in {
+        **job,
+        "SLURM_ARRAY_JOB_ID": "123450",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -87,6 +92,7 @@ def words_of(script: Path, folder: Path) -> list[str]:
 def test_a_script_runs_torchrun_and_is_requeued_only_if_it_was_stopped(script, cluster):
     subprocess.run(["bash", "-n", script], check=True)
     words = words_of(script, cluster)
+    job_id = "123450_2" if script.name == "slurm-array.sh" else "123456"  # not that of all tasks
     for code in (0, 1):
         assert submit(script, f"exit {code}", *words).wait(timeout=60) == code
     given = json.loads((cluster / "given").read_text())
@@ -99,9 +105,9 @@ def test_a_script_runs_torchrun_and_is_requeued_only_if_it_was_stopped(script, c
         wait_until(lambda: (cluster / "pid").exists() and (cluster / "pid").read_text())
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=60) == code
-        assert (cluster / "cancelled").read_text() == "--signal=TERM 123456\n"
+        assert (cluster / "cancelled").read_text() == f"--signal=TERM {job_id}\n"
         assert (cluster / "requeued").exists() == (code == 1)
-    assert (cluster / "requeued").read_text() == "requeue 123456\n"
+    assert (cluster / "requeued").read_text() == f"requeue {job_id}\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

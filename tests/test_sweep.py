@@ -195,6 +195,8 @@ def test_names_are_safe_and_differ_where_values_do():
         (["--lora.target_modules=q_proj,v_proj", "--lora.rank=2"], r"\[q_proj,v_proj\] for one value, or \[q_proj\],"),
         (["--dpo.beta=1,2", "--lora.alpha=3"], "lora.alpha has no effect while lora.rank is 0"),
         (["--dpo.beta", "0.1,0.2", "--training.seed=1,2"], "needs a = between"),
+        (["--dpo.beta", "0.1,0.2"], "needs a = between: --dpo.beta=0.1,0.2"),
+        (["--learning_rate=1,2"], "--learning_rate has no section; set training.learning_rate"),
     ],
 )
 def test_a_grid_that_cannot_be_run_is_one_clear_error(words, message):

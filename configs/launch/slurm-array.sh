@@ -23,10 +23,11 @@
 export OMP_NUM_THREADS=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270 # seconds that torchrun waits for the checkpoint; torch 2.11 waits for 30
 
+task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID of one task is that of the whole array
 stopped=0
 stop() {
     stopped=1
-    scancel --signal=TERM "$SLURM_JOB_ID" # reaches the run, not this script
+    scancel --signal=TERM "$task" # reaches the run, not this script
 }
 trap stop USR1
 
@@ -46,6 +47,6 @@ while kill -0 "$srun_pid" 2> /dev/null; do # a signal ended the wait
 done
 
 if ((stopped && code != 0)); then # with code 0 it finished in time
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$task"
 fi
 exit "$code"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from notus.evaluation.formatting import setting
-from notus.evaluation.read_run import read_run
+from notus.evaluation.read_run import Curve, read_run
 from notus.evaluation.report.tables import differing_settings
 from notus.training.best_model import HIGHER_IS_BETTER, deciding_metrics
 from notus.training.run_folder import CONFIG_FILE
@@ -86,12 +86,22 @@ def read_rows(folder: Path, planned: Mapping[str, Mapping[str, Any]], failed: Co
         if (folder / name / CONFIG_FILE).is_file():
             found = read_run(folder / name)
             state = "failed" if name in failed else found.state
-            curves = {metric: curve.known for metric, curve in found.curves.items() if _is_shown(metric)}
-            metrics = {metric: Measure.of(metric, curve.steps, curve.values) for metric, curve in curves.items()}
+            curves = {metric: _trained(curve) for metric, curve in found.curves.items() if _is_shown(metric)}
+            metrics = {
+                metric: Measure.of(metric, curve.steps, curve.values)
+                for metric, curve in curves.items()
+                if len(curve.steps)
+            }
             rows.append(Row(name, state, found.settings, metrics, found.environment.get("seconds")))
         else:
             rows.append(Row(name, "failed" if name in failed else "not begun", planned[name], {}))
     return rows
+
+
+def _trained(curve: Curve) -> Curve:
+    """Return the known values after training began: the model that a run starts from is none of its results."""
+    known = curve.known
+    return Curve(known.steps[known.steps > 0], known.values[known.steps > 0])
 
 
 def _is_shown(metric: str) -> bool:

@@ -15,6 +15,7 @@ from notus.evaluation.resolve_model import read_run_settings
 from notus.evaluation.results import EVALUATIONS, RESULT, Result, is_run, read_records, read_results
 from notus.evaluation.run_loss import RunLoss, read_loss
 from notus.runtime.files import is_locked
+from notus.training.best_model import HIGHER_IS_BETTER
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
 from notus.training.tracking import ENVIRONMENT_FILE, INITIAL_FILE, METRICS_FILE, SAMPLES_FILE
@@ -126,6 +127,30 @@ class Run:
     def step(self) -> int:
         """The last step that was logged; 0 before the first."""
         return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
+
+    @property
+    def exported_step(self) -> int:
+        """The step whose model is the final one: that of the best evaluation by `training.best_metric`, else the last.
+
+        The evaluation before training is none of them, and the earliest of equal ones is the best, as in `best_model`.
+        """
+        name = self.settings["training"].get("best_metric")
+        if self.state != "finished" or name not in self.curves:
+            return self.step
+        curve = self.curves[name].known
+        trained = curve.steps > 0
+        if not trained.any():
+            return self.step
+        ranked = curve.values[trained] if HIGHER_IS_BETTER.get(name, False) else -curve.values[trained]
+        return int(curve.steps[trained][ranked.argmax()])
+
+    def of_model(self, name: str) -> tuple[int, float] | None:
+        """The step and the value of the last line up to `exported_step` that has a metric; None if there is none."""
+        if name not in self.curves:
+            return None
+        curve = self.curves[name].known
+        until = int((curve.steps <= self.exported_step).sum())
+        return (int(curve.steps[until - 1]), float(curve.values[until - 1])) if until else None
 
     @property
     def planned_steps(self) -> int | None:

@@ -1,8 +1,9 @@
 """Which of several runs is the best; the table itself is tested with the sweep."""
 
 import pytest
+from report_runs import write_run
 
-from notus.evaluation.compare_runs import Measure, Row, higher_is_better, sorted_rows, table
+from notus.evaluation.compare_runs import Measure, Row, higher_is_better, read_rows, sorted_rows, table
 
 ACCURACY = "eval_rewards/accuracies"
 
@@ -21,6 +22,14 @@ def test_a_run_is_ranked_by_the_model_that_it_exported():
         tree = {"training": {"best_metric": best_metric}}
         rows = [Row(name, "finished", tree, {ACCURACY: found}) for name, found in accuracy.items()]
         assert "".join(row.name for row in sorted_rows(rows, ACCURACY)) == order
+
+
+def test_the_model_before_training_is_no_result(tmp_path):
+    metrics = [{"step": step, "eval_loss": loss} for step, loss in ((2, 0.9), (4, 0.8))]
+    run = write_run(tmp_path / "run", metrics=metrics)
+    (run / "initial_evaluation.json").write_text('{"step": 0, "eval_loss": 0.7}')
+    (row,) = read_rows(tmp_path, {"run": {}}, ())
+    assert row.metrics["eval_loss"] == Measure(0.8, 0.8, 4)
 
 
 def test_keys_that_end_alike_are_shown_in_full():

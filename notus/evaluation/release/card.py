@@ -84,6 +84,11 @@ class Release:
         return self.base_model or hub_id(self.run.base)
 
     @property
+    def model_step(self) -> int:
+        """The step after which the model was trained no more."""
+        return self.run.exported_step if self.step is None else self.step
+
+    @property
     def metrics(self) -> list[Mapping[str, Any]]:
         """The run's metrics, up to the exported step."""
         return [line for line in self.run.metrics if self.step is None or line["step"] <= self.step]
@@ -236,7 +241,7 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
     noted = {
         "counts": of(DATA_FILE, lambda: list(_counts(run.data, of(CONFIG_FILE, lambda: run.unit)))),
         "machine": of(ENVIRONMENT_FILE, lambda: list(_machine(run.environment))),
-        "course": of(METRICS_FILE, lambda: list(_course(release.metrics, rows))),
+        "course": of(METRICS_FILE, lambda: list(_course(release.metrics, rows, release.model_step))),
         "results": of(RESULT_FILES, lambda: [_table(result, release) for result in run.results]),
     }
 
@@ -416,8 +421,7 @@ def _evaluation_results(release: Release) -> Iterator[EvalResult]:
 def _other_model(result: Result, release: Release) -> str | None:
     """Return what a result is of, if not of the card's model: another step of the run, or what a scored file names."""
     match = _STEP.search(result.model)
-    last = release.step if release.step is not None else max((line["step"] for line in release.metrics), default=None)
-    if match is not None and int(match[1]) != last:
+    if match is not None and int(match[1]) != release.model_step:
         return f"the model after step {match[1]}"
     named = _STEP.sub("", result.model).rstrip()
     scored = any(result.settings.get(name) for name in _SCORED_FILES)
@@ -516,14 +520,18 @@ def _machine(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "software", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
 
 
-def _course(metrics: Sequence[Mapping[str, Any]], rows: str) -> Iterator[dict[str, str]]:
-    """Yield the first and the last value of each metric that the card shows; `first` is "" if there is only one."""
+def _course(metrics: Sequence[Mapping[str, Any]], rows: str, model_step: int) -> Iterator[dict[str, str]]:
+    """Yield the first and the last value of each metric that the card shows; `first` is "" if there is only one.
+
+    The last evaluation is that of the model, which `training.best_metric` may have chosen.
+    """
     shown = {key: f"{name}, training" for key, name in _COURSE.items()} | {"loss": "training loss"}
     sides = zip(("chosen", "rejected"), _SIDES.get(rows, ()), strict=False)
     held_out = {**_COURSE, **{f"rewards/{key}": f"reward of {name}" for key, name in sides}}
     shown |= {f"eval_{key}": f"{name}, held-out" for key, name in held_out.items()}
     for key, name in shown.items():
-        lines = [line for line in metrics if key in line and math.isfinite(line[key])]
+        until = model_step if key.startswith("eval_") else math.inf
+        lines = [line for line in metrics if key in line and math.isfinite(line[key]) and line["step"] <= until]
         if not lines:
             continue
         unit = "share" if key.removeprefix("eval_") in _SHARES else ""

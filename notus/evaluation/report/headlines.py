@@ -35,7 +35,7 @@ class Measure:
     curve: str  # in the metrics of training; with `eval_` in front on held-out rows
     figure: str  # in the preferences suite
     unit: str = ""  # as in `number`
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True  # None: neither end is the better one
 
 
 MEASURES = (
@@ -43,7 +43,7 @@ MEASURES = (
     Measure("Kendall's τ", "rewards/kendall_tau", "kendall_tau"),
     Measure("top-1 accuracy", "rewards/top_1", "top_1", "share"),
     Measure("AUC", "rewards/auc", "auc"),
-    Measure("reward margin", "rewards/margins", "margin"),
+    Measure("reward margin", "rewards/margins", "margin", higher_is_better=None),
     Measure("loss", "loss", "loss", higher_is_better=False),
 )
 CHANGED = {"pairs": "Chosen log-prob change", "lists": "Best rated log-prob change", "labels": "Good log-prob change"}
@@ -75,14 +75,15 @@ def headlines(run: Run) -> dict[str, Headline]:
 
 
 def _held_out(run: Run, measure: Measure) -> Headline | None:
-    """Return the last value on held-out rows, with its interval if they were evaluated; None if there is no value."""
+    """Return the final model's value on held-out rows, with its interval if it was evaluated; None: there is none."""
     name = f"eval_{measure.curve}"
     if (evaluated := _evaluated(run, measure)) is not None:
         return evaluated
-    if name not in run.curves:
+    if (found := run.of_model(name)) is None:
         return None
-    curve = run.curves[name].known
-    return _compared(float(curve.values[-1]), run.start(name), measure, [f"at step {curve.steps[-1]:,}"])
+    step, value = found
+    note = f"at step {step:,}" + (", whose model is exported" if run.exported_step != run.step else "")
+    return _compared(value, run.start(name), measure, [note])
 
 
 def _evaluated(run: Run, measure: Measure) -> Headline | None:
@@ -102,13 +103,13 @@ def _evaluated(run: Run, measure: Measure) -> Headline | None:
 
 
 def _evaluation(run: Run) -> Result | None:
-    """Return the preferences suite's result, if it is of the run's last step, by rewards, and not of other rows."""
+    """Return the preferences suite's result, if it is of the final model, by rewards, and not of other rows."""
     for result in run.results:
         if result.suite == "preferences" and result.settings.get("ranked_by", "rewards") == "rewards":
             _, of_step, step = result.model.rpartition(" (step ")
-            is_last = not of_step or step.rstrip(")") == str(run.step)
+            is_final = not of_step or step.rstrip(")") == str(run.exported_step)
             measured = any(name.startswith("eval_") for name in run.curves)
-            if is_last and (not measured or _is_of_held_out(run, result)):
+            if is_final and (not measured or _is_of_held_out(run, result)):
                 return result
     return None
 
@@ -131,7 +132,7 @@ def _compared(value: float, start: float | None, measure: Measure, notes: Sequen
     if value == start:
         return Headline(written, notes, change=words, start=before)
     rises = value > start
-    better = rises == measure.higher_is_better
+    better = None if measure.higher_is_better is None else rises == measure.higher_is_better
     return Headline(written, notes, change=words, start=before, arrow="▲" if rises else "▼", better=better)
 
 
@@ -150,13 +151,14 @@ def _training(run: Run, measure: Measure) -> Headline | None:
 def _chosen_change(run: Run) -> Headline | None:
     """Return how far the log-prob of the better answers is from the reference's: held-out, else in training."""
     for prefix, where in (("eval_", "held-out"), ("", "training")):
-        if (name := f"{prefix}logps/chosen_change") in run.curves:
-            value, unit = float(run.curves[name].known.values[-1]), "nats per token"
-        elif run.loss is not None and run.loss.reference and f"{prefix}rewards/chosen" in run.curves:
-            value, unit = (
-                float(run.curves[f"{prefix}rewards/chosen"].known.values[-1]) / run.loss.beta,
-                "nats per answer",
-            )
+        if (found := run.of_model(f"{prefix}logps/chosen_change")) is not None:
+            value, unit = found[1], "nats per token"
+        elif (
+            run.loss is not None
+            and run.loss.reference
+            and (found := run.of_model(f"{prefix}rewards/chosen")) is not None
+        ):
+            value, unit = found[1] / run.loss.beta, "nats per answer"
         else:
             continue
         notes = [f"{unit}, {where}"]

@@ -572,3 +572,13 @@ def test_settings_of_later_versions_are_in_the_table(tmp_path):
     assert "| schedule | cosine, warm-up over 1,500 steps, down to 0.1 of the peak |" in text
     assert "| exported model | that of the evaluation with the best `eval_loss` |" in text
     assert "5.0% of the training rows were held out for evaluation" in text
+
+
+def test_the_evaluation_is_that_of_the_exported_model(tmp_path):
+    run = make_run(tmp_path / "run", training__best_metric="eval_loss", training__eval_every=1, data__eval_size=2)
+    (run / "model" / "config.json").write_text("{}")
+    lines = [{"step": step, "loss": 0.5, "eval_loss": loss} for step, loss in ((1, 0.6), (2, 0.4), (3, 0.5))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = card(run)[1]
+    assert "| loss, held-out | 0.600 (step 1) | 0.400 (step 2) |" in text
+    assert "| training loss | 0.500 (step 1) | 0.500 (step 3) |" in text

@@ -144,12 +144,26 @@ def test_the_start_is_the_baseline_of_held_out_figures(make_run):
     assert "Held-out accuracy 75.0% ▲ +25.0 points from 50.0% at the start at step 20" in text
     assert "Held-out reward margin 0.250 ▲ +0.250 from 0 at the start" in text
     assert "Held-out loss 0.580 ▼ −0.113 from 0.693 at the start" in text
-    assert page.count('class="change better"') == 4  # with the training loss
+    # with the training loss, and without the margin, of which more is not better
+    assert page.count('class="change better"') == 3
     steps, accuracies = lines(figures_of(page), "accuracy")[2]
     assert (steps.tolist(), accuracies.tolist()) == ([0, 20], [0.5, 0.75])  # a line, and no lone square
     worse = page_of(with_start(make_run("worse", metrics=dpo_metrics(20, eval_every=20)), eval_loss=0.25))
     assert "Held-out loss 0.580 ▲ +0.330 from 0.250 at the start" in text_of(worse)
     assert worse.count('class="change worse"') == 1
+
+
+def test_held_out_figures_are_those_of_the_exported_model(make_run):
+    metrics = dpo_metrics(30, eval_every=10)  # the loss falls, the accuracies are made here
+    for line, accuracy in zip(metrics[9::10], (0.7, 0.8, 0.6), strict=True):
+        line["eval_rewards/accuracies"] = accuracy
+    more = {"training__best_metric": "eval_rewards/accuracies", "training__eval_every": 10, "data__eval_size": 4}
+    run = with_start(make_run(metrics=metrics, **more), **{"eval_rewards/accuracies": 0.9})
+    text = text_of(page_of(run))
+    assert "Held-out accuracy 80.0% ▼ −10.0 points from 90.0% at the start at step 20, whose model is exported" in text
+    assert "Held-out loss 0.580 ▼ −0.113 from 0.693 at the start at step 20" in text
+    unfinished = make_run("unfinished", metrics=metrics, finished=False, **more)
+    assert "Held-out accuracy 60.0% at step 30" in text_of(page_of(unfinished))
 
 
 def test_an_evaluation_of_the_held_out_rows_gives_the_interval(make_run):
