@@ -10,7 +10,8 @@ every model on the held-out pairs, and `notus generate` lets each model answer t
 in DIR is not run again. docs/real-model.md shows the result.
 
 --trl-python: the Python of an environment with TRL (default: this one). --search tries TRL's kinds of attention on the
-first two steps and takes the faster one. Without it, TRL has its default.
+first two steps and takes the faster one. Without it, TRL has its default. --trl-steps ends TRL after that many steps of
+the same run, for its seconds and losses alone: the model is then not evaluated.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--results", type=Path, help="write what was measured to this JSON file")
     parser.add_argument("--search", action="store_true", help="try TRL's options first, and take the fastest")
+    parser.add_argument("--trl-steps", type=int, help="end TRL after that many steps")
     return parser.parse_args()
 
 
@@ -129,7 +131,14 @@ def train_notus(args: argparse.Namespace, side: str) -> None:
 def train_trl(args: argparse.Namespace) -> None:
     config, tokens = write_pairs(args)
     options = {**TRL, **(fastest(args, config) if args.search else {})}
-    outcome = run_trl(args, config, "trl", options, args.output / "train.jsonl")
+    train = args.output / "train.jsonl"
+    if args.trl_steps is not None:  # fewer pairs, but the schedule of the whole run
+        options |= {"max_steps": len(tokens) // config.training.batch_size, "last_step": args.trl_steps}
+        tokens = tokens[: args.trl_steps * config.training.batch_size]
+        lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+        train = args.output / "train-first-steps.jsonl"
+        train.write_text("".join(lines[: len(tokens)]), encoding="utf-8")
+    outcome = run_trl(args, config, "trl", options, train)
     if outcome["tokens"] != tokens:
         sys.exit("TRL and Notus saw other tokens")
 
@@ -178,7 +187,8 @@ def measure(args: argparse.Namespace, side: str) -> None:
     model = args.output / side / "model" if side == "trl" else args.output / side
     evaluation = args.output / f"{side}-evaluation.json"
     if not evaluation.is_file():
-        of_trl = ["--base", args.model, "--pairs", args.output / "held-out.json", "--max-length", "640"]
+        held_out = args.output / "held-out.json"
+        of_trl = ["--base", args.model, "--pairs", held_out, "--max-length", "640", "--precision", "fp32"]
         call(
             *(sys.executable, "-m", "notus", "evaluate", model, "--output", evaluation),
             *(of_trl if side == "trl" else []),
@@ -197,7 +207,7 @@ def answer(args: argparse.Namespace, name: str, model: object) -> None:
     if not answers.is_file():
         call(
             *(sys.executable, "-m", "notus", "generate", model, prompts, answers),
-            *("--max-new-tokens", ANSWER_TOKENS, "--precision", "bf16"),
+            *("--max-new-tokens", ANSWER_TOKENS, "--precision", "fp32"),
         )
 
 
@@ -207,7 +217,7 @@ def table(args: argparse.Namespace) -> str:
 
     columns = {}
     for side in SIDES:
-        if (args.output / f"{side}.json").is_file():
+        if (args.output / f"{side}-evaluation.json").is_file():
             outcome = json.loads((args.output / f"{side}.json").read_text())
             result = json.loads((args.output / f"{side}-evaluation.json").read_text())
             columns[side] = dict([*_costs(outcome), *measured(result)])
@@ -222,10 +232,13 @@ def results(args: argparse.Namespace) -> dict[str, Any]:
     for side in SIDES:
         if (args.output / f"{side}.json").is_file():
             outcome = json.loads((args.output / f"{side}.json").read_text())
-            evaluation = json.loads((args.output / f"{side}-evaluation.json").read_text())
-            names = ("num_rows", "precision", "beta", "loss", "overall", "rewards/chosen", "rewards/rejected")
             outcome.pop("tokens", None)
-            found[side] = {**outcome, "held_out": {name: evaluation[name] for name in names}}
+            found[side] = outcome
+            evaluation = args.output / f"{side}-evaluation.json"
+            if evaluation.is_file():
+                result = json.loads(evaluation.read_text())
+                names = ("num_rows", "precision", "beta", "loss", "overall", "rewards/chosen", "rewards/rejected")
+                outcome["held_out"] = {name: result[name] for name in names}
     return found
 
 
@@ -236,12 +249,20 @@ def _costs(outcome: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "peak memory", f"{outcome['peak_mib'] * MIB / GIB:.1f} GiB"
 
 
-def largest_difference(args: argparse.Namespace, sides: Sequence[str] = ("dpo", "trl")) -> str:
-    """Return by how much the two sides' losses differ, step by step."""
-    one, two = (json.loads((args.output / f"{side}.json").read_text())["losses"] for side in sides)
-    differences = [abs(a - b) for a, b in zip(one, two, strict=True)]
-    lines = [f"step {step:3}: {a:.4f} {b:.4f}" for step, (a, b) in enumerate(zip(one, two, strict=True), start=1)]
-    return "\n".join([*lines, f"largest difference of a step's loss: {max(differences):.4f}"])
+def compare(args: argparse.Namespace) -> str:
+    """Return loss and seconds of the steps that both sides made, and the largest difference of a step's loss."""
+    notus, trl = (json.loads((args.output / f"{side}.json").read_text()) for side in ("dpo", "trl"))
+    steps = range(len(trl["losses"]))
+    lines = [f"step {step + 1:3}: {notus['losses'][step]:.5f} {trl['losses'][step]:.5f}" for step in steps]
+    largest = max(abs(notus["losses"][step] - trl["losses"][step]) for step in steps)
+    seconds = [sum(outcome["step_seconds"][step] for step in steps) for outcome in (notus, trl)]
+    return "\n".join(
+        [
+            *lines,
+            f"largest difference of a step's loss: {largest:.2g}",
+            f"seconds of these steps: Notus {seconds[0]:.1f}, TRL {seconds[1]:.1f}",
+        ]
+    )
 
 
 def main() -> None:
@@ -254,12 +275,13 @@ def main() -> None:
     for side in args.sides:
         if not (args.output / f"{side}.json").is_file():
             train_trl(args) if side == "trl" else train_notus(args, side)
-        measure(args, side)
+        if side != "trl" or args.trl_steps is None:
+            measure(args, side)
     print(table(args))
     if args.results:
         write_json(args.results, results(args))
     if all((args.output / f"{side}.json").is_file() for side in ("dpo", "trl")):
-        print(largest_difference(args))
+        print(compare(args))
 
 
 if __name__ == "__main__":

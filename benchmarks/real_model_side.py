@@ -3,8 +3,8 @@
     python real_model_side.py notus JOB_FILE OUTCOME_FILE
     python real_model_side.py trl JOB_FILE OUTCOME_FILE     # in an environment that has TRL; it needs no Notus
 
-A job of Notus is `{"config": FILE, "overrides": [...]}`; one of TRL is a `common.Job`, with `optim` among its
-options.
+A job of Notus is `{"config": FILE, "overrides": [...]}`; one of TRL is a `common.Job`, with `optim`
+and perhaps `last_step` among its options.
 """
 
 import dataclasses
@@ -50,13 +50,21 @@ def run_trl(job: Job) -> dict[str, Any]:
     """Train with TRL's DPOTrainer and save the model to `scratch/model`."""
     import torch
     from datasets import load_dataset
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, TrainerCallback
 
     from common import describe_tokens
     from trl_side import StepClock, TimedTrainer, settings
 
     options = dict(job.options)
-    optimizer = options.pop("optim")
+    optimizer, last_step = options.pop("optim"), options.pop("last_step", None)
+
+    class Stop(TrainerCallback):
+        """Ends the training after `last_step`. The schedule is that of the whole run."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == last_step:
+                control.should_training_stop = True
+
     memory, began, worked = PeakMemory(), time.perf_counter(), time.process_time()
     args = settings(dataclasses.replace(job, options=options))
     args.optim = optimizer
@@ -67,7 +75,7 @@ def run_trl(job: Job) -> dict[str, Any]:
         args=args,
         train_dataset=load_dataset("json", data_files=job.pairs, split="train", cache_dir=job.scratch),
         processing_class=AutoTokenizer.from_pretrained(job.model),
-        callbacks=[clock],
+        callbacks=[clock, Stop()],
     )
     trainer.train()
     trainer.save_model(f"{job.scratch}/model")

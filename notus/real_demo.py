@@ -32,7 +32,7 @@ TRAINING: dict[str, Any] = {
     "lr_schedule": "linear",
     "warmup_ratio": 0.1,
     "optimizer": "adamw",
-    "precision": "bf16",
+    "precision": "fp32",
     "activation_checkpointing": "none",
     "log_every": 1,
 }
