@@ -598,8 +598,8 @@ def _option_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Inva
         if not any(loss.option(name) for loss in losses):
             if takers := [loss.name for loss in LOSSES.values() if loss.option(name)]:
                 remedy = f": use one of {', '.join(takers)}"
-            elif other := foreign_keys.find(name):
-                remedy = f"; {other.advice()}"
+            elif foreign := foreign_keys.find(name):
+                remedy = f"; {foreign.advice()}"
             else:
                 remedy = nearest(name, sorted({option.name for loss in LOSSES.values() for option in loss.options}))
             yield Invalid(_option_key(name), f"has no effect with dpo.loss_type {_named(losses)}{remedy}")

@@ -53,7 +53,6 @@ _BATCH = _set(
 )
 _EVAL_BATCH = _always("training.tokens_per_row bounds the memory of evaluation, too")
 _GRAPH = _always("FSDP2 shards the model on any number of GPUs; there is no DDP to configure")
-_OFFLOAD = _set("training.cpu_offload", note="the model is always sharded by FSDP2; this also keeps it in host memory")
 _SHARD = _always("FSDP2 shards the model over torchrun's ranks; training.sharding and training.cpu_offload tune it")
 _BF16 = _set("training.precision", note="bf16 or fp32; master weights are always fp32")
 _FP16 = _set("training.precision", note="bf16 or fp32; fp16 is not supported, because it needs loss scaling")
@@ -243,7 +242,7 @@ _DPO: dict[str, Counterpart] = {
     ),
     "label_smoothing": _set("dpo.label_smoothing", note="it acts on sigmoid, too, where TRL 1.16 ignores it"),
     "beta": _set("dpo.beta"),
-    "use_weighting": _set("dpo.wpo"),
+    "use_weighting": _set("dpo.wpo", note="a pair's weight is at most 1, as in the authors' code"),
     "discopop_tau": _set("dpo.options.discopop_tau"),
     "activation_offloading": _missing("training.activation_checkpointing=full keeps the fewest activations"),
     "sync_ref_model": _missing("the reference does not move (no TR-DPO): its log-probs are computed once"),
@@ -315,7 +314,7 @@ _MODEL: dict[str, Counterpart] = {
     "lora_alpha": _set("lora.alpha"),
     "lora_dropout": _set("lora.dropout"),
     "lora_target_modules": _LORA_TARGETS,
-    "lora_target_parameters": _LORA_TARGETS,
+    "lora_target_parameters": _missing("adapters are on linear layers: lora.target_modules"),
     "lora_modules_to_save": _set("lora.modules_to_save"),
     "lora_task_type": _always("Notus trains causal language models"),
     "use_rslora": _set("lora.rslora"),

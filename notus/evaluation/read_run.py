@@ -145,12 +145,16 @@ class Run:
         return int(curve.steps[trained][ranked.argmax()])
 
     def of_model(self, name: str) -> tuple[int, float] | None:
-        """The step and the value of the last line up to `exported_step` that has a metric; None if there is none."""
+        """The step and the value of the last line up to `exported_step` that has a metric; None if there is none.
+
+        The evaluation before training is none of a run that has begun to train.
+        """
         if name not in self.curves:
             return None
         curve = self.curves[name].known
-        until = int((curve.steps <= self.exported_step).sum())
-        return (int(curve.steps[until - 1]), float(curve.values[until - 1])) if until else None
+        of_model = (curve.steps <= self.exported_step) & ((curve.steps > 0) | (self.step == 0))
+        places = np.flatnonzero(of_model)
+        return (int(curve.steps[places[-1]]), float(curve.values[places[-1]])) if len(places) else None
 
     @property
     def planned_steps(self) -> int | None:

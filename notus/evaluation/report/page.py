@@ -21,6 +21,7 @@ REPORT = "report.html"
 GENERATOR = '<meta name="generator" content="notus report">'  # marks a file as an earlier report
 HERE = Path(__file__).parent
 COLOURS = 7  # --c0 to --c6 in page.css
+MOST_NAMED = 4  # runs that the title names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +111,7 @@ def render(runs: "Sequence[Run]") -> str:
             style=style(HERE / "page.css"),
             scripts=scripts,
             colours=COLOURS,
+            most_named=MOST_NAMED,
             runs=runs,
             figures={panel.name: panel.as_json() for panel in panels},
             **made,

@@ -463,3 +463,14 @@ def test_no_two_of_many_runs_share_colour_and_symbol(make_run):
         (trace["meta"]["colour"] % COLOURS, trace["marker"]["symbol"]) for trace in figures_of(page)["accuracy"]["data"]
     }
     assert len(looks) == 9
+    assert re.search(r"<h1>(.*?)</h1>", page)[1].strip() == "9 runs"  # their names would fill a screen
+    assert re.search(r"<title>(.*?)</title>", page)[1] == "9 runs · Notus report"
+
+
+def test_the_start_is_no_result_of_a_run_that_trains(make_run):
+    run = with_start(make_run(metrics=dpo_metrics(3), finished=False))
+    text = text_of(page_of(run))
+    assert "Training accuracy" in text
+    assert "Held-out accuracy" not in text
+    (run / "metrics.jsonl").write_text("")
+    assert "Held-out accuracy 50.0%" in text_of(page_of(run))
