@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers.utils.logging
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.config import SECTIONS, Config, Task, config_from_dict, load_config, read_yaml
 from notus.evaluation.preferences.scores import Scoring
+from notus.evaluation.read_run import initial_evaluation
 from notus.evaluation.resolve_model import ChatSettings, ModelSource
 from notus.evaluation.score import Lengths, Scores, read_model, score_rows, tokenize, tokenizer_for
 from notus.model.export import load_causal_lm
@@ -42,7 +44,7 @@ from notus.training.checkpoint import checkpoints_in
 from notus.training.inputs import Inputs
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL, is_finished
-from notus.training.tracking import INITIAL_FILE, METRICS_FILE, read_initial
+from notus.training.tracking import METRICS_FILE
 
 if TYPE_CHECKING:
     import datasets
@@ -183,18 +185,17 @@ def load_result(folder: str | os.PathLike[str]) -> Result:
         config=load_config(path, task),
         finished=finished,
         metrics=metrics,
-        evaluations=_evaluations(read_initial(run / INITIAL_FILE), metrics),
+        evaluations=_evaluations([*initial_evaluation(run), *metrics]),
         model_path=run / MODEL if finished else None,
         checkpoint=checkpoints[0] if checkpoints else None,
     )
 
 
-def _evaluations(initial: dict[str, float] | None, metrics: list[dict[str, float]]) -> list[dict[str, float]]:
-    first = [] if initial is None else [{"step": 0, **initial}]
+def _evaluations(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
     found = [
         {name: value for name, value in line.items() if name == "step" or name.startswith("eval_")} for line in metrics
     ]
-    return first + [line for line in found if len(line) > 1]
+    return [line for line in found if len(line) > 1]
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:
@@ -317,11 +318,13 @@ def _read(
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML has it: paths as strings, tuples as lists."""
+    """A value as YAML has it: paths as strings, tuples as lists, NumPy's numbers as Python's."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, np.generic):  # of a grid, say: np.logspace
+        return value.item()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -369,6 +372,22 @@ def _name_model(
 
 
 @contextlib.contextmanager
+def _usual_modes() -> Iterator[None]:
+    """Compute as in a process of its own, whatever modes the caller is in: `no_grad`, autocast, another default dtype.
+
+    Under autocast, say, a run with training.precision=fp32 would else compute in bf16.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+@contextlib.contextmanager
 def _process_unchanged() -> Iterator[None]:
     """Leave the process as it was: random numbers, the current GPU, settings of libraries, memory.
 
@@ -383,7 +402,7 @@ def _process_unchanged() -> Iterator[None]:
     device = torch.cuda.current_device() if on_gpu else None
     bars, duck_shape = transformers.utils.logging.is_progress_bar_enabled(), symbols.use_duck_shape
     try:
-        with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        with torch.random.fork_rng(devices=[device] if on_gpu else []), _usual_modes():
             yield
     finally:
         symbols.use_duck_shape = duck_shape

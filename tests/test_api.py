@@ -1,5 +1,6 @@
 """The Python API: rows and models in memory, callbacks, results, and a process that is left as it was."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from runs import assert_same_run, read_metrics, settings, words, write_pairs
 from toys import toy_model, toy_tokenizer
 
 import notus
+from notus.evaluation.resolve_model import read_run_settings, with_paths
 
 
 def rows(count: int = 18, seed: int = 0) -> list[dict[str, Any]]:
@@ -110,6 +113,25 @@ def test_the_same_rows_resume_and_other_rows_are_refused(tmp_path: Path, config:
     assert list((tmp_path / "run").glob("previous-*/inputs/train.jsonl"))
 
 
+def test_a_run_that_was_moved_is_resumed(tmp_path: Path, config: Any) -> None:
+    whole = notus.train(config("whole"), train=rows())
+    held = rows(2, seed=1)
+    given: dict[str, Any] = {"model": toy_model(), "tokenizer": toy_tokenizer(), "train": rows(), "eval": held}
+    for name, callbacks in (("before", [Notes(stop_at=2)]), ("after", [])):
+        if name == "after":
+            (tmp_path / "before").rename(tmp_path / "after")
+        tree = config(name, training__eval_every=10)
+        del tree["model"]
+        moved = notus.train(tree, **given, callbacks=callbacks)
+    assert moved.finished
+    assert [line["loss"] for line in moved.metrics] == [line["loss"] for line in whole.metrics]
+    (tmp_path / "after").rename(tmp_path / "archive")
+    run = tmp_path / "archive"
+    found = with_paths(read_run_settings(run), run)
+    assert found["data"]["train"][0]["path"] == str(run / "inputs" / "train.jsonl")
+    assert found["model"]["name_or_path"] == str(run / "inputs" / "model")
+
+
 def test_a_loaded_model_trains_as_its_folder_does_and_is_left_alone(tmp_path: Path, config: Any) -> None:
     by_folder = notus.train(config("folder", lora__rank=4), train=rows())
     tree = config(lora__rank=4)
@@ -148,6 +170,13 @@ def test_sft_learns_from_rows_in_memory(config: Any) -> None:
     assert result.config.task == "sft"
     assert result.finished
     assert result.metrics[-1]["loss"] < result.metrics[0]["loss"]
+
+
+def test_numbers_of_numpy(config: Any) -> None:
+    result = notus.train(
+        config(training__max_steps=np.int64(2), training__learning_rate=np.float64(1e-4)), train=rows()
+    )
+    assert (result.config.training.max_steps, result.config.training.learning_rate) == (2, 1e-4)
 
 
 def test_a_config_object_and_overrides(tmp_path: Path, config: Any) -> None:
@@ -242,6 +271,37 @@ def test_the_process_is_left_as_it_was(config: Any) -> None:
     notus.train(config("two", training__max_steps=1, training__deterministic=True), train=rows())
     assert state() == before
     assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+@contextlib.contextmanager
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "float64": float64_by_default,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_modes_of_the_caller_change_no_number(mode: str, config: Any) -> None:
+    model = toy_model()
+    scores = notus.score(model, toy_tokenizer(), rows(3))
+    result = notus.train(config("usual", training__max_steps=2), train=rows())
+    with MODES[mode]():
+        there = notus.score(model, toy_tokenizer(), rows(3))
+        trained = notus.train(config(training__max_steps=2), train=rows())
+    assert torch.equal(there.logps, scores.logps)
+    assert there.path == scores.path
+    assert [line["loss"] for line in trained.metrics] == [line["loss"] for line in result.metrics]
 
 
 def test_another_process_group_is_named(config: Any) -> None:

@@ -17,7 +17,7 @@ from notus.evaluation.run_loss import RunLoss, read_loss
 from notus.runtime.files import is_locked
 from notus.training.best_model import HIGHER_IS_BETTER
 from notus.training.run_data import DATA_FILE
-from notus.training.run_folder import CONFIG_FILE, LOCK, MODEL
+from notus.training.run_folder import CONFIG_FILE, LOCK, is_finished
 from notus.training.tracking import ENVIRONMENT_FILE, INITIAL_FILE, METRICS_FILE, SAMPLES_FILE
 
 RESULT_FILES = f"{EVALUATIONS}/*/{RESULT}"
@@ -87,8 +87,11 @@ class Run:
 
     @functools.cached_property
     def state(self) -> Literal["finished", "running", "unfinished"]:
-        """Whether the run has its final model; if not, whether a process holds its folder."""
-        if any((self.folder / MODEL / name).is_file() for name in ("config.json", "adapter_config.json")):
+        """Whether the run has its final model; if not, whether a process holds its folder.
+
+        A run that is being extended is not finished: its model is that of the run before.
+        """
+        if is_finished(self.folder):
             return "finished"
         return "running" if is_locked(self.folder / LOCK) else "unfinished"
 
@@ -191,7 +194,7 @@ def read_run(folder: Path, label: str = "") -> Run:
     return Run(
         folder=folder,
         settings=read_run_settings(folder),
-        metrics=[*_initial_evaluation(folder / INITIAL_FILE), *read_lines(folder / METRICS_FILE)],
+        metrics=[*initial_evaluation(folder), *read_lines(folder / METRICS_FILE)],
         data=_read_object(folder / DATA_FILE),
         environment=_read_object(folder / ENVIRONMENT_FILE),
         results=read_results(folder),
@@ -205,10 +208,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return read_records(path, wrong, lambda record: isinstance(record.get("step"), int))
 
 
-def _initial_evaluation(path: Path) -> list[dict[str, Any]]:
-    """Return the evaluation before training as a line of metrics; none for a run of an earlier version."""
-    found = _read_object(path)
-    return [{**{name: value for name, value in found.items() if name.startswith("eval_")}, "step": 0}] if found else []
+def initial_evaluation(folder: Path) -> list[dict[str, Any]]:
+    """Return the evaluation before training as a line of metrics; none if a run has not made one.
+
+    Raises ValueError, naming the file, if it is damaged.
+    """
+    found = _read_object(folder / INITIAL_FILE)
+    return [{"step": 0, **{name: value for name, value in found.items() if name.startswith("eval_")}}] if found else []
 
 
 def _read_object(path: Path) -> dict[str, Any]:

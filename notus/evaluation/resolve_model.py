@@ -46,7 +46,7 @@ from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkp
 from notus.training.model_folders import ModelFolders, local_names, resolve_model
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_data import DATA_FILE
-from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL
+from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL, is_finished, own_input
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -187,7 +187,7 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
     if not is_run(folder):
         return _source(name, folder)
     settings, run = with_paths(read_run_settings(folder), folder), folder
-    if (run / MODEL).is_dir():
+    if is_finished(run):  # one that is being extended has an earlier model
         return _source(name, run / MODEL, settings, run)
     out = export_newest(run, trust_remote_code=trust_remote_code)
     return _source(f"{name} (step {step_of(out)})", out, settings, run)
@@ -304,7 +304,7 @@ def with_paths(settings: Settings, run: Path) -> Settings:
 def _path_of(name: str, settings: Settings, run: Path) -> str:
     """A path of a run's settings, or of its adapter, as it is from the working folder; other names as they are."""
     if os.path.isabs(name) or name.startswith("~"):
-        return name
+        return own_input(name, run)
     trained_in = _folder_of_training(settings, run)
     if trained_in is None and Path(name).exists():
         return name
@@ -316,9 +316,10 @@ def _path_of(name: str, settings: Settings, run: Path) -> str:
 def _folder_of_training(settings: Settings, run: Path) -> Path | None:
     """The folder that the run's relative paths start from; None if its settings do not say."""
     output, place = Path(settings["training"].get("output_dir") or "/").parts, run.resolve().parts
-    if output[0] == "/" or ".." in output or place[-len(output) :] != output:
+    above = len(place) - len(output)  # "." has no parts
+    if output[:1] == ("/",) or ".." in output or place[above:] != output:
         return None
-    return Path(*place[: -len(output)])
+    return Path(*place[:above])
 
 
 def _are_settings(tree: Any) -> bool:

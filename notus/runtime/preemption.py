@@ -95,7 +95,7 @@ class Stop:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
-        """Handle signals within a program that goes on afterwards, such as a notebook; never end the process by itself.
+        """Handle signals within a program that continues afterwards, such as a notebook; never end the process itself.
 
         The first signal within `in_loop` is a request, and at the end of the context it goes to the handler that was
         there before: once all is saved, Ctrl-C raises KeyboardInterrupt and SIGTERM ends the program. Every other

@@ -71,7 +71,7 @@ class Caller:
     """Who starts a run, and what it needs for that.
 
     Attributes:
-        callbacks: told what the run logs, evaluates and saves.
+        callbacks: receive what the run logs, evaluates and saves.
         write_inputs: writes data and model that are in memory into the run's folder, which this launch holds; rank 0
             calls it before it reads them.
         owns_process: the run is all that the process does, so a signal may end the process. Else signals outside the

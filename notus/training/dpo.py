@@ -479,9 +479,9 @@ def _check_content(job: Run, name: str, cache: str, logps: Tensor, folder: Path 
     """Record which log-probs the run learns from; `folder`: where they were read, None if they were computed now.
 
     Raises:
-        ValueError: the checkpoint was made with other log-probs of the same name: somebody or something has changed
-            the file since then, and its own digest with it. If they were computed again (on another device, say), they
-            may differ by rounding, which is only logged.
+        ValueError: the checkpoint was made with other log-probs of the same name, so the file and its own digest were
+            changed since then. If they were computed again (on another device, say), they may differ by rounding, which
+            is only logged.
     """
     found, before = content_digest(logps), recorded_content(job.checkpoints, name, cache)
     if before not in (None, found):

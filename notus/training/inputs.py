@@ -24,12 +24,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.data.sources import Source, open_rows
 from notus.runtime.files import disk_error, replacing, sync, write_text
-from notus.training.run_folder import has_begun
+from notus.training.run_folder import INPUTS, has_begun
 
 if TYPE_CHECKING:
     import datasets
 
-INPUTS = "inputs"
 DIGESTS = "inputs.json"
 # Of a model's config: what is no part of what it computes, and changes as it is saved, loaded or trained.
 _VOLATILE = frozenset({"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"})

@@ -100,10 +100,17 @@ def reference_logps(
         for start in range(0, len(rows), PART_SIZE)
     ]
     logps = torch.cat(found)
-    on_main(lambda: _write_cache(path, logps, rows, key, digests))
-    # another run may be filling the same cache; it writes its parts again
-    on_main(lambda: shutil.rmtree(parts, ignore_errors=True))
-    return logps, False
+
+    def publish() -> Tensor:
+        # Another run may have filled the same cache meanwhile. Its log-probs may differ by rounding, and they are what
+        # this run will read when it is resumed, so it learns from them, too.
+        kept = _read(path, rows, key, digests) if path.exists() else logps
+        if kept is logps:
+            _write_cache(path, logps, rows, key, digests)
+        shutil.rmtree(parts, ignore_errors=True)  # a run that is still computing writes its parts again
+        return kept
+
+    return on_main(publish), False
 
 
 def content_digest(logps: Tensor) -> str:

@@ -27,7 +27,9 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 REFERENCE = "reference"
+INPUTS = "inputs"  # rows and a model of a program's memory; see `inputs.py`
 LOCK = ".lock"
+EVALUATIONS = "evaluations"  # where `notus.evaluation.results` writes, which imports no torch
 EXTENDING = ".extending"  # stands while `model` is that of the run before it was extended
 _MODEL_FILES = ("config.json", "adapter_config.json")
 # What may differ when a run is resumed: how and where it computes, not what.
@@ -81,8 +83,10 @@ def open_folder(config: Config) -> Opening:
             if is_finished(folder) and not extended:
                 return Opening(finished=True, checkpoints=[])
         else:
-            _begin(folder, config)
+            _check_begin(folder, config)
         checkpoints = _checkpoints(folder, resume)
+        if not checkpoints:  # the run starts at step 0, perhaps with other data than a launch that failed
+            (folder / INITIAL_FILE).unlink(missing_ok=True)
         if extended and has_model(folder):
             _begin_extension(folder, checkpoints)
         if not (folder / EXTENDING).exists():
@@ -94,13 +98,12 @@ def open_folder(config: Config) -> Opening:
     return Opening(finished=False, checkpoints=checkpoints, extended=extended)
 
 
-def _begin(folder: Path, config: Config) -> None:
-    """Prepare for a run that begins: remove what one that failed before its first step left of another config."""
+def _check_begin(folder: Path, config: Config) -> None:
+    """Raise ValueError if a run that begins is to be extended."""
     if config.training.extend:
         raise ValueError(
             f"training.extend: {folder} holds no run that could be extended; remove it, or check the folder"
         )
-    (folder / INITIAL_FILE).unlink(missing_ok=True)
 
 
 def _begin_extension(folder: Path, checkpoints: list[Path]) -> None:
@@ -114,8 +117,17 @@ def _begin_extension(folder: Path, checkpoints: list[Path]) -> None:
 
 
 def end_extension(folder: Path) -> None:
-    """Note that `model` is that of the whole run; for rank 0."""
-    (folder / EXTENDING).unlink(missing_ok=True)
+    """Note that `model` is that of the whole run; for rank 0.
+
+    The evaluations of earlier models are moved into a dated folder: they would be taken for those of this one.
+    """
+    if not (folder / EXTENDING).exists():
+        return
+    if (folder / EVALUATIONS).exists():
+        aside = _dated(folder)
+        (folder / EVALUATIONS).rename(aside / EVALUATIONS)
+        tell(f"the evaluations of the model before the extension are now in {aside}")
+    (folder / EXTENDING).unlink()
 
 
 def holds_finished(config: Config) -> bool:
@@ -240,13 +252,19 @@ def _set_aside(folder: Path) -> None:
         return
     last = (MODEL, METRICS_FILE, CHECKPOINTS)  # what says more of a run goes earlier; the config goes last of all
     order = [*last, *sorted(present - {*last, CONFIG_FILE}), CONFIG_FILE]
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    aside = folder / f"previous-{now}"
-    aside.mkdir()
+    aside = _dated(folder)
     for name in order:
         if name in present and not name.startswith("previous-") and name not in (REFERENCE, LOCK):
             (folder / name).rename(aside / name)
     tell(f"training.resume=never: the earlier run is now in {aside}")
+
+
+def _dated(folder: Path) -> Path:
+    """Make a folder within a run's for what was there before."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    found = folder / f"previous-{now}"
+    found.mkdir()
+    return found
 
 
 def _check_room_for_model(path: Path) -> None:
@@ -271,6 +289,7 @@ def _check_same_run(path: Path, config: Config) -> bool:
     if task != config.task:
         raise ValueError(f"{path.parent} holds a run of train_{task}.py: choose another training.output_dir")
     before, now = _flat(load_config(path, config.task)), _flat(config)
+    before = {key: _moved(value, path.parent) for key, value in before.items()}
     if before["data.template_date"] is None:  # a run from before it was recorded
         before["data.template_date"] = now["data.template_date"]
     exclude = "training.weight_decay_exclude"
@@ -299,6 +318,24 @@ def _check_same_run(path: Path, config: Config) -> bool:
             "restore the config"
         )
     return True
+
+
+def own_input(name: str, folder: Path) -> str:
+    """Return where a file or folder of the run's `inputs` is, if the run was moved; return other names as they are.
+
+    Its path in the config is absolute, because the program that wrote it may be called from anywhere.
+    """
+    here = folder.absolute() / INPUTS / Path(name).name
+    return str(here) if os.path.isabs(name) and Path(name).parent.name == INPUTS and here.exists() else name
+
+
+def _moved(value: Any, folder: Path) -> Any:
+    """`own_input` of every string in a config's value."""
+    if isinstance(value, list):
+        return [_moved(each, folder) for each in value]
+    if isinstance(value, dict):
+        return {key: _moved(each, folder) for key, each in value.items()}
+    return own_input(value, folder) if isinstance(value, str) else value
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -74,7 +74,7 @@ from notus.training.run_folder import (
 )
 from notus.training.sampling import Sampler, build_sampler
 from notus.training.throughput import Meter
-from notus.training.tracking import INITIAL_FILE, Tracker, hardware, open_tracker, read_initial
+from notus.training.tracking import Tracker, hardware, open_tracker
 from notus.training.trainer import Ending, Trainer, warmup_steps
 from notus.training.trainer import Task as LoopTask
 from notus.training.warnings import plain_text_notice
@@ -189,7 +189,6 @@ class Run:
                 stop=self.stop,
                 meter=Meter(self.policy, self.train_rows, self.plan, device=self.device, precision=training.precision),
                 sample=self._sampler(),
-                initial=distributed.on_main(lambda: read_initial(self.folder / INITIAL_FILE)),
                 device=self.device,
             ).run()
         if ending in (Ending.FINISHED, Ending.EARLY):
@@ -262,9 +261,11 @@ class Run:
         if progress.total_steps and progress.total_steps != self.total_steps:
             progress.evaluations_since_best = 0  # of the run before it was extended
         elif self.extended and progress.total_steps:
+            # the limit that was not raised
+            key = "max_steps" if self.total_steps == self.config.training.max_steps else "epochs"
             distributed.say(
-                f"warning: training.extend has no effect: the run's {self.total_steps} steps end with its epochs; "
-                "raise training.epochs"
+                f"warning: training.extend has no effect: the run still ends after {self.total_steps} steps; "
+                f"raise training.{key}"
             )
         distributed.say(f"resuming from {path} (step {progress.step} of {self.total_steps})")
         return progress
@@ -403,7 +404,7 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
 
 
 def _warmup_notice(training: TrainingConfig, total_steps: int) -> str | None:
-    """What to say of a warm-up that takes all of the run; None: it does not."""
+    """Return a warning if warm-up takes all of the run, else None."""
     warmup = warmup_steps(training, total_steps)
     if warmup < total_steps:
         return None

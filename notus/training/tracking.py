@@ -189,20 +189,6 @@ class InitialFile(Logger):
         write_text(self._path, json.dumps({"step": 0, **metrics}) + "\n", locked=True)
 
 
-def read_initial(path: Path) -> dict[str, float] | None:
-    """Return the metrics of `initial_evaluation.json`; None if there is none, or, with a warning, if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(check_regular(path).read_text(encoding="utf-8"))
-        if found.pop("step") == 0:
-            return {str(name): float(value) for name, value in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        pass
-    tell(f"warning: {path} is damaged: the model is evaluated again")
-    return None
-
-
 class SamplesFile(Logger):
     """One JSON object per sample."""
 

@@ -179,14 +179,12 @@ class Trainer:
         stop: Stop,
         meter: Meter,
         sample: Sampling | None,
-        initial: dict[str, float] | None = None,
         device: torch.device,
     ) -> None:
-        """Prepare to train; `initial` is the evaluation before the first step, if an earlier launch made it."""
         self.policy, self.optimizer, self.task, self.config = policy, optimizer, task, config
         self.total_steps = total_steps
         self.progress, self.tracker, self.checkpoints, self.device = progress, tracker, checkpoints, device
-        self.stop, self.meter, self.sample, self._initial = stop, meter, sample, initial
+        self.stop, self.meter, self.sample = stop, meter, sample
         progress.total_steps = total_steps
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self._routers = Routers(policy.causal_lm) if config.router_aux_loss_coef else None
@@ -249,11 +247,12 @@ class Trainer:
         """Log the evaluation of the model as it is before the first step."""
         if not self.config.eval_at_start:
             return
-        metrics = self.task.evaluate_start(self.policy, self.stop.check) if self._initial is None else self._initial
-        if metrics and self.config.best_metric is not None:
+        metrics = self.task.evaluate_start(self.policy, self.stop.check)
+        if not metrics:
+            return
+        if self.config.best_metric is not None:
             check_found(self.config.best_metric, metrics)
-        if metrics:
-            self.tracker.log_initial(metrics)
+        self.tracker.log_initial(metrics)
 
     def _stop_early(self) -> Ending | None:
         """Whether so many evaluations were no better that the run is to end."""

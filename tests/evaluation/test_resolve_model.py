@@ -447,3 +447,15 @@ def test_an_unfinished_run_has_no_adapters_on_idle_layers(tmp_path, pairs_file):
     assert found.keys() == finished.keys()
     assert all(torch.equal(found[name], finished[name]) for name in found)
     assert not any("dt_proj" in name for name in found)
+
+
+@pytest.mark.parametrize("output", [".", "./", "run", "other/.."])
+def test_relative_paths_of_a_run_start_from_where_it_was_trained(output, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    place = run if output in (".", "./") else tmp_path
+    run.mkdir()
+    (place / "pairs.jsonl").touch()
+    monkeypatch.chdir("/")
+    settings = {"data": {"train": [{"path": "pairs.jsonl"}]}, "model": {}, "training": {"output_dir": output}}
+    found = resolve_model.with_paths(settings, run)
+    assert found["data"]["train"] == [{"path": str(place / "pairs.jsonl")}]

@@ -8,6 +8,11 @@ import yaml
 from runs import assert_same_run, at_call, config, read_metrics, terminate
 from test_best_model import assert_equal, scripted
 
+from notus.__main__ import main
+from notus.evaluation.read_run import read_run
+from notus.evaluation.release.card import exported_step
+from notus.evaluation.resolve_model import find_source
+from notus.evaluation.results import EVALUATIONS, Result, write_result
 from notus.runtime.process import STOPPED
 from notus.training import dpo
 from notus.training.run_folder import EXTENDING
@@ -140,8 +145,36 @@ def test_a_limit_beyond_the_epochs_warns(tmp_path: Path, model_folder: Path, pai
     run = _finished(tmp_path, model_folder, pairs_file, training__max_steps=20)
     assert dpo.run(extended(run, model_folder, pairs_file, training__max_steps=30)) == 0
     told = capsys.readouterr().out
-    assert "training.extend has no effect: the run's 8 steps end with its epochs; raise training.epochs" in told
+    assert "training.extend has no effect: the run still ends after 8 steps; raise training.epochs" in told
     assert not (run / EXTENDING).exists()
+
+
+def test_epochs_beyond_the_limit_warn(tmp_path: Path, model_folder: Path, pairs_file: Path, capsys: Any) -> None:
+    run = _finished(tmp_path, model_folder, pairs_file)
+    assert dpo.run(extended(run, model_folder, pairs_file, training__max_steps=5, training__epochs=3)) == 0
+    told = capsys.readouterr().out
+    assert "training.extend has no effect: the run still ends after 5 steps; raise training.max_steps" in told
+
+
+def test_until_its_end_the_earlier_model_is_not_taken_for_its_own(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = _finished(tmp_path, model_folder, pairs_file)
+    assert (read_run(run).state, exported_step(run)) == ("finished", None)
+    write_result(run / EVALUATIONS / "preferences", Result("preferences", "run", [], {}))
+    longer = extended(run, model_folder, pairs_file, training__max_steps=8)
+    with monkeypatch.context() as patch:
+        at_call(patch, dpo.DPOTask, "row_loss", 2, terminate)  # after step 7
+        assert dpo.run(longer) == STOPPED
+    assert (read_run(run).state, exported_step(run)) == ("unfinished", 7)
+    assert find_source(str(run)).folder.name == "step-00000007"
+    capsys.readouterr()
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "the run has not finished" in capsys.readouterr().out
+    assert dpo.run(longer) == 0
+    assert (read_run(run).state, exported_step(run), read_run(run).results) == ("finished", None, [])
+    (aside,) = run.glob("previous-*")
+    assert [path.name for path in aside.glob("evaluations/*/*")] == ["result.json"]
 
 
 def test_without_a_run_or_its_checkpoint_there_is_nothing_to_extend(

@@ -100,7 +100,7 @@ def kill() -> None:
 
 
 @pytest.mark.parametrize("how", ["signal", "kill"])
-def test_it_is_made_again_if_it_was_interrupted_and_only_then(
+def test_it_is_made_again_until_there_is_a_checkpoint(
     how: str, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_messages(tmp_path / "chats.jsonl", 18)
@@ -123,8 +123,8 @@ def test_it_is_made_again_if_it_was_interrupted_and_only_then(
         with pytest.raises(Killed):
             sft.run(cut)
     assert (initial(tmp_path / "cut"), len(calls)) == (initial(tmp_path / "whole"), 2)
-    assert sft.run(cut) == 0  # from step 0, where the file is: it is read, and shown to the loggers again
-    assert len(calls) == 2
+    assert sft.run(cut) == 0  # from step 0 again
+    assert len(calls) == 3
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     assert initial(tmp_path / "cut") == initial(tmp_path / "whole")
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -146,18 +146,24 @@ def test_that_of_a_run_which_failed_before_its_first_step_is_not_taken_for_anoth
     assert initial(tmp_path / "run")["eval_loss"] == pytest.approx(25.0)  # (0 - 1 / (2 * 0.1))²
 
 
-def test_a_damaged_file_is_made_again(
-    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize("again", [True, False])
+def test_that_of_other_data_under_the_same_name_does_not_stay(
+    again: bool, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = config("dpo", tmp_path / "run", model_folder, pairs_file, **HELD)
+    """No checkpoint binds the data yet, so they may be corrected."""
+    train, held = write_messages(tmp_path / "chats.jsonl", 18), write_messages(tmp_path / "held.jsonl", 4)
+    more = {"data__eval": str(held), "training__eval_every": 2}
     with monkeypatch.context() as patch:
-        at_call(patch, dpo.DPOTask, "row_loss", 2, kill)
+        at_call(patch, sft.SFTTask, "row_loss", 3, kill)  # two lines of metrics
         with pytest.raises(Killed):
-            dpo.run(run)
-    (tmp_path / "run" / "initial_evaluation.json").write_text('{"step": 0, "eval')
-    assert dpo.run(run) == 0
-    assert "initial_evaluation.json is damaged: the model is evaluated again" in capsys.readouterr().out
-    assert initial(tmp_path / "run")["eval_rewards/accuracies"] == 0.5
+            sft.run(config("sft", tmp_path / "run", model_folder, train, **more))
+    before = initial(tmp_path / "run")
+    held.write_text("".join(held.read_text().splitlines(keepends=True)[:1]))
+    assert sft.run(config("sft", tmp_path / "run", model_folder, train, training__eval_at_start=again, **more)) == 0
+    if again:
+        assert initial(tmp_path / "run")["eval_loss"] != pytest.approx(before["eval_loss"])
+    else:
+        assert not (tmp_path / "run" / "initial_evaluation.json").exists()
 
 
 def test_a_resumed_run_makes_none(

@@ -99,14 +99,23 @@ def test_another_run_may_fill_the_same_cache_meanwhile(
     monkeypatch.setattr(reference, "PART_SIZE", 2)
     rows = _rows()
 
+    class Other(_Scorer):
+        def __call__(self, indices: np.ndarray) -> torch.Tensor:
+            return super().__call__(indices) * (1 + 1e-6)  # on another GPU, say
+
     class Meanwhile(_Scorer):
         def __call__(self, indices: np.ndarray) -> torch.Tensor:
-            if indices[0] == 2:
-                _call(_Scorer(), rows, tmp_path)  # the other run finishes, and clears the parts away
+            if indices[0] == 4:
+                shutil.rmtree(tmp_path / f"{_key(rows).name}.parts")
+                _call(Other(), rows, tmp_path)  # the other run finishes, and clears the parts away
             return super().__call__(indices)
 
     logps, _ = _call(Meanwhile(), rows, tmp_path)
     torch.testing.assert_close(logps[:, 0], -torch.arange(5.0))
+    again, read = _call(_Scorer(), rows, tmp_path)
+    assert read
+    assert torch.equal(again, logps)  # a resumed run learns from the same
+    assert not torch.equal(again, _Scorer()(np.arange(5)))
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 

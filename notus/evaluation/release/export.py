@@ -176,12 +176,12 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
     from notus.model.load import read_json, write_json
     from notus.model.peft_format import ADAPTER_CONFIG
     from notus.training.checkpoint import step_of
-    from notus.training.run_folder import MODEL
+    from notus.training.run_folder import MODEL, is_finished
 
     run, dtype, trust, step = release.run, _dtype(args, release.run), args.trust_remote_code, None
     base, below = args.base_model or run.base, None
-    final = run.folder / MODEL
-    if final.is_dir() and release.variant == "adapter":
+    final, finished = run.folder / MODEL, is_finished(run.folder)
+    if finished and release.variant == "adapter":
 
         def copy(partial: Path) -> None:  # which already has PEFT's layout
             shutil.copytree(final, partial, dirs_exist_ok=True)
@@ -190,7 +190,7 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
                 write_json(partial / ADAPTER_CONFIG, config)
 
         return None, copy
-    if final.is_dir():
+    if finished:
         causal_lm, tokenizer = load_causal_lm(final, dtype=dtype, device="cpu", trust_remote_code=trust)
     else:
         causal_lm, tokenizer, checkpoint = load_unfinished(run.folder, run.settings, trust_remote_code=trust)
