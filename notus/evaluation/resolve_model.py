@@ -46,7 +46,7 @@ from notus.training.checkpoint import STATE_FILE, DamagedCheckpointError, checkp
 from notus.training.model_folders import ModelFolders, local_names, resolve_model
 from notus.training.parallelize import COMPUTE_DTYPES
 from notus.training.run_data import DATA_FILE
-from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL, is_finished, own_input
+from notus.training.run_folder import CHECKPOINTS, CONFIG_FILE, MODEL, is_extending, own_input
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -187,7 +187,7 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> ModelSource:
     if not is_run(folder):
         return _source(name, folder)
     settings, run = with_paths(read_run_settings(folder), folder), folder
-    if is_finished(run):  # one that is being extended has an earlier model
+    if (run / MODEL).is_dir() and not is_extending(run):
         return _source(name, run / MODEL, settings, run)
     out = export_newest(run, trust_remote_code=trust_remote_code)
     return _source(f"{name} (step {step_of(out)})", out, settings, run)

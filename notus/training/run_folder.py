@@ -207,7 +207,12 @@ def _unwritable(folder: Path, error: OSError) -> ValueError:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run wrote its final model here, and is not being extended."""
-    return has_model(folder) and not (folder / EXTENDING).exists()
+    return has_model(folder) and not is_extending(folder)
+
+
+def is_extending(folder: Path) -> bool:
+    """Whether a model here is that of the run before it was extended."""
+    return (folder / EXTENDING).exists()
 
 
 def has_model(folder: Path) -> bool:

@@ -215,9 +215,9 @@ def exported_step(run: Path) -> int | None:
     """Return None for a finished run, else its newest checkpoint's step. Raises ValueError if there is none."""
     from notus.evaluation.resolve_model import newest_checkpoint
     from notus.training.checkpoint import step_of
-    from notus.training.run_folder import is_finished
+    from notus.training.run_folder import MODEL, is_extending
 
-    return None if is_finished(run) else step_of(newest_checkpoint(run))
+    return None if (run / MODEL).is_dir() and not is_extending(run) else step_of(newest_checkpoint(run))
 
 
 def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:

@@ -176,11 +176,12 @@ def _prepare(args: argparse.Namespace, release: Release) -> tuple[int | None, Ca
     from notus.model.load import read_json, write_json
     from notus.model.peft_format import ADAPTER_CONFIG
     from notus.training.checkpoint import step_of
-    from notus.training.run_folder import MODEL, is_finished
+    from notus.training.run_folder import MODEL, is_extending
 
     run, dtype, trust, step = release.run, _dtype(args, release.run), args.trust_remote_code, None
     base, below = args.base_model or run.base, None
-    final, finished = run.folder / MODEL, is_finished(run.folder)
+    final = run.folder / MODEL
+    finished = final.is_dir() and not is_extending(run.folder)
     if finished and release.variant == "adapter":
 
         def copy(partial: Path) -> None:  # which already has PEFT's layout
