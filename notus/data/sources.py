@@ -157,6 +157,8 @@ def open_source(
         source = _open_folder(path, split, columns, _cache(cache_dir))
     elif is_hub_id(name):
         source = _open_dataset(name, _load_hub(name, split), columns)
+    elif path.exists():
+        raise ValueError(f"{name}: is a pipe or a device; write the rows to a file first")
     else:
         raise ValueError(f"{name}: there is no such file or folder; check the path")
     return _not_empty(source)

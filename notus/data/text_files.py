@@ -4,6 +4,7 @@ A file is scanned once for the byte ranges of its records. Each is parsed where 
 at random, in parallel, and with little memory. Only one record is ever held, and none may be longer than `MAX_RECORD`.
 """
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -193,6 +194,8 @@ def unpack(path: Path, target: Path) -> None:
 def _bounded(stream: IO[bytes], name: str) -> Iterator[bytes]:
     """Yield the lines of a file."""
     for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD + 1), b""), start=1):
+        if number == 1 and (line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:200]):
+            raise ValueError(f"{name}: is not UTF-8 text (perhaps UTF-16); save it as UTF-8 (in Excel: 'CSV UTF-8')")
         if len(line) > MAX_RECORD:
             raise ValueError(f"{name}, line {number}: longer than {MAX_RECORD // 2**20} MiB; correct or remove it")
         yield line

@@ -5,6 +5,7 @@ import datetime
 import gzip
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -729,3 +730,18 @@ def test_a_nested_field_that_is_null_in_every_row_of_a_parquet_file(tmp_path: Pa
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     source = open_source(str(tmp_path / "rows.parquet"), cache_dir=tmp_path / "cache")
     assert [row for _, row in read_rows(source, source.rows.with_format("arrow")[:], range(3))] == rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_in_utf_16_says_so(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_bytes(end.join(["prompt,chosen,rejected", "a,b,c", ""]).encode(encoding))
+    with pytest.raises(ValueError, match=r"excel\.csv: is not UTF-8 text \(perhaps UTF-16\); save it as UTF-8"):
+        open_source(str(path))
+
+
+def test_a_pipe_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match=r"rows\.csv: is a pipe or a device; write the rows to a file"):
+        open_source(str(tmp_path / "rows.csv"))

@@ -257,3 +257,8 @@ def test_a_prompt_is_rendered_with_the_settings_of_the_run(plain_run, prompts, t
     )
     run(run_folder, prompts)
     assert [toy_tokenizer().decode(ids) for ids in seen] == ["<s>[user]dogno tools thinking off:"]
+
+
+def test_prompts_that_are_not_there_are_known_before_the_model_is_loaded(model_folder, tmp_path, capsys):
+    assert main(["generate", str(model_folder), str(tmp_path / "none.txt"), str(tmp_path / "out.jsonl")]) == 1
+    assert "none.txt: there is no such file; give one with prompts" in capsys.readouterr().err

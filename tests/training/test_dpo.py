@@ -248,35 +248,51 @@ def test_a_shift_that_cancels_in_the_loss_stops_the_run_at_step_0(
 def test_the_tolerance_of_a_log_ratio_follows_the_noise_of_bf16() -> None:
     task = object.__new__(dpo.DPOTask)
     task._precision, task._objective = "bf16", PairObjective(DPOConfig())
-    lengths = np.tile([[100, 400]], (4, 1))
-    task._train = SimpleNamespace(rows=SimpleNamespace(loss_tokens=lengths, num_branches=2))
-    task.plan = SimpleNamespace(indices=lambda step: np.arange(4))
-    # of 4 x 100 tokens the mean is within 5 * 0.03 * sqrt(400) / 4 = 0.75, of 4 x 400 within 1.5; sums are 4 times that
-    task._check_log_ratios([4 * 0.74, -4 * 1.49])
-    with pytest.raises(ValueError, match=r"the chosen completions is 0\.76.*tolerance 0\.75"):
-        task._check_log_ratios([4 * 0.76, 0.0])
-    with pytest.raises(ValueError, match=r"the rejected completions is -1\.51.*tolerance 1\.5\)"):
-        task._check_log_ratios([0.0, -4 * 1.51])
+
+    def check(chosen: list[float], rejected: list[float]) -> None:
+        task._train = SimpleNamespace(
+            rows=SimpleNamespace(loss_tokens=np.tile([[100, 400]], (len(chosen), 1)), num_branches=2)
+        )
+        task.plan = SimpleNamespace(indices=lambda step: np.arange(len(chosen)))
+        columns = np.array([chosen, rejected])
+        task._check_log_ratios([*columns.sum(axis=1).tolist(), *(columns**2).sum(axis=1).tolist()])
+
+    # four are too few to tell the noise: within 4 * 0.2 * sqrt(400) / 4 = 4 nats of 4 x 100 tokens, 8 of 4 x 400
+    check([3.9] * 4, [-7.9] * 4)
+    with pytest.raises(ValueError, match=r"the chosen completions is 4\.1.*tolerance 4\)"):
+        check([4.1] * 4, [0.0] * 4)
+    with pytest.raises(ValueError, match=r"the rejected completions is -8\.1.*tolerance 8\)"):
+        check([0.0] * 4, [-8.1] * 4)
     with pytest.raises(ValueError, match="nan nats"):
-        task._check_log_ratios([math.nan, 0.0])
+        check([math.nan] * 4, [0.0] * 4)
+    # of sixteen with a deviation of 0.6, five standard errors are 5 * 0.6 / sqrt(15) = 0.775
+    noise = np.array([0.6, -0.6] * 8)
+    check((noise + 0.77).tolist(), noise.tolist())
+    with pytest.raises(ValueError, match=r"the chosen completions is 0\.78.*tolerance 0\.775\)"):
+        check((noise + 0.78).tolist(), noise.tolist())
+    # equal ones have none: 5 * 0.03 * sqrt(1600) / 16 = 0.375 is allowed, and of noise beyond measure 0.8 * 40 / 16 = 2
+    with pytest.raises(ValueError, match=r"the chosen completions is 0\.38.*tolerance 0\.375\)"):
+        check([0.38] * 16, noise.tolist())
+    with pytest.raises(ValueError, match=r"the chosen completions is 2\.1.*tolerance 2\)"):
+        check((10 * noise + 2.1).tolist(), noise.tolist())
 
 
 def test_the_tolerance_at_step_0_follows_the_noise_of_bf16() -> None:
     task = object.__new__(dpo.DPOTask)
     task._precision, task._objective = "bf16", PairObjective(DPOConfig())
 
-    # 4 pairs, chosen completions of 100 tokens: 5 * 0.05 * 0.03 * sqrt(400) / 4 = 0.0375
+    # 4 pairs, chosen completions of 100 tokens: 0.05 * 4 * 0.2 * sqrt(400) / 4 = 0.2
     def sums(examples: float, loss: float, chosen_tokens: float) -> list[float]:
         zeros = {field.name: 0.0 for field in fields(Sums)}
         total = Sums(**{**zeros, "examples": examples, "sigmoid_loss": examples * loss, "chosen_tokens": chosen_tokens})
         return list(astuple(total))
 
-    task.check_first_step(sums(4, math.log(2) + 0.037, 400))
+    task.check_first_step(sums(4, math.log(2) + 0.199, 400))
     with pytest.raises(ValueError, match="at step 0"):
-        task.check_first_step(sums(4, math.log(2) + 0.038, 400))
-    # 4,096 pairs of 100: 0.0012 is below the least tolerance, 5e-3
+        task.check_first_step(sums(4, math.log(2) + 0.201, 400))
+    # 16,384 pairs of 100: 0.0031 is below the least tolerance, 5e-3
     with pytest.raises(ValueError, match="at step 0"):
-        task.check_first_step(sums(4096, math.log(2) + 0.006, 409600))
+        task.check_first_step(sums(16384, math.log(2) + 0.006, 1638400))
 
 
 def test_bf16_starts_at_ln_2_and_keeps_fp32_masters(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
