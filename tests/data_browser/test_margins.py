@@ -31,8 +31,13 @@ def trained(tmp_path_factory, model_folder):
 
 def found(folder, *words):
     out = []
+
+    def keep(text, stream=None):
+        out.append((text, stream))
+        return True  # it was printed
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("notus.data_browser.command.tell", lambda text, stream=None: out.append((text, stream)))
+        patch.setattr("notus.data_browser.command.tell", keep)
         command = ["data", str(folder / "config.yaml"), "--run", str(folder / "run"), "--json", "-n", "0", *words]
         assert entry.main(command) == 0
     return [json.loads(text)["margin"] for text, stream in out if stream is None]
