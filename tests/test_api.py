@@ -321,6 +321,15 @@ class Interrupt(notus.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler of SIGINT, which a process that was started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_saves_and_raises(tmp_path: Path, config: Any) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -332,6 +341,7 @@ def test_ctrl_c_saves_and_raises(tmp_path: Path, config: Any) -> None:
     assert notus.train(config(), train=rows()).finished
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_before_the_first_step_raises_at_once(tmp_path: Path, config: Any, monkeypatch: Any) -> None:
     from notus.training import setup
 

@@ -120,7 +120,7 @@ import os, runpy, sys
 class Stop:
     def find_spec(self, name, *_):
         if name == "torch":
-            print(os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+            print(os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), flush=True)
             os._exit(0)
 
 sys.meta_path.insert(0, Stop())

@@ -133,7 +133,7 @@ def test_the_card_goes_with_every_export(full_run, lora_run, model_folder, tmp_p
         out = export(run, tmp_path / name, "--license", "mit", "--base-model", "org/base", *options)
         data = ModelCard.load(out / "README.md").data
         assert (data.library_name, data.license, data.base_model) == (library, "mit", "org/base")
-        assert f'from_pretrained("{name}"' in (out / "README.md").read_text()
+        assert 'from_pretrained("."' in (out / "README.md").read_text()  # beside the card
         assert {path.name for path in out.iterdir() if path.suffix == ".tmp"} == set()
     assert (
         json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
