@@ -137,7 +137,7 @@ def test_compiled_is_eager_and_other_rows_do_not_compile_again(
     folder = toy_model_folder(tmp_path / "model", num_hidden_layers=3, head_dim=16)
     options = {"activation_checkpointing": mode, "lora": adapter}
     policy, plain = _policy(folder, device, compile=True, **options), _policy(folder, device, **options)
-    for number, batch in enumerate(_rows(15)):
+    for number, batch in enumerate(_rows(12)):
         logps, gradients = _step(policy, batch)
         if number % 5 == 0:
             expected, wanted = _step(plain, batch)
