@@ -118,7 +118,6 @@ def _use_cudas_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         ("operator", "selective", None, 3),
         ("operator", "full", None, 6),
         ("operator", "selective", ADAPTER, 3),
-        ("graph", "products", None, 0),
         ("graph", "selective", None, 3),
     ],
 )
