@@ -8,7 +8,6 @@ step; a later one ends the process at once. Outside the loop there is nothing to
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from notus.runtime.process import STOPPED, follow_parent, tell
+from notus.runtime.process import STOPPED, follow_parent, tell_apart
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Schedulers signal every process of a job, and torchrun then passes its own on: that is one request.
@@ -188,4 +187,4 @@ os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_for
 def _tell(text: str) -> None:
     """One rank speaks for all."""
     if os.environ.get("RANK", "0") == "0":
-        tell(text, sys.stderr)
+        tell_apart(text)

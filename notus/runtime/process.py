@@ -140,6 +140,12 @@ def tell(text: object, stream: TextIO | None = None) -> bool:
     return True
 
 
+def tell_apart(text: object) -> bool:
+    """`tell` to stderr, at the start of a line even if another rank's progress bar has not ended its own."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return tell(f"\n{text}" if several else text, sys.stderr)
+
+
 def _silence(descriptor: int, error: OSError) -> None:
     """Report what keeps a standard stream from being written; drop what it holds, and all that follows."""
     if descriptor in _NAMES:
@@ -197,7 +203,7 @@ def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            tell("stopped by Ctrl-C", sys.stderr)
+            tell_apart("stopped by Ctrl-C")
         return 128 + signal.SIGINT
     except RuntimeError:
         if "RANK" in os.environ and _failures(0) > 0:
@@ -207,14 +213,14 @@ def run_entry(work: Callable[[], int | None], *, resumable: bool = False) -> int
 
 def _tell_error(error: Exception) -> None:
     """Print an error to stderr; if the disk behind it is full, to stdout."""
-    if not tell(f"error: {error}", sys.stderr):
+    if not tell_apart(f"error: {error}"):
         tell(f"error: {error}")
 
 
 def _stop_early(number: int, _: object) -> NoReturn:
     """End the process while Python imports, say; `notus.runtime.preemption` takes over when a run begins."""
     if os.environ.get("RANK", "0") == "0":
-        tell(f"{signal.Signals(number).name}: stopped before the run began; the same command starts it", sys.stderr)
+        tell_apart(f"{signal.Signals(number).name}: stopped before the run began; the same command starts it")
     os._exit(STOPPED)
 
 

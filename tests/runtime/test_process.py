@@ -70,6 +70,25 @@ def test_a_full_disk_is_named_once_on_the_other_stream(full: str, other: str, tm
     assert "error: the run failed" in shown  # of a failure the reason is shown where it can be
 
 
+def test_of_several_ranks_an_error_begins_a_line() -> None:
+    """Another rank may have left the line of its progress bar unended, in the terminal or log that they share."""
+    code = """
+import sys
+from notus.runtime.process import leave, run_entry
+
+def work():
+    sys.stderr.write("\\rTokenizing:   0%")  # as the other rank would
+    raise ValueError("the run failed")
+
+leave(run_entry(work))
+"""
+    ranks = {"WORLD_SIZE": "2", "RANK": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **ranks}, capture_output=True, text=True, timeout=60
+    )
+    assert run.stderr.splitlines() == ["", "Tokenizing:   0%", "error: the run failed"]
+
+
 def test_a_reader_that_leaves_is_no_fault(tmp_path: Path) -> None:
     run, _ = _start("0", "| head -1", tmp_path)
     assert run.stdout == "step → 1\n"
