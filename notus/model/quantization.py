@@ -96,7 +96,7 @@ def quantize_rows(rows: Tensor) -> Tensor:
     low, high = largest.aminmax(dim=1, keepdim=True)
     if not torch.isfinite(high).all():
         raise ValueError("some of its weights are infinite or not a number")
-    step = (high - low) / 255
+    step = (high - low) / torch.full_like(high, 255)  # CUDA divides by a number with its rounded reciprocal
     steps = ((largest - low) / step.clamp(min=torch.finfo(step.dtype).tiny)).round().clamp_(0, 255)
     scales = low + steps * step  # as they will be read: the nearest level is the nearest with that scale
     exact /= torch.where(scales > 0, scales, 1).unsqueeze(2)
