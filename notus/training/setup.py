@@ -442,6 +442,7 @@ def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
 
 
 def _build(config: Config, device: torch.device, opening: Opening, train: bool, stop: Stop, caller: Caller) -> Run:
+    """Load data and model. Mistakes in the config and the data are found before the weights are read. Collective."""
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
@@ -471,9 +472,7 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
     inputs = _load_data(config, model_config, tokenizer)
     train_rows = inputs.train
     if train:
-        first = train_rows(np.arange(1))[0]
-        shown = describe_example(first, tokenizer, is_list=config.rows == "lists")
-        distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
+        _show_first(train_rows, tokenizer, is_list=config.rows == "lists")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     policy = build_policy(
         folders.base,
@@ -502,6 +501,12 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
         inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device), caller,
     )  # fmt: skip
+
+
+def _show_first(rows: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, *, is_list: bool) -> None:
+    """Print the first row as the model sees it."""
+    shown = describe_example(rows(np.arange(1))[0], tokenizer, is_list=is_list)
+    distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
 
 
 def _load_data(config: Config, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:
