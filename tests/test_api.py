@@ -50,7 +50,7 @@ def config(tmp_path: Path, model_folder: Path) -> Callable[..., dict[str, dict[s
 
 
 class Notes(notus.Callback):
-    """Writes down what it is told; `stop_at` and `fail_at` are steps."""
+    """Writes down what it receives; `stop_at` and `fail_at` are steps."""
 
     def __init__(self, stop_at: int | None = None, fail_at: int | None = None) -> None:
         self.logged: list[int] = []

@@ -442,7 +442,7 @@ class Trainer:
         """Let the loggers and the callbacks do something; nothing more after one of them has failed.
 
         The first rank alone has them. If it raised here, the others would wait for it in their next exchange until
-        that times out. So it takes part in that exchange, which tells them.
+        that times out. So it takes part in that exchange, where they learn of it.
         """
         if self._failure is not None:
             return
