@@ -210,7 +210,7 @@ def _of_equal_prompts(folder: Path, place: Path, data: Data, steps: int, equal: 
 
 
 def _of_equal_records(folder: Path, data: Data, count: int) -> list[dict[str, Any]]:
-    """An epoch of the pairs of so many records, and of their lists: more, as a pair may be one text twice."""
+    """An epoch of the pairs of so many records, and of their lists: more, as both answers of a pair may be the same."""
     few, place = dataclasses.replace(data, records=data.records[:count]), folder / f"{count}-records"
     place.mkdir(exist_ok=True)
     pairs, lists = write_rows("pairs", few, place), write_rows("all lists", few, place)

@@ -91,7 +91,7 @@ class Comparison:
         return next(run.options for run in self.runs if (run.side, run.epochs) == (side, epochs))
 
     def rates(self, side: str, epochs: int) -> list[list[float]]:
-        """Return pairs per second, round by round, of each of `RATES`; NaN for what cannot be told."""
+        """Return pairs per second, round by round, of each of `RATES`; NaN for what is not known."""
         pairs, outcomes = self.num_pairs * epochs, self.outcomes(side, epochs)
         return [
             [pairs / outcome.seconds for outcome in outcomes],

@@ -31,10 +31,12 @@ from torch.fx.experimental import _config as symbols
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.config import SECTIONS, Config, Task, config_from_dict, load_config, read_yaml
+from notus.data.dataset import TokenizedDataset
+from notus.data.drop_report import DropReport
 from notus.evaluation.preferences.scores import Scoring
 from notus.evaluation.read_run import initial_evaluation
 from notus.evaluation.resolve_model import ChatSettings, ModelSource
-from notus.evaluation.score import Lengths, Scores, read_model, score_rows, tokenize, tokenizer_for
+from notus.evaluation.score import Lengths, Scored, Scores, read_model, score_rows, tokenize, tokenizer_for
 from notus.model.export import load_causal_lm
 from notus.runtime import switches
 from notus.runtime.distributed import process_group
@@ -262,25 +264,32 @@ def score(
         models = {name: read_model(each, name, device=home, trust=trust_remote_code) for name, each in given.items()}
         policy, _ = models["model"]
         tokenizer = tokenizer_for(policy, tokenizer, trust_remote_code)
-        chat = ChatSettings.of_run(policy.settings) if isinstance(policy, ModelSource) else ChatSettings()
-        if chat_template is not None:
-            chat = dataclasses.replace(chat, chat_template=chat_template)
-        lengths = Lengths(max_length, max_prompt_length)
+        chat, lengths = _chat_of(policy, chat_template), Lengths(max_length, max_prompt_length)
         rows, report = tokenize(pairs, tokenizer, chat, lengths, columns or {})
         found = {}
         for name, (each, device) in models.items():
             computed = precision or _precision(each, device)
             scoring = Scoring(rows, tokenizer, computed, device, tokens_per_row, trust_remote_code)
             found[name] = score_rows(each, name, scoring)
+    return _scores(found["model"], found.get("reference"), rows, report, beta)
+
+
+def _chat_of(model: torch.nn.Module | ModelSource, chat_template: str | None) -> ChatSettings:
+    """How conversations become strings: as the model's run had it, with the caller's template."""
+    chat = ChatSettings.of_run(model.settings) if isinstance(model, ModelSource) else ChatSettings()
+    return chat if chat_template is None else dataclasses.replace(chat, chat_template=chat_template)
+
+
+def _scores(model: Scored, reference: Scored | None, rows: TokenizedDataset, report: DropReport, beta: float) -> Scores:
     return Scores(
-        logps=found["model"].logps,
+        logps=model.logps,
         tokens=torch.from_numpy(rows.loss_tokens),
         rows=torch.from_numpy(rows.stored_rows),
         report=report,
-        reference_logps=found["reference"].logps if "reference" in found else None,
+        reference_logps=None if reference is None else reference.logps,
         beta=beta,
-        path=found["model"].path,
-        path_reason=found["model"].reason,
+        path=model.path,
+        path_reason=model.reason,
     )
 
 

@@ -130,7 +130,7 @@ def _make(folder: Path, seed: int) -> dict[str, Any]:
     make_base(folder / "base", seed)
     _announce("SFT: the model learns to answer as the imaginary models do")
     _check_finished(sft.run(_config("sft", folder, seed)))
-    _announce("curation: ratings become preference pairs; as answers are short, many pairs are one text twice")
+    _announce("curation: ratings become preference pairs; answers are short, so both are the same in many pairs")
     chosen_right = _curate(folder / "data", seed)
     _announce("DPO: the model learns which answers were preferred")
     _check_finished(dpo.run(_config("dpo", folder, seed)))

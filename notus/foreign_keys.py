@@ -68,7 +68,7 @@ _DATA = _set("data.train", note="a file, a folder, a hub id, or a list of {path,
 _EVAL_DATA = _set("data.eval", note="as data.train; or set data.eval_size to hold rows out of data.train")
 _SAMPLES = _set("data.train", note="as {path, weight: 0.1} for a tenth of the rows")
 _MIX = _set("data.train", note="a list of {path, weight}; a weight is the share of that source's rows, not of the mix")
-_FORMAT = _always("the columns of a row tell its format; data.columns renames them")
+_FORMAT = _always("the columns of a row determine its format; data.columns renames them")
 _TEMPLATE = _set("data.chat_template", note="a .jinja file or 'zephyr'; by default the tokenizer's own")
 _PACKED = _always("rows are always packed, without padding, and examples do not see each other")
 _LOCAL = _always("torchrun says it to each process")

@@ -102,7 +102,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the folder of the sweep, which holds the runs (default: the config's training.output_dir)",
     )
-    parser.add_argument("--task", choices=("dpo", "sft"), help="default: found from the config")
+    parser.add_argument("--task", choices=("dpo", "sft"), help="default: found from the config and its training rows")
     parser.add_argument("--nproc-per-node", type=_count, metavar="N", help="train each run on N GPUs, under torchrun")
     parser.add_argument("--sort", metavar="METRIC", help="sort the table by the last value of this metric")
     parser.add_argument("--stop-on-error", action="store_true", help="stop at the first run that fails")
@@ -149,14 +149,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_task(config: str, overrides: Sequence[str] = ()) -> "Task":
-    """Return which task a config file is for. Raises ValueError if it does not say."""
-    from notus.config import DPO_SECTIONS, read_yaml
+    """Return which task a config file is for: DPO if it has one of its sections, SFT if its rows are demonstrations.
+
+    DPO can't learn from demonstrations. Other rows leave a doubt: SFT learns the chosen answers of pairs.
+
+    Raises ValueError if the config leaves a doubt, or is not valid.
+    """
+    from notus.config import DPO_SECTIONS, load_config, read_yaml
 
     tree = read_yaml(Path(config))
     sections = {str(name) for name in tree} if isinstance(tree, dict) else set()
     sections |= {word.removeprefix("--").split(".")[0] for word in overrides}
     if sections & set(DPO_SECTIONS):
         return "dpo"
+    axes, fixed = read_grid(overrides)
+    data = load_config([config, *fixed, *(f"--{axis.key}={axis.values[0]}" for axis in axes)], "dpo").data
+    from notus.training.run_data import guessed_tasks  # imports torch and more: mistakes above answer at once
+
+    try:
+        found = set(guessed_tasks(data))
+    except (ValueError, OSError):  # a scheduler's machine may not have the data; where they are read, they are named
+        found = set()
+    if found == {"sft"}:
+        return "sft"
     raise ValueError(f"{config} has no section dpo, so it may be for DPO or SFT: add --task dpo or --task sft")
 
 

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import free_ports, launched, run_ranks
 from runs import assert_same_run, read_metrics, settings, words, write_pairs
 from toys import toy_model, toy_tokenizer
 
 import notus
 from notus.evaluation.resolve_model import read_run_settings, with_paths
+from notus.training.checkpoint import checkpoints_in
 
 
 def rows(count: int = 18, seed: int = 0) -> list[dict[str, Any]]:
@@ -48,7 +50,7 @@ def config(tmp_path: Path, model_folder: Path) -> Callable[..., dict[str, dict[s
 
 
 class Notes(notus.Callback):
-    """Writes down what it is told; `stop_at` and `fail_at` are steps."""
+    """Writes down what it receives; `stop_at` and `fail_at` are steps."""
 
     def __init__(self, stop_at: int | None = None, fail_at: int | None = None) -> None:
         self.logged: list[int] = []
@@ -251,6 +253,46 @@ def test_an_error_in_a_callback_ends_the_run_after_its_line_is_written(tmp_path:
         notus.train(config(), train=rows(), callbacks=[Notes(fail_at=3)])
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
     assert not dist.is_initialized()
+
+
+class Faulty(notus.Callback):
+    """Fails in one method, at its first call."""
+
+    def __init__(self, method: str) -> None:
+        setattr(self, method, self.fail)
+
+    def fail(self, *_: Any) -> None:
+        raise ZeroDivisionError("a fault of the callback")
+
+
+def _with_faulty_callbacks(trees: dict[str, dict[str, Any]], ports: list[int]) -> None:
+    for (method, tree), port in zip(trees.items(), ports, strict=True):
+        with launched(port) as rank, pytest.raises((ZeroDivisionError, RuntimeError)) as caught:
+            notus.train(tree, callbacks=[Faulty(method)])
+        if rank == 0:
+            assert caught.type is ZeroDivisionError
+            assert caught.traceback[-1].name == "fail"
+        else:  # not by a lost connection, which NCCL may notice after minutes
+            assert str(caught.value) == "rank 0 ended: ZeroDivisionError: a fault of the callback"
+
+
+def test_an_error_in_a_callback_ends_every_rank(tmp_path: Path, config: Any) -> None:
+    cases = {
+        "on_log": ([1], 0),  # before the update of step 2
+        "on_evaluate": ([], 0),  # before that of step 1
+        "on_save": ([1, 2], 1),  # after the last step, before the export
+    }
+    run = {
+        "training__max_steps": 2,
+        "data__train": str(write_pairs(tmp_path / "pairs.jsonl", 12)),
+        "data__eval_size": 4,
+    }
+    trees = {method: config(method, **run) for method in cases}
+    run_ranks(_with_faulty_callbacks, 2, tmp_path, trees, free_ports(len(trees)))
+    for method, (steps, saved) in cases.items():
+        assert [line["step"] for line in read_metrics(tmp_path / method)] == steps
+        assert len(checkpoints_in(tmp_path / method / "checkpoints")) == saved
+        assert not (tmp_path / method / "model").exists()
 
 
 # ---- the process ----

@@ -1,4 +1,4 @@
-"""`python -m notus estimate`: the recipe fits, deep models answer at once, mistakes are told in a line."""
+"""`python -m notus estimate`: the recipe fits, deep models answer at once, mistakes are reported in a line."""
 
 import dataclasses
 import json

@@ -114,7 +114,7 @@ def test_every_kind_of_loss_gets_the_same_prompts_per_step(tmp_path: Path) -> No
 
     data = make_data(Size(sft=4, preferences=40, held_out=4), 0)
     pairs, lists, labels = (write_rows(kind, data, tmp_path) for kind in ("pairs", "lists", "labels"))
-    assert 0 < pairs.count < 40  # without the prompts whose pair is one text twice
+    assert 0 < pairs.count < 40  # without the prompts whose two answers are the same
     assert (lists.count, labels.count) == (pairs.count, 2 * pairs.count)
     assert (pairs.per_step, lists.per_step, labels.per_step) == (32, 32, 64)
     assert labels.digest == pairs.digest  # the trainer makes two labelled rows of a pair

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from report_runs import dpo_metrics, sft_metrics, write_run
-from runs import read_metrics, settings, write_pairs
+from runs import read_metrics, settings, write_messages, write_pairs
 from toys import toy_model_folder
 
 from notus import __main__ as entry
@@ -215,7 +215,20 @@ def test_the_task_is_found_or_asked_for():
     plain = write_config({key: value for key, value in BASE.items() if key != "dpo"}, "plain.yaml")
     assert sweep.find_task(plain, ["--dpo.beta=1,2"]) == "dpo"
     with pytest.raises(ValueError, match=r"add --task dpo or --task sft"):
-        sweep.find_task(plain, ["--training.seed=1,2"])
+        sweep.find_task(plain, ["--training.seed=1,2"])  # there are no such rows
+
+
+def test_demonstrations_are_swept_by_sft(capsys):
+    plain = write_config({key: value for key, value in BASE.items() if key != "dpo"}, "plain.yaml")
+    rows = write_messages(Path("rows.jsonl"), 3).read_text()
+    words = ["--training.learning_rate=1e-5,2e-5", "--data.train=rows.jsonl"]
+    assert entry.main(["sweep", plain, *words, "--print"]) == 0
+    assert all(" -m notus sft plain.yaml " in line for line in capsys.readouterr().out.splitlines())
+    assert sweep.find_task(plain, [*words, "--dpo.beta=0.2"]) == "dpo"
+    # SFT could learn the chosen answer of the pair, DPO could drop the others
+    Path("rows.jsonl").write_text(rows + write_pairs(Path("pairs.jsonl"), 1).read_text())
+    with pytest.raises(ValueError, match=r"add --task dpo or --task sft"):
+        sweep.find_task(plain, words)
 
 
 def test_commands_are_printed_for_a_shell(capsys):

@@ -1,6 +1,6 @@
 """Conversations to token ids and completion mask, together.
 
-Each whole conversation is rendered to one text and tokenised once; the mask comes from the character offsets
+Each whole conversation is rendered to one string and tokenised once; the mask comes from the character offsets
 of the same tokenisation, so ids and mask cannot disagree and no word is split or lost where prompt and
 completion meet.
 
@@ -152,7 +152,7 @@ class ChatEncoder:
         self._reader = special_tokens.PlainReader(tokenizer, self.special) if split_special_tokens else None
 
     def encode(self, conversations: Sequence[tuple[Turns, Turns]]) -> list[Encoded]:
-        """Tokenise (prompt, completion) conversations, each as one text; errors as in `render` and `tokenize`."""
+        """Tokenise (prompt, completion) conversations, each as one string; errors as in `render` and `tokenize`."""
         return self.tokenize([self.render(prompt, completion) for prompt, completion in conversations])
 
     def encode_prompt(
@@ -347,7 +347,7 @@ class ChatEncoder:
         return text[:kept]
 
     def _read(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids and offsets of texts, all with plain regions or all without."""
+        """Ids and offsets of strings, all with plain regions or all without."""
         if not rendered:
             return []
         texts = [item.text for item in rendered]
@@ -393,7 +393,7 @@ class ChatEncoder:
             )
 
 
-_TWO_BOS = "the text begins with two BOS tokens: the chat template must write one at most, and so must a plain text"
+_TWO_BOS = "the text begins with two BOS tokens: the chat template must write one at most, and so must plain text"
 
 
 class _Row:
@@ -609,7 +609,7 @@ def _template_with_head(encoder: ChatEncoder, template: str) -> str:
     if not prompts:  # it needs the rows' own arguments, or tools: then the head cannot be checked
         writes_bos = "bos_token" in names_in(template) or prefix in template
         return with_head(template, *heads, written="" if writes_bos else prefix)
-    # A tokenizer may write a space in front of a text's first word only, which then is no longer the first.
+    # A tokenizer may write a space in front of the first word only, which then is no longer the first.
     for written in ("", prefix, prefix + " "):
         exported = with_head(template, *heads, written=written)
         if all(_served_ids(encoder.tokenizer, exported, sample) == ids for sample, ids in prompts):
@@ -651,8 +651,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer's post-processor puts in front of a text: most often BOS, or nothing."""
-    # Not the backend's own `encode`, which cuts texts as an earlier call may have told it to.
+    """What the tokenizer's post-processor puts in front of a string: most often BOS, or nothing."""
+    # Not the backend's own `encode`, which cuts strings if an earlier call has set it to.
     plain, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
     return tuple(full[:at])

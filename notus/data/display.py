@@ -1,7 +1,7 @@
 """Token ids as people can read them: the exact text of every token, special tokens included, and what is learned.
 
 A tokenizer's own `decode` joins, trims and cleans up. Here each token stands for the bytes that it adds to the text, so
-that a text may be shown piece by piece and is the same as a whole.
+that text may be shown piece by piece and is the same as a whole.
 """
 
 import functools
@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
 
 class Pieces:
-    """The bytes that each token of a tokenizer adds to a text, looked up as they are asked for."""
+    """The bytes that each token of a tokenizer adds to the text, looked up as they are asked for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -82,7 +82,7 @@ class Pieces:
         return self._added_text(token).encode("utf-8", "replace")
 
     def _added_text(self, token: int) -> str:
-        """What a token adds to a text before it: decoders treat the first token of a text as none of the others."""
+        """What a token adds to the text before it: decoders treat the first token as none of the others."""
         before, both = self._decode([self._anchor]), self._decode([self._anchor, token])
         return both[len(before) :]
 

@@ -40,7 +40,7 @@ strings in any case.
 Further columns:
 
 - `system` (string): the system turn. Where it is a string, even an empty one, strings are turns and no plain text.
-  A CSV file cannot tell an empty field from none, so that its rows are turns as soon as it has this column.
+  A CSV file does not distinguish an empty field from none, so its rows are turns as soon as it has this column.
 - `tools`, `chat_template_kwargs`: for the chat template; see `messages.read_tools`. The second is an object
   or its JSON.
 - `input`, `history` (beside `instruction`): the user's turn is instruction, newline, input. `history` is a list of
@@ -605,7 +605,7 @@ def _shared_text(given: Mapping[str, Any], task: Task, chosen: str, rejected: st
     """
     _check_no_prompt(given)
     if chosen == rejected and task != "sft":
-        return Record("", (chosen, rejected))  # nothing to tell apart: dropped as identical
+        return Record("", (chosen, rejected))  # no difference: dropped as identical
     if chosen == rejected:  # SFT would learn the prompt in them, too
         raise ValueError(
             "keys 'chosen' and 'rejected' are the same string, so no prompt can be split off; add a key "

@@ -98,7 +98,7 @@ def listed_messages(text: str) -> list[Any]:
         return []
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError):  # then it is a text that begins with a bracket
+    except (ValueError, RecursionError):  # then it is a string that begins with a bracket
         return []
     return found if isinstance(found, list) and all(map(_looks_like_a_message, found)) else []
 
@@ -373,7 +373,7 @@ def is_empty(value: Any) -> bool:
 
 
 def is_letter(text: str) -> bool:
-    """Whether a character is a letter or digit of a script that puts spaces between words; an empty text is not."""
+    """Whether a character is a letter or digit of a script that puts spaces between words; an empty string is not."""
     return text.isalnum() and not _UNSPACED.match(text)
 
 

@@ -521,7 +521,7 @@ def _python_row(table: pa.Table) -> Any:
     try:
         return table.to_pylist()[0]
     except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 ({error.reason} at byte {error.start} of a text); correct or remove the row")
+        return ValueError(f"not UTF-8 ({error.reason} at byte {error.start} of a string); correct or remove the row")
     except (ValueError, OverflowError) as error:
         return ValueError(f"cannot be read ({error}); correct or remove the row")
 

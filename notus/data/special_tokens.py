@@ -48,7 +48,7 @@ def strings_in(value: Any) -> Iterable[str]:
 
 
 def free_mark(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return a character that is in none of the texts. Raises ValueError if all that may serve are used."""
+    """Return a character that is in none of the strings. Raises ValueError if all that may serve are used."""
     joined = "".join(texts)
     for mark in _MARKS:
         if mark not in joined and not special.search(mark):
@@ -85,7 +85,7 @@ def unmarked(
 
 
 class PlainReader:
-    """Tokenises texts of which some regions are to be read without special tokens.
+    """Tokenises strings of which some regions are to be read without special tokens.
 
     Raises ValueError for a tokenizer that reads a special token otherwise than by its name alone.
     """
@@ -111,16 +111,16 @@ class PlainReader:
                 )
 
     def encode(self, texts: Sequence[str], plain: Sequence[Sequence[Region]]) -> list[tuple[list[int], list[Region]]]:
-        """Return each text's ids and offsets; special tokens within its `plain` regions are read as text.
+        """Return each string's ids and offsets; special tokens within its `plain` regions are read as text.
 
-        Raises ValueError for a text that holds an alias.
+        Raises ValueError for a string that holds an alias.
         """
         named = [self._named(text, regions) for text, regions in zip(texts, plain, strict=True)]
         encodings = self.copy.encode_batch(named, add_special_tokens=False)
         return [([self.ids[token] for token in encoding.ids], encoding.offsets) for encoding in encodings]
 
     def check(self, text: str) -> None:
-        """Raise ValueError for a text with characters that stand for special tokens."""
+        """Raise ValueError for a string with characters that stand for special tokens."""
         used = self.private.search(text)
         if used:
             code = ord(used[0])

@@ -69,7 +69,7 @@ class TextFile:
     def scan(self, stream: IO[bytes]) -> Iterator[Record]:
         """Yield the records of the file, open at its beginning.
 
-        Raises ValueError, naming the file and line, where it cannot be told where a record ends.
+        Raises ValueError, naming the file and line, where the end of a record cannot be found.
         """
         if self.layout == "lines":
             return _lines(stream, self.name)

@@ -20,7 +20,7 @@ from notus.data.special_tokens import strings_in
 
 Render = Callable[[list[Message], bool], str]  # (messages, whether a generation prompt follows) -> text
 
-# Tags by which templates tell reasoning that stands in the content: <think>, </seed:think>, [THINK], ...
+# Tags by which templates recognise reasoning in the content: <think>, </seed:think>, [THINK], ...
 _REASONING_TAG = re.compile(r"(<[/|]?[\w:]{0,20}think\w{0,10}\|?>|\[/?think\])", re.IGNORECASE)
 _SHORT = 24  # characters; shorter words may be part of what a template writes between turns
 _SAID = ("reasoning_content", "content", "tool_calls")  # the fields of an answer
@@ -168,7 +168,7 @@ class Conversation:
             return self._closings[alike]
         try:
             rendered = self.render([*self.messages[:turn], found.message], False)
-        except ValueError:  # no conversation may end here (say, with an unanswered call): then EOS alone tells
+        except ValueError:  # no conversation may end here (say, with an unanswered call): only EOS shows the end
             return ""
         _, *after = re.split(self._placeholder + r"\d+x", rendered)
         alone = after[-1] if after else ""
@@ -239,7 +239,7 @@ class Conversation:
         """The turns, other than assistants', whose words the template does not write.
 
         Words that are found in the text may be those of another turn, or a mark of the template. Only long ones that
-        are said once are surely the turn's own; for the others, placeholders tell.
+        are said once are surely the turn's own; the others need placeholders.
         """
         context = {turn: each["content"].strip() for turn, each in enumerate(self.messages)}
         said = "\0".join([*strings_in(self.messages), *self.beside])
@@ -305,7 +305,7 @@ class Conversation:
 def _hide(text: str, placeholder: str, said: list[str], at_tag: bool = False) -> str:
     """Put numbered placeholders for the words between tags of reasoning. Tags and white space stay.
 
-    A placeholder also stands at the end of a text that ends with a tag: right behind it if `at_tag`, else behind all
+    A placeholder also stands at the end of a string that ends with a tag: right behind it if `at_tag`, else behind all
     white space.
     """
     parts = []
@@ -338,7 +338,7 @@ def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def json_text(value: Any) -> str:
-    """Return a value as the JSON text that a template's `tojson` writes; a text stays."""
+    """Return a value as the JSON text that a template's `tojson` writes; a string stays."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

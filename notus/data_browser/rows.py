@@ -10,9 +10,9 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -24,8 +24,7 @@ from notus.data.chat_template import parse_date, resolve_template, uses_date
 from notus.data.dataset import FLAGS, Outcome, TokenizedDataset
 from notus.data.display import Pieces, branch_names
 from notus.data.drop_report import DropReport
-from notus.data.formats import Task, guess_task, used_columns
-from notus.data.sources import open_source, parts, read_rows
+from notus.data.formats import Task
 from notus.model.export import load_tokenizer
 from notus.model.load import find_folder
 from notus.model.new_tokens import add_tokens
@@ -33,11 +32,10 @@ from notus.model.structure import text_config
 from notus.runtime.distributed import main_first, on_main
 from notus.training.model_folders import local_names
 from notus.training.parallelize import read_model_config
-from notus.training.run_data import completion_lengths, length_histogram, load_inputs
+from notus.training.run_data import completion_lengths, guessed_tasks, length_histogram, load_inputs
 from notus.training.run_folder import template_date
 
 CUT, DUPLICATE, OVERLAP, REVERSED, PLAIN = "cut", "duplicate", "prompt in both splits", "reversed ratings", "plain text"
-_FIRST_ROWS = 100  # rows to look at, to see what they are for
 # Settings of `data` that are arguments of the template, or change what it is given.
 _TEMPLATE_SETTINGS = (
     "chat_template_kwargs",
@@ -246,25 +244,8 @@ def choose_task(words: Sequence[str], given: RunTask | None) -> Config:
     if given is not None:
         return load_config(words, given)
     config = load_config(words, "dpo")
-    part = parts(config.data.train)[0]
-    columns = config.data.columns
-    wanted = functools.partial(_used_by_any, columns=columns)
-    source = open_source(part.path, part.split, columns=wanted, cache_dir=config.data.cache_dir)
-    first = range(min(_FIRST_ROWS, len(source.rows)))
-    for _, row in read_rows(source, source.rows[: len(first)], first):
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            task = guess_task(row, columns)
-        except ValueError:  # reported, with its place, where all rows are read
-            continue
-        return load_config(words, "sft") if task == "sft" else config
-    return config
-
-
-def _used_by_any(names: list[str], columns: Mapping[str, str]) -> list[str]:
-    used = {name for task in get_args(Task) for name in used_columns(names, task, columns)}
-    return [name for name in names if name in used]
+    task = next(guessed_tasks(config.data), "dpo")
+    return load_config(words, "sft") if task == "sft" else config
 
 
 def load(config: Config, split: str, *, name: str, run: str | None = None) -> Data:

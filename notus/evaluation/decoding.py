@@ -279,7 +279,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
-    """The text of `new`. Decoded after its prompt, because many tokenizers strip a text's first space."""
+    """The text of `new`. Decoded after its prompt, because many tokenizers strip the first space."""
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -134,7 +134,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def tokenizer_difference(tokenizer: PreTrainedTokenizerBase, written: PreTrainedTokenizerBase) -> str | None:
     """Return in what a tokenizer differs from the one that it was written from, or None.
 
-    Compared are the vocabulary's size, BOS, EOS, the chat templates, and the ids of a text and of a conversation that
+    Compared are the vocabulary's size, BOS, EOS, the chat templates, and the ids of a string and a conversation that
     each template renders.
     """
     if len(written) != len(tokenizer):
@@ -148,7 +148,7 @@ def tokenizer_difference(tokenizer: PreTrainedTokenizerBase, written: PreTrained
         differing = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
         return f"the chat template {min(differing)!r}"
     if written(_PROBE).input_ids != tokenizer(_PROBE).input_ids:
-        return "the ids of a text"
+        return "the ids of a string"
     for name, template in chat_templates(tokenizer).items():
         if _rendered_ids(written, template) != _rendered_ids(tokenizer, template):
             return f"the ids of a conversation that the chat template {name!r} renders"

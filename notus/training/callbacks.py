@@ -11,9 +11,11 @@ from notus.training.tracking import Logger
 class Callback:
     """Base class of callbacks: override what you need.
 
-    The methods run on rank 0, in the thread that trains, after the metrics have been written to `metrics.jsonl`. An
-    exception ends the run and reaches the caller. If a method returns True, the run saves a checkpoint and stops after
-    the next step; the same call resumes it.
+    The methods run on rank 0, in the thread that trains, after the metrics have been written to `metrics.jsonl`. If a
+    method returns True, the run saves a checkpoint and stops after the next step; the same call resumes it.
+
+    An exception ends the run and reaches the caller. With several ranks, that is before the next update or checkpoint,
+    and the other ranks raise RuntimeError with its message.
     """
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> bool | None:

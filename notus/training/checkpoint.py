@@ -103,6 +103,17 @@ def load_checkpoint(
     return progress
 
 
+def check_whole(path: Path) -> None:
+    """Read every file of a checkpoint and fill nothing; collective.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, or not as it was written.
+        OSError: a file cannot be read.
+        ValueError: another version wrote it.
+    """
+    _check_files(path, on_main(lambda: _read_state(path))["files"])
+
+
 def _check_dtype(path: Path, written: str | None, now: str) -> None:
     """Raise ValueError if the states are in another dtype; before version 0.3 it was not written down."""
     if written not in (None, now):

@@ -40,7 +40,7 @@ from notus.training.trainer import RowLoss
 # log-prob in bf16 depends on the model: by 0.03 nats per square root of its tokens if logits have a standard deviation
 # of 3 (simulated), by up to 0.2 for short answers of a model of 135M parameters on a CPU (measured). Four times the
 # latter is allowed, so that no sound run stops. A nat of a mean log-ratio moves the mean loss by half of its β. Where
-# enough completions tell the model's own noise, five standard errors are the limit if that is less.
+# enough completions show the model's own noise, five standard errors are the limit if that is less.
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 _BF16_NOISE = 4 * 0.2
 _BF16_SIMULATED_NOISE = 5 * 0.03

@@ -140,11 +140,7 @@ def build_policy(
         path = find_path(config, path, longest=longest, device=device, trust_remote_code=trust_remote_code)
     dtype = COMPUTE_DTYPES[precision]
     causal_lm = _meta_model(config, trust_remote_code, path)
-    if path.name == "packed":
-        check_attention(causal_lm, device, dtype)
-        fuse_or_check_graph(causal_lm, device, dtype, compile=compile)
-    elif compile:
-        raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
+    _choose_kernels(causal_lm, path, device, dtype, compile=compile)
     if not trainable:
         causal_lm.requires_grad_(False)
     freeze_other_inputs(causal_lm)
@@ -163,13 +159,29 @@ def build_policy(
         compile=compile,
         cpu_offload=cpu_offload,
     )
-    materialise(policy, torch.device("cpu") if cpu_offload else device)
-    if cpu_offload:
-        _move_buffers(policy, device)
+    _give_storage(policy, device, cpu_offload=cpu_offload)
     _load(causal_lm, folder, held, continued, new_tokens)
     if lora is not None and continued is None:
         init_lora(causal_lm, seed)
     return policy
+
+
+def _choose_kernels(
+    causal_lm: PreTrainedModel, path: PathChoice, device: torch.device, dtype: torch.dtype, *, compile: bool
+) -> None:
+    """Try the kernels of the packed path and replace those that fail. Raises ValueError if there is none to compile."""
+    if path.name == "packed":
+        check_attention(causal_lm, device, dtype)
+        fuse_or_check_graph(causal_lm, device, dtype, compile=compile)
+    elif compile:
+        raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
+
+
+def _give_storage(policy: Policy, device: torch.device, *, cpu_offload: bool) -> None:
+    """Give every rank memory for its shards, on the host with `cpu_offload`."""
+    materialise(policy, torch.device("cpu") if cpu_offload else device)
+    if cpu_offload:
+        _move_buffers(policy, device)
 
 
 def _load(

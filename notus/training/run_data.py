@@ -1,11 +1,12 @@
 """Training and evaluation rows of a run, with what became of the data on the way."""
 
 import dataclasses
+import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,8 +15,9 @@ from notus.config import DataConfig
 from notus.data.chat import ChatEncoder, check_ids
 from notus.data.dataset import TokenizedDataset
 from notus.data.drop_report import DropReport
-from notus.data.formats import Task
+from notus.data.formats import Task, guess_task, used_columns
 from notus.data.mixture import Share, hold_out, mixed, without
+from notus.data.sources import open_source, parts, read_rows
 from notus.data.tokenize import Rule, read_shares
 from notus.model.usage import set_trained_templates
 from notus.runtime import distributed
@@ -24,6 +26,7 @@ from notus.runtime.files import check_regular
 DATA_FILE = "data.json"
 BUCKETS = 24
 NAMED_SOURCES = 100
+_FIRST_ROWS = 100  # rows to look at, to see what they are for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,30 @@ def load_held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task:
         held_out = hold_out(reader.read("train", data.train), data.eval_size, seed)[1]
     reader.say_reports()
     return TokenizedDataset(held_out)
+
+
+def guessed_tasks(data: DataConfig) -> Iterator[Task]:
+    """Yield what each of the first training rows is for, by its columns; those of no known form are passed over.
+
+    Raises ValueError or OSError for data that cannot be opened.
+    """
+    part, columns = parts(data.train)[0], data.columns
+    wanted = functools.partial(_used_by_any, columns=columns)
+    source = open_source(part.path, part.split, columns=wanted, cache_dir=data.cache_dir)
+    first = range(min(_FIRST_ROWS, len(source.rows)))
+    for _, row in read_rows(source, source.rows[: len(first)], first):
+        if isinstance(row, ValueError):
+            continue
+        try:
+            task = guess_task(row, columns)
+        except ValueError:  # reported, with its place, where all rows are read
+            continue
+        yield task
+
+
+def _used_by_any(names: list[str], columns: Mapping[str, str]) -> list[str]:
+    used = {name for task in get_args(Task) for name in used_columns(names, task, columns)}
+    return [name for name in names if name in used]
 
 
 def check_rows(rows: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

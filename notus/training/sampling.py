@@ -170,7 +170,7 @@ class Sampler:
     def _sample(self, index: int, new: list[int]) -> Sample:
         prompt = self._prompts[index].tolist()
         before, whole = self._decode(prompt), self._decode([*prompt, *new])
-        # decoded after its prompt, because many tokenizers strip a text's first space; bytes that are not UTF-8 can
+        # decoded after its prompt, because many tokenizers strip the first space; bytes that are not UTF-8 can
         # spoil the prompt's last ones
         completion = whole.removeprefix(before) if whole.startswith(before) else self._decode(new)
         return Sample(index, before, completion)

@@ -38,9 +38,11 @@ from notus.runtime.process import STOPPED
 from notus.training.best_model import check_best_metric
 from notus.training.callbacks import COMMAND_LINE, CallbackLogger, Caller
 from notus.training.checkpoint import (
+    DamagedCheckpointError,
     Progress,
     check_contents,
     check_newest,
+    check_whole,
     load_checkpoint,
     load_newest,
     step_folder,
@@ -256,8 +258,10 @@ class Run:
         if progress.step > self.total_steps:
             raise ValueError(f"{path} is at step {progress.step}, beyond the run's {self.total_steps}")
         progress.identity = self.identity
-        if progress.best_step:
-            self._find_best(progress)
+        # What the run will export is not read again before its end. Better to know now that it is damaged.
+        if progress.best_step not in (0, progress.step):
+            with self._naming_best(path):
+                check_whole(self._best(progress))
         if progress.total_steps and progress.total_steps != self.total_steps:
             progress.evaluations_since_best = 0  # of the run before it was extended
         elif self.extended and progress.total_steps:
@@ -270,15 +274,22 @@ class Run:
         distributed.say(f"resuming from {path} (step {progress.step} of {self.total_steps})")
         return progress
 
-    def _find_best(self, progress: Progress) -> Path:
-        """The checkpoint of the best evaluation so far. Raises ValueError if it is gone."""
-        path = self.folder / CHECKPOINTS / step_folder(progress.best_step)
-        if not distributed.on_main(path.is_dir):
+    def _best(self, progress: Progress) -> Path:
+        """The checkpoint of the best evaluation so far."""
+        return self.folder / CHECKPOINTS / step_folder(progress.best_step)
+
+    @contextlib.contextmanager
+    def _naming_best(self, newest: Path) -> Iterator[None]:
+        """Say what to do if the checkpoint of the best evaluation is damaged or gone; `newest`: the last one."""
+        try:
+            yield
+        except DamagedCheckpointError as error:
             raise ValueError(
-                f"{path} is gone, which has the best model by {self.config.training.best_metric}: restore it, or start "
-                "over with training.resume=never"
-            )
-        return path
+                f"the best model by {self.config.training.best_metric} cannot be read: {error}. Restore it and run the "
+                "same command again. Without it, train on in another training.output_dir with "
+                f"training.resume={newest}: the best of its own evaluations is exported. Or start over with "
+                "training.resume=never"
+            ) from error
 
     def _choose_best(self, progress: Progress) -> None:
         """Load the model to export, that of the best evaluation, if training.best_metric asks for it. Collective."""
@@ -295,7 +306,8 @@ class Run:
             return
         if step != progress.step:
             reshard(self.policy)
-            load_checkpoint(self._find_best(progress), self.policy.named_parameters(), None)
+            with self._naming_best(self.folder / CHECKPOINTS / step_folder(progress.step)):
+                load_checkpoint(self._best(progress), self.policy.named_parameters(), None)
         best = f"{training.best_metric} {progress.best_value:.6g}"
         distributed.say(f"the model of step {step} is exported, the best one: {best}")
 
@@ -430,6 +442,7 @@ def _check_router_loss(config: Config, model_config: PreTrainedConfig) -> None:
 
 
 def _build(config: Config, device: torch.device, opening: Opening, train: bool, stop: Stop, caller: Caller) -> Run:
+    """Load data and model. Mistakes in the config and the data are found before the weights are read. Collective."""
     training, model = config.training, config.model
     folders = distributed.main_first(lambda: resolve_model(model.name_or_path, model.adapter))
     if config.lora.continue_ and folders.adapter is None:
@@ -459,9 +472,7 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
     inputs = _load_data(config, model_config, tokenizer)
     train_rows = inputs.train
     if train:
-        first = train_rows(np.arange(1))[0]
-        shown = describe_example(first, tokenizer, is_list=config.rows == "lists")
-        distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
+        _show_first(train_rows, tokenizer, is_list=config.rows == "lists")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
     policy = build_policy(
         folders.base,
@@ -490,6 +501,12 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
         config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
         inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device), caller,
     )  # fmt: skip
+
+
+def _show_first(rows: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, *, is_list: bool) -> None:
+    """Print the first row as the model sees it."""
+    shown = describe_example(rows(np.arange(1))[0], tokenizer, is_list=is_list)
+    distributed.say(f"first training row; the model learns what is ⟦marked⟧:\n{shown}")
 
 
 def _load_data(config: Config, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:

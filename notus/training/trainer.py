@@ -3,8 +3,10 @@
 It knows steps, rows and gradients. Pairs and losses are its task's business: see `dpo.py` and `sft.py`.
 """
 
+import contextlib
 import dataclasses
 import enum
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +24,7 @@ from notus.model.policy import Policy
 from notus.model.routers import Routers
 from notus.runtime.distributed import gather_objects, rank, say, sum_across_ranks, world_size
 from notus.runtime.preemption import Interrupted, Stop
+from notus.runtime.process import LostPeers
 from notus.training.best_model import check_found, judge
 from notus.training.checkpoint import Progress, step_of
 from notus.training.checkpoint_writer import Checkpoints
@@ -127,6 +130,7 @@ class Agreement:
         norm_value: the same, on the host.
         bad_losses: how many rows had a loss that is not finite.
         save_failed: whether a checkpoint that is written in the background failed on some rank.
+        report_failed: whether a logger or a callback failed, which the first rank alone has.
         signalled: whether some rank got a signal to stop.
         overdue: whether some rank's time is used up.
     """
@@ -135,6 +139,7 @@ class Agreement:
     norm_value: float
     bad_losses: float
     save_failed: bool
+    report_failed: bool
     signalled: bool
     overdue: bool
 
@@ -195,6 +200,7 @@ class Trainer:
         self._seconds = progress.window_seconds
         self._trained = 0.0  # seconds of this launch's steps
         self._guards = Guards(task.guards)
+        self._failure: Exception | None = None  # of a logger or a callback, until all ranks know of it
         # one rank that holds all of the model where it computes
         self._whole = world_size() == 1 and self.trainable[0].device == device
 
@@ -212,6 +218,7 @@ class Trainer:
                 raise
             self.checkpoints.wait()
             self._report_saved()
+            self._raise_failure()
         self._report_idle(loader)
         return ending
 
@@ -238,7 +245,8 @@ class Trainer:
         if self.progress.step == 0:
             try:
                 self._evaluate_start()
-                self.tracker.log_samples(0, self._samples())
+                samples = self._samples()
+                self._report(lambda: self.tracker.log_samples(0, samples))
             except Interrupted:
                 return Ending.SIGNAL
         return self._stop_early() if self.progress.recorded else self._record(None)
@@ -252,7 +260,7 @@ class Trainer:
             return
         if self.config.best_metric is not None:
             check_found(self.config.best_metric, metrics)
-        self.tracker.log_initial(metrics)
+        self._report(lambda: self.tracker.log_initial(metrics))
 
     def _stop_early(self) -> Ending | None:
         """Whether so many evaluations were no better that the run is to end."""
@@ -309,17 +317,20 @@ class Trainer:
     def _agree(self, accumulated: Accumulated) -> Agreement:
         """Reduce the gradient's norm and the ranks' flags together: the step's one host sync."""
         bad_losses = accumulated.bad_losses
-        mine = (self.checkpoints.failed(), self.stop.signalled, self.stop.overdue)
+        mine = (self.checkpoints.failed(), self._failure is not None, self.stop.signalled, self.stop.overdue)
         # filled on the device: a copy from the host would wait for the backward pass
         flags = torch.stack([bad_losses, *(torch.full_like(bad_losses, float(raised)) for raised in mine)])
         reduced = gradient_norm(accumulated.gradients, flags, first_replica=is_first_replica(self.trainable))
-        norm, bad, save_failed, signalled, overdue = reduced.tolist()  # the step's one host sync
-        return Agreement(reduced[0], norm, bad, bool(save_failed), bool(signalled), bool(overdue))
+        norm, bad, *raised = reduced.tolist()  # the step's one host sync
+        save_failed, report_failed, signalled, overdue = map(bool, raised)
+        return Agreement(reduced[0], norm, bad, save_failed, report_failed, signalled, overdue)
 
     def _check(self, agreed: Agreement, accumulated: Accumulated) -> None:
-        """Raise what is to stop the run before the update, on all ranks: a failed save, a loss that is not finite."""
+        """Raise what is to stop the run before the update, on all ranks: a failure, or a loss that is not finite."""
         if agreed.save_failed:
             self.checkpoints.wait()
+        if agreed.report_failed:
+            self._raise_failure()
         if not agreed.bad_losses and math.isfinite(agreed.norm_value):
             return
         mine = [int(row) for indices, losses in accumulated.losses for row in indices[~torch.isfinite(losses.cpu())]]
@@ -371,8 +382,8 @@ class Trainer:
             metrics = self._window()
             for warning in self._guards.check(metrics):
                 say(warning)
-            self.tracker.log(self.progress.step, {**metrics, **held_out})
-            self.tracker.log_samples(self.progress.step, samples)
+            self._report(lambda: self.tracker.log(self.progress.step, {**metrics, **held_out}))
+            self._report(lambda: self.tracker.log_samples(self.progress.step, samples))
             self.progress.logged = self.progress.step
             if held_out and self.config.best_metric is not None:
                 # as the first rank has them, so that all decide alike
@@ -413,18 +424,48 @@ class Trainer:
         return sum_across_ranks(self._sums[: self.task.num_sums].clone()).tolist()
 
     def _save(self) -> None:
+        self._report(lambda: self.tracker.sync(self.progress.step))
+        self.checkpoints.wait()
+        self._report_saved()  # the next one may replace it
+        self._raise_failure()  # what was not logged is not in a checkpoint either
         # The sums since the last line go with the checkpoint, so that the next line is that of an undisturbed run.
         self.progress.window_sums, self.progress.window_seconds = gather_objects(self._sums.tolist()), self._seconds
         self.progress.task = self.task.state()
         self.progress.trackers = self.tracker.state()
-        self.tracker.sync(self.progress.step)
-        self.checkpoints.wait()
-        self._report_saved()  # the next one may replace it
         self.checkpoints.save(self.progress, self.policy.named_parameters(), self.optimizer)
 
     def _report_saved(self) -> None:
         for path in self.checkpoints.completed():
-            self.tracker.saved(step_of(path), path)
+            self._report(functools.partial(self.tracker.saved, step_of(path), path))
+
+    def _report(self, work: Callable[[], None]) -> None:
+        """Let the loggers and the callbacks do something; nothing more after one of them has failed.
+
+        The first rank alone has them. If it raised here, the others would wait for it in their next exchange until
+        that times out. So it takes part in that exchange, where they learn of it.
+        """
+        if self._failure is not None:
+            return
+        try:
+            work()
+        except Exception as error:
+            if world_size() == 1:
+                raise
+            self._failure = error
+
+    def _raise_failure(self) -> None:
+        """Raise on every rank what a logger or a callback raised on the first one, if that happened. Collective."""
+        failure = self._failure
+        message = None
+        if failure is not None:
+            known = isinstance(failure, ValueError | OSError)
+            message = str(failure) if known else f"rank 0 ended: {type(failure).__name__}: {failure}"
+        message = gather_objects(message)[0]
+        if message is None:
+            return
+        with contextlib.suppress(OSError):
+            self.checkpoints.wait()  # all ranks write it, and none may leave before
+        raise failure or LostPeers(message, speaker=0)
 
     def _dataloader(self) -> Dataloader:
         task = self.task

@@ -99,7 +99,7 @@ class Launch:
         return orphans
 
     def message(self) -> str:
-        """What the user is told of a fault: errors, else warnings, else exceptions but a lost peer's, else the end."""
+        """What the user sees of a fault: errors, else warnings, else exceptions but a lost peer's, else the end."""
         lines = [line.strip() for line in self.text().splitlines() if line.strip()]
         exceptions = [line for line in lines if _EXCEPTION.match(line)]
         kinds = (

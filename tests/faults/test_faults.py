@@ -26,7 +26,6 @@ from notus.training.run_folder import LOCK
 LIMIT = 150.0  # seconds after which a broken run counts as one that never ends
 # Where the program is broken: `module:name.of.function`.
 SAVE = "notus.training.trainer:Trainer._save"
-LOOP = "notus.training.trainer:Trainer.run"
 STEP = "notus.training.trainer:Trainer._step"
 GRADIENTS = "notus.training.trainer:local_gradients"
 EXPORT = "notus.training.setup:Run._export"
@@ -362,7 +361,7 @@ FAULTS = (
     Fault("disk full: checkpoint", disk_full(SAVE), ("checkpoints", "free"), usual=True),
     Fault("disk full: reference cache", disk_full(REFERENCE), ("reference", "free")),
     Fault("disk full: export", disk_full(EXPORT), ("model", "free")),
-    Fault("disk full: metrics", disk_full(LOOP), ("metrics.jsonl", "free")),
+    Fault("disk full: metrics", disk_full(STEP), ("metrics.jsonl", "free")),
     Fault("newest checkpoint: a bit flipped", bad_checkpoint(flip, "*.safetensors"), ("step-00000006",), OK, True),
     Fault("newest checkpoint: truncated", bad_checkpoint(cut, "*.safetensors"), ("step-00000006",), OK),
     Fault("newest checkpoint: a file missing", bad_checkpoint(Path.unlink, "*.safetensors"), ("step-00000006",), OK),

@@ -238,7 +238,7 @@ def test_differences_of_a_tokenizer_are_named():
     other.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 2)]
     )
-    assert tokenizer_difference(tokenizer, other) == "the ids of a text"
+    assert tokenizer_difference(tokenizer, other) == "the ids of a string"
 
 
 def test_a_template_may_have_any_line_ends_dates_and_refusals(tmp_path):

@@ -1,4 +1,4 @@
-"""Tokens that a run adds: rows that start as the mean, trained, exported, resumed, and told apart from padding."""
+"""Tokens that a run adds: rows that start as the mean, trained, exported, resumed, and separate from padding."""
 
 import json
 import math

@@ -1,7 +1,6 @@
 """The best model by an evaluation metric: which it is, that it is kept and exported, and when a run ends early."""
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +179,45 @@ def test_no_finite_evaluation_exports_the_last_model(
     assert_equal(tmp_path / "run" / "model", tmp_path / "last" / "model")
 
 
-def test_a_best_checkpoint_that_is_gone_is_an_error_before_training(
-    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_best_checkpoint_that_is_damaged_or_gone_is_an_error_before_training(
+    tmp_path: Path, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    scripted(monkeypatch, {2: 0.7, 4: 0.8})
-    run = config("dpo", tmp_path / "run", model_folder, pairs_file, **BEST)
+    scripted(monkeypatch, {2: 0.7, 4: 0.8, 6: 0.9, 8: 0.75})
+    folder = tmp_path / "run"
+    run = config("dpo", folder, model_folder, pairs_file, **BEST)
     with monkeypatch.context() as patch:
         at_call(patch, dpo.DPOTask, "row_loss", 5, terminate)
         assert dpo.run(run) == STOPPED
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
-    with pytest.raises(ValueError, match=r"step-00000002 is gone, which has the best model by eval_loss: restore it"):
+    checkpoints = folder / "checkpoints"
+    best, newest = checkpoints / "step-00000002", checkpoints_in(checkpoints)[0]
+    before = read_metrics(folder)
+    (file,) = best.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    remedy = rf"Restore it and run the same command again\. Without it, .* training\.resume={newest}: "
+    with pytest.raises(ValueError, match=f"the best model by eval_loss cannot be read: {file} does not .* {remedy}"):
         dpo.run(run)
+    kept = best.rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match=f"the best model by eval_loss cannot be read: {best} is not a .* {remedy}"):
+        dpo.run(run)
+    assert read_metrics(folder) == before
+
+    # what the message proposes: in another folder, the earlier evaluation no longer decides
+    other = {**BEST, "training__resume": str(newest)}
+    assert dpo.run(config("dpo", tmp_path / "other", model_folder, pairs_file, **other)) == 0
+    assert "the model of step 8 is exported, the best one: eval_loss 0.75" in capsys.readouterr().out
+
+    content[-1] ^= 1
+    (kept / file.name).write_bytes(content)
+    kept.rename(best)
+    with monkeypatch.context() as patch:  # damaged while the run trains
+        at_call(patch, dpo.Run, "_choose_best", 1, lambda: file.write_bytes(content[:-1]))
+        with pytest.raises(ValueError, match=rf"{file} has \d+ bytes, .*training\.resume=.*/step-00000008: "):
+            dpo.run(run)
+    file.write_bytes(content)
+    assert dpo.run(run) == 0
+    assert "the model of step 2 is exported, the best one: eval_loss 0.7" in capsys.readouterr().out
 
 
 def test_an_evaluation_without_the_metric_is_an_error_before_the_first_step(tmp_path: Path, model_folder: Path) -> None:

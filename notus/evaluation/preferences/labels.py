@@ -1,4 +1,4 @@
-"""How well a model tells good completions from bad ones, where each has a label and no partner."""
+"""How well a model separates good completions from bad ones, where each has a label and no partner."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +49,7 @@ def compare_labels(values: np.ndarray, labels: np.ndarray, *, threshold: bool) -
     Returns `count`, of which `good_count` and `bad_count`; the means `good` and `bad`; `auc`, `margin`, `accuracy`.
     `margin` is good - bad, with Welch's interval. `accuracy` is the share of good completions with a positive value and
     bad ones with a negative one (0 counts half); None unless 0 is a `threshold`, as it is for rewards relative to a
-    base. Each of the three has its `_stderr` and 95% `_interval`. What one label alone cannot tell is None.
+    base. Each of the three has its `_stderr` and 95% `_interval`. What needs both labels is None without them.
     """
     good, bad = values[labels], values[~labels]
     right = _right(values, labels)

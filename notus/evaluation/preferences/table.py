@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from notus.evaluation.preferences.metrics import BINS, SMALLEST_GROUP
 from notus.evaluation.results import Figure, public_name
 from notus.evaluation.run_loss import ROW_NAMES
 
@@ -20,6 +21,10 @@ _COLUMNS: Mapping[str, Mapping[str, str]] = {
     "labels": {"good": "good", "bad": "bad", "margin": "margins", "AUC": "auc"},
 }
 _MOST_SOURCES = 12
+# Pairs from which on the table says how well the rewards are calibrated. With fewer, the standard error of a frequency
+# can be above 5 points, noise alone makes the expected error large, and a few pairs decide which beta fits best. From
+# this number on, all ten groups of the calibration chart hold the ten pairs that a group needs.
+_CALIBRATED_FROM = BINS * SMALLEST_GROUP
 
 
 def figures(result: dict[str, Any]) -> Iterator[Figure]:
@@ -105,10 +110,9 @@ def _meaning(result: dict[str, Any]) -> Iterator[str]:
 
 def _sentences(result: dict[str, Any]) -> Iterator[str]:
     better = "chosen" if result["rows"] == "pairs" else "better rated"
-    if known := result["calibration"]:
-        best = known["best_beta"]
-        fits = "no finite beta fits best" if best is None else f"beta {best:.3g} would fit these pairs best"
-        yield f"calibration: expected error {known['ece']:.4f}, Brier score {known['brier']:.4f}; {fits}"
+    known = result["calibration"]
+    if known and sum(part["count"] for part in known["bins"]) >= _CALIBRATED_FROM:
+        yield f"calibration: expected error {known['ece']:.4f}, Brier score {known['brier']:.4f}; {_fit(known)}"
     if bias := result["length_bias"]:
         slope, error = bias["slope_per_token"], bias["slope_stderr"]
         spread = "" if error is None else f" ± {error:.2g}"  # of one prompt there is none
@@ -124,6 +128,14 @@ def _sentences(result: dict[str, Any]) -> Iterator[str]:
             f"KL to the base: {per_sequence} nats a completion, {per_token} a token (k3: {k3}); {kl['samples']} "
             f"samples, {kl['cut_share']:.0%} of them cut at {kl['max_new_tokens']} tokens"
         )
+
+
+def _fit(known: dict[str, Any]) -> str:
+    """Say which beta fits the pairs best."""
+    best = known["best_beta"]
+    if best is None:
+        return "no finite beta fits best"
+    return f"beta {best:.3g} would fit these pairs best" if best else "the rewards do not predict these preferences"
 
 
 def _breakdowns(result: dict[str, Any]) -> Iterator[str]:

@@ -304,7 +304,7 @@ def is_untouched(path: Path) -> bool:
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of a text."""
+    """Return the SHA-256 of a string."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -550,7 +550,7 @@ def _held_out(size: float | None) -> str:
 
 
 def _last_tokens(release: Release) -> int:
-    """Return how many tokens the tokenizer adds behind a text (an EOS, say), which a prompt of training lacks."""
+    """Return how many tokens the tokenizer adds at the end (an EOS, say), which a prompt of training lacks."""
     from tokenizers import Tokenizer
 
     from notus.training.run_folder import MODEL

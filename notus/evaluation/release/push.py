@@ -20,7 +20,7 @@ from notus.runtime.process import first_line
 if TYPE_CHECKING:
     from notus.evaluation.read_run import Run
 
-# Files that may hold a path of this machine. A vocabulary is none: any text may be a word of it.
+# Files that may hold a path of this machine. A vocabulary is none: any string may be a token of it.
 _TEXTS = (".json", ".md", ".jinja", ".txt", ".py", ".yaml", ".yml", ".jsonl")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 _REMEDIES = {

@@ -15,8 +15,9 @@ from toys import toy_model, toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from notus.__main__ import main
-from notus.evaluation.preferences import scores
+from notus.evaluation.preferences import scores, table
 from notus.evaluation.preferences.command import DETAILS
+from notus.evaluation.preferences.metrics import calibration
 from notus.evaluation.results import read_result
 from notus.model.export import load_causal_lm
 from notus.training import dpo
@@ -139,9 +140,18 @@ def test_breakdowns_stand_for_the_same_pairs(tmp_path, capsys, model_folder, oth
         assert total / 9 == pytest.approx(result["rewards/margins"]), breakdown
     assert sum(entry["count"] for entry in result["calibration"]["bins"]) == 9
     assert result["calibration"]["brier"] == pytest.approx(0.25, abs=0.1)  # a small beta is sure of nothing
-    table = capsys.readouterr().out
-    assert re.search(r"made 0 +5 .*\[", table)
-    assert "calibration: expected error" in table
+    printed = capsys.readouterr().out
+    assert re.search(r"made 0 +5 .*\[", printed)
+    assert "calibration" not in printed  # of nine pairs it says nothing
+
+    def said(margins: list[float]) -> str:
+        return table.table({**result, "calibration": calibration(np.array(margins), 0.1)})
+
+    # 0.1 log(3) / 1 fits best where 3 of 4 margins of 1 have the right sign, and 0 where half of them have
+    assert "; beta 0.11 would fit these pairs best\n" in said([1.0] * 75 + [-1.0] * 25)
+    assert "; the rewards do not predict these preferences\n" in said([1.0] * 50 + [-1.0] * 50)
+    assert "; no finite beta fits best\n" in said([1.0] * 100)
+    assert "calibration" not in said([1.0] * 99)
 
 
 def test_alone_there_is_nothing_to_calibrate(tmp_path, model_folder, pairs_file):
