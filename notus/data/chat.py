@@ -51,7 +51,7 @@ from notus.data.chat_template import ZEPHYR_TEMPLATE as ZEPHYR_TEMPLATE
 from notus.data.chat_template import resolve_template as resolve_template
 from notus.data.chat_template import uses_date as uses_date
 from notus.data.formats import Message, Turns
-from notus.data.messages import is_letter
+from notus.data.messages import is_letter, listed
 from notus.data.turns import Conversation, json_text, with_arguments
 
 Tools = Sequence[Any]
@@ -264,7 +264,7 @@ class ChatEncoder:
                 **{**self.template_kwargs, **template_kwargs},
             )
         except Exception as error:  # besides Jinja's own, a template's expressions raise whatever Python's do
-            roles = ", ".join(message["role"] for message in messages)
+            roles = listed(message["role"] for message in messages)
             calls = any(message.get("tool_calls") for message in messages)
             other = "a template for tools" if calls or tools else "chat_template=zephyr, which takes any"
             raise ValueError(

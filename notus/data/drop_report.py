@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from notus.data.dataset import Outcome
+from notus.data.messages import listed
 
 NAMED_ROWS = 3  # of the rows that cannot be read
 HEAVY_TRUNCATION = 0.05  # of the tokens
@@ -101,7 +102,7 @@ class DropReport:
         if self.held:
             yield f"left out of training: {self.held} rows that are copies of evaluation rows"
         if self.unknown_columns:
-            yield f"not read: {', '.join(self.unknown_columns)}"
+            yield f"not read: {listed(self.unknown_columns)}"
 
 
 class Tally:
