@@ -70,6 +70,8 @@ class Rendered(NamedTuple):
             scripts that put spaces between words.
         special_tokens: how many special tokens stand in what the row says, split or not.
         plain: the ranges of those that are read as plain text.
+        empty_system: whether an empty system turn was added.
+        history_masked: whether an earlier answer is not learned, but would be without `mask_history`.
     """
 
     text: str
@@ -78,6 +80,8 @@ class Rendered(NamedTuple):
     glued: bool = False
     special_tokens: int = 0
     plain: tuple[tuple[int, int], ...] = ()
+    empty_system: bool = False
+    history_masked: bool = False
 
 
 class Encoded(NamedTuple):
@@ -447,7 +451,15 @@ class _Row:
             text += self.encoder.eos
             spans[-1] = (answers[-1].start, len(text))
         text, spans, plain = self.unmarked(text, spans)
-        return Rendered(text, spans, templated=True, special_tokens=self.special_tokens, plain=plain)
+        return Rendered(
+            text,
+            spans,
+            templated=True,
+            special_tokens=self.special_tokens,
+            plain=plain,
+            empty_system=self.extra > 0,
+            history_masked=len(answers) < len(learned),
+        )
 
     def render(self, messages: list[Message], generation: bool) -> str:
         """Render turns with this row's tools and arguments; see `ChatEncoder.apply`."""

@@ -68,6 +68,9 @@ class Outcome(enum.IntFlag):
     UNREADABLE = 1024
     TOO_FEW = 2048
     ALIKE = 4096
+    EMPTY_SYSTEM = 8192
+    HISTORY_MASKED = 16384
+    REVERSED = 32768
 
 
 FLAGS = {
