@@ -161,7 +161,7 @@ def train(
         if not isinstance(callback, Callback):
             raise ValueError(f"callbacks: {callback!r} is no notus.Callback; derive its class from that")
     run = dpo.run if task == "dpo" else sft.run
-    with _process_unchanged():
+    with _process_unchanged(), inputs.naming_rows():
         switches.disabled_names()  # a mistyped name fails before any work
         run(resolved, Caller(tuple(callbacks), inputs.write, owns_process=False))
     return load_result(resolved.training.output_dir)

@@ -229,8 +229,11 @@ def test_rows_beside_data_train_are_refused(tmp_path: Path, config: Any) -> None
 
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, config: Any) -> None:
     bad = [*rows(3), {"prompt": "a", "chosen": "b"}]
-    with pytest.raises(ValueError, match=r"inputs/train\.jsonl, line 4"):
-        notus.train(config(), train=bad)
+    for kind in (list, datasets.Dataset.from_list):  # JSON Lines, Parquet
+        with pytest.raises(ValueError, match=r"^train, row 4: "):
+            notus.train(config(), train=kind(bad))
+    with pytest.raises(ValueError, match=r"^eval: no row is left"):
+        notus.train(config(), train=rows(3), eval=[{"prompt": "a", "chosen": "b", "rejected": "b"}])
     assert notus.train(config(), train=rows()).finished  # a run that did not begin binds nobody
 
 

@@ -51,7 +51,7 @@ from notus.data.chat_template import ZEPHYR_TEMPLATE as ZEPHYR_TEMPLATE
 from notus.data.chat_template import resolve_template as resolve_template
 from notus.data.chat_template import uses_date as uses_date
 from notus.data.formats import Message, Turns
-from notus.data.messages import is_letter
+from notus.data.messages import is_letter, listed
 from notus.data.turns import Conversation, json_text, with_arguments
 
 Tools = Sequence[Any]
@@ -70,6 +70,8 @@ class Rendered(NamedTuple):
             scripts that put spaces between words.
         special_tokens: how many special tokens stand in what the row says, split or not.
         plain: the ranges of those that are read as plain text.
+        empty_system: whether an empty system turn was added.
+        history_masked: whether an earlier answer is not learned, but would be without `mask_history`.
     """
 
     text: str
@@ -78,6 +80,8 @@ class Rendered(NamedTuple):
     glued: bool = False
     special_tokens: int = 0
     plain: tuple[tuple[int, int], ...] = ()
+    empty_system: bool = False
+    history_masked: bool = False
 
 
 class Encoded(NamedTuple):
@@ -264,7 +268,7 @@ class ChatEncoder:
                 **{**self.template_kwargs, **template_kwargs},
             )
         except Exception as error:  # besides Jinja's own, a template's expressions raise whatever Python's do
-            roles = ", ".join(message["role"] for message in messages)
+            roles = listed(message["role"] for message in messages)
             calls = any(message.get("tool_calls") for message in messages)
             other = "a template for tools" if calls or tools else "chat_template=zephyr, which takes any"
             raise ValueError(
@@ -447,7 +451,15 @@ class _Row:
             text += self.encoder.eos
             spans[-1] = (answers[-1].start, len(text))
         text, spans, plain = self.unmarked(text, spans)
-        return Rendered(text, spans, templated=True, special_tokens=self.special_tokens, plain=plain)
+        return Rendered(
+            text,
+            spans,
+            templated=True,
+            special_tokens=self.special_tokens,
+            plain=plain,
+            empty_system=self.extra > 0,
+            history_masked=len(answers) < len(learned),
+        )
 
     def render(self, messages: list[Message], generation: bool) -> str:
         """Render turns with this row's tools and arguments; see `ChatEncoder.apply`."""

@@ -13,6 +13,7 @@ import enum
 import functools
 import hashlib
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import datasets
@@ -68,6 +69,9 @@ class Outcome(enum.IntFlag):
     UNREADABLE = 1024
     TOO_FEW = 2048
     ALIKE = 4096
+    EMPTY_SYSTEM = 8192
+    HISTORY_MASKED = 16384
+    REVERSED = 32768
 
 
 FLAGS = {
@@ -254,6 +258,12 @@ class TokenizedDataset:
             cut=tuple(found.get("cut") or [0] * (1 + int(self.branch_counts[index]))),
             flags=(*flags, *(name for bit, name in FLAGS.items() if bit in outcome)),
         )
+
+    def places(self, indices: Sequence[int], most: int = 5) -> str:
+        """Where rows stand in their files, each once, for error messages: at most so many, and how many there are."""
+        found = list(dict.fromkeys(self.info(int(index)).place for index in indices[:100]))
+        rest = [f"... ({len(indices):,} in all)"] if len(indices) > most else []
+        return "; ".join([*found[:most], *rest])
 
     def _find(self, place: int) -> tuple[int, int]:
         """The chunk that holds a stored row, and the row's number there."""

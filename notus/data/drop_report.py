@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import datasets
 import numpy as np
@@ -12,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute
 
 from notus.data.dataset import Outcome
+from notus.data.formats import UNUSED
+from notus.data.messages import listed
 
 NAMED_ROWS = 3  # of the rows that cannot be read
 HEAVY_TRUNCATION = 0.05  # of the tokens
@@ -48,6 +51,10 @@ class DropReport:
         excluded: the ids of `data.exclude` that stand in the data.
         unreadable: the first rows that could not be read, and why.
         unknown_columns: what no one reads, by name.
+        missing_columns: those that `data.columns` maps, but no row has.
+        reversed: kept rows of pairs whose chosen answer is rated below the rejected one.
+        empty_systems: kept rows that `data.add_empty_system` gave a turn.
+        masked: kept rows with answers that only `data.mask_history` leaves out.
     """
 
     read: int = 0
@@ -64,6 +71,10 @@ class DropReport:
     excluded: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
     unknown_columns: tuple[str, ...] = ()
+    missing_columns: tuple[str, ...] = ()
+    reversed: int = 0
+    empty_systems: int = 0
+    masked: int = 0
 
     @property
     def kept(self) -> int:
@@ -86,7 +97,7 @@ class DropReport:
             yield f"warning: {self.cut_share:.0%} of the tokens are cut away; raise {keys}, or set data.too_long=drop"
         if self.glued:
             yield (
-                f"warning: {self.glued} answers begin with a letter right behind a letter of the prompt, as in "
+                f"warning: {self.glued} answers begin with a letter or digit right behind one of the prompt, as in "
                 "'ovenTo cook'; plain text is joined as it is, so begin answers with a space or end prompts with one"
             )
         if self.special_tokens:
@@ -94,6 +105,8 @@ class DropReport:
                 f"special tokens in the text of {self.special_tokens} rows: control tokens, or plain text with "
                 "data.split_special_tokens=true"
             )
+        if self.reversed:
+            yield self._reversed_line()
         if self.left_out:
             yield f"left out of the lists: {self.left_out} completions without a rating or without text"
         if self.duplicates:
@@ -101,7 +114,16 @@ class DropReport:
         if self.held:
             yield f"left out of training: {self.held} rows that are copies of evaluation rows"
         if self.unknown_columns:
-            yield f"not read: {', '.join(self.unknown_columns)}"
+            yield f"not read: {listed(self.unknown_columns)}"
+        if self.missing_columns:
+            yield f"named in data.columns, but in no row: {listed(self.missing_columns)}"
+
+    def _reversed_line(self) -> str:
+        """What to say of ratings that contradict pairs: single ones are noise, most of them are a mistake."""
+        line = f"rated the wrong way round: {self.reversed} rows, whose chosen answer is rated below the rejected one"
+        if self.reversed <= self.kept / 2:
+            return line
+        return f"warning: {line}; check which answer, or which rating, is which"
 
 
 class Tally:
@@ -114,12 +136,22 @@ class Tally:
         ids: those of `exclude` that stand in the source.
         unreadable: the first rows that could not be read, and why.
         unknown: columns that nothing reads.
+        mapped: columns that `data.columns` maps.
         left_out: completions that the lists that are left lack.
         tokens, cut: of the rows that are left, with every completion's own copy of the prompt.
     """
 
-    def __init__(self, rows: datasets.Dataset, exclude: Collection[str], unread: Sequence[str]) -> None:
-        """Count `rows`, as `tokenize` stores them with their notes; `unread` are columns that were not opened."""
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        exclude: Collection[str],
+        unread: Sequence[str] = (),
+        columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Count `rows`, as `tokenize` stores them with their notes.
+
+        `unread` are columns that were not opened, `columns` is `data.columns`.
+        """
         table = rows.data.table
         self.outcomes = table.column("outcome").to_numpy()
         readable = self.outcomes & _ANY_DROP == 0
@@ -130,8 +162,11 @@ class Tally:
         self.unreadable = [
             f"{table.column('place')[int(at)].as_py()}: {table.column('note')[int(at)].as_py()}" for at in bad
         ]
-        notes = table.column("note").filter(pa.array(self.outcomes & Outcome.UNREADABLE == 0)).unique().to_pylist()
-        self.unknown = [*unread, *(name for note in notes if note for name in json.loads(note))]
+        noted = table.column("note").filter(pa.array(self.outcomes & Outcome.UNREADABLE == 0)).unique().to_pylist()
+        notes = [json.loads(note) for note in noted if note]
+        self.unknown = [name for name in unread if columns.get(name) != UNUSED]
+        self.unknown += [name for names, _ in notes for name in names]
+        self.mapped = columns.keys() & {*unread, *(name for _, names in notes for name in names)}
         self.left_out = int(table.column("left_out").to_numpy()[self.kept].sum())
         self.cut, self.tokens = self._lengths(table)
 
@@ -153,8 +188,8 @@ def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     return pa.compute.list_value_length(column).to_numpy().astype(np.int64)
 
 
-def report_of(tallies: Sequence[Tally]) -> DropReport:
-    """Count the outcomes of all rows read."""
+def report_of(tallies: Sequence[Tally], columns: Collection[str] = ()) -> DropReport:
+    """Count the outcomes of all rows read; `columns` are the names that `data.columns` maps."""
     outcomes = np.concatenate([tally.outcomes for tally in tallies])
     kept = outcomes[np.concatenate([tally.kept for tally in tallies])]
     dropped = {reason: int((outcomes & bit > 0).sum()) for bit, reason in DROPPED.items()}
@@ -175,4 +210,8 @@ def report_of(tallies: Sequence[Tally]) -> DropReport:
         excluded=tuple(sorted(set().union(*(tally.ids for tally in tallies)))),
         unreadable=tuple(unreadable[:NAMED_ROWS]),
         unknown_columns=tuple(unknown),
+        missing_columns=tuple(name for name in columns if not any(name in tally.mapped for tally in tallies)),
+        reversed=int((kept & Outcome.REVERSED > 0).sum()),
+        empty_systems=int((kept & Outcome.EMPTY_SYSTEM > 0).sum()),
+        masked=int((kept & Outcome.HISTORY_MASKED > 0).sum()),
     )

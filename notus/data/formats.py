@@ -75,6 +75,7 @@ from notus.data.messages import (
     is_dialogue,
     is_empty,
     is_letter,
+    listed,
     listed_messages,
     parse_json,
     read_messages,
@@ -154,6 +155,10 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _LABELS = (
     "labelled completions are for losses of labels, as with dpo.loss_type=kto; for others pair a good and a bad "
     "completion of each prompt as 'chosen' and 'rejected', or keep the good ones alone for SFT"
+)
+_COLUMN_WISE = (
+    "this is column-wise JSON, a whole table instead of a row; write one object per row (pandas: "
+    "to_json(path, orient='records', lines=True) for .jsonl)"
 )
 _LISTS = (
     "these are lists of rated completions, for losses of lists, as with dpo.loss_type=plackett_luce; for others make "
@@ -248,7 +253,12 @@ def readings(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _N
 
     Arguments and errors as in `normalize`. A list with fewer than two rated completions has no completion.
     """
-    record, known = normalize(row, task, columns), read_provenance(row, columns)
+    try:
+        record, known = normalize(row, task, columns), read_provenance(row, columns)
+    except ValueError as error:
+        if isinstance(row, Mapping) and _is_column_wise(row, columns):
+            raise ValueError(_COLUMN_WISE) from error
+        raise
     form, given = find_form(row, task, columns), _present(_renamed(row, columns))
     if "completions" in form:
         entries, left_out = _entries(given)
@@ -264,6 +274,22 @@ def readings(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _N
         ]
     ordered = _best_first(ratings, ratings) if task == "lists" else ratings
     return [Reading(record, known.source, _if_known(ordered[: len(record.completions)]))]
+
+
+def _is_column_wise(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether what should be a row, and cannot be read, is a whole table, column by column.
+
+    pandas' `to_json` writes {column: {"0": value, "1": value}} by default. Others write {column: [value, value]}.
+    There, only strings and lists count as values: a row may have two lists of as many messages.
+    """
+    values = list(row.values())
+    if values and all(isinstance(value, Mapping) for value in values):
+        return all(value and list(value) == list(map(str, range(len(value)))) for value in values)
+    read = [value for name, value in row.items() if columns.get(name, name) in _FORM_COLUMNS]
+    if not read or not all(isinstance(value, list | tuple) for value in values):
+        return False
+    are_values = all(isinstance(each, str | list | tuple) for value in read for each in value)
+    return are_values and len({len(value) for value in values}) == 1
 
 
 def _if_known(ratings: tuple[float | None, ...]) -> tuple[float | None, ...] | None:
@@ -336,12 +362,10 @@ def find_form(row: Mapping[str, Any], task: Task, columns: Mapping[str, str] = _
     elif not given.keys().isdisjoint(TAGS):
         remedy = _LABELS
     elif unmet:
-        remedy = f"of data.columns, the row lacks {', '.join(unmet)}; correct the names"
+        remedy = f"of data.columns, the row lacks {listed(unmet)}; correct the names"
     elif task == "dpo" and any(all(column in given for column in form) for form in SFT_FORMS):
         remedy = _DEMONSTRATIONS.format(called_as("sft"))
-    raise ValueError(
-        f"the columns {', '.join(map(str, row)) or '(none)'} are of no known {task} form ({accepted}); {remedy}"
-    )
+    raise ValueError(f"the columns {listed(row) or '(none)'} are of no known {task} form ({accepted}); {remedy}")
 
 
 def guess_task(row: Mapping[str, Any], columns: Mapping[str, str] = _NOTHING) -> Task:

@@ -24,7 +24,7 @@ A string may hold a whole conversation: the JSON of a list of messages, or Anthr
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -63,6 +63,8 @@ _UNSPACED = re.compile(
     r"[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u3190-\ua4cf"
     r"\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
+_MOST_NAMES = 20  # of columns or keys, in an error
+_NAME_LENGTH = 40
 _MOST_BITS = 10_000  # of an integer: Python prints no more than 4,300 digits
 
 
@@ -160,7 +162,7 @@ def _role(turn: Mapping[str, Any], extras: Mapping[str, Any], place: str) -> tup
     role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
     has_calls = "tool_calls" in extras or "function_call" in extras
     if role_key not in turn or (content_key not in turn and not has_calls):
-        found = ", ".join(map(str, turn)) or "none"
+        found = listed(turn) or "none"
         raise ValueError(f"{place} has the keys {found}, but must have role and content, or from and value")
     contents = [turn[key] for key in ("content", "value") if turn.get(key) is not None]
     if len(contents) > 1 and contents[0] != contents[1]:
@@ -375,6 +377,14 @@ def is_empty(value: Any) -> bool:
 def is_letter(text: str) -> bool:
     """Whether a character is a letter or digit of a script that puts spaces between words; an empty string is not."""
     return text.isalnum() and not _UNSPACED.match(text)
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for error messages, few and short: of long lists the first, and how many there are."""
+    every = list(names)
+    shown = [f"{name!s:.{_NAME_LENGTH}}" for name in every[:_MOST_NAMES]]
+    rest = [f"... ({len(every):,} in all)"] if len(every) > _MOST_NAMES else []
+    return ", ".join([*shown, *rest])
 
 
 def described(value: Any) -> str:

@@ -113,6 +113,11 @@ def without(shares: Sequence[Share], held: datasets.Dataset) -> tuple[list[Share
     return left, count
 
 
+def rows_taken(share: Share) -> int:
+    """How many rows are taken of a share."""
+    return len(share.rows) if share.weight == 1 else round(share.weight * len(share.rows))
+
+
 def copies(shares: Sequence[Share]) -> int:
     """How many rows repeat an earlier one, before weights."""
     digests = np.concatenate([digests_of(share.rows) for share in shares])
@@ -128,7 +133,7 @@ def digests_of(rows: datasets.Dataset) -> np.ndarray:
 def _weighted(share: Share, seed: int) -> datasets.Dataset:
     if share.weight == 1:
         return share.rows
-    count = round(share.weight * len(share.rows))
+    count = rows_taken(share)
     if count == 0:
         raise ValueError(f"{share.name}: weight {share.weight} of {len(share.rows)} rows is none; raise the weight")
     if count > MOST_ROWS:

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from notus.data import text_files
+from notus.data.messages import listed
 from notus.data.text_files import TextFile
 from notus.runtime.files import replacing
 
@@ -186,7 +187,7 @@ def open_rows(
             raise ValueError(f"{name}: the dataset has a transform, which would not be applied; use map instead")
         return _not_empty(_open_dataset(name, rows.select_columns(rows.format["columns"]), columns))
     if isinstance(rows, datasets.DatasetDict):
-        raise ValueError(f"{name}: holds the splits {', '.join(map(str, rows))}; give one of them")
+        raise ValueError(f"{name}: holds the splits {listed(rows)}; give one of them")
     if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
         raise ValueError(f"{name}: is a {type(rows).__name__}; give a datasets.Dataset or a list of mappings")
     return _not_empty(_open_list(rows, name, columns))
@@ -230,7 +231,7 @@ def _picked(name: str, columns: Columns | None, found: list[str]) -> tuple[list[
         raise ValueError(f"{name}: has the column {twice!r} twice; rename one of them")
     picked = set(found if columns is None else columns(found))
     if found and not picked & set(found):
-        raise ValueError(f"{name}: none of its columns ({', '.join(found)}) is one that is read; map their names")
+        raise ValueError(f"{name}: none of its columns ({listed(found)}) is one that is read; map their names")
     return [column for column in found if column in picked], tuple(each for each in found if each not in picked)
 
 
@@ -660,7 +661,7 @@ def _load_saved(path: Path, split: str) -> "datasets.Dataset":
     loaded = datasets.load_from_disk(str(path))
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
     if split not in splits:
-        raise ValueError(f"it holds {', '.join(map(str, splits))}; choose one with split")
+        raise ValueError(f"it holds {listed(splits)}; choose one with split")
     _check_inside([file["filename"] for file in splits[split].cache_files], path)
     return splits[split]
 

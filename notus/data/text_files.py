@@ -31,6 +31,8 @@ _BOM = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_INDEX = "Unnamed: 0"  # pandas' own name for the first column that its `to_csv` writes without one: the row numbers
+_ROW_NUMBER = re.compile(r"(\d+(\.0)?)?", re.ASCII)
 
 csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))  # its own limit is 128 kB, for the whole process
 
@@ -54,6 +56,7 @@ class TextFile:
         name: what errors call it.
         layout: one JSON value a line, one JSON array of values, or a table with a header.
         delimiter, header: of a table: what separates the fields, and their names.
+        indexed: of a table: the header has no name for the first column, which so must hold row numbers.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class TextFile:
     layout: Layout
     delimiter: str = ","
     header: tuple[str, ...] = ()
+    indexed: bool = False
 
     def place(self, number: int, line: int) -> str:
         """Say where record `number` (from 1) stands, for error messages."""
@@ -95,7 +99,13 @@ class TextFile:
     def _fields(self, text: str) -> dict[str, str]:
         fields = next(csv.reader([text], delimiter=self.delimiter, strict=True))
         if len(fields) != len(self.header):
-            raise ValueError(f"has {len(fields)} fields, but the header {len(self.header)}; correct or remove the row")
+            count = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+            raise ValueError(f"has {count}, but the header has {len(self.header)}; correct or remove the row")
+        if self.indexed and not _ROW_NUMBER.fullmatch(fields[0]):
+            raise ValueError(
+                f"the first column has no name and holds {fields[0][:40]!r}, which is no row number; name the column "
+                "in the header"
+            )
         return dict(zip(self.header, fields, strict=True))
 
 
@@ -196,6 +206,8 @@ def _bounded(stream: IO[bytes], name: str) -> Iterator[bytes]:
     for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD + 1), b""), start=1):
         if number == 1 and (line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:200]):
             raise ValueError(f"{name}: is not UTF-8 text (perhaps UTF-16); save it as UTF-8 (in Excel: 'CSV UTF-8')")
+        if number == 1 and b"\r" in line[:-1] and not line.endswith(b"\n"):  # no LF in the whole file, but CR
+            raise ValueError(f"{name}: its lines end in CR alone, as on old Macs; save it with line ends LF or CRLF")
         if len(line) > MAX_RECORD:
             raise ValueError(f"{name}, line {number}: longer than {MAX_RECORD // 2**20} MiB; correct or remove it")
         yield line
@@ -226,7 +238,7 @@ def _table(stream: IO[bytes], name: str, delimiter: str) -> Iterator[Record]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{name}, line {number}: not valid CSV ({error}); correct the quotes") from error
+            raise ValueError(f"{name}, line {number}: not valid CSV ({_csv_fault(error)}") from error
         if fields is None:
             return
         data = b"".join(taken)
@@ -234,6 +246,13 @@ def _table(stream: IO[bytes], name: str, delimiter: str) -> Iterator[Record]:
             yield Record(position, number, data)
         position, number = position + len(data), number + len(taken)
         taken.clear()
+
+
+def _csv_fault(error: csv.Error) -> str:
+    """Say what is wrong, and the remedy; of a line break, `csv` names one for Python programs."""
+    if "new-line character" in str(error):
+        return "a CR outside of quotes); put the field in quotes, or end lines with LF or CRLF"
+    return f"{error}); correct the quotes"
 
 
 def _with_header(stream: IO[bytes], name: str, delimiter: str) -> TextFile:
@@ -249,10 +268,20 @@ def _with_header(stream: IO[bytes], name: str, delimiter: str) -> TextFile:
     others = [other for other in ";\t,|" if len(header) == 1 and other in header[0]]
     if others:
         raise ValueError(f"{name}: the fields are separated by {others[0]!r}, not {delimiter!r}; convert the file")
-    repeated = [column for column in header if header.count(column) > 1 or not column]
+    indexed = not header[0] and len(header) > 1
+    header = [_index_name(header[1:]), *header[1:]] if indexed else header
+    if "" in header:
+        raise ValueError(f"{name}: column {header.index('') + 1} of the header has no name; name it, or remove it")
+    repeated = [column for column in header if header.count(column) > 1]
     if repeated:
-        raise ValueError(f"{name}: the header has {repeated[0]!r} twice or an empty name; rename the columns")
-    return TextFile(Path(name), name, "table", delimiter, tuple(header))
+        raise ValueError(f"{name}: the header has {repeated[0]!r} twice; rename one of these columns")
+    return TextFile(Path(name), name, "table", delimiter, tuple(header), indexed)
+
+
+def _index_name(others: list[str]) -> str:
+    """Return a name for a first column without one that no other column has."""
+    numbers = (f"{_INDEX}.{number}" for number in range(1, len(others) + 1))
+    return next(name for name in (_INDEX, *numbers) if name not in others)
 
 
 class _Window:

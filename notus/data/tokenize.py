@@ -30,7 +30,6 @@ from notus.data.chat import ChatEncoder, Encoded, EncodingError, Rendered
 from notus.data.dataset import FEATURES, PROVENANCE, TRACE, Outcome, row_digest
 from notus.data.drop_report import DropReport, Tally, report_of
 from notus.data.formats import (
-    UNUSED,
     Reading,
     Record,
     Task,
@@ -47,7 +46,8 @@ RowSource: TypeAlias = str | Path | datasets.Dataset | Sequence[Mapping[str, Any
 OnBadRow = Literal["error", "skip"]
 TooLong = Literal["cut", "drop"]
 
-# `note`, for the report alone: what is wrong with the row, or the names of the columns that nothing reads.
+# `note`, for the report alone: what is wrong with the row; or the names of the columns that nothing reads, and of those
+# that `data.columns` maps.
 _COLUMNS = datasets.Features({**FEATURES, **PROVENANCE, **TRACE, "note": datasets.Value("string")})
 _DIGESTS = "digests.json"
 BATCH_ROWS = 500  # rows that a worker is given at a time
@@ -276,7 +276,10 @@ class Rule:
         """
         found = readings(row, self.task, self.columns)
         unread = unknown_columns(row, self.task, self.columns)
-        made = [_Row(place, reading, note=json.dumps(unread) if unread else None) for reading in found]
+        mapped = [name for name in self.columns if name in row]
+        note = json.dumps([unread, mapped]) if unread or mapped else None
+        is_reversed = self.task != "lists" and _is_reversed(found)
+        made = [_Row(place, reading, note=note, is_reversed=is_reversed) for reading in found]
         for each in made:
             self._render(each)
         return made
@@ -325,6 +328,15 @@ class Rule:
             row.encoded = cut
 
 
+def _is_reversed(found: Sequence[Reading]) -> bool:
+    """Whether a pair's chosen answer, or the one that is labelled good, is rated below the other."""
+    ratings = [rating for reading in found for rating in reading.ratings or ()]
+    if len(ratings) != 2:
+        return False
+    chosen, rejected = ratings
+    return chosen is not None and rejected is not None and chosen < rejected
+
+
 _UNREAD = Reading(Record("", ()))
 
 
@@ -339,6 +351,7 @@ class _Row:
     outcome: int = 0
     cut: list[int] = dataclasses.field(default_factory=list)
     note: str | None = None
+    is_reversed: bool = False
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -363,6 +376,9 @@ class _Row:
     def flags(self) -> int:
         flags = Outcome.TEMPLATED if self.rendered[0].templated else 0
         flags |= Outcome.GLUED if any(item.glued for item in self.rendered) else 0
+        flags |= Outcome.REVERSED if self.is_reversed else 0
+        flags |= Outcome.EMPTY_SYSTEM if any(item.empty_system for item in self.rendered) else 0
+        flags |= Outcome.HISTORY_MASKED if any(item.history_masked for item in self.rendered) else 0
         return flags | (Outcome.SPECIAL_TOKENS if any(item.special_tokens for item in self.rendered) else 0)
 
 
@@ -509,8 +525,7 @@ def read_shares(
     shares, tallies = [], []
     for part, opened in _opened(source, rule, folder):
         tokenized = _tokenize(opened, rule, on_bad_row, num_workers, folder)
-        unread = [name for name in opened.unread if rule.columns.get(name) != UNUSED]
-        tally = Tally(tokenized, exclude, unread)
+        tally = Tally(tokenized, exclude, opened.unread, rule.columns)
         if on_bad_row == "error" and tally.unreadable:
             raise ValueError(tally.unreadable[0])
         if not tally.kept.any():
@@ -519,7 +534,7 @@ def read_shares(
         rows = rows if tally.kept.all() else rows.select(np.flatnonzero(tally.kept))
         shares.append(Share(part.path, rows, part.weight))
         tallies.append(tally)
-    return shares, dataclasses.replace(report_of(tallies), duplicates=copies(shares))
+    return shares, dataclasses.replace(report_of(tallies, rule.columns), duplicates=copies(shares))
 
 
 def _opened(source: RowSource, rule: Rule, folder: Path) -> Iterator[tuple[Part, Source]]:

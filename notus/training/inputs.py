@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,24 @@ class Inputs:
         self._given["model"] = _Given(path, _model_digest(causal_lm, tokenizer), write)
         return path
 
+    @contextlib.contextmanager
+    def naming_rows(self) -> Iterator[None]:
+        """Have errors within the block name rows as the caller knows them, as "train, row 21", not the written files.
+
+        Row 21 of a list is line 21 of its file.
+        """
+        try:
+            yield
+        except ValueError as error:
+            error.args = tuple(self._renamed(each) if isinstance(each, str) else each for each in error.args)
+            raise
+
+    def _renamed(self, message: str) -> str:
+        for name, given in self._given.items():
+            if name != "model":
+                message = re.sub(rf"{re.escape(str(given.path))}(?:, (?:line|row) (\d+))?", _place_in(name), message)
+        return message
+
     def write(self) -> None:
         """Write what is not there yet; for the one process that holds the run's folder.
 
@@ -110,6 +129,10 @@ class _Given:
     path: Path
     digest: str
     write: Callable[[Path], None]
+
+
+def _place_in(name: str) -> Callable[[re.Match[str]], str]:
+    return lambda found: name if found[1] is None else f"{name}, row {found[1]}"
 
 
 # ---- rows ----

@@ -96,7 +96,7 @@ def reference_logps(
     if hit is not None:
         return hit, True
     found = [
-        _part(score, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests)
+        _part(score, rows, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests)
         for start in range(0, len(rows), PART_SIZE)
     ]
     logps = torch.cat(found)
@@ -151,7 +151,13 @@ def _with_columns(logps: Tensor, count: int) -> Tensor:
     return pad(logps[:, :count], (0, max(0, count - logps.shape[1])))
 
 
-def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray) -> Tensor:
+def _part(
+    score: Callable[[np.ndarray], Tensor],
+    rows: TokenizedDataset,
+    indices: np.ndarray,
+    folder: Path,
+    digests: np.ndarray,
+) -> Tensor:
     path = folder / f"{indices[0]:09d}.safetensors"
     expected = torch.from_numpy(digests[indices])
     done = on_main(lambda: _read_part(path, expected) if path.exists() else None)
@@ -161,8 +167,8 @@ def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Pa
     bad = indices[~torch.isfinite(logps).all(dim=1).numpy()]
     if len(bad):
         raise ValueError(
-            f"the reference model gives log-probs that are not finite for dataset rows {bad[:10].tolist()}"
-            f" ({len(bad)} in all): check its weights, or use training.precision=fp32"
+            f"the reference model gives log-probs that are not finite for rows ({rows.places(bad.tolist())}): check "
+            "its weights, or use training.precision=fp32"
         )
     on_main(lambda: _write(path, {"logps": logps, "digests": expected}, {}))
     return logps

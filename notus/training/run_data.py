@@ -1,6 +1,7 @@
 """Training and evaluation rows of a run, with what became of the data on the way."""
 
 import dataclasses
+import datetime
 import functools
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ from notus.data.chat import ChatEncoder, check_ids
 from notus.data.dataset import TokenizedDataset
 from notus.data.drop_report import DropReport
 from notus.data.formats import Task, guess_task, used_columns
-from notus.data.mixture import Share, hold_out, mixed, without
+from notus.data.mixture import Share, hold_out, mixed, rows_taken, without
 from notus.data.sources import open_source, parts, read_rows
 from notus.data.tokenize import Rule, read_shares
 from notus.model.usage import set_trained_templates
@@ -38,12 +39,14 @@ class Inputs:
         eval: the evaluation rows, if there are any.
         reports: what reading "train" and "eval" dropped and cut; rows held out of "train" were read with it.
         task: what the rows are for.
+        writes_date: whether a chat template that asks for the date rendered rows.
     """
 
     train: TokenizedDataset
     eval: TokenizedDataset | None
     reports: dict[str, DropReport]
     task: Task = "dpo"
+    writes_date: bool = False
 
     @property
     def plain_text(self) -> bool:
@@ -75,9 +78,12 @@ def load_inputs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: T
     """
     reader = _Reader(data, rule_of(data, tokenizer, task))
     train = reader.read("train", data.train)
+    notices: list[str | None] = []
     held_out = None
     if data.eval is not None:
-        held_out = mixed(reader.read("eval", data.eval), seed)
+        shares = reader.read("eval", data.eval)
+        held_out = mixed(shares, seed)
+        notices.append(draws_notice("an evaluation", data.eval, shares))
         train, copies = without(train, held_out)
         reader.count_held(copies)
     elif data.eval_size:
@@ -85,9 +91,14 @@ def load_inputs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: T
         reader.count_held(copies)
     reader.check_exclude()
     reader.say_reports()
-    if reader.rule.encoder.writes_date:
+    notices += [draws_notice("an epoch", data.train, train), *unused_settings(data, reader.reports)]
+    for line in filter(None, notices):
+        distributed.say(line)
+    templated = any(report.templated for report in reader.reports.values())
+    writes_date = templated and reader.rule.encoder.writes_date
+    if writes_date:
         distributed.say(f"the chat template writes the date: {reader.rule.encoder.date}, frozen as data.template_date")
-    if any(report.templated for report in reader.reports.values()):
+    if templated:
         set_trained_templates(tokenizer, reader.rule.encoder)
         if notice := boundary_notice(reader.rule.encoder):
             distributed.say(notice)
@@ -96,7 +107,55 @@ def load_inputs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: T
         None if held_out is None else TokenizedDataset(held_out),
         reader.reports,
         task,
+        writes_date,
     )
+
+
+def draws_notice(pass_: str, sources: Sequence[Mapping[str, Any]], shares: Sequence[Share]) -> str | None:
+    """How many rows a pass over weighted sources draws of each; None if no source has a weight.
+
+    `shares` are what is left of the `sources` once evaluation rows are held out.
+    """
+    if all(source.get("weight", 1) == 1 for source in sources):
+        return None
+    counts = [rows_taken(share) for share in shares]
+    parts = [f"{count:,} of {share.name}" for count, share in zip(counts, shares, strict=True)]
+    return f"by the weights of the sources, {pass_} has {sum(counts):,} rows: {', '.join(parts)}"
+
+
+def unused_settings(data: DataConfig, reports: Mapping[str, DropReport]) -> list[str]:
+    """What to say of settings of `data` that change no row that was read. Only the data tell, so that is no error."""
+    keys = {
+        "chat_template": "templated",
+        "chat_template_kwargs": "templated",
+        "add_empty_system": "empty_systems",
+        "mask_history": "masked",
+        "split_special_tokens": "special_tokens",
+    }
+    counted = {key: sum(getattr(report, name) for report in reports.values()) for key, name in keys.items()}
+    unused = [key for key, count in counted.items() if getattr(data, key) and not count]
+    reasons = {
+        "add_empty_system": "every conversation has a system turn",
+        "mask_history": "no conversation has several answers to learn",
+        "split_special_tokens": "no row has a special token in its text",
+    }
+    plain = [] if counted["chat_template"] else [key for key in unused if key != "split_special_tokens"]
+    notes = [f"note: data.{key} has no effect: {reasons[key]}" for key in unused if key not in plain]
+    if plain:
+        names, verb = ", ".join(f"data.{key}" for key in plain), "has" if len(plain) == 1 else "have"
+        notes.append(f"note: {names} {verb} no effect: all rows are plain text, and only conversations have turns")
+    return notes
+
+
+def date_notice(given: str | None, inputs: Inputs) -> str | None:
+    """What to say of a `data.template_date` that was given and is not written into any row; None: it is, or is today's.
+
+    Sweeps give all their runs the day on which they begin.
+    """
+    if given in (None, datetime.date.today().isoformat()) or inputs.writes_date:
+        return None
+    why = "all rows are plain text" if inputs.plain_text else "the chat template writes no date"
+    return f"note: data.template_date has no effect: {why}"
 
 
 def load_held_out(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, task: Task, seed: int) -> TokenizedDataset:

@@ -63,7 +63,7 @@ from notus.training.parallelize import (
     reshard,
 )
 from notus.training.reference import digest_of_rows
-from notus.training.run_data import Inputs, check_rows, load_inputs
+from notus.training.run_data import Inputs, check_rows, date_notice, load_inputs
 from notus.training.run_folder import (
     CHECKPOINTS,
     MODEL,
@@ -393,6 +393,7 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
         if training.sharding == "hybrid":
             distributed.ranks_per_node()  # raises now what would stop the run after hours of tokenising
         opening = Opening(finished=False, checkpoints=[])
+        given_date = config.data.template_date
         today = distributed.on_main(lambda: template_date(config))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=today))
         if train:
@@ -411,6 +412,8 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
                 yield None
                 return
         job = _build(config, device, opening, train, stop, caller)
+        if notice := date_notice(given_date, job.inputs):
+            distributed.say(notice)
         check_newest(opening.checkpoints, job.identity if opening.checkpoints else {})
         yield job
 

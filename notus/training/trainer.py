@@ -335,7 +335,7 @@ class Trainer:
             return
         mine = [int(row) for indices, losses in accumulated.losses for row in indices[~torch.isfinite(losses.cpu())]]
         rows = sorted(row for part in gather_objects(mine) for row in part)
-        which = f"the loss of dataset rows {rows[:20]}" if rows else "the gradient (every loss is finite)"
+        which = f"the loss of rows ({self.task.rows.places(rows)})" if rows else "the gradient (every loss is finite)"
         look = "Look at these rows, lower" if rows else "Lower"
         raise NonFiniteError(
             f"step {self.progress.step + 1}: {which} is not finite; the update was not made. {look} "

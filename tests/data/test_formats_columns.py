@@ -12,7 +12,15 @@ from toys import toy_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from notus.data.chat import ChatEncoder
-from notus.data.formats import Record, guess_task, normalize, read_provenance, unknown_columns, used_columns
+from notus.data.formats import (
+    Record,
+    guess_task,
+    normalize,
+    read_provenance,
+    readings,
+    unknown_columns,
+    used_columns,
+)
 from notus.data.sources import open_source, read_rows
 
 
@@ -668,6 +676,50 @@ def test_ratings_under_either_name() -> None:
 def test_rows_that_need_a_column_that_they_lack(row: dict[str, Any], columns: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         normalize(row, "dpo", columns)
+
+
+THREE = ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {name: {str(at): text for at, text in enumerate(THREE)} for name in ("prompt", "chosen", "rejected")},
+        {name: {str(at): [{"role": "user", "content": text}] for at, text in enumerate(THREE)} for name in ("x", "y")},
+        {name: list(THREE) for name in ("prompt", "chosen", "rejected")},
+        {"question": list(THREE), "chosen": list(THREE), "rejected": list(THREE), "score": [1, None, 3]},
+        {"chosen": [[{"role": "user", "content": text}] for text in THREE], "rejected": [[]] * 3, "n": [1, 2, 3]},
+    ],
+)
+def test_a_table_in_place_of_a_row(table: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"column-wise JSON, .* orient='records', lines=True"):
+        readings(table, "dpo", {"question": "prompt"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [  # lists of as many messages, single messages, lists of two lengths
+        ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "x", "content": "b"}]}, "unknown role"),
+        ({"prompt": {"role": "x"}, "chosen": {"role": "x"}, "rejected": {"role": "x"}}, "has the keys role"),
+        ({"prompt": ["a", "b"], "chosen": ["a"], "rejected": ["b"]}, "turn 1 is of type str"),
+    ],
+)
+def test_a_faulty_row_is_no_table(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        readings(row, "dpo")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {str(at): "x" for at in range(60_000)},
+        {"prompt": {str(at): 1 for at in range(5, 60_000)}, "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_many_keys_are_cut_in_errors(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"\.\.\. \((60,000|59,995) in all\)") as caught:
+        readings(row, "dpo")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_mistyped_name_of_an_optional_column_leaves_it_unknown() -> None:

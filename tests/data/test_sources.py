@@ -289,7 +289,8 @@ class TestTable:
         assert read(path)[0][1] == {"a": "x" * 2**20}
 
     @pytest.mark.parametrize(
-        ("line", "reason"), [(b"1", "has 1 fields, but the header 2"), (b"1,2,3", "has 3"), (b"1,\xff", "not UTF-8")]
+        ("line", "reason"),
+        [(b"1", "has 1 field, but the header has 2"), (b"1,2,3", "has 3 fields"), (b"1,\xff", "not UTF-8")],
     )
     def test_a_row_that_does_not_fit_is_named_and_the_others_are_read(
         self, tmp_path: Path, line: bytes, reason: str
@@ -310,16 +311,36 @@ class TestTable:
             ("a;b\n1;2\n", "the fields are separated by ';', not ','; convert the file"),
             ("a\tb\n1\t2\n", "separated by '\\\\t'"),
             ("a,a\n1,2\n", "the header has 'a' twice"),
-            ("a,\n1,2\n", "the header has '' twice or an empty name"),
+            ("a,\n1,2\n", "column 2 of the header has no name"),
+            (",a,\n0,1,2\n", "column 3 of the header has no name"),
             ('a,b\n1,"x" y\n', "line 2: not valid CSV"),
             ('a,b\n1,2\n1,"x\n\n', "line 3: not valid CSV"),
-            ("a,b\r1,2\r", "line 1: not valid CSV"),
+            ("a,b\r1,2\r", "rows.csv: its lines end in CR alone, as on old Macs; save it with line ends LF"),
+            ("a,b\n1,2\r3,4\n", "line 2: not valid CSV .a CR outside of quotes.; put the field in quotes, or end"),
             (b"\xff,b\n1,2\n", "the header is not UTF-8 at byte 0"),
         ],
     )
     def test_refused(self, tmp_path: Path, text: str | bytes, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             open_source(str(write(tmp_path / "rows.csv", text)))
+
+    @pytest.mark.parametrize(("others", "name"), [("a", "Unnamed: 0"), ("Unnamed: 0,a", "Unnamed: 0.1")])
+    def test_a_first_column_without_a_name_holds_row_numbers(self, tmp_path: Path, others: str, name: str) -> None:
+        """As pandas' `to_csv` writes its index. Anything else there may be what is to be learned."""
+        count = others.count(",")
+        path = write(tmp_path / "rows.csv", f",{others}\n0{',5' * count},x\n1.0{',5' * count},y\n")
+        assert [(row[name], row["a"]) for _, row in read(path)] == [("0", "x"), ("1.0", "y")]
+        path = write(tmp_path / "rows.csv", f",{others}\nSay it{',5' * count},x\n")
+        with pytest.raises(ValueError, match=r"line 2: the first column has no name and holds 'Say it', which"):
+            list(read_file(path))
+
+    def test_json_lines_that_end_in_cr_alone(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"rows.jsonl: its lines end in CR alone"):
+            open_source(str(write(tmp_path / "rows.jsonl", '{"a": 1}\r{"a": 2}\r')))
+
+    def test_a_first_column_of_pandas_name_may_hold_anything(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "rows.csv", "Unnamed: 0,a\nx,y\n")
+        assert read(path)[0][1] == {"Unnamed: 0": "x", "a": "y"}
 
     def test_commas_and_tabs_are_told_apart_by_the_digest(self, tmp_path: Path) -> None:
         """The same bytes are other rows."""

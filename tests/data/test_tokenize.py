@@ -15,7 +15,7 @@ from notus.data.chat import ChatEncoder, Encoded
 from notus.data.dataset import FEATURES, PROVENANCE, TRACE, Outcome, TokenizedDataset
 from notus.data.drop_report import DropReport
 from notus.data.formats import find_form
-from notus.data.tokenize import Rule, load_pairs, load_sft, split_trunk, truncate
+from notus.data.tokenize import Rule, load_labels, load_lists, load_pairs, load_sft, split_trunk, truncate
 from notus.training.reference import digest_of_rows
 
 EOS_ID = 2
@@ -170,9 +170,46 @@ class TestDrops:
             f"  cut to length: 0 prompts, 1 rows' completions ({report.cut_share:.1%} of the tokens)\n"
             f"  warning: {report.cut_share:.0%} of the tokens are cut away; raise data.max_length, or set "
             "data.too_long=drop\n"
-            "  warning: 2 answers begin with a letter right behind a letter of the prompt, as in 'ovenTo cook'; plain "
-            "text is joined as it is, so begin answers with a space or end prompts with one"
+            "  warning: 2 answers begin with a letter or digit right behind one of the prompt, as in 'ovenTo cook'; "
+            "plain text is joined as it is, so begin answers with a space or end prompts with one"
         )
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_pairs_that_are_rated_the_wrong_way_round(self, tmp_path: Path, count: int) -> None:
+        ratings = [(1, 5)] * count + [(5, 1), (3, 3), (None, 5)][: 5 - count]
+        rows = [
+            {**pair(f"Q{number}", " X", " Y"), "score_chosen": one, "score_rejected": other}
+            for number, (one, other) in enumerate(ratings)
+        ]
+        rows.append({**pair("Q", " X", " X"), "score_chosen": 1, "score_rejected": 5})  # dropped
+        path = write_rows(tmp_path / "a.jsonl", rows)
+        report = load(path)[1]
+        assert report.reversed == count
+        line = f"rated the wrong way round: {count} rows, whose chosen answer is rated below the rejected one"
+        assert (f"\n  {line}" if count == 1 else f"\n  warning: {line}; check") in str(report)
+        lengths = {"max_length": 64, "max_prompt_length": 32}
+        assert load_labels(path, toy_tokenizer(), **lengths)[1].reversed == 2 * count
+        # these go by the ratings, or do not learn the other answer
+        assert load_lists(path, toy_tokenizer(), **lengths)[1].reversed == 0
+        assert load_sft(path, toy_tokenizer(), max_length=64)[1].reversed == 0
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv", "list"])
+    def test_columns_that_no_row_has_are_named(self, tmp_path: Path, suffix: str) -> None:
+        first, second = pair("Q", " X", " Y"), {"frage": "R", "chosen": " X", "rejected": " Y", "tag": "a"}
+        columns = {"frage": "prompt", "question": "prompt", "tag": "unused", "tags": "unused"}
+        sources = []
+        for number, row in enumerate((first, second)):
+            path = tmp_path / f"{number}.{suffix}"
+            if suffix == "parquet":
+                datasets.Dataset.from_list([row]).to_parquet(path)
+            elif suffix == "csv":
+                path.write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+            else:
+                write_rows(path, [row])
+            sources.append({"path": str(path)})
+        report = load([first, second] if suffix == "list" else sources, columns=columns)[1]
+        assert report.missing_columns == ("question", "tags")
+        assert "\n  named in data.columns, but in no row: question, tags" in str(report)
 
     def test_demonstration_whose_prompt_fills_the_row(self, tmp_path: Path) -> None:
         rows = [{"prompt": "Q" * 9, "completion": "X"}, {"prompt": "Q", "completion": "X"}, {"messages": []}]

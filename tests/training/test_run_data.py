@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,19 @@ from transformers import PreTrainedTokenizerFast
 from notus.config import DataConfig
 from notus.data.chat import ChatEncoder
 from notus.data.dataset import FEATURES, TokenizedDataset
+from notus.data.drop_report import DropReport
 from notus.model.export import load_tokenizer
 from notus.runtime.distributed import process_group
 from notus.training import dpo, run_data, sft
-from notus.training.run_data import data_summary, length_histogram, load_held_out, load_inputs, rule_of
+from notus.training.run_data import (
+    data_summary,
+    date_notice,
+    length_histogram,
+    load_held_out,
+    load_inputs,
+    rule_of,
+    unused_settings,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_a_summary_of_rows_with_any_number_of_completions(count: int, names: lis
     assert [found["edges"][0] for found in summary["lengths"].values()] == [2, *range(1, count + 1)]
 
 
-def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> None:
+def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"prompt": "a b", "chosen": " one" + word, "rejected": " b", "source": source, "chosen-rating": rating,
          "rejected-rating": 1.0}
@@ -61,7 +71,9 @@ def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> Non
     rows += [{"prompt": "a", "chosen": " x", "rejected": " x"}] * 2  # identical
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dpo.run(config("dpo", tmp_path / "run", model_folder, data, data__eval_size=2))
+    settings = {"data__eval_size": 2, "data__template_date": "2024-01-01"}
+    dpo.run(config("dpo", tmp_path / "run", model_folder, data, **settings))
+    assert "note: data.template_date has no effect: all rows are plain text" in capsys.readouterr().out
     told = json.loads((tmp_path / "run" / "data.json").read_text())
     report = {
         "read": 7,
@@ -79,6 +91,10 @@ def test_what_data_json_says_of_pairs(tmp_path: Path, model_folder: Path) -> Non
         "excluded": [],
         "unreadable": [],
         "unknown_columns": [],
+        "missing_columns": [],
+        "reversed": 0,
+        "empty_systems": 0,
+        "masked": 0,
     }
     assert told["train"]["report"] == report
     assert told["eval"]["report"] == {}  # its rows were read with the others
@@ -243,3 +259,70 @@ def test_two_completions_of_a_list_are_no_chosen_and_rejected() -> None:
     rows = TokenizedDataset(datasets.Dataset.from_dict(columns, features=FEATURES))
     assert list(data_summary(rows, None, "lists")["lengths"]) == ["prompt", "completion_1", "completion_2"]
     assert list(data_summary(rows, None)["lengths"]) == ["prompt", "chosen", "rejected"]
+
+
+CONVERSATIONAL = {
+    "data__chat_template": "zephyr",
+    "data__chat_template_kwargs": {"thinking": True},
+    "data__add_empty_system": True,
+    "data__mask_history": True,
+    "data__split_special_tokens": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({}, ["split_special_tokens", "chat_template chat_template_kwargs add_empty_system mask_history"]),
+        ({"special_tokens": 1}, ["chat_template chat_template_kwargs add_empty_system mask_history"]),
+        ({"templated": 1}, ["add_empty_system", "mask_history", "split_special_tokens"]),
+        ({"templated": 1, "masked": 1, "empty_systems": 1, "special_tokens": 1}, []),
+    ],
+)
+def test_settings_that_change_no_row_are_said(counts: dict[str, int], expected: list[str]) -> None:
+    reports = {"train": DropReport(read=2), "eval": DropReport(read=2, **counts)}
+    told = unused_settings(data_of(Path("x.jsonl"), **CONVERSATIONAL), reports)
+    assert [" ".join(re.findall(r"data\.(\w+)", note)) for note in told] == expected
+    assert all(note.startswith("note: ") and "no effect" in note for note in told)
+    assert unused_settings(data_of(Path("x.jsonl")), reports) == []
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_counts_what_its_settings_change(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+    talks = [[{"role": "system", "content": "s"}, user, answer], [user, answer, user, answer], [user, answer]]
+    path = write_rows(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
+    settings = {"data__mask_history": True, "data__add_empty_system": True}
+    load = functools.partial(load_inputs, tokenizer=load_tokenizer(model_folder, False), task="sft", seed=42)
+    report = load(data_of(path, **settings)).reports["train"]
+    assert (report.masked, report.empty_systems) == (1, 2)
+    assert "no effect" not in capsys.readouterr().out
+    inputs = load(data_of(write_rows(path, [{"messages": talks[0]}]), **settings))
+    assert capsys.readouterr().out.count("no effect") == 2
+    assert "chat template writes no date" in str(date_notice("2024-01-01", inputs))
+    assert date_notice(None, inputs) is None
+    plain = load(data_of(write_pairs(path, 3), data__mask_history=True))
+    assert "note: data.mask_history has no effect: all rows are plain text" in capsys.readouterr().out
+    assert "all rows are plain text" in str(date_notice("2024-01-01", plain))
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_say_how_many_rows_a_pass_has(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = write_pairs(tmp_path / "one.jsonl", 20), write_pairs(tmp_path / "two.jsonl", 7, seed=1)
+    sources = [{"path": str(one), "weight": 0.2}, {"path": str(two), "weight": 2}]
+    load = functools.partial(load_inputs, tokenizer=load_tokenizer(model_folder, False), task="dpo", seed=42)
+    for settings, count in (({}, 7), ({"data__eval_size": 1}, None)):
+        inputs = load(data_of(one, data__train=sources, **settings))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("by the weights")]
+        first, second = (int(number) for number in re.findall(r"(\d+) of ", line))
+        assert f"an epoch has {len(inputs.train)} rows: {first} of {one}, {second} of {two}" in line
+        assert first + second == len(inputs.train)
+        assert count is None or (first, second) == (4, 14)
+    load(data_of(one, data__train=str(two), data__eval=[{"path": str(one), "weight": 0.5}]))
+    assert f"an evaluation has 10 rows: 10 of {one}" in capsys.readouterr().out
+    load(data_of(one))
+    assert "by the weights" not in capsys.readouterr().out
