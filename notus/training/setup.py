@@ -52,6 +52,7 @@ from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.objective import check_ratings, objective_of
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer, without_decay
+from notus.training.own_files import check_folder, reads_own_inputs
 from notus.training.parallelize import (
     COMPUTE_DTYPES,
     build_policy,
@@ -386,8 +387,10 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
         if train:
 
             def claim() -> Opening:
+                writes_inputs, folder = caller.write_inputs is not None, Path(training.output_dir)
+                check_folder(config, writes_inputs=writes_inputs)
                 stack.enter_context(hold_folder(config))
-                opening = open_folder(config)
+                opening = open_folder(config, keep_inputs=not writes_inputs and reads_own_inputs(config, folder))
                 if caller.write_inputs is not None:
                     caller.write_inputs()
                 return opening
