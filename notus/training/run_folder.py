@@ -23,6 +23,7 @@ from notus.runtime.distributed import gather_objects, on_main, rank
 from notus.runtime.files import check_regular, lock, replacing, sync
 from notus.runtime.process import first_line, tell
 from notus.training.checkpoint import DAMAGED, checkpoints_in
+from notus.training.data_files import check_unchanged
 from notus.training.run_data import DATA_FILE
 from notus.training.tracking import ENVIRONMENT_FILE, INITIAL_FILE, METRICS_FILE, SAMPLES_FILE
 
@@ -88,7 +89,8 @@ def open_folder(config: Config, *, keep_inputs: bool = False) -> Opening:
 
     Raises:
         ValueError: the folder belongs to a run with another config or cannot be written, or the checkpoint named in
-            `training.resume` does not exist or is not the newest of this run.
+            `training.resume` does not exist or is not the newest of this run; or the run is finished, and its data
+            have changed since.
     """
     folder, extended = Path(config.training.output_dir), False
     try:
@@ -99,6 +101,7 @@ def open_folder(config: Config, *, keep_inputs: bool = False) -> Opening:
         elif (folder / CONFIG_FILE).exists() and has_begun(folder):
             extended = _check_same_run(folder / CONFIG_FILE, config)
             if is_finished(folder) and not extended:
+                check_unchanged(config, folder)
                 return Opening(finished=True, checkpoints=[])
         else:
             _check_begin(folder, config)
@@ -152,14 +155,17 @@ def holds_finished(config: Config) -> bool:
     """Whether the folder holds this run with its final model. Changes nothing.
 
     Raises:
-        ValueError: the folder holds a run with another config.
+        ValueError: the folder holds a run with another config, or a finished one of other data.
     """
     folder = Path(config.training.output_dir)
     if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
         return False
     dated = dataclasses.replace(config.data, template_date=template_date(config))
     extended = _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
-    return is_finished(folder) and not extended
+    finished = is_finished(folder) and not extended
+    if finished:
+        check_unchanged(config, folder)
+    return finished
 
 
 def resume_of(config: Config) -> str:

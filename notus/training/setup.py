@@ -46,6 +46,7 @@ from notus.training.checkpoint import (
     step_folder,
 )
 from notus.training.checkpoint_writer import Checkpoints
+from notus.training.data_files import read_stamps, stamps
 from notus.training.dataloader import row_costs
 from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
@@ -322,6 +323,7 @@ class Run:
             total_steps=self.total_steps,
             hardware=self.hardware,
             data=self.inputs.summary(),
+            files=stamps(self.config, read_stamps(self.folder)),
             more=[CallbackLogger(self.caller.callbacks, self.stop)],
         )
 
