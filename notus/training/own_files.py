@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from notus.config import DPO_SECTIONS, SECTIONS, Config, dump_yaml
-from notus.data.sources import parts
+from notus.data.sources import is_hub_id, parts
 from notus.runtime.files import check_regular
 from notus.training.run_data import DATA_FILE
 from notus.training.run_folder import (
@@ -26,6 +26,7 @@ from notus.training.run_folder import (
     WRITTEN,
     check_room_for_model,
     is_finished,
+    resume_of,
 )
 from notus.training.tracking import ENVIRONMENT_FILE, INITIAL_FILE, METRICS_FILE, SAMPLES_FILE
 
@@ -45,6 +46,8 @@ def check_folder(config: Config, *, writes_inputs: bool) -> None:
     """
     folder = Path(config.training.output_dir)
     _check_inputs(config, folder)
+    if resume_of(config) == "never":
+        _check_found(config, folder / INPUTS if writes_inputs else None)
     if not folder.is_dir():
         return  # whoever makes it says what is wrong
     begun = any((folder / CHECKPOINTS).glob("*step-*"))
@@ -113,9 +116,21 @@ def _check_inputs(config: Config, folder: Path) -> None:
         for each in own:
             if _is_within(name, folder / each):
                 raise ValueError(
-                    f"{key}={name} lies where the run writes, {folder / each}: choose another training.output_dir, or "
-                    "move the input"
+                    f"{key}={name} lies where a run with training.output_dir={folder} writes ({each}): choose another "
+                    "training.output_dir, or move the input"
                 )
+
+
+def _check_found(config: Config, written: Path | None) -> None:
+    """Raise ValueError for a path that leads nowhere, before an earlier run is moved for the sake of this one.
+
+    What may be an id of the hub is left to the hub, and what will lie in `written` to who writes it.
+    """
+    for key, name in named_inputs(config):
+        is_path = key in ("data.exclude", "data.chat_template") or not is_hub_id(str(name))
+        will_be = written is not None and _is_within(name, written)
+        if is_path and not will_be and not name.exists():
+            raise ValueError(f"{key}={name}: there is no such file or folder; check the path")
 
 
 def reads_own_inputs(config: Config, folder: Path) -> bool:
@@ -131,7 +146,7 @@ def named_inputs(config: Config) -> Iterator[tuple[str, Path]]:
             yield key, Path(part.path)
     others = {
         "data.exclude": data.exclude,
-        "data.chat_template": data.chat_template,
+        "data.chat_template": None if data.chat_template == "zephyr" else data.chat_template,
         "model.name_or_path": model.name_or_path,
         "model.adapter": model.adapter,
     }

@@ -113,10 +113,17 @@ def open_folder(config: Config, *, keep_inputs: bool = False) -> Opening:
         if not (folder / EXTENDING).exists():
             check_room_for_model(folder / MODEL)
         with replacing(folder / CONFIG_FILE, locked=True) as temporary:
-            save_config(config, temporary)
+            save_config(_as_resumed(config), temporary)
     except OSError as error:
         raise _unwritable(folder, error) from error
     return Opening(finished=False, checkpoints=checkpoints, extended=extended)
+
+
+def _as_resumed(config: Config) -> Config:
+    """The config that resumes the run: `training.resume=never` would start over with each command that reads it."""
+    if config.training.resume != "never":
+        return config
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, resume="auto"))
 
 
 def _check_begin(folder: Path, config: Config) -> None:

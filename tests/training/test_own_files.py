@@ -91,7 +91,7 @@ def test_an_input_where_the_run_writes_is_named(key: str, tmp_path: Path, monkey
     (tmp_path / "link").symlink_to(run / "model" / "rows.jsonl")
     monkeypatch.chdir(run)
     for name in ("model/rows.jsonl", str(tmp_path / "link")):
-        message = rf"{key.replace('__', '.')}=\S+ lies where the run writes"
+        message = rf"{key.replace('__', '.')}=\S+ lies where a run"
         for resume in ("auto", "never"):
             _refused(_config(run, training__resume=resume, **{key: name}), message)
 
@@ -192,7 +192,7 @@ def test_a_project_folder_with_its_data_is_refused_as_it_is(
         run = config(
             "dpo", Path(), model_folder, Path("data.json"), training__resume=resume, data__cache_dir="../cache"
         )
-        with pytest.raises(ValueError, match=r"data\.train=data\.json lies where the run writes"):
+        with pytest.raises(ValueError, match=r"data\.train=data\.json lies where a run"):
             dpo.run(run)
     assert sorted(path.name for path in project.iterdir()) == before
     assert json.loads((project / "data.json").read_text()) == rows
@@ -218,3 +218,23 @@ def test_a_copied_config_does_not_vouch_for_other_files(tmp_path: Path) -> None:
     save_config(_config(tmp_path / "other"), run / "config.yaml")
     (run / "metrics.jsonl").write_text('{"step": 5, "loss": 1.0}\n')
     _refused(_config(run), r"metrics\.jsonl was not written by a run")
+
+
+@pytest.mark.parametrize("key", ["data__train", "data__eval", "data__exclude", "data__chat_template", "model__adapter"])
+def test_never_moves_no_run_for_one_whose_inputs_are_not_there(key: str, tmp_path: Path) -> None:
+    for name in ("model", "pairs.jsonl"):
+        (tmp_path / name).touch()
+    run = tmp_path / "run"
+    open_folder(_config(run))
+    (run / "model").mkdir()
+    missing = f"{tmp_path}/missing{'.jinja' if 'template' in key else ''}"
+    message = rf"{key.replace('__', '.')}=\S+missing\S*: there is no such file"
+    _refused(_config(run, training__resume="never", **{key: missing}), message)
+    check_folder(_config(run, training__resume="never", data__eval="some/dataset"), writes_inputs=False)
+    rows = str(run / "inputs" / "train.jsonl")  # that a program will write
+    check_folder(_config(run, training__resume="never", data__train=rows), writes_inputs=True)
+
+
+def test_the_config_of_a_run_that_started_over_resumes_it(tmp_path: Path) -> None:
+    open_folder(_config(tmp_path / "run", training__resume="never"))
+    assert notus.load_config([str(tmp_path / "run" / "config.yaml")], "dpo").training.resume == "auto"
