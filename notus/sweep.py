@@ -256,6 +256,7 @@ def plan(config: str, overrides: Sequence[str], *, task: "Task", output: str | N
     folder = Path(output or drafts[0].training.output_dir)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds a run: choose another folder for the sweep with --output DIR")
+    _check_replaced(folder)
     if any(draft.training.resume == "never" for draft in drafts):
         raise ValueError("training.resume=never: a sweep resumes its own runs; to start over, choose another --output")
     date = _shared_date(folder)
@@ -266,6 +267,22 @@ def plan(config: str, overrides: Sequence[str], *, task: "Task", output: str | N
             runs.append(_planned(config, [*fixed, *words, *dated], axes, draft, folder, cache))
     _check_names(runs, grid)
     return folder, runs
+
+
+def _check_replaced(folder: Path) -> None:
+    """Raise ValueError if a file that the sweep would replace was not written by one."""
+    marks = {SUMMARY: b'{"sorted_by":', REPORT: b'content="notus report"'}
+    for name, mark in marks.items():
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_file() and _has(path, mark)):
+            raise ValueError(f"{path} was not written by a sweep: choose another folder with --output, or move it away")
+
+
+def _has(path: Path, mark: bytes) -> bool:
+    """Whether a file is empty, or has `mark` near its beginning, whatever the blanks."""
+    with path.open("rb") as file:
+        begin = file.read(1000)
+    return not begin or mark in b"".join(begin.split()) or mark in begin
 
 
 def _product(axes: Sequence[Axis]) -> Iterator[tuple[str, ...]]:

@@ -50,6 +50,17 @@ def planned(*words: str, task: Any = "dpo", output: str | None = None, **section
     return sweep.plan(write_config({**BASE, **sections}), words, task=task, output=output)[1]
 
 
+def test_files_that_no_sweep_wrote_are_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "sweep"
+    folder.mkdir(parents=True)
+    for name, own in (("sweep.json", '{"sorted_by": null, "runs": []}'), ("report.html", "")):
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match=rf"{name} was not written by a sweep"):
+            planned("--dpo.beta=0.1,0.2")
+        (folder / name).write_text(own)
+    assert len(planned("--dpo.beta=0.1,0.2")) == 2
+
+
 class FakeRunner:
     """Writes a run's folder in place of training it; `codes` are the exit codes of the runs in their order."""
 

@@ -13,12 +13,30 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def disk_error(path: Path, error: OSError | str) -> OSError:
+class DiskError(OSError):
+    """A file cannot be written.
+
+    Attributes:
+        reason: why, without the path and the free space, which the message has too.
+    """
+
+    reason = ""
+
+
+def disk_error(path: Path, error: OSError | str) -> DiskError:
     """Return what to raise where writing `path` failed: it names the path, the reason and the free space there."""
     reason = error if isinstance(error, str) else error.strerror or str(error)
+    raised = DiskError(f"{path}: cannot be written ({reason}); {free_space(path)}")
+    raised.reason = reason
+    return raised
+
+
+def free_space(path: Path) -> str:
+    """Return how much room there is where `path` is, or would be: "0.88 MB free in FOLDER"."""
     place = next(folder for folder in path.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(place).free / 1e9
-    return OSError(f"{path}: cannot be written ({reason}); {free:.1f} GB free in {place}")
+    free = shutil.disk_usage(place).free
+    shown = f"{free / 1e9:.1f} GB" if free >= 1e9 else f"{free / 1e6:.3g} MB" if free >= 1e6 else f"{free / 1e6:.2f} MB"
+    return f"{shown} free in {place}"
 
 
 _STREAMS = ("/dev/", "/proc/")  # a shell's <(command), whose writer is there

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from notus.runtime.distributed import gather_objects, on_main, rank, say, world_size
+from notus.runtime.files import DiskError
 from notus.training.optimizers import PiecewiseOptimizer
 
 STATE_FILE = "state.json"
@@ -193,7 +194,11 @@ def describe(
 
 def causes(error: dcp.CheckpointException) -> str:
     """What went wrong on which ranks, each cause once."""
-    return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}))
+    return "; ".join(sorted({_cause(cause) for cause, _ in error.failures.values()}))
+
+
+def _cause(error: BaseException) -> str:
+    return error.reason if isinstance(error, DiskError) else f"{type(error).__name__}: {error}"
 
 
 def _digest_of(state: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from notus.runtime.distributed import PATIENCE
-from notus.runtime.files import disk_error, sync, write_text
+from notus.runtime.files import free_space, sync, write_text
 from notus.runtime.process import tell
 from notus.training.checkpoint import (
     STATE_FILE,
@@ -138,10 +138,11 @@ class Checkpoints:
         try:
             work()
         except dcp.CheckpointException as error:
-            problem = disk_error(self._path, causes(error))
+            problem = f"the checkpoint {self._path} cannot be written ({causes(error)}); {free_space(self._path)}"
             if dist.get_rank() == 0:  # leave what room there is to others
                 shutil.rmtree(_partial(self._path), ignore_errors=True)
-            raise OSError(f"the checkpoint cannot be written: {problem}; earlier checkpoints are whole") from error
+            earlier = "earlier checkpoints are whole" if checkpoints_in(self._folder) else "there is no earlier one"
+            raise OSError(f"{problem}; {earlier}") from error
 
 
 @dataclasses.dataclass(frozen=True)

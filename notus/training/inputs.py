@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/inputs/train.jsonl  eval.jsonl (or .parquet, of a `datasets.Dataset`)  model/  inputs.json
 
-`inputs.json` is written last and has a digest of each. A run that has begun is resumed with the same inputs only.
+`inputs.json` has a digest of each, once all are written. A run that has begun is resumed with the same inputs only.
 """
 
 import contextlib
@@ -25,12 +25,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.data.sources import Source, open_rows
 from notus.runtime.files import disk_error, replacing, sync, write_text
-from notus.training.run_folder import INPUTS, has_begun
+from notus.training.run_folder import INPUTS, INPUTS_DIGESTS, has_begun
 
 if TYPE_CHECKING:
     import datasets
 
-DIGESTS = "inputs.json"
 # Of a model's config: what is no part of what it computes, and changes as it is saved, loaded or trained.
 _VOLATILE = frozenset({"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
@@ -107,16 +106,16 @@ class Inputs:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(self.folder, error) from error
-        (self.folder / DIGESTS).unlink(missing_ok=True)
+        write_text(self.folder / INPUTS_DIGESTS, "{}\n")  # marks the folder as a run's, and vouches for nothing in it
         for given in new:
             given.write(given.path)
         digests = {name: given.digest for name, given in self._given.items()}
-        write_text(self.folder / DIGESTS, json.dumps(digests, indent=1) + "\n")
+        write_text(self.folder / INPUTS_DIGESTS, json.dumps(digests, indent=1) + "\n")
 
     def _known(self) -> dict[str, str]:
         """The digests of what was written. Without them all is written again, and checked against the checkpoint."""
         try:
-            found = json.loads((self.folder / DIGESTS).read_text(encoding="utf-8"))
+            found = json.loads((self.folder / INPUTS_DIGESTS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

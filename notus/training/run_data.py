@@ -54,7 +54,7 @@ class Inputs:
         return not self.reports["train"].templated
 
     def summary(self) -> dict[str, Any]:
-        """The content of `data.json`."""
+        """The content of `data.json`, beside the stamps of `data_files.py`."""
         sides = {"train": self.train, "eval": self.eval}
         return {
             name: None if rows is None else data_summary(rows, self.reports.get(name), self.task)

@@ -2,6 +2,8 @@
 
 OUTPUT_DIR/config.yaml  metrics.jsonl  checkpoints/step-00000100/  reference/  model/
            data.json  environment.json  samples.jsonl  initial_evaluation.json
+
+`own_files.py` keeps it from replacing files of others.
 """
 
 import dataclasses
@@ -21,16 +23,29 @@ from notus.runtime.distributed import gather_objects, on_main, rank
 from notus.runtime.files import check_regular, lock, replacing, sync
 from notus.runtime.process import first_line, tell
 from notus.training.checkpoint import DAMAGED, checkpoints_in
-from notus.training.tracking import INITIAL_FILE, METRICS_FILE
+from notus.training.data_files import check_unchanged
+from notus.training.run_data import DATA_FILE
+from notus.training.tracking import ENVIRONMENT_FILE, INITIAL_FILE, METRICS_FILE, SAMPLES_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 REFERENCE = "reference"
 INPUTS = "inputs"  # rows and a model of a program's memory; see `inputs.py`
+INPUTS_DIGESTS = "inputs.json"  # in it, as long as something of a run's is
 LOCK = ".lock"
 EVALUATIONS = "evaluations"  # where `notus.evaluation.results` writes, which imports no torch
 EXTENDING = ".extending"  # stands while `model` is that of the run before it was extended
+REPORT = "report.html"  # of `notus report`
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+# All that a run and the commands on it write into its folder, beside what the next run may go on with: the reference
+# cache and the lock. `training.resume=never` moves it in this order: what says more of a run goes earlier, and the
+# config goes last, so that what an interruption leaves is no finished run, and still knows its config.
+WRITTEN = (
+    MODEL, METRICS_FILE, CHECKPOINTS, DATA_FILE, ENVIRONMENT_FILE, EVALUATIONS, EXTENDING, INITIAL_FILE, INPUTS, REPORT,
+    SAMPLES_FILE, TENSORBOARD, WANDB, CONFIG_FILE,
+)  # fmt: skip
 _MODEL_FILES = ("config.json", "adapter_config.json")
 # What may differ when a run is resumed: how and where it computes, not what.
 FREE_KEYS = frozenset(
@@ -65,22 +80,28 @@ class Opening:
     extended: bool = False
 
 
-def open_folder(config: Config) -> Opening:
+def open_folder(config: Config, *, keep_inputs: bool = False) -> Opening:
     """Claim the run's folder for `config` and say where to start; for rank 0.
+
+    Args:
+        config: the run's.
+        keep_inputs: `training.resume=never` leaves `inputs` where it is, because this run reads what lies there.
 
     Raises:
         ValueError: the folder belongs to a run with another config or cannot be written, or the checkpoint named in
-            `training.resume` does not exist or is not the newest of this run.
+            `training.resume` does not exist or is not the newest of this run; or the run is finished, and its data
+            have changed since.
     """
     folder, extended = Path(config.training.output_dir), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        resume = _resume(config)
+        resume = resume_of(config)
         if resume == "never":
-            _set_aside(folder)
+            _set_aside(folder, keep_inputs)
         elif (folder / CONFIG_FILE).exists() and has_begun(folder):
             extended = _check_same_run(folder / CONFIG_FILE, config)
             if is_finished(folder) and not extended:
+                check_unchanged(config, folder)
                 return Opening(finished=True, checkpoints=[])
         else:
             _check_begin(folder, config)
@@ -90,12 +111,19 @@ def open_folder(config: Config) -> Opening:
         if extended and has_model(folder):
             _begin_extension(folder, checkpoints)
         if not (folder / EXTENDING).exists():
-            _check_room_for_model(folder / MODEL)
+            check_room_for_model(folder / MODEL)
         with replacing(folder / CONFIG_FILE, locked=True) as temporary:
-            save_config(config, temporary)
+            save_config(_as_resumed(config), temporary)
     except OSError as error:
         raise _unwritable(folder, error) from error
     return Opening(finished=False, checkpoints=checkpoints, extended=extended)
+
+
+def _as_resumed(config: Config) -> Config:
+    """The config that resumes the run: `training.resume=never` would start over with each command that reads it."""
+    if config.training.resume != "never":
+        return config
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, resume="auto"))
 
 
 def _check_begin(folder: Path, config: Config) -> None:
@@ -134,18 +162,21 @@ def holds_finished(config: Config) -> bool:
     """Whether the folder holds this run with its final model. Changes nothing.
 
     Raises:
-        ValueError: the folder holds a run with another config.
+        ValueError: the folder holds a run with another config, or a finished one of other data.
     """
     folder = Path(config.training.output_dir)
     if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
         return False
     dated = dataclasses.replace(config.data, template_date=template_date(config))
     extended = _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
-    return is_finished(folder) and not extended
+    finished = is_finished(folder) and not extended
+    if finished:
+        check_unchanged(config, folder)
+    return finished
 
 
-def _resume(config: Config) -> str:
-    """`training.resume`; torchrun's restart of a launch that began anew is to resume it."""
+def resume_of(config: Config) -> str:
+    """Return `training.resume`; torchrun's restart of a launch that began anew is to resume it."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return "auto" if restarted and config.training.resume == "never" else config.training.resume
 
@@ -157,7 +188,7 @@ def template_date(config: Config) -> str:
     """
     if config.data.template_date is not None:
         return config.data.template_date
-    folder, resume = Path(config.training.output_dir), _resume(config)
+    folder, resume = Path(config.training.output_dir), resume_of(config)
     places = [folder] if resume != "never" else []
     if resume not in ("auto", "never"):
         places.append(Path(resume).parent.parent)
@@ -247,21 +278,35 @@ def _checkpoints(folder: Path, resume: str) -> list[Path]:
     return own or [path]  # the run's own progress goes before that of its origin, so the same command resumes it
 
 
-def _set_aside(folder: Path) -> None:
-    """Move an earlier run in this folder into a dated folder within it; nothing is deleted.
+def _set_aside(folder: Path, keep_inputs: bool) -> None:
+    """Move an earlier run in this folder into a dated folder within it; nothing is deleted, and nothing else moved.
 
     If that is interrupted, what is left is no finished run, and still knows its config until the end.
     """
-    present = {path.name for path in folder.iterdir()}
-    if not present & {CONFIG_FILE, METRICS_FILE, CHECKPOINTS, MODEL}:
+    present = [name for name in WRITTEN if os.path.lexists(folder / name)]
+    if not {CONFIG_FILE, METRICS_FILE, CHECKPOINTS, MODEL} & set(present):
         return
-    last = (MODEL, METRICS_FILE, CHECKPOINTS)  # what says more of a run goes earlier; the config goes last of all
-    order = [*last, *sorted(present - {*last, CONFIG_FILE}), CONFIG_FILE]
+    foreign = _not_of_run(folder) | ({INPUTS} if keep_inputs else set())
     aside = _dated(folder)
-    for name in order:
-        if name in present and not name.startswith("previous-") and name not in (REFERENCE, LOCK):
+    for name in present:
+        if name not in foreign:
             (folder / name).rename(aside / name)
     tell(f"training.resume=never: the earlier run is now in {aside}")
+
+
+def _not_of_run(folder: Path) -> set[str]:
+    """Those of the names in `WRITTEN` under which others may keep things, where the run in `folder` wrote none."""
+    try:
+        tracking = yaml.safe_load(check_regular(folder / CONFIG_FILE).read_text(encoding="utf-8"))["tracking"]
+        found = {name for name in (TENSORBOARD, WANDB) if not tracking[name]}
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError):  # what is wrong with it is reported elsewhere
+        found = set()
+    if not (folder / INPUTS / INPUTS_DIGESTS).exists():
+        found.add(INPUTS)
+    if (folder / REPORT).is_file():
+        with (folder / REPORT).open("rb") as file:
+            found |= set() if b'content="notus report"' in file.read(1000) else {REPORT}
+    return found
 
 
 def _dated(folder: Path) -> Path:
@@ -272,8 +317,8 @@ def _dated(folder: Path) -> Path:
     return found
 
 
-def _check_room_for_model(path: Path) -> None:
-    """At the end of the run would be too late."""
+def check_room_for_model(path: Path) -> None:
+    """Raise ValueError if something else stands where the model goes: the end of the run would be too late."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is not a model of ours, which is to stand there: move it, or choose another folder")
 

@@ -48,12 +48,14 @@ from notus.training.checkpoint import (
     step_folder,
 )
 from notus.training.checkpoint_writer import Checkpoints
+from notus.training.data_files import read_stamps, stamps
 from notus.training.dataloader import row_costs
 from notus.training.int8_states import check_torchao
 from notus.training.memory_estimate import checkpointing_of
 from notus.training.model_folders import ModelFolders, resolve_model, starting_digest
 from notus.training.objective import check_ratings, objective_of
 from notus.training.optimizers import PiecewiseOptimizer, build_optimizer, without_decay
+from notus.training.own_files import check_folder, reads_own_inputs
 from notus.training.parallelize import (
     COMPUTE_DTYPES,
     build_policy,
@@ -333,6 +335,7 @@ class Run:
             total_steps=self.total_steps,
             hardware=self.hardware,
             data=self.inputs.summary(),
+            files=stamps(self.config, read_stamps(self.folder)),
             more=[CallbackLogger(self.caller.callbacks, self.stop)],
         )
 
@@ -399,8 +402,10 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
         if train:
 
             def claim() -> Opening:
+                writes_inputs, folder = caller.write_inputs is not None, Path(training.output_dir)
+                check_folder(config, writes_inputs=writes_inputs)
                 stack.enter_context(hold_folder(config))
-                opening = open_folder(config)
+                opening = open_folder(config, keep_inputs=not writes_inputs and reads_own_inputs(config, folder))
                 if caller.write_inputs is not None:
                     caller.write_inputs()
                 return opening

@@ -616,6 +616,7 @@ def open_tracker(
     total_steps: int,
     hardware: str,
     data: Mapping[str, Any],
+    files: Mapping[str, Any] | None = None,
     more: Sequence[Logger] = (),
 ) -> Tracker:
     """Open every logger that the config asks for, continuing after `progress`; writes `data.json`. For rank 0.
@@ -627,6 +628,7 @@ def open_tracker(
         total_steps: of the whole run.
         hardware: the job's devices.
         data: the content of `data.json`.
+        files: what stands there beside it, and is sent nowhere: the stamps of the files that the rows are from.
         more: further loggers, which get everything last.
 
     Raises:
@@ -644,7 +646,7 @@ def open_tracker(
     ]
     if tracking.samples or (folder / SAMPLES_FILE).exists():
         loggers.append(SamplesFile(folder / SAMPLES_FILE, resume_step=kept))
-    write_text(folder / DATA_FILE, json.dumps(data) + "\n", locked=True)
+    write_text(folder / DATA_FILE, json.dumps({**data, **({"files": files} if files else {})}) + "\n", locked=True)
     if tracking.wandb:
         loggers.append(
             WandbLogger(

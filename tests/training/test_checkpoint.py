@@ -1,6 +1,8 @@
 import errno
 import json
+import shutil
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from runs import wait_until
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from notus.runtime.files import disk_error
 from notus.training import checkpoint, checkpoint_writer
 from notus.training.checkpoint import DamagedCheckpointError, Progress, checkpoints_in, load_checkpoint
 from notus.training.checkpoint_writer import Checkpoints
@@ -142,11 +145,13 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path: Path, device: torch.d
 
 
 @pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("earlier", [True, False])
 def test_a_failed_write_is_told_and_leaves_the_others(
-    background: bool, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    background: bool, earlier: bool, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parameters, optimizer = _stepped("rmsprop", seed=1)
-    first = save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=1)
+    if earlier:
+        save_checkpoint(tmp_path, Progress(1), parameters, optimizer, keep=1)
 
     def full(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
@@ -154,7 +159,11 @@ def test_a_failed_write_is_told_and_leaves_the_others(
 
     monkeypatch.setattr(checkpoint_writer, "_write_safetensors", full)
     checkpoints = Checkpoints(tmp_path, torch.device("cpu"), background=background, keep=1, keep_every=None)
-    message = r"step-00000002.*No space left on device.*GB free.*earlier checkpoints are whole"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=880_000))
+    others = "earlier checkpoints are whole" if earlier else "there is no earlier one"
+    message = (
+        rf"step-00000002 cannot be written \([^(]*No space left on device\); 0\.88 MB free in {tmp_path}; {others}$"
+    )
 
     def save_and_wait() -> None:
         checkpoints.save(Progress(2), parameters, optimizer)
@@ -165,8 +174,22 @@ def test_a_failed_write_is_told_and_leaves_the_others(
     with pytest.raises(OSError, match=message):
         save_and_wait()
     assert not checkpoints.failed()  # told once
-    assert _names(tmp_path) == ["latest", "step-00000001"]
-    assert load_checkpoint(first, parameters, optimizer).step == 1
+    assert _names(tmp_path) == (["latest", "step-00000001"] if earlier else [])
+    if earlier:
+        assert load_checkpoint(tmp_path / "step-00000001", parameters, optimizer).step == 1
+
+
+def test_a_state_that_cannot_be_written_is_told_once(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise disk_error(path, OSError(errno.ENOSPC, "No space left on device"))
+
+    parameters, optimizer = _stepped("rmsprop", seed=1)
+    monkeypatch.setattr(checkpoint_writer, "write_text", full)
+    with pytest.raises(OSError, match=r"step-00000002 cannot be written \(No space left on device\); ") as caught:
+        save_checkpoint(tmp_path, Progress(2), parameters, optimizer)
+    assert str(caught.value).count("cannot be written") == str(caught.value).count("free in") == 1
 
 
 def test_what_is_written_is_safetensors(tmp_path: Path, device: torch.device) -> None:
