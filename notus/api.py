@@ -19,6 +19,7 @@ import dataclasses
 import gc
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -389,7 +390,7 @@ def _usual_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _process_unchanged() -> Iterator[None]:
-    """Leave the process as it was: random numbers, the current GPU, settings of libraries, memory.
+    """Leave the process as it was: random numbers, the current GPU, settings of libraries, hooks, memory.
 
     Raises ValueError if it has a process group already.
     """
@@ -401,11 +402,12 @@ def _process_unchanged() -> Iterator[None]:
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.current_device() if on_gpu else None
     bars, duck_shape = transformers.utils.logging.is_progress_bar_enabled(), symbols.use_duck_shape
+    hook = sys.excepthook  # each process group puts one before it that writes "[rank0]: " and holds the group
     try:
         with torch.random.fork_rng(devices=[device] if on_gpu else []), _usual_modes():
             yield
     finally:
-        symbols.use_duck_shape = duck_shape
+        symbols.use_duck_shape, sys.excepthook = duck_shape, hook
         if bars:
             transformers.utils.logging.enable_progress_bar()
         if device is not None:

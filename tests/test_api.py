@@ -1,13 +1,17 @@
 """The Python API: rows and models in memory, callbacks, results, and a process that is left as it was."""
 
 import contextlib
+import gc
 import json
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers.utils.logging
 from runs import assert_same_run, read_metrics, settings, words, write_pairs
 from toys import toy_model, toy_tokenizer
 
@@ -256,21 +261,50 @@ def test_an_error_in_a_callback_ends_the_run_after_its_line_is_written(tmp_path:
 # ---- the process ----
 
 
-def test_the_process_is_left_as_it_was(config: Any) -> None:
-    def state() -> list[Any]:
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        threads = sorted(thread.name for thread in threading.enumerate())
-        return [
-            dict(os.environ), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-            torch.get_default_dtype(), torch.is_grad_enabled(), handlers, threads, dist.is_initialized(),
-        ]  # fmt: skip
+def process_state() -> dict[str, Any]:
+    """What a program would notice that runs on after a call."""
+    loggers = {name: each for name, each in logging.root.manager.loggerDict.items() if isinstance(each, logging.Logger)}
+    bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.utils.are_progress_bars_disabled()
+    return {
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook, sys.displayhook, warnings.showwarning),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "blocked signals": signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        "environment": dict(os.environ),
+        "folder": (os.getcwd(), tempfile.tempdir),
+        "streams": (sys.stdout, sys.stderr),
+        "logging": {"": logging.root.level} | {name: each.level for name, each in loggers.items() if each.level},
+        "warnings": list(warnings.filters),
+        "bars": (*bars, transformers.utils.logging.get_verbosity(), datasets.logging.get_verbosity()),
+        "draws": (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()),
+        "dtypes": (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+            torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark,
+        ),
+        "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+        "threads": (torch.get_num_threads(), sorted(thread.name for thread in threading.enumerate())),
+        "collector": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+        "group": dist.is_initialized(),
+    }
 
+
+def test_the_process_is_left_as_it_was(config: Any) -> None:
     torch.manual_seed(7)
-    before, drawn = state(), torch.random.get_rng_state()
-    notus.train(config("one", training__max_steps=1), train=rows())
+    notus.score(toy_model(), toy_tokenizer(), rows(2))  # libraries are imported, and have their threads
+    before, errors = process_state(), []
+    notus.score(toy_model(), toy_tokenizer(), rows(2))
+    notus.train(config("one", training__max_steps=1, data__eval_size=2), train=rows()).load_model()
     notus.train(config("two", training__max_steps=1, training__deterministic=True), train=rows())
-    assert state() == before
-    assert torch.equal(torch.random.get_rng_state(), drawn)
+    for given in ({"training__learning_rate": 1e30}, {"data__max_length": 2}):
+        with pytest.raises(ValueError) as caught:
+            notus.train(config("fails", **given), train=rows())
+        errors.append(str(caught.value))
+    assert process_state() == before
+    assert "not finite" in errors[0]
 
 
 @contextlib.contextmanager
