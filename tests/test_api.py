@@ -295,16 +295,13 @@ def process_state() -> dict[str, Any]:
 def test_the_process_is_left_as_it_was(config: Any) -> None:
     torch.manual_seed(7)
     notus.score(toy_model(), toy_tokenizer(), rows(2))  # libraries are imported, and have their threads
-    before, errors = process_state(), []
+    before = process_state()
     notus.score(toy_model(), toy_tokenizer(), rows(2))
     notus.train(config("one", training__max_steps=1, data__eval_size=2), train=rows()).load_model()
     notus.train(config("two", training__max_steps=1, training__deterministic=True), train=rows())
-    for given in ({"training__learning_rate": 1e30}, {"data__max_length": 2}):
-        with pytest.raises(ValueError) as caught:
-            notus.train(config("fails", **given), train=rows())
-        errors.append(str(caught.value))
+    with pytest.raises(ValueError, match=r"not finite.* Look at these rows, or lower training\.learning_rate$"):
+        notus.train(config("fails", training__learning_rate=1e30), train=rows())
     assert process_state() == before
-    assert "not finite" in errors[0]
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def reference_logps(
     if hit is not None:
         return hit, True
     found = [
-        _part(score, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests)
+        _part(score, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests, key.precision)
         for start in range(0, len(rows), PART_SIZE)
     ]
     logps = torch.cat(found)
@@ -151,7 +151,9 @@ def _with_columns(logps: Tensor, count: int) -> Tensor:
     return pad(logps[:, :count], (0, max(0, count - logps.shape[1])))
 
 
-def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray) -> Tensor:
+def _part(
+    score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Path, digests: np.ndarray, precision: str
+) -> Tensor:
     path = folder / f"{indices[0]:09d}.safetensors"
     expected = torch.from_numpy(digests[indices])
     done = on_main(lambda: _read_part(path, expected) if path.exists() else None)
@@ -160,9 +162,10 @@ def _part(score: Callable[[np.ndarray], Tensor], indices: np.ndarray, folder: Pa
     logps = score(indices)
     bad = indices[~torch.isfinite(logps).all(dim=1).numpy()]
     if len(bad):
+        instead = "" if precision == "fp32" else ", or use training.precision=fp32"
         raise ValueError(
             f"the reference model gives log-probs that are not finite for dataset rows {bad[:10].tolist()}"
-            f" ({len(bad)} in all): check its weights, or use training.precision=fp32"
+            f" ({len(bad)} in all): check its weights{instead}"
         )
     on_main(lambda: _write(path, {"logps": logps, "digests": expected}, {}))
     return logps

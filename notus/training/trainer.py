@@ -325,10 +325,14 @@ class Trainer:
         mine = [int(row) for indices, losses in accumulated.losses for row in indices[~torch.isfinite(losses.cpu())]]
         rows = sorted(row for part in gather_objects(mine) for row in part)
         which = f"the loss of dataset rows {rows[:20]}" if rows else "the gradient (every loss is finite)"
-        look = "Look at these rows, lower" if rows else "Lower"
+        remedies = ["look at these rows"] if rows else []
+        remedies.append("lower training.learning_rate")
+        if self.config.precision != "fp32":
+            remedies.append("use training.precision=fp32")
+        advice = ", or ".join(filter(None, [", ".join(remedies[:-1]), remedies[-1]]))
         raise NonFiniteError(
-            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. {look} "
-            "training.learning_rate, or use training.precision=fp32"
+            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. "
+            f"{advice[0].upper()}{advice[1:]}"
         )
 
     def _update(self, step: int, gradients: list[Tensor], agreed: Agreement) -> None:

@@ -257,7 +257,8 @@ def test_rejects_log_probs_that_are_not_finite(tmp_path, capsys, pairs_file):
         model.lm_head.weight.fill_(torch.nan)
     model.save_pretrained(broken)
     toy_tokenizer().save_pretrained(broken)
-    assert "not finite" in error_of(capsys, broken, "--pairs", pairs_file, *FP32)
+    assert error_of(capsys, broken, "--pairs", pairs_file, *FP32).rstrip().endswith("check the weights")
+    assert "--precision fp32" in error_of(capsys, broken, "--pairs", pairs_file, "--precision", "bf16")
 
 
 def test_empty_system_turn_is_the_runs_or_the_users(tmp_path, model_folder):
