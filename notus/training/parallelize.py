@@ -144,7 +144,9 @@ def build_policy(
         check_attention(causal_lm, device, dtype)
         fuse_or_check_graph(causal_lm, device, dtype, compile=compile)
     elif compile:
-        raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
+        raise ValueError(
+            f"training.compile has no effect on the plain path ({path.reason}): set training.compile=false"
+        )
     if not trainable:
         causal_lm.requires_grad_(False)
     freeze_other_inputs(causal_lm)
