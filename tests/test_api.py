@@ -193,6 +193,36 @@ def test_a_config_object_and_overrides(tmp_path: Path, config: Any) -> None:
     assert [line["step"] for line in result.metrics] == [1]
 
 
+def test_arguments_replace_what_a_starter_config_names(
+    tmp_path: Path, config: Any, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = config(data__train="pairs.csv", data__eval_size=0.05, training__max_steps=1)
+    tree["model"]["name_or_path"] = "of/nobody"
+    path = tmp_path / "starter.yaml"
+    path.write_text(json.dumps(tree))
+    result = notus.train(path, train=rows(), eval=rows(3, seed=1), model=model_folder)
+    told = f"{path}: the arguments of train replace data.train, data.eval_size, model.name_or_path"
+    assert told in capsys.readouterr().out.splitlines()
+    read = result.config
+    assert [Path(source["path"]).name for source in (*read.data.train, *(read.data.eval or []))] == [
+        "train.jsonl",
+        "eval.jsonl",
+    ]
+    assert (read.data.eval_size, read.model.name_or_path) == (0, str(model_folder))
+    assert [line["step"] for line in result.evaluations] == [0, 1]
+    assert notus.train(path, train=rows(), eval=rows(3, seed=1), model=model_folder) == result
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"^train: holds no rows"):
+        notus.train(config(), train=[])
+    assert "replace" not in capsys.readouterr().out
+
+
+def test_a_loaded_model_brings_its_tokenizer(model_folder: Path) -> None:
+    model = type(toy_model()).from_pretrained(model_folder)
+    expected = notus.score(model, toy_tokenizer(), rows(2)).logps
+    assert torch.equal(notus.score(model, None, rows(2)).logps, expected)
+
+
 # ---- what is refused ----
 
 
@@ -205,7 +235,15 @@ def test_a_config_object_and_overrides(tmp_path: Path, config: Any) -> None:
         ({"train": {"prompt": ["a"]}}, r"^train: is a dict; give a datasets.Dataset or a list"),
         ({"train": rows(2), "eval": []}, r"^eval: holds no rows"),
         ({"train": rows(2), "tokenizer": "gpt2"}, r"^tokenizer: has no effect"),
-        ({"train": rows(2), "model": "elsewhere"}, r"model\.name_or_path is .* and model= is 'elsewhere'"),
+        (
+            {"train": rows(2), "overrides": {"data.train": "a"}},
+            r"^overrides: has 'data\.train', .* train= .*: pass one of them$",
+        ),
+        ({"train": rows(2), "eval": rows(2), "overrides": {"data.eval_size": 2}}, r"^overrides: has 'data\.eval_size'"),
+        (
+            {"train": rows(2), "model": "a", "overrides": {"model.name_or_path": "b"}},
+            r"^overrides: has 'model\.name_or",
+        ),
         ({"train": rows(2), "model": torch.nn.Linear(2, 2)}, r"^model: is a Linear; give a folder"),
         ({"train": rows(2), "task": "ppo"}, r"^task: must be 'dpo' or 'sft', not 'ppo'"),
         ({"train": rows(2), "callbacks": [print]}, r"^callbacks: .* is no notus.Callback"),
@@ -218,16 +256,6 @@ def test_mistakes_are_one_line(config: Any, given: dict[str, Any], message: str)
         notus.train(config(), **given)
     assert "\n" not in str(caught.value)
     assert not dist.is_initialized()
-
-
-def test_rows_beside_data_train_are_refused(tmp_path: Path, config: Any) -> None:
-    tree = config(data__train="pairs.jsonl")
-    with pytest.raises(ValueError, match=r"data\.train and the argument train= both name rows"):
-        notus.train(tree, train=rows())
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match=rf"{path}: data\.train and the argument"):
-        notus.train(path, train=rows())
 
 
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, config: Any) -> None:
@@ -494,7 +522,7 @@ def test_a_model_with_peft_adapters_is_scored_by_its_own_forward() -> None:
         ({"pairs": []}, "holds no rows"),
         ({"pairs": [("a", "b"), ("a", "b", "c")]}, r"row 2: is not a tuple \(prompt, completion\)"),
         ({"pairs": [{"question": "a"}]}, "no known"),
-        ({"tokenizer": None}, "tokenizer: is required with a loaded model"),
+        ({"tokenizer": None}, "^tokenizer: is required with this model, which does not say where it was loaded from"),
         ({"model": "nowhere/at all"}, "nowhere/at all"),
         ({"model": torch.nn.Linear(1, 1)}, r"^model: is a Linear"),
         ({"reference": 3}, r"^reference: is a int"),
