@@ -235,6 +235,7 @@ def test_rejects(tmp_path, capsys, model_folder, pairs_file, full_run):
     assert "no such folder" in error_of(capsys, tmp_path / "none", *pairs)
     assert "no config.json" in error_of(capsys, tmp_path, *pairs)
     assert "would replace the input" in error_of(capsys, model_folder, *pairs, "--output", pairs_file)
+    assert "the result is JSON; " in error_of(capsys, model_folder, *pairs, "--output", tmp_path / "out.csv")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model", "checkpoints"))
     assert str(unfinished) in error_of(capsys, unfinished, *pairs)
