@@ -19,6 +19,7 @@ import dataclasses
 import gc
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,7 @@ from notus.evaluation.score import Lengths, Scored, Scores, read_model, score_ro
 from notus.model.export import load_causal_lm
 from notus.runtime import switches
 from notus.runtime.distributed import process_group
+from notus.runtime.process import tell
 from notus.training import dpo, sft
 from notus.training.callbacks import Callback, Caller
 from notus.training.checkpoint import checkpoints_in
@@ -129,11 +131,11 @@ def train(
             the keys.
         task: "dpo" or "sft"; None: that of a `Config`, else "dpo".
         train: training rows, as a list of mappings or a `datasets.Dataset`, in any form that docs/data.md describes.
-            They are written to `OUTPUT_DIR/inputs`. None: `data.train` names them. With a `Config`, which always has a
-            `data.train`, these rows replace it.
-        eval: the same for evaluation, `data.eval`.
-        model: a folder, a hub id or a loaded transformers model; None: `model.name_or_path` names it. A loaded model
-            is copied to `OUTPUT_DIR/inputs/model` and left as it is; a folder or hub id needs no copy.
+            They are written to `OUTPUT_DIR/inputs`, and replace those that `data.train` names. None: that names them.
+        eval: the same for evaluation. They replace `data.eval`, and `data.eval_size` training rows.
+        model: a folder, a hub id or a loaded transformers model, which replaces that of `model.name_or_path`; None:
+            that names it. A loaded model is copied to `OUTPUT_DIR/inputs/model` and left as it is; a folder or hub id
+            needs no copy.
         tokenizer: of a loaded model; None: the one of the folder or hub id that the model was loaded from.
         callbacks: objects of classes derived from `Callback`.
         overrides: values that replace those of the config, by key: `{"dpo.beta": 0.2}`.
@@ -147,16 +149,18 @@ def train(
     tree, source, task = _read(config, task)
     _override(tree, overrides or {})
     inputs = Inputs(_output_dir(tree, source))
-    for name, rows in (("train", train), ("eval", eval)):
-        if rows is not None:
-            if tree.get("data", {}).get(name) is not None and not isinstance(config, Config):
-                raise ValueError(f"{source}: data.{name} and the argument {name}= both name rows: remove one of them")
-            path = str(inputs.add_rows(name, rows))
-            tree["data"] = {**tree.get("data", {}), name: path}
+    _check_given_once(overrides or {}, {"train": train, "eval": eval, "model": model})
+    rows = {name: given for name, given in (("train", train), ("eval", eval)) if given is not None}
+    paths = {name: str(inputs.add_rows(name, given)) for name, given in rows.items()}
+    replaced = _replace(tree, "data", paths)
+    if eval is not None:
+        replaced += _replace(tree, "data", {"eval_size": 0})
     if "train" not in (tree.get("data") or {}):
         raise ValueError(f"{source}: there is no training data: pass train=, or set data.train")
-    _name_model(tree, source, model, tokenizer, inputs)
+    replaced += _name_model(tree, model, tokenizer, inputs)
     resolved = config_from_dict(tree, task, source=source)
+    if replaced and os.environ.get("RANK", "0") == "0":
+        tell(f"{source}: the arguments of train replace {', '.join(replaced)}")
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ValueError(f"callbacks: {callback!r} is no notus.Callback; derive its class from that")
@@ -238,7 +242,7 @@ def score(
     Args:
         model: a loaded transformers model (also one with PEFT adapters), or the folder or hub id of a model, an adapter
             or a run.
-        tokenizer: of the model; None: that of its folder, or hub id.
+        tokenizer: of the model; None: that of its folder or hub id, or of those that a loaded model is from.
         pairs: rows in any form that training takes: pairs, lists, labelled answers or demonstrations, as a list of
             mappings, a `datasets.Dataset` or a file; or a list of tuples (prompt, completion). The first row decides
             which of them.
@@ -354,27 +358,41 @@ def _output_dir(tree: Mapping[str, Any], source: str) -> Path:
     return Path(found).expanduser()
 
 
+# What an argument of `train` stands for.
+_KEYS = {"train": ("data.train",), "eval": ("data.eval", "data.eval_size"), "model": ("model.name_or_path",)}
+
+
+def _check_given_once(overrides: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if one call gives the same thing twice: it does not say which of them is meant."""
+    for name, value in arguments.items():
+        for key in _KEYS[name]:
+            if value is not None and key in overrides:
+                raise ValueError(f"overrides: has {key!r}, which the argument {name}= stands for: pass one of them")
+
+
+def _replace(tree: dict[str, Any], section: str, values: Mapping[str, Any]) -> list[str]:
+    """Set keys of a section in `tree`. Returns those that had another value, as "section.key"."""
+    held = tree.get(section, {})
+    tree[section] = {**held, **values}
+    return [f"{section}.{key}" for key, value in values.items() if held.get(key, value) not in (None, value)]
+
+
 def _name_model(
     tree: dict[str, Any],
-    source: str,
     model: PreTrainedModel | str | os.PathLike[str] | None,
     tokenizer: PreTrainedTokenizerBase | None,
     inputs: Inputs,
-) -> None:
-    """Let `model.name_or_path` name the model that was passed."""
-    named = tree.get("model", {}).get("name_or_path")
+) -> list[str]:
+    """Let `model.name_or_path` name the model that was passed; returns the key if it named another one."""
     if model is None or isinstance(model, str | os.PathLike):
         if tokenizer is not None:
             raise ValueError(
                 "tokenizer: has no effect unless model= is a loaded model; a folder or hub id comes with its own"
             )
         if model is None:
-            return
-        if named not in (None, os.fspath(model)):
-            raise ValueError(f"{source}: model.name_or_path is {named!r}, and model= is {os.fspath(model)!r}: keep one")
-        tree["model"] = {**tree.get("model", {}), "name_or_path": os.fspath(model)}
-        return
-    tree["model"] = {**tree.get("model", {}), "name_or_path": str(inputs.add_model(model, tokenizer))}
+            return []
+        return _replace(tree, "model", {"name_or_path": os.fspath(model)})
+    return _replace(tree, "model", {"name_or_path": str(inputs.add_model(model, tokenizer))})
 
 
 # ---- the process ----
@@ -398,7 +416,7 @@ def _usual_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _process_unchanged() -> Iterator[None]:
-    """Leave the process as it was: random numbers, the current GPU, settings of libraries, memory.
+    """Leave the process as it was: random numbers, the current GPU, settings of libraries, hooks, memory.
 
     Raises ValueError if it has a process group already.
     """
@@ -410,11 +428,12 @@ def _process_unchanged() -> Iterator[None]:
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.current_device() if on_gpu else None
     bars, duck_shape = transformers.utils.logging.is_progress_bar_enabled(), symbols.use_duck_shape
+    hook = sys.excepthook  # each process group puts one before it that writes "[rank0]: " and holds the group
     try:
         with torch.random.fork_rng(devices=[device] if on_gpu else []), _usual_modes():
             yield
     finally:
-        symbols.use_duck_shape = duck_shape
+        symbols.use_duck_shape, sys.excepthook = duck_shape, hook
         if bars:
             transformers.utils.logging.enable_progress_bar()
         if device is not None:

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import difflib
 import itertools
+import json
 import keyword
 import os
 import re
@@ -442,18 +443,18 @@ class Invalid(ValueError):
 def _conflicts(config: Config) -> Iterator[Invalid]:
     """Yield what contradicts other keys of a resolved config, or would be ignored because of them."""
     if config.lora.rank == 0:
-        yield from _without_effect("lora", config.lora, "while lora.rank is 0: set lora.rank, or remove it")
+        yield from _without_effect("lora", config.lora, "while lora.rank is 0: set lora.rank, or")
     yield from _model_conflicts(config)
     tracking = config.tracking
     if not tracking.wandb:
-        why = "while tracking.wandb is false: set that, or remove it"
+        why = "while tracking.wandb is false: set that, or"
         yield from _without_effect("tracking", tracking, why, keys=("project", "run_name"))
     if not tracking.samples:
-        why = "while tracking.samples is 0: set that, or remove it"
+        why = "while tracking.samples is 0: set that, or"
         yield from _without_effect("tracking", tracking, why, keys=("sample_tokens",))
     if config.task == "sft":
         for name, section in (("dpo", config.dpo), ("reference", config.reference)):
-            yield from _without_effect(name, section, "in SFT: remove it, or run the command dpo")
+            yield from _without_effect(name, section, "in SFT: run the command dpo, or set")
     yield from _checkpoint_conflicts(config.training)
     yield from _schedule_conflicts(config.training)
     yield from _evaluation_conflicts(config)
@@ -463,10 +464,33 @@ def _conflicts(config: Config) -> Iterator[Invalid]:
 
 
 def _without_effect(name: str, section: Any, why: str, keys: tuple[str, ...] | None = None) -> Iterator[Invalid]:
-    """Yield the keys of an optional section, or those of them in `keys`, that were moved away from their defaults."""
-    for key, default in dataclasses.asdict(type(section)()).items():
-        if (keys is None or key in keys) and getattr(section, key) != default:
-            yield Invalid(f"{name}.{key.rstrip('_')}", f"has no effect {why}")
+    """Yield the first key of an optional section, or of those in `keys`, that was moved away from its default."""
+    yield from _moved(name, section, dataclasses.asdict(type(section)()), why, keys)
+
+
+def _moved(
+    name: str, section: Any, defaults: Mapping[str, Any], why: str, keys: tuple[str, ...] | None
+) -> Iterator[Invalid]:
+    """Yield the first key without effect. Its message ends with the values that turn all of them off.
+
+    A key may stand in a file that the user does not want to change, and the command line can set a key but not remove
+    one.
+    """
+    moved = {
+        f"{name}.{key.rstrip('_')}": default
+        for key, default in defaults.items()
+        if (keys is None or key in keys) and getattr(section, key) != default
+    }
+    if moved:
+        off = " ".join(f"{key}={_short_yaml(default)}" for key, default in moved.items())
+        yield Invalid(next(iter(moved)), f"has no effect {why} {off}")
+
+
+def _short_yaml(value: Any) -> str:
+    """Return a value as it can be written in YAML and, without quotes, on a command line."""
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _model_conflicts(config: Config) -> Iterator[Invalid]:
@@ -474,7 +498,7 @@ def _model_conflicts(config: Config) -> Iterator[Invalid]:
     if model.quantization and config.lora.rank == 0:
         yield Invalid("model.quantization", "needs adapters, since quantized weights are not trained: set lora.rank")
     if model.path == "plain" and training.compile:
-        yield Invalid("training.compile", "has no effect with model.path 'plain': remove it")
+        yield Invalid("training.compile", "has no effect with model.path 'plain': set training.compile=false")
     if training.router_aux_loss_coef and training.compile:
         yield Invalid("training.router_aux_loss_coef", "reads routers between operations: set training.compile=false")
     if training.optimizer_dtype == "int8" and training.optimizer != "adamw":
@@ -486,7 +510,7 @@ def _checkpoint_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
     if every is None:
         return
     if training.keep_checkpoints is None:
-        reason = "has no effect while training.keep_checkpoints is null: keep one of the two"
+        reason = "has no effect while training.keep_checkpoints is null: set that, or training.keep_every=null"
         yield Invalid("training.keep_every", reason)
     if saved is None or every % saved:
         yield Invalid("training.keep_every", f"({every}) must be a multiple of training.save_every ({saved})")
@@ -496,53 +520,60 @@ def _schedule_conflicts(training: TrainingConfig) -> Iterator[Invalid]:
     """Yield what the learning rate's schedule or the optimizer would ignore."""
     schedule = training.lr_schedule
     if schedule == "constant" and training.min_lr_ratio:
-        yield Invalid("training.min_lr_ratio", "has no effect with training.lr_schedule 'constant': remove it")
+        why = "with training.lr_schedule 'constant': set another one, or"
+        yield from _changed(training, ("min_lr_ratio",), why)
     if schedule != "wsd":
-        why = f"with training.lr_schedule {schedule!r}: set that to wsd, or remove it"
+        why = f"with training.lr_schedule {schedule!r}: set that to wsd, or"
         yield from _changed(training, ("decay_ratio",), why)
     if training.warmup_steps is not None:
-        yield from _changed(training, ("warmup_ratio",), "beside training.warmup_steps: keep one of the two")
+        why = "beside training.warmup_steps: set training.warmup_steps=null, or"
+        yield from _changed(training, ("warmup_ratio",), why)
     elif schedule == "wsd" and training.warmup_ratio + training.decay_ratio > 1:
         reason = f"({training.decay_ratio:g}) and training.warmup_ratio ({training.warmup_ratio:g}) are more than all"
         yield Invalid("training.decay_ratio", f"{reason} steps: lower one of them")
     if not training.weight_decay:
-        why = "while training.weight_decay is 0: set that, or remove it"
+        why = "while training.weight_decay is 0: set that, or"
         yield from _changed(training, ("weight_decay_exclude",), why)
     if training.extend and training.resume == "never":
-        yield Invalid("training.extend", "has no effect with training.resume=never, which starts over: remove one")
+        why = "with training.resume=never, which starts over: set training.resume=auto, or"
+        yield from _changed(training, ("extend",), why)
 
 
 def _changed(training: TrainingConfig, keys: tuple[str, ...], why: str) -> Iterator[Invalid]:
     """`_without_effect` for the section whose keys do not all have defaults."""
-    defaults = dataclasses.asdict(TrainingConfig(output_dir="-"))
-    for key in keys:
-        if getattr(training, key) != defaults[key]:
-            yield Invalid(f"training.{key}", f"has no effect {why}")
+    yield from _moved("training", training, dataclasses.asdict(TrainingConfig(output_dir="-")), why, keys)
 
 
 def _evaluation_conflicts(config: Config) -> Iterator[Invalid]:
     """Yield what needs evaluations where there are none."""
     data, training = config.data, config.training
     if data.eval is None and not data.eval_size:
-        why = "without evaluation data: set data.eval or data.eval_size, or remove it"
+        why = "without evaluation data: set data.eval or data.eval_size, or"
         yield from _changed(training, ("eval_every", "eval_at_start", "best_metric", "early_stopping_patience"), why)
     if training.best_metric is not None and training.eval_every is None:
-        reason = "needs evaluations while the model learns, to choose from: set training.eval_every"
+        reason = (
+            "needs evaluations while the model learns, to choose from: set training.eval_every, or "
+            "training.best_metric=null"
+        )
         yield Invalid("training.best_metric", reason)
     if training.early_stopping_patience is not None and training.best_metric is None:
-        reason = "needs a metric to improve: set training.best_metric, for example to eval_loss"
+        reason = (
+            "needs a metric to improve: set training.best_metric, for example to eval_loss, or "
+            "training.early_stopping_patience=null"
+        )
         yield Invalid("training.early_stopping_patience", reason)
 
 
 def _data_conflicts(config: Config) -> Iterator[Invalid]:
     data, prompt = config.data, config.data.max_prompt_length
     if config.task == "sft" and prompt is not None:
-        yield Invalid("data.max_prompt_length", "has no effect in SFT, which cuts long rows at their end: remove it")
+        reason = "has no effect in SFT, which cuts long rows at their end: set data.max_prompt_length=null"
+        yield Invalid("data.max_prompt_length", reason)
     if prompt is not None and prompt >= data.max_length:
         reason = f"({prompt}) must be below data.max_length ({data.max_length}), or nothing is left of the completions"
         yield Invalid("data.max_prompt_length", reason)
     if data.eval is not None and data.eval_size > 0:
-        yield Invalid("data.eval_size", "has no effect beside data.eval: keep one of the two")
+        yield Invalid("data.eval_size", "has no effect beside data.eval: set data.eval=null or data.eval_size=0")
     if data.chat_template not in (None, "zephyr") and not str(data.chat_template).endswith(".jinja"):
         instead = _other_value("data.chat_template", data.chat_template)
         reason = f"must be 'zephyr', a .jinja file or null, not {data.chat_template!r}{instead}"
@@ -572,7 +603,7 @@ def _loss_conflicts(config: Config) -> Iterator[Invalid]:
         reason = f"must be at least 2 with dpo.loss_type {_named(losses)}, whose KL term is a mean over the step"
         yield Invalid("training.batch_size", reason)
     if not any(loss.reference for loss in losses):
-        why = f"with dpo.loss_type {_named(losses)}, which has no reference: remove it"
+        why = f"with dpo.loss_type {_named(losses)}, which has no reference: set"
         yield from _without_effect("reference", config.reference, why)
 
 
@@ -597,7 +628,8 @@ def _option_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Inva
     for name in given:
         if not any(loss.option(name) for loss in losses):
             if takers := [loss.name for loss in LOSSES.values() if loss.option(name)]:
-                remedy = f": use one of {', '.join(takers)}"
+                off = "dpo.label_smoothing=0" if name == "label_smoothing" else "dpo.options={}"
+                remedy = f": use one of {', '.join(takers)}, or set {off}"
             elif foreign := foreign_keys.find(name):
                 remedy = f"; {foreign.advice()}"
             else:
@@ -624,17 +656,18 @@ def _term_conflicts(dpo: DPOConfig, losses: Sequence["Loss"]) -> Iterator[Invali
     """Yield what is added to a loss, or changes how tokens or pairs count, where that has no meaning."""
     rows, named = losses[0].rows, _named(losses)
     if dpo.nll_mean != "tokens" and not dpo.nll_weight:
-        yield Invalid("dpo.nll_mean", "has no effect while dpo.nll_weight is 0: set that, or remove it")
+        yield Invalid("dpo.nll_mean", "has no effect while dpo.nll_weight is 0: set that, or dpo.nll_mean=tokens")
     if dpo.nll_weight and rows == "labels":
-        yield Invalid(
-            "dpo.nll_weight", f"is of pairs and lists, and dpo.loss_type {named} learns from labels: remove it"
-        )
-    for key, given in (("ld_alpha", dpo.ld_alpha is not None), ("wpo", dpo.wpo)):
+        reason = f"is of pairs and lists, and dpo.loss_type {named} learns from labels: set dpo.nll_weight=0"
+        yield Invalid("dpo.nll_weight", reason)
+    for key, given, off in (("ld_alpha", dpo.ld_alpha is not None, "null"), ("wpo", dpo.wpo, "false")):
         if given and rows != "pairs":
-            yield Invalid(f"dpo.{key}", f"is of pairs, and dpo.loss_type {named} learns from {rows}: remove it")
+            reason = f"is of pairs, and dpo.loss_type {named} learns from {rows}: set dpo.{key}={off}"
+            yield Invalid(f"dpo.{key}", reason)
     per_token = [loss for loss in losses if loss.per_token]
     if dpo.ld_alpha is not None and per_token:
-        reason = f"has no meaning with dpo.loss_type {_named(per_token)}, which averages over tokens: remove it"
+        named = _named(per_token)
+        reason = f"has no meaning with dpo.loss_type {named}, which averages over tokens: set dpo.ld_alpha=null"
         yield Invalid("dpo.ld_alpha", reason)
 
 

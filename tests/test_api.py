@@ -1,13 +1,17 @@
 """The Python API: rows and models in memory, callbacks, results, and a process that is left as it was."""
 
 import contextlib
+import gc
 import json
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers.utils.logging
 from ranks import free_ports, launched, run_ranks
 from runs import assert_same_run, read_metrics, settings, words, write_pairs
 from toys import toy_model, toy_tokenizer
@@ -190,6 +195,36 @@ def test_a_config_object_and_overrides(tmp_path: Path, config: Any) -> None:
     assert [line["step"] for line in result.metrics] == [1]
 
 
+def test_arguments_replace_what_a_starter_config_names(
+    tmp_path: Path, config: Any, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = config(data__train="pairs.csv", data__eval_size=0.05, training__max_steps=1)
+    tree["model"]["name_or_path"] = "of/nobody"
+    path = tmp_path / "starter.yaml"
+    path.write_text(json.dumps(tree))
+    result = notus.train(path, train=rows(), eval=rows(3, seed=1), model=model_folder)
+    told = f"{path}: the arguments of train replace data.train, data.eval_size, model.name_or_path"
+    assert told in capsys.readouterr().out.splitlines()
+    read = result.config
+    assert [Path(source["path"]).name for source in (*read.data.train, *(read.data.eval or []))] == [
+        "train.jsonl",
+        "eval.jsonl",
+    ]
+    assert (read.data.eval_size, read.model.name_or_path) == (0, str(model_folder))
+    assert [line["step"] for line in result.evaluations] == [0, 1]
+    assert notus.train(path, train=rows(), eval=rows(3, seed=1), model=model_folder) == result
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"^train: holds no rows"):
+        notus.train(config(), train=[])
+    assert "replace" not in capsys.readouterr().out
+
+
+def test_a_loaded_model_brings_its_tokenizer(model_folder: Path) -> None:
+    model = type(toy_model()).from_pretrained(model_folder)
+    expected = notus.score(model, toy_tokenizer(), rows(2)).logps
+    assert torch.equal(notus.score(model, None, rows(2)).logps, expected)
+
+
 # ---- what is refused ----
 
 
@@ -202,7 +237,15 @@ def test_a_config_object_and_overrides(tmp_path: Path, config: Any) -> None:
         ({"train": {"prompt": ["a"]}}, r"^train: is a dict; give a datasets.Dataset or a list"),
         ({"train": rows(2), "eval": []}, r"^eval: holds no rows"),
         ({"train": rows(2), "tokenizer": "gpt2"}, r"^tokenizer: has no effect"),
-        ({"train": rows(2), "model": "elsewhere"}, r"model\.name_or_path is .* and model= is 'elsewhere'"),
+        (
+            {"train": rows(2), "overrides": {"data.train": "a"}},
+            r"^overrides: has 'data\.train', .* train= .*: pass one of them$",
+        ),
+        ({"train": rows(2), "eval": rows(2), "overrides": {"data.eval_size": 2}}, r"^overrides: has 'data\.eval_size'"),
+        (
+            {"train": rows(2), "model": "a", "overrides": {"model.name_or_path": "b"}},
+            r"^overrides: has 'model\.name_or",
+        ),
         ({"train": rows(2), "model": torch.nn.Linear(2, 2)}, r"^model: is a Linear; give a folder"),
         ({"train": rows(2), "task": "ppo"}, r"^task: must be 'dpo' or 'sft', not 'ppo'"),
         ({"train": rows(2), "callbacks": [print]}, r"^callbacks: .* is no notus.Callback"),
@@ -215,16 +258,6 @@ def test_mistakes_are_one_line(config: Any, given: dict[str, Any], message: str)
         notus.train(config(), **given)
     assert "\n" not in str(caught.value)
     assert not dist.is_initialized()
-
-
-def test_rows_beside_data_train_are_refused(tmp_path: Path, config: Any) -> None:
-    tree = config(data__train="pairs.jsonl")
-    with pytest.raises(ValueError, match=r"data\.train and the argument train= both name rows"):
-        notus.train(tree, train=rows())
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match=rf"{path}: data\.train and the argument"):
-        notus.train(path, train=rows())
 
 
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, config: Any) -> None:
@@ -301,21 +334,47 @@ def test_an_error_in_a_callback_ends_every_rank(tmp_path: Path, config: Any) -> 
 # ---- the process ----
 
 
-def test_the_process_is_left_as_it_was(config: Any) -> None:
-    def state() -> list[Any]:
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        threads = sorted(thread.name for thread in threading.enumerate())
-        return [
-            dict(os.environ), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-            torch.get_default_dtype(), torch.is_grad_enabled(), handlers, threads, dist.is_initialized(),
-        ]  # fmt: skip
+def process_state() -> dict[str, Any]:
+    """What a program would notice that runs on after a call."""
+    loggers = {name: each for name, each in logging.root.manager.loggerDict.items() if isinstance(each, logging.Logger)}
+    bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.utils.are_progress_bars_disabled()
+    return {
+        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook, sys.displayhook, warnings.showwarning),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "blocked signals": signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        "environment": dict(os.environ),
+        "folder": (os.getcwd(), tempfile.tempdir),
+        "streams": (sys.stdout, sys.stderr),
+        "logging": {"": logging.root.level} | {name: each.level for name, each in loggers.items() if each.level},
+        "warnings": list(warnings.filters),
+        "bars": (*bars, transformers.utils.logging.get_verbosity(), datasets.logging.get_verbosity()),
+        "draws": (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()),
+        "dtypes": (torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+            torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark,
+        ),
+        "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+        "threads": (torch.get_num_threads(), sorted(thread.name for thread in threading.enumerate())),
+        "collector": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+        "group": dist.is_initialized(),
+    }
 
+
+def test_the_process_is_left_as_it_was(config: Any) -> None:
     torch.manual_seed(7)
-    before, drawn = state(), torch.random.get_rng_state()
-    notus.train(config("one", training__max_steps=1), train=rows())
+    notus.score(toy_model(), toy_tokenizer(), rows(2))  # libraries are imported, and have their threads
+    before = process_state()
+    notus.score(toy_model(), toy_tokenizer(), rows(2))
+    notus.train(config("one", training__max_steps=1, data__eval_size=2), train=rows()).load_model()
     notus.train(config("two", training__max_steps=1, training__deterministic=True), train=rows())
-    assert state() == before
-    assert torch.equal(torch.random.get_rng_state(), drawn)
+    with pytest.raises(ValueError, match=r"not finite.* Look at these rows, or lower training\.learning_rate$"):
+        notus.train(config("fails", training__learning_rate=1e30), train=rows())
+    assert process_state() == before
 
 
 @contextlib.contextmanager
@@ -508,7 +567,7 @@ def test_a_model_with_peft_adapters_is_scored_by_its_own_forward() -> None:
         ({"pairs": []}, "holds no rows"),
         ({"pairs": [("a", "b"), ("a", "b", "c")]}, r"row 2: is not a tuple \(prompt, completion\)"),
         ({"pairs": [{"question": "a"}]}, "no known"),
-        ({"tokenizer": None}, "tokenizer: is required with a loaded model"),
+        ({"tokenizer": None}, "^tokenizer: is required with this model, which does not say where it was loaded from"),
         ({"model": "nowhere/at all"}, "nowhere/at all"),
         ({"model": torch.nn.Linear(1, 1)}, r"^model: is a Linear"),
         ({"reference": 3}, r"^reference: is a int"),

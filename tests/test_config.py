@@ -262,7 +262,7 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path, text: str,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--lora.alpha=32"], "lora.alpha has no effect while lora.rank is 0: set lora.rank, or remove it"),
+        (["--lora.alpha=32"], "lora.alpha has no effect while lora.rank is 0: set lora.rank, or lora.alpha=16.0"),
         (["--lora.target_modules=[q_proj]"], "lora.target_modules has no effect while lora.rank is 0"),
         (["--lora.rslora=true"], "lora.rslora has no effect while lora.rank is 0"),
         (["--tracking.project=x"], "tracking.project has no effect while tracking.wandb is false"),
@@ -334,10 +334,83 @@ def test_settings_without_effect_are_rejected(minimal: str, overrides: list[str]
         load(minimal, *overrides)
 
 
+ADAPTERS = "lora: {alpha: 32, target_modules: all-linear, continue: true}\n"
+EVALUATED = "eval_every: 5, best_metric: eval_loss, early_stopping_patience: 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        (ADAPTERS, []),
+        ("lora: {rank: 4, rslora: true, modules_to_save: [a]}\n", ["--lora.rank=0"]),
+        ("tracking: {wandb: true, project: x, run_name: y}\n", ["--tracking.wandb=false"]),
+        ("tracking: {sample_tokens: 9}\n", ["--tracking.samples=0"]),
+        (f"training: {{{EVALUATED}, eval_at_start: false}}\ndata: {{eval_size: 5}}\n", ["--data.eval_size=0"]),
+        (f"training: {{{EVALUATED}}}\ndata: {{eval_size: 5}}\n", ["--training.eval_every=null"]),
+        (f"training: {{{EVALUATED}}}\ndata: {{eval_size: 5}}\n", ["--training.best_metric=null"]),
+        ("data: {eval_size: 5}\n", ["--data.eval=x"]),
+        ("data: {eval: x}\n", ["--data.eval_size=0.1"]),
+        ("training: {min_lr_ratio: 0.1}\n", ["--training.lr_schedule=constant"]),
+        ("training: {lr_schedule: wsd, decay_ratio: 0.2}\n", ["--training.lr_schedule=cosine"]),
+        ("training: {warmup_ratio: 0.2}\n", ["--training.warmup_steps=5"]),
+        ("training: {weight_decay: 0.1, weight_decay_exclude: []}\n", ["--training.weight_decay=0"]),
+        ("training: {resume: never}\n", ["--training.extend=true"]),
+        ("training: {keep_every: 10, save_every: 5}\n", ["--training.keep_checkpoints=null"]),
+        ("training: {compile: true}\n", ["--model.path=plain"]),
+        ("dpo: {nll_mean: completions, nll_weight: 1}\n", ["--dpo.nll_weight=0"]),
+        ("dpo: {nll_weight: 1, ld_alpha: 0.5, wpo: true}\n", ["--dpo.loss_type=kto"]),
+        ("dpo: {ld_alpha: 0.5}\n", ["--dpo.loss_type=ipo"]),
+        ("dpo: {label_smoothing: 0.1}\n", ["--dpo.loss_type=hinge"]),
+        ("dpo: {loss_type: discopop, options: {discopop_tau: 0.1}}\n", ["--dpo.loss_type=sigmoid"]),
+        ("reference: {cache_dir: x}\n", ["--dpo.loss_type=simpo"]),
+    ],
+)
+def test_what_a_message_advises_works_on_the_command_line(tmp_path: Path, text: str, overrides: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    tree = yaml.safe_load(MINIMAL)
+    for section, keys in yaml.safe_load(text).items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    path.write_text(yaml.safe_dump(tree))
+    complaints = []
+    for _ in range(4):
+        try:
+            load_config([str(path), *overrides], "dpo")
+        except ValueError as error:
+            complaints.append(str(error))
+            assert "remove" not in complaints[-1]
+            advised = re.findall(r"\w+\.\w+=\S+?(?=$| |, )", str(error))
+            overrides = [*overrides, *(f"--{each}" for each in advised)]
+    load_config([str(path), *overrides], "dpo")
+    assert 1 <= len(complaints) <= 3, complaints
+
+
+def test_all_keys_without_effect_are_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL + ADAPTERS)
+    off = "lora.alpha=16.0 lora.target_modules=[q_proj,k_proj,v_proj,o_proj] lora.continue=false"
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}: lora.alpha has no effect while lora.rank is 0: ")
+    ) as caught:
+        load_config(path, "dpo")
+    assert str(caught.value).endswith(f"set lora.rank, or {off}")
+
+
+def test_the_starter_config_without_its_evaluation(tmp_path: Path) -> None:
+    path = str(Path(__file__).parents[1] / "configs" / "dpo-lora.yaml")
+    with pytest.raises(ValueError, match=r"training\.eval_every has no effect .*, or training\.eval_every=null$"):
+        load_config([path, "--data.eval_size=0"], "dpo")
+    config = load_config([path, "--data.eval_size=0", "--training.eval_every=null"], "dpo")
+    assert (config.data.eval_size, config.training.eval_every) == (0, None)
+    with pytest.raises(ValueError, match=r"data\.eval_size has no effect beside data\.eval: .* or data\.eval_size=0$"):
+        load_config([path, "--data.eval=held-out.csv"], "dpo")
+    config = load_config([path, "--data.eval=held-out.csv", "--data.eval_size=0"], "dpo")
+    assert (config.data.eval_size, config.training.eval_every) == (0, 50)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--dpo.beta=0.2", "dpo.beta has no effect in SFT: remove it, or run the command dpo"),
+        ("--dpo.beta=0.2", "dpo.beta has no effect in SFT: run the command dpo, or set dpo.beta=0.1"),
         ("--reference.cache_dir=x", "reference.cache_dir has no effect in SFT"),
         ("--data.max_prompt_length=5", "data.max_prompt_length has no effect in SFT, which cuts long rows"),
     ],

@@ -84,6 +84,16 @@ def test_70b_answers_within_ten_seconds_of_cpu_time_and_tells_what_would_fit(cap
     assert "activation_checkpointing products" in text
 
 
+def test_what_a_config_has_already_is_not_advised(capsys):
+    words = (str(RECIPES / "dpo-lora-8xa100-40gb.yaml"), "--gpus=1", "--gpu=l4")
+    words += ("--model.name_or_path=meta-llama/Llama-3.1-70B",)
+    text = told(capsys, *words)
+    assert "lora.rank" not in text
+    assert "set model.quantization=nf4, or as a last resort set training.cpu_offload=true." in text
+    text = told(capsys, *words, "--model.quantization=nf4")
+    assert "helps: take more GPUs or larger ones, or as a last resort set training.cpu_offload=true." in text
+
+
 def test_more_is_needed_for_more(capsys):
     pattern = r"tensors +([\d.]+)\n"
     least = number(told(capsys, FULL), pattern)

@@ -69,8 +69,8 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     path = Path(chat_template).expanduser()
     if path.suffix != ".jinja" or not path.is_file():
         raise ValueError(
-            f"chat_template {chat_template!r} is neither 'zephyr' nor an existing .jinja file; leave it out "
-            "to use the tokenizer's own template"
+            f"chat_template {chat_template!r} is neither 'zephyr' nor an existing .jinja file; leave it out, or "
+            "set it to null, to use the tokenizer's own template"
         )
     try:
         return path.read_text(encoding="utf-8")

@@ -60,10 +60,14 @@ def _remedy(plan: Plan) -> str:
             f"Set training.tokens_per_row={best.setting.tokens_per_row} "
             f"training.activation_checkpointing={best.setting.checkpointing} ({gib(best.spare)} GiB to spare)."
         )
-    return (
-        "No row size or checkpointing helps: take more GPUs or larger ones, set lora.rank, or as a last resort "
-        "training.cpu_offload=true."
-    )
+    size, remedies = plan.setting.size, ["take more GPUs or larger ones"]
+    if size.block_trained == size.block:
+        remedies.append("set lora.rank")
+    elif not size.quantized:
+        remedies.append("set model.quantization=nf4")
+    if not plan.setting.cpu_offload:
+        remedies.append("as a last resort set training.cpu_offload=true")
+    return f"No row size or checkpointing helps: {', or '.join(remedies)}."
 
 
 def advice(plan: Plan) -> list[str]:

@@ -75,7 +75,7 @@ def _check_out(path: Path, args: argparse.Namespace) -> None:
     """Check before the work that the prompts are there and OUT may be written; an empty file is nobody's loss."""
     if not Path(args.prompts).exists():
         raise ValueError(f"{args.prompts}: there is no such file; give one with prompts")
-    check_output(path, not_over=args.prompts)
+    check_output(path, form="JSON Lines", not_over=args.prompts)
     if path.exists() and path.stat().st_size and not args.overwrite:
         raise ValueError(f"{path}: exists already; name another file, or replace it with --overwrite")
 

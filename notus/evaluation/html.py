@@ -52,7 +52,7 @@ def check_page(path: Path, *, kind: str, generator: str, not_over: str, remedy: 
     Raises ValueError if the page would replace anything but an earlier one of its `kind`, which has the meta tag
     `generator`, and OSError if nothing can be written there.
     """
-    check_output(path, not_over=not_over, remedy=remedy)
+    check_output(path, form="HTML", not_over=not_over, remedy=remedy)
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:

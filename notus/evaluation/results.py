@@ -127,11 +127,21 @@ def result_folder(given: str | None, run: Path | None, model: str, suite: str) -
     return Path(EVALUATIONS) / name / suite
 
 
-def check_output(path: Path, *, not_over: str, remedy: str = "choose another place") -> None:
+# What a file's name may end with. The suffix .json is also used for JSON Lines, and read as such.
+FORMS = {
+    "JSON Lines": (".jsonl", ".ndjson", ".json"),
+    "JSON": (".json",),
+    "HTML": (".html", ".htm"),
+    "Markdown": (".md", ".markdown"),
+}
+
+
+def check_output(path: Path, *, form: str, not_over: str, remedy: str = "choose another place") -> None:
     """Make the parent folder of a result's file, before the work that fills it.
 
     Raises ValueError if the result would replace a folder, a device (for root, /dev/null itself would become a file) or
-    the input `not_over`; OSError if nothing can be written there.
+    the input `not_over`, or if the name says something else than the result's `form`, one of FORMS; OSError if nothing
+    can be written there.
     """
     if path.is_dir():
         raise ValueError(f"{path}: there is a folder of that name; choose another")
@@ -140,6 +150,9 @@ def check_output(path: Path, *, not_over: str, remedy: str = "choose another pla
         raise ValueError(f"{path}: no ordinary file, which a result could replace; choose another name")
     if path.exists() and Path(not_over).exists() and path.samefile(not_over):
         raise ValueError(f"{path}: the result would replace the input; choose another name")
+    if path.suffix.lower() not in FORMS[form]:
+        suffixes = " or ".join(filter(None, [", ".join(FORMS[form][:-1]), FORMS[form][-1]]))
+        raise ValueError(f"{path}: the result is {form}; choose a name that ends with {suffixes}")
     check_folder(path.parent, remedy=remedy)
 
 

@@ -28,6 +28,7 @@ from notus.model.structure import text_config
 from notus.model.supported import check_context
 from notus.model.verify import PathChoice, make_policy, new_model
 from notus.runtime.distributed import main_first
+from notus.training.inputs import tokenizer_of
 from notus.training.parallelize import check_attention, find_path, fuse_or_check_graph
 from notus.training.run_data import check_rows
 from notus.training.scoring import score_all
@@ -131,12 +132,10 @@ def read_model(model: object, name: str, *, device: torch.device, trust: bool) -
 
 
 def tokenizer_for(model: AnyModel, given: PreTrainedTokenizerBase | None, trust: bool) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that was passed, or that of a model folder. Raises ValueError if there is none."""
+    """Return the tokenizer that was passed, or that of the model. Raises ValueError if there is none."""
     if given is not None:
         return given
-    if not isinstance(model, ModelSource):
-        raise ValueError("tokenizer: is required with a loaded model")
-    return load_tokenizer(model.folder, trust)
+    return load_tokenizer(model.folder, trust) if isinstance(model, ModelSource) else tokenizer_of(model, trust)
 
 
 def tokenize(

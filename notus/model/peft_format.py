@@ -299,7 +299,7 @@ def check_continued(
     if layers == adapter.layers:
         return
     if alike is not None and len(found) != 1:
-        raise ValueError(f"{where}: its layers differ in rank or alpha; leave lora.continue out to merge it")
+        raise ValueError(f"{where}: its layers differ in rank or alpha; set lora.continue=false to merge it")
     theirs = next(iter(found))
     for key, name in (("rank", "rank"), ("alpha", "alpha"), ("rslora", "rslora")):
         mine, other = getattr(alike, name, None), getattr(theirs, name)

@@ -45,10 +45,12 @@ FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 _BF16_NOISE = 4 * 0.2
 _BF16_SIMULATED_NOISE = 5 * 0.03
 _ENOUGH_COMPLETIONS = 16
-_DISAGREE = (
-    "policy and reference log-probs disagree before training. Delete the reference cache. If it happens again, set "
-    "training.precision=fp32: if that run starts, bf16 is too coarse for this model, else please report it"
-)
+_DISAGREE = {
+    "fp32": "policy and reference log-probs disagree before training. Delete the reference cache. If it happens again, "
+    "please report it",
+    "bf16": "policy and reference log-probs disagree before training. Delete the reference cache. If it happens again, "
+    "set training.precision=fp32: if that run starts, bf16 is too coarse for this model, else please report it",
+}
 
 
 @dataclasses.dataclass
@@ -237,7 +239,7 @@ class DPOTask:
         if not abs(found - math.log(2)) <= tolerance:
             raise ValueError(
                 f"at step 0 the sigmoid loss is {found:.6f}, not ln 2 = {math.log(2):.6f} (tolerance {tolerance:g}): "
-                f"{_DISAGREE}"
+                f"{_DISAGREE[self._precision]}"
             )
         if self._first_ratios is not None:
             self._check_log_ratios(sum_across_ranks(self._first_ratios).tolist())
@@ -260,7 +262,7 @@ class DPOTask:
             if not abs(total / count) <= tolerance:
                 raise ValueError(
                     f"at step 0 the mean log-ratio of {self._column_name(column)} is {total / count:.6f} nats, not 0 "
-                    f"(tolerance {tolerance:.3g}): {_DISAGREE}"
+                    f"(tolerance {tolerance:.3g}): {_DISAGREE[self._precision]}"
                 )
 
     def _column_name(self, column: int) -> str:

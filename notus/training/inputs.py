@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from notus.data.sources import Source, open_rows
@@ -61,7 +62,7 @@ class Inputs:
             ValueError: it is a kind of model that cannot be saved whole, or its tokenizer is not found.
         """
         check_model(causal_lm)
-        tokenizer = tokenizer or _tokenizer_of(causal_lm)
+        tokenizer = tokenizer or tokenizer_of(causal_lm)
         path = self.folder / "model"
         write = functools.partial(_write_model, causal_lm, tokenizer)
         self._given["model"] = _Given(path, _model_digest(causal_lm, tokenizer), write)
@@ -183,12 +184,13 @@ def check_model(causal_lm: object) -> None:
         raise ValueError("model: its weights are not all in memory (offloaded, or meta tensors); pass its folder")
 
 
-def _tokenizer_of(causal_lm: PreTrainedModel) -> PreTrainedTokenizerBase:
-    name = causal_lm.name_or_path
+def tokenizer_of(causal_lm: nn.Module, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the folder or hub id that a model was loaded from. Raises ValueError if there is none."""
+    name = getattr(causal_lm, "name_or_path", None)
     if not name:
         raise ValueError("tokenizer: is required with this model, which does not say where it was loaded from")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub's client raise errors of every kind
         raise ValueError(f"tokenizer: is required, none can be loaded from {name}, where the model is from") from error
 

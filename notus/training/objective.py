@@ -33,7 +33,7 @@ from notus.losses import (
 )
 from notus.model.policy import Policy
 from notus.training.ranking import kendall_tau, pairwise_accuracy, top_1
-from notus.training.warnings import CHOSEN_CHANGE, CHOSEN_FALL, OTHER_MARGINS, SUMMED_MARGINS, Guard
+from notus.training.warnings import CHOSEN_CHANGE, CHOSEN_FALL, GOOD_CHANGE, OTHER_MARGINS, SUMMED_MARGINS, Guard
 
 PROBE_BETA = 0.1
 MOST_DOUBLINGS = 10.0  # of LiPO-λ's gains, before a note: ratings from 1 to 10 are the largest scale in common use
@@ -170,7 +170,7 @@ class Objective(ABC):
     """
 
     _sums: type[Sums] = Sums
-    _margins = OTHER_MARGINS
+    _margins, _change = OTHER_MARGINS, CHOSEN_CHANGE
 
     def __init__(self, config: DPOConfig) -> None:
         self._config = config
@@ -366,7 +366,7 @@ class Objective(ABC):
         if not self.reference:
             return (CHOSEN_FALL,)
         per_token = any(loss.per_token for loss in self._losses)
-        return (CHOSEN_CHANGE,) if per_token else (self._margins, CHOSEN_CHANGE)
+        return (self._change,) if per_token else (self._margins, self._change)
 
 
 class PairObjective(Objective):
@@ -501,6 +501,7 @@ class LabelObjective(Objective):
     """The objective of labels: one completion, good or bad, so K = 1."""
 
     _sums = LabelSums
+    _change = GOOD_CHANGE
 
     def _apply(self, loss: Loss, rows: Scored) -> tuple[Tensor, Tensor]:
         losses, rewards = label_loss(

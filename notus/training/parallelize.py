@@ -174,7 +174,9 @@ def _choose_kernels(
         check_attention(causal_lm, device, dtype)
         fuse_or_check_graph(causal_lm, device, dtype, compile=compile)
     elif compile:
-        raise ValueError(f"training.compile has no effect on the plain path ({path.reason}): remove it")
+        raise ValueError(
+            f"training.compile has no effect on the plain path ({path.reason}): set training.compile=false"
+        )
 
 
 def _give_storage(policy: Policy, device: torch.device, *, cpu_offload: bool) -> None:

@@ -96,7 +96,7 @@ def reference_logps(
     if hit is not None:
         return hit, True
     found = [
-        _part(score, rows, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests)
+        _part(score, rows, np.arange(start, min(start + PART_SIZE, len(rows))), parts, digests, key.precision)
         for start in range(0, len(rows), PART_SIZE)
     ]
     logps = torch.cat(found)
@@ -157,6 +157,7 @@ def _part(
     indices: np.ndarray,
     folder: Path,
     digests: np.ndarray,
+    precision: str,
 ) -> Tensor:
     path = folder / f"{indices[0]:09d}.safetensors"
     expected = torch.from_numpy(digests[indices])
@@ -166,9 +167,10 @@ def _part(
     logps = score(indices)
     bad = indices[~torch.isfinite(logps).all(dim=1).numpy()]
     if len(bad):
+        instead = "" if precision == "fp32" else ", or use training.precision=fp32"
         raise ValueError(
             f"the reference model gives log-probs that are not finite for rows ({rows.places(bad.tolist())}): check "
-            "its weights, or use training.precision=fp32"
+            f"its weights{instead}"
         )
     on_main(lambda: _write(path, {"logps": logps, "digests": expected}, {}))
     return logps

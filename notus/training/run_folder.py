@@ -130,7 +130,8 @@ def _check_begin(folder: Path, config: Config) -> None:
     """Raise ValueError if a run that begins is to be extended."""
     if config.training.extend:
         raise ValueError(
-            f"training.extend: {folder} holds no run that could be extended; remove it, or check the folder"
+            f"training.extend: {folder} holds no run that could be extended; check the folder, or set "
+            "training.extend=false"
         )
 
 

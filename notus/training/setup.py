@@ -392,7 +392,7 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
         if train:
             check_best_metric(config)
         if training.cpu_offload and device.type == "cpu":
-            raise ValueError("training.cpu_offload has no effect without a GPU: remove it")
+            raise ValueError("training.cpu_offload has no effect without a GPU: set training.cpu_offload=false")
         if training.sharding == "hybrid":
             distributed.ranks_per_node()  # raises now what would stop the run after hours of tokenising
         opening = Opening(finished=False, checkpoints=[])
@@ -552,7 +552,10 @@ def _path(config: Config, model_config: PreTrainedConfig, device: torch.device) 
         trust_remote_code=model.trust_remote_code,
     )
     if path.name == "plain" and training.compile:
-        raise ValueError(f"training.compile has no effect on the plain path, which is taken: {path.reason}; remove it")
+        raise ValueError(
+            f"training.compile has no effect on the plain path, which is taken: {path.reason}; set "
+            "training.compile=false"
+        )
     if training.router_aux_loss_coef:  # which is of each example's tokens, and padding would be among them
         return dataclasses.replace(path, padded=False)
     return path

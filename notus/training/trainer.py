@@ -336,10 +336,11 @@ class Trainer:
         mine = [int(row) for indices, losses in accumulated.losses for row in indices[~torch.isfinite(losses.cpu())]]
         rows = sorted(row for part in gather_objects(mine) for row in part)
         which = f"the loss of rows ({self.task.rows.places(rows)})" if rows else "the gradient (every loss is finite)"
-        look = "Look at these rows, lower" if rows else "Lower"
+        advice = "look at these rows, or lower training.learning_rate" if rows else "lower training.learning_rate"
+        if self.config.precision != "fp32":
+            advice += ", or use training.precision=fp32"
         raise NonFiniteError(
-            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. {look} "
-            "training.learning_rate, or use training.precision=fp32"
+            f"step {self.progress.step + 1}: {which} is not finite; the update was not made. {advice.capitalize()}"
         )
 
     def _update(self, step: int, gradients: list[Tensor], agreed: Agreement) -> None:

@@ -73,19 +73,24 @@ OTHER_MARGINS = dataclasses.replace(
 CHANGE_LIMIT = -1.0
 
 
+_UNLIKELY = (
+    f"is below {CHANGE_LIMIT:g} nat per token: the chosen answers have become e times less likely at every token than "
+    "under the reference. Lower training.learning_rate"
+)
 CHOSEN_CHANGE = Guard(
     "logps/chosen_change",
     lambda change: change < CHANGE_LIMIT,
-    f"is below {CHANGE_LIMIT:g} nat per token: the chosen answers have become e times less likely at every token than "
-    "under the reference. Lower training.learning_rate, raise dpo.beta, or set dpo.nll_weight",
+    f"{_UNLIKELY}, raise dpo.beta or dpo.nll_weight",
 )
+# Of labels, for which there is no dpo.nll_weight.
+GOOD_CHANGE = dataclasses.replace(CHOSEN_CHANGE, meaning=f"{_UNLIKELY}, or raise dpo.beta")
 
 # The same where there is no reference to compare with.
 CHOSEN_FALL = Guard(
     "logps/chosen_per_token",
     lambda change: change < CHANGE_LIMIT,
     f"has fallen by over {-CHANGE_LIMIT:g} nat: the chosen answers have become e times less likely at every token than "
-    "when this launch began. Lower training.learning_rate, or set dpo.nll_weight",
+    "when this launch began. Lower training.learning_rate, or raise dpo.nll_weight",
     as_change=True,
 )
 

@@ -138,6 +138,7 @@ def test_no_weights_are_needed(tmp_path, model_folder, capsys):
 
 def test_what_training_would_refuse_is_an_error_that_names_it(tmp_path, model_folder, capsys):
     config = write_config(tmp_path, model_folder, [PAIR])
+    (tmp_path / "notes.html").write_text("mine")
     cases = [
         (["--split", "eval"], "no evaluation rows: set data.eval or data.eval_size"),
         (["--data.train=none.jsonl"], "none.jsonl"),
@@ -147,7 +148,11 @@ def test_what_training_would_refuse_is_an_error_that_names_it(tmp_path, model_fo
         (["--html", str(tmp_path / "a.html"), "--ids"], "--ids has no effect with --html"),
         (["--html", str(tmp_path / "a.html"), "--json"], "choose one"),
         (["--html", str(config)], "would replace the input"),
-        (["--html", str(tmp_path / "rows.jsonl")], "no page of rows"),
+        (
+            ["--html", str(tmp_path / "rows.jsonl")],
+            "rows.jsonl: the result is HTML; choose a name",
+        ),
+        (["--html", str(tmp_path / "notes.html")], "no page of rows"),
         (["--run", str(tmp_path)], str(tmp_path)),
         (["--run", str(model_folder)], "no DPO run"),
         (["--task", "sft", "--run", str(model_folder)], "no margin"),

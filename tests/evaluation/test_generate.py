@@ -262,3 +262,11 @@ def test_a_prompt_is_rendered_with_the_settings_of_the_run(plain_run, prompts, t
 def test_prompts_that_are_not_there_are_known_before_the_model_is_loaded(model_folder, tmp_path, capsys):
     assert main(["generate", str(model_folder), str(tmp_path / "none.txt"), str(tmp_path / "out.jsonl")]) == 1
     assert "none.txt: there is no such file; give one with prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl.gz", "out"])
+def test_the_result_is_json_lines_and_so_is_its_name(model_folder, prompts, tmp_path, capsys, name):
+    assert main(["generate", str(model_folder), str(prompts), str(tmp_path / name)]) == 1
+    message = f"{name}: the result is JSON Lines; choose a name that ends with .jsonl, .ndjson or .json\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert not (tmp_path / name).exists()

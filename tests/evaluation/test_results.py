@@ -94,7 +94,7 @@ def test_devices_are_not_replaced(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")
     with pytest.raises(ValueError, match=f"{path}: no ordinary file"):
-        check_output(Path(path), not_over="input")
+        check_output(Path(path), form="JSON", not_over="input")
 
 
 def test_records_come_back_and_a_torn_line_does_not(tmp_path):

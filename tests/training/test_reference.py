@@ -136,8 +136,10 @@ def test_log_probs_that_are_not_finite_are_refused(tmp_path: Path, device: torch
         return torch.tensor([[0.0, float("nan") if row == 3 else 0.0] for row in indices.tolist()])
 
     rows = _rows()
-    with pytest.raises(ValueError, match=r"not finite for rows \(row 4\): check"):
-        reference_logps(score, rows, key=_key(rows), digests=rows.digests(), folder=tmp_path)
+    for precision, advice in (("fp32", "check its weights$"), ("bf16", "or use training.precision=fp32$")):
+        key = dataclasses.replace(_key(rows), precision=precision)
+        with pytest.raises(ValueError, match=rf"not finite for rows \(row 4\).*{advice}"):
+            reference_logps(score, rows, key=key, digests=rows.digests(), folder=tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -80,6 +80,8 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path, model_fo
     assert re.match(rf"step 3: the loss of rows \({place}\) is not finite; the update was not made", loss)
     assert gradient.startswith("step 3: the gradient (every loss is finite) is not finite; the update was not made")
     assert reference.startswith("the reference model gives log-probs that are not finite for rows (")
+    assert gradient.endswith(" Lower training.learning_rate")  # the run is in fp32 already
+    assert "precision" not in loss + reference
     for kind, steps in {"loss": 2, "gradient": 2, "reference": 0}.items():
         saved = [path.name for path in sorted((tmp_path / kind / "checkpoints").glob("step-*"))]
         assert saved == [f"step-{step:08d}" for step in range(1, steps + 1)]

@@ -7,8 +7,10 @@ from runs import config, read_metrics, write_messages
 from toys import toy_model_folder, toy_tokenizer
 from transformers import AutoTokenizer
 
+from notus.config import DPOConfig
 from notus.data.tokenize import DropReport
 from notus.training import dpo, sft
+from notus.training.objective import objective_of
 from notus.training.warnings import CHOSEN_CHANGE, CHOSEN_FALL, SUMMED_MARGINS, Guards, plain_text_notice
 
 
@@ -31,6 +33,11 @@ def test_a_guard_of_a_change_compares_with_the_first_line() -> None:
     (found,) = guards.check({"logps/chosen_per_token": -5.1})
     assert found.startswith("warning: logps/chosen_per_token = -5.1 has fallen by over 1 nat: ")
     assert guards.check({"logps/chosen_per_token": -9.0}) == []
+
+
+def test_labels_are_not_told_of_a_key_that_they_lack() -> None:
+    found = {loss: objective_of(DPOConfig(loss_type=loss)).guards[-1].meaning for loss in ("bco", "sigmoid")}
+    assert {loss: "dpo.nll_weight" in meaning for loss, meaning in found.items()} == {"bco": False, "sigmoid": True}
 
 
 def _warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -232,7 +232,8 @@ def _score_row(policy: Policy, row: Row, texts: Sequence[Text]) -> dict[int, Sco
     sums = torch.segment_reduce(logps.cpu(), "sum", lengths=lengths)
     all_greedy = torch.segment_reduce(greedy.float().cpu(), "min", lengths=lengths)
     if not torch.isfinite(sums).all():
-        raise ValueError("log-likelihoods are not finite; check the weights, or use --precision fp32")
+        instead = "" if policy.causal_lm.dtype == torch.float32 else ", or use --precision fp32"
+        raise ValueError(f"log-likelihoods are not finite; check the weights{instead}")
     columns = zip(batch.indices.tolist(), sums.tolist(), all_greedy.tolist(), strict=True)
     return {text: (logp, bool(hit)) for text, logp, hit in columns}
 

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
     with distributed.process_group() as device:
         if args.output:
-            distributed.on_main(lambda: check_output(Path(args.output), not_over=args.pairs or args.model))
+            distributed.on_main(lambda: check_output(Path(args.output), form="JSON", not_over=args.pairs or args.model))
         model = find_together(args.model, trust_remote_code=args.trust_remote_code)
         base = find_base(model, args.base, trust_remote_code=args.trust_remote_code)
         _check_options(args, base)

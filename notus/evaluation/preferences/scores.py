@@ -189,6 +189,7 @@ def score_adapter(
 
 def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDataset | None) -> Scores:
     rows, device = scoring.pairs, scoring.device
+    instead = "" if scoring.precision == "fp32" else ", or use --precision fp32"
     room = scoring.tokens_per_row or DEFAULT_TOKENS_PER_ROW
     logps = score_all(
         policy,
@@ -200,14 +201,13 @@ def _score(policy: Policy, name: str, scoring: Scoring, samples: TokenizedDatase
     bad = torch.nonzero(~torch.isfinite(logps).all(dim=1)).flatten().tolist()
     if bad:
         raise ValueError(
-            f"{name}: log-probs are not finite for kept rows {bad[:10]} ({len(bad)} in all); check "
-            "the weights, or use --precision fp32"
+            f"{name}: log-probs are not finite for kept rows {bad[:10]} ({len(bad)} in all); check the weights{instead}"
         )
     if samples is None:
         return Scores(logps, None)
     tokens = score_tokens(policy, samples, tokens_per_row=max(room, int(samples.lengths.max())), device=device)
     if not torch.isfinite(tokens).all():
-        raise ValueError(f"{name}: log-probs of samples are not finite; check the weights, or use --precision fp32")
+        raise ValueError(f"{name}: log-probs of samples are not finite; check the weights{instead}")
     return Scores(logps, tokens)
 
 

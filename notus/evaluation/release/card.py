@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
         return 0
     output = Path(args.output) if args.output else folder / CARD
-    check_output(output, not_over=str(folder))
+    check_output(output, form="Markdown", not_over=str(folder))
     if output.exists() and not is_untouched(output):
         raise ValueError(
             f"{output}: this file was edited after `notus card` wrote it, or is not a model card; remove it, or choose "

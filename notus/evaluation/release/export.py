@@ -51,6 +51,7 @@ class Mark:
     step: int | None  # of the checkpoint; None for a finished run's model
     options: dict[str, Any]  # everything that decides the files besides the card
     card: str = ""  # the digest of the card as it was written
+    began: str = ""  # when the run first began; "": not known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,16 +232,19 @@ def _mark(args: argparse.Namespace, release: Release) -> Mark:
         "max_shard_size": None if adapter else args.max_shard_size or DEFAULT_SHARD,
         "base_model": args.base_model if adapter else None,  # else it is in the card alone
     }
-    return Mark(run_digest(release.run), release.step, options)
+    return Mark(run_digest(release.run), release.step, options, began=_began(release.run))
 
 
 def run_digest(run: "Run") -> str:
     """Identify a run by its config and by when it first began: training again in its folder makes another model."""
     from notus.training.run_folder import CONFIG_FILE
 
+    return hashlib.sha256((run.folder / CONFIG_FILE).read_bytes() + _began(run).encode()).hexdigest()
+
+
+def _began(run: "Run") -> str:
     launches = run.environment.get("launches") or [{}]
-    began = str(launches[0].get("started", ""))
-    return hashlib.sha256((run.folder / CONFIG_FILE).read_bytes() + began.encode()).hexdigest()
+    return str(launches[0].get("started", ""))
 
 
 def read_mark(folder: Path) -> Mark | None:
@@ -257,14 +261,27 @@ def read_mark(folder: Path) -> Mark | None:
 def _check_done(args: argparse.Namespace, release: Release, done: Mark) -> None:
     """Raise ValueError if OUT holds another export, or its card was edited and cannot take what `args` say of it."""
     out = Path(args.out)
-    theirs, ours = ({"run": m.run, "step": m.step, **m.options} for m in (done, _mark(args, release)))
+    mine = _mark(args, release)
+    theirs, ours = ({"run": m.run, "step": m.step, **m.options} for m in (done, mine))
     name = next((name for name in ours if ours[name] != theirs.get(name)), None)
+    if name in ("run", "step"):
+        raise ValueError(f"{out}: holds an export of {_other(done, mine)}; name a new folder, or remove this one first")
     if name is not None:
-        what = "another run" if name == "run" else f"{name} {theirs.get(name)}, not {ours[name]}"
+        what = f"{name} {theirs.get(name)}, not {ours[name]}"
         raise ValueError(f"{out}: holds an export of {what}; name a new folder, or give the options that made it")
     asked = args.license or args.language or (args.base_model and release.variant != "adapter")
     if asked and _card_was_edited(out, done):
         raise ValueError(f"{out / CARD}: was edited, so say there what --license, --language and --base-model would")
+
+
+def _other(done: Mark, mine: Mark) -> str:
+    """Say which run an export is of that no options could make from this one."""
+    if done.run == mine.run:
+        was, now = ("at its end" if mark.step is None else f"at step {mark.step}" for mark in (done, mine))
+        return f"this run {was}, not {now}"
+    if done.began and done.began == mine.began:
+        return "this run before its config changed, as training.extend does"
+    return "another run"
 
 
 def _renew_card(out: Path, release: Release, done: Mark) -> None:

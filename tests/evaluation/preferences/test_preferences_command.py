@@ -245,6 +245,7 @@ def test_rejects(tmp_path, capsys, model_folder, pairs_file, full_run):
     assert "no such folder" in error_of(capsys, tmp_path / "none", *pairs)
     assert "no config.json" in error_of(capsys, tmp_path, *pairs)
     assert "would replace the input" in error_of(capsys, model_folder, *pairs, "--output", pairs_file)
+    assert "the result is JSON; " in error_of(capsys, model_folder, *pairs, "--output", tmp_path / "out.csv")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model", "checkpoints"))
     assert str(unfinished) in error_of(capsys, unfinished, *pairs)
@@ -267,7 +268,8 @@ def test_rejects_log_probs_that_are_not_finite(tmp_path, capsys, pairs_file):
         model.lm_head.weight.fill_(torch.nan)
     model.save_pretrained(broken)
     toy_tokenizer().save_pretrained(broken)
-    assert "not finite" in error_of(capsys, broken, "--pairs", pairs_file, *FP32)
+    assert error_of(capsys, broken, "--pairs", pairs_file, *FP32).rstrip().endswith("check the weights")
+    assert "--precision fp32" in error_of(capsys, broken, "--pairs", pairs_file, "--precision", "bf16")
 
 
 def test_empty_system_turn_is_the_runs_or_the_users(tmp_path, model_folder):

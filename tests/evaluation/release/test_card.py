@@ -308,6 +308,7 @@ def test_names_that_hold_anything_stay_names(tmp_path):
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     loaded = [node.args[0].value for node in ast.walk(ast.parse(code)) if is_load(node)]
     assert loaded == ["model", "model"]
+    assert main(["card", str(run), "--output", str(tmp_path / "card.html")]) == 1
     elsewhere = tmp_path / "card.md"
     assert main(["card", str(run), "--output", str(elsewhere)]) == 0
     code = re.search(r"```python\n(.*?)```", elsewhere.read_text(), re.DOTALL)[1]

@@ -150,6 +150,21 @@ def test_a_run_that_was_trained_anew_is_not_the_one_that_was_exported(full_run, 
     assert len(hub.commits) == 1
 
 
+def test_an_export_of_the_run_as_it_was_says_what_to_do(full_run, tmp_path, capsys):
+    run, out = shutil.copytree(full_run, tmp_path / "run"), tmp_path / "out"
+    (run / "environment.json").write_text(json.dumps({"launches": [{"started": "2026-11-22T18:45:19+00:00"}]}))
+    (run / "model").rename(tmp_path / "model")  # as before the last step
+    assert export(run, out) == 0
+    (tmp_path / "model").rename(run / "model")
+    remedy = "; name a new folder, or remove this one first\n"
+    assert refused(capsys, run, out).endswith(f"of this run at step 2, not at its end{remedy}")
+    shutil.rmtree(out)
+    assert export(run, out) == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 1\n", "epochs: 2\n"))
+    assert refused(capsys, run, out).endswith(f"of this run before its config changed, as training.extend does{remedy}")
+
+
 def test_a_path_as_the_config_writes_it_is_found(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")

@@ -341,6 +341,8 @@ def test_the_command_writes_and_replaces_its_own_report_alone(make_run, tmp_path
     assert main(["report", "two", "--output", "two/notes.html"]) == 1
     assert (second / "notes.html").read_text() == "mine"
     assert "that is no report" in capsys.readouterr().err
+    assert main(["report", "two", "--output", "two/figures.json"]) == 1
+    assert "two/figures.json: the result is HTML; " in capsys.readouterr().err
     assert main(["report", "two", "--output", str(tmp_path)]) == 1
     assert main(["report", "two", "--output", str(second / "notes.html" / "x.html")]) == 1
     assert "choose another place with --output" in capsys.readouterr().err
