@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
     with distributed.process_group() as device:
         if args.output:
-            distributed.on_main(lambda: check_output(Path(args.output), form="JSON", not_over=args.pairs or args.model))
+            distributed.on_main(lambda: _check_output(Path(args.output), args))
         model = find_together(args.model, trust_remote_code=args.trust_remote_code)
         base = find_base(model, args.base, trust_remote_code=args.trust_remote_code)
         _check_options(args, base)
@@ -136,6 +136,17 @@ def run(args: argparse.Namespace) -> int:
         distributed.say(table(result))
         distributed.on_main(lambda: _write(args, model, result))
     return 0
+
+
+def _check_output(path: Path, args: argparse.Namespace) -> None:
+    """Raise ValueError, before the work, if the figures would replace anything but earlier ones or an empty file."""
+    check_output(path, form="JSON", not_over=args.pairs or args.model)
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:  # which may be a large one of rows
+        begin = file.read(1000)
+    if not begin.startswith(b"{") or b'"model":' not in begin or b'"base":' not in begin:
+        raise ValueError(f"{path}: there is a file of that name that `notus evaluate` did not write; choose another")
 
 
 def _check_options(args: argparse.Namespace, base: "ModelSource | None") -> None:

@@ -246,6 +246,11 @@ def test_rejects(tmp_path, capsys, model_folder, pairs_file, full_run):
     assert "no config.json" in error_of(capsys, tmp_path, *pairs)
     assert "would replace the input" in error_of(capsys, model_folder, *pairs, "--output", pairs_file)
     assert "the result is JSON; " in error_of(capsys, model_folder, *pairs, "--output", tmp_path / "out.csv")
+    mine = tmp_path / "mine.json"
+    for content in ("[]", '{"model": "a"}', "\x00"):
+        mine.write_text(content)
+        assert "`notus evaluate` did not write" in error_of(capsys, model_folder, *pairs, "--output", mine)
+        assert mine.read_text() == content
     unfinished = tmp_path / "unfinished"
     shutil.copytree(full_run, unfinished, ignore=shutil.ignore_patterns("model", "checkpoints"))
     assert str(unfinished) in error_of(capsys, unfinished, *pairs)
