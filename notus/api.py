@@ -167,7 +167,7 @@ def train(
     run = dpo.run if task == "dpo" else sft.run
     with _process_unchanged(), inputs.naming_rows():
         switches.disabled_names()  # a mistyped name fails before any work
-        run(resolved, Caller(tuple(callbacks), inputs.write, owns_process=False))
+        run(resolved, Caller(tuple(callbacks), inputs, owns_process=False))
     return load_result(resolved.training.output_dir)
 
 

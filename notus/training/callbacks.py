@@ -3,9 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from notus.runtime.preemption import Stop
 from notus.training.tracking import Logger
+
+if TYPE_CHECKING:  # it imports more than a run from files needs
+    from notus.training.inputs import Inputs
 
 
 class Callback:
@@ -74,14 +78,13 @@ class Caller:
 
     Attributes:
         callbacks: receive what the run logs, evaluates and saves.
-        write_inputs: writes data and model that are in memory into the run's folder, which this launch holds; rank 0
-            calls it before it reads them.
+        inputs: rows and a model that are in memory; rank 0 writes them to the run's folder before it reads them.
         owns_process: the run is all that the process does, so a signal may end the process. Else signals outside the
             training steps go to the handlers that were there before.
     """
 
     callbacks: Sequence[Callback] = ()
-    write_inputs: Callable[[], None] | None = None
+    inputs: "Inputs | None" = None
     owns_process: bool = True
 
 

@@ -68,6 +68,11 @@ class Inputs:
         self._given["model"] = _Given(path, _model_digest(causal_lm, tokenizer), write)
         return path
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files and folders that `write` fills."""
+        return [given.path for given in self._given.values()]
+
     @contextlib.contextmanager
     def naming_rows(self) -> Iterator[None]:
         """Have errors within the block name rows as the caller knows them, as "train, row 21", not the written files.

@@ -6,7 +6,7 @@ run's own `config.yaml` was checked when that was written.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +34,35 @@ _MOST_BYTES = 2**28  # of a file of a run's that is one JSON object; no run writ
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")
 
 
-def check_folder(config: Config, *, writes_inputs: bool) -> None:
+def check_folder(config: Config, *, written: Collection[Path] = ()) -> None:
     """Make sure that the run of `config` replaces and moves nothing but a run's files. For rank 0; writes nothing.
 
     Args:
         config: the run's.
-        writes_inputs: rows or a model in memory will be written to the run's `inputs`.
+        written: where in the run's `inputs` rows or a model of a program's memory will be written.
 
     Raises:
         ValueError: naming the file or folder that is in the way, or the key of an input that lies there.
     """
-    folder = Path(config.training.output_dir)
-    _check_inputs(config, folder)
-    if resume_of(config) == "never":
-        _check_found(config, folder / INPUTS if writes_inputs else None)
+    folder, anew = Path(config.training.output_dir), resume_of(config) == "never"
+    saved = any((folder / CHECKPOINTS).glob("*step-*"))
+    trained = saved or _has_trained(folder / METRICS_FILE)
+    if anew or not trained:  # what a run has trained with lies well where it is
+        _check_inputs(config, folder)
+    if anew:
+        _check_found(config, written)
     if not folder.is_dir():
         return  # whoever makes it says what is wrong
-    begun = any((folder / CHECKPOINTS).glob("*step-*"))
-    known = begun or is_own_config(folder / CONFIG_FILE)
+    known = trained or is_own_config(folder / CONFIG_FILE)
     if not known:
-        _check_new(config, folder, writes_inputs=writes_inputs)
-    if not begun and not (known and is_finished(folder)):
+        _check_new(config, folder)
+    if not saved and not (known and is_finished(folder)):
         _check_files(folder)
+    if written and not (folder / INPUTS / INPUTS_DIGESTS).is_file():
+        _check_empty(folder / INPUTS, folder)
 
 
-def _check_new(config: Config, folder: Path, *, writes_inputs: bool) -> None:
+def _check_new(config: Config, folder: Path) -> None:
     """Raise ValueError for what keeps a first run out of a folder."""
     path = folder / CONFIG_FILE
     if not _is_free(path):
@@ -72,14 +76,15 @@ def _check_new(config: Config, folder: Path, *, writes_inputs: bool) -> None:
             "another training.output_dir"
         )
     check_room_for_model(folder / MODEL)
-    taken = [CHECKPOINTS]
+    _check_empty(folder / CHECKPOINTS, folder)
     if config.tracking.tensorboard:
-        taken.append(TENSORBOARD)
-    if writes_inputs and not (folder / INPUTS / INPUTS_DIGESTS).is_file():
-        taken.append(INPUTS)
-    for name in taken:
-        if any(not each.name.startswith(".") for each in _entries(folder / name)):
-            raise ValueError(_in_the_way(folder / name, folder))
+        _check_empty(folder / TENSORBOARD, folder)
+
+
+def _check_empty(path: Path, folder: Path) -> None:
+    """Raise ValueError if there is anything in `path`, which is to be a folder of the run, but for hidden files."""
+    if any(not each.name.startswith(".") for each in _entries(path)):
+        raise ValueError(_in_the_way(path, folder))
 
 
 def _entries(path: Path) -> list[Path]:
@@ -121,21 +126,33 @@ def _check_inputs(config: Config, folder: Path) -> None:
                 )
 
 
-def _check_found(config: Config, written: Path | None) -> None:
+def _check_found(config: Config, written: Collection[Path]) -> None:
     """Raise ValueError for a path that leads nowhere, before an earlier run is moved for the sake of this one.
 
-    What may be an id of the hub is left to the hub, and what will lie in `written` to who writes it.
+    So does the path of an earlier run's input once its `inputs` are moved to make room for what is to be `written`.
+    What may be an id of the hub is left to the hub.
     """
+    moved = bool(written) and (Path(config.training.output_dir) / INPUTS / INPUTS_DIGESTS).is_file()
     for key, name in named_inputs(config):
+        if name in written:
+            continue
         is_path = key in ("data.exclude", "data.chat_template") or not is_hub_id(str(name))
-        will_be = written is not None and _is_within(name, written)
-        if is_path and not will_be and not name.exists():
+        if is_path and not name.exists():
             raise ValueError(f"{key}={name}: there is no such file or folder; check the path")
+        if moved and _is_own_input(config, name):
+            raise ValueError(
+                f"{key}={name} belongs to the earlier run, whose inputs training.resume=never moves: pass it as well, "
+                "or choose another training.output_dir"
+            )
 
 
-def reads_own_inputs(config: Config, folder: Path) -> bool:
+def reads_own_inputs(config: Config) -> bool:
     """Whether the config names rows or a model in the `inputs` of the run's folder."""
-    return any(_is_within(name, folder / INPUTS) for _, name in named_inputs(config))
+    return any(_is_own_input(config, name) for _, name in named_inputs(config))
+
+
+def _is_own_input(config: Config, name: Path) -> bool:
+    return _is_within(name, Path(config.training.output_dir) / INPUTS)
 
 
 def named_inputs(config: Config) -> Iterator[tuple[str, Path]]:
@@ -231,10 +248,11 @@ def _is_initial(path: Path) -> bool:
     )
 
 
+_has_trained = _lines_with("step", "learning_rate", "num_tokens")
 _OWN: dict[str, Callable[[Path], bool]] = {
     DATA_FILE: _object_with("train", "eval"),
     ENVIRONMENT_FILE: _object_with("launches", "versions"),
     INITIAL_FILE: _is_initial,
-    METRICS_FILE: _lines_with("step", "learning_rate", "num_tokens"),
+    METRICS_FILE: _has_trained,
     SAMPLES_FILE: _lines_with("step", "prompt", "completion"),
 }

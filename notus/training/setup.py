@@ -402,12 +402,12 @@ def start(config: Config, caller: Caller = COMMAND_LINE, *, train: bool = True) 
         if train:
 
             def claim() -> Opening:
-                writes_inputs, folder = caller.write_inputs is not None, Path(training.output_dir)
-                check_folder(config, writes_inputs=writes_inputs)
+                written = [] if caller.inputs is None else caller.inputs.paths
+                check_folder(config, written=written)
                 stack.enter_context(hold_folder(config))
-                opening = open_folder(config, keep_inputs=not writes_inputs and reads_own_inputs(config, folder))
-                if caller.write_inputs is not None:
-                    caller.write_inputs()
+                opening = open_folder(config, keep_inputs=not written and reads_own_inputs(config))
+                if caller.inputs is not None:
+                    caller.inputs.write()
                 return opening
 
             opening = distributed.on_main(claim)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,21 @@ def _config(folder: Path, **overrides: Any) -> Config:
     return config("dpo", folder, folder.parent / "model", folder.parent / "pairs.jsonl", **overrides)
 
 
+def _rows(folder: Path) -> Path:
+    """Where the training rows of a program go."""
+    return folder / "inputs" / "train.jsonl"
+
+
 def _content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _refused(settings: Config, match: str, *, writes_inputs: bool = False) -> None:
+def _refused(settings: Config, match: str, *, written: Collection[Path] = ()) -> None:
     """The run is refused, and nothing has changed."""
     folder = Path(settings.training.output_dir)
     before = _content(folder)
     with pytest.raises(ValueError, match=match) as caught:
-        check_folder(settings, writes_inputs=writes_inputs)
+        check_folder(settings, written=written)
     assert "\n" not in str(caught.value)
     assert _content(folder) == before
 
@@ -59,9 +65,9 @@ def test_files_of_others_are_named_and_left(name: str, content: str, tmp_path: P
     path.write_text(content)
     run = _config(tmp_path / "run", tracking__tensorboard=True)
     if content:
-        _refused(run, str(path.parent if "/" in name else path.name), writes_inputs=True)
+        _refused(run, str(path.parent if "/" in name else path.name), written=[_rows(tmp_path / "run")])
     else:
-        check_folder(run, writes_inputs=True)  # nothing is lost
+        check_folder(run, written=[_rows(tmp_path / "run")])  # nothing is lost
 
 
 def test_what_is_no_name_of_a_run_may_stand_in_its_folder(tmp_path: Path) -> None:
@@ -74,7 +80,7 @@ def test_what_is_no_name_of_a_run_may_stand_in_its_folder(tmp_path: Path) -> Non
     ):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("mine")
-    check_folder(_config(tmp_path / "run"), writes_inputs=False)
+    check_folder(_config(tmp_path / "run"))
 
 
 def test_a_link_to_a_file_of_others_is_left(tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ def test_the_config_that_a_run_wrote_is_its_own(tmp_path: Path) -> None:
         settings_ = config(task, run, tmp_path / "model", tmp_path / "pairs # 1.jsonl")
         open_folder(settings_)
         assert is_own_config(run / "config.yaml")
-        check_folder(settings_, writes_inputs=False)
+        check_folder(settings_)
     text = (run / "config.yaml").read_text()
     for changed in (f"# tried\n{text}", text.replace("  seed:", "  # lucky\n  seed:"), "training: {}\n", "- a", ""):
         (run / "config.yaml").write_text(changed)
@@ -123,9 +129,29 @@ def test_a_run_whose_config_was_edited_or_removed_is_resumed(tmp_path: Path) -> 
     (run / "checkpoints" / "step-00000002").mkdir(parents=True)
     (run / "environment.json").write_text("damaged")
     (run / "config.yaml").write_text("# noted\n" + (run / "config.yaml").read_text())
-    check_folder(_config(run), writes_inputs=False)
+    check_folder(_config(run))
     (run / "config.yaml").unlink()
-    check_folder(_config(run), writes_inputs=False)
+    check_folder(_config(run))
+
+
+def test_a_run_is_known_by_its_metrics(tmp_path: Path) -> None:
+    """Its checkpoints may be removed to save room, and its config may be annotated."""
+    run = tmp_path / "run"
+    open_folder(_config(run))
+    (run / "config.yaml").write_text("# noted\n" + (run / "config.yaml").read_text())
+    (run / "metrics.jsonl").write_text("")
+    _refused(_config(run), r"config\.yaml was not written by a run")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7, "learning_rate": 0.1, "num_tokens": 9}\n')
+    check_folder(_config(run))
+
+
+def test_a_run_that_began_in_the_folder_of_its_model_is_resumed(tmp_path: Path) -> None:
+    """As earlier versions let it."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    check_folder(_config(run, model__name_or_path=str(run)))
+    _refused(_config(run, model__name_or_path=str(run), training__resume="never"), r"is also training\.output_dir")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +172,7 @@ def test_a_launch_that_was_killed_among_its_first_files_goes_on(killed_in: str, 
         if name == killed_in:
             break
     (run / ".0123.partial").write_text("half")
-    check_folder(_config(run), writes_inputs=True)
+    check_folder(_config(run), written=[_rows(tmp_path / "run")])
 
 
 def test_never_moves_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
@@ -212,6 +238,35 @@ def test_a_run_with_rows_of_a_program_starts_over_from_them(tmp_path: Path, mode
     assert (tmp_path / "run" / "model").is_dir()
 
 
+@pytest.mark.parametrize("passed", ["nothing", "eval"])
+def test_a_program_starts_a_run_over_from_rows_of_an_earlier_one(
+    passed: str, tmp_path: Path, model_folder: Path
+) -> None:
+    tree = settings(tmp_path / "run", model_folder, tmp_path / "none", training__max_steps=1)
+    del tree["data"]["train"]
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "pairs.jsonl", 4).read_text().splitlines()]
+    notus.train(tree, train=rows)
+    given, overrides = tmp_path / "run" / "config.yaml", {"training.resume": "never"}
+    if passed == "nothing":
+        assert notus.train(given, overrides=overrides).finished
+        return
+    before = _content(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"data\.train=\S+ belongs to the earlier run, .*: pass it as well"):
+        notus.train(given, eval=rows, overrides=overrides)
+    assert _content(tmp_path / "run") == before
+
+
+def test_rows_of_the_user_in_inputs_are_read_and_not_replaced(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _rows(run).parent.mkdir(parents=True)
+    write_pairs(_rows(run), 4)
+    settings_ = _config(run, data__train=str(_rows(run)))
+    for _ in range(2):  # also once the run is known
+        check_folder(settings_)
+        _refused(settings_, r"inputs was not written by a run", written=[_rows(run)])
+        open_folder(settings_)
+
+
 def test_a_copied_config_does_not_vouch_for_other_files(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -230,9 +285,9 @@ def test_never_moves_no_run_for_one_whose_inputs_are_not_there(key: str, tmp_pat
     missing = f"{tmp_path}/missing{'.jinja' if 'template' in key else ''}"
     message = rf"{key.replace('__', '.')}=\S+missing\S*: there is no such file"
     _refused(_config(run, training__resume="never", **{key: missing}), message)
-    check_folder(_config(run, training__resume="never", data__eval="some/dataset"), writes_inputs=False)
-    rows = str(run / "inputs" / "train.jsonl")  # that a program will write
-    check_folder(_config(run, training__resume="never", data__train=rows), writes_inputs=True)
+    check_folder(_config(run, training__resume="never", data__eval="some/dataset"))
+    rows = _rows(run)  # that a program will write
+    check_folder(_config(run, training__resume="never", data__train=str(rows)), written=[rows])
 
 
 def test_the_config_of_a_run_that_started_over_resumes_it(tmp_path: Path) -> None:
