@@ -487,11 +487,16 @@ class Child:
 
 
 def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, stop_on_error: bool) -> Outcome:
-    """Train what is not finished, one run after another. Raises ValueError as `holds_finished`, before the first."""
+    """Train what is not finished, one run after another.
+
+    Raises ValueError, before the first, if a folder holds another run, or a finished one of other data.
+    """
+    from notus.training.data_files import check_unchanged
     from notus.training.run_folder import holds_finished
 
     for planned in runs:
-        holds_finished(planned.config)  # raises if the folder holds another run
+        if holds_finished(planned.config):
+            check_unchanged(planned.config, Path(planned.config.training.output_dir))
     outcome, child = Outcome({}), Child()
     with _hold(folder), child.listening():
         for number, planned in enumerate(runs, start=1):

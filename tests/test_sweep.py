@@ -23,6 +23,7 @@ from notus import sweep
 from notus.config import load_config, save_config
 from notus.runtime.process import STOPPED
 from notus.training import dpo
+from notus.training.data_files import FILES, stamps
 from notus.training.scoring import score
 
 BASE = {
@@ -297,6 +298,28 @@ def test_the_table_compares_the_runs(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "--sort accuracy: no run has this metric" in shown.err
     assert [line.split()[0] for line in shown.out.splitlines()[-3:]] == ["beta", "0.2", "0.1"]
+
+
+def test_data_that_change_before_a_sweep_end_it_and_during_it_do_not(monkeypatch, capsys, tmp_path):
+    pairs, config = write_pairs(tmp_path / "train.jsonl", 2), write_config()
+
+    class Changing(FakeRunner):
+        def __call__(self, child: sweep.Child, command: list[str]) -> int:
+            super().__call__(child, command)
+            run = load_config(command[4:], "dpo")
+            noted = {"train": {}, "eval": None, FILES: stamps(run, {})}
+            (Path(run.training.output_dir) / "data.json").write_text(json.dumps(noted))
+            write_pairs(pairs, 3)
+            return 0
+
+    runner = Changing(monkeypatch)
+    words = ["sweep", config, f"--data.train={pairs}", "--dpo.beta=0.1,0.2"]
+    assert entry.main(words) == 0
+    assert runner.names == ["beta-0.1", "beta-0.2"]
+    assert "finished" in capsys.readouterr().out  # the table
+    assert entry.main(words) == 1
+    assert "other contents of data.train" in capsys.readouterr().err
+    assert len(runner.names) == 2
 
 
 def test_a_failure_stops_the_sweep_only_if_told_so(monkeypatch, capsys):

@@ -624,16 +624,36 @@ def _open_folder(path: Path, split: str, columns: Columns | None, cache: Path) -
     return _open_dataset(str(path), found, columns)
 
 
+def files_of(path: Path, split: str) -> list[Path]:
+    """Return the files that `open_source` reads of a file or folder here; none of a folder that it cannot open."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return []
+    try:
+        if _is_saved(path):
+            found = [Path(file["filename"]) for file in _load_saved(path, split).cache_files]
+        else:
+            found = [Path(file) for file in (_described(str(path)).config.data_files or {}).get(split, ())]
+    except Exception:  # as in `_load_folder`, which says why
+        return []
+    return sorted(file for file in found if file.is_file())
+
+
 def _load_folder(path: Path, split: str) -> "list[Path] | datasets.Dataset":
     import datasets
 
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if _is_saved(path):
             return _load_saved(path, split)
         builder = _described(str(path))
         return _plain_files(builder, split) or datasets.load_dataset(str(path), split=split, **_options(builder))
     except Exception as error:  # what a folder says of itself may fail in many ways
         raise ValueError(f"{path}: cannot be read as a dataset, split {split!r} ({_reason(error)})") from error
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _load_hub(name: str, split: str) -> "datasets.Dataset":

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from notus.config import Config
-from notus.data.sources import data_suffix, parts
+from notus.data.sources import files_of, parts
 from notus.runtime.files import check_regular
+from notus.runtime.process import tell
 from notus.training.run_data import DATA_FILE
 
 FILES = "files"  # the key in `data.json`
+_LARGE = 10**10  # bytes of a file that it takes a while to read
 Stamp: TypeAlias = dict[str, Any]  # of a file: bytes, modified, changed, sha256
 Stamps: TypeAlias = dict[str, dict[str, Stamp]]  # by config key, then by the file's name
 
@@ -44,35 +46,25 @@ def check_unchanged(config: Config, folder: Path) -> None:
 
     A file that is gone says nothing, and neither does an older run, which noted none.
     """
-    for key, files in read_stamps(folder).items():
-        now = {str(path): path for each, path in _files(config) if each == key}
-        for name, before in files.items():
-            if name in now and _stamp(now[name], before)["sha256"] != before.get("sha256"):
-                raise ValueError(
-                    f"{folder} holds a finished run, which read other contents of {key}: {name} has changed since, and "
-                    "the model has not learned from it. Set training.resume=never to train anew, choose another "
-                    "training.output_dir, or restore the file"
-                )
+    noted = read_stamps(folder)
+    for key, path in _files(config) if noted else ():
+        before = noted.get(key, {}).get(str(path))
+        if before is not None and _stamp(path, before)["sha256"] != before.get("sha256"):
+            raise ValueError(
+                f"{folder} holds a finished run, which read other contents of {key}: {path} has changed since. Set "
+                "training.resume=never to train anew, choose another training.output_dir, or restore the file"
+            )
 
 
 def _files(config: Config) -> Iterator[tuple[str, Path]]:
-    """Yield the key and path of each file that the run reads its rows by; of folders those with data."""
+    """Yield the key and path of each file that the run reads its rows by."""
     data = config.data
     for key, source in (("data.train", data.train), ("data.eval", data.eval)):
         for part in parts(source) if source else ():
-            yield from ((key, path) for path in _data_files(Path(part.path)))
+            yield from ((key, path) for path in files_of(Path(part.path), part.split))
     for key, name in (("data.exclude", data.exclude), ("data.chat_template", data.chat_template)):
         if name is not None and Path(name).is_file():
             yield key, Path(name)
-
-
-def _data_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        return []
-    found = (each for each in path.rglob("*") if data_suffix(each) or each.suffix == ".arrow")
-    return sorted(each for each in found if each.is_file() and not each.name.startswith(("cache-", ".")))
 
 
 def _stamp(path: Path, known: Mapping[str, Any]) -> Stamp:
@@ -81,5 +73,7 @@ def _stamp(path: Path, known: Mapping[str, Any]) -> Stamp:
     facts = {"bytes": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
     if "sha256" in known and all(known.get(name) == value for name, value in facts.items()):
         return dict(known)
+    if status.st_size >= _LARGE:
+        tell(f"reading {path} ({status.st_size / 1e9:.0f} GB), to see whether it changes")
     with path.open("rb") as file:
         return {**facts, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -163,17 +163,14 @@ def holds_finished(config: Config) -> bool:
     """Whether the folder holds this run with its final model. Changes nothing.
 
     Raises:
-        ValueError: the folder holds a run with another config, or a finished one of other data.
+        ValueError: the folder holds a run with another config.
     """
     folder = Path(config.training.output_dir)
     if not (folder / CONFIG_FILE).exists() or not has_begun(folder):
         return False
     dated = dataclasses.replace(config.data, template_date=template_date(config))
     extended = _check_same_run(folder / CONFIG_FILE, dataclasses.replace(config, data=dated))
-    finished = is_finished(folder) and not extended
-    if finished:
-        check_unchanged(config, folder)
-    return finished
+    return is_finished(folder) and not extended
 
 
 def resume_of(config: Config) -> str:

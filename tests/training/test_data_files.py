@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from runs import config, write_pairs
 
@@ -35,9 +37,8 @@ def test_a_finished_run_with_changed_data_is_an_error(tmp_path: Path, model_fold
     assert holds_finished(run)
     before = pairs.read_text()
     pairs.write_text(before.replace("a", "e"))
-    for call in (dpo.run, holds_finished):
-        with pytest.raises(ValueError, match=r"other contents of data\.train: .*resume=never"):
-            call(run)
+    with pytest.raises(ValueError, match=r"other contents of data\.train: .*resume=never"):
+        dpo.run(run)
     pairs.write_text(before)
     assert dpo.run(run) == 0
     pairs.unlink()
@@ -59,24 +60,35 @@ def test_every_file_that_decides_the_rows_is_compared(key: str, tmp_path: Path) 
         check_unchanged(run, folder)
 
 
-def test_files_of_a_folder_and_of_a_mixture_are_compared(tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    for name in ("parts/a.jsonl", "parts/b.parquet", "parts/cache-1.arrow", "parts/notes.txt", "more.csv"):
+def test_the_files_that_are_read_of_a_folder_and_of_a_mixture_are_compared(tmp_path: Path) -> None:
+    """Also where the run itself, or another one, writes into the folder."""
+    others = ("parts/test.jsonl", "parts/run/metrics.jsonl", "parts/other/data.json", "parts/notes.txt")
+    for name in ("parts/train-1.jsonl", "parts/train-2.jsonl", *others, "more.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before")
-    sources = [{"path": str(tmp_path / "parts")}, {"path": str(tmp_path / "more.csv")}, {"path": "some/dataset"}]
-    run = _config(tmp_path, data__train=sources)
+    datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk(tmp_path / "saved")
+    names = [str(tmp_path / name) for name in ("parts", "saved", "more.csv")] + ["some/dataset"]
+    run = _config(tmp_path, data__train=[{"path": name} for name in names])
     folder = _noted(run)
-    (tmp_path / "parts" / "cache-1.arrow").write_text("after!")
-    (tmp_path / "parts" / "notes.txt").write_text("after!")
+    for name in others:
+        (tmp_path / name).write_text("after!")
     check_unchanged(run, folder)
-    (tmp_path / "parts" / "b.parquet").write_text("after!")
-    with pytest.raises(ValueError, match=r"b\.parquet has changed"):
+    for name in ("parts/train-2.jsonl", "more.csv"):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text("after!")
+        with pytest.raises(ValueError, match=rf"{name} has changed"):
+            check_unchanged(run, folder)
+        (tmp_path / name).write_bytes(before)
+    shutil.rmtree(tmp_path / "saved")
+    datasets.Dataset.from_dict({"prompt": ["b"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved/data-00000-of-00001\.arrow has changed"):
         check_unchanged(run, folder)
 
 
 def test_a_file_is_read_again_only_if_its_size_or_times_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(data_files, "_LARGE", 4)
     pairs = tmp_path / "train.jsonl"
     pairs.write_text("rows")
     run = _config(tmp_path)
@@ -87,6 +99,7 @@ def test_a_file_is_read_again_only_if_its_size_or_times_changed(
     check_unchanged(run, folder)
     _noted(run)
     assert not read
+    assert capsys.readouterr().out.count(f"reading {pairs} (") == 1
     os.utime(pairs)
     check_unchanged(run, folder)  # touched, not changed
     assert len(read) == 1
