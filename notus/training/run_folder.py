@@ -97,7 +97,7 @@ def open_folder(config: Config, *, keep_inputs: bool = False) -> Opening:
         folder.mkdir(parents=True, exist_ok=True)
         resume = resume_of(config)
         if resume == "never":
-            _set_aside(folder, keep_inputs)
+            _set_aside(folder, config, keep_inputs)
         elif (folder / CONFIG_FILE).exists() and has_begun(folder):
             extended = _check_same_run(folder / CONFIG_FILE, config)
             if is_finished(folder) and not extended:
@@ -276,7 +276,7 @@ def _checkpoints(folder: Path, resume: str) -> list[Path]:
     return own or [path]  # the run's own progress goes before that of its origin, so the same command resumes it
 
 
-def _set_aside(folder: Path, keep_inputs: bool) -> None:
+def _set_aside(folder: Path, config: Config, keep_inputs: bool) -> None:
     """Move an earlier run in this folder into a dated folder within it; nothing is deleted, and nothing else moved.
 
     If that is interrupted, what is left is no finished run, and still knows its config until the end.
@@ -285,6 +285,8 @@ def _set_aside(folder: Path, keep_inputs: bool) -> None:
     if not {CONFIG_FILE, METRICS_FILE, CHECKPOINTS, MODEL} & set(present):
         return
     foreign = _not_of_run(folder) | ({INPUTS} if keep_inputs else set())
+    if config.tracking.tensorboard:  # it would drop the events that are there
+        foreign.discard(TENSORBOARD)
     aside = _dated(folder)
     for name in present:
         if name not in foreign:

@@ -204,6 +204,18 @@ def test_never_moves_all_that_a_run_wrote(tmp_path: Path) -> None:
     assert {path.name for path in aside.iterdir()} == set(WRITTEN)
 
 
+def test_never_moves_events_that_the_new_run_would_drop(tmp_path: Path) -> None:
+    """An earlier launch of the run may have logged them, before tracking.tensorboard was switched off."""
+    run = tmp_path / "run"
+    open_folder(_config(run))
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "events.out.tfevents.1").write_text("events")
+    open_folder(_config(run, training__resume="never", tracking__tensorboard=True))
+    (aside,) = run.glob("previous-*")
+    assert (aside / "tensorboard" / "events.out.tfevents.1").read_text() == "events"
+    assert not (run / "tensorboard").exists()
+
+
 def test_a_project_folder_with_its_data_is_refused_as_it_is(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
