@@ -174,8 +174,8 @@ def named_inputs(config: Config) -> Iterator[tuple[str, Path]]:
 
 def _is_within(path: Path, place: Path) -> bool:
     """Whether `path` is `place` or lies in it, as it is named or behind links."""
-    named = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(place))
-    return named or path.resolve().is_relative_to(place.resolve())
+    # `Path.resolve` would raise an error for links that lead in a circle
+    return any(Path(find(path)).is_relative_to(find(place)) for find in (os.path.abspath, os.path.realpath))
 
 
 # ---- what a run writes ----

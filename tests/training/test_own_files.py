@@ -12,7 +12,7 @@ from runs import config, settings, write_pairs
 import notus
 from notus.config import Config, save_config
 from notus.training import dpo
-from notus.training.own_files import check_folder, is_own_config
+from notus.training.own_files import check_folder, is_own_config, reads_own_inputs
 from notus.training.run_folder import WRITTEN, open_folder
 
 
@@ -87,6 +87,13 @@ def test_a_link_to_a_file_of_others_is_left(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "data.json").symlink_to(tmp_path / "elsewhere.json")
     _refused(_config(tmp_path / "run"), r"data\.json")
+
+
+def test_links_that_lead_in_a_circle_are_no_inputs(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "a.jsonl")
+    run = _config(tmp_path / "run", data__train=str(tmp_path / "a.jsonl"))
+    check_folder(run)  # who opens it says what is wrong
+    assert not reads_own_inputs(run)
 
 
 @pytest.mark.parametrize("key", ["data__train", "data__eval", "data__exclude", "model__name_or_path", "model__adapter"])
