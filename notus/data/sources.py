@@ -11,6 +11,7 @@ since decoding would open the paths and addresses that the data name.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -37,6 +38,7 @@ SUFFIXES = (*text_files.SUFFIXES, *(suffix + text_files.PACKED for suffix in tex
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 _RANGE = np.dtype([("start", "i8"), ("line", "i8"), ("length", "i4"), ("number", "i4"), ("file", "i4")])
 _BATCH_ROWS = 256
+_LARGE = 2**26  # bytes of a file that takes longer to write than a clock takes to tick
 _PIECE_BYTES = 2**20  # of Arrow data that become Python objects at a time
 _ARROW_VERSION = 1  # of what `_to_arrow` writes, so that a change finds no older file in the cache
 _JSON_COLUMN = "json"
@@ -236,7 +238,7 @@ def _picked(name: str, columns: Columns | None, found: list[str]) -> tuple[list[
 
 
 def _open_files(name: str, files: Sequence[Path], columns: Columns | None, cache: Path) -> Source:
-    digests = [_file_digest(file) for file in files]
+    digests = [file_digest(file) for file in files]
     if data_suffix(files[0]) == ".parquet":
         return _open_parquet(name, files, digests, columns, cache)
     texts = [_text_file(file, digest, cache) for file, digest in zip(files, digests, strict=True)]
@@ -251,7 +253,22 @@ def _digest_of(decides: Any) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the sha256 (hex) of a file. A process reads a large one once, unless its size or times change.
+
+    A small one may be replaced by another of its size before the file system's clock ticks.
+    """
+    status = path.stat()
+    state = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _known_digest(path, state) if status.st_size >= _LARGE else _read_digest(path)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _known_digest(path: Path, state: tuple[int, ...]) -> str:
+    return _read_digest(path)
+
+
+def _read_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,13 +1,12 @@
 """Whether the files that a finished run read are as they were: its model is of those of that time."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from notus.config import Config
-from notus.data.sources import files_of, parts
+from notus.data.sources import file_digest, files_of, parts
 from notus.runtime.files import check_regular
 from notus.runtime.process import tell
 from notus.training.run_data import DATA_FILE
@@ -49,6 +48,8 @@ def check_unchanged(config: Config, folder: Path) -> None:
     noted = read_stamps(folder)
     for key, path in _files(config) if noted else ():
         before = noted.get(key, {}).get(str(path))
+        if before is not None and path.stat().st_size >= _LARGE:
+            tell(f"comparing {path} ({path.stat().st_size / 1e9:.0f} GB) with what the run read")
         if before is not None and _stamp(path, before)["sha256"] != before.get("sha256"):
             raise ValueError(
                 f"{folder} holds a finished run, which read other contents of {key}: {path} has changed since. Set "
@@ -73,7 +74,4 @@ def _stamp(path: Path, known: Mapping[str, Any]) -> Stamp:
     facts = {"bytes": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
     if "sha256" in known and all(known.get(name) == value for name, value in facts.items()):
         return dict(known)
-    if status.st_size >= _LARGE:
-        tell(f"reading {path} ({status.st_size / 1e9:.0f} GB), to see whether it changes")
-    with path.open("rb") as file:
-        return {**facts, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {**facts, "sha256": file_digest(path)}

@@ -320,7 +320,10 @@ def _dated(folder: Path) -> Path:
 def check_room_for_model(path: Path) -> None:
     """Raise ValueError if something else stands where the model goes: the end of the run would be too late."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is not a model of ours, which is to stand there: move it, or choose another folder")
+        raise ValueError(
+            f"{path} holds something else than the model that a run wrote, and the run's model will be written there: "
+            "move it away, or choose another training.output_dir"
+        )
 
 
 def _check_same_run(path: Path, config: Config) -> bool:

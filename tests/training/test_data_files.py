@@ -1,5 +1,6 @@
 """A finished run says so only as long as its data are those that it learned from."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from runs import config, write_pairs
 
 from notus.config import Config
+from notus.data import sources
 from notus.training import data_files, dpo
 from notus.training.data_files import FILES, check_unchanged, read_stamps, stamps
 from notus.training.run_folder import holds_finished
@@ -94,15 +96,30 @@ def test_a_file_is_read_again_only_if_its_size_or_times_changed(
     run = _config(tmp_path)
     folder = _noted(run)
     read: list[str] = []
-    digest = data_files.hashlib.file_digest
-    monkeypatch.setattr(data_files.hashlib, "file_digest", lambda *args: read.append("") or digest(*args))
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: read.append("") or digest(*args))
     check_unchanged(run, folder)
     _noted(run)
     assert not read
-    assert capsys.readouterr().out.count(f"reading {pairs} (") == 1
+    assert f"comparing {pairs} (0 GB)" in capsys.readouterr().out
     os.utime(pairs)
     check_unchanged(run, folder)  # touched, not changed
     assert len(read) == 1
+
+
+def test_a_launch_reads_a_file_for_its_digest_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = write_pairs(tmp_path / "train.jsonl", 2)
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: read.append("") or digest(*args))
+    monkeypatch.setattr(sources, "_LARGE", 1)
+    sources.open_source(str(pairs), cache_dir=tmp_path)
+    found = stamps(_config(tmp_path), {})["data.train"][str(pairs)]["sha256"]
+    assert found == hashlib.sha256(pairs.read_bytes()).hexdigest()
+    assert len(read) == 1
+    write_pairs(pairs, 3)
+    assert stamps(_config(tmp_path), {})["data.train"][str(pairs)]["sha256"] != found
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"train": {}}', '{"files": []}', '{"files": {"data.train": 1}}'])

@@ -193,7 +193,7 @@ def test_a_damaged_config_is_named(content: str, tmp_path: Path) -> None:
 def test_a_foreign_folder_in_the_models_place_is_found_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is not a model of ours"):
+    with pytest.raises(ValueError, match="holds something else than the model"):
         open_folder(_config(tmp_path))
 
 
