@@ -504,8 +504,10 @@ class TensorBoardLogger(Logger):
             raise ValueError(
                 "tracking.tensorboard=true needs the tensorboard package: pip install tensorboard"
             ) from error
-        for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        earlier = list((folder / "tensorboard").glob("events.out.tfevents.*"))
+        for path in earlier:
             _forget_after(path, resume_step)
+        _wait_for_later_name(earlier)
         self._writer = SummaryWriter(str(folder / "tensorboard"))
         for title, text in texts.items():
             self._writer.add_text(title, _verbatim(text), resume_step + 1)
@@ -529,6 +531,16 @@ class TensorBoardLogger(Logger):
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _wait_for_later_name(earlier: Sequence[Path]) -> None:
+    """Wait until a new file of events comes last by name, the order in which TensorBoard reads them.
+
+    Names have the second of their beginning, then the host, the process and a counter, of which 10 comes before 9.
+    """
+    seconds = {path.name.split(".")[3] for path in earlier}
+    while f"{int(time.time()):010d}" in seconds:
+        time.sleep(0.01)
 
 
 def _forget_after(path: Path, step: int) -> None:
