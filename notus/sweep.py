@@ -496,7 +496,8 @@ def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, sto
 
     for planned in runs:
         if holds_finished(planned.config):
-            check_unchanged(planned.config, Path(planned.config.training.output_dir))
+            finished = Path(planned.config.training.output_dir)
+            check_unchanged(planned.config, finished, remedy="choose another folder for the sweep with --output DIR")
     outcome, child = Outcome({}), Child()
     with _hold(folder), child.listening():
         for number, planned in enumerate(runs, start=1):

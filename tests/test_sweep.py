@@ -318,7 +318,10 @@ def test_data_that_change_before_a_sweep_end_it_and_during_it_do_not(monkeypatch
     assert runner.names == ["beta-0.1", "beta-0.2"]
     assert "finished" in capsys.readouterr().out  # the table
     assert entry.main(words) == 1
-    assert "other contents of data.train" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "other contents of data.train" in said
+    assert "--output" in said
+    assert "training.resume" not in said  # which a sweep refuses
     assert len(runner.names) == 2
 
 

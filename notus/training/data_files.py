@@ -40,10 +40,14 @@ def stamps(config: Config, before: Stamps) -> Stamps:
     return found
 
 
-def check_unchanged(config: Config, folder: Path) -> None:
+TRAIN_ANEW = "set training.resume=never to train anew, choose another training.output_dir"
+
+
+def check_unchanged(config: Config, folder: Path, *, remedy: str = TRAIN_ANEW) -> None:
     """Raise ValueError if a file that the finished run in `folder` read has other contents now.
 
-    A file that is gone says nothing, and neither does an older run, which noted none.
+    A file that is gone says nothing, and neither does an older run, which noted none. `remedy` says what to do, beside
+    restoring the file.
     """
     noted = read_stamps(folder)
     for key, path in _files(config) if noted else ():
@@ -52,8 +56,8 @@ def check_unchanged(config: Config, folder: Path) -> None:
             tell(f"comparing {path} ({path.stat().st_size / 1e9:.0f} GB) with what the run read")
         if before is not None and _stamp(path, before)["sha256"] != before.get("sha256"):
             raise ValueError(
-                f"{folder} holds a finished run, which read other contents of {key}: {path} has changed since. Set "
-                "training.resume=never to train anew, choose another training.output_dir, or restore the file"
+                f"{folder} holds a finished run, which read other contents of {key}: {path} has changed since: "
+                f"{remedy}, or restore the file"
             )
 
 
