@@ -26,8 +26,8 @@ YAML too. A list of strings may also be written with commas, as above. Start fro
 
 An unknown key, a wrong type, a value out of range or a setting that the other settings leave without effect is an
 error. The message names the file or the command line, the key, and what to change. It also knows the keys of TRL, the
-alignment-handbook, LLaMA-Factory and axolotl, and names the key that does the same here. Only the data tell whether a
-setting of `data` for conversations changes anything. If it changes no row, the run says so in a note.
+alignment-handbook, LLaMA-Factory and axolotl, and names the key that does the same here. Whether a
+setting of `data` for conversations changes anything depends on the rows. If it changes none, the run prints a note.
 
 The resolved config, with every key, is written to `OUTPUT_DIR/config.yaml`. That file is a valid config itself.
 `notus dpo --help` prints a short form of this page.

@@ -35,7 +35,7 @@ def free_space(path: Path) -> str:
     """Return how much room there is where `path` is, or would be: "0.88 MB free in FOLDER"."""
     place = next(folder for folder in path.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(place).free
-    shown = f"{free / 1e9:.1f} GB" if free >= 1e9 else f"{free / 1e6:.3g} MB" if free >= 1e6 else f"{free / 1e6:.2f} MB"
+    shown = f"{free / 1e9:.1f} GB" if free >= 1e9 else f"{free / 1e6:.2f} MB"
     return f"{shown} free in {place}"
 
 

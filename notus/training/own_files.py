@@ -72,7 +72,7 @@ def _check_new(config: Config, folder: Path) -> None:
         )
     if found := next((name for name in _MODEL_CONFIGS if (folder / name).is_file()), None):
         raise ValueError(
-            f"training.output_dir={folder} holds a model ({found}), which could not be told from the run's own: choose "
+            f"training.output_dir={folder} holds a model ({found}), which would be mistaken for the run's own: choose "
             "another training.output_dir"
         )
     check_room_for_model(folder / MODEL)
@@ -129,8 +129,8 @@ def _check_inputs(config: Config, folder: Path) -> None:
 def _check_found(config: Config, written: Collection[Path]) -> None:
     """Raise ValueError for a path that leads nowhere, before an earlier run is moved for the sake of this one.
 
-    So does the path of an earlier run's input once its `inputs` are moved to make room for what is to be `written`.
-    What may be an id of the hub is left to the hub.
+    If `written` makes an earlier run's `inputs` move, a path into these will lead nowhere either. Names that may be ids
+    of the hub are left to the hub.
     """
     moved = bool(written) and (Path(config.training.output_dir) / INPUTS / INPUTS_DIGESTS).is_file()
     for key, name in named_inputs(config):

@@ -124,7 +124,7 @@ def draws_notice(pass_: str, sources: Sequence[Mapping[str, Any]], shares: Seque
 
 
 def unused_settings(data: DataConfig, reports: Mapping[str, DropReport]) -> list[str]:
-    """What to say of settings of `data` that change no row that was read. Only the data tell, so that is no error."""
+    """Notes on settings of `data` that change no row that was read. It depends on the data, so it is no error."""
     keys = {
         "chat_template": "templated",
         "chat_template_kwargs": "templated",

@@ -83,14 +83,14 @@ def test_disk_error_names_path_reason_and_free_space(tmp_path: Path) -> None:
     error = disk_error(tmp_path / "absent" / "file", OSError(errno.ENOSPC, "No space left on device", "elsewhere"))
     assert str(error).startswith(f"{tmp_path}/absent/file: cannot be written (No space left on device); ")
     assert str(error).endswith(f" GB free in {tmp_path}")
-    copied = pickle.loads(pickle.dumps(error))  # as one rank tells it to another
+    copied = pickle.loads(pickle.dumps(error))  # as it goes from one rank to another
     assert (str(copied), copied.reason) == (str(error), "No space left on device")
 
 
 @pytest.mark.parametrize(
-    ("free", "shown"), [(0, "0.00 MB"), (880_000, "0.88 MB"), (51_234_567, "51.2 MB"), (2_000_000_000, "2.0 GB")]
+    ("free", "shown"), [(0, "0.00 MB"), (880_000, "0.88 MB"), (51_234_567, "51.23 MB"), (2_000_000_000, "2.0 GB")]
 )
-def test_free_space_is_shown_in_a_unit_that_tells_it(
+def test_free_space_is_shown_in_a_unit_that_fits(
     free: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
