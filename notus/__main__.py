@@ -21,7 +21,10 @@ HELP = {
     "dpo": "train with DPO or another preference loss",
     "sft": "fine-tune on demonstrations",
     "demo": "make data, train a small model on it and align it, to see the whole path work",
+    "sample": "let models answer the prompts of a file, several times each, as UltraFeedback records",
+    "rate": "let a judge rate the completions of UltraFeedback records",
     "curate": "turn UltraFeedback records into preference pairs",
+    "iterate": "train in rounds: sample, rate, curate, DPO, each round from the last round's model",
     "data": "show the rows of a config as the model sees them; --html: as a page to browse, compare and mark them",
     "sweep": "train one run for each combination of several values, and compare them in a table and a report",
     "reference": "compute the reference log-probs of a DPO config, and stop",
@@ -34,7 +37,10 @@ HELP = {
 }
 MODULES = {
     "demo": "notus.demo",
+    "sample": "notus.feedback.sample",
+    "rate": "notus.feedback.rate",
     "curate": "notus.curation.command",
+    "iterate": "notus.feedback.iterate",
     "data": "notus.data_browser.command",
     "sweep": "notus.sweep",
     "evaluate": "notus.evaluation.evaluate",

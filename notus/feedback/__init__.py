@@ -1,0 +1,1 @@
+"""From prompts to preferences: `notus sample`, `notus rate`, and rounds of both with training, `notus iterate`."""

@@ -1,0 +1,64 @@
+"""What a judge is asked, what it answers, and what every kind of judge offers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """The completions of one prompt, in the order in which the judge sees them."""
+
+    key: str  # a digest of all that the judge sees, and of the judge's identity; what the verdict is kept under
+    place: str  # file and line of the record, for errors
+    prompt: str  # the prompt as a judge reads it
+    completions: Sequence[str]
+    order: Sequence[int]  # the places of these completions in the record
+    # the prompt's turns before the answer, tools and template settings, for judges that render a chat template
+    messages: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Any] | None = None
+    template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """What a judge says of one aspect of a completion."""
+
+    rating: float | None  # 1 to 5; None: unreadable, or not given
+    rationale: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a question cost. Tokens are None where an endpoint does not say."""
+
+    requests: int = 0
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A judge's answer to a question: annotations by aspect of each completion, in the question's order."""
+
+    annotations: Sequence[Mapping[str, Annotation]]
+    rewards: Sequence[float] | None = None  # of a reward model, which gives no annotations
+    usage: Usage = dataclasses.field(default_factory=Usage)
+
+
+class JudgeError(Exception):
+    """A question got no usable answer; the other questions are not concerned."""
+
+
+class Judge(Protocol):
+    """Rates completions."""
+
+    name: str  # for people
+    identity: str  # all that decides its verdicts; kept verdicts of another identity are not used
+    shared: bool  # whether the ranks of torchrun each rate a part of the questions; otherwise rank 0 rates all
+
+    def rate(self, questions: Sequence[Question], done: Callable[[Question, Verdict | JudgeError], None]) -> None:
+        """Call `done` once for every question, as soon as it is answered, in any order.
+
+        Raises ValueError for what is wrong with the judge itself (a rejected key, a function that cannot be called).
+        """
