@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint: one question with retries, or many questions at a time."""
+"""A judge behind an OpenAI-compatible endpoint: one question with retries, or many questions at a time."""
 
 import argparse
 import asyncio
@@ -46,8 +46,8 @@ class RejectedError(EndpointError):
     """The server rejected this question: it is too long, say, or has a parameter that the server does not know."""
 
 
-class OverBudget(EndpointError):
-    """This question was not asked, or not asked again, because the budget is spent."""
+class OverBudget(Exception):
+    """Nothing more may be asked: the budget is spent."""
 
 
 @dataclasses.dataclass(frozen=True)
