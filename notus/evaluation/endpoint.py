@@ -25,6 +25,8 @@ try:
 except ModuleNotFoundError:
     import httpx  # type: ignore[no-redef]  # huggingface_hub 1 brings this one
 
+from notus.evaluation.budget import Budget, Charge, Tally
+from notus.evaluation.budget import OverBudget as OverBudget
 from notus.evaluation.results import append_records
 from notus.runtime.process import tell
 
@@ -46,10 +48,6 @@ class RejectedError(EndpointError):
     """The server rejected this question: it is too long, say, or has a parameter that the server does not know."""
 
 
-class OverBudget(Exception):
-    """Nothing more may be asked: the budget is spent."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """A chat completion as an endpoint sent it."""
@@ -66,9 +64,10 @@ class Reply:
 class _Transient(Exception):
     """A failure that may pass. `retry_after`: the seconds that the server asks to wait."""
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, *, is_status: bool = False) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.is_status = is_status  # the server turned the request down, and computed no answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +87,8 @@ class Endpoint:
     sleep: Callable[[float], Awaitable[None]] = dataclasses.field(default=asyncio.sleep, repr=False)
     # called before each request; raises OverBudget to send none.
     on_request: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
+    # what `complete` counts its requests in, and asks before each one; None: no limit.
+    budget: Budget | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # Checked before anything else can fail: a message must not repeat a password, or the key in a query.
@@ -118,16 +119,36 @@ class Endpoint:
 
         return await self._until_answered(request)
 
-    async def complete(self, body: Mapping[str, Any]) -> Reply:
+    async def complete(self, body: Mapping[str, Any], tally: Tally | None = None) -> Reply:
         """Return what the model says to a chat completion's request, whose `model` is added. It may be empty.
 
-        Raises as `ask`, RejectedError if the server rejects this request, and what `on_request` raises.
+        What it took is added to `tally`, request by request, whatever comes of them. Raises as `ask`, RejectedError if
+        the server rejects this request, what `on_request` raises, and OverBudget if `budget` is used up.
         """
+        whole = {"model": self.model, **body}
 
         async def request(sent: int) -> Reply:
-            return self._reply(await self._post({"model": self.model, **body}), sent)
+            if self.budget is None:
+                return self._reply(await self._post(whole), sent)
+            most = int(body.get("max_tokens", self.max_tokens))
+            async with self.budget.request(len(json.dumps(whole)), most, tally) as charge:
+                return await self._charged(charge, whole, sent)
 
         return await self._until_answered(request)
+
+    async def _charged(self, charge: Charge, body: Mapping[str, Any], sent: int) -> Reply:
+        """Return the answer to one request, and charge what it took."""
+        try:
+            reply = self._reply(await self._post(body), sent)
+        except (RejectedError, ValueError):
+            charge.nothing()
+            raise
+        except _Transient as failure:
+            if failure.is_status:
+                charge.nothing()
+            raise
+        charge.tokens(reply.prompt_tokens, reply.completion_tokens)
+        return reply
 
     async def _until_answered(self, request: Callable[[int], Awaitable[Answer]]) -> Answer:
         """Await `request(number)`, from 1 on, again and again while it fails with what may pass."""
@@ -204,7 +225,7 @@ class Endpoint:
             check = f"the address, which ends before /chat/completions, and the model's name, {self.model!r}"
             raise ValueError(f"{self.base_url}: {answer}; check {check}")
         if status in (408, 409, 425, 429) or status >= 500:
-            raise _Transient(answer, _retry_after(retry_after))
+            raise _Transient(answer, _retry_after(retry_after), is_status=True)
         raise RejectedError(f"{self.base_url}: {answer}")  # 400, 413, 422: too long, or an unknown parameter
 
     def _content(self, content: bytes) -> str:
