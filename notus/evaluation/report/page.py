@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=os.path.expanduser,
         nargs="+",
         metavar="RUN",
-        help="a run's folder, finished or not; several are compared",
+        help="a run's folder, finished or not; several are compared; or the folder of `notus iterate`",
     )
     parser.add_argument(
         "--output",
