@@ -101,7 +101,7 @@ def test_drawn_answers_have_the_mean_and_the_cut():
 
 def test_a_judges_tokens_by_hand():
     found = judging(
-        100, 4, instructions=600, prompt_tokens=176, completion_tokens=250, aspects=4, again_share=0.1
-    )  # 110 requests of 600 + 176 + 4 * (250 + 12) tokens; 4 * 4 ratings of 40 tokens
-    assert found == Judging(110, 110 * 1824, 110 * 640)
-    assert found.cost(0.5, 2.0) == pytest.approx((200640 * 0.5 + 70400 * 2) / 1e6)
+        100, 4, instructions=600, around=12, prompt_tokens=176, completion_tokens=250, aspects=4, again_share=0.1
+    )  # 110 requests of 600 + 176 + 4 * (250 + 12) tokens; 4 * 4 ratings of 50 tokens
+    assert found == Judging(110, 110 * 1824, 110 * 800)
+    assert found.cost(0.5, 2.0) == pytest.approx((200640 * 0.5 + 88000 * 2) / 1e6)

@@ -27,8 +27,7 @@ from notus.training.memory_estimate import BYTES, RUNTIME_MARGIN
 # Shares and times that the estimate assumes.
 BANDWIDTH_SHARE = 0.7  # of the memory bandwidth on the data sheet
 HOST_SECONDS = 0.5e-3  # of a decode step per block, in transformers' eager code; 0.3e-3 was measured on a CPU core
-ANNOTATION = 40  # tokens that a judge writes for one rating: a sentence that explains it, and its JSON
-AROUND = 12  # tokens that stand around each completion in a judge's prompt
+ANNOTATION = 50  # tokens that a judge writes for one rating: a sentence or two that explain it, and its JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +203,7 @@ def judging(
     completions: int,
     *,
     instructions: float,
+    around: float,
     prompt_tokens: float,
     completion_tokens: float,
     aspects: int,
@@ -215,10 +215,11 @@ def judging(
         prompts: how many are rated.
         completions: of each prompt.
         instructions: tokens of the judge's instructions.
+        around: tokens that each completion adds beside its own: its tags, and its part in the form of the answer.
         prompt_tokens, completion_tokens: means.
         aspects: ratings of each completion.
         again_share: share of the prompts that is rated a second time.
     """
     requests = prompts + round(prompts * again_share)
-    asked = instructions + prompt_tokens + completions * (completion_tokens + AROUND)
+    asked = instructions + prompt_tokens + completions * (completion_tokens + around)
     return Judging(requests, round(requests * asked), requests * completions * aspects * ANNOTATION)

@@ -26,6 +26,7 @@ from notus.estimate.generation import (
 )
 from notus.estimate.plan import Plan
 
+Kind = Literal["endpoint", "local", "reward", "function"]
 BOUNDS = {"memory": "reading the weights and the cache", "computation": "computation", "host": "launching kernels"}
 
 
@@ -39,14 +40,16 @@ class Rater:
         batch_size: sequences at a time of a local judge.
         aspects: ratings of each completion.
         instructions: tokens of the instructions.
+        around: tokens that each completion adds to them beside its own.
         again_share: share of the prompts that is rated a second time.
     """
 
-    kind: Literal["endpoint", "local", "reward", "function"]
+    kind: Kind
     model: Decoder | None
     batch_size: int
     aspects: int
     instructions: float
+    around: float
     again_share: float
 
 
@@ -187,6 +190,7 @@ def _rating(name: str, iteration: Iteration, machine: Machine, prompts: int, com
         prompts,
         completions,
         instructions=rater.instructions,
+        around=rater.around,
         prompt_tokens=iteration.prompt_tokens,
         completion_tokens=tokens,
         aspects=rater.aspects,
@@ -263,8 +267,9 @@ def _assumptions(iteration: Iteration, machine: Machine) -> list[str]:
     if iteration.rater.kind in ("endpoint", "local"):
         rater = iteration.rater
         lines.append(
-            f"Judge, assumed: {rater.instructions:.0f} tokens of instructions, {ANNOTATION} tokens for each of "
-            f"{rater.aspects} ratings of a completion, {rater.again_share:.0%} of the prompts twice"
+            f"Judge, assumed: {rater.instructions:.0f} tokens of instructions, {rater.around:.0f} for each completion's tags, "
+            f"{ANNOTATION} tokens written for each of {rater.aspects} ratings of a completion; "
+            f"{rater.again_share:.0%} of the prompts rated twice"
         )
     return lines
 
