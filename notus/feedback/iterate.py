@@ -11,6 +11,7 @@ OUTPUT/iterate.yaml  dpo.yaml  report.html
 
 import argparse
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -240,6 +241,23 @@ def _check_files(settings: Settings) -> None:
         load_function(settings.rate.judge_function)
 
 
+def _check_chat(settings: Settings) -> None:
+    """Raise ValueError unless the start takes a prompt as a turn of a chat, as training on pairs will."""
+    from notus.evaluation.resolve_model import find_source  # imports torch
+    from notus.model.export import load_tokenizer
+
+    data, trust = settings.dpo(1).data, settings.dpo(1).model.trust_remote_code
+    source = find_source(settings.start, trust_remote_code=trust)
+    named = argparse.Namespace(
+        chat_template=data.chat_template, add_empty_system=None, precision=None, trust_remote_code=trust
+    )
+    if not source.options(named).strings_are_turns(load_tokenizer(source.folder, trust)):
+        raise ValueError(
+            f"model.name_or_path={settings.start} has no chat template, or learned plain text only: set "
+            "data.chat_template, with which all rounds sample and train"
+        )
+
+
 def _with_prompts(settings: Settings) -> Settings:
     """Return the settings with the number of prompts per round. Raises ValueError if there are too few prompts."""
     from notus.feedback.slices import keys_of
@@ -305,8 +323,9 @@ def _run_stage(settings: Settings, stage: Stage, runner: Runner) -> bool:
     if not stage.words:
         _OWN_STAGES[stage.name](settings, stage)
         return True
-    words = list(stage.words)
-    code = runner(words, stage.spread)
+    if stage.name in ("sample", "answers") and stage.round <= 1:
+        _check_chat(settings)
+    code = runner(stage.words, stage.spread)
     if code in (STOPPED, 128 + signal.SIGINT):
         how = "Ctrl-C" if code != STOPPED else "a signal"
         _end(code, f"stopped by {how} in {stage}; the same command continues")

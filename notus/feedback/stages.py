@@ -163,9 +163,12 @@ def _curate_words(settings: Settings, number: int, out: str, old: Iterable[Path]
     words = ["curate", str(folder / RATED), str(folder / out), f"--by={by}"]
     words += _options(curate, ("rejected", "decontaminate", "ngram", "keep_identical", "listwise"))
     words += [f"--drop-source={source}" for source in curate.drop_source]
+    paths = [str(path) for path in old]
     if not curate.listwise:
-        words += ["--schema=cleaned", f"--seed={settings.iterate.seed + number}"]
-    if paths := [str(path) for path in old]:
+        words.append("--schema=cleaned")
+    if paths or not curate.listwise:  # lists alone draw nothing
+        words.append(f"--seed={settings.iterate.seed + number}")
+    if paths:
         words += ["--old", *paths, f"--old-share={settings.iterate.old_share}"]
     return tuple(words)
 
