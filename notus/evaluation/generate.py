@@ -47,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_answer_arguments(parser, "completion", max_new_tokens=512)
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
-    parser.add_argument("--num-samples", type=count, default=1, help="completions per prompt (default: 1)")
+    parser.add_argument(
+        "--num-samples",
+        type=count,
+        default=1,
+        help="completions per prompt, which is computed once for all of them (default: 1)",
+    )
     parser.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
 
 
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError or OSError with a message for the user.
     """
-    settings = answer_settings(args, "completions", max_new_tokens=512)
+    settings = dataclasses.replace(answer_settings(args, "completions", max_new_tokens=512), samples=args.num_samples)
     if settings.temperature == 0 and args.num_samples > 1:
         raise ValueError("--num-samples above 1 would repeat a greedy completion: set --temperature")
     if args.raw and args.system is not None:
@@ -92,8 +97,7 @@ def _generate(
     options = source.options(args)
     strings_are_turns = _strings_are_turns(source, options, args)
     prompts = on_main(lambda: _read(args, strings_are_turns=strings_are_turns))
-    repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    return prompts, _complete(source, options, repeated, settings, device)
+    return prompts, _complete(source, options, prompts, settings, device)
 
 
 def _strings_are_turns(source: "ModelSource", options: "ModelOptions", args: argparse.Namespace) -> bool:
@@ -218,7 +222,7 @@ def answer(
         "precision": options.precision,
         "as_turns": as_turns,
     }
-    del described["top_k"]  # suites have no such option
+    del described["top_k"], described["samples"]  # suites have no such options
     return [text.strip() for text in texts], described
 
 
