@@ -35,7 +35,7 @@ class Position:
 
 
 def agreement(twice: Iterable[tuple[Means, Means]]) -> Again | None:
-    """Compare pairs of verdicts, each on one prompt's completions in the order of the record; None if there are none."""
+    """Compare pairs of verdicts on one prompt's completions, in the order of the record; None if there are none."""
     both = [pair for pair in map(_rated_twice, twice) if pair]
     if not both:
         return None

@@ -8,9 +8,7 @@ in another order, which measures how far the judge agrees with itself and what t
 import argparse
 import contextlib
 import dataclasses
-import hashlib
-import itertools
-import json
+import importlib
 import os
 import signal
 import threading
@@ -21,25 +19,13 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from notus.curation.ultrafeedback import parse_record
-from notus.data.sources import SUFFIXES, is_hub_id, read_file, read_hub
 from notus.evaluation.arguments import count, positive
-from notus.evaluation.budget import Usage
 from notus.evaluation.results import append_records
-from notus.evaluation.results import read_records as read_kept
-from notus.feedback.agreement import Means, agreement, as_json, positions
-from notus.feedback.judge import Annotation, Judge, JudgeError, NotAsked, Question, Verdict
-from notus.feedback.records import (
-    ASPECTS,
-    NOT_RATED,
-    Record,
-    check_out,
-    finish,
-    held,
-    is_finished,
-    kept_folder,
-    summary_file,
-)
+from notus.feedback.judge import Judge, JudgeError, NotAsked, Question, Verdict
+from notus.feedback.questions import Item, digest_of, make_item, read_input
+from notus.feedback.rated import rated_record, summarise, table
+from notus.feedback.records import ASPECTS, Record, check_out, finish, held, is_finished, kept_folder, summary_file
+from notus.feedback.verdicts import kept_line, read_verdicts
 from notus.runtime.process import STOPPED, tell
 
 T = TypeVar("T")
@@ -47,7 +33,6 @@ T = TypeVar("T")
 ENDPOINT, LOCAL, REWARD, FUNCTION = "endpoint", "local", "reward", "function"
 KINDS = {"judge_model": ENDPOINT, "local_judge": LOCAL, "reward_model": REWARD, "judge_function": FUNCTION}
 AGAIN_SHARE = 0.1
-_FIRST, _AGAIN = "first", "again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="records of `notus sample`, or of UltraFeedback: .jsonl, .json or .parquet, a folder, or a hub id",
     )
     parser.add_argument(
-        "out", type=os.path.expanduser, metavar="OUT", help="the records with ratings: a .jsonl file, for `notus curate`"
+        "out",
+        type=os.path.expanduser,
+        metavar="OUT",
+        help="the records with ratings, a .jsonl file",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds something else, and start over")
+    parser.add_argument("--overwrite", action="store_true", help="start over, and replace what OUT holds")
     parser.add_argument("--seed", type=int, default=42, help="of the orders, and of what is rated again (default: 42)")
     parser.add_argument(
         "--again-share",
@@ -122,9 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_asking_arguments(parser: argparse.ArgumentParser) -> None:
     asking = parser.add_argument_group("what a judge model is asked")
-    asking.add_argument(
-        "--aspects", nargs="+", metavar="ASPECT", help=f"what is rated (default: {' '.join(ASPECTS)})"
-    )
+    asking.add_argument("--aspects", nargs="+", metavar="ASPECT", help=f"what is rated (default: {' '.join(ASPECTS)})")
     asking.add_argument(
         "--instructions",
         type=os.path.expanduser,
@@ -248,181 +234,9 @@ def _check_endpoint(args: argparse.Namespace) -> None:
 
 def make_judge(args: argparse.Namespace, kind: str) -> Judge:
     """Return the judge that `args` name. Raises ValueError if it cannot be made."""
-    if kind == ENDPOINT:
-        from notus.feedback import endpoint_judge
-
-        return endpoint_judge.make_judge(args)
-    if kind == FUNCTION:
-        from notus.feedback import function_judge
-
-        return function_judge.make_judge(args)
-    if kind == LOCAL:
-        from notus.feedback import local_judge
-
-        return local_judge.make_judge(args)
-    from notus.feedback import reward_judge
-
-    return reward_judge.make_judge(args)
-
-
-# ---- what is asked ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """A record and what the judge is asked about it."""
-
-    record: Record
-    first: Question | None  # None: the record has no completions
-    again: Question | None  # the same completions in another order; None: they are not rated again
-
-
-def make_item(place: str, record: Record, *, identity: str, seed: int, again_share: float) -> Item:
-    """Return a record with its questions. They depend on the record, the judge and the seed, and on no other record."""
-    texts = list(dict.fromkeys(completion["response"] for completion in record["completions"]))
-    if not texts:
-        return Item(record, None, None)
-    prompt = prompt_text(record)
-    seen = [prompt, record.get("messages"), record.get("tools"), record.get("chat_template_kwargs")]
-    digest = _digest([seen, texts])
-    order = _shuffled(len(texts), seed, _FIRST, digest)
-    orders = [order]
-    if len(texts) > 1 and _fraction([seed, "is rated again", digest]) < again_share:
-        other = _shuffled(len(texts), seed, _AGAIN, digest)
-        orders.append(other if other != order else other[1:] + other[:1])
-    places = [next(place for place, each in enumerate(record["completions"]) if each["response"] == t) for t in texts]
-    questions = [
-        Question(
-            key=_digest([identity, seen, [texts[number] for number in each]]),
-            place=place,
-            prompt=prompt,
-            completions=[texts[number] for number in each],
-            order=[places[number] for number in each],
-            messages=record.get("messages") or [{"role": "user", "content": record["instruction"]}],
-            tools=record.get("tools"),
-            template_kwargs=record.get("chat_template_kwargs") or {},
-        )
-        for each in orders
-    ]
-    return Item(record, questions[0], questions[1] if len(questions) > 1 else None)
-
-
-def prompt_text(record: Mapping[str, Any]) -> str:
-    """Return the prompt as a judge reads it: a single user turn as it is, several turns with their roles."""
-    turns = record.get("messages")
-    if not turns:
-        return str(record["instruction"])
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-
-
-def _shuffled(length: int, seed: int, what: str, digest: str) -> list[int]:
-    return sorted(range(length), key=lambda number: _digest([seed, what, digest, number]))
-
-
-def _fraction(value: Any) -> float:
-    """Return a number in [0, 1) by a hash."""
-    return int(_digest(value)[:13], 16) / 16**13
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_input(source: str) -> list[tuple[str, Record]]:
-    """Read records with their places. Raises ValueError, naming file and line, for what is none."""
-    placed = []
-    for place, record in _rows(source):
-        try:
-            parse_record(record, min_rating=0)
-            _check_turns(record.get("messages"))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        placed.append((place, record))
-    return placed
-
-
-def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file, of the files of a folder, or of a hub dataset's split "train", with all columns."""
-    path = Path(source)
-    if not path.exists() and "/" in source and is_hub_id(source):
-        yield from read_hub(source, "train")
-        return
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such file; give records, as `notus sample` writes them")
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
-    rows = itertools.chain.from_iterable(map(read_file, files))
-    if (first := next(rows, None)) is None:
-        raise ValueError(f"{path}: holds no records; give at least one")
-    yield first
-    yield from rows
-
-
-def _check_turns(turns: Any) -> None:
-    if turns is None:
-        return
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns):
-        raise ValueError("messages must be a list of turns, each with a role and a content; correct it, or remove it")
-
-
-# ---- what is kept ----
-
-
-@dataclasses.dataclass
-class Kept:
-    """What the kept files hold: verdicts by question, the last failure of each other question, and all that it cost."""
-
-    verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)
-    usage: Usage = dataclasses.field(default_factory=Usage)
-
-
-def kept_line(question: Question, outcome: Verdict | JudgeError) -> dict[str, Any]:
-    """Return what is kept of an outcome."""
-    usage = dataclasses.asdict(outcome.usage)
-    if isinstance(outcome, JudgeError):
-        return {"key": question.key, "failure": str(outcome), "usage": usage}
-    annotations = [
-        {aspect: [each.rating, each.rationale, each.unreadable] for aspect, each in of_one.items()}
-        for of_one in outcome.annotations
-    ]
-    rewards = None if outcome.rewards is None else list(outcome.rewards)
-    return {"key": question.key, "annotations": annotations, "rewards": rewards, "usage": usage}
-
-
-def read_verdicts(folder: Path) -> Kept:
-    """Read what all ranks kept. Raises ValueError, naming file and line, for what is no kept verdict."""
-    kept = Kept()
-    for path in sorted(folder.glob("verdicts-*.jsonl")):
-        for line in read_kept(path, "not a kept verdict; remove the line, or the file", _is_line):
-            kept.usage += Usage(**line["usage"])
-            if "failure" in line:
-                kept.failures[line["key"]] = line["failure"]
-                continue
-            annotations = [
-                {aspect: Annotation(*each) for aspect, each in of_one.items()} for of_one in line["annotations"]
-            ]
-            kept.verdicts[line["key"]] = Verdict(annotations, line["rewards"], Usage(**line["usage"]))
-    return kept
-
-
-def _is_line(line: dict[str, Any]) -> bool:
-    usage = line.get("usage")
-    if not isinstance(line.get("key"), str) or not isinstance(usage, dict):
-        return False
-    if set(usage) != {each.name for each in dataclasses.fields(Usage)}:
-        return False
-    if "failure" in line:
-        return isinstance(line["failure"], str)
-    annotations, rewards = line.get("annotations"), line.get("rewards")
-    if not isinstance(annotations, list) or not (rewards is None or isinstance(rewards, list)):
-        return False
-    each = [value for of_one in annotations if isinstance(of_one, dict) for value in of_one.values()]
-    return all(isinstance(of_one, dict) for of_one in annotations) and all(
-        isinstance(value, list) and len(value) == 3 for value in each
-    )
-
-
-# ---- the command ----
+    # only the one that is asked for, because local models bring torch
+    judge: Judge = importlib.import_module(f"notus.feedback.{kind}_judge").make_judge(args)
+    return judge
 
 
 class _Command:
@@ -469,10 +283,9 @@ class _Command:
     def _settings(self, placed: Sequence[tuple[str, Record]], judge: Judge) -> dict[str, Any]:
         """Return all that decides the ratings: OUT of other settings is somebody else's."""
         settings = {
-            "records": Path(self.args.records).name,
-            "records_digest": _digest([record for _, record in placed]),
+            "records_digest": digest_of([record for _, record in placed]),
             "judge": judge.name,
-            "judge_digest": _digest(judge.identity),
+            "judge_digest": digest_of(judge.identity),
             "seed": self.args.seed,
         }
         if self.kind in (ENDPOINT, LOCAL):
@@ -501,9 +314,7 @@ class _Command:
     def _announce(self, items: Sequence[Item], judge: Judge, asked: int, left: int) -> None:
         text = f"{len(items)} prompts, rated by {judge.name}: {asked} questions"
         tell(text if left == asked else f"{text}, {asked - left} answered before")
-        before = sum(
-            any(completion.get("annotations") for completion in item.record["completions"]) for item in items
-        )
+        before = sum(any(completion.get("annotations") for completion in item.record["completions"]) for item in items)
         if before and self.kind != REWARD:
             tell(f"note: {before} records hold ratings already, which are replaced")
 
@@ -558,203 +369,3 @@ def _stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# ---- what comes out ----
-
-
-def mean_of(annotations: Mapping[str, Annotation]) -> float | None:
-    """Return the mean rating of a completion; None if it has no rating."""
-    ratings = [each.rating for each in annotations.values() if each.rating is not None]
-    return sum(ratings) / len(ratings) if ratings else None
-
-
-def rated_record(item: Item, verdicts: Mapping[str, Verdict], judge: str, *, reward: bool) -> Record:
-    """Return a record with the first verdict's ratings or rewards; those of another judge are taken out.
-
-    Completions with the same text have the same ratings. A record without a verdict has none.
-    """
-    replaced = ("reward",) if reward else ("annotations", "fine-grained_score")
-    record = {key: value for key, value in item.record.items() if key != "rated"}
-    completions = [
-        {key: value for key, value in completion.items() if key not in replaced}
-        for completion in record["completions"]
-    ]
-    record["completions"] = completions
-    question = item.first
-    verdict = verdicts.get(question.key) if question else None
-    if question is None or verdict is None:
-        return record
-    by_text = {text: number for number, text in enumerate(question.completions)}
-    for completion in completions:
-        number = by_text[completion["response"]]
-        if verdict.rewards is not None:
-            completion["reward"] = verdict.rewards[number]
-        else:
-            completion |= _annotations(verdict.annotations[number])
-    record["rated"] = {"judge": judge, "order": list(question.order)}
-    return record
-
-
-def _annotations(annotations: Mapping[str, Annotation]) -> dict[str, Any]:
-    """Return a completion's ratings in UltraFeedback's form; what was unreadable is left out."""
-    readable = {aspect: each for aspect, each in annotations.items() if not each.unreadable}
-    found: dict[str, Any] = {
-        "annotations": {
-            aspect: {"Rating": _rating_text(each.rating), "Rationale": each.rationale}
-            for aspect, each in readable.items()
-        }
-    }
-    mean = mean_of(annotations)
-    return found if mean is None else {**found, "fine-grained_score": mean}
-
-
-def _rating_text(rating: float | None) -> str:
-    if rating is None:
-        return NOT_RATED
-    return str(int(rating)) if rating == int(rating) else repr(rating)
-
-
-def summarise(
-    items: Sequence[Item],
-    kept: Kept,
-    settings: Mapping[str, Any],
-    judge: str,
-    seconds: float,
-    *,
-    prices: bool,
-) -> dict[str, Any]:
-    """Return the summary of OUT, in numbers."""
-    verdicts = kept.verdicts
-    answered = [(item.first, verdicts[item.first.key]) for item in items if item.first and item.first.key in verdicts]
-    twice = [
-        (item.first, verdicts[item.first.key], item.again, verdicts[item.again.key])
-        for item in items
-        if item.first and item.again and item.first.key in verdicts and item.again.key in verdicts
-    ]
-    by_place = [_means(verdict) for _, verdict in answered] + [_means(verdict) for *_, verdict in twice]
-    scores = [_scores_by_text(*each) for each in answered]
-    ratings = [_rating_counts(item, verdicts) for item in items]
-    usage = kept.usage
-    rewards = any(verdict.rewards is not None for _, verdict in answered)
-    return {
-        "settings": dict(settings),
-        "judge": judge,
-        "prompts": len(items),
-        "rated": sum(_rated_completions(item, verdicts) for item in items),
-        "unreadable": sum(
-            each.unreadable for _, verdict in answered for of_one in verdict.annotations for each in of_one.values()
-        ),
-        "failed": sum(item.first is not None and item.first.key not in verdicts for item in items),
-        "requests": usage.requests,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "cost": usage.cost if prices else None,
-        "seconds": seconds,
-        "ratings": _added(ratings),
-        "tied": sum(len(each) > 1 and len(set(each)) == 1 for each in scores),
-        "different": len({score for each in scores for score in each}),
-        "again": None if rewards else as_json(agreement(_in_order_of_record(*each) for each in twice)),
-        "position": None if rewards else as_json(positions(by_place)),
-    }
-
-
-def _means(verdict: Verdict) -> Means:
-    return [mean_of(annotations) for annotations in verdict.annotations]
-
-
-def _scores_by_text(question: Question, verdict: Verdict) -> list[float]:
-    """Return the scores of a question's completions that have one."""
-    found = _means(verdict) if verdict.rewards is None else verdict.rewards
-    return [score for score in found if score is not None]
-
-
-def _rated_completions(item: Item, verdicts: Mapping[str, Verdict]) -> int:
-    """Count the completions with a rating or a reward, equal texts each."""
-    if item.first is None or item.first.key not in verdicts:
-        return 0
-    verdict = verdicts[item.first.key]
-    found = _means(verdict) if verdict.rewards is None else verdict.rewards
-    rated = {text for text, score in zip(item.first.completions, found, strict=True) if score is not None}
-    return sum(completion["response"] in rated for completion in item.record["completions"])
-
-
-def _rating_counts(item: Item, verdicts: Mapping[str, Verdict]) -> dict[str, dict[str, int]]:
-    """Count the ratings of a record's different completions by aspect, each rounded to an integer."""
-    if item.first is None or item.first.key not in verdicts:
-        return {}
-    counts: dict[str, dict[str, int]] = {}
-    for of_one in verdicts[item.first.key].annotations:
-        for aspect, each in of_one.items():
-            of_aspect = counts.setdefault(aspect, dict.fromkeys("12345", 0))
-            if each.rating is not None:
-                of_aspect[str(int(each.rating + 0.5))] += 1
-    return counts
-
-
-def _added(counts: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
-    total: dict[str, dict[str, int]] = {}
-    for one in counts:
-        for aspect, of_one in one.items():
-            of_aspect = total.setdefault(aspect, dict.fromkeys("12345", 0))
-            for rating, number in of_one.items():
-                of_aspect[rating] += number
-    return total
-
-
-def _in_order_of_record(
-    first: Question, verdict: Verdict, again: Question, other: Verdict
-) -> tuple[Means, Means]:
-    """Return two verdicts' mean ratings of the same completions, in the order of the record."""
-    sides = []
-    for question, each in ((first, verdict), (again, other)):
-        by_place = dict(zip(question.order, _means(each), strict=True))
-        sides.append([by_place[place] for place in sorted(by_place)])
-    return sides[0], sides[1]
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """Return a summary for people."""
-    lines = [
-        f"{summary['prompts']} prompts, {summary['rated']} completions rated by {summary['judge']}; "
-        f"{summary['unreadable']} ratings unreadable, {summary['failed']} prompts without ratings",
-        *_spent(summary),
-        *_ratings(summary["ratings"]),
-    ]
-    if summary["again"]:
-        again = summary["again"]
-        same_best = "" if again["same_best"] is None else f", the same best one in {again['same_best']:.1%} of prompts"
-        correlation = "" if again["correlation"] is None else f", correlation {again['correlation']:.2f}"
-        lines.append(
-            f"  again in another order, {again['prompts']} prompts: the same rating for {again['exact']:.1%} of "
-            f"completions, within 1 for {again['within_one']:.1%}{same_best}{correlation}"
-        )
-    if summary["position"]:
-        places = zip(summary["position"]["mean_rating"], summary["position"]["best"], strict=True)
-        shown = (f"{'-' if mean is None else f'{mean:.2f}'} ({best:.1%})" for mean, best in places)
-        lines.append(f"  mean rating (and share of wins) by place in the judge's order: {', '.join(shown)}")
-    if summary["tied"]:
-        lines.append(f"  {summary['tied']} prompts whose completions all have the same score, which make no pair")
-    if summary["different"] == 1 and summary["rated"] > 1:
-        lines.append(
-            f"warning: {summary['judge']} gave everything the same score; nothing can be learned from that: change the "
-            "judge or its instructions"
-        )
-    return "\n".join(lines)
-
-
-def _spent(summary: Mapping[str, Any]) -> list[str]:
-    if not summary["requests"]:
-        return []
-    tokens = (summary["prompt_tokens"], summary["completion_tokens"])
-    counted = "tokens not counted by the server" if None in tokens else f"{tokens[0]:,} tokens read, {tokens[1]:,} written"
-    cost = "" if summary["cost"] is None else f", ${summary['cost']:.4f}"
-    return [f"  {summary['requests']} requests, {counted}{cost}"]
-
-
-def _ratings(ratings: Mapping[str, Mapping[str, int]]) -> list[str]:
-    if not ratings:
-        return []
-    width = max(map(len, ratings))
-    rows = (f"  {aspect:{width}} {' '.join(f'{number:6d}' for number in counts.values())}" for aspect, counts in ratings.items())
-    return [f"  {'':{width}} {' '.join(f'{rating:>6}' for rating in '12345')}", *rows]

@@ -332,9 +332,7 @@ def _sample_endpoints(
     sampling = Sampling(args.n, args.max_new_tokens or _MAX_NEW_TOKENS, args.temperature, args.top_p, args.top_k, seed)
     asked = draws(task.prompts, task.occurrences, sampling)
     folder = kept_folder(Path(args.out))
-    files = {
-        model.name: folder / f"model-{number}.jsonl" for number, model in enumerate(models, start=1) if model.url
-    }
+    files = {model.name: folder / f"model-{number}.jsonl" for number, model in enumerate(models, start=1) if model.url}
     found: dict[str, Sampled] = {}
     for name, kept in files.items():
         tell(_asked(name, task, args.n))
