@@ -173,7 +173,7 @@ def disturb(words: list[str], log: Path, dice: random.Random, kills: int, second
 
 
 def measure(
-    folder: Path, *, kills: int, each: int = 5, seed: int = 0, ranks: int | None = None, evaluate: bool = True
+    folder: Path, *, kills: int, each: int = 5, seed: int = 0, ranks: int | None = None, evaluate: bool = False
 ) -> dict[str, Any]:
     """Kill iterations until there were `kills`, `each` of them in one iteration; return what came of it."""
     config = make_inputs(folder, evaluate=evaluate)
@@ -211,12 +211,22 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--each", type=int, default=5, help="kills of one iteration (default: 5)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--evaluate", action="store_true", help="with evaluation prompts and the KL, which takes longer"
+    )
     parser.add_argument("--ranks", type=int, help="under torchrun on as many")
     parser.add_argument("--folder", type=Path, default=Path("runs/kill-iteration"), help="a new folder")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
-    result = measure(args.folder.absolute(), kills=args.kills, each=args.each, seed=args.seed, ranks=args.ranks)
+    result = measure(
+        args.folder.absolute(),
+        kills=args.kills,
+        each=args.each,
+        seed=args.seed,
+        ranks=args.ranks,
+        evaluate=args.evaluate,
+    )
     text = json.dumps(result, indent=1)
     print(text)
     if args.output:
