@@ -31,7 +31,7 @@ HELP = {
     "evaluate": "measure a model: preferences on held-out pairs, or another --suite",
     "generate": "complete the prompts of a file",
     "estimate": "say whether a run fits on given GPUs, how long it takes and what it costs",
-    "report": "show one or more runs as one HTML file: curves, data, evaluations, samples",
+    "report": "show one or more runs, or the rounds of an iteration, as one HTML file: curves, figures, samples",
     "card": "write a model card from a run",
     "export": "write a run's model out with its card, as a Hugging Face folder or a PEFT adapter; --push: to the hub",
 }
@@ -46,7 +46,7 @@ MODULES = {
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
     "estimate": "notus.estimate.command",
-    "report": "notus.evaluation.report.page",
+    "report": "notus.feedback.report",
     "card": "notus.evaluation.release.card",
     "export": "notus.evaluation.release.export",
 }

@@ -27,7 +27,9 @@ T = TypeVar("T")
 # the files of a round's folder
 PROMPTS, RECORDS, RATED, PAIRS = "prompts.jsonl", "records.jsonl", "rated.jsonl", "pairs.jsonl"
 RUN, ANSWERS, COMPARED, EVALUATION, ROUND = "run", "answers.jsonl", "compared.jsonl", "evaluation.json", "round.json"
-_REMEDY = "restore the file, or remove it and run the same `notus iterate` again"
+OWN_PAIRS = "own-pairs.jsonl"  # the round's pairs before those of earlier rounds are added, if any are
+CONFIG = "iterate.yaml"  # of the iteration, in its folder
+REMEDY = "restore the file, or remove it and run the same `notus iterate` again"
 # The columns of a pair with its ratings, in either schema of `notus curate`.
 _PAIR_RATINGS = (("chosen_avg_rating", "rejected_avg_rating"), ("chosen-rating", "rejected-rating"))
 
@@ -72,9 +74,15 @@ class Evaluation:
     kl_per_token: float | None
     kl_samples: int | None
     kl_cut: float | None  # share of the samples that were cut; they understate the KL
-    accuracy: float | None  # share of held-out pairs whose chosen answer has the higher reward
+    accuracy: float | None  # share of pairs whose chosen answer has the higher reward
     accuracy_interval: tuple[float, float] | None
     pairs: int | None  # these pairs
+    held_out: bool  # whether these are other pairs than those that the round learned from
+
+    @property
+    def held_out_accuracy(self) -> float | None:
+        """The accuracy, if it is that of held-out pairs."""
+        return self.accuracy if self.held_out else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +148,7 @@ class Pairs:
     """What `notus curate` made."""
 
     rows: int  # pairs, or lists of completions
+    old: int  # of them those of earlier rounds
     chosen: float | None  # mean score of the chosen answers; of lists, of their best. None: the rows have none
     rejected: float | None  # of the rejected ones; of lists, of their worst
     margin: float | None  # mean difference of the two
@@ -188,6 +197,31 @@ class Round:
         """What the judge did in this round."""
         return [part for part in (self.judging, self.judging_of_answers) if part is not None]
 
+    @property
+    def judge_requests(self) -> int | None:
+        """Requests to the judge; None before it rated anything."""
+        return _total([part.requests for part in self.judged])
+
+    @property
+    def judge_tokens(self) -> int | None:
+        """Tokens that the judge read and wrote; None: not known of all."""
+        counts = [(part.prompt_tokens, part.completion_tokens) for part in self.judged]
+        return _total([count for both in counts for count in both])
+
+    @property
+    def judge_cost(self) -> float | None:
+        """US dollars; None: not known of all."""
+        return _total([part.cost for part in self.judged])
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _total(values: Sequence[Number | None]) -> Number | None:
+    """Return a sum; None for the sum of nothing, or of anything not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
 
 def summarise(folder: Path) -> Round:
     """Read a round's folder. Raises ValueError, naming the file, for one that is damaged."""
@@ -195,11 +229,11 @@ def summarise(folder: Path) -> Round:
     records = next((folder / name for name in (RATED, RECORDS) if (folder / name).exists()), None)
     sampling = _read_sampling(records, folder / RECORDS) if records else None
     return Round(
-        prompts=sum(1 for _ in _rows(folder / PROMPTS)) if (folder / PROMPTS).exists() else None,
+        prompts=sum(1 for _ in rows_of(folder / PROMPTS)) if (folder / PROMPTS).exists() else None,
         sampling=sampling,
         rated=_read_rated(folder / RATED),
         judging=_load(summary_file(folder / RATED), Judging),
-        pairs=_read_pairs(folder / PAIRS),
+        pairs=_read_pairs(folder / PAIRS, folder / OWN_PAIRS),
         training=_read_training(folder / RUN),
         evaluation=_read_evaluation(folder / EVALUATION),
         start=answers[0] if answers else None,
@@ -242,10 +276,11 @@ def win_interval(points: Sequence[float]) -> tuple[float, float]:
     return wilson(share * trials, trials)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) over a file of JSON objects. Raises ValueError, naming file and line, for any other."""
     for place, row in read_file(path):
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: not a JSON object; {_REMEDY}")
+            raise ValueError(f"{place}: not a JSON object; {REMEDY}")
         yield place, row
 
 
@@ -253,7 +288,7 @@ def completions_of(place: str, record: Mapping[str, Any]) -> list[dict[str, Any]
     """Return a record's completions. Raises ValueError, beginning with its place, where they are not as written."""
     found = record.get("completions")
     if not isinstance(found, list) or not all(map(_is_completion, found)):
-        raise ValueError(f"{place}: completions are not as `notus sample` writes them; {_REMEDY}")
+        raise ValueError(f"{place}: completions are not as `notus sample` writes them; {REMEDY}")
     return found
 
 
@@ -267,7 +302,7 @@ def score_of(place: str, completion: Mapping[str, Any]) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{place}: a score is {value!r:.60}, not a finite number; {_REMEDY}")
+        raise ValueError(f"{place}: a score is {value!r:.60}, not a finite number; {REMEDY}")
     return float(value)
 
 
@@ -307,7 +342,7 @@ def _read_sampling(records: Path, sampled: Path) -> Sampling | None:
     """Read sampled completions from `records`, rated or not; their summary is that of `sampled`."""
     counts: Counter[str] = Counter()
     texts, prompts = _Texts(), 0
-    for place, record in _rows(records):
+    for place, record in rows_of(records):
         completions = completions_of(place, record)
         counts.update(completion["model"] for completion in completions)
         prompts += 1
@@ -332,7 +367,7 @@ def _read_rated(path: Path) -> Rated | None:
         return None
     scores: dict[str, list[float | None]] = {}
     scale: Scale = "rating"
-    for place, record in _rows(path):
+    for place, record in rows_of(path):
         completions = completions_of(place, record)
         scale = "reward" if scale == "reward" else _scale(completions)
         for completion in completions:
@@ -359,7 +394,7 @@ def both_answers(place: str, record: Mapping[str, Any]) -> tuple[dict[str, Any],
     completions = completions_of(place, record)
     if len(completions) != 2:
         raise ValueError(
-            f"{place}: {len(completions)} completions, where the starting model's and the round's are meant; {_REMEDY}"
+            f"{place}: {len(completions)} completions, where the starting model's and the round's are meant; {REMEDY}"
         )
     return completions[0], completions[1]
 
@@ -369,7 +404,7 @@ def _read_answers(path: Path) -> tuple[Answers | None, Answers | None] | None:
     if not path.exists():
         return None
     start, own = _Texts(), _Texts()
-    for place, record in _rows(path):
+    for place, record in rows_of(path):
         one, other = both_answers(place, record)
         start.add([one])
         own.add([other])
@@ -381,7 +416,7 @@ def _read_comparison(path: Path) -> Comparison | None:
         return None
     points, scores, same, unrated = [], [], 0, 0
     scale: Scale = "rating"
-    for place, record in _rows(path):
+    for place, record in rows_of(path):
         start, own = both_answers(place, record)
         scale = "reward" if scale == "reward" else _scale((start, own))
         before, after = score_of(place, start), score_of(place, own)
@@ -407,16 +442,21 @@ def _read_comparison(path: Path) -> Comparison | None:
     )
 
 
-def _read_pairs(path: Path) -> Pairs | None:
+def _read_pairs(path: Path, own: Path) -> Pairs | None:
     if not path.exists():
         return None
     ends, rows = [], 0
-    for place, row in _rows(path):
+    for place, row in rows_of(path):
         rows += 1
         if (found := _ends(place, row)) is not None:
             ends.append(found)
-    chosen, rejected = _mean([best for best, _ in ends]), _mean([worst for _, worst in ends])
-    return Pairs(rows, chosen, rejected, _mean([best - worst for best, worst in ends]))
+    return Pairs(
+        rows=rows,
+        old=rows - sum(1 for _ in rows_of(own)) if own.exists() else 0,
+        chosen=_mean([best for best, _ in ends]),
+        rejected=_mean([worst for _, worst in ends]),
+        margin=_mean([best - worst for best, worst in ends]),
+    )
 
 
 def _ends(place: str, row: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -427,7 +467,7 @@ def _ends(place: str, row: Mapping[str, Any]) -> tuple[float, float] | None:
     if values is None:
         return None
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-        raise ValueError(f"{place}: a rating is no number; {_REMEDY}")
+        raise ValueError(f"{place}: a rating is no number; {REMEDY}")
     return (max(values), min(values)) if "ratings" in row else (values[0], values[1])
 
 
@@ -435,7 +475,7 @@ def _read_training(run: Path) -> Training | None:
     from notus.training.tracking import METRICS_FILE  # imports torch
 
     last: dict[str, float | None] = {}
-    lines = read_records(run / METRICS_FILE, f"not a line of metrics; {_REMEDY}", lambda line: "step" in line)
+    lines = read_records(run / METRICS_FILE, f"not a line of metrics; {REMEDY}", lambda line: "step" in line)
     for line in lines:
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
         last |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -465,6 +505,7 @@ def _read_evaluation(path: Path) -> Evaluation | None:
         accuracy=overall.accuracy,
         accuracy_interval=overall.accuracy_interval,
         pairs=overall.count,
+        held_out=(Path(found.pairs).parent.name, Path(found.pairs).name) != (path.parent.name, PAIRS),
     )
 
 
@@ -501,6 +542,7 @@ class _Overall:
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluationFile:
+    pairs: str
     overall: _Overall
     kl: _Kl | None = None
 
@@ -514,4 +556,4 @@ def _load(path: Path, kind: type[T]) -> T | None:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path}: {f'{key}: ' if key else ''}{first['msg']}; {_REMEDY}") from error
+        raise ValueError(f"{path}: {f'{key}: ' if key else ''}{first['msg']}; {REMEDY}") from error

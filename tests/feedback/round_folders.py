@@ -1,8 +1,11 @@
 """Folders of rounds and iterations as `notus iterate` leaves them, for the tests of what reads them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+
+from notus.feedback.rounds import summarise
 
 
 def completion(
@@ -91,5 +94,35 @@ def write_round(folder: Path, *, number: int = 1) -> Path:
     kl = {"samples": 4, "tokens": 40, "cut_share": 0.25, "max_new_tokens": 8, "per_sequence": 1.5,
           "per_sequence_stderr": 0.25, "per_token": 0.15}  # fmt: skip
     overall = {"count": 10, "accuracy": 0.8, "accuracy_interval": [0.49, 0.94], "margin": 0.1}
-    write_object(folder / "evaluation.json", {"model": "m", "base": "b", "overall": overall, "kl": kl})
+    evaluation = {"model": "m", "base": "b", "pairs": "20 rows held out of data.train", "overall": overall, "kl": kl}
+    write_object(folder / "evaluation.json", evaluation)
+    return folder
+
+
+CONFIG = """\
+model:
+  name_or_path: models/start
+training:
+  output_dir: runs/own
+iterate:
+  prompts: prompts.jsonl
+  eval_prompts: questions.jsonl
+  rounds: 2
+  reference: last
+sample:
+  n: 4
+rate:
+  judge_model: rater
+"""
+
+
+def write_iteration(folder: Path, *, rounds: int = 2, config: str = CONFIG) -> Path:
+    """Write an iteration's folder with so many finished rounds, all of them the round of `write_round`."""
+    folder.mkdir(parents=True)
+    (folder / "iterate.yaml").write_text(config)
+    for number in range(1, rounds + 1):
+        write_round(folder / f"round-{number}", number=number)
+        (folder / f"round-{number}" / "round.json").write_text(
+            json.dumps(dataclasses.asdict(summarise(folder / f"round-{number}")))
+        )
     return folder

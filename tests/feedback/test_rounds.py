@@ -40,7 +40,7 @@ def test_a_round_is_read_from_its_files(tmp_path):
     assert found.rated.mean == pytest.approx((4 + 3 + 1) / 3)
     assert found.rated.mean_of_all == (4 + 3 + 2 + 1 + 5) / 5
 
-    assert found.pairs == rounds.Pairs(3, (4 + 5 + 3.5) / 3, (2 + 1 + 3) / 3, pytest.approx((2 + 4 + 0.5) / 3))
+    assert found.pairs == rounds.Pairs(3, 0, (4 + 5 + 3.5) / 3, (2 + 1 + 3) / 3, pytest.approx((2 + 4 + 0.5) / 3))
     assert found.training == rounds.Training(3, 0.4, 1.0, 0.5, 0.6, None)  # the last logged value of each
 
     assert found.start is not None
@@ -50,7 +50,7 @@ def test_a_round_is_read_from_its_files(tmp_path):
     assert found.answers.diversity.self_similarity is None  # of one answer a prompt
 
     evaluation = found.evaluation
-    assert evaluation == rounds.Evaluation(1.5, 0.25, 0.15, 4, 0.25, 0.8, (0.49, 0.94), 10)
+    assert evaluation == rounds.Evaluation(1.5, 0.25, 0.15, 4, 0.25, 0.8, (0.49, 0.94), 10, True)
     assert found.kl == 1.5
 
     comparison = found.comparison
@@ -65,7 +65,7 @@ def test_a_round_is_read_from_its_files(tmp_path):
     assert found.judging.again == Again(1, 0.5, 1.0, 1.0, None)
     assert found.judging.position == Position((3.5, 3.0), (0.75, 0.25))
     assert [part.cost for part in found.judged] == [0.25, 0.5]
-    assert [part.requests for part in found.judged] == [3, 4]
+    assert (found.judge_requests, found.judge_cost, found.judge_tokens) == (3 + 4, 0.25 + 0.5, 2 * (300 + 60))
 
 
 def test_a_round_in_progress_has_what_is_there(tmp_path):
@@ -132,11 +132,35 @@ def test_the_interval_of_equal_points_is_wilsons_of_the_prompts(points):
 
 def test_lists_and_the_other_schema_of_pairs_have_margins_too(tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen-rating": 5.0, "rejected-rating": 2.0}])
-    assert summarise(tmp_path).pairs == rounds.Pairs(1, 5.0, 2.0, 3.0)
+    assert summarise(tmp_path).pairs == rounds.Pairs(1, 0, 5.0, 2.0, 3.0)
     write_lines(tmp_path / "pairs.jsonl", [{"ratings": [2.0, 4.5, 1.0]}, {"ratings": [3.0, 3.0]}])
-    assert summarise(tmp_path).pairs == rounds.Pairs(2, (4.5 + 3) / 2, (1 + 3) / 2, 3.5 / 2)
+    assert summarise(tmp_path).pairs == rounds.Pairs(2, 0, (4.5 + 3) / 2, (1 + 3) / 2, 3.5 / 2)
     write_lines(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    assert summarise(tmp_path).pairs == rounds.Pairs(1, None, None, None)
+    assert summarise(tmp_path).pairs == rounds.Pairs(1, 0, None, None, None)
+
+
+def test_pairs_of_earlier_rounds_are_counted(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", [{"chosen-rating": 5, "rejected-rating": worst} for worst in (1, 2, 3)])
+    write_lines(tmp_path / "own-pairs.jsonl", [{"chosen-rating": 5, "rejected-rating": 1}])
+    assert summarise(tmp_path).pairs == rounds.Pairs(3, 2, 5.0, 2.0, 3.0)
+
+
+def test_an_evaluation_on_the_rounds_own_pairs_is_not_held_out(tmp_path):
+    folder = write_round(tmp_path / "round-1")
+    tree = json.loads((folder / "evaluation.json").read_text())
+    for pairs, held_out in ((folder / "pairs.jsonl", False), (tmp_path / "pairs.jsonl", True)):
+        write_object(folder / "evaluation.json", {**tree, "pairs": str(pairs), "kl": None})
+        found = summarise(folder).evaluation
+        assert found is not None
+        assert (found.held_out, found.kl, found.accuracy) == (held_out, None, 0.8)
+
+
+def test_the_judges_sums_are_not_known_where_a_part_is_not(tmp_path):
+    folder = write_round(tmp_path / "round-1")
+    write_object(folder / "rated.summary.json", rate_summary(cost=None, prompt_tokens=None))
+    found = summarise(folder)
+    assert (found.judge_requests, found.judge_cost, found.judge_tokens) == (3 + 4, None, None)
+    assert (Round().judge_requests, Round().judge_cost, Round().judge_tokens) == (None, None, None)
 
 
 def test_an_endpoint_that_does_not_say_how_long_its_texts_are_leaves_their_length_open(tmp_path):
