@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from judges import serving
+from judges import Reply, serving
 from toys import toy_model_folder, toy_tokenizer
 
 from notus.__main__ import main
@@ -363,3 +363,46 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             parse_models(models)
     with pytest.raises(ValueError, match="is the name of the completions of --with as well"):
         parse_models(["org/model"], ["org/model"])
+
+
+def test_what_is_resumed_after_midnight_is_prompted_as_before(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls) -> "Tomorrow":
+            return cls.fromordinal(datetime.datetime.now().toordinal() + 1)
+
+    dated = toy_model_folder(tmp_path / "dated")
+    toy_tokenizer(chat_template="{{ strftime_now('%d %m') }}" + CHAT_TEMPLATE).save_pretrained(dated)
+    command = words(prompts, dated, "--n", 2, "--batch-size", 2)
+    assert main([*command[:2], str(tmp_path / "whole.jsonl"), *command[3:]]) == 0
+    complete, calls = decoding._complete, []
+
+    def killed(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return complete(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "_complete", killed)
+        with pytest.raises(MemoryError):
+            main(command)
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert main(command) == 0
+    assert read(prompts) == read(prompts, "whole.jsonl")
+    assert main(command) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert main([*command, "--overwrite"]) == 0
+    assert read(prompts) != read(prompts, "whole.jsonl"), "the day counts"
+
+
+def test_a_wrong_key_shows_before_local_models_work(
+    prompts: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local_sampling, "generate_completions", None)
+    with serving(lambda request, number: Reply(status=401)) as served:
+        assert main(words(prompts, chat_model, f"x@{served.url}")) == 1
+    assert "no key was sent: set the environment variable" in capsys.readouterr().err
+    assert len(served.requests) == 1
