@@ -7,6 +7,7 @@ over HTTP. Finished work is kept, so that the same command resumes after it was 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from notus.feedback.records import (
     RATINGS,
     Record,
     check_out,
+    earlier_settings,
     finish,
     held,
     is_finished,
@@ -152,14 +154,17 @@ def run(args: argparse.Namespace) -> int:
 
     with contextlib.ExitStack() as stack:
         with distributed.process_group() as device, _stopping(args.out):
-            local = {model.name: _find(model, args) for model in models if model.url is None}
+            began = distributed.on_main(lambda: _began(args))
+            local = {model.name: _find(model, args, began) for model in models if model.url is None}
             task = distributed.on_main(lambda: _read(args, list(local.values()), earlier))
-            settings = _settings(args, decoding, task, models, local)
+            settings = _settings(args, decoding, task, models, local, began)
             distributed.on_main(lambda: stack.enter_context(held(Path(args.out))) and None)
             if distributed.on_main(lambda: is_finished(Path(args.out), settings, overwrite=args.overwrite)):
                 distributed.say(f"{args.out} is finished already: the same prompts, models and settings made it")
                 return 0
             start = time.monotonic()
+            if local and endpoints:  # a wrong key or address shows before the local models work
+                distributed.on_main(lambda: _sample_endpoints(args, models, endpoints, task, first=True))
             found = _sample_local(args, models, local, task, decoding, device)
             speaks = distributed.is_main()
         if not speaks:  # asking endpoints can take hours, and the other ranks have no part in it
@@ -209,10 +214,16 @@ def _endpoints(args: argparse.Namespace, models: Sequence[SampledModel]) -> dict
     }
 
 
-def _find(model: SampledModel, args: argparse.Namespace) -> "LocalModel":
+def _find(model: SampledModel, args: argparse.Namespace, began: str) -> "LocalModel":
     from notus.feedback.local_sampling import find_local
 
-    return find_local(model, args)
+    return find_local(model, args, began)
+
+
+def _began(args: argparse.Namespace) -> str:
+    """Return the day on which the work on OUT began, where its settings say so; else today."""
+    settings = earlier_settings(Path(args.out), overwrite=args.overwrite)
+    return str(settings.get("date") or datetime.date.today().isoformat())
 
 
 # ---- prompts and settings ----
@@ -265,6 +276,7 @@ def _settings(
     task: Task,
     models: Sequence[SampledModel],
     local: Mapping[str, "LocalModel"],
+    began: str,
 ) -> dict[str, Any]:
     """Return all that decides the records; collective."""
     described = []
@@ -285,6 +297,7 @@ def _settings(
         "system": args.system,
         "raw": args.raw,
         "drop_duplicates": args.drop_duplicates,
+        "date": began if any(model.dated for model in local.values()) else None,  # that chat templates write
         "models": described,
     }
 
@@ -321,19 +334,29 @@ def _asked(name: str, task: Task, n: int) -> str:
 
 
 def _sample_endpoints(
-    args: argparse.Namespace, models: Sequence[SampledModel], endpoints: Mapping[str, Any], task: Task
+    args: argparse.Namespace,
+    models: Sequence[SampledModel],
+    endpoints: Mapping[str, Any],
+    task: Task,
+    *,
+    first: bool = False,
 ) -> dict[str, "Sampled"]:
-    """Ask the endpoints, one after the other; for rank 0. The budget is for all of them together."""
+    """Ask the endpoints, one after the other; for rank 0. The budget is for all of them together.
+
+    `first`: each for its first completion alone, to see whether it can be asked.
+    """
     from notus.feedback.endpoint_sampling import EndpointSampler, Sampling, draws, kept_requests
 
     seed = 42 if args.seed is None else args.seed
     sampling = Sampling(args.n, args.max_new_tokens or _MAX_NEW_TOKENS, args.temperature, args.top_p, args.top_k, seed)
     asked = draws(task.prompts, task.occurrences, sampling)
+    asked = asked[:1] if first else asked
     folder = kept_folder(Path(args.out))
     files = {model.name: folder / f"model-{number}.jsonl" for number, model in enumerate(models, start=1) if model.url}
     found: dict[str, Sampled] = {}
     for name, kept in files.items():
-        tell(_asked(name, task, args.n))
+        if not first:
+            tell(_asked(name, task, args.n))
         others = sum(kept_requests(file) for file in files.values() if file != kept)
         most = None if args.max_requests is None else max(0, args.max_requests - others)
         sampler = EndpointSampler(name, endpoints[name], sampling, kept, parallel=args.parallel, max_requests=most)
