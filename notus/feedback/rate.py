@@ -56,7 +56,7 @@ _OPTIONS = {
     "instructions": _Option((ENDPOINT, LOCAL), None),
     "max_new_tokens": _Option((ENDPOINT, LOCAL), 2048),
     "again_share": _Option((ENDPOINT, LOCAL, FUNCTION), AGAIN_SHARE),
-    "batch_size": _Option((LOCAL, REWARD), 8),
+    "batch_size": _Option((LOCAL, REWARD), None),
     "precision": _Option((LOCAL, REWARD), None),
     "chat_template": _Option((LOCAL, REWARD), None),
     "trust_remote_code": _Option((LOCAL, REWARD), False),
@@ -157,7 +157,9 @@ def _add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("a local judge or a reward model")
-    model.add_argument("--batch-size", type=count, metavar="N", help="sequences at a time (default: 8)")
+    model.add_argument(
+        "--batch-size", type=count, metavar="N", help="sequences at a time (default: 8; of a reward model 32)"
+    )
     model.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     model.add_argument(
         "--chat-template",
@@ -360,12 +362,14 @@ class _Command:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Have SIGTERM raise KeyboardInterrupt, as SIGINT does, where this is the main thread."""
+    """Have SIGTERM and SIGINT raise KeyboardInterrupt, where this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

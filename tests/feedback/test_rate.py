@@ -262,6 +262,49 @@ def test_a_stopped_command_resumes_without_asking_again(tmp_path: Path) -> None:
     assert summary(out)["requests"] == 7  # the one that was cut off was sent all the same
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_within_a_function_keeps_the_verdicts_before(tmp_path: Path, number: signal.Signals) -> None:
+    """And a line that a kill cut off is asked again."""
+    source, out = write(tmp_path / "records.jsonl", RECORDS), tmp_path / "rated.jsonl"
+    calls, judge = tmp_path / "calls", tmp_path / "judge.py"
+    judge.write_text(
+        f"""
+import os, pathlib
+calls = pathlib.Path({str(calls)!r})
+def rate(prompt, completions):
+    with calls.open("a") as file:
+        file.write(prompt + "\\n")
+    if len(calls.read_text().splitlines()) == 3:
+        os.kill(os.getpid(), {int(number)})
+    return [len(text) for text in completions]
+"""
+    )
+    command = [source, out, "--judge-function", f"{judge}:rate", "--again-share", 0]
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert run(*command) == 75
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    kept = tmp_path / "rated.jsonl.kept" / "verdicts-0.jsonl"
+    with kept.open("a") as file:
+        file.write(kept.read_text().splitlines()[0][:40])
+    assert run(*command) == 0
+    asked = calls.read_text().splitlines()
+    assert (len(asked), len(set(asked))) == (7, 6)
+    assert all(row["completions"][2]["fine-grained_score"] == 5.0 for row in read(out))
+
+
+def test_kept_verdicts_that_are_none_are_named(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "records.jsonl", RECORDS), tmp_path / "rated.jsonl"
+    with serving(by_length) as served:
+        command = [source, out, *endpoint(served.url)]
+        assert run(*command, "--max-requests", 1) == 1
+        kept = tmp_path / "rated.jsonl.kept" / "verdicts-0.jsonl"
+        line = json.loads(kept.read_text().splitlines()[0])
+        for wrong in ({"annotations": 3}, {"usage": None}, {"annotations": [{"honesty": [4]}]}, {"key": 1}):
+            kept.write_text(json.dumps(line | wrong) + "\n")
+            with pytest.raises(ValueError, match=r"verdicts-0\.jsonl, line 1"):
+                run(*command)
+
+
 def test_unreadable_ratings_are_left_out_and_counted(tmp_path: Path) -> None:
     def judge(request: dict[str, Any], number: int) -> Reply:
         answer = ratings(seen(request), lambda text: str(len(text)))
