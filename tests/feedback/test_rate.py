@@ -13,7 +13,7 @@ from judges import Reply, serving
 from rating import by_length, counted, parse, ratings, read, record, run, seen, summary, write
 
 from notus.curation.ultrafeedback import curate
-from notus.feedback.questions import make_item
+from notus.feedback.questions import make_item, prompt_text
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +135,16 @@ def test_several_turns_are_shown_with_their_roles(tmp_path: Path) -> None:
     assert read(tmp_path / "rated.jsonl")[0]["messages"] == turns
 
 
+def test_tools_and_calls_are_shown() -> None:
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
+        {"role": "tool", "content": "rain"},
+    ]
+    text = prompt_text(record(0, ["a"], messages=turns, tools=[{"name": "look"}]))
+    assert text == 'tools: [{"name": "look"}]\n\nuser: Weather?\n\nassistant: [{"name": "look"}]\n\ntool: rain'
+
+
 def test_ratings_of_another_judge_are_replaced_even_where_this_one_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +223,17 @@ def test_a_budget_of_requests_keeps_what_there_is_and_a_larger_one_goes_on(
         assert run(*command, "--max-requests", 6) == 0
     assert len(served.requests) == 6
     assert all("rated" in row for row in read(out))
+
+
+def test_a_budget_is_for_first_ratings_before_it_is_for_second_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "records.jsonl", RECORDS), tmp_path / "rated.jsonl"
+    with serving(by_length) as served:
+        assert run(source, out, *endpoint(served.url), "--again-share", 1, "--max-requests", 8) == 0
+    assert all("rated" in row for row in read(out))
+    assert summary(out)["again"]["prompts"] == 2
+    assert "4 second ratings did not come" in capsys.readouterr().out
 
 
 def test_a_budget_of_dollars_is_never_overspent(tmp_path: Path) -> None:
