@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from notus.evaluation.arguments import add_model_options, check_no_effect, count, positive
-from notus.evaluation.generate import add_answer_arguments, answer_settings
+from notus.evaluation.generate import add_answer_arguments, add_engine_argument, answer_settings
 from notus.feedback.records import (
     RATINGS,
     Record,
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OpenAI-compatible endpoint; LABEL=MODEL sets its name in the records",
     )
     parser.add_argument("--n", type=count, default=4, help="completions of each model per prompt (default: 4)")
-    add_answer_arguments(parser, "completion", max_new_tokens=_MAX_NEW_TOKENS)
+    add_answer_arguments(parser, "completion", max_new_tokens=_MAX_NEW_TOKENS, heat="1; with --n 1: 0")
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
     parser.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
     parser.add_argument(
@@ -95,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_local_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_argument(parser)
     add_model_options(parser)
 
 
@@ -185,7 +186,7 @@ def _check(args: argparse.Namespace) -> "Decoding":
     if not Path(args.prompts).exists():
         raise ValueError(f"{args.prompts}: there is no such file; give one with prompts")
     settings = answer_settings(args, "completions", _MAX_NEW_TOKENS)
-    return dataclasses.replace(settings, samples=args.n)
+    return dataclasses.replace(settings, samples=args.n, engine=args.engine)
 
 
 def _check_kinds(args: argparse.Namespace, models: Sequence[SampledModel]) -> None:
@@ -285,15 +286,18 @@ def _settings(
             described.append(local[model.name].identity)
         else:
             described.append({"name": model.name, "model": model.model, "endpoint": model.url})
-    drawn = ("temperature", "top_p", "top_k", "seed") if decoding.temperature else ("temperature",)
-    computed = ("batch_size",) if local else ()
+    drawn: tuple[str, ...] = ("temperature",)
+    if decoding.temperature:
+        drawn += ("top_p", "top_k", "seed")
+    if local and decoding.temperature:  # both decide the draws, but no greedy completion
+        drawn += ("batch_size", "engine")
     return {
         "prompts": Path(args.prompts).name,
         "prompts_sha256": task.digest,
         "with_sha256": task.earlier_digest,
         "n": args.n,
         "max_new_tokens": decoding.max_new_tokens,
-        **{name: getattr(decoding, name) for name in (*drawn, *computed)},
+        **{name: getattr(decoding, name) for name in drawn},
         "system": args.system,
         "raw": args.raw,
         "drop_duplicates": args.drop_duplicates,
