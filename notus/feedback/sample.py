@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from notus.feedback.local_sampling import LocalModel
 
 MANY = 0.1  # the share of empty or cut completions from which a model is named
+SAME = 0.5  # the share of prompts whose completions are all the same, from which a model is named
 _MAX_NEW_TOKENS = 512
 
 
@@ -490,7 +491,7 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 
 def _report(name: str, sampled: "Sampled") -> None:
-    """Name a model with many empty or cut completions, and the failures, with what to change."""
+    """Name a model with many empty, cut or equal completions, and the failures, with what to change."""
     figures = _figures(sampled)
     empty, cut = figures["empty"] / figures["completions"], figures["cut"] / figures["completions"]
     if empty >= MANY:
@@ -502,6 +503,12 @@ def _report(name: str, sampled: "Sampled") -> None:
         tell(
             f"warning: {name}: {cut:.0%} of its completions are cut at their most tokens; raise --max-new-tokens, or "
             "check that the model learned to end its answers with its EOS token"
+        )
+    several = [{each["response"] for each in of_prompt} for of_prompt in sampled.completions if len(of_prompt) > 1]
+    if several and (same := sum(len(texts) == 1 for texts in several) / len(several)) >= SAME:
+        tell(
+            f"warning: {name}: all completions of {same:.0%} of the prompts are the same; raise --temperature, or check "
+            "that the server heeds it: `transformers serve` needs do_sample in the model's generation_config.json"
         )
     if sampled.failures:
         tell(
