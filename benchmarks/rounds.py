@@ -89,14 +89,16 @@ def run_arm(folder: Path, data: Data, start: Path, arm: Arm, learning_rate: floa
             _train(place, data, model, reference, learning_rate=learning_rate, pairs=pairs, steps=steps)
             model = place / "run" / "model"
             found = synthetic_runs.verdicts(place, data)
-            rounds.append({"pairs": pairs, "win_rate": found["win_rate"], "requests": rated["requests"]})
+            rounds.append({"pairs": pairs, "win_rate": found["win_rate"], "judge_calls": rated["judge_calls"]})
         return {"learning_rate": learning_rate, "rounds": rounds, **found}
 
     return kept_run(folder, inputs, make)
 
 
-def _rated(place: Path, data: Data, prompts: list[synthetic.Prompt], model: Path, number: int, others: bool) -> Rows:
-    """Sample and rate completions of `prompts`; once per folder. Return the judge's requests and the records' path."""
+def _rated(
+    place: Path, data: Data, prompts: list[synthetic.Prompt], model: Path, number: int, others: bool
+) -> dict[str, Any]:
+    """Sample and rate completions of `prompts`; once per folder. Return the records' path and the judge's calls."""
     records, rated = place / "records.jsonl", place / "rated.jsonl"
     place.mkdir(parents=True, exist_ok=True)
     if others:
@@ -108,8 +110,8 @@ def _rated(place: Path, data: Data, prompts: list[synthetic.Prompt], model: Path
         run_command("sample", place / "prompts.jsonl", records, "--models", model, *settings, *seed)
     run_command("rate", records, rated, "--judge-function", JUDGE, "--again-share", 0, "--seed", data.seed)
     summary = json.loads(summary_file(rated).read_text(encoding="utf-8"))
-    assert summary["prompts"] == len(prompts)
-    return {"records": rated, "requests": summary["requests"]}
+    assert summary["rated"] == SAMPLES * len(prompts)
+    return {"records": rated, "judge_calls": summary["prompts"]}  # a call rates all completions of a prompt
 
 
 def _unrated(data: Data) -> Rows:
@@ -126,7 +128,7 @@ def _unrated(data: Data) -> Rows:
 def _curated(place: Path, records: Path) -> int:
     """Write the pairs of rated records. Return how many there are."""
     pairs = place / "pairs.jsonl"
-    run_command("curate", records, pairs, "--overwrite")
+    run_command("curate", records, pairs)
     return len(pairs.read_text(encoding="utf-8").splitlines())
 
 
@@ -221,7 +223,7 @@ def _cells(name: str, seeds: list[dict[str, Any]]) -> list[str]:
     rounds = list(zip(*(run["rounds"] for run in runs), strict=True))
     shares = [statistics.mean(each["win_rate"] for each in number) for number in rounds]
     pairs = [round(statistics.mean(each["pairs"] for each in number)) for number in rounds]
-    calls = {sum(each["requests"] for each in run["rounds"]) for run in runs}
+    calls = {sum(each["judge_calls"] for each in run["rounds"]) for run in runs}
     against = [] if name == OFF or OFF not in seeds[0]["arms"] else differences(seeds, name, OFF)
     return [
         name,

@@ -289,6 +289,9 @@ class DPOConfig:
 class ReferenceConfig:
     """The reference model's log-probs, which are computed once and cached. Losses without a reference need none."""
 
+    model: FilePath | None = None
+    """The reference: a model, an adapter, a run or a hub id, as in `model.name_or_path`, with the same tokenizer as the
+    policy. It is scored and freed before the policy is loaded. null: the model that the run starts from."""
     cache_dir: FilePath | None = None
     """Folder of the cache, which several runs may share. null: `reference` in the run's folder."""
 
@@ -710,7 +713,7 @@ def check_keys(tree: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
         if name not in sections:
             raise Invalid(str(name), _no_section(str(name), sections))
         for key in keys or {}:
-            homes = [home for home, cls in sections.items() if key in _hints(cls)]
+            homes = [home for home, cls in sections.items() if key in _hints(cls) and key not in sections]
             if homes and name not in homes:
                 raise Invalid(f"{name}.{key}", f"does not exist; did you mean '{homes[0]}.{key}'?")
             if name == "dpo" and not homes and _is_option(key):
@@ -978,6 +981,8 @@ def _home(name: str, sections: Mapping[str, Any]) -> str:
     """Return where a key without its section, or another trainer's, is set: "section.key", why nowhere, or ""."""
     if (other := foreign_keys.find(name)) is not None:
         return " and ".join(other.keys) or "(none needed)" * (other.kind == "none needed") or "(not available)"
+    if name in sections:  # which has a key of that name, too: `reference.model`
+        return ""
     return next((f"{home}.{name}" for home, cls in sections.items() if name in _hints(cls)), "")
 
 

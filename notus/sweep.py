@@ -37,6 +37,7 @@ _NOT_SWEPT = {
     "training.resume": "the sweep resumes its own runs: remove it",
     "reference.cache_dir": "all runs share one cache: give one folder",
 }
+_NO_MODEL = "--reference.model=null"  # of a run whose loss has no reference
 _MAX_VALUE, _MAX_NAME = 40, 180
 
 
@@ -237,15 +238,18 @@ def plan(config: str, overrides: Sequence[str], *, task: "Task", output: str | N
     from notus.config import load_config
 
     axes, fixed = read_grid(overrides)
-    cache = _given_cache(config, fixed)
+    cache, model = _given(config, fixed, "cache_dir"), _given(config, fixed, "model")
     grid = [[f"--{axis.key}={value}" for axis, value in zip(axes, values, strict=True)] for values in _product(axes)]
     drafts = []
     for words in grid:
         with _naming(words):
             null = ["--reference.cache_dir=null"] if task == "dpo" else []
+            if model and not _has_reference(load_config([config, *fixed, _NO_MODEL, *words, *null], task)):
+                words.append(_NO_MODEL)
             drafts.append(load_config([config, *fixed, *words, *null], task))
-    if cache and not any(map(_has_reference, drafts)):
-        load_config([config, *fixed, *grid[0]], task)  # raises: the cache has no effect on any run
+    if (cache or model) and not any(map(_has_reference, drafts)):
+        given = [word for word in grid[0] if word != _NO_MODEL]
+        load_config([config, *fixed, *given], task)  # raises: they have no effect on any run
     from notus.training.run_folder import CONFIG_FILE  # imports torch and more: mistakes above answer at once
 
     folder = Path(output or drafts[0].training.output_dir)
@@ -293,15 +297,15 @@ def _naming(words: Sequence[str]) -> Iterator[None]:
         raise ValueError(f"sweep, run {' '.join(words)}: {error}") from None
 
 
-def _given_cache(config: str, fixed: Sequence[str]) -> str | None:
-    """Return `reference.cache_dir` as the file or the command line sets it."""
+def _given(config: str, fixed: Sequence[str], key: str) -> str | None:
+    """Return `reference.KEY` as the file or the command line sets it for all runs."""
     from notus.config import read_yaml
 
     tree = read_yaml(Path(config))
     section = tree.get("reference") if isinstance(tree, dict) else None
-    given = section.get("cache_dir") if isinstance(section, dict) else None
+    given = section.get(key) if isinstance(section, dict) else None
     for word in fixed:
-        if word.startswith("--reference.cache_dir="):
+        if word.startswith(f"--reference.{key}="):
             given = word.partition("=")[2]
     return None if given in (None, "null") else str(given)
 

@@ -146,7 +146,7 @@ def stages(iteration: Iteration, plan: Plan, machine: Machine, number: int) -> I
     prompts = iteration.prompts[number]
     for name, model in {"policy": iteration.policy, **iteration.others}.items():
         found = _sampled(model, machine, iteration, prompts, iteration.n)
-        yield Stage(f"sample {name}", found.seconds, _generated(found, iteration, prompts * iteration.n))
+        yield Stage(f"sample {_short(name)}", found.seconds, _generated(found, iteration, prompts * iteration.n))
     for name in iteration.endpoints:
         count, tokens = prompts * iteration.n, float(iteration.lengths.mean())
         what = f"{count:,} completions, {count * iteration.prompt_tokens:,.0f} tokens in, {count * tokens:,.0f} out"
@@ -169,11 +169,15 @@ def _sampled(model: Decoder, machine: Machine, iteration: Iteration, prompts: in
     return generation(model, machine, answers)
 
 
+def _short(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
+
+
 def _generated(found: Generation, iteration: Iteration, count: int) -> str:
     tokens = count * float(iteration.lengths.mean())
     return (
-        f"{count:,} completions, {tokens:,.0f} tokens; prefill {found.prefill:.0f} s, decode {found.decode:.0f} s: "
-        f"{found.step * 1e3:.1f} ms a step of {found.batch} sequences on each GPU, bound by {BOUNDS[found.bound]}"
+        f"{count:,} completions, {tokens:,.0f} tokens; a step of {found.batch} sequences on each GPU takes "
+        f"{found.step * 1e3:.1f} ms, bound by {BOUNDS[found.bound]}"
     )
 
 
@@ -245,7 +249,8 @@ def _evaluation(iteration: Iteration, machine: Machine) -> Stage:
 
 
 def _line(stage: Stage) -> str:
-    return f"  {stage.name:<16} {stage.seconds / 3600:>7.2f} h  {stage.what}"
+    minutes = f"{stage.seconds / 60:.1f} min" if stage.seconds else "-"
+    return f"  {stage.name:<24} {minutes:>10}  {stage.what}"
 
 
 def _hours(seconds: float, machine: Machine, price: float | None) -> list[str]:
@@ -265,13 +270,16 @@ def _assumptions(iteration: Iteration, machine: Machine) -> list[str]:
         f"{HOST_SECONDS * 1e3:g} ms of Python per block and step",
     ]
     if iteration.rater.kind in ("endpoint", "local"):
-        rater = iteration.rater
-        lines.append(
-            f"Judge, assumed: {rater.instructions:.0f} tokens of instructions, {rater.around:.0f} for each completion's tags, "
-            f"{ANNOTATION} tokens written for each of {rater.aspects} ratings of a completion; "
-            f"{rater.again_share:.0%} of the prompts rated twice"
-        )
+        lines.append(_judge_assumed(iteration.rater))
     return lines
+
+
+def _judge_assumed(rater: Rater) -> str:
+    return (
+        f"Judge, assumed: {rater.instructions:.0f} tokens of instructions and {rater.around:.0f} around a completion, "
+        f"{ANNOTATION} written for each of {rater.aspects} ratings of a completion, {rater.again_share:.0%} of the "
+        "prompts rated twice"
+    )
 
 
 def _memory_notes(iteration: Iteration, machine: Machine) -> list[str]:

@@ -48,6 +48,10 @@ class JudgeError(Exception):
         self.usage = usage or Usage()
 
 
+class NotAsked(JudgeError):
+    """A question was not put at all: a budget is used up, or too many before it failed."""
+
+
 class Judge(Protocol):
     """Rates completions."""
 
