@@ -45,7 +45,7 @@ MODULES = {
     "sweep": "notus.sweep",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
-    "estimate": "notus.estimate.command",
+    "estimate": "notus.feedback.estimate",
     "report": "notus.feedback.report",
     "card": "notus.evaluation.release.card",
     "export": "notus.evaluation.release.export",

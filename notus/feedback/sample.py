@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from notus.evaluation.arguments import add_model_options, check_no_effect, count, positive
-from notus.evaluation.generate import add_answer_arguments, answer_settings
+from notus.evaluation.generate import add_answer_arguments, add_engine_argument, answer_settings
 from notus.feedback.records import (
     RATINGS,
     Record,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from notus.feedback.local_sampling import LocalModel
 
 MANY = 0.1  # the share of empty or cut completions from which a model is named
+SAME = 0.5  # the share of prompts whose completions are all the same, from which a model is named
 _MAX_NEW_TOKENS = 512
 
 
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OpenAI-compatible endpoint; LABEL=MODEL sets its name in the records",
     )
     parser.add_argument("--n", type=count, default=4, help="completions of each model per prompt (default: 4)")
-    add_answer_arguments(parser, "completion", max_new_tokens=_MAX_NEW_TOKENS)
+    add_answer_arguments(parser, "completion", max_new_tokens=_MAX_NEW_TOKENS, heat="1; with --n 1: 0")
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
     parser.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
     parser.add_argument(
@@ -95,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_local_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_argument(parser)
     add_model_options(parser)
 
 
@@ -185,7 +187,7 @@ def _check(args: argparse.Namespace) -> "Decoding":
     if not Path(args.prompts).exists():
         raise ValueError(f"{args.prompts}: there is no such file; give one with prompts")
     settings = answer_settings(args, "completions", _MAX_NEW_TOKENS)
-    return dataclasses.replace(settings, samples=args.n)
+    return dataclasses.replace(settings, samples=args.n, engine=args.engine)
 
 
 def _check_kinds(args: argparse.Namespace, models: Sequence[SampledModel]) -> None:
@@ -285,15 +287,18 @@ def _settings(
             described.append(local[model.name].identity)
         else:
             described.append({"name": model.name, "model": model.model, "endpoint": model.url})
-    drawn = ("temperature", "top_p", "top_k", "seed") if decoding.temperature else ("temperature",)
-    computed = ("batch_size",) if local else ()
+    drawn: tuple[str, ...] = ("temperature",)
+    if decoding.temperature:
+        drawn += ("top_p", "top_k", "seed")
+    if local and decoding.temperature:  # both decide the draws, but no greedy completion
+        drawn += ("batch_size", "engine")
     return {
         "prompts": Path(args.prompts).name,
         "prompts_sha256": task.digest,
         "with_sha256": task.earlier_digest,
         "n": args.n,
         "max_new_tokens": decoding.max_new_tokens,
-        **{name: getattr(decoding, name) for name in (*drawn, *computed)},
+        **{name: getattr(decoding, name) for name in drawn},
         "system": args.system,
         "raw": args.raw,
         "drop_duplicates": args.drop_duplicates,
@@ -486,7 +491,7 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 
 def _report(name: str, sampled: "Sampled") -> None:
-    """Name a model with many empty or cut completions, and the failures, with what to change."""
+    """Name a model with many empty, cut or equal completions, and the failures, with what to change."""
     figures = _figures(sampled)
     empty, cut = figures["empty"] / figures["completions"], figures["cut"] / figures["completions"]
     if empty >= MANY:
@@ -498,6 +503,12 @@ def _report(name: str, sampled: "Sampled") -> None:
         tell(
             f"warning: {name}: {cut:.0%} of its completions are cut at their most tokens; raise --max-new-tokens, or "
             "check that the model learned to end its answers with its EOS token"
+        )
+    several = [{each["response"] for each in of_prompt} for of_prompt in sampled.completions if len(of_prompt) > 1]
+    if several and (same := sum(len(texts) == 1 for texts in several) / len(several)) >= SAME:
+        tell(
+            f"warning: {name}: all completions of {same:.0%} of the prompts are the same; raise --temperature, or check "
+            "that the server heeds it: `transformers serve` needs do_sample in the model's generation_config.json"
         )
     if sampled.failures:
         tell(
