@@ -98,7 +98,7 @@ class EndpointJudge:
                 self._note_words()
                 return Verdict(annotations)
             text = self.instructions.text(question) + REMINDER
-        raise EndpointError(f"{question.place}: no rating in {READINGS} replies, the last: {reply[:SHOWN]!r}")
+        raise EndpointError(f"{question.place}: no rating in its replies, the last: {reply[:SHOWN]!r}")
 
     async def _ask_by_schema(self, text: str, question: Question, tally: Tally) -> list[dict[str, Annotation]] | None:
         """Return the annotations; None if the server rejects the schema, or a rating cannot be read all the same."""
