@@ -507,8 +507,8 @@ def _report(name: str, sampled: "Sampled") -> None:
     several = [{each["response"] for each in of_prompt} for of_prompt in sampled.completions if len(of_prompt) > 1]
     if several and (same := sum(len(texts) == 1 for texts in several) / len(several)) >= SAME:
         tell(
-            f"warning: {name}: all completions of {same:.0%} of the prompts are the same; raise --temperature, or check "
-            "that the server heeds it: `transformers serve` needs do_sample in the model's generation_config.json"
+            f"warning: {name}: all completions of {same:.0%} of the prompts are the same; raise --temperature, or "
+            "check that the server heeds it: `transformers serve` needs do_sample in the model's generation_config.json"
         )
     if sampled.failures:
         tell(
