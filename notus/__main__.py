@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_allocator()  # before torch is imported
     guard_streams()
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_entry(_find(words), resumable=words[0] in ("dpo", "sft"))
+    return run_entry(_find(words), resumable=words[0] in ("dpo", "sft", "rate"))
 
 
 def entry() -> NoReturn:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from notus.model.supported import context_of
 from notus.runtime.distributed import gather_objects, is_main, tell
 from notus.training.sampling import end_tokens
 
+TOGETHER = 4  # times the batch size, what continuous batching takes at once
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
@@ -46,6 +48,7 @@ class Decoding:
     seed: int = 42  # of the draws; the state of torch's own generators is left as it was
     batch_size: int = 32  # completions computed together
     samples: int = 1  # completions of each prompt; they share its computation
+    engine: str = "batched"  # or "continuous": see `notus.evaluation.continuous`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +160,14 @@ def generate_completions(
     decoding: Decoding,
     *,
     kept: KeptTokens | None = None,
+    alone: bool = False,
 ) -> Generated:
     """Complete each prompt up to EOS, `max_new_tokens` or the end of the model's context.
 
     Greedy completions do not depend on `batch_size`, to rounding; sampled ones are drawn batch by batch. Of
     the model's own generation config only the EOS tokens are used. Within a process group this is a collective: the
-    batches are dealt to the ranks, each of which holds the model, and every rank gets all completions.
+    batches are dealt to the ranks, each of which holds the model, and every rank gets all completions. If it is called
+    `alone`, this rank completes its own prompts by itself, without a progress bar.
 
     `causal_lm` is an unsharded model in evaluation mode, as `load_causal_lm` returns it. The `encoder` has its
     tokenizer. Prompts are message lists, which get the generation prompt, or strings, which are continued as they are.
@@ -174,7 +179,7 @@ def generate_completions(
     tokenizer, context = encoder.tokenizer, context_of(causal_lm.config)
     encoded = [encode_prompt(encoder, prompt, context) for prompt in prompts]
     room = [min(decoding.max_new_tokens, context - len(ids)) for ids in encoded]
-    rows, tokens, seconds = _generate_rows(causal_lm, tokenizer, encoded, room, decoding, (), kept)
+    rows, tokens, seconds = _generate_rows(causal_lm, tokenizer, encoded, room, decoding, (), kept, alone=alone)
     completions = [
         [Completion(_decode(tokenizer, ids, row.ids), row.ids, row.finish_reason, row.tokens) for row in of_prompt]
         for ids, of_prompt in zip(encoded, rows, strict=True)
@@ -211,6 +216,8 @@ def _generate_rows(
     decoding: Decoding,
     stop: Sequence[str],
     kept: KeptTokens | None,
+    *,
+    alone: bool = False,
 ) -> tuple[list[list[Row]], int, float]:
     """Return the completions of each prompt, and the tokens and the seconds that this call took for new ones."""
     config = _generation_config(causal_lm, tokenizer, decoding)
@@ -218,12 +225,7 @@ def _generate_rows(
     for number, ids in enumerate(prompts, start=1):
         check_ids(tokenizer, f"prompt {number}", max(ids, default=-1), rows)
     batches = _batches(prompts, room, decoding)
-    # What decides completions beside weights, prompts and room.
-    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
-    settings: dict[str, Any] = {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
-    if stop:
-        settings["stop"] = list(stop)
-    keys = [kept.keys(batch, settings) for batch in batches] if kept else []
+    keys = [kept.keys(batch, _settings(causal_lm, config, decoding, stop)) for batch in batches] if kept else []
     found = kept.find([key for of_batch in keys for key in of_batch]) if kept else {}
     done = {
         number: [_row(found[key]) for key in of_batch]
@@ -231,24 +233,26 @@ def _generate_rows(
         if found.keys() >= set(of_batch)
     }
     left = [number for number in range(len(batches)) if number not in done]
-    shared = bool(left) and decoding.samples > 1 and _can_share(causal_lm, prompts, config.pad_token_id)
+    engine = _Engine(causal_lm, tokenizer, config, decoding, stop, prompts) if left else None
     new: dict[int, list[Row]] = {}
     # This rank's batches; a progress bar on rank 0, if there is a terminal.
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    together = dist.is_initialized() and not alone
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    left = left[rank::ranks]
     began, tokens = time.perf_counter(), 0
-    progress = tqdm(left[rank::ranks], desc="generating", disable=True if rank else None)
-    for number in progress:
-        batch = batches[number]
-        stopping = _Stop(tokenizer, stop, max(map(len, batch.prompts))) if stop else None
-        with _seeded(batch.seed or 0, causal_lm.device):
-            new[number] = _complete(causal_lm, batch, config, stopping, shared)
-        tokens += sum(row.tokens for row in new[number])
-        progress.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s", refresh=False)
-        if kept:
-            records = (dataclasses.asdict(row) for row in new[number])
-            kept.add({"key": key, **record} for key, record in zip(keys[number], records, strict=True))
+    total = sum(len(batches[number].places) for number in left)
+    quiet = True if rank or alone else None
+    with tqdm(total=total, desc="generating", unit="completion", disable=quiet) as progress:
+        for number in left:
+            assert engine
+            new[number] = engine.complete(batches[number], progress.update)
+            tokens += sum(row.tokens for row in new[number])
+            progress.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+            if kept:
+                records = (dataclasses.asdict(row) for row in new[number])
+                kept.add({"key": key, **record} for key, record in zip(keys[number], records, strict=True))
     mine = (new, tokens, time.perf_counter() - began if new else 0.0)
-    shares = gather_objects(mine) if dist.is_initialized() else [mine]
+    shares = gather_objects(mine) if together else [mine]
     for of_rank, _, _ in shares:
         done |= of_rank
     completed: dict[tuple[int, int], Row] = {}
@@ -256,6 +260,67 @@ def _generate_rows(
         completed |= dict(zip(batch.places, done[number], strict=True))
     of_prompts = [[completed[index, sample] for sample in range(decoding.samples)] for index in range(len(prompts))]
     return of_prompts, sum(share[1] for share in shares), max(share[2] for share in shares)
+
+
+def _settings(
+    causal_lm: PreTrainedModel, config: GenerationConfig, decoding: Decoding, stop: Sequence[str]
+) -> dict[str, Any]:
+    """Return what decides completions beside weights, prompts and room."""
+    names = ("do_sample", "temperature", "top_p", "top_k", "eos_token_id")
+    settings: dict[str, Any] = {"dtype": str(causal_lm.dtype), **{name: getattr(config, name) for name in names}}
+    if stop:
+        settings["stop"] = list(stop)
+    if decoding.engine != "batched" and config.do_sample:  # the order of the draws
+        settings["engine"] = [decoding.engine, decoding.batch_size]
+    return settings
+
+
+class _Engine:
+    """Completes batches."""
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        decoding: Decoding,
+        stop: Sequence[str],
+        prompts: list[list[int]],
+    ) -> None:
+        self.causal_lm, self.tokenizer, self.config, self.stop = causal_lm, tokenizer, config, stop
+        self.most, self.continuous = decoding.batch_size, decoding.engine == "continuous"
+        assert not (stop and self.continuous), "continuous batching knows end tokens alone"
+        begun = [max(prompts, key=len)[:12], min(prompts, key=len)[:7]]
+        self.shared = decoding.samples > 1 and not self.continuous and _can_share(causal_lm, begun, config.pad_token_id)
+        if self.continuous:
+            with _seeded(0, causal_lm.device):
+                _check_continuous(causal_lm, begun, config.pad_token_id)
+
+    def complete(self, batch: Batch, on_done: Callable[[int], object]) -> list[Row]:
+        """Complete the rows of a batch; `on_done` is called with how many more are complete."""
+        with _seeded(batch.seed or 0, self.causal_lm.device):
+            if self.continuous:
+                return self._continuously(batch, on_done)
+            stopping = _Stop(self.tokenizer, self.stop, max(map(len, batch.prompts))) if self.stop else None
+            rows = _complete(self.causal_lm, batch, self.config, stopping, self.shared)
+        on_done(len(rows))
+        return rows
+
+    def _continuously(self, batch: Batch, on_done: Callable[[int], object]) -> list[Row]:
+        from notus.evaluation.continuous import complete_continuously
+
+        new = complete_continuously(
+            self.causal_lm,
+            batch.prompts,
+            batch.room,
+            batch.samples,
+            self.config,
+            seed=batch.seed or 0,
+            most=self.most,
+            on_done=lambda: on_done(1),
+        )
+        ends = self.config.eos_token_id
+        return [_ended(ids, limit, ends, None) for ids, limit in zip(new, batch.row_room, strict=True)]
 
 
 def _row(record: dict[str, Any]) -> Row:
@@ -324,10 +389,11 @@ def _generation_config(
 def _batches(encoded: list[list[int]], room: list[int], decoding: Decoding) -> list[Batch]:
     """Batches of prompts of similar lengths, the longest first: memory runs out at once or not at all.
 
-    The completions of a prompt stand in one batch, unless they alone are more than `batch_size`.
+    The completions of a prompt stand in one batch, unless they alone are more than `batch_size`. Continuous batching
+    takes several batches at once, to have a next completion where one ends.
     """
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
-    most, samples = decoding.batch_size, decoding.samples
+    most, samples = decoding.batch_size * (TOGETHER if decoding.engine == "continuous" else 1), decoding.samples
     together = max(1, most // samples)
     batches: list[Batch] = []
     for start in range(0, len(order), together):
@@ -399,19 +465,13 @@ def _inputs(
 def _can_share(causal_lm: PreTrainedModel, prompts: list[list[int]], pad: int) -> bool:
     """Return whether rows that share their prompt's computation get the logits of rows that do not; report it if not.
 
-    It is tried on the beginnings of two prompts and three new tokens. It shows a cache that cannot be repeated, a
-    state that is kept elsewhere, and positions that start anew.
+    It is tried on some prompts and three new tokens. It shows a cache that cannot be repeated, a state that is kept
+    elsewhere, and positions that start anew.
     """
-    ids, mask = _left_padded([prompts[0][:12], prompts[-1][:7]], pad, causal_lm.device)
-    config = GenerationConfig(do_sample=False, max_new_tokens=3, use_cache=True, return_dict_in_generate=True)
-    config.output_logits = True
-    outputs = []
     try:
-        for shared in (False, True):
-            inputs = _inputs(causal_lm, ids, mask, 2, shared=shared)
-            with _defaults(causal_lm, config):
-                outputs.append(causal_lm.generate(**inputs))  # type: ignore[operator]
-        difference = _difference(*outputs)
+        difference = _difference(
+            *(_greedy(causal_lm, prompts, pad, samples=2, shared=shared) for shared in (False, True))
+        )
         reason = f"its logits would be off by {difference:.1g}"
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         difference, reason = float("inf"), (str(error).splitlines() or [type(error).__name__])[0]
@@ -422,17 +482,30 @@ def _can_share(causal_lm: PreTrainedModel, prompts: list[list[int]], pad: int) -
     return can
 
 
-def _difference(wanted: Any, found: Any) -> float:
+def _check_continuous(causal_lm: PreTrainedModel, prompts: list[list[int]], pad: int) -> None:
+    from notus.evaluation.continuous import check_continuous
+
+    check_continuous(causal_lm, prompts, _greedy(causal_lm, prompts, pad, samples=1, shared=False))
+
+
+def _greedy(
+    causal_lm: PreTrainedModel, prompts: list[list[int]], pad: int, *, samples: int, shared: bool
+) -> torch.Tensor:
+    """Return the logits of three greedy tokens after each prompt, [tokens, rows, vocabulary]."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=3, use_cache=True, return_dict_in_generate=True)
+    config.output_logits = True
+    inputs = _inputs(causal_lm, *_left_padded(prompts, pad, causal_lm.device), samples, shared=shared)
+    with _defaults(causal_lm, config):
+        return torch.stack(causal_lm.generate(**inputs).logits)  # type: ignore[operator]
+
+
+def _difference(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """The largest difference of a row's logits, as a share of their spread; up to where a row's tokens differ."""
-    same = torch.ones(len(wanted.logits[0]), dtype=torch.bool, device=wanted.logits[0].device)
-    largest = 0.0
-    for one, other in zip(wanted.logits, found.logits, strict=True):
-        spread = (one.float() - one.float().mean(-1, keepdim=True)).norm(dim=-1)
-        apart = (one.float() - other.float()).norm(dim=-1) / spread
-        if same.any():
-            largest = max(largest, float(apart[same].nan_to_num(float("inf")).max()))
-        same &= one.argmax(-1) == other.argmax(-1)
-    return largest
+    wanted, found = wanted.float(), found.float()
+    apart = (wanted - found).norm(dim=-1) / (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
+    differ = (wanted.argmax(-1) != found.argmax(-1)).int()
+    comparable = differ.cumsum(0) - differ == 0  # the tokens before are the same
+    return float(apart[comparable].nan_to_num(float("inf")).max())
 
 
 @contextlib.contextmanager

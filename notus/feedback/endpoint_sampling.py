@@ -19,6 +19,7 @@ from notus.evaluation.results import append_records, read_records
 from notus.runtime.process import tell
 
 _MESSAGE_KEYS = ("role", "content", "tool_calls", "name", "tool_call_id")  # of a turn; others are this project's own
+QUIET = 60.0  # seconds between two lines about the progress, where there is no terminal
 _OPTIONAL = ("seed", "top_k")  # what may be left out where a server rejects it: other draws, but no other request
 
 
@@ -105,10 +106,11 @@ class EndpointSampler:
         left = [draw for draw in asked if (draw.prompt, draw.sample) not in done]
         failures: list[str] = []
         new_tokens, start = 0, time.monotonic()
+        told = start
         with tqdm(total=len(asked), initial=len(asked) - len(left), desc=self.name, disable=None) as bar:
 
             def on_done(draw: Draw, outcome: dict[str, Any] | Exception) -> None:
-                nonlocal new_tokens
+                nonlocal new_tokens, told
                 if isinstance(outcome, Exception):
                     failures.append(str(outcome))
                     append_records(self.kept, [{"requests": self.requests}])
@@ -117,8 +119,12 @@ class EndpointSampler:
                 new_tokens += outcome["tokens"] or 0
                 line = {"prompt": draw.prompt, "sample": draw.sample, "requests": self.requests}
                 append_records(self.kept, [{**line, "completion": outcome}])
-                bar.set_postfix_str(f"{new_tokens / (time.monotonic() - start):,.0f} tokens/s")
+                speed = f"{new_tokens / (time.monotonic() - start):,.0f} tokens/s"
+                bar.set_postfix_str(speed)
                 bar.update()
+                if bar.disable and time.monotonic() - told > QUIET:
+                    told = time.monotonic()
+                    tell(f"{self.name}: {len(done):,} of {len(asked):,} completions, {speed}")
 
             async def ask(draw: Draw) -> dict[str, Any]:
                 return await self._ask(prompts[draw.prompt], draw)

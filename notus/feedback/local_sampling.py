@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import gc
 import hashlib
@@ -33,6 +34,7 @@ class LocalModel:
     source: ModelSource
     options: ModelOptions
     as_turns: bool  # a string prompt is the user's turn
+    dated: bool  # its chat template writes the day on which the sampling began
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -54,17 +56,26 @@ class LocalModel:
         }
 
 
-def find_local(model: SampledModel, args: argparse.Namespace) -> LocalModel:
+def find_local(model: SampledModel, args: argparse.Namespace, began: str) -> LocalModel:
     """Find a local model and how it is prompted; collective.
+
+    `began` is the day (YYYY-MM-DD) on which the sampling began. Templates that write today's date get it, unless a run
+    or an export has set another: what is resumed after midnight is prompted as before.
 
     Raises ValueError as `find_together`, and for options without effect on it.
     """
     source = find_together(model.model, trust_remote_code=args.trust_remote_code)
     options = source.options(args)
-    as_turns = options.strings_are_turns(load_tokenizer(source.folder, options.trust_remote_code))
+    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    as_turns = options.strings_are_turns(tokenizer)
     if args.raw is False and not as_turns:
         raise ValueError(f"--no-raw has no effect on {model.name}: it has no chat template; name one (--chat-template)")
-    return LocalModel(model.name + source.name.removeprefix(model.model), source, options, as_turns)
+    encoder = options.chat.encoder(tokenizer)
+    today = options.chat.template_date is None and encoder.date == datetime.date.today()
+    dated = today and encoder.writes_date
+    if dated:
+        options = dataclasses.replace(options, chat=dataclasses.replace(options.chat, template_date=began))
+    return LocalModel(model.name + source.name.removeprefix(model.model), source, options, as_turns, dated)
 
 
 def sample_local(

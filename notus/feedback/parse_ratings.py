@@ -7,15 +7,16 @@ or given twice with different values, or that nothing ties to one completion and
 
 import ast
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from notus.feedback.judge import Annotation
 
-LONGEST = 1 << 20  # characters of a reply that are looked at
-TRIES = 200  # places in a reply at which JSON may begin
+# Bounds on the work that a hostile reply can make.
+LONGEST = 200_000  # characters of a reply that are looked at
+TRIES = 200  # places in a reply at which JSON seems to begin, but does not
+DEEPEST = 12  # brackets within brackets
 LOWEST, HIGHEST = 1, 5
 _THOUGHT = re.compile(r"<(think|thinking|thought)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _RATING = re.compile(
@@ -55,6 +56,7 @@ class _Reader:
     def __init__(self, count: int, aspects: Sequence[str]) -> None:
         self.count, self.aspects = count, {_plain(aspect): aspect for aspect in aspects}
         self.found: dict[Place, Annotation] = {}
+        self.conflicting: set[Place] = set()
         self.is_miscounted = False
 
     def read(self, value: Any) -> None:
@@ -84,7 +86,7 @@ class _Reader:
             for part, number in zip(parts, numbers, strict=True):
                 if number is not None:
                     self._read_completion(number, part)
-        elif len(parts) == self.count and self.count > 1:
+        elif len(parts) == self.count > 1 and all(isinstance(part, dict) for part in parts):
             for number, part in enumerate(parts, start=1):
                 self._read_completion(number, part)
         else:
@@ -134,8 +136,11 @@ class _Reader:
                 self.is_miscounted = True
 
     def _add(self, place: Place, annotation: Annotation) -> None:
-        before = self.found.setdefault(place, annotation)
-        if (before.rating, before.unreadable) != (annotation.rating, annotation.unreadable):
+        before = self.found.get(place)
+        if before is None or (before.unreadable and place not in self.conflicting):  # as where the form is repeated
+            self.found[place] = annotation
+        elif not annotation.unreadable and before.rating != annotation.rating:
+            self.conflicting.add(place)
             self.found[place] = Annotation(None, unreadable=True)  # which of the two is meant, nobody knows
 
     def _aspect(self, key: str) -> str | None:
@@ -192,19 +197,21 @@ def read_rating(value: Any) -> tuple[float | None, bool]:
         value = float(match[1]) if match else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None, True
-    if not (math.isfinite(value) and LOWEST <= value <= HIGHEST):
+    if not LOWEST <= value <= HIGHEST:  # NaN is not, either
         return None, True
     return float(value), False
 
 
 def _values(text: str) -> Iterator[Any]:
     """Yield the JSON objects and lists of a text, outermost ones, in order."""
-    start, tries = 0, 0
-    while tries < TRIES and (match := _OPENING.search(text, start)):
-        tries += 1
+    start, tries, scanned = 0, 0, 0
+    while tries < TRIES and scanned < 4 * LONGEST and (match := _OPENING.search(text, start)):
         end, value = _value_at(text, match.start())
-        start = match.start() + 1 if value is None else end
-        if value is not None:
+        if value is None:
+            tries, scanned = tries + 1, scanned + end - match.start()
+            start = match.start() + 1
+        else:
+            start = end
             yield value
 
 
@@ -220,10 +227,12 @@ def _value_at(text: str, start: int) -> tuple[int, Any]:
         pass
     end, closers = _extent(text, start)
     piece = text[start:end]
+    if closers is None:
+        return end, None
     if closers:  # cut off: what is complete in it counts
         cut = piece.rfind("}") + 1
         _, closers = _extent(piece[:cut], 0)
-        piece = piece[:cut] + closers
+        piece = piece[:cut] + (closers or "")
     for read in (_read_json, _read_literal):
         value = read(piece)
         if isinstance(value, dict | list):
@@ -239,8 +248,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _extent(text: str, start: int) -> tuple[int, str]:
-    """Return where the brackets that open at `start` are closed again, and the closers lacking at the text's end."""
+def _extent(text: str, start: int) -> tuple[int, str | None]:
+    """Return where the brackets that open at `start` are closed again, and the closers lacking at the text's end.
+
+    The closers are None for brackets that do not match, or are too deep.
+    """
     stack: list[str] = []
     quoted = False
     position = start
@@ -253,9 +265,11 @@ def _extent(text: str, start: int) -> tuple[int, str]:
             quoted = True
         elif letter in "{[":
             stack.append("}" if letter == "{" else "]")
+            if len(stack) > DEEPEST:
+                return position + 1, None
         elif letter in "}]":
-            if not stack or stack.pop() != letter:
-                return position + 1, ""
+            if stack.pop() != letter:
+                return position + 1, None
             if not stack:
                 return position + 1, ""
         position += 1

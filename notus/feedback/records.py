@@ -204,8 +204,11 @@ def check_out(out: Path, *inputs: str | None) -> None:
     """
     if out.suffix != ".jsonl":
         raise ValueError(f"{out}: records are JSON lines; choose a name that ends with .jsonl")
+    summary = summary_file(out)
     for given in inputs:
         check_output(out, form="JSON Lines", not_over=given or "")
+        if given and summary.exists() and Path(given).exists() and summary.samefile(given):
+            raise ValueError(f"{out}: its summary would replace the input {given}; choose another name")
 
 
 def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -219,8 +222,8 @@ def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> b
     folder, settings = kept_folder(out), json.loads(json.dumps(settings))
     kept = _read_json(folder / _SETTINGS)
     if out.exists() and out.stat().st_size and not overwrite:
-        summary = _read_json(summary_file(out))
-        if not isinstance(summary, dict) or summary.get("sha256") != _sha256(out):
+        summary = _summary(out)
+        if not summary:
             if kept != settings:  # else the process was killed between the records and their summary
                 raise ValueError(
                     f"{out}: exists already, and is not what this command wrote; name another file, or replace it with "
@@ -242,6 +245,20 @@ def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> b
         _empty(folder)  # what stands there without settings is nobody's
     write_text(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
     return False
+
+
+def earlier_settings(out: Path, *, overwrite: bool) -> dict[str, Any]:
+    """Return the settings of unfinished work on `out`; else, unless it is replaced, of what it holds; else nothing."""
+    kept = _read_json(kept_folder(out) / _SETTINGS)
+    held = {} if overwrite else _summary(out).get("settings")
+    return next((settings for settings in (kept, held) if isinstance(settings, dict)), {})
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    """Return the summary of what `out` holds; empty if there is none, or it is of something else."""
+    summary = _read_json(summary_file(out))
+    whole = isinstance(summary, dict) and out.is_file() and summary.get("sha256") == _sha256(out)
+    return summary if whole else {}
 
 
 def finish(out: Path, records: Iterable[Mapping[str, Any]], summary: Mapping[str, Any], *, failed: int) -> None:

@@ -101,16 +101,26 @@ class Iteration:
 
     @property
     def stop(self) -> str:
-        """Why it stopped before its last round; "" if it did not."""
+        """Which rule stopped it after its last round; "" if none did."""
         if not self.finished:
             return ""
-        last, rate, kl = self.finished[-1], self.setting("iterate.stop_win_rate"), self.setting("iterate.stop_kl")
-        one = self.rounds[last]
-        if rate is not None and one.win_rate is not None and one.win_rate >= rate:
-            return f"round {last} won at least {rate:.0%} against the start"
-        if kl is not None and one.kl is not None and one.kl > kl:
-            return f"round {last} went above the KL budget of {kl:g} nats; the result is the round before"
+        last, wanted = self.finished[-1], self.setting("iterate.stop_win_rate")
+        rate = self.rounds[last].win_rate
+        if self._is_above_budget(last):
+            return f"the KL of round {last} is above the budget of {self.setting('iterate.stop_kl'):g} nats"
+        if wanted is not None and rate is not None and rate >= wanted:
+            return f"round {last} won {rate:.1%} against the start, and {wanted:.0%} was wanted"
         return ""
+
+    @property
+    def result(self) -> str:
+        """Which model is the result of the finished rounds: the last one within the KL budget."""
+        within = [number for number in self.finished if not self._is_above_budget(number)]
+        return f"the model of round {within[-1]}" if within else "the starting model"
+
+    def _is_above_budget(self, number: int) -> bool:
+        budget, kl = self.setting("iterate.stop_kl"), self.rounds[number].kl
+        return budget is not None and kl is not None and kl > budget
 
     @property
     def state(self) -> Literal["finished", "running", "unfinished"]:
@@ -192,7 +202,8 @@ def _summary(iteration: Iteration) -> str:
     start = iteration.setting("model.name_or_path")
     text = f"{counted} {'round' if counted == '1' else 'rounds'} of sampling, rating and DPO"
     text += f", from {_short(start)}" if start is not None else ""
-    return text + (f". Stopped: {iteration.stop}" if iteration.stop else "")
+    text += f". Stopped: {iteration.stop}" if iteration.stop else ""
+    return text + (f". The result is {iteration.result}" if iteration.state == "finished" else "")
 
 
 def _short(path: Any) -> str:

@@ -198,15 +198,17 @@ class Panel:
     ) -> None:
         """Draw a value of each round (0: before the first), with 95% intervals where they are known."""
         x, y, intervals = list(values), list(values.values()), intervals or {}
-        low, high = np.array([intervals.get(at, (value, value)) for at, value in values.items()]).T
+        reach = [intervals.get(at, (value, value)) for at, value in values.items()]
         dash = ("solid", "dash", "dot", "dashdot")[colour % 4]
         trace = go.Scatter(
             x=x, y=y, mode="lines+markers", line={"width": 2.5, "dash": dash},
             marker={"size": 9, "symbol": _symbol(colour)},
         )  # fmt: skip
         if intervals:
-            ends = {"array": high - np.array(y), "arrayminus": np.array(y) - low}
-            trace.update(error_y={"type": "data", "symmetric": False, "thickness": 1, **ends})
+            above = [high - value for (_, high), value in zip(reach, y, strict=True)]
+            below = [value - low for (low, _), value in zip(reach, y, strict=True)]
+            ends = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
+            trace.update(error_y=ends)
         place = self._add(trace, name, colour)
         self.keys.append(Key(name, colour, dash, _symbol(colour), [place], number(y[-1], self.unit)))
         course = [
