@@ -85,7 +85,8 @@ _SYSTEM = _set("data.train", note="a system message in each row; data.add_empty_
 _ONE_GPU = _missing("a row lies on one GPU; training.activation_checkpointing=full takes the least memory")
 _TRUST = _set("model.trust_remote_code")
 _REVISION = _missing("download the revision (`hf download ID --revision REV --local-dir DIR`) and name that folder")
-_OWN_REFERENCE = _missing("the reference is the model that the run starts from (model.name_or_path with model.adapter)")
+_OWN_REFERENCE = _set("reference.model", note="null: the model that the run starts from")
+_SAME_REFERENCE = _always("the reference is loaded as the policy is, in its precision and quantization")
 _GALORE = _missing("training.optimizer_dtype=int8 or bf16, LoRA or model.quantization=nf4 save memory instead")
 _TRACKER = _set("tracking.wandb", "tracking.tensorboard", note="true or false each")
 _PROMPT_ON = _missing("only completions are learned, never prompts")
@@ -261,8 +262,8 @@ _OLDER: dict[str, Counterpart] = {
     "evaluation_strategy": _set("training.eval_every", note="in steps; null: at the end only"),
     "rpo_alpha": _set("dpo.nll_weight", note="the mean over chosen tokens, as there"),
     "reference_free": _set("dpo.loss_type", note="cpo is sigmoid without a reference, and slic is hinge"),
-    "force_use_ref_model": _always("the reference is the model that the run starts from"),
-    "ref_model_init_kwargs": _OWN_REFERENCE,
+    "force_use_ref_model": _set("reference.model", note="null: the model that the run starts from"),
+    "ref_model_init_kwargs": _SAME_REFERENCE,
     "model_adapter_name": _set("model.adapter"),
     "ref_adapter_name": _OWN_REFERENCE,
     "reference_adapter": _OWN_REFERENCE,
@@ -378,7 +379,7 @@ _LLAMA_FACTORY: dict[str, Counterpart] = {
     "kto_rejected_weight": _set("dpo.options.undesirable_weight", note="of dpo.loss_type=kto"),
     "ref_model": _OWN_REFERENCE,
     "ref_model_adapters": _OWN_REFERENCE,
-    "ref_model_quantization_bit": _OWN_REFERENCE,
+    "ref_model_quantization_bit": _SAME_REFERENCE,
     "cutoff_len": _set("data.max_length"),
     "template": _TEMPLATE,
     "dataset": _DATA,

@@ -595,6 +595,7 @@ STRINGS = {
     "data.cache_dir": True,
     "training.output_dir": True,
     "training.resume": True,
+    "reference.model": True,
     "reference.cache_dir": True,
     "data.template_date": False,
     "training.best_metric": False,

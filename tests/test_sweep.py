@@ -150,6 +150,16 @@ def test_a_loss_without_reference_gets_no_cache():
         planned("--dpo.loss_type=simpo,cpo", "--reference.cache_dir=c")
 
 
+def test_a_loss_without_reference_gets_no_reference_model_either():
+    given = planned("--dpo.loss_type=sigmoid,simpo", reference={"model": "first"})
+    assert [run.config.reference.model for run in given] == ["first", None]
+    assert [run.config.reference.cache_dir for run in given] == ["runs/sweep/reference", None]
+    swept = planned("--reference.model=first,null", "--dpo.loss_type=ipo")
+    assert [run.config.reference.model for run in swept] == ["first", None]
+    with pytest.raises(ValueError, match=r"reference.model has no effect with dpo.loss_type 'simpo'"):
+        planned("--dpo.loss_type=simpo,cpo", "--reference.model=first")
+
+
 def test_sft_is_swept_too():
     tree = {key: value for key, value in BASE.items() if key != "dpo"}
     folder, runs = sweep.plan(write_config(tree), ["--training.learning_rate=1e-5,2e-5"], task="sft", output=None)

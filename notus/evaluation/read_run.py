@@ -85,6 +85,14 @@ class Run:
         """The model that the run started from, as its config names it."""
         return str(self.settings["model"]["name_or_path"])
 
+    @property
+    def reference(self) -> str:
+        """The model that rewards are relative to, as the config names it: by default the one that the run started from.
+
+        A run of an earlier version has no key for another one.
+        """
+        return str(self.settings.get("reference", {}).get("model") or self.base)
+
     @functools.cached_property
     def state(self) -> Literal["finished", "running", "unfinished"]:
         """Whether the run has its final model; if not, whether a process holds its folder.

@@ -209,16 +209,20 @@ def find_together(name: str, *, trust_remote_code: bool = False) -> ModelSource:
 def find_base(model: ModelSource, given: str | None = None, *, trust_remote_code: bool = False) -> ModelSource | None:
     """Find what a model's rewards are relative to; collective. None if nothing says what that is.
 
-    It is what the user gave. Else of a DPO run its reference: the model that it started from, with the adapter that it
-    started from and rows for its new tokens; and of an adapter its base. Raises ValueError and OSError as
-    `find_together`.
+    It is what the user gave. Else of a DPO run its reference: `reference.model`, or the model that it started from,
+    with the adapter that it started from; and rows for its new tokens. Else of an adapter its base. Raises ValueError
+    and OSError as `find_together`.
     """
     settings = model.settings if "dpo" in model.settings else {}
     start = settings.get("model", {})
     if given is None and start:
-        names = local_names(start["name_or_path"], start.get("adapter"))
+        other = settings.get("reference", {}).get("model")  # a run of an earlier version has no such key
+        if other:
+            names = local_names(other, key="reference.model")
+        else:
+            names = local_names(start["name_or_path"], start.get("adapter"))
         new = settings["data"].get("new_tokens") or []
-        if names.adapter is not None or new:
+        if names.adapter is not None or new or other:
             found = find_together(names.adapter or names.base, trust_remote_code=trust_remote_code)
             return dataclasses.replace(found, rows=_rows_of(new, model.folder, trust_remote_code))
     named = given or model.base or start.get("name_or_path")
@@ -295,10 +299,12 @@ def with_paths(settings: Settings, run: Path) -> Settings:
             data[key] = [{**part, "path": _path_of(str(part["path"]), settings, run)} for part in data[key]]
     if str(data.get("chat_template")).endswith(".jinja"):  # else it is a name, or the template itself
         data["chat_template"] = _path_of(data["chat_template"], settings, run)
-    for section, key in ((data, "exclude"), (data, "cache_dir"), (model, "name_or_path"), (model, "adapter")):
+    reference = dict(settings.get("reference", {}))  # SFT has no such section
+    named = ((data, "exclude"), (data, "cache_dir"), (model, "name_or_path"), (model, "adapter"), (reference, "model"))
+    for section, key in named:
         if section.get(key):
             section[key] = _path_of(section[key], settings, run)
-    return {**settings, "data": data, "model": model}
+    return {**settings, "data": data, "model": model, **({"reference": reference} if reference else {})}
 
 
 def _path_of(name: str, settings: Settings, run: Path) -> str:

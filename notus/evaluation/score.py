@@ -20,7 +20,7 @@ from notus.data.formats import Task, guess_task
 from notus.data.mixture import mixed
 from notus.data.sources import open_rows
 from notus.data.tokenize import Rule, read_shares
-from notus.evaluation.preferences.scores import Scoring, build_scored, free_memory, guess_rows
+from notus.evaluation.preferences.scores import Scoring, build_scored, guess_rows
 from notus.evaluation.resolve_model import ChatSettings, ModelSource, find_together
 from notus.model.export import load_tokenizer
 from notus.model.policy import Policy
@@ -29,7 +29,7 @@ from notus.model.supported import check_context
 from notus.model.verify import PathChoice, make_policy, new_model
 from notus.runtime.distributed import main_first
 from notus.training.inputs import tokenizer_of
-from notus.training.parallelize import check_attention, find_path, fuse_or_check_graph
+from notus.training.parallelize import check_attention, find_path, free_memory, fuse_or_check_graph
 from notus.training.run_data import check_rows
 from notus.training.scoring import score_all
 

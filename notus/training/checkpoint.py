@@ -320,7 +320,7 @@ def recorded_content(checkpoints: Sequence[Path], name: str, cache: str) -> str 
 # Contents that a run cannot change when it is resumed.
 _BOUND = {
     "data.train", "data.train (ratings)", "data.train (labels)", "data.eval", "data.eval (ratings)",
-    "data.eval (labels)", "model.adapter", "model.name_or_path",
+    "data.eval (labels)", "model.adapter", "model.name_or_path", "reference.model",
 }  # fmt: skip
 
 
@@ -334,6 +334,7 @@ def check_contents(path: Path, before: Mapping[str, str], now: Mapping[str, str]
         ValueError: the data or the starting model are others.
     """
     changed = [key for key in now if before.get(key) != now[key]]
+    changed += ["reference.model"] * ("reference.model" in before and "reference.model" not in now)
     for key in changed:
         if key.endswith(CONTENT) or (key.endswith(("(ratings)", "(labels)")) and key not in before):
             continue

@@ -1,5 +1,6 @@
 """DPO: what a step is, and the run around it."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -30,10 +31,12 @@ from notus.training.objective import (
     ratings_or_order,
 )
 from notus.training.reference import ReferenceKey, content_digest, digest_of_rows, reference_logps
+from notus.training.reference_model import Reference
 from notus.training.run_folder import REFERENCE
 from notus.training.scoring import score
 from notus.training.setup import Run, start
 from notus.training.trainer import RowLoss
+from notus.training.warnings import since_start
 
 # By how much ln 2 may be missed at step 0: policy and reference differ by rounding alone, but rows are packed
 # differently in the reference pass, and matrix products of another shape may round differently. How far that moves a
@@ -124,12 +127,28 @@ class DPOTask:
         precision: str,
         tokens_per_row: int,
         device: torch.device,
+        starts_at_reference: bool = True,
     ) -> None:
+        """Set the task up.
+
+        Args:
+            train: what is learned.
+            held_out: what it is evaluated on; None: nothing.
+            plan: which of its rows each step takes.
+            config: the loss.
+            precision: "bf16" or "fp32", of the computation.
+            tokens_per_row: the most tokens of a packed row.
+            device: this rank's.
+            starts_at_reference: whether the policy is the reference before its first step.
+        """
         self.rows, self.plan = train.rows, plan
         self._train, self._held_out = train, held_out
         self._objective = objective_of(config)
         self._precision, self._tokens_per_row, self._device = precision, tokens_per_row, device
+        self._starts_at_reference = starts_at_reference
         self.num_sums, self.guards = self._objective.num_sums, self._objective.guards
+        if not starts_at_reference:
+            self.guards = tuple(map(since_start, self.guards))
         self._shifts: dict[Shift, Tensor] = {}
         self._beta, self._wpo = config.beta, config.wpo
         self._log_ratios = LogRatioMean(device) if "running_mean" in self._objective.shifts else None
@@ -217,12 +236,16 @@ class DPOTask:
         """Policy and reference are one model at step 0, so the sigmoid loss is ln 2, whichever loss is trained.
 
         The log-ratios of mismatched completions must be 0 to the same accuracy, and so must those of the chosen, of the
-        rejected and of each further completion, because a shift that they share cancels in the loss. Collective.
+        rejected and of each further completion, because a shift that they share cancels in the loss. Of another
+        reference (`reference.model`) nothing is known but that the log-ratios are finite. Collective.
 
         Raises:
             ValueError: it is not.
         """
         if self._start_checked or not self._objective.reference:
+            return
+        if not self._starts_at_reference:
+            self._report_start()
             return
         total, tolerance = self._objective.read(sums), FIRST_LOSS_TOLERANCE[self._precision]
         found = total.sigmoid_loss / total.examples
@@ -244,6 +267,21 @@ class DPOTask:
         if self._first_ratios is not None:
             self._check_log_ratios(sum_across_ranks(self._first_ratios).tolist())
             self._first_ratios = None
+
+    def _report_start(self) -> None:
+        """Say how far from another reference the policy starts. Raises ValueError if that is not finite. Collective."""
+        assert self._first_ratios is not None
+        lengths = self._train.rows.loss_tokens[self.plan.indices(0)]
+        sums, self._first_ratios = sum_across_ranks(self._first_ratios).tolist(), None
+        mean = sum(sums[: lengths.shape[1]]) / int((lengths > 0).sum())
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"at step 0 the mean log-ratio of policy and reference.model is {mean}: check the weights of both"
+            )
+        say(
+            f"reference.model: at step 0 the policy's log-probs are {mean:+.4g} nats per completion from the "
+            "reference's (so the loss is not checked against ln 2)"
+        )
 
     def _check_log_ratios(self, sums: list[float]) -> None:
         """Raise ValueError if a completion's mean log-ratio over the first step is not 0; `sums`: `_log_ratio_sums`."""
@@ -297,10 +335,11 @@ class DPOTask:
     def evaluate_start(self, policy: Policy, on_row: Callable[[], None]) -> dict[str, float]:
         """The same before the first step: the policy is the reference, so the cached log-probs are its own.
 
-        A pass is needed where there is no reference, and for WPO, whose weights are of the policy's single tokens.
+        A pass is needed where there is no reference, or another one than the policy's start, and for WPO, whose weights
+        are of the policy's single tokens.
         """
         held_out = self._held_out
-        if held_out is None or held_out.reference is None or self._wpo:
+        if held_out is None or held_out.reference is None or self._wpo or not self._starts_at_reference:
             return self.evaluate(policy, on_row)
         # no completion's log-ratio has moved: KTO's KL and BCO's mean reward are 0
         shifts = {kind: torch.zeros(()) for kind in self._objective.shifts}
@@ -442,35 +481,51 @@ def fill_reference(config: Config) -> None:
         raise ValueError(f"dpo.loss_type {loss_name(config.dpo)} has no reference: there is nothing to compute")
     with start(config, train=False) as job:
         assert job is not None
-        for name, rows in (("train", job.train_rows), ("eval", job.eval_rows)):
-            if rows is not None:
-                _preferences(job, config, name, rows)
+        with job.reference() as reference:
+            for name, rows in (("train", job.train_rows), ("eval", job.eval_rows)):
+                if rows is not None:
+                    _preferences(job, config, name, rows, reference)
 
 
 def build_task(job: Run, config: Config) -> DPOTask:
-    """The task of a run: its rows, with the reference log-probs read or computed here; collective."""
+    """The task of a run: its rows, with the reference log-probs read or computed here; collective.
+
+    Another reference than the policy's start is freed again when this returns.
+    """
     objective = objective_of(config.dpo)
     if not objective.reference:
         say(f"dpo.loss_type {loss_name(config.dpo)} has no reference: no reference pass, and no cache")
-    train = _preferences(job, config, "train", job.train_rows)
+    if job.named_reference is not None and job.other_reference is None:
+        say(f"reference.model: {job.named_reference.name} has the weights that the policy starts with")
+    held_out = None
+    with job.reference() if objective.reference else contextlib.nullcontext() as reference:
+        train = _preferences(job, config, "train", job.train_rows, reference)
+        if job.eval_rows is not None:
+            held_out = _preferences(job, config, "eval", job.eval_rows, reference)
     for note in objective.notes(train.ratings, train.labels, torch.from_numpy(train.rows.loss_tokens) > 0):
         say(note)
     task = DPOTask(
         train,
-        None if job.eval_rows is None else _preferences(job, config, "eval", job.eval_rows),
+        held_out,
         plan=job.plan,
         config=config.dpo,
         precision=config.training.precision,
         tokens_per_row=config.training.tokens_per_row,
         device=job.device,
+        starts_at_reference=job.other_reference is None,
     )
-    if config.lora.continue_ and config.lora.dropout:
+    if config.lora.continue_ and config.lora.dropout and job.other_reference is None:
         task.check_start(job.policy)
     return task
 
 
-def _preferences(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Preferences:
-    """Rows of "train" or "eval" with what their loss needs. Raises ValueError if none has another prompt, for KTO."""
+def _preferences(
+    job: Run, config: Config, name: str, rows: TokenizedDataset, reference: Reference | None
+) -> Preferences:
+    """Rows of "train" or "eval" with what their loss needs. Raises ValueError if none has another prompt, for KTO.
+
+    `reference` is None for a loss that has none.
+    """
     objective = objective_of(config.dpo)
     found = Preferences(rows, None)
     if config.rows == "lists":
@@ -481,8 +536,8 @@ def _preferences(job: Run, config: Config, name: str, rows: TokenizedDataset) ->
     if config.rows == "labels":
         assert rows.labels is not None
         found.labels = torch.from_numpy(rows.labels)
-    if objective.reference:
-        logps = _with_reference(job, config, name, rows)
+    if reference is not None:
+        logps = _with_reference(job, config, name, rows, reference)
         found.reference = logps[:, : rows.num_branches]
         found.public_reference = logps[:, rows.num_branches :] if objective.public else None
     if "kl" in objective.shifts:
@@ -492,7 +547,11 @@ def _preferences(job: Run, config: Config, name: str, rows: TokenizedDataset) ->
             raise ValueError(f"data.{name}: {error}") from error
         check_fits(int(others.lengths.max()), config.training.tokens_per_row)
         check_context(job.model_config, others.longest_sequence, "data.max_length")
-        found.mismatched = Preferences(others, _with_reference(job, config, f"{name}, mismatched", others))
+        if job.other_reference is not None:
+            job.other_reference.check_length(others.longest_sequence)
+        assert reference is not None  # every loss with a KL term has one
+        logps = _with_reference(job, config, f"{name}, mismatched", others, reference)
+        found.mismatched = Preferences(others, logps)
     return found
 
 
@@ -516,30 +575,31 @@ def _check_content(job: Run, name: str, cache: str, logps: Tensor, folder: Path 
     job.identity[name], job.identity[name + CONTENT] = cache, found
 
 
-def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset) -> Tensor:
-    """The reference's log-probs, fp32 [n, K], from the cache or by a pass of the untrained policy.
+def _with_reference(job: Run, config: Config, name: str, rows: TokenizedDataset, reference: Reference) -> Tensor:
+    """The reference's log-probs, fp32 [n, K], from the cache or by a pass of the model.
 
     With LD-DPO [n, 4]: then those up to the length of each pair's shorter completion.
     """
     digests = rows.digests()
     public = objective_of(config.dpo).public
     key = ReferenceKey(
-        weights=job.weights_digest,
+        weights=reference.weights,
         rows=digest_of_rows(digests),
         precision=config.training.precision,
-        kernel=job.kernel,
+        kernel=reference.kernel,
         public=public,
     )
     folder = Path(config.reference.cache_dir or Path(config.training.output_dir) / REFERENCE)
 
     def pass_over(indices: np.ndarray) -> Tensor:
+        policy = reference.policy()
         logps = score(
-            job.policy,
+            policy,
             rows,
             indices,
             tokens_per_row=config.training.tokens_per_row,
             device=job.device,
-            measure=functools.partial(measure_public, job.policy) if public else None,
+            measure=functools.partial(measure_public, policy) if public else None,
             width=2 * rows.num_branches if public else None,
         )
         if len(indices) < len(rows):

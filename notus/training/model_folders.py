@@ -44,12 +44,13 @@ class ModelFolders:
         return self.adapter if brings and self.adapter is not None else self.base
 
 
-def local_names(name_or_path: str, adapter: str | None = None) -> ModelNames:
+def local_names(name_or_path: str, adapter: str | None = None, *, key: str = "model.name_or_path") -> ModelNames:
     """Look through runs and adapters that are folders on this machine; a hub id is taken for a model. No network.
 
     Args:
         name_or_path: a model, an adapter or a run, as in `model.name_or_path`.
         adapter: an adapter or a run that trained one, as in `model.adapter`.
+        key: of the config, which has `name_or_path`; for messages.
 
     Raises:
         ValueError: a run has not finished; both name an adapter; `adapter` is none.
@@ -60,23 +61,23 @@ def local_names(name_or_path: str, adapter: str | None = None) -> ModelNames:
             kind = "a whole model: name it as model.name_or_path" if (own / "config.json").is_file() else "no adapter"
             raise ValueError(f"model.adapter={adapter}: no {ADAPTER_CONFIG} in {own}, which holds {kind}")
         adapter = str(own) if own is not None else adapter
-    folder = _of_run(Path(name_or_path).expanduser(), "model.name_or_path")
+    folder = _of_run(Path(name_or_path).expanduser(), key)
     if folder is None or not _is_adapter(folder):
         return ModelNames(name_or_path if folder is None else str(folder), adapter)
     if adapter is not None:
         raise ValueError(
-            f"model.name_or_path={name_or_path} is an adapter already, beside model.adapter={adapter}: merge it with "
+            f"{key}={name_or_path} is an adapter already, beside model.adapter={adapter}: merge it with "
             "`notus export --merge`, and name the merged model, or remove model.adapter"
         )
     return ModelNames(_base_of(folder), str(folder))
 
 
-def resolve_model(name_or_path: str, adapter: str | None = None) -> ModelFolders:
+def resolve_model(name_or_path: str, adapter: str | None = None, *, key: str = "model.name_or_path") -> ModelFolders:
     """Find the folders of a starting model; what is on the hub is downloaded if it is not cached.
 
     Arguments and errors as in `local_names`; also ValueError where there is no such folder or hub id.
     """
-    names = local_names(name_or_path, adapter)
+    names = local_names(name_or_path, adapter, key=key)
     found = find_folder(names.base)
     if _is_adapter(found) and names.adapter is None:  # an adapter on the hub
         names = ModelNames(_base_of(found), str(found))

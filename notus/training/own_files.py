@@ -166,6 +166,7 @@ def named_inputs(config: Config) -> Iterator[tuple[str, Path]]:
         "data.chat_template": None if data.chat_template == "zephyr" else data.chat_template,
         "model.name_or_path": model.name_or_path,
         "model.adapter": model.adapter,
+        "reference.model": config.reference.model,
     }
     for key, value in others.items():
         if value is not None:

@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,7 @@ def build_policy(
     longest: int = 0,
     quantization: str | None = None,
     unquantized: Sequence[str] = (),
+    weights: bool = True,
 ) -> Policy:
     """Build, shard and load a policy; collective. No rank ever holds a full copy of the weights.
 
@@ -132,6 +134,7 @@ def build_policy(
         longest: most tokens of a sequence, see `choose_path`.
         quantization: "nf4": frozen weights of the blocks in 4 bits, see `notus.model.quantization`; None: as computed.
         unquantized: names of modules that keep their weights whatever `quantization` says.
+        weights: False: leave the policy on the meta device, for `load_policy`.
 
     Raises:
         ValueError: the path that is asked for is not the model's, or cannot be compiled.
@@ -159,11 +162,45 @@ def build_policy(
         compile=compile,
         cpu_offload=cpu_offload,
     )
-    _give_storage(policy, device, cpu_offload=cpu_offload)
-    _load(causal_lm, folder, held, continued, new_tokens)
-    if lora is not None and continued is None:
-        init_lora(causal_lm, seed)
+    if weights:
+        load_policy(
+            policy,
+            folder,
+            device=device,
+            cpu_offload=cpu_offload,
+            adapter=adapter,
+            continue_adapter=continue_adapter,
+            new_tokens=new_tokens,
+        )
+        if lora is not None and continued is None:
+            init_lora(causal_lm, seed)
     return policy
+
+
+def load_policy(
+    policy: Policy,
+    folder: Path,
+    *,
+    device: torch.device,
+    cpu_offload: bool = False,
+    adapter: Path | None = None,
+    continue_adapter: bool = False,
+    new_tokens: int = 0,
+) -> None:
+    """Give memory and weights to a policy that `build_policy` left on the meta device; collective.
+
+    The arguments are those of `build_policy`.
+    """
+    _give_storage(policy, device, cpu_offload=cpu_offload)
+    held = None if adapter is None else read_adapter(adapter)
+    _load(policy.causal_lm, folder, held, held if continue_adapter else None, new_tokens)
+
+
+def free_memory() -> None:
+    """Give back what a policy held that nothing names any more: FSDP's state and its modules refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _choose_kernels(

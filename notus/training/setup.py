@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,16 +19,13 @@ from notus.data.chat import check_vocabulary
 from notus.data.dataset import TokenizedDataset
 from notus.data.display import describe_example
 from notus.data.packing import check_fits
-from notus.model import quantization
-from notus.model.attention import kernel_name
 from notus.model.export import export_adapter, export_model, load_tokenizer, read_generation_config
-from notus.model.fused import rounding
 from notus.model.load import weight_files
 from notus.model.new_tokens import add_tokens, check_saved_vocabulary, enlarge
 from notus.model.peft_format import Adapter, adapter_digest, read_adapter
 from notus.model.policy import Policy
 from notus.model.routers import asks_for_own_loss, check_routers
-from notus.model.structure import own_code, text_config
+from notus.model.structure import text_config
 from notus.model.supported import check_context
 from notus.model.verify import PathChoice
 from notus.runtime import distributed
@@ -65,6 +62,7 @@ from notus.training.parallelize import (
     reshard,
 )
 from notus.training.reference import digest_of_rows
+from notus.training.reference_model import OtherReference, Reference, find_reference, kernel_of
 from notus.training.run_data import Inputs, check_rows, date_notice, load_inputs
 from notus.training.run_folder import (
     CHECKPOINTS,
@@ -96,7 +94,8 @@ class Run:
         new_rows: rows of the vocabulary that this model does not have.
         model_config, tokenizer: that model's, with the run's new tokens.
         path: how its log-probs are computed.
-        policy: sharded, with the starting weights.
+        make_policy: builds it, sharded, with the starting weights; collective.
+        named_reference: what `reference.model` names, if that is set.
         inputs: tokenised data, and what became of it on the way.
         plan: which examples each step takes.
         checkpoints: where to resume: the first that is whole, the newest first.
@@ -114,7 +113,8 @@ class Run:
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     path: PathChoice
-    policy: Policy
+    make_policy: Callable[[], Policy]
+    named_reference: OtherReference | None
     inputs: Inputs
     plan: StepPlan
     checkpoints: list[Path]
@@ -133,15 +133,30 @@ class Run:
         """What it is evaluated on."""
         return self.inputs.eval
 
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The policy, sharded. The first use loads it, after another reference was freed; collective."""
+        return self.make_policy()
+
     @property
     def kernel(self) -> str:
         """Name of the attention kernel in use, of what computes the rest of the blocks, and of their quantization."""
-        suffix = quantization.describe(self.policy.causal_lm) + own_code(self.policy.causal_lm)
-        if self.path.name == "plain":
-            return self.path.kernel + suffix
-        name = kernel_name(self.policy.causal_lm, self.device, COMPUTE_DTYPES[self.config.training.precision])
-        name += "-compiled" if self.config.training.compile else rounding(self.device)
-        return name + suffix
+        return kernel_of(self.policy, self.path, self.device, self.config.training)
+
+    @functools.cached_property
+    def other_reference(self) -> OtherReference | None:
+        """`reference.model`, if its weights are not those that the policy starts with; collective."""
+        named = self.named_reference
+        return None if named is None or named.weights == self.weights_digest else named
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Reference]:
+        """Hold the reference as long as the block runs: the policy as it starts, or another model; collective."""
+        if self.other_reference is None:
+            yield Reference(self.weights_digest, self.kernel, lambda: self.policy)
+        else:
+            with self.other_reference.opened() as found:
+                yield found
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -216,6 +231,8 @@ class Run:
         if adapter is not None:
             found["model.adapter"] = distributed.on_main(lambda: adapter_digest(adapter))
         found["model.name_or_path"] = self.weights_digest
+        if self.other_reference is not None:
+            found["reference.model"] = self.other_reference.weights
         if self.eval_rows is not None:
             found["data.eval"] = digest_of_rows(self.eval_rows.digests())
             found |= self._judgements("data.eval", self.eval_rows)
@@ -477,38 +494,48 @@ def _build(config: Config, device: torch.device, opening: Opening, train: bool, 
         unquantized=config.lora.modules_to_save,
         trust_remote_code=model.trust_remote_code,
     )
+    reference = find_reference(config, device, tokenizer)
     inputs = _load_data(config, model_config, tokenizer)
     train_rows = inputs.train
+    if reference is not None:
+        reference.check_inputs(inputs)
     if train:
         _show_first(train_rows, tokenizer, is_list=config.rows == "lists")
     plan = StepPlan(len(train_rows), training.batch_size, seed=training.seed, shuffle=config.data.shuffle)
-    policy = build_policy(
-        folders.base,
-        model_config,
-        device=device,
-        precision=training.precision,
-        activation_checkpointing=checkpointing_of(training, train_rows, device) if train else "none",
-        compile=training.compile,
-        cpu_offload=training.cpu_offload,
-        lora=lora,
-        adapter=folders.adapter,
-        continue_adapter=config.lora.continue_,
-        new_tokens=new_rows,
-        trainable=train,
-        seed=training.seed,
-        sharding=training.sharding,
-        trust_remote_code=model.trust_remote_code,
-        path=path,
-        quantization=model.quantization,
-        unquantized=config.lora.modules_to_save,
-    )
-    distributed.say(_plain_notice(path.reason, train_rows) if path.reason else f"model.path: {path.name}")
-    costs, ranks = row_costs(policy, train_rows), distributed.world_size()
-    distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=training.tokens_per_row))
-    return Run(
-        config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, policy,
-        inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device), caller,
+
+    def make_policy() -> Policy:
+        policy = build_policy(
+            folders.base,
+            model_config,
+            device=device,
+            precision=training.precision,
+            activation_checkpointing=checkpointing_of(training, train_rows, device) if train else "none",
+            compile=training.compile,
+            cpu_offload=training.cpu_offload,
+            lora=lora,
+            adapter=folders.adapter,
+            continue_adapter=config.lora.continue_,
+            new_tokens=new_rows,
+            trainable=train,
+            seed=training.seed,
+            sharding=training.sharding,
+            trust_remote_code=model.trust_remote_code,
+            path=path,
+            quantization=model.quantization,
+            unquantized=config.lora.modules_to_save,
+        )
+        distributed.say(_plain_notice(path.reason, train_rows) if path.reason else f"model.path: {path.name}")
+        costs, ranks, room = row_costs(policy, train_rows), distributed.world_size(), training.tokens_per_row
+        distributed.say(packing_report(train_rows, plan, costs, world_size=ranks, tokens_per_row=room))
+        return policy
+
+    found = Run(
+        config, device, Path(training.output_dir), folders, new_rows, model_config, tokenizer, path, make_policy,
+        reference, inputs, plan, opening.checkpoints, opening.extended, stop, hardware(device), caller,
     )  # fmt: skip
+    if reference is None:  # else the policy is loaded after that has been scored
+        _ = found.policy
+    return found
 
 
 def _show_first(rows: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, *, is_list: bool) -> None:

@@ -95,6 +95,19 @@ CHOSEN_FALL = Guard(
 )
 
 
+def since_start(guard: Guard) -> Guard:
+    """Return what watches a run whose policy does not start at its reference: changes since the launch began."""
+    if guard not in (CHOSEN_CHANGE, GOOD_CHANGE):
+        return guard
+    advice = guard.meaning.rpartition(". ")[2]
+    return dataclasses.replace(
+        guard,
+        meaning=f"has fallen by over {-CHANGE_LIMIT:g} nat: the chosen answers have become e times less likely at "
+        f"every token than when this launch began. {advice}",
+        as_change=True,
+    )
+
+
 class Guards:
     """Tells of each guard once per run."""
 

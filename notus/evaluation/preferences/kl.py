@@ -14,10 +14,10 @@ from notus.data.dataset import FEATURES, TokenizedDataset
 from notus.evaluation import prompts as prompt_files
 from notus.evaluation.decoding import Decoding, encode_prompt, generate_ids
 from notus.evaluation.intervals import ratio_stderr, stderr
-from notus.evaluation.preferences.scores import Scoring, free_memory
+from notus.evaluation.preferences.scores import Scoring
 from notus.model.export import load_causal_lm
 from notus.model.supported import context_of
-from notus.training.parallelize import COMPUTE_DTYPES
+from notus.training.parallelize import COMPUTE_DTYPES, free_memory
 from notus.training.sampling import end_tokens
 
 SEED = 42

@@ -1,7 +1,6 @@
 """Held-out pairs, lists or labelled completions, and their log-probs under a model, an adapter or its base."""
 
 import dataclasses
-import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from notus.model.structure import text_config
 from notus.model.supported import check_context
 from notus.runtime.distributed import main_first, on_main, say
 from notus.training.checkpoint import checkpoints_in, read_identity
-from notus.training.parallelize import build_policy, read_model_config
+from notus.training.parallelize import build_policy, free_memory, read_model_config
 from notus.training.reference import digest_of_rows
 from notus.training.run_data import check_rows, load_held_out
 from notus.training.run_folder import CHECKPOINTS
@@ -241,10 +240,3 @@ def build_scored(source: ModelSource, scoring: Scoring) -> Policy:
         path=source.choose(None, "model.path", "auto"),
         longest=scoring.pairs.longest_sequence,
     )
-
-
-def free_memory() -> None:
-    """Give back what the model held: FSDP's state and its modules refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

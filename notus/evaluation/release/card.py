@@ -247,6 +247,7 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
 
     def render() -> str:
         sources = [Path(source["path"]).name for source in run.settings["data"]["train"]]
+        other = run.reference if run.reference != run.base else None
         try:
             return _template().render(
                 {**run.settings, **noted},
@@ -259,7 +260,7 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
                 release=release,
                 licence=licence,
                 unit=run.unit,
-                loss=None if run.loss is None else _loss(run.loss),
+                loss=None if run.loss is None else _loss(run.loss, other),
                 citations=[] if run.loss is None else citations(run.loss.papers),
                 chat=chat,
                 generation=generation,
@@ -274,13 +275,14 @@ def model_card(release: Release, *, chat: bool, generation: bool = True) -> str:
     return text
 
 
-def _loss(loss: "RunLoss") -> dict[str, str]:
-    """The loss's rows of the table of settings."""
+def _loss(loss: "RunLoss", reference: str | None) -> dict[str, str]:
+    """The loss's rows of the table of settings; `reference`: the reference model, if it is not the base model."""
     values = {"beta": loss.beta, **loss.options, **loss.additions}
     named = {_SETTINGS.get(name, name.replace("_", " ")): value for name, value in values.items()}
-    without = {} if loss.reference else {"reference model": "none"}
+    other = {} if reference is None else {"reference model": public_name(reference)}
+    model = other if loss.reference else {"reference model": "none"}
     words = {name: setting(value) for name, value in named.items()}
-    return {"loss": loss.name, **without, **words}
+    return {"loss": loss.name, **model, **words}
 
 
 def citations(papers: Sequence[str]) -> list[str]:

@@ -121,7 +121,7 @@ def private_paths(run: "Run") -> list[str]:
     """Return the places on this machine that a run names, and the user's home: no published file may hold them."""
     data, settings = run.settings["data"], run.settings
     names = [str(run.folder), run.base, *(source["path"] for source in [*data["train"], *(data["eval"] or [])])]
-    keys = (("data", "cache_dir"), ("training", "output_dir"), ("reference", "cache_dir"))
+    keys = (("data", "cache_dir"), ("training", "output_dir"), ("reference", "cache_dir"), ("reference", "model"))
     names += [str(name) for section, key in keys if (name := settings.get(section, {}).get(key))]
     if str(data.get("chat_template")).endswith(".jinja"):
         names.append(data["chat_template"])

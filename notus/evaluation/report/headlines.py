@@ -115,11 +115,11 @@ def _evaluation(run: Run) -> Result | None:
 
 
 def _is_of_held_out(run: Run, result: Result) -> bool:
-    """Whether a result is of the rows that the run itself held out, against the model it started from."""
+    """Whether a result is of the rows that the run itself held out, against its reference."""
     rows = str(result.settings.get("pairs"))
     paths = ", ".join(str(source["path"]) for source in run.settings["data"].get("eval") or ())
     return rows in (paths, f"{run.settings['data'].get('eval_size')} rows held out of data.train") and (
-        str(result.settings.get("base")) == run.base
+        str(result.settings.get("base")) == run.reference
     )
 
 

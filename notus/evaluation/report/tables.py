@@ -77,6 +77,8 @@ def facts(run: Run) -> dict[str, str]:
     }
     if run.loss is not None:
         found["Preference loss"] = _loss_in_words(run.loss)
+    if run.reference != run.base:
+        found["Reference"] = short_path(run.reference)
     if "num_tokens" in run.curves:
         found["Tokens seen"] = number(run.curves["num_tokens"].values[-1])
     if hardware := run.environment.get("hardware"):
