@@ -31,7 +31,7 @@ HELP = {
     "evaluate": "measure a model: preferences on held-out pairs, or another --suite",
     "generate": "complete the prompts of a file",
     "estimate": "say whether a run fits on given GPUs, how long it takes and what it costs",
-    "report": "show one or more runs as one HTML file: curves, data, evaluations, samples",
+    "report": "show one or more runs, or the rounds of an iteration, as one HTML file: curves, figures, samples",
     "card": "write a model card from a run",
     "export": "write a run's model out with its card, as a Hugging Face folder or a PEFT adapter; --push: to the hub",
 }
@@ -45,8 +45,8 @@ MODULES = {
     "sweep": "notus.sweep",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
-    "estimate": "notus.estimate.command",
-    "report": "notus.evaluation.report.page",
+    "estimate": "notus.feedback.estimate",
+    "report": "notus.feedback.report",
     "card": "notus.evaluation.release.card",
     "export": "notus.evaluation.release.export",
 }
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_allocator()  # before torch is imported
     guard_streams()
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_entry(_find(words), resumable=words[0] in ("dpo", "sft"))
+    return run_entry(_find(words), resumable=words[0] in ("dpo", "sft", "rate"))
 
 
 def entry() -> NoReturn:

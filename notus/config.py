@@ -386,7 +386,7 @@ def load_config(arguments: str | Path | Sequence[str], task: Task) -> Config:
     "command line", the key and the remedy, for anything that is not a valid configuration of a `task` run.
     """
     words = [str(arguments)] if isinstance(arguments, str | Path) else list(arguments)
-    tree, source, origins = _read_arguments(words, task)
+    tree, source, origins = read_arguments(words, task)
     return config_from_dict(tree, task, source=source, origins=origins)
 
 
@@ -398,7 +398,7 @@ def config_from_dict(
     Errors name `source`, or what `origins` has for the "section.key" that is wrong.
     """
     try:
-        config = _resolve(Config(**_sections(tree), task=task))
+        config = _resolve(Config(**fill_sections(tree, SECTIONS), task=task))
         for conflict in _conflicts(config):
             raise conflict
     except Invalid as error:
@@ -409,10 +409,10 @@ def config_from_dict(
 def to_yaml(config: Config) -> str:
     """Return the config as YAML that loads to an equal one, without the sections that its task does not use."""
     unused = DPO_SECTIONS if config.task == "sft" else ()
-    return dump_yaml({name: _keys(getattr(config, name)) for name in SECTIONS if name not in unused})
+    return dump_yaml({name: section_keys(getattr(config, name)) for name in SECTIONS if name not in unused})
 
 
-def _keys(section: Any) -> dict[str, Any]:
+def section_keys(section: Any) -> dict[str, Any]:
     """Return a section as it stands in YAML: a field that would be a word of Python's ends with an underscore."""
     return {key.rstrip("_"): value for key, value in dataclasses.asdict(section).items()}
 
@@ -698,29 +698,37 @@ def _option_key(name: str) -> str:
 # ---- typed values ----
 
 
-def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {name: dataclass} for all sections. Raise `Invalid` for the first key that is wrong."""
+def fill_sections(tree: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {name: dataclass} for all `sections`, which are dataclasses by their names in YAML.
+
+    Raises `Invalid` for the first key of `tree` that is wrong.
+    """
+    check_keys(tree, sections)
+    return {name: _fill(cls, tree.get(name) or {}, f"{name}.") for name, cls in sections.items()}
+
+
+def check_keys(tree: Mapping[str, Any], sections: Mapping[str, Any]) -> None:
+    """Raise `Invalid` for a section that does not exist, and for a key that is another section's or trainer's."""
     for name, keys in tree.items():
-        if name not in SECTIONS:
-            raise Invalid(str(name), _no_section(str(name)))
+        if name not in sections:
+            raise Invalid(str(name), _no_section(str(name), sections))
         for key in keys or {}:
-            homes = [home for home, cls in SECTIONS.items() if key in _hints(cls) and key not in SECTIONS]
+            homes = [home for home, cls in sections.items() if key in _hints(cls) and key not in sections]
             if homes and name not in homes:
                 raise Invalid(f"{name}.{key}", f"does not exist; did you mean '{homes[0]}.{key}'?")
             if name == "dpo" and not homes and _is_option(key):
                 raise Invalid(f"dpo.{key}", f"does not exist; did you mean 'dpo.options.{key}'?")
             if not homes and (other := foreign_keys.find(str(key))):
                 raise Invalid(f"{name}.{key}", f"does not exist; {other.advice()}")
-    return {name: _fill(cls, tree.get(name) or {}, f"{name}.") for name, cls in SECTIONS.items()}
 
 
-def _no_section(name: str) -> str:
+def _no_section(name: str, sections: Mapping[str, Any]) -> str:
     """Return what is wrong with a name that stands where a section should, and what to do."""
     if other := foreign_keys.find(name):
         return f"is not a section; {other.advice()}"
-    if homes := [home for home, cls in SECTIONS.items() if name in _hints(cls)]:
+    if homes := [home for home, cls in sections.items() if name in _hints(cls)]:
         return f"is not a section; set {homes[0]}.{name}"
-    return f"is not a section{nearest(name, SECTIONS)}"
+    return f"is not a section{nearest(name, sections)}"
 
 
 def _fill(cls: type[T], values: Mapping[Any, Any], prefix: str = "") -> T:
@@ -914,20 +922,25 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {line}not valid YAML: character {error.character:#x} is not allowed") from error
 
 
-def _read_arguments(words: Sequence[str], task: Task) -> tuple[dict[str, Any], str, dict[str, str]]:
-    """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides)."""
-    check_spaces(words)
+def read_arguments(
+    words: Sequence[str], task: Task, sections: Mapping[str, Any] = SECTIONS
+) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """`CONFIG.yaml [--section.key=value ...]` -> (nested mapping, file name, origins of the overrides).
+
+    `sections` are those that the file may have. Raises ValueError for what cannot be read.
+    """
+    check_spaces(words, sections)
     paths = [word for word in words if not word.startswith("-")]
     if len(paths) != 1:
         got = " ".join(words) or "nothing"
         raise ValueError(f"command line: expected CONFIG.yaml [--section.key=value ...], but got {got}")
     source = os.path.expanduser(paths[0])
     tree = read_yaml(Path(source))
-    _check_sections(tree, source, task)
+    _check_sections(tree, source, task, sections)
     origins = {}
     for word in words:
         if word.startswith("-"):
-            section, keys, value = _parse_override(word)
+            section, keys, value = _parse_override(word, sections)
             held = tree.get(section) or {}
             if len(keys) == 2:
                 value = {**_mapping(held.get(keys[0]), f"{section}.{keys[0]}"), keys[1]: value}
@@ -939,17 +952,17 @@ def _read_arguments(words: Sequence[str], task: Task) -> tuple[dict[str, Any], s
 _NAMED = 4  # how many keys of a file without sections a message translates
 
 
-def _check_sections(tree: Any, source: str, task: Task) -> None:
+def _check_sections(tree: Any, source: str, task: Task, sections: Mapping[str, Any]) -> None:
     """Raise ValueError for a file that is not made of sections, or is made for the other task."""
     if isinstance(tree, dict):
-        stray = {str(name): where for name in tree if name not in SECTIONS and (where := _home(str(name)))}
+        stray = {str(name): where for name in tree if name not in sections and (where := _home(str(name), sections))}
         if stray:
             known = sorted(stray.items(), key=lambda item: "." not in item[1])  # those that have a key here go first
             shown = ", ".join(f"{name} -> {where}" for name, where in known[:_NAMED])
             more = f", and {len(stray) - _NAMED} more" if len(stray) > _NAMED else ""
             raise ValueError(f"{source}: write the keys in sections: {shown}{more}; see docs/coming-from-trl.md")
     if not isinstance(tree, dict) or not all(isinstance(keys, dict | None) for keys in tree.values()):
-        raise ValueError(f"{source}: expected the sections {', '.join(SECTIONS)}, with lines `key: value` below them")
+        raise ValueError(f"{source}: expected the sections {', '.join(sections)}, with lines `key: value` below them")
     for name in DPO_SECTIONS:
         if task == "sft" and tree.get(name):
             raise ValueError(
@@ -964,49 +977,49 @@ def _mapping(value: Any, key: str) -> dict[str, Any]:
     return value or {}
 
 
-def _home(name: str) -> str:
+def _home(name: str, sections: Mapping[str, Any]) -> str:
     """Return where a key without its section, or another trainer's, is set: "section.key", why nowhere, or ""."""
     if (other := foreign_keys.find(name)) is not None:
         return " and ".join(other.keys) or "(none needed)" * (other.kind == "none needed") or "(not available)"
-    if name in SECTIONS:  # which has a key of that name, too: `reference.model`
+    if name in sections:  # which has a key of that name, too: `reference.model`
         return ""
-    return next((f"{home}.{name}" for home, cls in SECTIONS.items() if name in _hints(cls)), "")
+    return next((f"{home}.{name}" for home, cls in sections.items() if name in _hints(cls)), "")
 
 
-def check_spaces(words: Sequence[str]) -> None:
+def check_spaces(words: Sequence[str], sections: Mapping[str, Any] = SECTIONS) -> None:
     """Reject `--section.key value`: the value would be taken for a second config file. Reject keys without section."""
     for word in words:
-        if (flat := re.match(r"--([\w-]+)(?:=|$)", word)) and _home(flat[1].replace("-", "_")):
+        if (flat := re.match(r"--([\w-]+)(?:=|$)", word)) and _home(flat[1].replace("-", "_"), sections):
             name = flat[1].replace("-", "_")
-            raise ValueError(f"command line: --{flat[1]} has no section; {_advice(name)}")
+            raise ValueError(f"command line: --{flat[1]} has no section; {_advice(name, sections)}")
     for key, value in itertools.pairwise(words):
         if re.fullmatch(r"--\w+\.\w+", key) and not value.startswith("-"):
             raise ValueError(f"command line: '{key} {value}' needs a = between: {key}={value}")
 
 
-def _advice(name: str) -> str:
+def _advice(name: str, sections: Mapping[str, Any]) -> str:
     other = foreign_keys.find(name)
-    return other.advice() if other else f"set {_home(name)}"
+    return other.advice() if other else f"set {_home(name, sections)}"
 
 
-def _parse_override(word: str) -> tuple[str, list[str], Any]:
+def _parse_override(word: str, sections: Mapping[str, Any]) -> tuple[str, list[str], Any]:
     """`--section.key=value` -> (section, [key], value), the value read as YAML. `--section.key.name=value`: one entry
     of a mapping."""
     match = re.fullmatch(r"--(\w+)\.(\w+(?:\.\w+)?)=(.+)", word, flags=re.DOTALL)
     if match is None:
         raise ValueError(f"command line: {word!r} is not of the form --section.key=value (write null for no value)")
     section, key, text = match.groups()
-    if section not in SECTIONS:
+    if section not in sections:
         known = foreign_keys.find(key) or foreign_keys.find(section)
-        remedy = f"; {known.advice()}" if known else nearest(section, SECTIONS)
+        remedy = f"; {known.advice()}" if known else nearest(section, sections)
         raise ValueError(f"command line: section {section!r} does not exist{remedy}")
     value = _parse_yaml(text, f"command line: --{section}.{key}")
-    return section, key.split("."), _split_at_commas(section, key, value)
+    return section, key.split("."), _split_at_commas(section, key, value, sections)
 
 
-def _split_at_commas(section: str, key: str, value: Any) -> Any:
+def _split_at_commas(section: str, key: str, value: Any, sections: Mapping[str, Any]) -> Any:
     """Return `a,b` as [a, b] for a key whose value is a list of strings; any other value as it is."""
-    hint = _hints(SECTIONS[section]).get(key)
+    hint = _hints(sections[section]).get(key)
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     is_list = any(get_origin(part) is Annotated and get_args(part)[0] == list[String] for part in choices)
     words = [word for part in choices if get_origin(part) is Literal for word in get_args(part)]

@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, get_type_hints
 
@@ -50,12 +51,17 @@ def entries(section: type) -> list[Entry]:
 
 
 def help_text(task: Task) -> str:
-    """Return all keys that a task uses, a line or two for each, for a terminal of 120 columns."""
+    """Return all keys that a task uses; see `sections_text`."""
+    used = {name: section for name, section in SECTIONS.items() if task == "dpo" or name not in DPO_SECTIONS}
+    return sections_text(used)
+
+
+def sections_text(sections: Mapping[str, type]) -> str:
+    """Return all keys of sections, a line or two for each, for a terminal of 120 columns."""
     lines = []
-    for name, section in SECTIONS.items():
-        if task == "dpo" or name not in DPO_SECTIONS:
-            lines += ["", f"{name}: {first_sentence(summary(section))}"]
-            lines += [line for entry in entries(section) for line in _help_lines(entry)]
+    for name, section in sections.items():
+        lines += ["", f"{name}: {first_sentence(summary(section))}"]
+        lines += [line for entry in entries(section) for line in _help_lines(entry)]
     return "\n".join(lines[1:])
 
 

@@ -6,6 +6,11 @@ stage is what a user would run: `curate`, `train_sft.py`, `train_dpo.py`, `evalu
 DIR/data/  base/  sft/  dpo/  export/  answers-sft.jsonl  answers-dpo.jsonl  evaluation.json  summary.json
 
 With --real: a published model and published pairs, see `real_demo.py`.
+
+With --own-feedback: from prompts alone, in rounds. Two models answer the prompts, `curation/synthetic.py:rate` rates
+the answers, and `notus iterate` does the rest.
+
+DIR/data/  base/  sft/  second/  iterate.yaml  rounds/  (an iteration's folder, with report.html)  own-feedback.json
 """
 
 import argparse
@@ -41,6 +46,17 @@ COMMON = {
 }
 SFT = {**COMMON, "optimizer": "adamw", "learning_rate": 3e-3, "lr_schedule": "cosine", "log_every": 10}
 DPO = {**COMMON, "optimizer": "rmsprop", "learning_rate": 2.5e-5, "lr_schedule": "linear"}
+# --own-feedback: the prompts of all rounds, and SFT steps of the second model, a third of the policy's
+OWN_OUTPUT, OWN_SETTINGS = "runs/own-feedback", "own-feedback.json"
+OWN_SIZES = {"sft": 14_400, "prompts": 2_000, "held_out": 400}
+SECOND_STEPS = 150
+ROUNDS, MOST_ROUNDS = 2, 20
+OWN_DPO = {**DPO, "learning_rate": 5e-5}
+ITERATION: dict[str, dict[str, Any]] = {
+    "iterate": {"kl_samples": 64},
+    "sample": {"n": 2, "temperature": 1.0, "max_new_tokens": 12, "batch_size": 100},
+    "rate": {"judge_function": "notus.curation.synthetic:rate", "again_share": 0.1},
+}
 MAX_LENGTH = 64  # tokens of prompt and answer; the longest have about 30
 
 
@@ -50,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=os.path.expanduser,
         metavar="DIR",
-        help=f"a new folder (default: {OUTPUT}; with --real: {real_demo.OUTPUT})",
+        help=f"a new folder (default: {OUTPUT}; with --real: {real_demo.OUTPUT}; with --own-feedback: {OWN_OUTPUT})",
     )
     parser.add_argument("--seed", type=int, default=42, help="of data, model and training (default: 42)")
     parser.add_argument(
@@ -58,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train a published chat model on published pairs in place of made ones: some minutes on two cores",
     )
+    parser.add_argument(
+        "--own-feedback",
+        action="store_true",
+        help="start from prompts alone: sample two models, rate, and train in rounds; a few minutes on two cores",
+    )
+    parser.add_argument("--rounds", type=_rounds, metavar="N", help="with --own-feedback: how many (default: 2)")
     parser.add_argument(
         "--model",
         type=os.path.expanduser,
@@ -73,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", action="store_true", help="with --real: train LoRA adapters, not all weights")
 
 
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_ROUNDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to {MOST_ROUNDS}")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the whole path into a new folder, print a table, return 0. A finished demo only shows its table.
 
@@ -82,13 +110,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the demo runs in one process: start it without torchrun")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} is negative; give 0 or more")
-    args.output = args.output or (real_demo.OUTPUT if args.real else OUTPUT)
+    if args.real and args.own_feedback:
+        raise ValueError("--real and --own-feedback are two demos: give one of them")
+    if args.rounds is not None and not args.own_feedback:
+        raise ValueError("--rounds has no effect on a demo without rounds; add --own-feedback")
+    default = real_demo.OUTPUT if args.real else OWN_OUTPUT if args.own_feedback else OUTPUT
+    args.output = args.output or default
     if args.real:
         return real_demo.run(args)
     for option in ("model", "pairs", "lora"):
         if getattr(args, option):
             raise ValueError(f"--{option} has no effect on the demo with made data; add --real")
-    return _run_made(args)
+    return _run_own_feedback(args) if args.own_feedback else _run_made(args)
 
 
 def _run_made(args: argparse.Namespace) -> int:
@@ -318,3 +351,115 @@ def _samples(folder: Path, per_task: int = 2) -> list[str]:
         answers = (old["completion"], new["completion"], synthetic.right_answer(old["instruction"]))
         lines.append(f"{old['instruction']:44}" + "".join(f"{answer:>12}" for answer in answers))
     return lines
+
+
+# ---- with --own-feedback ----
+
+
+def _run_own_feedback(args: argparse.Namespace) -> int:
+    """Train in rounds from prompts alone and print a table. The same command resumes a demo that was stopped."""
+    import torch
+
+    folder, rounds, seed = Path(args.output), args.rounds or ROUNDS, args.seed
+    _claim(folder, {"seed": seed, "rounds": rounds})
+    torch.set_num_threads(1)  # as in `_make`
+    _announce("data: demonstrations for SFT, prompts for the rounds, prompts for evaluation")
+    write_prompts(folder / "data", seed)
+    _announce("two small models: SFT on imaginary models' answers, the second one for a third of the steps")
+    if not (folder / "base").exists():
+        make_base(folder / "base.part", seed)
+        (folder / "base.part").rename(folder / "base")
+    for name, steps in (("sft", None), ("second", SECOND_STEPS)):
+        _check_finished(sft_run(folder, name, steps, seed))
+    write_text(folder / "iterate.yaml", own_config(folder, rounds, seed))
+    _announce(f"rounds: notus iterate {folder / 'iterate.yaml'}")
+    run_command("iterate", folder / "iterate.yaml")
+    print(own_report(folder))
+    return 0
+
+
+def _claim(folder: Path, settings: dict[str, int]) -> None:
+    """Record what the demo in `folder` is. Raises ValueError if it holds another one, or something else."""
+    path, remedy = folder / OWN_SETTINGS, "name a new folder with --output, or remove this one first"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != settings:
+            told = ", ".join(f"{name} {value}" for name, value in before.items())
+            raise ValueError(f"{folder} holds a demo with {told}; {remedy}")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and holds no demo with --own-feedback; {remedy}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings) + "\n")
+
+
+def write_prompts(folder: Path, seed: int) -> None:
+    """Write demonstrations for SFT, the rounds' prompts, and held-out prompts; no prompt is in two of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for_sft, *asked = synthetic.make_prompts(list(OWN_SIZES.values()), seed=seed)
+    rows = {"sft-train": synthetic.demonstrations(for_sft, seed=seed)}
+    for name, prompts in zip(("prompts", "prompts-eval"), asked, strict=True):
+        rows[name] = [{"instruction": prompt.instruction} for prompt in prompts]
+    for name, found in rows.items():
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in found))
+
+
+def sft_run(folder: Path, name: str, steps: int | None, seed: int) -> int:
+    """Train the base for all steps, or for `steps` of them, into `folder/name`; return the exit code."""
+    from notus.config import config_from_dict
+    from notus.training import sft
+
+    tree = {
+        "model": {"name_or_path": str(folder / "base")},
+        "data": {"train": str(folder / "data" / "sft-train.jsonl"), "max_length": MAX_LENGTH},
+        "training": {**SFT, "max_steps": steps, "output_dir": str(folder / name), "seed": seed, "save_every": 100},
+    }
+    return sft.run(config_from_dict(tree, "sft", source="the demo's settings"))
+
+
+def own_config(folder: Path, rounds: int, seed: int) -> str:
+    """Return the YAML of the iteration."""
+    from notus.config import dump_yaml
+
+    data = folder / "data"
+    prompts = {"prompts": str(data / "prompts.jsonl"), "eval_prompts": str(data / "prompts-eval.jsonl")}
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"name_or_path": str(folder / "sft")},
+        "data": {"max_length": MAX_LENGTH},
+        "training": {**OWN_DPO, "output_dir": str(folder / "rounds"), "seed": seed},
+        "dpo": {"beta": 0.1, "loss_type": "sigmoid"},
+        "iterate": {**prompts, "rounds": rounds, **ITERATION["iterate"], "seed": seed},
+        "sample": {"models": [str(folder / "second")], **ITERATION["sample"]},
+        "rate": ITERATION["rate"],
+    }
+    return f"# notus iterate {folder / 'iterate.yaml'}\n" + str(dump_yaml(tree))
+
+
+def own_report(folder: Path) -> str:
+    """Return the table of the rounds, and what a few prompts were answered at the start and after the last round."""
+    from notus.feedback.rounds import ANSWERS, both_answers, read_round, round_folders
+
+    lines = ["", f"{'':12}{'right answers':>16}{'wins against start':>20}{'KL to start':>14}{'pairs':>8}"]
+    places = round_folders(folder / "rounds")
+    for number, place in enumerate(places, start=1):
+        rows = _read_rows(place / ANSWERS)
+        answers = [both_answers(str(place / ANSWERS), row) for row in rows]
+        prompts = [row["instruction"] for row in rows]
+        before, after = (synthetic.win_rate(prompts, [pair[which]["response"] for pair in answers]) for which in (0, 1))
+        if number == 1:
+            lines.append(f"{'start':12}{before:16.1%}{'':>20}{'':>14}{'':>8}")
+        found = read_round(place)
+        wins = "" if found.win_rate is None else f"{found.win_rate:.1%}"
+        kl = "" if found.kl is None else f"{found.kl:.2f} nats"
+        pairs = found.pairs.rows if found.pairs else 0
+        lines.append(f"{f'round {number}':12}{after:16.1%}{wins:>20}{kl:>14}{pairs:8,}")
+    lines += ["", f"{'prompt':44}{'start':>12}{f'round {len(places)}':>12}{'right':>12}"]
+    for prompt, (start, last) in list(zip(prompts, answers, strict=True))[: 2 * len(synthetic.TASKS)]:
+        shown = (start["response"].strip(), last["response"].strip(), synthetic.right_answer(prompt))
+        lines.append(f"{prompt:44}" + "".join(f"{answer:>12}" for answer in shown))
+    page = folder / "rounds" / "report.html"
+    lines += [
+        "",
+        f"report: {page}" if page.is_file() else "report: pip install plotly, then run the same command again",
+    ]
+    return "\n".join(lines)

@@ -18,28 +18,26 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from notus.runtime.process import STOPPED, follow_parent, tell
+from notus.runtime.children import Child, hold, notus_command
+from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
     from notus.config import Config, Task
 
 SUMMARY = "sweep.json"
 REPORT = "report.html"
-_LOCK = ".lock"
 _NOT_SWEPT = {
     "training.output_dir": "each run gets a folder of its own: use --output DIR",
     "training.resume": "the sweep resumes its own runs: remove it",
     "reference.cache_dir": "all runs share one cache: give one folder",
 }
 _NO_MODEL = "--reference.model=null"  # of a run whose loss has no reference
-_GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun gives its ranks to save; 30 by default
 _MAX_VALUE, _MAX_NAME = 40, 180
 
 
@@ -83,10 +81,7 @@ class Launcher:
 
     def command(self, run: Planned) -> list[str]:
         """Return the complete command line that trains `run`."""
-        words = [sys.executable]
-        if self.nproc_per_node is not None:
-            words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.nproc_per_node}"]
-        return [*words, "-m", "notus", self.task, self.config, *run.words]
+        return notus_command([self.task, self.config, *run.words], self.nproc_per_node)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -450,46 +445,6 @@ class Outcome:
         return 1 if self.failed else STOPPED if self.left else 0
 
 
-class Child:
-    """The run that trains now. SIGTERM and SIGINT are passed on to it, and it saves before it ends."""
-
-    def __init__(self) -> None:
-        """Nothing runs yet."""
-        self.signal = 0  # the first one that came
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take over the signals within the block."""
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def run(self, command: Sequence[str]) -> int:
-        """Run a command to its end and return its exit code; if the sweep is killed, the child gets SIGTERM."""
-        # In a group of its own, Ctrl-C reaches it once, from here, not a second time from the terminal.
-        self._process = subprocess.Popen(
-            command,
-            env={_GRACE: "600", **os.environ},
-            process_group=0,
-            preexec_fn=lambda: follow_parent(signal.SIGTERM),
-        )
-        if self.signal:  # it came while the process was started
-            self._process.send_signal(self.signal)
-        try:
-            return self._process.wait()
-        finally:
-            self._process = None
-
-    def _receive(self, number: int, _: object) -> None:
-        self.signal = self.signal or number
-        if self._process is not None:
-            self._process.send_signal(number)
-
-
 def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, stop_on_error: bool) -> Outcome:
     """Train what is not finished, one run after another.
 
@@ -503,7 +458,7 @@ def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, sto
             finished = Path(planned.config.training.output_dir)
             check_unchanged(planned.config, finished, remedy="choose another folder for the sweep with --output DIR")
     outcome, child = Outcome({}), Child()
-    with _hold(folder), child.listening():
+    with hold(folder, "sweep", "choose another --output"), child.listening():
         for number, planned in enumerate(runs, start=1):
             header = f"\n== run {number} of {len(runs)}: {planned.name}"
             if holds_finished(planned.config):
@@ -521,26 +476,6 @@ def _train_all(folder: Path, runs: Sequence[Planned], launcher: Launcher, *, sto
         # a run that stopped at training.max_hours is left, too
         outcome.left = sum(each.name not in outcome.failed and not holds_finished(each.config) for each in runs)
     return outcome
-
-
-@contextlib.contextmanager
-def _hold(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of the folder. Raises ValueError if one is running in it, or if it cannot be written."""
-    from notus.runtime.files import lock
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK).open("a")
-    except OSError as error:
-        raise ValueError(f"the sweep's folder {folder} cannot be written ({error}): choose another --output") from error
-    with file:
-        try:
-            lock(file)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder} is in use by another sweep: wait for its end, or choose --output") from error
-        except OSError as error:
-            tell(f"note: {folder} cannot be locked ({error.strerror}); do not start a second sweep in it")
-        yield
 
 
 # ---- the comparison ----

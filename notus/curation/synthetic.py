@@ -116,17 +116,53 @@ def make_prompts(sizes: Sequence[int], *, seed: int) -> list[list[Prompt]]:
 
 def right_answer(instruction: str) -> str:
     """The answer to an instruction that `make_prompts` wrote; ValueError for any other."""
+    task, digits = _question(instruction)
+    return task.answer(digits)
+
+
+def _question(instruction: str) -> tuple[Task, str]:
+    """Return the task and the digits of an instruction that `make_prompts` wrote; ValueError for any other."""
     for task in TASKS:
         for phrasing in task.phrasings:
             pattern = re.escape(phrasing).replace(re.escape("{}"), r"(\d+)")
             if match := re.fullmatch(pattern, instruction):
-                return task.answer(match[1])
+                return task, match[1]
     raise ValueError(f"the judge knows no answer to {instruction!r}: give it an instruction of the synthetic tasks")
 
 
 def judge(instruction: str, response: str) -> bool:
     """Whether `response` is the right answer and nothing else; white space around it does not count."""
     return response.strip() == right_answer(instruction)
+
+
+def rate(prompt: str, completions: Sequence[str]) -> list[dict[str, int]]:
+    """Rate completions as the critic does: `notus rate --judge-function notus.curation.synthetic:rate`.
+
+    Right answers have about 5, the task's usual mistake and other wrong answers about 2, empty ones 1. The mean rating
+    of a right answer is above that of every wrong one. The critic's noise is drawn from task, digits and answer, so
+    the same answer always has the same ratings, in whatever order and company.
+
+    Args:
+        prompt: an instruction that `make_prompts` wrote.
+        completions: answers to it; white space around them does not count.
+
+    Returns:
+        For each completion, a rating from 1 to 5 by aspect.
+
+    Raises:
+        ValueError: the prompt is no instruction of the synthetic tasks.
+    """
+    task, digits = _question(prompt)
+    return [_ratings(task, digits, completion.strip()) for completion in completions]
+
+
+def _ratings(task: Task, digits: str, text: str) -> dict[str, int]:
+    kinds = {task.mistake(digits): "mistake", task.answer(digits): "right"}
+    opinion = OPINIONS[kinds.get(text, "slip")]
+    if not text:
+        return dict.fromkeys(opinion, 1)
+    rng = random.Random(f"ratings {task.name} {digits} {text}")
+    return {aspect: int(_rating(mean, rng, missing_rate=0.0)) for aspect, mean in opinion.items()}
 
 
 def win_rate(instructions: Sequence[str], responses: Sequence[str]) -> float:

@@ -1,12 +1,16 @@
 """Rated completions -> preference pairs, by the rule of Notus 7B v1, or lists. Pure rules: no files, no torch.
 
 A record of openbmb/UltraFeedback has `source`, `instruction` and `completions`; a completion has `model`,
-`response`, `annotations` (per aspect an object with a `Rating`, "1" to "5" or "N/A") and `overall_score`.
+`response`, `annotations` (per aspect an object with a `Rating`, "1" to "5" or "N/A") and `overall_score`. `notus rate`
+writes the same form. There a completion may have a `reward` instead, any finite number, and a record may have the
+prompt's `messages`, its `tools` and its `chat_template_kwargs`: then the prompt is more than one user turn, and
+`instruction` is only how a judge reads it.
 
 The rule, after the data card of argilla/ultrafeedback-binarized-preferences:
 
 1. A completion's score is the unweighted mean over the aspects whose rating is present and not "N/A"; with
-   none rated it has no score. `by="overall_score"` takes the critique's score instead, faults and all.
+   none rated it has no score. `by="overall_score"` takes the critique's score instead, faults and all, and
+   `by="reward"` the reward model's.
 2. Chosen is the highest score, the first of several. Rejected is a random one of those strictly lower.
 3. Prompts with fewer than two scored completions, and prompts whose scored completions all tie, are dropped.
 
@@ -23,7 +27,11 @@ The draw is a function of the seed and of the record's own text. So it depends n
 records nor on what else the data holds, and a prompt that occurs again with other completions draws anew.
 Repeated prompts are kept, as the original kept them, and counted.
 
-The two schemas are columns, not contents: `v1` and `cleaned` hold the same pairs. The cleaned release also
+The two schemas are columns, not contents: `v1` and `cleaned` hold the same pairs. With `conversations`, the prompt of a
+`cleaned` row is a list of messages and its answers are what follows it, so that system turns, earlier answers and tools
+can stand there. Only so can records with `messages`, `tools` or `chat_template_kwargs` be curated.
+
+The cleaned release also
 left out what TruthfulQA contaminates: the records of source `truthful_qa` (`drop_sources`), and the ShareGPT prompts
 that match one of its questions. `decontaminate` drops the prompts of every source that hold a listed question, by the
 rule of `decontamination.py`. No pair holds the `custom_system_prompt` of a completion, as in the originals.
@@ -42,8 +50,10 @@ from functools import lru_cache
 from typing import Any
 
 from notus.curation.decontamination import CONTAINED, DEFAULT_NGRAM, EQUAL, Questions
+from notus.data.messages import read_messages
 
-RULES = ("ratings", "overall_score")
+RULES = ("ratings", "overall_score", "reward")
+COMPARED = ("ratings", "overall_score")  # a report says how often these two choose differently
 REJECTED = ("lower", "any")
 SCHEMAS = ("v1", "cleaned")
 SOURCE = "source left out"
@@ -52,7 +62,34 @@ IDENTICAL = "chosen and rejected responses are the same text"
 ALL_IDENTICAL = "all scored responses are the same text"
 REASONS = (SOURCE, EQUAL, CONTAINED, TOO_FEW, TIED, IDENTICAL)
 LIST_REASONS = (SOURCE, EQUAL, CONTAINED, TOO_FEW, ALL_IDENTICAL)
-SHOWN_SOURCES, SHOWN_EXAMPLES = 20, 3
+SHOWN_SOURCES, SHOWN_EXAMPLES, SHOWN_JUDGES = 20, 3, 3
+LARGEST_REWARD = 1e30  # training reads nothing larger, which fp32 may not hold
+_OF_TEMPLATE = ("tools", "chat_template_kwargs")
+
+
+class ConversationError(ValueError):
+    """A record's prompt is more than one user turn, which rows without `conversations` cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a record asks, and who judged the answers."""
+
+    source: str
+    instruction: str  # the prompt as a judge reads it
+    messages: list[Any] | None = None  # the turns before the answer; None: `instruction` is the only one
+    of_template: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs, where there are some
+    judge: str | None = None
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether there is more than one user turn."""
+        return self.messages is not None or bool(self.of_template)
+
+    @property
+    def turns(self) -> list[Any]:
+        """The prompt as messages."""
+        return self.messages or [{"role": "user", "content": self.instruction}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +123,35 @@ class Counts:
     unscored: int = 0  # completions of the ranked records
     repeated_prompts: int = 0
     empty: int = 0  # pairs or lists kept though a response is empty
+    scored: int = 0  # completions of the ranked records
+    scored_records: int = 0  # those with two or more of them
+    judges: Counter[str] = field(default_factory=Counter)  # of the ranked records that name theirs
+    _only_score: Fraction | None = None
+    _scores_differ: bool = False
+
+    def count_scores(self, completions: Iterable[Completion], judge: str | None) -> None:
+        """Count the scores of a ranked record."""
+        scores = [score for completion in completions if (score := completion.scores[self.by]) is not None]
+        self.scored += len(scores)
+        self.scored_records += len(scores) > 1
+        if judge is not None:
+            self.judges[judge] += 1
+        if scores and self._only_score is None:
+            self._only_score = scores[0]
+        self._scores_differ |= any(score != self._only_score for score in scores)
+
+    @property
+    def same_score(self) -> str | None:
+        """Says so, and names the judge, if all completions of several records have the same score; else None."""
+        if self._scores_differ or self.scored_records < 2 or self._only_score is None:
+            return None
+        names = [name for name, _ in self.judges.most_common(SHOWN_JUDGES)]
+        judge = f"the judge {' or '.join(names)}" if names else "the judge"
+        score = f"{float(self._only_score):g}"
+        return (
+            f"{judge} gave all {self.scored:,} completions the same score by {self.by}, {score}, so there is nothing "
+            "to prefer; use another judge, or other instructions for it"
+        )
 
     def _drops(self, reasons: Iterable[str]) -> Iterator[str]:
         for reason in reasons:
@@ -136,12 +202,12 @@ class Report(Counts):
         ]
         if self.identical:
             lines.append(f"  kept, though both responses are the same text (training drops these): {self.identical:,}")
-        lines += [
-            f"  ratings and overall_score choose different responses in {self.differing:,} of the "
-            f"{self.compared:,} prompts where both give a pair ({self.differing_share:.1%})",
-            *self._sources("pairs"),
-        ]
-        return "\n".join(lines)
+        if self.compared:
+            lines.append(
+                f"  ratings and overall_score choose different responses in {self.differing:,} of the "
+                f"{self.compared:,} prompts where both give a pair ({self.differing_share:.1%})"
+            )
+        return "\n".join([*lines, *self._sources("pairs")])
 
 
 @dataclass(kw_only=True)
@@ -179,6 +245,7 @@ def curate(
     drop_sources: Collection[str] = (),
     min_rating: int = 1,
     keep_identical: bool = False,
+    conversations: bool = False,
 ) -> tuple[list[dict[str, Any]], Report]:
     """Return all the pairs of `records`, in their order, and the report. The options are the fields of `Curator`.
 
@@ -194,6 +261,7 @@ def curate(
         drop_sources=drop_sources,
         min_rating=min_rating,
         keep_identical=keep_identical,
+        conversations=conversations,
     )
     return list(curator.rows(_numbered(records))), curator.report
 
@@ -206,13 +274,19 @@ def curate_lists(
     ngram: int = DEFAULT_NGRAM,
     drop_sources: Collection[str] = (),
     min_rating: int = 1,
+    conversations: bool = False,
 ) -> tuple[list[dict[str, Any]], ListReport]:
     """Return all the lists of `records`, in their order, and the report. The options are the fields of `ListCurator`.
 
     Raises ValueError as `curate` does.
     """
     curator = ListCurator(
-        by=by, decontaminate=decontaminate, ngram=ngram, drop_sources=drop_sources, min_rating=min_rating
+        by=by,
+        decontaminate=decontaminate,
+        ngram=ngram,
+        drop_sources=drop_sources,
+        min_rating=min_rating,
+        conversations=conversations,
     )
     return list(curator.rows(_numbered(records))), curator.report
 
@@ -226,7 +300,7 @@ class RecordCurator(ABC):
     """Turns records into rows one at a time, and counts in `report`. ValueError for a wrong option."""
 
     by: str = "ratings"
-    """The score that ranks: "ratings", the mean over the aspects, or "overall_score", the critique's."""
+    """The score that ranks: "ratings", the mean over the aspects, "overall_score", the critique's, or "reward"."""
     decontaminate: Iterable[str] = ()
     """Questions. Prompts that hold one are dropped."""
     ngram: int = DEFAULT_NGRAM
@@ -236,6 +310,9 @@ class RecordCurator(ABC):
     min_rating: int = 1
     """Lowest valid rating. The scale starts at 1; 0 admits zeros, which the published data holds a few of
     (a parsing fault), and averages them in as the original did."""
+    conversations: bool = False
+    """Whether prompts may be more than one user turn. Then a prompt is a list of messages, and each row has `tools` and
+    `chat_template_kwargs`, None where there are none."""
 
     def __post_init__(self) -> None:
         self._check("by", self.by, RULES)
@@ -249,7 +326,7 @@ class RecordCurator(ABC):
         """Where the records went so far."""
 
     @abstractmethod
-    def _made(self, source: str, instruction: str, completions: list[Completion]) -> dict[str, Any] | str:
+    def _made(self, asked: Asked, completions: list[Completion]) -> dict[str, Any] | str:
         """The row of a record that is not left out, or the reason to drop it."""
 
     def rows(self, placed_records: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -257,6 +334,8 @@ class RecordCurator(ABC):
         for place, record in placed_records:
             try:
                 row = self.row(record)
+            except ConversationError as error:
+                raise ConversationError(f"{place}: {error}") from error
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
             if row is not None:
@@ -267,14 +346,21 @@ class RecordCurator(ABC):
 
         Raises ValueError, naming the key and the remedy, for a record that does not have the form above.
         """
-        source, instruction, completions = parse_record(record, min_rating=self.min_rating)
-        self.report.records[source] += 1
-        made = self._left_out(source, instruction) or self._made(source, instruction, completions)
+        asked, completions = parse_record(record, min_rating=self.min_rating, with_reward=self.by == "reward")
+        if asked.is_conversation and not self.conversations:
+            raise ConversationError(
+                "the prompt has messages, tools or chat_template_kwargs, which a single user turn cannot hold; set "
+                "conversations=True, with schema='cleaned' for pairs"
+            )
+        self.report.records[asked.source] += 1
+        made = self._left_out(asked.source, asked.instruction) or self._made(asked, completions)
         if isinstance(made, str):
             self.report.dropped[made] += 1
             return None
-        self.report.made[source] += 1
-        prompt = hashlib.blake2b(instruction.encode(), digest_size=16).digest()  # a few MB for 64k prompts
+        if self.conversations:
+            made |= {name: asked.of_template.get(name) for name in _OF_TEMPLATE}
+        self.report.made[asked.source] += 1
+        prompt = hashlib.blake2b(asked.instruction.encode(), digest_size=16).digest()  # a few MB for 64k prompts
         self.report.repeated_prompts += prompt in self._seen
         self._seen.add(prompt)
         return made
@@ -312,6 +398,8 @@ class Curator(RecordCurator):
         super().__post_init__()
         self._check("rejected", self.rejected, REJECTED)
         self._check("schema", self.schema, SCHEMAS)
+        if self.conversations and self.schema != "cleaned":
+            raise ValueError(f"the schema {self.schema} has a string for a prompt; for conversations choose 'cleaned'")
         self._report = Report(by=self.by, rejected=self.rejected)
 
     @property
@@ -319,35 +407,37 @@ class Curator(RecordCurator):
         """Where the records went so far."""
         return self._report
 
-    def _made(self, source: str, instruction: str, completions: list[Completion]) -> dict[str, Any] | str:
-        selected = self._rank_and_draw(source, instruction, completions)
+    def _made(self, asked: Asked, completions: list[Completion]) -> dict[str, Any] | str:
+        selected = self._rank_and_draw(asked, completions)
         if isinstance(selected, str):
             return selected
         if _identical(selected) and not self.keep_identical:
             return IDENTICAL
         self.report.identical += _identical(selected)
         self.report.empty += not all(completion.response.strip() for completion in selected)
-        return _COLUMNS[self.schema](source, instruction, *selected, self.by)
+        if self.conversations:
+            return _conversation(asked, *selected, self.by)
+        return _COLUMNS[self.schema](asked.source, asked.instruction, *selected, self.by)
 
-    def _rank_and_draw(
-        self, source: str, instruction: str, completions: list[Completion]
-    ) -> tuple[Completion, Completion] | str:
+    def _rank_and_draw(self, asked: Asked, completions: list[Completion]) -> tuple[Completion, Completion] | str:
         choices = {}
-        for rule in RULES:
+        for rule in {*COMPARED, self.by}:
             scores = [completion.scores[rule] for completion in completions]
             choices[rule] = rank(scores, ties=self.rejected == "any")
         self.report.unscored += sum(completion.scores[self.by] is None for completion in completions)
-        self._compare([completions[choice[0]].response for choice in choices.values() if choice and choice[1]])
+        self.report.count_scores(completions, asked.judge)
+        compared = [choices[rule] for rule in COMPARED]
+        self._compare([completions[choice[0]].response for choice in compared if choice and choice[1]])
         if (choice := choices[self.by]) is None:
             return TOO_FEW
         best, others = choice
         if not others:
             return TIED
-        drawn = draw(len(others), self.seed, source, instruction, completions)
+        drawn = draw(len(others), self.seed, asked.source, asked.instruction, completions)
         return completions[best], completions[others[drawn]]
 
     def _compare(self, chosen_responses: list[str]) -> None:
-        both = len(chosen_responses) == len(RULES)
+        both = len(chosen_responses) == len(COMPARED)
         self.report.compared += both
         self.report.differing += both and len(set(chosen_responses)) > 1
 
@@ -369,12 +459,17 @@ class ListCurator(RecordCurator):
         """Where the records went so far."""
         return self._report
 
-    def _made(self, source: str, instruction: str, completions: list[Completion]) -> dict[str, Any] | str:
+    def _made(self, asked: Asked, completions: list[Completion]) -> dict[str, Any] | str:
         scored = [completion for completion in completions if completion.scores[self.by] is not None]
         self.report.unscored += len(completions) - len(scored)
+        self.report.count_scores(scored, asked.judge)
         if len(scored) < 2:
             return TOO_FEW
-        for text in (source, instruction, *(each for item in scored for each in (item.model, item.response))):
+        for text in (
+            asked.source,
+            asked.instruction,
+            *(each for item in scored for each in (item.model, item.response)),
+        ):
             _encoded(text)
         if _identical(scored):
             return ALL_IDENTICAL
@@ -383,8 +478,8 @@ class ListCurator(RecordCurator):
         self.report.tied += len({completion.scores[self.by] for completion in scored}) == 1
         self.report.empty += not all(completion.response.strip() for completion in scored)
         return {
-            "source": source,
-            "prompt": [{"role": "user", "content": instruction}],
+            "source": asked.source,
+            "prompt": asked.turns,
             "completions": [[{"role": "assistant", "content": completion.response}] for completion in scored],
             "ratings": ratings,
             "models": [completion.model for completion in scored],
@@ -433,8 +528,11 @@ def _identical(completions: Sequence[Completion]) -> bool:
     return len({completion.response.strip() for completion in completions}) == 1
 
 
-def parse_record(record: Any, *, min_rating: int = 1) -> tuple[str, str, list[Completion]]:
-    """(source, instruction, completions) of a raw record. ValueError, naming the key, if it is malformed."""
+def parse_record(record: Any, *, min_rating: int = 1, with_reward: bool = False) -> tuple[Asked, list[Completion]]:
+    """(what is asked, completions) of a raw record. ValueError, naming the key, if it is malformed.
+
+    A `reward` is read only `with_reward`: elsewhere it may be anything.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{_kind(record)} is no record; give objects with source, instruction, completions")
     source, instruction = _text(record, "source"), _text(record, "instruction")
@@ -444,10 +542,26 @@ def parse_record(record: Any, *, min_rating: int = 1) -> tuple[str, str, list[Co
     completions = []
     for index, item in enumerate(raw):
         try:
-            completions.append(_completion(item, min_rating))
+            completions.append(_completion(item, min_rating, with_reward))
         except ValueError as error:
             raise ValueError(f"completions[{index}]: {error}") from error
-    return source, instruction, completions
+    rated = record.get("rated")
+    judge = rated.get("judge") if isinstance(rated, dict) else None
+    of_template = {name: record[name] for name in _OF_TEMPLATE if record.get(name)}
+    name = judge if isinstance(judge, str) else None
+    return Asked(source, instruction, _messages(record), of_template, name), completions
+
+
+def _messages(record: dict[str, Any]) -> list[Any] | None:
+    """The turns before the answer, as they stand. ValueError if they are no messages, or end with an answer."""
+    messages = record.get("messages")
+    if messages is None:
+        return None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a list of the turns before the answer, not {_kind(messages)}")
+    if read_messages(messages, "messages", "user")[-1]["role"] == "assistant":
+        raise ValueError("messages ends with an assistant turn; it must end with the turn that is answered")
+    return messages
 
 
 def mean_rating(annotations: Any, *, min_rating: int = 1) -> Fraction | None:
@@ -477,12 +591,13 @@ def _aspect_rating(aspect: str, value: Any, min_rating: int) -> Fraction | None:
     return _number(value.get("Rating"), f"annotations.{aspect}.Rating", min_rating, 5)
 
 
-def _completion(item: Any, min_rating: int) -> Completion:
+def _completion(item: Any, min_rating: int, with_reward: bool) -> Completion:
     if not isinstance(item, dict):
         raise ValueError(f"a completion must be an object, not {_kind(item)}")
     ratings = mean_rating(item.get("annotations"), min_rating=min_rating)
     overall_score = _number(item.get("overall_score"), "overall_score", 0, 10)
-    scores = {"ratings": ratings, "overall_score": overall_score}
+    reward = _reward(item.get("reward")) if with_reward else None
+    scores = {"ratings": ratings, "overall_score": overall_score, "reward": reward}
     return Completion(_text(item, "model"), _text(item, "response"), scores)
 
 
@@ -514,8 +629,22 @@ def _number(value: Any, key: str, lowest: int, highest: int) -> Fraction | None:
     return number
 
 
+def _reward(value: Any) -> Fraction | None:
+    if value is None or value == "N/A":
+        return None
+    number = None
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        number = _parsed(value, -LARGEST_REWARD, LARGEST_REWARD)
+    if number is None:
+        raise ValueError(
+            f"reward is {value!r:.60}, not a number within ±{LARGEST_REWARD:g}; correct it, or make it null to leave "
+            "it out"
+        )
+    return number
+
+
 @lru_cache(maxsize=1024)
-def _parsed(value: str | int | float, lowest: int, highest: int) -> Fraction | None:
+def _parsed(value: str | int | float, lowest: float, highest: float) -> Fraction | None:
     """The number exactly as it reads in decimals; None where it is none, not finite, or out of range."""
     try:
         number = Fraction(repr(float(value)))
@@ -545,6 +674,15 @@ def _cleaned(source: str, prompt: str, chosen: Completion, rejected: Completion,
     for side, completion in (("chosen", chosen), ("rejected", rejected)):
         answer = {"role": "assistant", "content": completion.response}
         pair[side] = [{"role": "user", "content": prompt}, answer]
+        pair[f"{side}-rating"] = completion.score(by)
+        pair[f"{side}-model"] = completion.model
+    return pair
+
+
+def _conversation(asked: Asked, chosen: Completion, rejected: Completion, by: str) -> dict[str, Any]:
+    pair: dict[str, Any] = {"source": asked.source, "prompt": asked.turns}
+    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+        pair[side] = [{"role": "assistant", "content": completion.response}]
         pair[f"{side}-rating"] = completion.score(by)
         pair[f"{side}-model"] = completion.model
     return pair

@@ -575,12 +575,15 @@ def _parse_in(value: Any, kind: pa.DataType) -> Any:
 # ---- one row after the other ----
 
 
-def read_file(path: Path, columns: Sequence[str] = (), *, any_numbers: bool = False) -> Iterator[Placed]:
+def read_file(
+    path: Path, columns: Sequence[str] = (), *, also: Sequence[str] = (), any_numbers: bool = False
+) -> Iterator[Placed]:
     """Return an iterator of (place, row) over a file with one of `SUFFIXES`.
 
     Args:
         path: the file.
         columns: the only ones to read of a Parquet file, if it has them all.
+        also: columns to read besides, if it has them.
         any_numbers: let NaN, Infinity and numbers of any size pass in JSON, for files that others write so.
 
     Raises:
@@ -588,13 +591,13 @@ def read_file(path: Path, columns: Sequence[str] = (), *, any_numbers: bool = Fa
     """
     _check_suffix(path)
     suffix = data_suffix(path) or ""
-    return _stream_parquet(path, columns) if suffix == ".parquet" else _stream_text(path, suffix, any_numbers)
+    return _stream_parquet(path, columns, also) if suffix == ".parquet" else _stream_text(path, suffix, any_numbers)
 
 
-def read_hub(name: str, split: str, columns: Sequence[str] = ()) -> Iterator[Placed]:
+def read_hub(name: str, split: str, columns: Sequence[str] = (), *, also: Sequence[str] = ()) -> Iterator[Placed]:
     """Yield (place, row) over a hub dataset's split; arguments and errors as in `read_file`."""
     rows = _load_hub(name, split)
-    tables = rows.select_columns(_wanted(columns, rows.column_names)).with_format("arrow").iter(_BATCH_ROWS)
+    tables = rows.select_columns(_wanted(columns, rows.column_names, also)).with_format("arrow").iter(_BATCH_ROWS)
     yield from _numbered(f"{name}, split {split}", tables)
 
 
@@ -605,14 +608,16 @@ def _stream_text(path: Path, suffix: str, any_numbers: bool) -> Iterator[Placed]
             yield _raised(text.place(number, line), _parsed(text, data, any_numbers))
 
 
-def _stream_parquet(path: Path, columns: Sequence[str]) -> Iterator[Placed]:
+def _stream_parquet(path: Path, columns: Sequence[str], also: Sequence[str]) -> Iterator[Placed]:
     with _parquet(path) as parquet:
-        batches = _batches(parquet, path, _wanted(columns, parquet.schema_arrow.names))
+        batches = _batches(parquet, path, _wanted(columns, parquet.schema_arrow.names, also))
         yield from _numbered(str(path), (pa.Table.from_batches([batch]) for batch in batches))
 
 
-def _wanted(columns: Sequence[str], found: list[str]) -> list[str]:
-    return list(columns) if columns and set(columns) <= set(found) else found
+def _wanted(columns: Sequence[str], found: list[str], also: Sequence[str]) -> list[str]:
+    if not columns or not set(columns) <= set(found):
+        return found
+    return [*columns, *(name for name in also if name in found)]
 
 
 def _numbered(place: str, tables: Iterable[pa.Table]) -> Iterator[Placed]:

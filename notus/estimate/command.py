@@ -26,7 +26,7 @@ SMALL_DATA = 16 * 2**20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument(
-        "config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for the commands dpo and sft"
+        "config", type=os.path.expanduser, metavar="CONFIG.yaml", help="as for the commands dpo, sft and iterate"
     )
     _add_options(parser)
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--section.key=value")
@@ -42,11 +42,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="mean tokens of prompt, chosen and rejected (SFT and labels: prompt, answer; lists: prompt, each "
         "completion), in place of those of the data, which is read if it is local and small",
     )
-    parser.add_argument("--examples", type=count, help="training examples, if the data is not at hand")
+    parser.add_argument(
+        "--examples", type=count, help="training examples, of an iteration all prompts, if the data is not at hand"
+    )
     parser.add_argument(
         "--utilisation", type=_share, default=0.45, help="share of the peak reached, an assumption (default: 0.45)"
     )
     parser.add_argument("--price", type=positive, metavar="USD", help="per GPU-hour")
+    for name, verb in (("--price-in", "reads"), ("--price-out", "writes")):
+        parser.add_argument(
+            name, type=positive, metavar="USD", help=f"of an iteration: per million tokens that the judge {verb}"
+        )
     parser.add_argument(
         "--model-config", type=os.path.expanduser, metavar="FILE", help="a config.json, in place of the model's own"
     )
@@ -62,19 +68,26 @@ def _share(text: str) -> float:
     return value
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the estimate. Raises ValueError: a user's mistake, in one line."""
-    # options may stand after CONFIG, among the overrides
+def read_options(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
+    """Return the arguments with the options that stand after CONFIG, and the overrides among which they stood."""
     options = argparse.ArgumentParser(prog=called_as("estimate"), allow_abbrev=False)
     _add_options(options)
-    args, overrides = options.parse_known_args(args.overrides, args)
+    return options.parse_known_args(args.overrides, args)
+
+
+def estimate_run(args: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the estimate of one run. Raises ValueError: a user's mistake, in one line."""
+    for option in ("price_in", "price_out"):
+        if getattr(args, option) is not None:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} has no effect on a run without a judge: give the config of an iteration")
     task: Task = args.task or ("sft" if "sft" in Path(args.config).name else "dpo")
     config = load_config([args.config, *overrides], task)
     return 0 if tell("\n".join(estimate(config, args))) else 1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Passes:
+class Passes:
     """What a loss takes beside the forward and backward pass of its rows.
 
     Attributes:
@@ -86,12 +99,12 @@ class _Passes:
     mismatched: bool
 
 
-def _passes(config: Config) -> _Passes:
-    """Ask the registry of losses what the run's losses need."""
+def passes_of(config: Config) -> Passes:
+    """Return what the run's losses need, by the registry of losses."""
     from notus.losses import loss_components
 
     losses = loss_components(config.dpo.loss_type) if config.task == "dpo" else {}
-    return _Passes(any(loss.reference for loss in losses), any(loss.shift == "kl" for loss in losses))
+    return Passes(any(loss.reference for loss in losses), any(loss.shift == "kl" for loss in losses))
 
 
 UNITS = {"dpo": "pairs", "sft": "examples", "lists": "lists", "labels": "completions"}
@@ -104,8 +117,8 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     from notus.estimate.plan import make_plan
 
     lengths, rows = _lengths(config, args)
-    passes = _passes(config)
-    setting, source = _setting(config, args, lengths, passes)
+    passes = passes_of(config)
+    setting, source = make_setting(config, args, lengths, passes)
     plan = make_plan(setting)
     lines = report.head(setting, source, args.gpu)
     scoring = plan
@@ -141,7 +154,7 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     )
 
 
-def _setting(config: Config, args: argparse.Namespace, lengths: "Lengths", passes: _Passes) -> "tuple[Setting, str]":
+def make_setting(config: Config, args: argparse.Namespace, lengths: "Lengths", passes: Passes) -> "tuple[Setting, str]":
     from notus.estimate.plan import Setting
     from notus.estimate.sizes import find_config, mismatched_lengths, sizes
     from notus.model.flops import PER_NODE, find_gpu

@@ -15,6 +15,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fal
         nargs="?" if optional else None,
         help="a model's, an adapter's or a run's folder, or a hub id",
     )
+    add_model_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How a model is computed and prompted."""
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     parser.add_argument(
         "--chat-template",

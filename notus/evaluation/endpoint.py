@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -25,6 +25,8 @@ try:
 except ModuleNotFoundError:
     import httpx  # type: ignore[no-redef]  # huggingface_hub 1 brings this one
 
+from notus.evaluation.budget import Budget, Charge, Tally
+from notus.evaluation.budget import OverBudget as OverBudget
 from notus.evaluation.results import append_records
 from notus.runtime.process import tell
 
@@ -42,12 +44,30 @@ class EndpointError(Exception):
     """A question got no usable answer, after all retries or because the server rejected this question."""
 
 
+class RejectedError(EndpointError):
+    """The server rejected this question: it is too long, say, or has a parameter that the server does not know."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A chat completion as an endpoint sent it."""
+
+    text: str  # empty where the message has none
+    finish_reason: str | None  # "stop", "length", ...; None: the server does not say
+    # None: the server does not say
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    requests: int  # that were sent for it, those that failed included
+    tool_calls: bool = False  # whether the model called tools
+
+
 class _Transient(Exception):
     """A failure that may pass. `retry_after`: the seconds that the server asks to wait."""
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, *, is_status: bool = False) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.is_status = is_status  # the server turned the request down, and computed no answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +85,10 @@ class Endpoint:
     temperature: float = 0.0  # 0 is greedy
     # how to wait, given seconds.
     sleep: Callable[[float], Awaitable[None]] = dataclasses.field(default=asyncio.sleep, repr=False)
+    # called before each request; raises OverBudget to send none.
+    on_request: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
+    # what `complete` counts its requests in, and asks before each one; None: no limit.
+    budget: Budget | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # Checked before anything else can fail: a message must not repeat a password, or the key in a query.
@@ -87,9 +111,51 @@ class Endpoint:
         Raises EndpointError if no answer came in `retries` + 1 requests, or the server rejected this conversation;
         ValueError if the server rejects every request (key, address, model's name), saying what to change.
         """
+        sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        body = {"model": self.model, "messages": list(messages), **sampling}
+
+        async def request(_: int) -> str:
+            return self._content(await self._post(body))
+
+        return await self._until_answered(request)
+
+    async def complete(self, body: Mapping[str, Any], tally: Tally | None = None) -> Reply:
+        """Return what the model says to a chat completion's request, whose `model` is added. It may be empty.
+
+        What it took is added to `tally`, request by request, whatever comes of them. Raises as `ask`, RejectedError if
+        the server rejects this request, what `on_request` raises, and OverBudget if `budget` is used up.
+        """
+        whole = {"model": self.model, **body}
+
+        async def request(sent: int) -> Reply:
+            if self.budget is None:
+                return self._reply(await self._post(whole), sent)
+            most = int(body.get("max_tokens", self.max_tokens))
+            async with self.budget.request(len(json.dumps(whole)), most, tally) as charge:
+                return await self._charged(charge, whole, sent)
+
+        return await self._until_answered(request)
+
+    async def _charged(self, charge: Charge, body: Mapping[str, Any], sent: int) -> Reply:
+        """Return the answer to one request, and charge what it took."""
+        try:
+            reply = self._reply(await self._post(body), sent)
+        except (RejectedError, ValueError):
+            charge.nothing()
+            raise
+        except _Transient as failure:
+            if failure.is_status:
+                charge.nothing()
+            raise
+        charge.tokens(reply.prompt_tokens, reply.completion_tokens)
+        return reply
+
+    async def _until_answered(self, request: Callable[[int], Awaitable[Answer]]) -> Answer:
+        """Await `request(number)`, from 1 on, again and again while it fails with what may pass."""
         for attempt in range(self.retries + 1):
             try:
-                return await self._request(messages)
+                self.on_request()
+                return await request(attempt + 1)
             except _Transient as failure:
                 if attempt == self.retries:
                     raise EndpointError(f"{self.base_url}: {failure} ({attempt + 1} requests)") from failure
@@ -99,18 +165,16 @@ class Endpoint:
             await self.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _request(self, messages: Sequence[dict[str, str]]) -> str:
+    async def _post(self, body: Mapping[str, Any]) -> bytes:
         url = self.base_url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        sampling = {"max_tokens": self.max_tokens, "temperature": self.temperature}
-        # ASCII, because strings may hold halves of surrogate pairs, which have no UTF-8
-        body = json.dumps({"model": self.model, "messages": list(messages), **sampling})
         try:
             # httpx's own timeouts are for each read: a server that sends a byte now and then would never meet them.
             client = httpx.AsyncClient(timeout=None, verify=_certificates())
-            request = client.stream("POST", url, content=body, headers=headers)
+            # ASCII, because strings may hold halves of surrogate pairs, which have no UTF-8
+            request = client.stream("POST", url, content=json.dumps(body), headers=headers)
             async with asyncio.timeout(self.timeout), client, request as response:
                 content = await self._read(response)
         except TimeoutError:
@@ -119,7 +183,7 @@ class Endpoint:
             raise _Transient(f"{type(error).__name__}: {self._clean(str(error))}".rstrip(": ")) from None
         if not response.is_success:
             self._fail(response.status_code, content, response.headers.get("Retry-After"))
-        return self._content(content)
+        return content
 
     async def _read(self, response: "httpx.Response") -> bytes:
         """Return the whole body, decompressed; a server that sends too much is not read to the end.
@@ -161,21 +225,36 @@ class Endpoint:
             check = f"the address, which ends before /chat/completions, and the model's name, {self.model!r}"
             raise ValueError(f"{self.base_url}: {answer}; check {check}")
         if status in (408, 409, 425, 429) or status >= 500:
-            raise _Transient(answer, _retry_after(retry_after))
-        raise EndpointError(f"{self.base_url}: {answer}")  # 400, 413, 422: too long, or an unknown parameter
+            raise _Transient(answer, _retry_after(retry_after), is_status=True)
+        raise RejectedError(f"{self.base_url}: {answer}")  # 400, 413, 422: too long, or an unknown parameter
 
     def _content(self, content: bytes) -> str:
-        """Return the text of the first choice."""
+        """Return the text of the first choice, which is not empty."""
+        reply = self._reply(content, 1)
+        if not reply.text.strip():
+            raise _Transient(f"an empty answer (finish_reason {self._clean(str(reply.finish_reason))})")
+        return reply.text
+
+    def _reply(self, content: bytes, requests: int) -> Reply:
+        """Return the first choice, and what the server says of its cost."""
         try:
-            choice = json.loads(content)["choices"][0]
-            text = choice["message"]["content"]
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            answer = json.loads(content)
+            choice = answer["choices"][0]
+            message = choice["message"]
+            text = message["content"]
+            reason, calls, usage = choice.get("finish_reason"), message.get("tool_calls"), answer.get("usage")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise _Transient(f"an answer that is no chat completion ({type(error).__name__})") from error
         if text is not None and not isinstance(text, str):
             raise _Transient("an answer that is no chat completion (its content is no string)")
-        if not text or not text.strip():
-            raise _Transient(f"an empty answer (finish_reason {self._clean(str(choice.get('finish_reason')))})")
-        return text
+        return Reply(
+            text=text or "",
+            finish_reason=reason if isinstance(reason, str) else None,
+            prompt_tokens=_tokens(usage, "prompt_tokens"),
+            completion_tokens=_tokens(usage, "completion_tokens"),
+            requests=requests,
+            tool_calls=bool(calls),
+        )
 
     def _clean(self, text: str) -> str:
         """Return a server's words as one short line, without the key if they repeat it."""
@@ -183,6 +262,12 @@ class Endpoint:
             text = text.replace(self.api_key, "***")
         letters = (letter if letter.isprintable() else " " for letter in text[: 10 * MESSAGE])
         return " ".join("".join(letters).split())[:MESSAGE]
+
+
+def _tokens(usage: Any, key: str) -> int | None:
+    """Return a count of tokens; None where a server does not say, or says something else."""
+    value = usage.get(key) if isinstance(usage, dict) else None
+    return value if type(value) is int and value >= 0 else None
 
 
 def judge_endpoint(args: argparse.Namespace) -> Endpoint:

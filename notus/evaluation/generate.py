@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from notus.evaluation.resolve_model import ModelOptions, ModelSource
 
 
+ENGINES = ("batched", "continuous")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add_model_arguments(parser)
@@ -47,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_answer_arguments(parser, "completion", max_new_tokens=512)
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
-    parser.add_argument("--num-samples", type=count, default=1, help="completions per prompt (default: 1)")
+    parser.add_argument(
+        "--num-samples",
+        type=count,
+        default=1,
+        help="completions per prompt, which is computed once for all of them (default: 1)",
+    )
+    add_engine_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
 
 
@@ -57,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     Raises ValueError or OSError with a message for the user.
     """
     settings = answer_settings(args, "completions", max_new_tokens=512)
+    settings = dataclasses.replace(settings, samples=args.num_samples, engine=args.engine)
     if settings.temperature == 0 and args.num_samples > 1:
         raise ValueError("--num-samples above 1 would repeat a greedy completion: set --temperature")
     if args.raw and args.system is not None:
@@ -92,8 +102,7 @@ def _generate(
     options = source.options(args)
     strings_are_turns = _strings_are_turns(source, options, args)
     prompts = on_main(lambda: _read(args, strings_are_turns=strings_are_turns))
-    repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    return prompts, _complete(source, options, repeated, settings, device)
+    return prompts, _complete(source, options, prompts, settings, device)
 
 
 def _strings_are_turns(source: "ModelSource", options: "ModelOptions", args: argparse.Namespace) -> bool:
@@ -160,10 +169,24 @@ def _write(path: Path, prompts: list["Prompt"], completions: list[str], num_samp
             file.write(json.dumps({**prompt.row, **result}, ensure_ascii=False) + "\n")
 
 
-def add_answer_arguments(parser: argparse.ArgumentParser, what: str = "answer", max_new_tokens: int = 2048) -> None:
-    """Declare how completions are generated; see `answer_settings`."""
+def add_engine_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare what computes the completions of a local model."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="batched: completions of --batch-size at a time, until the longest ends; continuous: transformers' "
+        "continuous batching, where the next takes the place of one that ends. Both compute a prompt once for all its "
+        "completions, and both draw from --seed, but not the same (default: batched)",
+    )
+
+
+def add_answer_arguments(
+    parser: argparse.ArgumentParser, what: str = "answer", max_new_tokens: int = 2048, heat: str = "0"
+) -> None:
+    """Declare how completions are generated; see `answer_settings`. `heat` says the default temperature."""
     parser.add_argument("--max-new-tokens", type=count, help=f"of one {what} (default: {max_new_tokens})")
-    parser.add_argument("--temperature", type=temperature, help="0 is greedy (default: 0)")
+    parser.add_argument("--temperature", type=temperature, help=f"0 is greedy (default: {heat})")
     parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens with this share of the probability")
     parser.add_argument("--seed", type=int, help="of the draws (default: 42)")
     parser.add_argument("--batch-size", type=count, help=f"{what}s at a time (default: 32)")
@@ -218,7 +241,8 @@ def answer(
         "precision": options.precision,
         "as_turns": as_turns,
     }
-    del described["top_k"]  # suites have no such option
+    for option in ("top_k", "samples", "engine"):  # suites have no such options
+        del described[option]
     return [text.strip() for text in texts], described
 
 

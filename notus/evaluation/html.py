@@ -14,9 +14,9 @@ from notus.evaluation.results import check_output
 PALETTE = Path(__file__).with_name("palette.css")  # the colours, light and dark, and what every page begins with
 
 
-def environment(folder: Path) -> Environment:
-    """Templates of a folder, in which every string is escaped."""
-    loader = FileSystemLoader(folder)
+def environment(*folders: Path) -> Environment:
+    """Templates of these folders, in which every string is escaped; of two with one name, the earlier folder's."""
+    loader = FileSystemLoader(folders)
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters["breaks"] = breaks
     return made

@@ -361,15 +361,9 @@ def endpoint_judge(endpoint: Endpoint, template: str, parallel: int) -> Judge:
 def function_judge(spec: str) -> Judge:
     """Return a function (prompt, answer_a, answer_b) -> "A" | "B" | "tie", named as file.py:name or module:name.
 
-    Raises ValueError if there is no such function.
+    Raises ValueError as `load_function`.
     """
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise ValueError(f"--judge-function {spec}: give file.py:name or package.module:name")
-    module = _import(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--judge-function {spec}: {place} has no function {name!r}")
+    function, identity = load_function(spec)
 
     async def ask(prompt: str, answer_a: str, answer_b: str) -> str:
         try:  # in a thread, where the function may start an event loop of its own
@@ -378,8 +372,24 @@ def function_judge(spec: str) -> Judge:
             raise EndpointError(f"{spec}: {type(error).__name__}: {first_line(error)}") from error
         return f"[[{verdict}]]" if verdict in VERDICTS else f"returned {verdict!r}"
 
+    return Judge(spec, identity, ask, parallel=1)
+
+
+def load_function(spec: str) -> tuple[Callable[..., Any], str]:
+    """Import the function of --judge-function, file.py:name or package.module:name.
+
+    Returns it with its name and a digest of its module's file: what a function's kept verdicts depend on. What that
+    file imports is not part of the digest. Raises ValueError if there is no such function.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"--judge-function {spec}: give file.py:name or package.module:name")
+    module = _import(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--judge-function {spec}: {place} has no function {name!r}")
     source = Path(module.__file__).read_bytes() if module.__file__ else b""
-    return Judge(spec, f"{name}\n{hashlib.sha256(source).hexdigest()}", ask, parallel=1)
+    return function, f"{name}\n{hashlib.sha256(source).hexdigest()}"
 
 
 def _import(place: str) -> ModuleType:

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from notus.evaluation.budget import Usage
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """The completions of one prompt, in the order in which the judge sees them."""
+    """The different completions of one prompt, in the order in which the judge sees them."""
 
     key: str  # a digest of all that the judge sees, and of the judge's identity; what the verdict is kept under
     place: str  # file and line of the record, for errors
@@ -24,17 +26,9 @@ class Question:
 class Annotation:
     """What a judge says of one aspect of a completion."""
 
-    rating: float | None  # 1 to 5; None: unreadable, or not given
+    rating: float | None  # 1 to 5; None: the judge says that the aspect does not apply, or `unreadable`
     rationale: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """What a question cost. Tokens are None where an endpoint does not say."""
-
-    requests: int = 0
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
+    unreadable: bool = False  # the judge gave no rating that could be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +41,15 @@ class Verdict:
 
 
 class JudgeError(Exception):
-    """A question got no usable answer; the other questions are not concerned."""
+    """A question got no usable answer; the other questions are not concerned. `usage`: what it cost all the same."""
+
+    def __init__(self, message: str, usage: Usage | None = None) -> None:
+        super().__init__(message)
+        self.usage = usage or Usage()
+
+
+class NotAsked(JudgeError):
+    """A question was not put at all: a budget is used up, or too many before it failed."""
 
 
 class Judge(Protocol):

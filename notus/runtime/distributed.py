@@ -42,7 +42,7 @@ def process_group(timeout: datetime.timedelta = TIMEOUT) -> Iterator[torch.devic
         LostPeers: a collective failed because other ranks are gone or stuck.
     """
     global _patient, _timeout
-    device = _pick_device()
+    device = pick_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, number, size = _launchers_store(timeout)
@@ -81,7 +81,8 @@ def _launchers_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]
     return store, number, size
 
 
-def _pick_device() -> torch.device:
+def pick_device() -> torch.device:
+    """Return this rank's device, and make it the current one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -85,3 +85,44 @@ def test_the_fault_rate_changes_the_overall_scores_alone() -> None:
         changed = [pair for pair in zip(scores[lower], scores[higher], strict=True) if pair[0] != pair[1]]
         assert len(changed) > 20
         assert set(changed) == {(1, 10)}
+
+
+ASPECTS = {"instruction_following", "honesty", "truthfulness", "helpfulness"}
+
+
+def test_ratings_are_high_for_right_answers_and_low_for_wrong_ones() -> None:
+    prompt = "Sort these digits: 3914"
+    answers = ["1349", "9431", "1348", "no idea", " ", ""]
+    ratings = synthetic.rate(prompt, answers)
+    assert len(ratings) == len(answers)
+    for rating in ratings:
+        assert set(rating) == ASPECTS
+        assert all(type(number) is int and 1 <= number <= 5 for number in rating.values())
+    means = [sum(rating.values()) / 4 for rating in ratings]
+    assert means[0] >= 3.75  # 5, 4, 5, 5 less at most one each, where 5 cannot be passed
+    assert all(mean <= 3.5 for mean in means[1:])  # 2, 4, 2, 2 and 3, 3, 1, 2 and at most one each
+    assert means[4:] == [1.0, 1.0]
+
+
+def test_a_rating_depends_on_prompt_and_answer_alone() -> None:
+    prompt = "Write from low to high: 3914"
+    first = synthetic.rate(prompt, ["1349", "9431", "12"])
+    assert synthetic.rate(prompt, ["12", "\n1349 ", "9431"]) == [first[2], first[0], first[1]]
+    assert synthetic.rate(prompt, []) == []
+
+
+def test_the_critics_noise_is_that_of_the_records() -> None:
+    (prompts,) = synthetic.make_prompts([2000], seed=0)
+    given = []
+    for prompt in prompts:
+        (rating,) = synthetic.rate(prompt.instruction, [prompt.task.mistake(prompt.digits)])
+        given.append(rating["truthfulness"])
+    # 2 in three of five cases, 1 and 3 in one of five each
+    assert set(given) == {1, 2, 3}
+    assert given.count(2) / 2000 == pytest.approx(0.6, abs=0.05)
+    assert given.count(3) / 2000 == pytest.approx(0.2, abs=0.04)
+
+
+def test_the_critic_rates_its_own_prompts_alone() -> None:
+    with pytest.raises(ValueError, match="knows no answer to 'Hello'"):
+        synthetic.rate("Hello", ["Hi"])

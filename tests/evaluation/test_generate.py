@@ -251,10 +251,8 @@ def test_a_prompt_is_rendered_with_the_settings_of_the_run(plain_run, prompts, t
     tree["data"] |= {"chat_template": str(template), "chat_template_kwargs": {"enable_thinking": "off"}}
     path.write_text(yaml.safe_dump(tree))
     prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "dog"}]}))
-    seen, generate_ids = [], decoding.generate_ids
-    monkeypatch.setattr(
-        decoding, "generate_ids", lambda *args, **rest: seen.extend(args[2]) or generate_ids(*args, **rest)
-    )
+    seen, complete = [], decoding._complete
+    monkeypatch.setattr(decoding, "_complete", lambda *args: seen.extend(args[1].prompts) or complete(*args))
     run(run_folder, prompts)
     assert [toy_tokenizer().decode(ids) for ids in seen] == ["<s>[user]dogno tools thinking off:"]
 

@@ -21,7 +21,7 @@ from notus.runtime import distributed
 with distributed.process_group() as device:
     distributed.process_group = lambda: contextlib.nullcontext(device)
     codes = [main(command) for command in json.loads(sys.argv[1])]
-assert codes == [0, 0, 0, 1], codes
+assert codes == [0, 0, 0, 0, 1], codes
 """
 
 
@@ -81,12 +81,22 @@ def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
             ],
             ["generate", str(lora_run), str(prompts), str(tmp_path / f"{ending}.jsonl"), *draw],
             ["evaluate", str(lora_run), "--pairs", str(lists), "--output", str(tmp_path / f"{ending}-lists.json")],
+            [
+                "sample",
+                str(prompts),
+                str(tmp_path / f"{ending}-records.jsonl"),
+                "--models",
+                str(lora_run),
+                "--n",
+                "2",
+                *draw,
+            ],
             ["evaluate", str(lora_run), "--pairs", str(tmp_path / "none.jsonl")],
         ]
 
     done = torchrun(tmp_path, commands("two"))
     assert done.returncode == 0, done.stderr
-    assert [main(command) for command in commands("one")] == [0, 0, 0, 1]
+    assert [main(command) for command in commands("one")] == [0, 0, 0, 0, 1]
     for kind, fewest in (("", 60), ("-lists", 50)):
         alone, together = (json.loads((tmp_path / f"{name}{kind}.json").read_text()) for name in ("one", "two"))
         numbers, of_both = dict(leaves(alone)), dict(leaves(together))
@@ -94,7 +104,8 @@ def test_two_ranks_do_the_work_of_one(tmp_path, lora_run, pairs_file):
         assert numbers.keys() == of_both.keys()
         for key, number in numbers.items():
             assert of_both[key] == pytest.approx(number, rel=1e-4, abs=1e-6), key
-    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    for kind in (".jsonl", "-records.jsonl"):
+        assert (tmp_path / f"two{kind}").read_text() == (tmp_path / f"one{kind}").read_text()
     assert done.stdout.count("sigmoid loss") == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1

@@ -54,8 +54,8 @@ def test_it_is_on_before_a_device_is_chosen_and_off_after_the_run(
     from notus.runtime import distributed
 
     before, seen = _state(), []
-    pick, row_loss = distributed._pick_device, dpo.DPOTask.row_loss
-    monkeypatch.setattr(distributed, "_pick_device", lambda: (seen.append(_state()), pick())[1])
+    pick, row_loss = distributed.pick_device, dpo.DPOTask.row_loss
+    monkeypatch.setattr(distributed, "pick_device", lambda: (seen.append(_state()), pick())[1])
     monkeypatch.setattr(dpo.DPOTask, "row_loss", lambda *args: (seen.append(_state()), row_loss(*args))[1])
     for wanted in (False, True):
         overrides = {"training__deterministic": wanted, "training__max_steps": 1}

@@ -188,6 +188,34 @@ class Panel:
         pairs = ", ".join(f"{number(b, self.unit)} at {number(a, self.unit)}" for a, b in zip(x, y, strict=True))
         self.spoken.append(f"{name}: {pairs}.")
 
+    def add_rounds(
+        self,
+        values: Mapping[int, float],
+        name: str,
+        *,
+        colour: int,
+        intervals: Mapping[int, tuple[float, float]] | None = None,
+    ) -> None:
+        """Draw a value of each round (0: before the first), with 95% intervals where they are known."""
+        x, y, intervals = list(values), list(values.values()), intervals or {}
+        reach = [intervals.get(at, (value, value)) for at, value in values.items()]
+        dash = ("solid", "dash", "dot", "dashdot")[colour % 4]
+        trace = go.Scatter(
+            x=x, y=y, mode="lines+markers", line={"width": 2.5, "dash": dash},
+            marker={"size": 9, "symbol": _symbol(colour)},
+        )  # fmt: skip
+        if intervals:
+            above = [high - value for (_, high), value in zip(reach, y, strict=True)]
+            below = [value - low for (low, _), value in zip(reach, y, strict=True)]
+            ends = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
+            trace.update(error_y=ends)
+        place = self._add(trace, name, colour)
+        self.keys.append(Key(name, colour, dash, _symbol(colour), [place], number(y[-1], self.unit)))
+        course = [
+            f"{number(value, self.unit)} {f'in round {at}' if at else 'at the start'}" for at, value in values.items()
+        ]
+        self.spoken.append(f"{name}: {', '.join(course)}.")
+
     def _add(self, trace: go.Scatter, name: str, colour: int) -> int:
         """Add a trace and return its place in the figure."""
         self.figure.add_trace(trace.update(name=escape(name), meta={"colour": colour}))

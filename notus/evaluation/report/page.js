@@ -25,7 +25,8 @@
       hoverlabel: { namelength: -1, bgcolor: colour("card"), bordercolor: colour("muted"), font: { ...font, color: colour("ink") } },
       margin: { l: 44, r: 12, t: 10, b: 40 },
     });
-    if (layout.xaxis.title.text === "step") layout.xaxis.unifiedhovertitle = { text: "step %{x:,d}" };
+    const counted = layout.xaxis.title.text;
+    if (counted === "step" || counted === "round") layout.xaxis.unifiedhovertitle = { text: `${counted} %{x:,d}` };
     layout.xaxis = { showgrid: false, zeroline: false, ticks: "outside", tickcolor: colour("line"), nticks: 7, ...layout.xaxis, ...axis };
     layout.yaxis = { nticks: 6, minexponent: 5, separatethousands: true, hoverformat: ".4~g", ...layout.yaxis, ...axis };
     return [data, layout, config];

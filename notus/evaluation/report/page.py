@@ -16,6 +16,7 @@ from notus.runtime.process import tell
 
 if TYPE_CHECKING:
     from notus.evaluation.read_run import Run
+    from notus.evaluation.report.charts import Panel
 
 REPORT = "report.html"
 GENERATOR = '<meta name="generator" content="notus report">'  # marks a file as an earlier report
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=os.path.expanduser,
         nargs="+",
         metavar="RUN",
-        help="a run's folder, finished or not; several are compared",
+        help="a run's folder, finished or not; several are compared; or the folder of `notus iterate`",
     )
     parser.add_argument(
         "--output",
@@ -44,33 +45,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report. Raises ValueError for what is no run and without plotly, OSError if it cannot be written."""
-    try:
-        import plotly  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError("the report needs plotly, which is not installed: pip install plotly") from error
+    check_plotly()
     from notus.evaluation.read_run import read_runs
 
     default = Path(args.runs[0]).expanduser() / REPORT if len(args.runs) == 1 else Path(REPORT)
     output = Path(args.output) if args.output else default
+    write_report(output, render(read_runs(args.runs)), not_over=args.runs[0])
+    return 0
+
+
+def check_plotly() -> None:
+    """Raise ValueError without plotly, which draws the charts."""
+    try:
+        import plotly  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError("the report needs plotly, which is not installed: pip install plotly") from error
+
+
+def write_report(output: Path, page: str, *, not_over: str) -> None:
+    """Write a report and say where. Raises ValueError and OSError as `check_page`, for `output` and `not_over`."""
     # UTF-8 cannot hold half of a surrogate pair, which the data may contain.
-    page = render(read_runs(args.runs)).encode("utf-8", "replace").decode("utf-8")
+    page = page.encode("utf-8", "replace").decode("utf-8")
     new_folder = "" if output.parent.exists() else f"; made its folder {output.parent}"
     check_page(
-        output,
-        kind="report",
-        generator=GENERATOR,
-        not_over=args.runs[0],
-        remedy="choose another place with --output",
+        output, kind="report", generator=GENERATOR, not_over=not_over, remedy="choose another place with --output"
     )
     write_text(output, page)
     tell(f"Wrote the report to {output} ({len(page.encode()) / 2**20:.1f} MiB){new_folder}")
-    return 0
 
 
 def render(runs: "Sequence[Run]") -> str:
     """Return the report as HTML. Every string from a run is escaped, and only our own scripts may run in the page."""
-    from plotly.offline import get_plotlyjs
-
     from notus.evaluation.read_run import RESULT_FILES
     from notus.evaluation.report import charts, tables
     from notus.evaluation.report.headlines import headlines
@@ -78,7 +83,6 @@ def render(runs: "Sequence[Run]") -> str:
     from notus.training.run_folder import CONFIG_FILE
     from notus.training.tracking import ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE
 
-    scripts = [script(get_plotlyjs()), script((HERE / "page.js").read_text(encoding="utf-8"))]
     measured = f"{METRICS_FILE}, {RESULT_FILES} or {ENVIRONMENT_FILE}"
     parts: dict[str, tuple[str, Callable[[Sequence[Run]], Any]]] = {  # each from these files of the runs
         "training": (f"{CONFIG_FILE} or {METRICS_FILE}", charts.training_panels),
@@ -102,18 +106,30 @@ def render(runs: "Sequence[Run]") -> str:
     runs = parse_files(CONFIG_FILE, folders, partial(tables.with_labels, runs))
     made = {name: parse_files(files, folders, partial(make, runs)) for name, (files, make) in parts.items()}
     panels = [panel for name in ("training", "data", "calibration") for panel in made[name]]
+    return fill_page(HERE / "page.html.j2", panels, most_named=MOST_NAMED, runs=runs, **made)
+
+
+def fill_page(template: Path, panels: "Sequence[Panel]", **values: object) -> str:
+    """Return the page of a template that extends layout.html.j2.
+
+    Args:
+        template: its file; layout.html.j2 and macros.html.j2 are found beside this module.
+        panels: the charts of the page.
+        values: what else the template needs, among them `runs` for the macros.
+    """
+    from plotly.offline import get_plotlyjs
+
+    scripts = [script(get_plotlyjs()), script((HERE / "page.js").read_text(encoding="utf-8"))]
     return (
-        environment(HERE)
-        .get_template("page.html.j2")
+        environment(template.parent, HERE)
+        .get_template(template.name)
         .render(
             generator=Markup(GENERATOR),
             policy=security_policy(scripts),
             style=style(HERE / "page.css"),
             scripts=scripts,
             colours=COLOURS,
-            most_named=MOST_NAMED,
-            runs=runs,
             figures={panel.name: panel.as_json() for panel in panels},
-            **made,
+            **values,
         )
     )
