@@ -87,7 +87,8 @@ CHARTS = (
                {"judging.again.same_best": "same best", "judging.again.exact": "same rating",
                 "judging.again.within_one": "within 1"}, unit="share"),
     RoundChart("position", "The judge's position bias", "Share of prompts whose best completion stood at each place of "
-               "the order that the judge saw. Without a bias the shares are equal.",
+               "the order that the judge saw. Without a bias places win alike, but for the last ones: prompts with "
+               "fewer different completions have no such place.",
                {f"judging.position.best.{i}": f"place {i + 1}" for i in range(16)}, unit="share",
                from_zero=True),
     RoundChart("judge-tokens", "The judge's tokens", "That it read and wrote in the round.",

@@ -472,6 +472,8 @@ def _ends(place: str, row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def _read_training(run: Path) -> Training | None:
+    if not run.exists():
+        return None
     from notus.training.tracking import METRICS_FILE  # imports torch
 
     last: dict[str, float | None] = {}
