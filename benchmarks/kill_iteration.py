@@ -211,9 +211,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--each", type=int, default=5, help="kills of one iteration (default: 5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--evaluate", action="store_true", help="with evaluation prompts and the KL, which takes longer"
-    )
+    parser.add_argument("--evaluate", action="store_true", help="also compare answers and measure the KL")
     parser.add_argument("--ranks", type=int, help="under torchrun on as many")
     parser.add_argument("--folder", type=Path, default=Path("runs/kill-iteration"), help="a new folder")
     parser.add_argument("--output", type=Path, metavar="FILE.json")

@@ -45,7 +45,7 @@ MODULES = {
     "sweep": "notus.sweep",
     "evaluate": "notus.evaluation.evaluate",
     "generate": "notus.evaluation.generate",
-    "estimate": "notus.estimate.command",
+    "estimate": "notus.feedback.estimate",
     "report": "notus.feedback.report",
     "card": "notus.evaluation.release.card",
     "export": "notus.evaluation.release.export",
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_allocator()  # before torch is imported
     guard_streams()
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_entry(_find(words), resumable=words[0] in ("dpo", "sft"))
+    return run_entry(_find(words), resumable=words[0] in ("dpo", "sft", "rate"))
 
 
 def entry() -> NoReturn:

@@ -229,6 +229,23 @@ def test_a_list_of_four_costs_less_than_its_six_pairs(capsys):
     assert four / pair == pytest.approx(1336 / 756, rel=0.02)
 
 
+def test_another_reference_has_a_pass_of_its_own_size(capsys):
+    text = told(capsys, FULL)
+    same = told(capsys, FULL, "--reference.model=mistralai/Mistral-7B-v0.1")
+    assert "Reference: 7.24 billion parameters, 32 blocks" in same
+    assert hours(same, "reference pass") == hours(text, "reference pass")
+    assert "its pass, before training" not in same  # less than training
+    large = told(capsys, FULL, "--reference.model=meta-llama/Llama-2-70b-hf")
+    assert hours(large, "reference pass") / hours(text, "reference pass") == pytest.approx(68.7 / 7.1, rel=0.1)
+    assert hours(large, "training") == hours(text, "training")
+    assert "its pass, before training" not in large  # 16 GiB of weights on each of 8 GPUs, with the gathered blocks
+    alone = told(
+        capsys, str(RECIPES / "dpo-qlora-24gb.yaml"), "--gpus=1", "--reference.model=meta-llama/Llama-2-70b-hf"
+    )
+    need = number(alone, r"at most ([\d.]+) GiB per GPU, which does NOT fit")
+    assert 35 < need < 45  # 70B in 4.5 bits, and the rest
+
+
 def test_a_loss_without_a_reference_needs_no_reference_pass(capsys):
     for loss in ("simpo", "cpo", "orpo", "slic", "{simpo: 0.5, orpo: 0.5}"):
         text = told(capsys, FULL, f"--dpo.loss_type={loss}", "--reference.cache_dir=null")

@@ -120,7 +120,13 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     passes = passes_of(config)
     setting, source = make_setting(config, args, lengths, passes)
     plan = make_plan(setting)
-    lines = [*report.head(setting, source, args.gpu), "", *report.memory(plan), ""]
+    lines = report.head(setting, source, args.gpu)
+    scoring = plan
+    if config.reference.model is not None:
+        other, of = _reference(config, setting)
+        scoring = make_plan(other)
+        lines += report.reference(scoring, plan, of)
+    lines += ["", *report.memory(plan), ""]
     if setting.cpu_offload:
         return [*lines, report.OFFLOADED]
     lines += [*report.step(plan, UNITS[config.rows]), *report.advice(plan), ""]
@@ -141,7 +147,7 @@ def estimate(config: Config, args: argparse.Namespace) -> list[str]:
     return lines + report.run_time(
         plan,
         steps=steps,
-        reference=(rows or 0) + besides if passes.reference else 0,
+        reference=scoring.scoring * ((rows or 0) + besides) if passes.reference else 0.0,
         evaluations=math.ceil(steps / every) if every else 1,
         held_out=held_out,
         price=args.price,
@@ -187,6 +193,22 @@ def make_setting(config: Config, args: argparse.Namespace, lengths: "Lengths", p
         mismatched=mismatched_lengths(lengths, config.data.max_length) if passes.mismatched else None,
     )
     return setting, source
+
+
+def _reference(config: Config, setting: "Setting") -> "tuple[Setting, str]":
+    """The same for the model of `reference.model`, whose weights are frozen; and where its size is from."""
+    from notus.estimate.sizes import find_config, sizes
+    from notus.training.model_folders import local_names
+
+    model, source = find_config(local_names(str(config.reference.model), key="reference.model").base)
+    size, dimensions = sizes(
+        model,
+        frozen=True,
+        quantization=config.model.quantization,
+        modules_to_save=config.lora.modules_to_save,
+    )
+    # its passes have no gradients, whatever the checkpointing
+    return dataclasses.replace(setting, size=size, dimensions=dimensions, checkpointing="none"), source
 
 
 def _lengths(config: Config, args: argparse.Namespace) -> "tuple[Lengths, int | None]":

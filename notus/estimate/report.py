@@ -1,7 +1,7 @@
 """The estimate as lines of text."""
 
-from notus.estimate.plan import Plan, Setting, fastest
-from notus.training.memory_estimate import BYTES, OPTIMIZER_STATES, RUNTIME_MARGIN, STATE_BYTES
+from notus.estimate.plan import Plan, Setting, fastest, job_of
+from notus.training.memory_estimate import BYTES, OPTIMIZER_STATES, RUNTIME_MARGIN, STATE_BYTES, scoring_bytes
 
 NAMES = {
     "weights": "weights (this GPU's share; trained ones in fp32)",
@@ -116,11 +116,11 @@ def _seconds(value: float) -> str:
 
 
 def run_time(
-    plan: Plan, *, steps: int, reference: int, evaluations: int, held_out: int | None, price: float | None
+    plan: Plan, *, steps: int, reference: float, evaluations: int, held_out: int | None, price: float | None
 ) -> list[str]:
-    """Hours and cost. `reference`: rows of the reference pass; `evaluations` of `held_out` rows each, None: unknown."""
+    """Hours and cost. `reference`: seconds of its pass; `evaluations` of `held_out` rows each, None: unknown."""
     parts = {
-        "reference pass": reference * plan.scoring,
+        "reference pass": reference,
         "training": steps * plan.seconds,
         "evaluation": evaluations * (held_out or 0) * plan.scoring,
     }
@@ -133,6 +133,18 @@ def run_time(
     if price is not None:
         lines.append(f"  {'cost':<16} {hours * plan.setting.gpus * price:>8.2f} USD at {price:g} USD per GPU-hour")
     return lines
+
+
+def reference(scoring: Plan, plan: Plan, model: str) -> list[str]:
+    """What was assumed of `reference.model`, and its memory if training needs less."""
+    size = scoring.setting.size
+    lines = [f"Reference: {_many(size.parameters)} parameters, {size.layers} blocks ({model})"]
+    needed = scoring_bytes(size, job_of(scoring.setting)) + RUNTIME_MARGIN
+    if plan.setting.cpu_offload or needed <= plan.footprint.total + RUNTIME_MARGIN:
+        return lines
+    capacity = plan.setting.gpu.capacity
+    fits = "" if needed <= capacity else f", which does NOT fit {gib(capacity)} GiB: take more GPUs or larger ones"
+    return [*lines, f"  its pass, before training, needs at most {gib(needed)} GiB per GPU{fits}"]
 
 
 def _many(count: int) -> str:

@@ -123,8 +123,9 @@ def sizes(
     target_modules: Sequence[str] | str = (),
     quantization: str | None = None,
     modules_to_save: Sequence[str] = (),
+    frozen: bool = False,
 ) -> tuple[ModelSize, Dimensions]:
-    """What memory and arithmetic follow from, of a model on the meta device.
+    """What memory and arithmetic follow from, of a model on the meta device; `frozen`: none of it is trained.
 
     Raises:
         ValueError: as `inject_lora` and `quantize`, or the memory of such a model cannot be estimated.
@@ -132,6 +133,8 @@ def sizes(
     with torch.device("meta"):
         causal_lm = make_model(config, trust_remote_code=False, attn_implementation=None, dtype=torch.float32)
     disable_dropout(causal_lm)
+    if frozen:
+        causal_lm.requires_grad_(False)
     arithmetic = dimensions(causal_lm)
     if lora_rank:
         inject_lora(

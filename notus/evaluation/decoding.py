@@ -160,12 +160,14 @@ def generate_completions(
     decoding: Decoding,
     *,
     kept: KeptTokens | None = None,
+    alone: bool = False,
 ) -> Generated:
     """Complete each prompt up to EOS, `max_new_tokens` or the end of the model's context.
 
     Greedy completions do not depend on `batch_size`, to rounding; sampled ones are drawn batch by batch. Of
     the model's own generation config only the EOS tokens are used. Within a process group this is a collective: the
-    batches are dealt to the ranks, each of which holds the model, and every rank gets all completions.
+    batches are dealt to the ranks, each of which holds the model, and every rank gets all completions. If it is called
+    `alone`, this rank completes its own prompts by itself, without a progress bar.
 
     `causal_lm` is an unsharded model in evaluation mode, as `load_causal_lm` returns it. The `encoder` has its
     tokenizer. Prompts are message lists, which get the generation prompt, or strings, which are continued as they are.
@@ -177,7 +179,7 @@ def generate_completions(
     tokenizer, context = encoder.tokenizer, context_of(causal_lm.config)
     encoded = [encode_prompt(encoder, prompt, context) for prompt in prompts]
     room = [min(decoding.max_new_tokens, context - len(ids)) for ids in encoded]
-    rows, tokens, seconds = _generate_rows(causal_lm, tokenizer, encoded, room, decoding, (), kept)
+    rows, tokens, seconds = _generate_rows(causal_lm, tokenizer, encoded, room, decoding, (), kept, alone=alone)
     completions = [
         [Completion(_decode(tokenizer, ids, row.ids), row.ids, row.finish_reason, row.tokens) for row in of_prompt]
         for ids, of_prompt in zip(encoded, rows, strict=True)
@@ -214,6 +216,8 @@ def _generate_rows(
     decoding: Decoding,
     stop: Sequence[str],
     kept: KeptTokens | None,
+    *,
+    alone: bool = False,
 ) -> tuple[list[list[Row]], int, float]:
     """Return the completions of each prompt, and the tokens and the seconds that this call took for new ones."""
     config = _generation_config(causal_lm, tokenizer, decoding)
@@ -232,11 +236,13 @@ def _generate_rows(
     engine = _Engine(causal_lm, tokenizer, config, decoding, stop, prompts) if left else None
     new: dict[int, list[Row]] = {}
     # This rank's batches; a progress bar on rank 0, if there is a terminal.
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    together = dist.is_initialized() and not alone
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     left = left[rank::ranks]
     began, tokens = time.perf_counter(), 0
     total = sum(len(batches[number].places) for number in left)
-    with tqdm(total=total, desc="generating", unit="completion", disable=True if rank else None) as progress:
+    quiet = True if rank or alone else None
+    with tqdm(total=total, desc="generating", unit="completion", disable=quiet) as progress:
         for number in left:
             assert engine
             new[number] = engine.complete(batches[number], progress.update)
@@ -246,7 +252,7 @@ def _generate_rows(
                 records = (dataclasses.asdict(row) for row in new[number])
                 kept.add({"key": key, **record} for key, record in zip(keys[number], records, strict=True))
     mine = (new, tokens, time.perf_counter() - began if new else 0.0)
-    shares = gather_objects(mine) if dist.is_initialized() else [mine]
+    shares = gather_objects(mine) if together else [mine]
     for of_rank, _, _ in shares:
         done |= of_rank
     completed: dict[tuple[int, int], Row] = {}

@@ -181,10 +181,12 @@ def add_engine_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_answer_arguments(parser: argparse.ArgumentParser, what: str = "answer", max_new_tokens: int = 2048) -> None:
-    """Declare how completions are generated; see `answer_settings`."""
+def add_answer_arguments(
+    parser: argparse.ArgumentParser, what: str = "answer", max_new_tokens: int = 2048, heat: str = "0"
+) -> None:
+    """Declare how completions are generated; see `answer_settings`. `heat` says the default temperature."""
     parser.add_argument("--max-new-tokens", type=count, help=f"of one {what} (default: {max_new_tokens})")
-    parser.add_argument("--temperature", type=temperature, help="0 is greedy (default: 0)")
+    parser.add_argument("--temperature", type=temperature, help=f"0 is greedy (default: {heat})")
     parser.add_argument("--top-p", type=share, help="draw from the likeliest tokens with this share of the probability")
     parser.add_argument("--seed", type=int, help="of the draws (default: 42)")
     parser.add_argument("--batch-size", type=count, help=f"{what}s at a time (default: 32)")

@@ -47,8 +47,9 @@ class EndpointJudge:
         self.endpoint, self.instructions, self.parallel = endpoint, instructions, parallel
         self.budget = endpoint.budget
         self.name = endpoint.model
-        settings = (endpoint.model, endpoint.temperature, endpoint.max_tokens, instructions.digest)
-        self.identity = "endpoint\n" + "\n".join(map(str, settings))
+        # not the address, which moves, nor the most tokens, which decide about replies that were cut alone
+        self.identity = f"endpoint\n{endpoint.model}\n{endpoint.temperature}\n{instructions.digest}"
+        self._sampling: dict[str, Any] = {"max_tokens": endpoint.max_tokens, "temperature": endpoint.temperature}
         self._by_schema: bool | None = None  # whether the server takes a schema; None: not known yet
         self._was_cut = False  # whether a reply was too long, which is noted once
 
@@ -97,7 +98,7 @@ class EndpointJudge:
                 self._note_words()
                 return Verdict(annotations)
             text = self.instructions.text(question) + REMINDER
-        raise EndpointError(f"{question.place}: no rating in {READINGS} replies, the last: {reply[:SHOWN]!r}")
+        raise EndpointError(f"{question.place}: no rating in its replies, the last: {reply[:SHOWN]!r}")
 
     async def _ask_by_schema(self, text: str, question: Question, tally: Tally) -> list[dict[str, Annotation]] | None:
         """Return the annotations; None if the server rejects the schema, or a rating cannot be read all the same."""
@@ -107,6 +108,20 @@ class EndpointJudge:
             if self._by_schema:  # then it is the question that it rejects
                 raise
             return None
+
+    def _adapt(self, error: str) -> bool:
+        """Send other parameters from now on, where the server's message names one of ours; whether there is a change.
+
+        Models that reason take `max_completion_tokens`, and no temperature.
+        """
+        sent = self._sampling
+        if "max_tokens" in sent and "max_completion_tokens" in error:
+            self._sampling = {**sent, "max_completion_tokens": sent["max_tokens"]}
+            del self._sampling["max_tokens"]
+        elif "temperature" in sent and "temperature" in error:
+            self._sampling = {name: value for name, value in sent.items() if name != "temperature"}
+            tell(f"note: {self.name} takes no temperature of {sent['temperature']:g}: it is asked with its own")
+        return self._sampling is not sent
 
     def _note_words(self) -> None:
         """Remember that words served where a schema did not, unless it has served before."""
@@ -118,18 +133,21 @@ class EndpointJudge:
         return parse_ratings(reply, len(question.completions), self.instructions.aspects)
 
     async def _complete(self, text: str, question: Question, tally: Tally, *, schema: bool) -> str:
-        body: dict[str, Any] = {
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": self.endpoint.max_tokens,
-            "temperature": self.endpoint.temperature,
-        }
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
         if schema:
             wanted = answer_schema(len(question.completions), self.instructions.aspects)
             body["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "ratings", "strict": True, "schema": wanted},
             }
-        reply = await self.endpoint.complete(body, tally)
+        while True:
+            sampling = self._sampling
+            try:
+                reply = await self.endpoint.complete({**body, **sampling}, tally)
+                break
+            except RejectedError as error:
+                if self._sampling is sampling and not self._adapt(str(error)):  # another question may have changed it
+                    raise
         if reply.finish_reason == "length" and not self._was_cut:
             self._was_cut = True
             tell(f"note: a reply of {self.name} was cut at --max-new-tokens {self.endpoint.max_tokens}; set it higher")

@@ -25,7 +25,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from notus.config_reference import sections_text
 from notus.feedback.records import summary_file
-from notus.feedback.rounds import CONFIG, PROMPTS, RUN, Round, read_round, round_folders, summarise, write_round
+from notus.feedback.rounds import (
+    CONFIG,
+    PROMPTS,
+    RECORDS,
+    RUN,
+    Round,
+    read_round,
+    round_folders,
+    summarise,
+    write_round,
+)
 from notus.feedback.settings import OWN_SECTIONS, Settings, load_settings
 from notus.feedback.stages import (
     DPO_CONFIG,
@@ -52,7 +62,7 @@ Runner = Callable[[Sequence[str], bool], int]
 # long it goes on, and what it may cost.
 _FREE_KEYS = frozenset(
     {
-        "iterate.rounds", "iterate.stop_win_rate", "iterate.stop_kl",
+        "iterate.rounds", "iterate.stop_win_rate", "iterate.stop_kl", "sample.allow_failed",
         "sample.batch_size", "sample.api_key_env", "sample.timeout", "sample.parallel", "sample.max_requests",
         "rate.api_key_env", "rate.timeout", "rate.parallel", "rate.max_requests", "rate.max_cost", "rate.price_in",
         "rate.price_out", "rate.batch_size", "rate.allow_failed",
@@ -135,7 +145,7 @@ def iterate(words: Sequence[str], runner: Runner, only: tuple[str, int] | None =
     """
     settings = load_settings(words)
     with hold(settings.output, "iteration", "choose another training.output_dir"):
-        settings = begin(settings)
+        settings = begin(settings, check_model=True)
         try:
             if only is not None:
                 _run_one(settings, runner, *only)
@@ -163,10 +173,14 @@ def _print(words: Sequence[str], nproc_per_node: int | None) -> int:
 # ---- the folder ----
 
 
-def begin(settings: Settings) -> Settings:
+def begin(settings: Settings, *, check_model: bool = False) -> Settings:
     """Check what the stages will need, record the config in the folder, and return it as recorded.
 
     The first launch decides the prompts per round and the date that chat templates take for today.
+
+    Args:
+        settings: as given.
+        check_model: also find the starting model, which may be downloaded, unless it was sampled already.
 
     Raises:
         ValueError: a file is missing, the prompts are too few, or the folder holds another iteration.
@@ -181,6 +195,8 @@ def begin(settings: Settings) -> Settings:
     elif settings.given("data.template_date") is None:
         settings = settings.with_keys(data__template_date=datetime.date.today().isoformat())
     _check_files(settings)
+    if check_model and not (settings.folder(1) / RECORDS).exists():
+        _check_chat(settings)
     settings = _with_prompts(settings)
     write_text(settings.output / DPO_CONFIG, dpo_config(settings))
     write_text(settings.output / CONFIG, settings.to_yaml())
@@ -322,8 +338,6 @@ def _run_stage(settings: Settings, stage: Stage, runner: Runner) -> bool:
     if not stage.words:
         _OWN_STAGES[stage.name](settings, stage)
         return True
-    if stage.name in ("sample", "answers") and stage.round <= 1:
-        _check_chat(settings)
     code = runner(stage.words, stage.spread)
     if code in (STOPPED, 128 + signal.SIGINT):
         how = "Ctrl-C" if code != STOPPED else "a signal"

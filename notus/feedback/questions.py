@@ -56,11 +56,20 @@ def make_item(place: str, record: Record, *, identity: str, seed: int, again_sha
 
 
 def prompt_text(record: Mapping[str, Any]) -> str:
-    """Return the prompt as a judge reads it: a single user turn as it is, several turns with their roles."""
+    """Return the prompt as a judge reads it: a single user turn as it is, several turns with their roles, and tools."""
     turns = record.get("messages")
+    parts = [f"tools: {json.dumps(record['tools'], ensure_ascii=False)}"] if record.get("tools") else []
     if not turns:
-        return str(record["instruction"])
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return "\n\n".join([*parts, record["instruction"]])
+    return "\n\n".join([*parts, *(f"{turn['role']}: {_turn_text(turn)}" for turn in turns)])
+
+
+def _turn_text(turn: Mapping[str, Any]) -> str:
+    """Return what a turn says, and which tools it calls."""
+    said = [] if turn["content"] is None else [turn["content"]]
+    called = [turn["tool_calls"]] if turn.get("tool_calls") else []
+    parts = (each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in [*said, *called])
+    return "\n".join(parts)
 
 
 def _shuffled(length: int, seed: int, what: str, digest: str) -> list[int]:

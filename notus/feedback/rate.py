@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from notus.evaluation.arguments import count, positive
 from notus.evaluation.results import append_records
+from notus.feedback.instructions import read_instructions
 from notus.feedback.judge import Judge, JudgeError, NotAsked, Question, Verdict
 from notus.feedback.questions import Item, digest_of, make_item, read_input
 from notus.feedback.rated import rated_record, summarise, table
@@ -56,7 +57,7 @@ _OPTIONS = {
     "instructions": _Option((ENDPOINT, LOCAL), None),
     "max_new_tokens": _Option((ENDPOINT, LOCAL), 2048),
     "again_share": _Option((ENDPOINT, LOCAL, FUNCTION), AGAIN_SHARE),
-    "batch_size": _Option((LOCAL, REWARD), 8),
+    "batch_size": _Option((LOCAL, REWARD), None),
     "precision": _Option((LOCAL, REWARD), None),
     "chat_template": _Option((LOCAL, REWARD), None),
     "trust_remote_code": _Option((LOCAL, REWARD), False),
@@ -157,7 +158,9 @@ def _add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("a local judge or a reward model")
-    model.add_argument("--batch-size", type=count, metavar="N", help="sequences at a time (default: 8)")
+    model.add_argument(
+        "--batch-size", type=count, metavar="N", help="sequences at a time (default: 8; of a reward model 32)"
+    )
     model.add_argument("--precision", choices=("bf16", "fp32"), help="default: the run's, or bf16")
     model.add_argument(
         "--chat-template",
@@ -285,13 +288,14 @@ class _Command:
         settings = {
             "records_digest": digest_of([record for _, record in placed]),
             "judge": judge.name,
-            "judge_digest": digest_of(judge.identity),
             "seed": self.args.seed,
         }
         if self.kind in (ENDPOINT, LOCAL):
             settings["aspects"] = list(self.args.aspects)
+            settings["instructions"] = read_instructions(self.args.instructions, self.args.aspects).digest
         if self.kind != REWARD:
             settings["again_share"] = self.args.again_share
+        settings["judge_digest"] = digest_of(judge.identity)  # last, because others say better what has changed
         return settings
 
     def _rate(self, judge: Judge, items: Sequence[Item], settings: Mapping[str, Any]) -> int:
@@ -299,8 +303,9 @@ class _Command:
         budget = getattr(judge, "budget", None)
         if budget is not None:
             budget.spent = kept.usage
-        # equal records ask the same question, once
-        asked = {each.key: each for item in items for each in (item.first, item.again) if each}
+        # Equal records ask the same question, once. A budget is for first ratings before it is for second ones.
+        questions = [*(item.first for item in items), *(item.again for item in items)]
+        asked = {each.key: each for each in questions if each}
         left = [question for key, question in asked.items() if key not in kept.verdicts]
         if self.rank == 0:
             self._announce(items, judge, len(asked), len(left))
@@ -346,6 +351,9 @@ class _Command:
         rated = [rated_record(item, kept.verdicts, judge.name, reward=self.kind == REWARD) for item in items]
         finish(self.out, rated, summary, failed=summary["failed"])
         tell(table(summary))
+        lost = sum(item.again is not None and item.again.key not in kept.verdicts for item in items)
+        if lost:
+            tell(f"note: {lost} second ratings did not come, and are not in these figures")
         missing = [item.first.key for item in items if item.first and item.first.key not in kept.verdicts]
         if missing:
             left = len({key for key in missing if key in not_asked})
@@ -360,12 +368,14 @@ class _Command:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Have SIGTERM raise KeyboardInterrupt, as SIGINT does, where this is the main thread."""
+    """Have SIGTERM and SIGINT raise KeyboardInterrupt, where this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

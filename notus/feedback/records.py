@@ -204,8 +204,11 @@ def check_out(out: Path, *inputs: str | None) -> None:
     """
     if out.suffix != ".jsonl":
         raise ValueError(f"{out}: records are JSON lines; choose a name that ends with .jsonl")
+    summary = summary_file(out)
     for given in inputs:
         check_output(out, form="JSON Lines", not_over=given or "")
+        if given and summary.exists() and Path(given).exists() and summary.samefile(given):
+            raise ValueError(f"{out}: its summary would replace the input {given}; choose another name")
 
 
 def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> bool:

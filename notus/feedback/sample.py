@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from notus.evaluation.arguments import add_model_options, check_no_effect, count, positive
-from notus.evaluation.generate import add_answer_arguments, answer_settings
+from notus.evaluation.generate import add_answer_arguments, add_engine_argument, answer_settings
 from notus.feedback.records import (
     RATINGS,
     Record,
@@ -43,11 +43,13 @@ if TYPE_CHECKING:
     import torch
 
     from notus.evaluation.decoding import Decoding
+    from notus.evaluation.endpoint import Endpoint
     from notus.evaluation.prompts import Prompt
     from notus.feedback.endpoint_sampling import Sampled
     from notus.feedback.local_sampling import LocalModel
 
 MANY = 0.1  # the share of empty or cut completions from which a model is named
+SAME = 0.5  # the share of prompts whose completions are all the same, from which a model is named
 _MAX_NEW_TOKENS = 512
 
 
@@ -72,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OpenAI-compatible endpoint; LABEL=MODEL sets its name in the records",
     )
     parser.add_argument("--n", type=count, default=4, help="completions of each model per prompt (default: 4)")
-    add_answer_arguments(parser, "completion", max_new_tokens=_MAX_NEW_TOKENS)
+    add_answer_arguments(parser, "completion", max_new_tokens=_MAX_NEW_TOKENS, heat="1; with --n 1: 0")
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
     parser.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")
     parser.add_argument(
@@ -95,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_local_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_argument(parser)
     add_model_options(parser)
 
 
@@ -143,6 +146,16 @@ def run(args: argparse.Namespace) -> int:
     Returns 0; 1 if completions failed, or the budget ended; 75 if a signal stopped it. Raises ValueError or OSError
     with a message for the user.
     """
+    with _stopping(args.out), contextlib.ExitStack() as stack:
+        try:
+            return _run(args, stack)
+        except KeyboardInterrupt:  # came while an endpoint was asked
+            tell(f"stopped: the completions that came are kept beside {args.out}; the same command resumes")
+            return STOPPED
+
+
+def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    """Sample; `stack` holds OUT until the end."""
     decoding = _check(args)
     earlier = read_records(Path(args.earlier)) if args.earlier else []
     taken = {completion["model"] for _, record in earlier for completion in record["completions"]}
@@ -152,24 +165,23 @@ def run(args: argparse.Namespace) -> int:
     endpoints = _endpoints(args, models)
     from notus.runtime import distributed
 
-    with contextlib.ExitStack() as stack:
-        with distributed.process_group() as device, _stopping(args.out):
-            began = distributed.on_main(lambda: _began(args))
-            local = {model.name: _find(model, args, began) for model in models if model.url is None}
-            task = distributed.on_main(lambda: _read(args, list(local.values()), earlier))
-            settings = _settings(args, decoding, task, models, local, began)
-            distributed.on_main(lambda: stack.enter_context(held(Path(args.out))) and None)
-            if distributed.on_main(lambda: is_finished(Path(args.out), settings, overwrite=args.overwrite)):
-                distributed.say(f"{args.out} is finished already: the same prompts, models and settings made it")
-                return 0
-            start = time.monotonic()
-            if local and endpoints:  # a wrong key or address shows before the local models work
-                distributed.on_main(lambda: _sample_endpoints(args, models, endpoints, task, first=True))
-            found = _sample_local(args, models, local, task, decoding, device)
-            speaks = distributed.is_main()
-        if not speaks:  # asking endpoints can take hours, and the other ranks have no part in it
+    with distributed.process_group() as device:
+        models, local = _find(args, models, distributed.on_main(lambda: _began(args)))
+        task = distributed.on_main(lambda: _read(args, list(local.values()), earlier))
+        settings = _settings(args, decoding, task, models, local)
+        distributed.on_main(lambda: stack.enter_context(held(Path(args.out))) and None)
+        if distributed.on_main(lambda: is_finished(Path(args.out), settings, overwrite=args.overwrite)):
+            distributed.say(f"{args.out} is finished already: the same prompts, models and settings made it")
             return 0
-        return _finish(args, models, endpoints, task, settings, found, start)
+        start = time.monotonic()
+        if local and endpoints:  # a wrong key or address shows before the local models work
+            distributed.on_main(lambda: _try_endpoints(args, models, endpoints, task))
+        found = _sample_local(args, models, local, task, decoding, device)
+        speaks = distributed.is_main()
+    if not speaks:  # asking endpoints can take hours, and the other ranks have no part in it
+        return 0
+    found |= _sample_endpoints(args, models, endpoints, task)
+    return _finish(args, models, task, settings, found, time.monotonic() - start)
 
 
 def _check(args: argparse.Namespace) -> "Decoding":
@@ -185,7 +197,7 @@ def _check(args: argparse.Namespace) -> "Decoding":
     if not Path(args.prompts).exists():
         raise ValueError(f"{args.prompts}: there is no such file; give one with prompts")
     settings = answer_settings(args, "completions", _MAX_NEW_TOKENS)
-    return dataclasses.replace(settings, samples=args.n)
+    return dataclasses.replace(settings, samples=args.n, engine=args.engine)
 
 
 def _check_kinds(args: argparse.Namespace, models: Sequence[SampledModel]) -> None:
@@ -202,7 +214,7 @@ def _check_kinds(args: argparse.Namespace, models: Sequence[SampledModel]) -> No
             raise ValueError("--batch-size has no effect on models behind endpoints; see --parallel")
 
 
-def _endpoints(args: argparse.Namespace, models: Sequence[SampledModel]) -> dict[str, Any]:
+def _endpoints(args: argparse.Namespace, models: Sequence[SampledModel]) -> dict[str, "Endpoint"]:
     """Return the endpoints by the models' names. Raises ValueError for a wrong address."""
     from notus.evaluation.endpoint import Endpoint
 
@@ -214,10 +226,20 @@ def _endpoints(args: argparse.Namespace, models: Sequence[SampledModel]) -> dict
     }
 
 
-def _find(model: SampledModel, args: argparse.Namespace, began: str) -> "LocalModel":
+def _find(
+    args: argparse.Namespace, models: Sequence[SampledModel], began: str
+) -> tuple[list[SampledModel], dict[str, "LocalModel"]]:
+    """Find the local models; return all models, of unfinished runs with the step in their names, and the local ones."""
     from notus.feedback.local_sampling import find_local
 
-    return find_local(model, args, began)
+    found, local = [], {}
+    for model in models:
+        if model.url is None:
+            of_model = find_local(model, args, began)
+            model = dataclasses.replace(model, name=of_model.name)
+            local[model.name] = of_model
+        found.append(model)
+    return found, local
 
 
 def _began(args: argparse.Namespace) -> str:
@@ -276,7 +298,6 @@ def _settings(
     task: Task,
     models: Sequence[SampledModel],
     local: Mapping[str, "LocalModel"],
-    began: str,
 ) -> dict[str, Any]:
     """Return all that decides the records; collective."""
     described = []
@@ -285,19 +306,23 @@ def _settings(
             described.append(local[model.name].identity)
         else:
             described.append({"name": model.name, "model": model.model, "endpoint": model.url})
-    drawn = ("temperature", "top_p", "top_k", "seed") if decoding.temperature else ("temperature",)
-    computed = ("batch_size",) if local else ()
+    drawn: tuple[str, ...] = ("temperature",)
+    if decoding.temperature:
+        drawn += ("top_p", "top_k", "seed")
+    if local and decoding.temperature:  # both decide the draws, but no greedy completion
+        drawn += ("batch_size", "engine")
     return {
         "prompts": Path(args.prompts).name,
         "prompts_sha256": task.digest,
         "with_sha256": task.earlier_digest,
         "n": args.n,
         "max_new_tokens": decoding.max_new_tokens,
-        **{name: getattr(decoding, name) for name in (*drawn, *computed)},
+        **{name: getattr(decoding, name) for name in drawn},
         "system": args.system,
         "raw": args.raw,
         "drop_duplicates": args.drop_duplicates,
-        "date": began if any(model.dated for model in local.values()) else None,  # that chat templates write
+        # the day that chat templates write
+        "date": next((model.options.chat.template_date for model in local.values() if model.dated), None),
         "models": described,
     }
 
@@ -322,7 +347,7 @@ def _sample_local(
         if model.name not in local:
             continue
         prompts = task.prompts if local[model.name].as_turns or task.plain is None else task.plain
-        distributed.say(_asked(local[model.name].name, task, args.n))
+        distributed.say(_asked(model.name, task, args.n))
         folder = kept_folder(Path(args.out)) / f"model-{number}"
         found[model.name] = sample_local(local[model.name], prompts, decoding, folder, device)
     return found
@@ -336,32 +361,41 @@ def _asked(name: str, task: Task, n: int) -> str:
 def _sample_endpoints(
     args: argparse.Namespace,
     models: Sequence[SampledModel],
-    endpoints: Mapping[str, Any],
+    endpoints: Mapping[str, "Endpoint"],
     task: Task,
     *,
-    first: bool = False,
+    only_first: bool = False,
 ) -> dict[str, "Sampled"]:
     """Ask the endpoints, one after the other; for rank 0. The budget is for all of them together.
 
-    `first`: each for its first completion alone, to see whether it can be asked.
+    `only_first`: each for its first completion alone.
     """
     from notus.feedback.endpoint_sampling import EndpointSampler, Sampling, draws, kept_requests
 
     seed = 42 if args.seed is None else args.seed
     sampling = Sampling(args.n, args.max_new_tokens or _MAX_NEW_TOKENS, args.temperature, args.top_p, args.top_k, seed)
     asked = draws(task.prompts, task.occurrences, sampling)
-    asked = asked[:1] if first else asked
+    asked = asked[:1] if only_first else asked
     folder = kept_folder(Path(args.out))
     files = {model.name: folder / f"model-{number}.jsonl" for number, model in enumerate(models, start=1) if model.url}
     found: dict[str, Sampled] = {}
     for name, kept in files.items():
-        if not first:
+        if not only_first:
             tell(_asked(name, task, args.n))
         others = sum(kept_requests(file) for file in files.values() if file != kept)
         most = None if args.max_requests is None else max(0, args.max_requests - others)
         sampler = EndpointSampler(name, endpoints[name], sampling, kept, parallel=args.parallel, max_requests=most)
         found[name] = sampler.sample(task.prompts, asked)
     return found
+
+
+def _try_endpoints(
+    args: argparse.Namespace, models: Sequence[SampledModel], endpoints: Mapping[str, "Endpoint"], task: Task
+) -> None:
+    """Ask each endpoint for one completion, which is kept. Raises ValueError if it rejects every request."""
+    for name, sampled in _sample_endpoints(args, models, endpoints, task, only_first=True).items():
+        if sampled.failures:
+            tell(f"note: {name}: {sampled.failures[0]}; asked again after the local models")
 
 
 @contextlib.contextmanager
@@ -391,18 +425,12 @@ def _stopping(out: str) -> Iterator[None]:
 def _finish(
     args: argparse.Namespace,
     models: Sequence[SampledModel],
-    endpoints: Mapping[str, Any],
     task: Task,
     settings: dict[str, Any],
-    found: dict[str, "Sampled"],
-    start: float,
+    found: Mapping[str, "Sampled"],
+    seconds: float,
 ) -> int:
-    """Ask the endpoints, write records and summary, and print the table; for rank 0."""
-    try:
-        found |= _sample_endpoints(args, models, endpoints, task)
-    except KeyboardInterrupt:
-        tell(f"stopped: the completions that came are kept beside {args.out}; the same command resumes")
-        return STOPPED
+    """Write records and summary, print the table, and return the exit code; for rank 0."""
     if missing := sum(sampled.over_budget for sampled in found.values()):
         tell(
             f"stopped: --max-requests {args.max_requests} is used up, and {missing:,} completions are missing; the "
@@ -425,7 +453,7 @@ def _finish(
         "prompts": len(records),
         "completions": sum(map(len, kept)),
         "dropped_duplicates": sum(map(len, groups)) - sum(map(len, kept)),
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
         "models": {name: _figures(sampled) for name, sampled in ordered.items()},
     }
     finish(Path(args.out), records, summary, failed=failed)
@@ -486,7 +514,7 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 
 def _report(name: str, sampled: "Sampled") -> None:
-    """Name a model with many empty or cut completions, and the failures, with what to change."""
+    """Name a model with many empty, cut or equal completions, and the failures, with what to change."""
     figures = _figures(sampled)
     empty, cut = figures["empty"] / figures["completions"], figures["cut"] / figures["completions"]
     if empty >= MANY:
@@ -498,6 +526,12 @@ def _report(name: str, sampled: "Sampled") -> None:
         tell(
             f"warning: {name}: {cut:.0%} of its completions are cut at their most tokens; raise --max-new-tokens, or "
             "check that the model learned to end its answers with its EOS token"
+        )
+    several = [{each["response"] for each in of_prompt} for of_prompt in sampled.completions if len(of_prompt) > 1]
+    if several and (same := sum(len(texts) == 1 for texts in several) / len(several)) >= SAME:
+        tell(
+            f"warning: {name}: all completions of {same:.0%} of the prompts are the same; raise --temperature, or "
+            "check that the server heeds it: `transformers serve` needs do_sample in the model's generation_config.json"
         )
     if sampled.failures:
         tell(

@@ -29,9 +29,9 @@ def parse_models(words: Sequence[str], taken: Collection[str] = ()) -> list[Samp
     """
     found = [_parse(word) for word in words]
     seen = set()
-    for given, model, url in found:
+    for _, model, url in found:
         place = (url, model if url else _place(model))
-        if place in seen and given is None:
+        if place in seen:  # the draws would be the same
             raise ValueError(f"--models names {_without_url(model, url)} twice; leave one out, or ask for more by --n")
         seen.add(place)
     candidates = [[given] if given is not None else _names(model, url) for given, model, url in found]
@@ -66,7 +66,8 @@ def _names(model: str, url: str | None) -> list[str]:
     """Return names for a model, each longer than the one before it."""
     if url is not None:
         host = re.sub(r"^https?://", "", url, flags=re.IGNORECASE)
-        return [model, f"{model}@{host.split('/')[0]}", f"{model}@{host.rstrip('/')}"]
+        name = public_name(model)  # some servers call a model by its folder
+        return [name, f"{name}@{host.split('/')[0]}", f"{name}@{host.rstrip('/')}"]
     if not Path(model).exists():
         return [public_name(model)]
     name, parts = public_name(model), Path(model).resolve().parts[1:]

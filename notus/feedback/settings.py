@@ -5,6 +5,7 @@ as `notus.config` does it. The sections of DPO are checked by building the confi
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
@@ -263,6 +264,15 @@ class Settings:
 
     def dpo(self, number: int) -> Config:
         """Return the config of a round's DPO run. Raises ValueError as `notus.config.load_config` does."""
+        if number not in self._configs:
+            self._configs[number] = self._config(number)
+        return self._configs[number]
+
+    @functools.cached_property
+    def _configs(self) -> dict[int, Config]:
+        return {}
+
+    def _config(self, number: int) -> Config:
         tree = {name: dict(self.tree.get(name) or {}) for name in SECTIONS}
         for key, value in self.keys(number).items():
             section, name = key.split(".")

@@ -123,10 +123,11 @@ def _holds_out(settings: Settings) -> bool:
 def _sample_words(settings: Settings, number: int) -> tuple[str, ...]:
     sample, folder = settings.sample, settings.folder(number)
     of_endpoints = ("api_key_env", "timeout", "parallel", "max_requests")
+    greedy = sample.temperature == 0 or (sample.temperature is None and sample.n == 1)
     return (
         "sample", str(folder / PROMPTS), str(folder / RECORDS),
         "--models", f"{policy_name(number)}={settings.policy(number)}", *sample.models,
-        f"--seed={settings.iterate.seed + number}",
+        *([] if greedy else [f"--seed={settings.iterate.seed + number}"]),
         *_options(sample, ("n", "temperature", "top_p", "top_k", *of_endpoints, "drop_duplicates")),
         *_generation_options(settings),
     )  # fmt: skip

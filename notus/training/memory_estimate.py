@@ -202,6 +202,18 @@ def moments(size: ModelSize, job: Job) -> list[Footprint]:
     ]  # fmt: skip
 
 
+def scoring_bytes(size: ModelSize, job: Job) -> int:
+    """At most what a rank needs for a pass of a frozen model: its share of the weights in the computation's dtype or in
+    4 bits, gathered blocks and root, a block's activations, and the logits of a chunk of tokens. Not measured."""
+    wide = BYTES[job.precision]
+    whole = wide * size.parameters - size.layers * (wide * size.quantized - size.quantized_bytes)
+    gathered = wide * size.root + 2 * size.block_bytes(wide)
+    chunk = min(CHUNK_TOKENS, job.scored_per_row) * size.vocabulary * (4 + wide)
+    states = 2 * wide * job.tokens_per_row * size.hidden
+    working = activations_per_block(size, job) + wide * size.dequantized
+    return whole // job.shard_size + gathered + states + max(chunk, working) + _batch(job)
+
+
 def kept_per_block(size: ModelSize, job: Job) -> int:
     """Bytes that a block's forward pass leaves for its backward pass."""
     if job.activation_checkpointing == "none":

@@ -170,3 +170,20 @@ def test_a_cut_reply_is_noted_once(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes, _ = ask(judge, QUESTIONS, max_tokens=64)
     assert honesty(outcomes["key 0"]) == [3.0, 3.0]
     assert capsys.readouterr().out.count("--max-new-tokens 64") == 1
+
+
+def test_a_model_that_takes_other_parameters_gets_them_from_then_on() -> None:
+    """As OpenAI's models that reason reject these, one at a time."""
+
+    def judge(request: dict[str, Any], number: int) -> Reply:
+        if "max_tokens" in request:
+            return Reply("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", status=400)
+        if "temperature" in request:
+            return Reply("Unsupported value: 'temperature' does not support 0 with this model.", status=400)
+        return by_length(request, number)
+
+    outcomes, served = ask(judge, QUESTIONS, max_tokens=64)
+    assert [honesty(outcome) for outcome in outcomes.values()] == [[1.0, 3.0]] * 3
+    assert len(served.requests) == 5
+    assert served.requests[-1]["max_completion_tokens"] == 64
+    assert "response_format" in served.requests[-1]

@@ -1,6 +1,8 @@
 """The judge that is a Python function: what it is asked, what it may return, and how its mistakes are named."""
 
 import argparse
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +142,12 @@ def test_an_edited_function_is_another_judge(file):
 def test_a_function_that_is_not_there(file):
     with pytest.raises(ValueError, match="has no function 'other'"):
         make(f"{file}:other")
+
+
+def test_the_function_in_the_docs(tmp_path):
+    docs = Path(__file__).resolve().parents[2] / "docs" / "sample-and-rate.md"
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", docs.read_text(), re.DOTALL) if "def rate(" in each)
+    (tmp_path / "my_judge.py").write_text(block)
+    found = []
+    make(tmp_path / "my_judge.py:rate").rate([asked("long", "a", "b")], lambda _, verdict: found.append(verdict))
+    assert [each["overall"].rating for each in found[0].annotations] == [1.0, 5.0, 5.0]

@@ -13,7 +13,7 @@ from judges import Reply, serving
 from rating import by_length, counted, parse, ratings, read, record, run, seen, summary, write
 
 from notus.curation.ultrafeedback import curate
-from notus.feedback.questions import make_item
+from notus.feedback.questions import make_item, prompt_text
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +135,16 @@ def test_several_turns_are_shown_with_their_roles(tmp_path: Path) -> None:
     assert read(tmp_path / "rated.jsonl")[0]["messages"] == turns
 
 
+def test_tools_and_calls_are_shown() -> None:
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
+        {"role": "tool", "content": "rain"},
+    ]
+    text = prompt_text(record(0, ["a"], messages=turns, tools=[{"name": "look"}]))
+    assert text == 'tools: [{"name": "look"}]\n\nuser: Weather?\n\nassistant: [{"name": "look"}]\n\ntool: rain'
+
+
 def test_ratings_of_another_judge_are_replaced_even_where_this_one_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +225,17 @@ def test_a_budget_of_requests_keeps_what_there_is_and_a_larger_one_goes_on(
     assert all("rated" in row for row in read(out))
 
 
+def test_a_budget_is_for_first_ratings_before_it_is_for_second_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write(tmp_path / "records.jsonl", RECORDS), tmp_path / "rated.jsonl"
+    with serving(by_length) as served:
+        assert run(source, out, *endpoint(served.url), "--again-share", 1, "--max-requests", 8) == 0
+    assert all("rated" in row for row in read(out))
+    assert summary(out)["again"]["prompts"] == 2
+    assert "4 second ratings did not come" in capsys.readouterr().out
+
+
 def test_a_budget_of_dollars_is_never_overspent(tmp_path: Path) -> None:
     """A request reserves its bytes at --price-in and --max-new-tokens at --price-out until it says what it took."""
     source, out = write(tmp_path / "records.jsonl", RECORDS), tmp_path / "rated.jsonl"
@@ -260,6 +281,49 @@ def test_a_stopped_command_resumes_without_asking_again(tmp_path: Path) -> None:
     assert len(later) == 3
     assert not set(first) & set(later)
     assert summary(out)["requests"] == 7  # the one that was cut off was sent all the same
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_within_a_function_keeps_the_verdicts_before(tmp_path: Path, number: signal.Signals) -> None:
+    """And a line that a kill cut off is asked again."""
+    source, out = write(tmp_path / "records.jsonl", RECORDS), tmp_path / "rated.jsonl"
+    calls, judge = tmp_path / "calls", tmp_path / "judge.py"
+    judge.write_text(
+        f"""
+import os, pathlib
+calls = pathlib.Path({str(calls)!r})
+def rate(prompt, completions):
+    with calls.open("a") as file:
+        file.write(prompt + "\\n")
+    if len(calls.read_text().splitlines()) == 3:
+        os.kill(os.getpid(), {int(number)})
+    return [len(text) for text in completions]
+"""
+    )
+    command = [source, out, "--judge-function", f"{judge}:rate", "--again-share", 0]
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert run(*command) == 75
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    kept = tmp_path / "rated.jsonl.kept" / "verdicts-0.jsonl"
+    with kept.open("a") as file:
+        file.write(kept.read_text().splitlines()[0][:40])
+    assert run(*command) == 0
+    asked = calls.read_text().splitlines()
+    assert (len(asked), len(set(asked))) == (7, 6)
+    assert all(row["completions"][2]["fine-grained_score"] == 5.0 for row in read(out))
+
+
+def test_kept_verdicts_that_are_none_are_named(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "records.jsonl", RECORDS), tmp_path / "rated.jsonl"
+    with serving(by_length) as served:
+        command = [source, out, *endpoint(served.url)]
+        assert run(*command, "--max-requests", 1) == 1
+        kept = tmp_path / "rated.jsonl.kept" / "verdicts-0.jsonl"
+        line = json.loads(kept.read_text().splitlines()[0])
+        for wrong in ({"annotations": 3}, {"usage": None}, {"annotations": [{"honesty": [4]}]}, {"key": 1}):
+            kept.write_text(json.dumps(line | wrong) + "\n")
+            with pytest.raises(ValueError, match=r"verdicts-0\.jsonl, line 1"):
+                run(*command)
 
 
 def test_unreadable_ratings_are_left_out_and_counted(tmp_path: Path) -> None:

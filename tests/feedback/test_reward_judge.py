@@ -3,12 +3,16 @@
 import argparse
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from toys import toy_config, toy_model_folder, toy_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, GPT2Config
 
+from notus.curation import command as curate
+from notus.data.formats import normalize
+from notus.feedback import rate
 from notus.feedback.judge import JudgeError, Question
 from notus.feedback.reward_judge import RewardJudge, load_reward_model, make_judge
 from notus.runtime.distributed import process_group
@@ -93,7 +97,6 @@ KINDS = [
     ("llama", {"pad_token_id": 0, "pad_token": "<unk>"}),
     ("llama", {"pad_token": "</s>", "pad_token_id": 2}),  # then the head never looks at the end of a turn
     ("llama", {"pad_token": "</s>"}),  # the tokenizer alone has one
-    ("mistral", {}),
     ("qwen3", {}),
     ("gpt2", {"pad_token_id": None}),  # learned positions
     ("bert", {}),  # looks at the first token
@@ -104,8 +107,10 @@ KINDS = [
 def test_scores_in_a_batch_are_those_of_conversations_alone(tmp_path, kind, options):
     expected = alone(reward_folder(tmp_path / "left", kind, padding_side="left", **options))
     assert max(expected) - min(expected) > 0.01  # or equality would show nothing
-    reward_folder(tmp_path / "right", kind, **options)
-    for side, size in (("left", 6), ("right", 6), ("right", 2), ("right", 1)):
+    shutil.copytree(tmp_path / "left", tmp_path / "right")
+    settings = tmp_path / "right" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"left"', '"right"'))
+    for side, size in (("left", 6), ("right", 2)):
         found = rewards(judge_of(tmp_path / side, batch_size=size))
         assert found == pytest.approx(expected, abs=1e-5), (side, size)
 
@@ -248,3 +253,34 @@ def test_what_is_no_reward_model_is_named(tmp_path):
         made(tmp_path / "adapter")
     with pytest.raises(ValueError, match="no such folder"):
         made("none here")
+
+
+def command(module, *arguments):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return module.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_from_records_to_pairs_that_train(tmp_path):
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    records = []
+    for question in QUESTIONS[:2]:
+        completions = [{"model": "m", "response": text} for text in question.completions]
+        records.append({"source": "s", "instruction": question.prompt, "completions": completions})
+    records.append({**records[1], "messages": turns})
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    folder = reward_folder(tmp_path / "model")
+    rated, pairs = tmp_path / "rated.jsonl", tmp_path / "pairs.jsonl"
+    assert command(rate, tmp_path / "records.jsonl", rated, "--reward-model", folder, "--precision", "fp32") == 0
+    found = [json.loads(line) for line in rated.read_text().splitlines()]
+    talk = asked("hello world " * 9, "no", messages=turns, number=9)
+    scores = rewards(judge_of(folder), [*QUESTIONS[:2], talk])
+    given = [each["reward"] for record in found for each in record["completions"]]
+    assert given == pytest.approx(scores, abs=1e-5)
+    command(curate, rated, pairs, "--by", "reward")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert normalize(rows[2], "dpo").prompt == turns
+    for row, record in zip(rows, found, strict=True):
+        best = max(record["completions"], key=lambda each: each["reward"])
+        assert normalize(row, "dpo").completions[0][-1]["content"] == best["response"]
+        assert row["chosen-rating"] == best["reward"] > row["rejected-rating"]

@@ -351,10 +351,12 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names("m@http://one/v1", "m@https://two:8/v1/", "a/b@http://one/v1") == ["m@one", "m@two:8", "a/b"]
     assert names("m@http://one/v1", "m@http://one/v2") == ["m@one/v1", "m@one/v2"]
     assert names(".")[0] == tmp_path.name
+    assert names("/models/llama@http://one/v1", "qwen3:8b@http://one/v1") == ["llama", "qwen3:8b"]
     parsed = parse_models(["x=org/model@http://host/v1"])[0]
     assert (parsed.name, parsed.model, parsed.url) == ("x", "org/model", "http://host/v1")
     for models, message in (
         (["round-1/run", "round-1/../round-1/run"], "names round-1/../round-1/run twice"),
+        (["round-1/run", "x=round-1/run"], "names round-1/run twice"),
         (["m@http://one/v1", "m@http://one/v1"], "names m at one endpoint twice"),
         (["x=round-1/run", "x=round-2/run"], "x is the name of another of --models as well"),
         (["m@host:8000/v1"], "with its scheme"),

@@ -222,7 +222,9 @@ def test_parameters_that_a_server_rejects_are_left_out(prompts: Path, capsys: py
         assert sample(prompts, served.url, "--n", 2, "--top-k", 5, "--max-new-tokens", 9, "--parallel", 1) == 0
     assert len(served.requests) == 4 + 3
     assert records(prompts)[1]["completions"][1]["settings"] == {"max_new_tokens": 9, "temperature": 1.0, "sample": 1}
-    assert capsys.readouterr().out.count("the server rejects seed and top_k, which are left out") == 1
+    out = capsys.readouterr().out
+    assert out.count("the server rejects seed and top_k, which are left out") == 1
+    assert "warning: big: all completions of 100% of the prompts are the same" in out
 
 
 def test_empty_answers_are_completions(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:

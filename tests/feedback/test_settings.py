@@ -28,6 +28,12 @@ def test_a_round_sets_what_belongs_to_it(tmp_path):
     assert found.output == out
 
 
+def test_the_reference_is_the_first_model_if_asked(tmp_path):
+    found = load(tmp_path, "--iterate.reference=first")
+    assert [found.dpo(number).reference.model for number in (1, 2)] == [None, f"{tmp_path}/start"]
+    assert load(tmp_path).dpo(2).reference.model is None
+
+
 def test_the_config_that_is_written_gives_the_same_settings(tmp_path):
     found = load(tmp_path, "--sample.models=a/b,other@http://h:1/v1", "--training.seed=3", tracking__wandb=True)
     (tmp_path / "again.yaml").write_text(found.to_yaml())
@@ -55,7 +61,9 @@ def test_an_adapter_is_trained_further_once_there_is_one(tmp_path, monkeypatch):
 
 def test_a_start_that_is_an_adapter_is_known(tmp_path):
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "b"}')
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "b", "r": 4, "lora_alpha": 8}'
+    )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert settings.starts_from_adapter(str(tmp_path / "adapter"))
@@ -77,6 +85,7 @@ def test_a_start_that_is_an_adapter_is_known(tmp_path):
         ("--lora.alpha=3", r"command line: lora.alpha has no effect while lora.rank is 0"),
         ("--data.train=a.jsonl", r"data.train has no place in an iteration: the rounds make their own pairs"),
         ("--data.columns.a=prompt", r"data.columns has no place in an iteration"),
+        ("--reference.model=a", r"reference.model has no place in an iteration: iterate.reference chooses it"),
         ("--model.adapter=a", r"model.adapter has no place in an iteration: name the adapter itself"),
         ("--training.resume=never", r"training.resume has no place in an iteration: the same command resumes"),
         ("--sample.n=1", r"sample.n is 1, and one completion makes no pair: raise it, or add sample.models"),

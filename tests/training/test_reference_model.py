@@ -15,7 +15,14 @@ from runs import assert_same_run, at_call, config, read_metrics, terminate, writ
 from toys import toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
+from notus import __main__ as entry
 from notus.data.dataset import TokenizedDataset
+from notus.evaluation.formatting import short_path
+from notus.evaluation.read_run import read_run
+from notus.evaluation.release.card import Release, model_card
+from notus.evaluation.release.push import private_paths
+from notus.evaluation.report.headlines import headlines
+from notus.evaluation.report.tables import facts
 from notus.evaluation.resolve_model import find_base, find_source
 from notus.model.policy import Policy
 from notus.runtime.distributed import process_group
@@ -76,6 +83,17 @@ def test_the_first_losses_are_those_of_two_models(
     ratios = plain_logps(model_folder, train) - plain_logps(other_folder, train)
     said = re.search(r"policy's log-probs are (\S+) nats per completion", capsys.readouterr().out)
     assert said is not None
+    # the commands on a run take the same model for its reference
+    assert entry.main(["evaluate", str(tmp_path / "run"), "--output", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["base"] == str(other_folder)
+    assert figures["overall"]["margin"] == pytest.approx(line["eval_rewards/margins"], abs=1e-5)
+    run = read_run(tmp_path / "run")
+    assert headlines(run)["Held-out reward margin"].start is not None  # comparable with the evaluation before training
+    assert facts(run)["Reference"] == short_path(str(other_folder))
+    card = model_card(Release(run, "full", "toy"), chat=False)
+    assert f"| reference model | {other_folder.name} |" in card
+    assert str(other_folder) in private_paths(run)
     assert float(said[1]) == pytest.approx(ratios.mean(), rel=1e-3)
 
 
