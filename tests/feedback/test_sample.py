@@ -460,8 +460,9 @@ def test_plain_text_is_trained_on_as_it_was_sampled(
 
     folder = prompts.parent
     (folder / "judge.py").write_text(
-        "def rate(prompt, completions):\n    open('prompts.txt', 'a').write(repr([prompt, *sorted(completions)]) + '\\n')"
-        "\n    return [5 if 'sea' in text else 1 for text in completions]\n"
+        "def rate(prompt, completions):\n"
+        "    print([prompt, *sorted(completions)], file=open('prompts.txt', 'a'))\n"
+        "    return [5 if 'sea' in text else 1 for text in completions]\n"
     )
     monkeypatch.chdir(folder)
     assert main(["rate", "out.jsonl", "rated.jsonl", "--judge-function", "judge.py:rate", "--again-share", "0"]) == 0
