@@ -34,7 +34,7 @@ class LocalModel:
     source: ModelSource
     options: ModelOptions
     as_turns: bool  # a string prompt is the user's turn
-    dated: bool  # its chat template writes the day on which the sampling began
+    dated: bool  # its chat template writes --template-date, or the day on which the sampling began
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -59,8 +59,9 @@ class LocalModel:
 def find_local(model: SampledModel, args: argparse.Namespace, began: str) -> LocalModel:
     """Find a local model and how it is prompted; collective.
 
-    `began` is the day (YYYY-MM-DD) on which the sampling began. Templates that write today's date get it, unless a run
-    or an export has set another: what is resumed after midnight is prompted as before.
+    `began` is --template-date, else the day (YYYY-MM-DD) on which the sampling began. Templates that write today's date
+    get it, so that what is resumed after midnight is prompted as before; but where a run or an export has set another,
+    only --template-date replaces that.
 
     Raises ValueError as `find_together`, and for options without effect on it.
     """
@@ -72,7 +73,7 @@ def find_local(model: SampledModel, args: argparse.Namespace, began: str) -> Loc
         raise ValueError(f"--no-raw has no effect on {model.name}: it has no chat template; name one (--chat-template)")
     encoder = options.chat.encoder(tokenizer)
     today = options.chat.template_date is None and encoder.date == datetime.date.today()
-    dated = today and encoder.writes_date
+    dated = encoder.writes_date and (today or args.template_date is not None)
     if dated:
         options = dataclasses.replace(options, chat=dataclasses.replace(options.chat, template_date=began))
     return LocalModel(model.name + source.name.removeprefix(model.model), source, options, as_turns, dated)
