@@ -42,10 +42,7 @@ class Diversity:
 
 
 def diversity(prompts: Iterable[Sequence[str]]) -> Diversity:
-    """Measure texts, given as those of each prompt, in linear time and some 80 bytes a word.
-
-    80,000 texts of 100 words take 23 seconds and 0.8 GB on one core of two (2026-11-27).
-    """
+    """Measure texts, given as those of each prompt, in linear time and some 80 bytes a word."""
     known: dict[str, int] = {}
     ids, lengths = array("q"), array("q")
     similar: list[float] = []
