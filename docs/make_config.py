@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from notus.config import SECTIONS, DataSource
 from notus.config_reference import REQUIRED, Entry, entries, summary
+from notus.feedback.settings import OWN_SECTIONS
 
 HEAD = """# Config
 
@@ -33,11 +34,18 @@ The resolved config, with every key, is written to `OUTPUT_DIR/config.yaml`. Tha
 `notus dpo --help` prints a short form of this page.
 """
 
+ROUNDS = """## Sections of `notus iterate`
+
+A config of [rounds](rounds.md) has these sections beside those above.
+"""
+
 
 def render() -> str:
     """Return the document."""
     tables = [_table(f"`{name}`", cls) for name, cls in SECTIONS.items()]
-    return "\n".join([HEAD, *tables, _table("A source, in `data.train` and `data.eval`", DataSource)])
+    tables.append(_table("A source, in `data.train` and `data.eval`", DataSource))
+    rounds = [_table(f"`{name}`", cls) for name, cls in OWN_SECTIONS.items()]
+    return "\n".join([HEAD, *tables, ROUNDS, *rounds])
 
 
 def _table(title: str, cls: type) -> str:

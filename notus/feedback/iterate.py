@@ -196,7 +196,7 @@ def begin(settings: Settings, *, check_model: bool = False) -> Settings:
         settings = settings.with_keys(data__template_date=datetime.date.today().isoformat())
     _check_files(settings)
     if check_model and not (settings.folder(1) / RECORDS).exists():
-        _check_chat(settings)
+        _check_start(settings)
     settings = _with_prompts(settings)
     write_text(settings.output / DPO_CONFIG, dpo_config(settings))
     write_text(settings.output / CONFIG, settings.to_yaml())
@@ -256,13 +256,21 @@ def _check_files(settings: Settings) -> None:
         load_function(settings.rate.judge_function)
 
 
-def _check_chat(settings: Settings) -> None:
-    """Raise ValueError unless the start takes a prompt as a turn of a chat, as training on pairs will."""
+def _check_start(settings: Settings) -> None:
+    """Raise ValueError unless the start takes a prompt as a turn of a chat, as training on pairs will.
+
+    Also if it is an adapter on the hub that is to be trained further: the plan took it for a model.
+    """
     from notus.evaluation.resolve_model import find_source  # imports torch
     from notus.model.export import load_tokenizer
 
     data, trust = settings.dpo(1).data, settings.dpo(1).model.trust_remote_code
     source = find_source(settings.start, trust_remote_code=trust)
+    if settings.given("lora.continue") and source.base is not None and not Path(settings.start).is_dir():
+        raise ValueError(
+            f"model.name_or_path={settings.start} is an adapter on the hub: download it and name its folder, so that "
+            "lora.continue trains it further"
+        )
     named = argparse.Namespace(
         chat_template=data.chat_template, add_empty_system=None, precision=None, trust_remote_code=trust
     )

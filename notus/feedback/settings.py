@@ -312,12 +312,10 @@ class Settings:
 
 
 def starts_from_adapter(start: str) -> bool:
-    """Whether a model that a run starts from is an adapter, or a run that trained one; a hub id may be downloaded."""
-    from notus.training.model_folders import local_names, resolve_model  # imports torch
+    """Whether a folder is an adapter, or a run that trained one; a hub id is taken for a model."""
+    from notus.training.model_folders import local_names  # imports torch
 
-    if Path(start).is_dir():
-        return local_names(start).adapter is not None
-    return resolve_model(start).adapter is not None
+    return local_names(start).adapter is not None
 
 
 def load_settings(words: Sequence[str]) -> Settings:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,34 @@ def test_records_of_a_chat_model_and_of_a_plain_one(
     for record in read(prompts):
         parse_record(record)
     assert "wrote 8 completions of 2 prompts" in capsys.readouterr().out
+
+
+def test_rated_records_become_pairs_and_models_leave_one_after_the_other(
+    prompts: Path, chat_model: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    load = local_sampling.ModelSource.load
+
+    def watched(source: Any, *arguments: Any) -> Any:
+        assert all(model() is None for model in loaded), "the model before is still there"
+        found = load(source, *arguments)
+        loaded.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(local_sampling.ModelSource, "load", watched)
+    assert main(words(prompts, chat_model, plain_model, "--n", 2)) == 0
+    assert len(loaded) == 2
+    rated = read(prompts)
+    for record in rated:
+        for rating, completion in enumerate(record["completions"], start=1):
+            completion["annotations"] = {"helpfulness": {"Rating": str(rating), "Rationale": ""}}
+    path = prompts.parent / "rated.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in rated))
+    assert main(["curate", str(path), str(prompts.parent / "pairs.jsonl")]) == 0
+    pairs = read(prompts, "pairs.jsonl")
+    assert [pair["chosen_response"] for pair in pairs] == [record["completions"][3]["response"] for record in rated]
+    assert {pair["chosen_model"] for pair in pairs} == {"plain"}
 
 
 def test_a_finished_output_is_kept_and_a_changed_setting_is_named(
