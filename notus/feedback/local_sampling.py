@@ -87,7 +87,7 @@ def sample_local(
     """Let a model complete each prompt `decoding.samples` times; collective.
 
     Finished batches are saved in `folder`, and in the end the whole result, so that the same call resumes without
-    loading the model again. The model's memory is free afterwards. Raises ValueError as `generate_completions`.
+    loading the model again. Raises ValueError as `generate_completions`.
     """
     whole = folder / "whole.json"
     found = on_main(lambda: _read(whole) if whole.is_file() else None)
@@ -101,14 +101,17 @@ def sample_local(
         for of_prompt in generated.completions
     ]
     sampled = Sampled(completions, seconds=generated.seconds, new_tokens=generated.tokens)
-    del causal_lm
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(whole, json.dumps(dataclasses.asdict(sampled)))
     return sampled
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what a model took that nobody refers to any more, but for cycles of references."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _completion(name: str, completion: Completion, decoding: Decoding, sample: int) -> dict[str, Any]:

@@ -380,16 +380,18 @@ def _sample_local(
     device: "torch.device",
 ) -> dict[str, "Sampled"]:
     """Let the local models work, one after the other; collective."""
-    from notus.feedback.local_sampling import sample_local
+    from notus.feedback.local_sampling import free_memory, sample_local
     from notus.runtime import distributed
 
-    found = {}
+    found: dict[str, Sampled] = {}
     for number, model in enumerate(models, start=1):
         if model.name not in local:
             continue
         prompts = task.prompts if local[model.name].as_turns or task.plain is None else task.plain
         distributed.say(_asked(model.name, task, args.n))
         folder = kept_folder(Path(args.out)) / f"model-{number}"
+        if found:
+            free_memory(device)  # of the model before
         found[model.name] = sample_local(local[model.name], prompts, decoding, folder, device)
     return found
 
