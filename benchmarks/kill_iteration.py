@@ -49,7 +49,7 @@ class Kill:
     code: int  # the command's exit code; a signal's number, negative
 
 
-def make_inputs(folder: Path, *, evaluate: bool) -> Path:
+def make_inputs(folder: Path, *, rounds: int, evaluate: bool) -> Path:
     """Write a model, prompts, a judge and a config to `folder`; return the config."""
     from notus.config import dump_yaml
     from notus.curation import synthetic
@@ -60,7 +60,11 @@ def make_inputs(folder: Path, *, evaluate: bool) -> Path:
     for name, prompts in (("prompts", train), ("eval", held_out)):
         (folder / f"{name}.txt").write_text("".join(f"{prompt.instruction}\n" for prompt in prompts))
     (folder / "judge.py").write_text(JUDGE)
-    iterate: dict[str, Any] = {"prompts": str(folder / "prompts.txt"), "rounds": 2, "kl_samples": 4 if evaluate else 0}
+    iterate: dict[str, Any] = {
+        "prompts": str(folder / "prompts.txt"),
+        "rounds": rounds,
+        "kl_samples": 4 if evaluate else 0,
+    }
     if evaluate:
         iterate["eval_prompts"] = str(folder / "eval.txt")
     config = {
@@ -173,10 +177,17 @@ def disturb(words: list[str], log: Path, dice: random.Random, kills: int, second
 
 
 def measure(
-    folder: Path, *, kills: int, each: int = 5, seed: int = 0, ranks: int | None = None, evaluate: bool = False
+    folder: Path,
+    *,
+    kills: int,
+    each: int = 5,
+    seed: int = 0,
+    ranks: int | None = None,
+    rounds: int = 2,
+    evaluate: bool = False,
 ) -> dict[str, Any]:
     """Kill iterations until there were `kills`, `each` of them in one iteration; return what came of it."""
-    config = make_inputs(folder, evaluate=evaluate)
+    config = make_inputs(folder, rounds=rounds, evaluate=evaluate)
     began, dice = time.monotonic(), random.Random(seed)
     output = folder / "undisturbed"
     if launch(command(config, output, ranks), folder / "undisturbed.log").wait() != 0:

@@ -262,9 +262,9 @@ def test_commands_are_printed_for_a_shell(capsys):
     for line in lines:
         command = shlex.split(line)
         assert command[:5] == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-        assert command[5:8] == ["-m", "notus", "dpo"]
-        load_config(command[8:], "dpo")
-    assert load_config(shlex.split(lines[1])[8:], "dpo").dpo.loss_type == {"sigmoid": 1.0, "ipo": 0.5}
+        assert command[5:9] == ["-m", "--", "notus", "dpo"]
+        load_config(command[9:], "dpo")
+    assert load_config(shlex.split(lines[1])[9:], "dpo").dpo.loss_type == {"sigmoid": 1.0, "ipo": 0.5}
     assert not Path("runs").exists()
 
 

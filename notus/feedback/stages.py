@@ -148,6 +148,8 @@ def _generation_options(settings: Settings) -> list[str]:
         words.append(f"--chat-template={config.data.chat_template}")
     if config.data.add_empty_system:
         words.append("--add-empty-system")
+    if config.data.template_date is not None:
+        words.append(f"--template-date={config.data.template_date}")
     if config.model.trust_remote_code:
         words.append("--trust-remote-code")
     return words

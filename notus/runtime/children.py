@@ -20,10 +20,11 @@ _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun gives its ran
 
 def notus_command(words: Sequence[str], nproc_per_node: int | None = None) -> list[str]:
     """Return the complete command line of `notus WORDS`, under torchrun if `nproc_per_node` says on how many ranks."""
-    launcher = [sys.executable]
-    if nproc_per_node is not None:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
-    return [*launcher, "-m", "notus", *words]
+    if nproc_per_node is None:
+        return [sys.executable, "-m", "notus", *words]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}"]
+    # without the `--`, torchrun would take an option such as --n for one of its own, abbreviated
+    return [sys.executable, *torchrun, "-m", "--", "notus", *words]
 
 
 class Child:

@@ -401,7 +401,7 @@ def test_commands_are_printed_in_order(iteration, tmp_path, capsys):
     plain, torchrun = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     own = [*plain, "-m", "notus", "iterate", config, "--dpo.beta=0.3", "--only"]
     assert lines[0] == [*own, "prompts", "--round", "0"]
-    assert lines[1][:7] == [*torchrun, "--nproc-per-node=4", "-m", "notus"]
+    assert lines[1][:9] == [*torchrun, "--nproc-per-node=4", "-m", "--", "notus", "sample"]
     commands = [line[line.index("notus") + 1] for line in lines]
     assert commands == [
         "iterate",
