@@ -93,11 +93,13 @@ def measure(
     texts = {way: complete(way, causal_lm, encoder, prompts, greedy)[0] for way in ways}
     for way, found in texts.items():
         assert found == texts[ways[0]], f"{way} and {ways[0]} differ: {found} {texts[ways[0]]}"
-    rounds = []
+    print("greedy texts are equal", flush=True)
+    rounds: list[dict[str, Timing]] = []
     for number in range(repeats):
         order = [*ways[number % len(ways) :], *ways[: number % len(ways)]]
         seeded = dataclasses.replace(decoding, seed=number)
         rounds.append({way: complete(way, causal_lm, encoder, prompts, seeded)[1] for way in order})
+        print(f"round {number + 1}: {rounds[-1]}", flush=True)
     return rounds
 
 
@@ -143,7 +145,6 @@ def main() -> None:
     prompts = make_prompts(tokenizer, args.prompts, args.prompt_tokens, real=args.model is not None)
     decoding = Decoding(args.new_tokens, temperature=1.0, batch_size=args.batch_size, samples=args.samples)
     rounds = measure(args.ways, causal_lm, ChatEncoder(tokenizer), prompts, decoding, args.repeats)
-    print("greedy texts are equal")
     print(report(args.ways, rounds))
     print(f"{vars(args)}, {common.describe_machine()}")
 

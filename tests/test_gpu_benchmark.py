@@ -69,12 +69,26 @@ def module(benchmarks):
 
 # ---- the whole check ----
 
+# A row of each kind. Others differ in settings that `test_the_operations_of_a_step_are_those_that_torch_counts` has.
+KINDS = (
+    "DPO full, shared, checkpointing products",
+    "DPO full, shared, checkpointing none",
+    "DPO full, transformers' own forward in a plain loop, padded, checkpointing full",
+    "MoE DPO full, shared, checkpointing products",
+    "DPO full, shared, checkpointing products, adamw int8",
+    "DPO full, shared, checkpointing products, without fused_optimizer",
+    "DPO full, shared, checkpointing products, all optimisations off",
+    "DPO LoRA r=8, padded, checkpointing products",
+    "SFT full, packed, checkpointing products",
+    "DPO QLoRA r=8, shared, checkpointing products",
+)
+
 
 @pytest.mark.slow
 def test_the_whole_check_on_a_toy_with_torch_and_transformers_alone(tmp_path):
     output, driver = tmp_path / "found.json", tmp_path / "driver.py"
     driver.write_text(WITHOUT_THEM)
-    command = [sys.executable, driver, "--cpu", "--minutes", "4", "--output", output]
+    command = [sys.executable, driver, "--cpu", "--minutes", "4", "--output", output, "--rows", *KINDS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
@@ -85,6 +99,7 @@ def test_the_whole_check_on_a_toy_with_torch_and_transformers_alone(tmp_path):
         "attention, a corner at column 15, multi-head, fp32",
     } <= {check["name"] for check in found["parity"]}
     assert found["planned"]["rows"] == [result["name"] for result in [*found["rates"], *found["rows"]]]
+    assert set(KINDS) <= set(found["planned"]["rows"])
     assert {result["status"] for result in [*found["rates"], *found["rows"]]} == {"measured"}
     for row in found["rows"]:
         assert row["pairs_per_second"] > 0
@@ -92,7 +107,7 @@ def test_the_whole_check_on_a_toy_with_torch_and_transformers_alone(tmp_path):
         assert 0 < row["mfu"] < 1
         assert row.get("hardware_utilisation", 1.0) > row["mfu"]
     assert sum(found["rows"][0]["shares"].values()) == pytest.approx(1)
-    assert "| DPO full, shared, checkpointing full |" in done.stdout
+    assert "| DPO full, shared, checkpointing none |" in done.stdout
     assert "| graph_attention | 2 to 4% | not run |" in done.stdout
     assert "| fused_optimizer | 2% | not run |" not in done.stdout
     assert found["hardware"]["versions"]["torch"] == torch.__version__

@@ -1,5 +1,6 @@
 """A tiny run of `benchmarks/ratings_vs_critique.py`, its intervals by hand, and that its page says what it found."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -182,12 +183,30 @@ def test_a_plot_of_lists_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "work").exists()
 
 
-def test_pairs_against_lists_take_equal_steps_and_equal_tokens(tmp_path: Path) -> None:
+def test_pairs_against_lists_take_equal_steps_and_equal_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven runs. What is measured of a model is measured of the first one, and taken for all."""
+    import synthetic_runs
     from ratings_vs_critique import main
 
+    verdicts, moved = synthetic_runs.verdicts, synthetic_runs.moved
+    of_first = functools.cache(lambda: json.loads((tmp_path / "seed-0" / "start" / "result.json").read_text()))
+    kept: list[dict[str, float]] = []
+
+    def verdicts_of_start(folder: Path, data: Any) -> dict[str, Any]:
+        if folder.name == "start":
+            return verdicts(folder, data)
+        return {name: of_first()[name] for name in ("win_rate", "by_task", "right", "answers")}
+
+    def moved_once(*given: Any) -> dict[str, float]:
+        kept.append(kept[0] if kept else moved(*given))
+        return kept[0]
+
+    monkeypatch.setattr(synthetic_runs, "verdicts", verdicts_of_start)
+    monkeypatch.setattr(synthetic_runs, "moved", moved_once)
     out = tmp_path / "out.json"
     main(["--lists", "--quick", "--seeds=0", f"--work={tmp_path}", f"--results={out}"])
     (seed,) = json.loads(out.read_text())["seeds"]
+    assert len(kept) == 11
     (pairs, longer, *lists), careless = seed["runs"][:4], "2 steps, careless critic"
     assert 0.5 < seed["chosen_right"]["careless"] < 0.9 < seed["chosen_right"]["clean"]
     names = ["pairs", "pairs, equal tokens", "plackett_luce", "all_pairs"]

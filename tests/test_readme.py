@@ -1,9 +1,13 @@
 """The README's commands, run as they stand in a folder of their own.
 
 What is changed: the environment is the one that runs the tests, and training after the demo stops after a few steps.
+What trains runs in processes of its own. The other `notus` commands run in this one, since each would import torch and
+transformers again, which takes longer than most of them work.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -14,11 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from notus import __main__ as entry
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
 INSTALL, OWN, USE, DEMO, PATH, LISTS, DATA, PUBLISH, ESTIMATE, TESTS = BLOCKS
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+IN_A_PROCESS = ("demo", "dpo", "sft")
 SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
 
 
@@ -31,6 +38,9 @@ def _commands(block: str) -> list[str]:
 
 def _run(command: str, folder: Path, *extra: str) -> str:
     words = shlex.split(command)
+    called = [*words, *extra][1 if words[0] == "notus" else 3 :]
+    if (words[0] == "notus" or words[1:3] == ["-m", "notus"]) and called[0] not in IN_A_PROCESS:
+        return _call(called, folder)
     launch = {
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
         "notus": [sys.executable, "-m", "notus"],
@@ -40,6 +50,15 @@ def _run(command: str, folder: Path, *extra: str) -> str:
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def _call(words: list[str], folder: Path) -> str:
+    """What a command prints that is called in this process."""
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        code = entry.main(words)
+    assert code == 0, f"{words}\n{printed.getvalue()[-3000:]}"
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 One record in memory at a time (a .json file is read whole), pairs and lists in the order of the records. The first
 record whose prompt is more than one user turn starts the pass anew, with rows that hold conversations: so all rows have
-the same form. The rule is in `ultrafeedback.py`, the one that finds the questions of benchmarks in
-`decontamination.py`, the draw of rows of earlier outputs in `old_rows.py`.
+the same form. The first one of plain text does so, too, with rows that hold it. The rule is in `ultrafeedback.py`, the
+one that finds the questions of benchmarks in `decontamination.py`, the draw of rows of earlier outputs in
+`old_rows.py`.
 """
 
 import argparse
@@ -18,14 +19,40 @@ import pyarrow
 import pyarrow.parquet
 
 from notus.curation.decontamination import DEFAULT_NGRAM
-from notus.curation.old_rows import CLEANED, LISTS, OF_TEMPLATE, V1, Drawn, Form, draw_old, form_of_files, row_digest
-from notus.curation.ultrafeedback import REJECTED, RULES, SCHEMAS, TOO_FEW, ConversationError, Curator, ListCurator
+from notus.curation.old_rows import (
+    CLEANED,
+    LISTS,
+    OF_TEMPLATE,
+    V1,
+    Drawn,
+    Form,
+    draw_old,
+    form_of_files,
+    is_plain_text,
+    row_digest,
+)
+from notus.curation.ultrafeedback import (
+    REJECTED,
+    RULES,
+    SCHEMAS,
+    TOO_FEW,
+    ConversationError,
+    Curator,
+    ListCurator,
+    PlainTextError,
+)
 from notus.data.sources import SUFFIXES, Placed, is_hub_id, read_file, read_hub
 from notus.runtime.command_line import called_as
 from notus.runtime.files import replacing
 
 COLUMNS = ("source", "instruction", "completions")
-MORE_COLUMNS = ("messages", "tools", "chat_template_kwargs", "rated")  # of records that `notus rate` wrote
+MORE_COLUMNS = (
+    "messages",
+    "tools",
+    "chat_template_kwargs",
+    "plain_text",
+    "rated",
+)  # of records that `notus rate` wrote
 PROMPT_KEYS = ("prompt", "question", "instruction")
 _OF_PAIRS = ("rejected", "schema", "keep_identical")  # options that have no meaning for lists
 _PLAIN_KEYS = ("role", "content")
@@ -61,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schema",
         choices=SCHEMAS,
-        help="columns of a pair (default: v1; cleaned where a prompt is more than one user turn)",
+        help="columns of a pair (default: v1; cleaned where a prompt is not one user turn)",
     )
     parser.add_argument("--seed", type=int, help="of the draws, of rejected responses and old rows (default: 42)")
     parser.add_argument(
@@ -129,11 +156,14 @@ def run(args: argparse.Namespace) -> int:
     form = _form(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as temporary:
-        try:
-            curator, drawn = _write(args, form, temporary, output.suffix)
-        except ConversationError as error:
-            form = _for_conversations(args, error)
-            curator, drawn = _write(args, form, temporary, output.suffix)
+        while True:
+            try:
+                curator, drawn = _write(args, form, temporary, output.suffix)
+                break
+            except PlainTextError as error:
+                form = _for_plain_text(args, form, error)
+            except ConversationError as error:
+                form = _for_conversations(args, error)
         report = curator.report
         if not report.made:
             print(report)
@@ -191,10 +221,22 @@ def _for_conversations(args: argparse.Namespace, found: ConversationError) -> Fo
     return Form(CLEANED, True)
 
 
+def _for_plain_text(args: argparse.Namespace, form: Form, found: PlainTextError) -> Form:
+    """The form for prompts that were continued as text. ValueError if the user has asked for another."""
+    if args.schema == "v1":
+        place = str(found).partition(": ")[0]
+        raise ValueError(
+            f"{place}: the prompt is plain text, of which --schema v1 would make a user turn; choose --schema cleaned, "
+            "or leave it out"
+        ) from found
+    print("note: prompts of plain text need --schema cleaned, which is taken")
+    return Form(CLEANED, form.conversations)
+
+
 def _write(args: argparse.Namespace, form: Form, path: Path, suffix: str) -> tuple[Curator | ListCurator, Drawn | None]:
     """Write the whole output to `path`. Returns what has counted the records, and which old rows there are.
 
-    Raises ConversationError for a prompt that `form` cannot hold.
+    Raises ConversationError or PlainTextError for a prompt that `form` cannot hold.
     """
     curator = _curator(args, form)
     drawn = None
@@ -335,13 +377,26 @@ def write_rows(file: IO[bytes], rows: Iterable[dict[str, Any]], suffix: str) -> 
     """Write `rows`, all with the same keys, to a binary file as JSON lines or, for `.parquet`, Parquet.
 
     Parquet has one type for a column. So it gets `tools` and `chat_template_kwargs` as JSON, which training reads as
-    well. Raises ValueError for a message that has more than role and content.
+    well. Raises ValueError for a message that has more than role and content, and for plain text beside messages.
     """
     if suffix == ".parquet":
-        _write_parquet(file, map(_for_parquet, rows))
+        _write_parquet(file, map(_for_parquet, _of_one_type(rows)))
         return
     for row in rows:
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def _of_one_type(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    first = None
+    for row in rows:
+        is_text = is_plain_text(row)
+        first = is_text if first is None else first
+        if is_text != first:
+            raise ValueError(
+                "some rows are plain text and some are messages, for which Parquet has no common type; name the output "
+                ".jsonl"
+            )
+        yield row
 
 
 def _for_parquet(row: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,12 @@ def _form_of(row: Any, place: str) -> Form:
     )
 
 
+def is_plain_text(row: dict[str, Any]) -> bool:
+    """Whether a row of `CLEANED` or `LISTS` is text and what continues it, not messages; no row of `V1` is."""
+    answers = row.get("completions") or [row.get("chosen")]
+    return isinstance(answers[0], str)
+
+
 def _width(form: Form) -> tuple[bool, bool]:
     return form.conversations, form.columns == CLEANED
 
@@ -150,7 +156,7 @@ def _brought(row: dict[str, Any], form: Form, place: str) -> dict[str, Any]:
     own = _form_of(row, place)
     if own.columns == V1 and form.columns == CLEANED:
         row = _cleaned(row)
-    if form.columns == CLEANED and form.conversations and not own.conversations:
+    if form.columns == CLEANED and form.conversations and not own.conversations and not is_plain_text(row):
         sides = {side: row[side][-1:] for side in ("chosen", "rejected")}
         row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}], **sides}
     if form.conversations:

@@ -4,7 +4,7 @@ A record of openbmb/UltraFeedback has `source`, `instruction` and `completions`;
 `response`, `annotations` (per aspect an object with a `Rating`, "1" to "5" or "N/A") and `overall_score`. `notus rate`
 writes the same form. There a completion may have a `reward` instead, any finite number, and a record may have the
 prompt's `messages`, its `tools` and its `chat_template_kwargs`: then the prompt is more than one user turn, and
-`instruction` is only how a judge reads it.
+`instruction` is only how a judge reads it. A record with `plain_text` was completed as text, without a chat template.
 
 The rule, after the data card of argilla/ultrafeedback-binarized-preferences:
 
@@ -29,7 +29,10 @@ Repeated prompts are kept, as the original kept them, and counted.
 
 The two schemas are columns, not contents: `v1` and `cleaned` hold the same pairs. With `conversations`, the prompt of a
 `cleaned` row is a list of messages and its answers are what follows it, so that system turns, earlier answers and tools
-can stand there. Only so can records with `messages`, `tools` or `chat_template_kwargs` be curated.
+can stand there. Only so can records with `messages`, `tools` or `chat_template_kwargs` be curated. Of a `plain_text`
+record, prompt and answers are strings in a `cleaned` row or a list, which training reads as text to continue. If it
+would read these strings otherwise (an answer that looks like a dialogue, two that repeat the prompt), the record is
+dropped, because the model would learn another text than was sampled.
 
 The cleaned release also
 left out what TruthfulQA contaminates: the records of source `truthful_qa` (`drop_sources`), and the ShareGPT prompts
@@ -50,6 +53,7 @@ from functools import lru_cache
 from typing import Any
 
 from notus.curation.decontamination import CONTAINED, DEFAULT_NGRAM, EQUAL, Questions
+from notus.data.formats import normalize
 from notus.data.messages import read_messages
 
 RULES = ("ratings", "overall_score", "reward")
@@ -60,6 +64,7 @@ SOURCE = "source left out"
 TOO_FEW, TIED = "fewer than two scored completions", "all scored completions tie"
 IDENTICAL = "chosen and rejected responses are the same text"
 ALL_IDENTICAL = "all scored responses are the same text"
+NOT_PLAIN = "plain text that training would read as a conversation, or as repeating the prompt"
 REASONS = (SOURCE, EQUAL, CONTAINED, TOO_FEW, TIED, IDENTICAL)
 LIST_REASONS = (SOURCE, EQUAL, CONTAINED, TOO_FEW, ALL_IDENTICAL)
 SHOWN_SOURCES, SHOWN_EXAMPLES, SHOWN_JUDGES = 20, 3, 3
@@ -71,6 +76,10 @@ class ConversationError(ValueError):
     """A record's prompt is more than one user turn, which rows without `conversations` cannot hold."""
 
 
+class PlainTextError(ValueError):
+    """A record's prompt is plain text, which rows of the schema `v1` cannot hold: they have a user turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a record asks, and who judged the answers."""
@@ -80,6 +89,7 @@ class Asked:
     messages: list[Any] | None = None  # the turns before the answer; None: `instruction` is the only one
     of_template: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs, where there are some
     judge: str | None = None
+    plain_text: bool = False  # `instruction` was continued as it is, without a chat template
 
     @property
     def is_conversation(self) -> bool:
@@ -90,6 +100,16 @@ class Asked:
     def turns(self) -> list[Any]:
         """The prompt as messages."""
         return self.messages or [{"role": "user", "content": self.instruction}]
+
+    @property
+    def prompt(self) -> str | list[Any]:
+        """The prompt as training reads it: messages, or text to continue."""
+        return self.instruction if self.plain_text else self.turns
+
+    def answer(self, completion: "Completion") -> str | list[Any]:
+        """What follows `prompt`."""
+        text = completion.response
+        return text if self.plain_text else [{"role": "assistant", "content": text}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +174,7 @@ class Counts:
         )
 
     def _drops(self, reasons: Iterable[str]) -> Iterator[str]:
-        for reason in reasons:
+        for reason in (*reasons, NOT_PLAIN) if self.dropped[NOT_PLAIN] else reasons:
             yield f"  dropped, {reason}: {self.dropped[reason]:,}"
             if reason == CONTAINED:
                 yield from (f"    {_excerpt(question)} in {_excerpt(prompt)}" for prompt, question in self.examples)
@@ -334,8 +354,8 @@ class RecordCurator(ABC):
         for place, record in placed_records:
             try:
                 row = self.row(record)
-            except ConversationError as error:
-                raise ConversationError(f"{place}: {error}") from error
+            except (ConversationError, PlainTextError) as error:
+                raise type(error)(f"{place}: {error}") from error
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
             if row is not None:
@@ -413,11 +433,19 @@ class Curator(RecordCurator):
             return selected
         if _identical(selected) and not self.keep_identical:
             return IDENTICAL
+        row = self._row(asked, *selected)
+        if asked.plain_text and not _is_read_as_text(row):
+            return NOT_PLAIN
         self.report.identical += _identical(selected)
         self.report.empty += not all(completion.response.strip() for completion in selected)
-        if self.conversations:
-            return _conversation(asked, *selected, self.by)
-        return _COLUMNS[self.schema](asked.source, asked.instruction, *selected, self.by)
+        return row
+
+    def _row(self, asked: Asked, chosen: Completion, rejected: Completion) -> dict[str, Any]:
+        if asked.plain_text and self.schema == "v1":
+            raise PlainTextError("the prompt is plain text, and schema 'v1' makes a user turn of it; choose 'cleaned'")
+        if asked.plain_text or self.conversations:
+            return _messages_or_text(asked, chosen, rejected, self.by)
+        return _COLUMNS[self.schema](asked.source, asked.instruction, chosen, rejected, self.by)
 
     def _rank_and_draw(self, asked: Asked, completions: list[Completion]) -> tuple[Completion, Completion] | str:
         choices = {}
@@ -447,7 +475,7 @@ class ListCurator(RecordCurator):
     """Turns records into lists of all their scored completions, in the order of the record.
 
     The columns are `source`, `prompt`, `completions`, `ratings` (the score that `by` names) and `models`. Prompt and
-    completions are messages: so no text of theirs can be taken for a conversation.
+    completions are messages, so no text of theirs can be taken for a conversation; of plain text they are strings.
     """
 
     def __post_init__(self) -> None:
@@ -473,17 +501,19 @@ class ListCurator(RecordCurator):
             _encoded(text)
         if _identical(scored):
             return ALL_IDENTICAL
-        ratings = [completion.score(self.by) for completion in scored]
+        row = {
+            "source": asked.source,
+            "prompt": asked.prompt,
+            "completions": [asked.answer(completion) for completion in scored],
+            "ratings": [completion.score(self.by) for completion in scored],
+            "models": [completion.model for completion in scored],
+        }
+        if asked.plain_text and not _is_read_as_text(row):
+            return NOT_PLAIN
         self.report.sizes[len(scored)] += 1
         self.report.tied += len({completion.scores[self.by] for completion in scored}) == 1
         self.report.empty += not all(completion.response.strip() for completion in scored)
-        return {
-            "source": asked.source,
-            "prompt": asked.turns,
-            "completions": [[{"role": "assistant", "content": completion.response}] for completion in scored],
-            "ratings": ratings,
-            "models": [completion.model for completion in scored],
-        }
+        return row
 
 
 def rank(scores: Sequence[Fraction | None], *, ties: bool = False) -> tuple[int, list[int]] | None:
@@ -549,7 +579,27 @@ def parse_record(record: Any, *, min_rating: int = 1, with_reward: bool = False)
     judge = rated.get("judge") if isinstance(rated, dict) else None
     of_template = {name: record[name] for name in _OF_TEMPLATE if record.get(name)}
     name = judge if isinstance(judge, str) else None
-    return Asked(source, instruction, _messages(record), of_template, name), completions
+    asked = Asked(source, instruction, _messages(record), of_template, name, _plain_text(record))
+    if asked.plain_text and asked.is_conversation:
+        raise ValueError("plain_text is true, but messages, tools or chat_template_kwargs are for a chat; remove one")
+    return asked, completions
+
+
+def _plain_text(record: dict[str, Any]) -> bool:
+    value = record.get("plain_text")
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"plain_text must be true or false, not {_kind(value)}")
+    return bool(value)
+
+
+def _is_read_as_text(row: dict[str, Any]) -> bool:
+    """Whether training reads the strings of a row as they are: a prompt, and what continues it."""
+    texts = row["completions"] if "completions" in row else [row["chosen"], row["rejected"]]
+    try:
+        found = normalize(row, "lists" if "completions" in row else "dpo")
+    except ValueError:  # a dialogue, for instance, whose speakers do not take turns
+        return False
+    return found.prompt == row["prompt"] and sorted(map(str, found.completions)) == sorted(texts)
 
 
 def _messages(record: dict[str, Any]) -> list[Any] | None:
@@ -679,10 +729,10 @@ def _cleaned(source: str, prompt: str, chosen: Completion, rejected: Completion,
     return pair
 
 
-def _conversation(asked: Asked, chosen: Completion, rejected: Completion, by: str) -> dict[str, Any]:
-    pair: dict[str, Any] = {"source": asked.source, "prompt": asked.turns}
+def _messages_or_text(asked: Asked, chosen: Completion, rejected: Completion, by: str) -> dict[str, Any]:
+    pair: dict[str, Any] = {"source": asked.source, "prompt": asked.prompt}
     for side, completion in (("chosen", chosen), ("rejected", rejected)):
-        pair[side] = [{"role": "assistant", "content": completion.response}]
+        pair[side] = asked.answer(completion)
         pair[f"{side}-rating"] = completion.score(by)
         pair[f"{side}-model"] = completion.model
     return pair

@@ -1,6 +1,7 @@
 """Command-line arguments that the commands of this package share; importing this starts no torch."""
 
 import argparse
+import datetime
 import math
 import os
 from collections.abc import Callable, Collection
@@ -100,6 +101,14 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
+
+
+def day(text: str) -> str:
+    """A date as YYYY-MM-DD, for argparse."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no date YYYY-MM-DD ({error})") from error
 
 
 def temperature(text: str) -> float:

@@ -104,10 +104,10 @@ def _settings(
 ) -> ContinuousBatchingConfig:
     """Return settings that are the same on every machine; by default, they would follow from its free memory."""
     longest = max(len(ids) + limit for ids, limit in zip(prompts, room, strict=True))
-    pages = longest // PAGE + 2
+    pages = -(-longest // PAGE) + 1
     return ContinuousBatchingConfig(
         # for the completions at a time and those of the prompt that was forked last; the scheduler keeps 15% free
-        num_blocks=2 * pages * (most + samples),
+        num_blocks=pages * (most + samples) * 5 // 4,
         max_batch_tokens=max(TOKENS_PER_STEP, most),
         max_requests_per_batch=most,
         use_async_batching=False,

@@ -225,7 +225,8 @@ def _generate_rows(
     for number, ids in enumerate(prompts, start=1):
         check_ids(tokenizer, f"prompt {number}", max(ids, default=-1), rows)
     batches = _batches(prompts, room, decoding)
-    keys = [kept.keys(batch, _settings(causal_lm, config, decoding, stop)) for batch in batches] if kept else []
+    settings = _settings(causal_lm, config, decoding, stop)
+    keys = [kept.keys(batch, settings) for batch in batches] if kept else []
     found = kept.find([key for of_batch in keys for key in of_batch]) if kept else {}
     done = {
         number: [_row(found[key]) for key in of_batch]
@@ -289,6 +290,7 @@ class _Engine:
     ) -> None:
         self.causal_lm, self.tokenizer, self.config, self.stop = causal_lm, tokenizer, config, stop
         self.most, self.continuous = decoding.batch_size, decoding.engine == "continuous"
+        assert decoding.engine in ("batched", "continuous")
         assert not (stop and self.continuous), "continuous batching knows end tokens alone"
         begun = [max(prompts, key=len)[:12], min(prompts, key=len)[:7]]
         self.shared = decoding.samples > 1 and not self.continuous and _can_share(causal_lm, begun, config.pad_token_id)

@@ -51,6 +51,7 @@ class EndpointJudge:
         self.identity = f"endpoint\n{endpoint.model}\n{endpoint.temperature}\n{instructions.digest}"
         self._sampling: dict[str, Any] = {"max_tokens": endpoint.max_tokens, "temperature": endpoint.temperature}
         self._by_schema: bool | None = None  # whether the server takes a schema; None: not known yet
+        self._has_answered = False  # whether the server took our parameters
         self._was_cut = False  # whether a reply was too long, which is noted once
 
     def rate(self, questions: Sequence[Question], done: Callable[[Question, Verdict | JudgeError], None]) -> None:
@@ -112,8 +113,11 @@ class EndpointJudge:
     def _adapt(self, error: str) -> bool:
         """Send other parameters from now on, where the server's message names one of ours; whether there is a change.
 
-        Models that reason take `max_completion_tokens`, and no temperature.
+        Models that reason take `max_completion_tokens`, and no temperature. After a first reply the parameters are
+        known to be fine, and such a word in a message is something else, such as a part of the question.
         """
+        if self._has_answered:
+            return False
         sent = self._sampling
         if "max_tokens" in sent and "max_completion_tokens" in error:
             self._sampling = {**sent, "max_completion_tokens": sent["max_tokens"]}
@@ -144,6 +148,7 @@ class EndpointJudge:
             sampling = self._sampling
             try:
                 reply = await self.endpoint.complete({**body, **sampling}, tally)
+                self._has_answered = True
                 break
             except RejectedError as error:
                 if self._sampling is sampling and not self._adapt(str(error)):  # another question may have changed it

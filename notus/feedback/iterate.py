@@ -25,10 +25,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from notus.config_reference import sections_text
 from notus.feedback.records import summary_file
-from notus.feedback.rounds import PROMPTS, RECORDS, RUN, Round, read_round, round_folders, summarise, write_round
+from notus.feedback.rounds import (
+    CONFIG,
+    PROMPTS,
+    RECORDS,
+    RUN,
+    Round,
+    read_round,
+    round_folders,
+    summarise,
+    write_round,
+)
 from notus.feedback.settings import OWN_SECTIONS, Settings, load_settings
 from notus.feedback.stages import (
-    CONFIG,
     DPO_CONFIG,
     NAMES,
     Stage,

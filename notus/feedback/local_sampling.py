@@ -34,7 +34,7 @@ class LocalModel:
     source: ModelSource
     options: ModelOptions
     as_turns: bool  # a string prompt is the user's turn
-    dated: bool  # its chat template writes the day on which the sampling began
+    dated: bool  # its chat template writes --template-date, or the day on which the sampling began
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -59,8 +59,9 @@ class LocalModel:
 def find_local(model: SampledModel, args: argparse.Namespace, began: str) -> LocalModel:
     """Find a local model and how it is prompted; collective.
 
-    `began` is the day (YYYY-MM-DD) on which the sampling began. Templates that write today's date get it, unless a run
-    or an export has set another: what is resumed after midnight is prompted as before.
+    `began` is --template-date, else the day (YYYY-MM-DD) on which the sampling began. Templates that write today's date
+    get it, so that what is resumed after midnight is prompted as before; but where a run or an export has set another,
+    only --template-date replaces that.
 
     Raises ValueError as `find_together`, and for options without effect on it.
     """
@@ -72,7 +73,7 @@ def find_local(model: SampledModel, args: argparse.Namespace, began: str) -> Loc
         raise ValueError(f"--no-raw has no effect on {model.name}: it has no chat template; name one (--chat-template)")
     encoder = options.chat.encoder(tokenizer)
     today = options.chat.template_date is None and encoder.date == datetime.date.today()
-    dated = today and encoder.writes_date
+    dated = encoder.writes_date and (today or args.template_date is not None)
     if dated:
         options = dataclasses.replace(options, chat=dataclasses.replace(options.chat, template_date=began))
     return LocalModel(model.name + source.name.removeprefix(model.model), source, options, as_turns, dated)
@@ -84,7 +85,7 @@ def sample_local(
     """Let a model complete each prompt `decoding.samples` times; collective.
 
     Finished batches are saved in `folder`, and in the end the whole result, so that the same call resumes without
-    loading the model again. The model's memory is free afterwards. Raises ValueError as `generate_completions`.
+    loading the model again. Raises ValueError as `generate_completions`.
     """
     whole = folder / "whole.json"
     found = on_main(lambda: _read(whole) if whole.is_file() else None)
@@ -98,14 +99,17 @@ def sample_local(
         for of_prompt in generated.completions
     ]
     sampled = Sampled(completions, seconds=generated.seconds, new_tokens=generated.tokens)
-    del causal_lm
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(whole, json.dumps(dataclasses.asdict(sampled)))
     return sampled
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what a model took that nobody refers to any more, but for cycles of references."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _completion(name: str, completion: Completion, decoding: Decoding, sample: int) -> dict[str, Any]:

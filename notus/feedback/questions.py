@@ -59,8 +59,8 @@ def prompt_text(record: Mapping[str, Any]) -> str:
     """Return the prompt as a judge reads it: a single user turn as it is, several turns with their roles, and tools."""
     turns = record.get("messages")
     parts = [f"tools: {json.dumps(record['tools'], ensure_ascii=False)}"] if record.get("tools") else []
-    if not turns:
-        return "\n\n".join([*parts, record["instruction"]])
+    if not turns or (len(turns) == 1 and turns[0]["role"] == "user" and isinstance(turns[0]["content"], str)):
+        return "\n\n".join([*parts, turns[0]["content"] if turns else record["instruction"]])
     return "\n\n".join([*parts, *(f"{turn['role']}: {_turn_text(turn)}" for turn in turns)])
 
 

@@ -7,6 +7,7 @@ A record is one line of JSON:
     messages        only where the prompt is more than one user turn: the turns before the answer
     tools, chat_template_kwargs
                     only where the prompt has them, for the chat template
+    plain_text      only where it is true: the models continued `instruction` as it is, without a chat template
     models          the different models of the completions
     completions     a list of
         model           the model's name
@@ -79,7 +80,14 @@ def prompt_record(prompt: Prompt, file: Path) -> Record:
         record["tools"] = list(prompt.tools)
     if prompt.template_kwargs:
         record["chat_template_kwargs"] = dict(prompt.template_kwargs)
-    own = {*KEYS, *CONTEXT, "source", "models", "rated"}  # said by the record's keys above, or about to be
+    own = {
+        *KEYS,
+        *CONTEXT,
+        "source",
+        "models",
+        "rated",
+        "plain_text",
+    }  # said by the record's keys above, or about to be
     record |= {key: value for key, value in prompt.row.items() if key not in own}
     for key, value in record.items():
         try:

@@ -245,7 +245,8 @@ def _win_rate(iteration: Iteration, number: int) -> "Headline":
 
 
 def _counts(found: rounds.Comparison) -> str:
-    return f"{found.wins:,} won, {found.losses:,} lost, {found.ties:,} tied"
+    same = f", of these {found.same:,} the same text" if found.same else ""
+    return f"{found.wins:,} won, {found.losses:,} lost, {found.ties:,} tied{same}"
 
 
 def _score(iteration: Iteration, number: int) -> "Headline":
@@ -339,8 +340,10 @@ def _table(iteration: Iteration) -> "Table":
     rows: list[list[Cell]] = [
         [name, *(cells.get(column, NONE) for column in columns)] for name, cells in zip(names, made, strict=True)
     ]
-    note = "Ranges are 95% intervals. Tokens and distinct bigrams are those of the answers to the evaluation prompts."
-    return Table("Rounds", ["", *columns], rows if first.start else rows[1:], note)
+    notes = ["Ranges are 95% intervals."] if "Win rate" in columns else []
+    if of_answers := [name for name in ("Tokens", "Distinct-2") if name in columns]:
+        notes.append(f"{' and '.join(of_answers)}: of the answers to the evaluation prompts.")
+    return Table("Rounds", ["", *columns], rows if first.start else rows[1:], " ".join(notes))
 
 
 def _start_cells(iteration: Iteration, first: Round) -> "dict[str, Cell]":

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from notus.evaluation.arguments import add_model_options, check_no_effect, count, positive
+from notus.evaluation.arguments import add_model_options, check_no_effect, count, day, positive
 from notus.evaluation.generate import add_answer_arguments, add_engine_argument, answer_settings
 from notus.feedback.records import (
     RATINGS,
@@ -99,6 +99,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_local_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_argument(parser)
     add_model_options(parser)
+    parser.add_argument(
+        "--template-date",
+        type=day,
+        metavar="YYYY-MM-DD",
+        help="what chat templates take for today (default: the run's data.template_date, or the day on which the "
+        "sampling began)",
+    )
 
 
 def _add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +176,8 @@ def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         models, local = _find(args, models, distributed.on_main(lambda: _began(args)))
         task = distributed.on_main(lambda: _read(args, list(local.values()), earlier))
         settings = _settings(args, decoding, task, models, local)
+        if args.template_date not in (None, datetime.date.today().isoformat()) and settings["date"] is None:
+            distributed.say("note: --template-date has no effect: no model's chat template writes the date")
         distributed.on_main(lambda: stack.enter_context(held(Path(args.out))) and None)
         if distributed.on_main(lambda: is_finished(Path(args.out), settings, overwrite=args.overwrite)):
             distributed.say(f"{args.out} is finished already: the same prompts, models and settings made it")
@@ -243,7 +252,9 @@ def _find(
 
 
 def _began(args: argparse.Namespace) -> str:
-    """Return the day on which the work on OUT began, where its settings say so; else today."""
+    """Return --template-date; else the day on which the work on OUT began, where its settings say so; else today."""
+    if args.template_date is not None:
+        return str(args.template_date)
     settings = earlier_settings(Path(args.out), overwrite=args.overwrite)
     return str(settings.get("date") or datetime.date.today().isoformat())
 
@@ -263,12 +274,37 @@ def _read(args: argparse.Namespace, local: Sequence["LocalModel"], earlier: list
         _check_plain(args, plain, next(model for model in local if not model.as_turns))
     records = [prompt_record(prompt, path) for prompt in prompts]
     completions: list[list[dict[str, Any]]] = [[] for _ in records]
+    digest, joined = _digest(records), None
     if args.earlier:
         joined = join(records, [prompt.place for prompt in prompts], earlier)
         completions = [[_unrated(completion) for completion in other["completions"]] for other in joined]
+    all_plain = plain is not None and len(local) == len(args.models) and not any(model.as_turns for model in local)
+    records = _marked(records, plain, joined, all_plain=all_plain)
     if again := repeated(records):
         tell(f"note: {again} of {len(records)} prompts came before in the file; each is sampled on its own")
-    return Task(prompts, plain, records, completions, _digest(records), _digest(completions) if args.earlier else None)
+    return Task(prompts, plain, records, completions, digest, _digest(completions) if args.earlier else None)
+
+
+def _marked(
+    records: Sequence[Record], plain: Sequence["Prompt"] | None, earlier: Sequence[Record] | None, *, all_plain: bool
+) -> list[Record]:
+    """Return the records, `plain_text` where every model continues the prompt as text, those of --with included.
+
+    Training then takes it as text, too. `all_plain`: no model takes strings as user turns.
+    """
+    marked, mixed = [], 0
+    for number, record in enumerate(records):
+        is_text = plain is not None and isinstance(plain[number].turns, str)
+        was_text = earlier[number].get("plain_text") is True if earlier is not None else is_text
+        mark = all_plain and is_text and was_text
+        mixed += not mark and (is_text or was_text)
+        marked.append({**record, "plain_text": True} if mark else record)
+    if mixed:
+        tell(
+            f"note: some models continue {mixed} of the prompts as plain text, others answer them as a user's turn; "
+            "training will take all of their completions as answers to a user's turn"
+        )
+    return marked
 
 
 def _check_plain(args: argparse.Namespace, prompts: Sequence["Prompt"], model: "LocalModel") -> None:
@@ -339,16 +375,18 @@ def _sample_local(
     device: "torch.device",
 ) -> dict[str, "Sampled"]:
     """Let the local models work, one after the other; collective."""
-    from notus.feedback.local_sampling import sample_local
+    from notus.feedback.local_sampling import free_memory, sample_local
     from notus.runtime import distributed
 
-    found = {}
+    found: dict[str, Sampled] = {}
     for number, model in enumerate(models, start=1):
         if model.name not in local:
             continue
         prompts = task.prompts if local[model.name].as_turns or task.plain is None else task.plain
         distributed.say(_asked(model.name, task, args.n))
         folder = kept_folder(Path(args.out)) / f"model-{number}"
+        if found:
+            free_memory(device)  # of the model before
         found[model.name] = sample_local(local[model.name], prompts, decoding, folder, device)
     return found
 

@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from notus.config import section_keys, to_yaml
-from notus.feedback.rounds import ANSWERS, COMPARED, EVALUATION, PAIRS, PROMPTS, RATED, RECORDS, ROUND, RUN
+from notus.feedback.rounds import (
+    ANSWERS,
+    COMPARED,
+    EVALUATION,
+    OWN_PAIRS,
+    PAIRS,
+    PROMPTS,
+    RATED,
+    RECORDS,
+    ROUND,
+    RUN,
+)
 from notus.feedback.settings import JUDGES, RateConfig, Settings
 
-CONFIG = "iterate.yaml"
 DPO_CONFIG = "dpo.yaml"  # the config of round 1's run; the commands of the others override what differs
-OWN_PAIRS = "own-pairs.jsonl"  # a round's pairs before old ones are added
 NAMES = ("prompts", "sample", "rate", "own-pairs", "curate", "dpo", "answers", "compare", "evaluate", "round")
 
 
@@ -139,6 +148,8 @@ def _generation_options(settings: Settings) -> list[str]:
         words.append(f"--chat-template={config.data.chat_template}")
     if config.data.add_empty_system:
         words.append("--add-empty-system")
+    if config.data.template_date is not None:
+        words.append(f"--template-date={config.data.template_date}")
     if config.model.trust_remote_code:
         words.append("--trust-remote-code")
     return words

@@ -1,6 +1,7 @@
 """Verdicts on disk, kept as they come: JSON lines, one file per rank, by question."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,34 @@ def read_verdicts(folder: Path) -> Kept:
 
 
 def _is_line(line: dict[str, Any]) -> bool:
-    usage = line.get("usage")
-    if not isinstance(line.get("key"), str) or not isinstance(usage, dict):
-        return False
-    if set(usage) != {each.name for each in dataclasses.fields(Usage)}:
+    """Whether a line holds what `kept_line` returns."""
+    if not isinstance(line.get("key"), str) or not _is_usage(line.get("usage")):
         return False
     if "failure" in line:
         return isinstance(line["failure"], str)
     annotations, rewards = line.get("annotations"), line.get("rewards")
-    if not isinstance(annotations, list) or not (rewards is None or isinstance(rewards, list)):
+    if not isinstance(annotations, list) or not all(isinstance(of_one, dict) for of_one in annotations):
         return False
-    each = [value for of_one in annotations if isinstance(of_one, dict) for value in of_one.values()]
-    return all(isinstance(of_one, dict) for of_one in annotations) and all(
-        isinstance(value, list) and len(value) == 3 for value in each
-    )
+    if rewards is not None and not (isinstance(rewards, list) and all(map(_is_number, rewards))):
+        return False
+    return all(_is_annotation(value) for of_one in annotations for value in of_one.values())
+
+
+def _is_usage(usage: Any) -> bool:
+    if not isinstance(usage, dict) or set(usage) != {each.name for each in dataclasses.fields(Usage)}:
+        return False
+    tokens = (usage["prompt_tokens"], usage["completion_tokens"])
+    known = [usage["requests"], usage["cost"], *(each for each in tokens if each is not None)]
+    return all(_is_number(each) and each >= 0 for each in known)
+
+
+def _is_annotation(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    rating, rationale, unreadable = value
+    in_range = rating is None or (_is_number(rating) and 1 <= rating <= 5)
+    return in_range and isinstance(rationale, str) and isinstance(unreadable, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -113,6 +113,7 @@ class DPOTask:
     """The preference loss on packed rows, against cached reference log-probs if it has a reference."""
 
     _start_checked = False
+    _starts_at_reference = True  # whether the policy is the reference before its first step
     _begun = False  # whether this launch has begun a step
     _first_ratios: Tensor | None = None  # during its first step: `_log_ratio_sums` so far, on the device
     _mismatched_mean: Tensor | None = None  # mean log-ratio of the last mismatched completions, in nats, on the device

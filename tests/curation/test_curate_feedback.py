@@ -319,3 +319,81 @@ def test_what_old_rows_cannot_be(tmp_path):
     for share in ("0", "1", "-0.5", "nan"):
         with pytest.raises(SystemExit):
             command(source, output, "--old", old, f"--old-share={share}")
+
+
+PLAIN = "The capital of France is"
+
+
+def plain(*responses, prompt=PLAIN, **more):
+    """A record whose prompt was continued as text, the best continuation first."""
+    scored = [{"model": "m", "response": text, "reward": -place} for place, text in enumerate(responses)]
+    return {"source": "s", "instruction": prompt, "plain_text": True, "completions": scored, **more}
+
+
+def test_plain_text_stays_text_in_pairs_and_lists():
+    records = [plain(" Paris.", "\n\nLyon "), record(1, rewards=(2, 1))]
+    pairs, _ = curate_pairs(records, by="reward", schema="cleaned")
+    wide, _ = curate_pairs(records, by="reward", schema="cleaned", conversations=True)
+    for rows in (pairs, wide):
+        assert normalize(rows[0], "dpo") == (PLAIN, (" Paris.", "\n\nLyon "), None, {})
+        assert normalize(rows[1], "dpo").prompt == [{"role": "user", "content": "question 1"}]
+    lists, _ = curate_lists(records, by="reward")
+    assert normalize(lists[0], "lists") == (PLAIN, (" Paris.", "\n\nLyon "), None, {})
+    assert normalize(lists[1], "lists").prompt == [{"role": "user", "content": "question 1"}]
+    unmarked, _ = curate_pairs([plain("a", "b", plain_text=False)], by="reward", schema="cleaned")
+    assert unmarked[0]["prompt"] == PLAIN
+    assert unmarked[0]["chosen"][-1] == {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [
+        ("\n\nHuman: Hi\n\nAssistant: Ho", " Paris"),  # is read as a dialogue
+        (" Paris", "\n\nHuman: Hi\n\nHuman: Ho"),  # an error as a dialogue
+        ('[{"role": "assistant", "content": "a"}]', " Paris"),  # messages in JSON
+        (f"{PLAIN} Paris", f"{PLAIN} Lyon"),  # both repeat the prompt, which training would remove
+    ],
+)
+def test_plain_text_that_training_would_read_otherwise_is_dropped_and_counted(responses):
+    records = [plain(*responses), plain(" Paris", " Lyon")]
+    for curated in (curate_pairs(records, by="reward", schema="cleaned"), curate_lists(records, by="reward")):
+        rows, report = curated
+        assert len(rows) == 1
+        assert "dropped, plain text that training would read as a conversation, or as repeating the prompt: 1" in str(
+            report
+        )
+        assert (report.empty, report.made.total()) == (0, 1)
+
+
+def test_a_mark_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match="record 1: plain_text must be true or false, not str 'yes'"):
+        curate_lists([plain("a", "b", plain_text="yes")])
+    with pytest.raises(ValueError, match="record 1: plain_text is true, but messages, tools or"):
+        curate_lists([plain("a", "b", messages=TURNS)])
+
+
+def test_the_command_takes_the_schema_that_holds_plain_text(tmp_path, capsys):
+    records = [record(1, rewards=(2, 1)), plain(" Paris", " Lyon"), conversation(), plain(" Rome", " Oslo")]
+    source = lines(tmp_path / "in.jsonl", records)
+    command(source, tmp_path / "out.jsonl", "--by", "reward")
+    assert "note: prompts of plain text need --schema cleaned, which is taken" in capsys.readouterr().out
+    rows = read(tmp_path / "out.jsonl")
+    assert [normalize(row, "dpo").prompt for row in rows] == [
+        [{"role": "user", "content": "question 1"}], PLAIN, TURNS, PLAIN,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 2: the prompt is plain text, of which --schema v1 would"):
+        command(source, tmp_path / "out.jsonl", "--by", "reward", "--schema", "v1")
+    with pytest.raises(ValueError, match="plain text and some are messages, for which Parquet has no common type"):
+        command(source, tmp_path / "out.parquet", "--by", "reward")
+    command(lines(tmp_path / "in.jsonl", [records[1]]), tmp_path / "out.parquet", "--by", "reward")
+    assert normalize(read(tmp_path / "out.parquet")[0], "dpo") == (PLAIN, (" Paris", " Lyon"), None, {})
+
+
+@pytest.mark.parametrize("more", [[], ["--listwise"]])
+def test_old_rows_of_plain_text_stay_so(tmp_path, more):
+    command(lines(tmp_path / "in.jsonl", [plain(" Paris", " Lyon")]), tmp_path / "old.jsonl", "--by", "reward", *more)
+    for new in (record(1, rewards=(2, 1)), conversation(), plain(" Rome", " Oslo")):
+        source, out = lines(tmp_path / "in.jsonl", [new]), tmp_path / "out.jsonl"
+        command(source, out, "--by", "reward", "--old", tmp_path / "old.jsonl", "--old-share", "0.5", *more)
+        old = normalize(read(out)[1], "lists" if more else "dpo")
+        assert old == (PLAIN, (" Paris", " Lyon"), None, {})

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from browsers import OVERFLOWS, colours, contrast, forget_logs, look, needs_browser, open_browser, requests_of
-from rows_of_data import LABELLED, LISTS, load_data, write_config
+from rows_of_data import LABELLED, LISTS, load_data, write_config, write_rows
 from runs import words
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -441,15 +441,21 @@ def test_a_browser_that_cannot_read_it_says_so(browser, made):
 
 
 def test_a_hundred_thousand_rows_are_usable(browser, tmp_path, model_folder):
-    many = 100_000
+    # 369 rows, each 271 times, and one more: what is shown is 100,000 rows, and few have to be tokenised
     rows = [
         {"prompt": f"Sea {number}", "chosen": " blue", "rejected": " red", "source": str(number % 5)}
-        for number in range(many)
+        for number in range(369)
     ]
-    rows[77_777]["prompt"] = "A needle"
+    needle = {"prompt": "A needle", "chosen": " blue", "rejected": " red", "source": "haystack"}
+    sources = [
+        {"path": str(tmp_path / "rows.jsonl"), "weight": 271.0},
+        {"path": str(write_rows(tmp_path / "needle.jsonl", [needle]))},
+    ]
     with process_group():
-        data = load_data(write_config(tmp_path, model_folder, rows))
-        write_page(tmp_path / "many.html", data, range(many))
+        data = load_data(write_config(tmp_path, model_folder, rows, data__train=sources))
+        assert len(data) == 100_000
+        write_page(tmp_path / "many.html", data, range(len(data)))
+    place = list(data.rows.sources).index("haystack")
     look(browser)
     start = time.monotonic()
     browser.get((tmp_path / "many.html").as_uri())
@@ -461,4 +467,4 @@ def test_a_hundred_thousand_rows_are_usable(browser, tmp_path, model_folder):
     WebDriverWait(browser, 20).until(lambda driver: driver.execute_script(read)[-1] == "99,999")
     assert len(browser.execute_script(read)) < 30
     assert find(browser, "needle") == "1 of 100,000 rows"
-    assert shown_row(browser) == 77_777
+    assert shown_row(browser) == place

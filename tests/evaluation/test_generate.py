@@ -91,6 +91,14 @@ def test_samples(model_folder, prompts):
     assert found != run(model_folder, prompts, *options[:-1], 8)
 
 
+def test_the_other_engine(model_folder, prompts, monkeypatch):
+    seen, complete = [], decoding._Engine._continuously
+    monkeypatch.setattr(decoding._Engine, "_continuously", lambda *args: seen.append(args) or complete(*args))
+    wanted = completions(model_folder, [row["prompt"] for row in ROWS])
+    assert [row["completion"] for row in run(model_folder, prompts, "--engine", "continuous")] == wanted
+    assert len(seen) == 1
+
+
 def test_runs_and_adapters(lora_run, full_run, model_folder, prompts):
     for trained in (lora_run, lora_run / "model", full_run):
         found = run(trained, prompts)

@@ -173,6 +173,15 @@ def test_an_end_at_the_limit_is_told_from_a_cut(tmp_path, ends_at, finish_reason
     assert generate_ids(model, toy_tokenizer(), [[1, 69]], [4], Decoding(4), with_end=True) == [ids + end]
 
 
+def test_what_an_earlier_version_kept_is_computed_again(tmp_path):
+    """It does not say how a completion ended."""
+    (tmp_path / "rank-0.jsonl").write_text('{"key": "0a", "ids": [5, 6]}\n')
+    assert run(toy_model(), ["a"], Decoding(4), KeptTokens(tmp_path, "model")).tokens > 0
+    (tmp_path / "rank-0.jsonl").write_text('{"key": "0a", "ids": [5, 6], "end": null, "finish_reason": "cut"}\n')
+    with pytest.raises(ValueError, match=r"rank-0.jsonl, line 1: not a kept completion"):
+        run(toy_model(), ["a"], Decoding(4), KeptTokens(tmp_path, "model"))
+
+
 def test_a_string_that_stops_is_no_cut():
     row = generation._ended
     assert row([10, 11, 2, 2], 4, [2], None) == generation.Row([10, 11], 2, "stop")

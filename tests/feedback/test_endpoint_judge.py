@@ -187,3 +187,12 @@ def test_a_model_that_takes_other_parameters_gets_them_from_then_on() -> None:
     assert len(served.requests) == 5
     assert served.requests[-1]["max_completion_tokens"] == 64
     assert "response_format" in served.requests[-1]
+
+
+def test_a_word_in_a_later_message_changes_no_parameter() -> None:
+    def judge(request: dict[str, Any], number: int) -> Reply:
+        return Reply("too long: What temperature...", status=400) if number == 1 else by_length(request, number)
+
+    outcomes, served = ask(judge, QUESTIONS)
+    assert isinstance(outcomes["key 1"], JudgeError)
+    assert [request["temperature"] for request in served.requests] == [0.0] * 3

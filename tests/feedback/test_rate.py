@@ -3,16 +3,22 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from judges import Reply, serving
+from pyarrow import parquet
 from rating import by_length, counted, parse, ratings, read, record, run, seen, summary, write
 
 from notus.curation.ultrafeedback import curate
+from notus.feedback.judge import JudgeError, Question, Verdict
 from notus.feedback.questions import make_item, prompt_text
 
 
@@ -135,6 +141,48 @@ def test_several_turns_are_shown_with_their_roles(tmp_path: Path) -> None:
     assert read(tmp_path / "rated.jsonl")[0]["messages"] == turns
 
 
+def test_a_folder_of_files_is_read_parquet_too(tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    annotated = record(1, ["a", "bb"])
+    annotated["completions"][0]["annotations"] = {"honesty": {"Rating": "5", "Rationale": "old"}}
+    write(folder / "1.jsonl", [record(0, ["a", "bb"])])
+    parquet.write_table(pyarrow.Table.from_pylist([annotated]), folder / "2.parquet")
+    with serving(by_length) as served:
+        assert run(folder, tmp_path / "rated.jsonl", *endpoint(served.url)) == 0
+    rows = read(tmp_path / "rated.jsonl")
+    assert [row["instruction"] for row in rows] == ["Question 0?", "Question 1?"]
+    assert [row["completions"][0]["annotations"]["honesty"]["Rating"] for row in rows] == ["1", "1"]
+
+
+class Rewards:
+    """A reward model that computes nothing: the longer, the better."""
+
+    name, identity, shared = "rewards", "rewards 1", True
+
+    def rate(self, questions: Sequence[Question], done: Callable[[Question, Verdict | JudgeError], None]) -> None:
+        for question in questions:
+            done(question, Verdict([], rewards=[10.0 * len(text) - 17 for text in question.completions]))
+
+
+def test_a_reward_model_adds_rewards_and_leaves_ratings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("notus.feedback.reward_judge")
+    vars(module)["make_judge"] = lambda args: Rewards()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    rated = record(0, ["a", "ccc", "bb"])
+    for completion in rated["completions"]:
+        completion |= {"annotations": {"style": {"Rating": "3"}}, "fine-grained_score": 3.0, "reward": 99.0}
+    source, out = write(tmp_path / "records.jsonl", [rated, record(1, [])]), tmp_path / "rated.jsonl"
+    assert run(source, out, "--reward-model", "m") == 0
+    completions = read(out)[0]["completions"]
+    assert [each["reward"] for each in completions] == [-7.0, 13.0, 3.0]
+    assert all(each["annotations"] == {"style": {"Rating": "3"}} for each in completions)
+    figures = summary(out)
+    assert (figures["rated"], figures["again"], figures["position"], figures["ratings"]) == (3, None, None, {})
+    pairs, _ = curate(read(out)[:1], by="reward")
+    assert pairs[0]["chosen_response"] == "ccc"
+
+
 def test_tools_and_calls_are_shown() -> None:
     turns = [
         {"role": "user", "content": "Weather?"},
@@ -143,6 +191,7 @@ def test_tools_and_calls_are_shown() -> None:
     ]
     text = prompt_text(record(0, ["a"], messages=turns, tools=[{"name": "look"}]))
     assert text == 'tools: [{"name": "look"}]\n\nuser: Weather?\n\nassistant: [{"name": "look"}]\n\ntool: rain'
+    assert prompt_text(record(0, ["a"], messages=[{"role": "user", "content": "Hi"}])) == "Hi"
 
 
 def test_ratings_of_another_judge_are_replaced_even_where_this_one_fails(
@@ -320,7 +369,8 @@ def test_kept_verdicts_that_are_none_are_named(tmp_path: Path) -> None:
         assert run(*command, "--max-requests", 1) == 1
         kept = tmp_path / "rated.jsonl.kept" / "verdicts-0.jsonl"
         line = json.loads(kept.read_text().splitlines()[0])
-        for wrong in ({"annotations": 3}, {"usage": None}, {"annotations": [{"honesty": [4]}]}, {"key": 1}):
+        of_one = [{"annotations": [{"honesty": each}]} for each in ([4], [9, "", False], [4, None, False], "4")]
+        for wrong in ({"annotations": 3}, {"usage": {**line["usage"], "cost": "1"}}, {"key": 1}, *of_one):
             kept.write_text(json.dumps(line | wrong) + "\n")
             with pytest.raises(ValueError, match=r"verdicts-0\.jsonl, line 1"):
                 run(*command)

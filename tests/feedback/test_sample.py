@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from toys import toy_model_folder, toy_tokenizer
 from notus.__main__ import main
 from notus.curation.ultrafeedback import parse_record
 from notus.data.chat import ChatEncoder
+from notus.data.tokenize import load_pairs
 from notus.evaluation import decoding
 from notus.evaluation.prompts import Prompt
 from notus.feedback import local_sampling
@@ -121,6 +123,34 @@ def test_records_of_a_chat_model_and_of_a_plain_one(
     assert "wrote 8 completions of 2 prompts" in capsys.readouterr().out
 
 
+def test_rated_records_become_pairs_and_models_leave_one_after_the_other(
+    prompts: Path, chat_model: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    load = local_sampling.ModelSource.load
+
+    def watched(source: Any, *arguments: Any) -> Any:
+        assert all(model() is None for model in loaded), "the model before is still there"
+        found = load(source, *arguments)
+        loaded.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(local_sampling.ModelSource, "load", watched)
+    assert main(words(prompts, chat_model, plain_model, "--n", 2)) == 0
+    assert len(loaded) == 2
+    rated = read(prompts)
+    for record in rated:
+        for rating, completion in enumerate(record["completions"], start=1):
+            completion["annotations"] = {"helpfulness": {"Rating": str(rating), "Rationale": ""}}
+    path = prompts.parent / "rated.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in rated))
+    assert main(["curate", str(path), str(prompts.parent / "pairs.jsonl")]) == 0
+    pairs = read(prompts, "pairs.jsonl")
+    assert [pair["chosen_response"] for pair in pairs] == [record["completions"][3]["response"] for record in rated]
+    assert {pair["chosen_model"] for pair in pairs} == {"plain"}
+
+
 def test_a_finished_output_is_kept_and_a_changed_setting_is_named(
     prompts: Path, chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,9 +187,9 @@ def test_a_finished_output_is_kept_and_a_changed_setting_is_named(
 def test_a_killed_command_resumes_to_the_same_records(
     prompts: Path, chat_model: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before every third batch, and so also between the models."""
-    prompts.write_text("".join(json.dumps({"prompt": text, "id": 1}) + "\n" for text in [*TEXTS, "dog", "sea"]))
-    options = ["--n", 2, "--batch-size", 2]
+    """Killed before every second batch, and so also between the models."""
+    prompts.write_text("".join(json.dumps({"prompt": text, "id": 1}) + "\n" for text in TEXTS))
+    options = ["--n", 2, "--batch-size", 3]
     with serving(lambda request, number: f"{request['messages'][0]['content']} {request['seed']}") as served:
         models = [chat_model, f"x@{served.url}", plain_model]
         assert main(words(prompts, *models, *options, out="whole.jsonl")) == 0
@@ -180,8 +210,8 @@ def test_a_killed_command_resumes_to_the_same_records(
             patch.setattr(
                 local_sampling.ModelSource, "load", lambda self, *more: (loads.append(self.name), load(self, *more))[1]
             )
-            for attempt in range(30):
-                left = [1, 1]
+            for attempt in range(10):
+                left = [1]
                 try:
                     assert main(words(prompts, *models, *options)) == 0
                     break
@@ -408,3 +438,84 @@ def test_a_wrong_key_shows_before_local_models_work(
         assert main(words(prompts, chat_model, f"x@{served.url}")) == 1
     assert "no key was sent: set the environment variable" in capsys.readouterr().err
     assert len(served.requests) == 1
+
+
+def test_plain_text_is_trained_on_as_it_was_sampled(
+    prompts: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From prompts to the token ids that DPO learns, leading space included; chats in the same file stay chats."""
+    prompts.write_text("".join(json.dumps({**row, "plain_text": "own"}) + "\n" for row in ROWS))
+    tokenizer = toy_tokenizer()
+    sampled = [tokenizer.encode(text, add_special_tokens=False) for text in (" and the sea", " of a dog\n")]
+
+    def complete(model: Any, batch: Any, *others: Any) -> list[decoding.Row]:
+        ends = [decoding.Row(ids, tokenizer.eos_token_id, "stop") for ids in sampled]
+        return ends * len(batch.prompts)
+
+    monkeypatch.setattr(decoding, "_complete", complete)
+    assert main(words(prompts, plain_model, "--n", 2)) == 0
+    found = read(prompts)
+    assert [record.get("plain_text") for record in found] == [True, True, None]
+    assert [each["response"] for each in found[0]["completions"]] == [" and the sea", " of a dog\n"]
+
+    folder = prompts.parent
+    (folder / "judge.py").write_text(
+        "def rate(prompt, completions):\n"
+        "    print([prompt, *sorted(completions)], file=open('prompts.txt', 'a'))\n"
+        "    return [5 if 'sea' in text else 1 for text in completions]\n"
+    )
+    monkeypatch.chdir(folder)
+    assert main(["rate", "out.jsonl", "rated.jsonl", "--judge-function", "judge.py:rate", "--again-share", "0"]) == 0
+    shown = Path("prompts.txt").read_text().splitlines()
+    assert shown[:2] == [repr([text, " and the sea", " of a dog\n"]) for text in TEXTS[:2]]
+    assert main(["curate", "rated.jsonl", "pairs.jsonl"]) == 0
+    assert "prompts of plain text need --schema cleaned" in capsys.readouterr().out
+
+    rows, _ = load_pairs("pairs.jsonl", tokenizer, max_length=512, max_prompt_length=256)
+    encoder = ChatEncoder(tokenizer)
+    chat = encoder.encode_prompt([{"role": "user", "content": "héllo"}])
+    asked = [encoder.encode_prompt(text) for text in TEXTS[:2]]
+    assert asked[1] == [1, *tokenizer.encode("dog", add_special_tokens=False)]
+    for row, before in zip(rows, asked, strict=False):
+        learned = [[*row["trunk"], *branch] for branch in row["branches"]]
+        assert learned == [[*before, *ids, tokenizer.eos_token_id] for ids in sampled]
+    assert [*rows[2]["trunk"], *rows[2]["branches"][0]][: len(chat)] == chat
+
+
+def test_prompts_that_only_some_models_continue_as_text_are_not_marked(
+    prompts: Path, chat_model: Path, plain_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(prompts, chat_model, plain_model, "--n", 1)) == 0
+    assert "some models continue 2 of the prompts as plain text" in capsys.readouterr().out
+    assert not any("plain_text" in record for record in read(prompts))
+    assert main(words(prompts, plain_model, "--n", 1, out="plain.jsonl")) == 0
+    assert "some models" not in capsys.readouterr().out
+    earlier = prompts.parent / "plain.jsonl"
+    assert main(words(prompts, chat_model, "--n", 1, "--with", earlier, out="both.jsonl")) == 0
+    assert "some models continue 2 of the prompts as plain text" in capsys.readouterr().out
+    assert not any("plain_text" in record for record in read(prompts, "both.jsonl"))
+    again = words(prompts, f"other={plain_model}", "--n", 1, "--with", earlier, out="again.jsonl")
+    assert main(again) == 0
+    assert [record.get("plain_text") for record in read(prompts, "again.jsonl")] == [True, True, None]
+
+
+def test_a_given_date_is_the_one_that_templates_write(
+    prompts: Path, tmp_path: Path, chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = toy_model_folder(tmp_path / "written")
+    toy_tokenizer(chat_template="31 12" + CHAT_TEMPLATE).save_pretrained(written)
+    dated = toy_model_folder(tmp_path / "dated")
+    toy_tokenizer(chat_template="{{ strftime_now('%d %m') }}" + CHAT_TEMPLATE).save_pretrained(dated)
+    assert main(words(prompts, f"m={written}", "--n", 1, out="written.jsonl")) == 0
+    command = words(prompts, f"m={dated}", "--n", 1)
+    assert main([*command, "--template-date", "2024-12-31"]) == 0
+    assert read(prompts) == read(prompts, "written.jsonl")
+    assert "no effect" not in capsys.readouterr().out
+    assert main([*command, "--template-date", "2024-12-30"]) == 1
+    assert 'date: "2024-12-31" there, "2024-12-30" here' in capsys.readouterr().err
+    other = words(prompts, chat_model, "--n", 1, "--template-date", "2024-12-31", out="other.jsonl")
+    assert main(other) == 0
+    assert "--template-date has no effect" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, "--template-date", "31.12."])
+    assert "31.12. is no date YYYY-MM-DD" in capsys.readouterr().err

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ranks import free_port, launched, run_ranks
 from runs import assert_same_run, settings, wait_until, write_pairs
 from toys import toy_model_folder
 
+from notus.config import load_config
 from notus.runtime.process import STOPPED
+from notus.training import dpo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,71 +40,66 @@ def _launch(config: Path, run: Path, *options: str, ranks: int = 2, words: Seque
     )
 
 
-def _wait_for_steps(run: Path, launched: subprocess.Popen[str]) -> None:
-    """Until some lines of metrics are there."""
+def _wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
+    """Until some more lines of metrics are there."""
     metrics = run / "metrics.jsonl"
-    wait_until(lambda: launched.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 2))
-    assert launched.poll() is None, launched.communicate()
+    before = _lines(metrics)
+    wait_until(lambda: process.poll() is not None or _lines(metrics) >= before + 2)
+    assert process.poll() is None, process.communicate()
 
 
-def _ranks(launched: subprocess.Popen[str]) -> list[int]:
+def _lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def _ranks(process: subprocess.Popen[str]) -> list[int]:
     """The processes that torchrun started."""
-    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(config_file: Path) -> Path:
-    run = config_file.parent / "undisturbed"
-    launched = _launch(config_file, run)
-    _, told = launched.communicate(timeout=240)
-    assert launched.returncode == 0, told
-    return run
+def _undisturbed(config: Path, run: Path, port: int) -> None:
+    """A rank of the same launch, in a fork that need not import everything first."""
+    with launched(port):
+        assert dpo.run(load_config([str(config), f"--training.output_dir={run}"], "dpo")) == 0
 
 
-def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(config_file: Path, undisturbed: Path) -> None:
-    run = config_file.parent / "preempted"
-    launched = _launch(config_file, run)
-    _wait_for_steps(run, launched)
-    ranks = _ranks(launched)
-    launched.send_signal(signal.SIGTERM)
-    out, told = launched.communicate(timeout=240)
-    assert launched.returncode != 0
+def test_a_run_is_disturbed_three_times_and_ends_as_an_undisturbed_one(config_file: Path, tmp_path: Path) -> None:
+    """torchrun is killed; it is told to stop; one of its ranks is. Each time the same command goes on.
+
+    Each start of torchrun takes tens of seconds of imports, so one run has all three.
+    """
+    run = config_file.parent / "disturbed"
+    first = _launch(config_file, run)
+    _wait_for_steps(run, first)
+    ranks = _ranks(first)
+    first.kill()
+    first.communicate(timeout=240)  # until the ranks, too, have let go of the pipes
+    wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))  # ranks do not outlive torchrun
+    assert (run / "checkpoints" / "latest").exists()  # and save when it is killed
+
+    again = _launch(config_file, run)
+    _wait_for_steps(run, again)
+    ranks = _ranks(again)
+    again.send_signal(signal.SIGTERM)
+    out, told = again.communicate(timeout=240)
+    assert again.returncode != 0
+    assert "resuming from" in out
     assert "SIGTERM: stopping after this step" in told
     assert "everything is saved, and the same command resumes the run" in out
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    again = _launch(config_file, run)
-    out, told = again.communicate(timeout=240)
-    assert again.returncode == 0, told
-    assert "resuming from" in out
-    assert_same_run(run, undisturbed)
 
-
-def test_ranks_do_not_outlive_torchrun_and_save_when_it_is_killed(config_file: Path, undisturbed: Path) -> None:
-    run = config_file.parent / "orphaned"
-    launched = _launch(config_file, run)
-    _wait_for_steps(run, launched)
-    ranks = _ranks(launched)
-    launched.kill()
-    launched.communicate(timeout=240)  # until the ranks, too, have let go of the pipes
-    wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
-    assert (run / "checkpoints" / "latest").exists()
-    again = _launch(config_file, run)
-    _, told = again.communicate(timeout=240)
-    assert again.returncode == 0, told
-    assert_same_run(run, undisturbed)
-
-
-def test_torchrun_restarts_after_one_rank_was_told_to_stop(config_file: Path, undisturbed: Path) -> None:
-    run = config_file.parent / "restarted"
-    launched = _launch(config_file, run, "--max-restarts=2")
-    _wait_for_steps(run, launched)
-    os.kill(_ranks(launched)[1], signal.SIGINT)
-    out, told = launched.communicate(timeout=240)
-    assert launched.returncode == 0, told
+    restarting = _launch(config_file, run, "--max-restarts=2")
+    _wait_for_steps(run, restarting)
+    os.kill(_ranks(restarting)[1], signal.SIGINT)
+    out, told = restarting.communicate(timeout=240)
+    assert restarting.returncode == 0, told
     assert "stopped by a signal after step" in out
-    assert "resuming from" in out
-    assert_same_run(run, undisturbed)
+    assert out.count("resuming from") == 2  # by the launch, and by torchrun's restart
+
+    whole = config_file.parent / "undisturbed"
+    run_ranks(_undisturbed, 2, tmp_path, config_file, whole, free_port())
+    assert_same_run(run, whole)
 
 
 def _children(pid: int) -> list[int]:
@@ -116,15 +114,15 @@ def test_tokenisers_end_with_the_run_and_do_not_hold_its_folder(
     pairs = write_pairs(tmp_path / "many.jsonl", 60_000)
     run = tmp_path / "run"
     options = [f"--data.train={pairs}", "--data.num_workers=2", f"--data.cache_dir={tmp_path / 'cache'}"]
-    launched = _launch(config_file, run, ranks=0, words=options)
+    process = _launch(config_file, run, ranks=0, words=options)
     deadline = time.monotonic() + 120
-    while len(children := _children(launched.pid)) < 2 or not list(tmp_path.glob("cache/.rows-*/whole/*")):
-        assert launched.poll() is None, launched.communicate()
+    while len(children := _children(process.pid)) < 2 or not list(tmp_path.glob("cache/.rows-*/whole/*")):
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    launched.send_signal(number)
-    launched.communicate(timeout=240)
-    assert launched.returncode == (STOPPED if number == signal.SIGTERM else -number)
+    process.send_signal(number)
+    process.communicate(timeout=240)
+    assert process.returncode == (STOPPED if number == signal.SIGTERM else -number)
     wait_until(lambda: not any(_alive(child) for child in children))
 
 
@@ -136,12 +134,12 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_signal_while_python_imports_is_a_preemption_too(config_file: Path, tmp_path: Path) -> None:
-    launched = _launch(config_file, tmp_path / "run", ranks=0)
-    maps = Path(f"/proc/{launched.pid}/maps")
+    process = _launch(config_file, tmp_path / "run", ranks=0)
+    maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():  # by then the entry is under way
-        assert launched.poll() is None, launched.communicate()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    launched.send_signal(signal.SIGINT)
-    _, told = launched.communicate(timeout=240)
-    assert launched.returncode == STOPPED
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == STOPPED
     assert told.startswith("SIGINT: stopped ")

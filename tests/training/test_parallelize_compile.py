@@ -115,7 +115,6 @@ def _use_cudas_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     ("attention_kind", "mode", "adapter", "again"),
     [
         ("operator", "products", None, 0),
-        ("operator", "selective", None, 3),
         ("operator", "full", None, 6),
         ("operator", "selective", ADAPTER, 3),
         ("graph", "selective", None, 3),

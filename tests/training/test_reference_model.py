@@ -99,7 +99,6 @@ def test_the_first_losses_are_those_of_two_models(
 
 KINDS: dict[str, dict[str, Any]] = {
     "kto": {"dpo__loss_type": "kto"},
-    "bco": {"dpo__loss_type": "bco"},
     "lists": {"dpo__loss_type": "plackett_luce"},
     "ld": {"dpo__ld_alpha": 0.5},
 }
@@ -110,7 +109,7 @@ def test_every_kind_of_rows_is_compared_with_the_other_model(
     kind: str, tmp_path: Path, model_folder: Path, other_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also what KTO joins for its KL term, which the first evaluation must not take for 0."""
-    write = {"kto": write_labels, "bco": write_labels, "lists": write_lists}.get(kind, write_pairs)
+    write = {"kto": write_labels, "lists": write_lists}.get(kind, write_pairs)
     held: list[dpo.Preferences] = []
     inner = dpo.DPOTask.evaluate_start
     monkeypatch.setattr(
