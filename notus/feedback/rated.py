@@ -175,8 +175,11 @@ def table(summary: Mapping[str, Any]) -> str:
         )
     if summary["position"]:
         places = zip(summary["position"]["mean_rating"], summary["position"]["best"], strict=True)
-        shown = (f"{'-' if mean is None else f'{mean:.2f}'} ({best:.1%})" for mean, best in places)
-        lines.append(f"  mean rating (and share of wins) by place in the judge's order: {', '.join(shown)}")
+        shown = ("-" if mean is None else f"{mean:.2f} ({best:.2f})" for mean, best in places)
+        lines.append(
+            "  mean rating by place in the judge's order (in brackets, wins over those by chance; 1.00: no bias): "
+            f"{', '.join(shown)}"
+        )
     if summary["tied"]:
         lines.append(f"  {summary['tied']} prompts whose completions all have the same score, which make no pair")
     if summary["different"] == 1 and summary["rated"] > 1:

@@ -240,7 +240,8 @@ def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> b
         elif (change := changed(summary.get("settings"), settings)) is not None:
             raise ValueError(f"{out}: made with other settings ({change}); name another file, or --overwrite")
         elif not summary.get("failed"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if kept == settings:  # else it is unfinished work of others, which --overwrite began
+                shutil.rmtree(folder, ignore_errors=True)
             return True
     if kept is not None and (change := changed(kept, settings)) is not None:
         if not overwrite:

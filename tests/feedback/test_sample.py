@@ -344,6 +344,14 @@ def test_unfinished_work_of_other_settings_is_named(
     assert main(words(prompts, chat_model, "--overwrite", "--n", 2)) == 0
     assert len(read(prompts)[0]["completions"]) == 2
 
+    with monkeypatch.context() as patch:
+        patch.setattr(local_sampling, "generate_completions", killed)
+        with pytest.raises(MemoryError):
+            main(words(prompts, chat_model, "--overwrite", "--n", 3))
+    assert main(words(prompts, chat_model, "--n", 2)) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert kept_folder(prompts.parent / "out.jsonl").is_dir(), "the work of the command that was killed"
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_with_75(
