@@ -37,6 +37,7 @@ def rate(prompt, completions):
 # loses power; or the command is asked to stop, as a scheduler does.
 WAYS = ("command", "stage", "all", "asked")
 PATIENCE = 600.0
+AT_START = 0.15  # share of the kills whose moment counts from the start of the process, not from its first stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Kill:
 
     way: str
     stage: str
-    seconds: float  # after its start
+    seconds: float  # after its start, or after its first stage began
     code: int  # the command's exit code; a signal's number, negative
 
 
@@ -121,6 +122,12 @@ class Launched:
         named = re.findall(r"^== (.*?)(?:: complete already)?$", self.log.read_text(errors="replace"), re.MULTILINE)
         return named[-1] if named else "start"
 
+    def wait_for_stage(self) -> None:
+        """Wait until it runs a stage, or has ended."""
+        pattern = re.compile(r"^== (?!.*: complete already$)", re.MULTILINE)
+        while self.process.poll() is None and not pattern.search(self.log.read_text(errors="replace")):
+            time.sleep(0.05)
+
     def kill(self, way: str) -> None:
         """Kill it in one of `WAYS`."""
         victims = {"command": [self.process.pid], "asked": [self.process.pid], "stage": self.others()}
@@ -157,6 +164,8 @@ def disturb(words: list[str], log: Path, dice: random.Random, kills: int, second
     done = 0
     while done < kills:
         launched = launch(words, log)
+        if dice.random() >= AT_START:  # its start-up alone may take longer than a stage
+            launched.wait_for_stage()
         moment = dice.uniform(0.0, 2 * seconds / kills)
         try:
             launched.process.wait(timeout=moment)

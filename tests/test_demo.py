@@ -116,6 +116,7 @@ def _check(code: int) -> None:
     assert code == 0
 
 
+@pytest.mark.slow
 def test_own_feedback_goes_from_prompts_to_a_trained_model(own_feedback: tuple[Path, str]) -> None:
     folder, printed = own_feedback
     asked = [row["instruction"] for row in _rows(folder / "data" / "prompts.jsonl")]
@@ -143,6 +144,7 @@ def test_own_feedback_goes_from_prompts_to_a_trained_model(own_feedback: tuple[P
     assert "iterate.yaml" in printed
 
 
+@pytest.mark.slow
 def test_own_feedback_resumes_and_is_not_another_demo(
     own_feedback: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

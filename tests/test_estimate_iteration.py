@@ -99,8 +99,8 @@ def test_a_judge_at_an_endpoint_takes_tokens_and_a_local_one_time(iteration: Ite
 def test_the_report_sums_over_rounds(iteration: Iteration) -> None:
     paid = dataclasses.replace(iteration, rater=dataclasses.replace(FUNCTION, kind="endpoint"))
     text = "\n".join(report(paid, PLAN, MACHINE, price=2.0, judge=Prices(1.0, 10.0)))
-    # rate 110 and compare 11 requests, twice; in: 110 * 206 + 11 * 142, out: 110 * 1200 + 11 * 400
-    assert "242 requests, 48,444 tokens in, 272,800 out, 2.78 USD" in text
+    # rate 110 and compare 10 requests, twice; in: 110 * 206 + 10 * 142, out: 110 * 1200 + 10 * 400
+    assert "240 requests, 48,160 tokens in, 272,000 out, 2.77 USD" in text
     # training: 4 steps of 2 s and 100 pairs of 10 ms, then 7 steps and 200 pairs: 25 s on 2 GPUs
     assert "GPUs       0.01 h, 0.0 GPU-hours, 0.03 USD at 2 USD per GPU-hour" in text
     assert "USD" not in "\n".join(report(paid, PLAN, MACHINE, price=None, judge=Prices(None, None)))

@@ -151,10 +151,11 @@ def stages(iteration: Iteration, plan: Plan, machine: Machine, number: int) -> I
         count, tokens = prompts * iteration.n, float(iteration.lengths.mean())
         what = f"{count:,} completions, {count * iteration.prompt_tokens:,.0f} tokens in, {count * tokens:,.0f} out"
         yield Stage(f"sample {name}", 0.0, f"{what}; an endpoint's hours are not known")
-    yield _rating("rate", iteration, machine, prompts, iteration.completions)
+    yield _rating("rate", iteration, machine, prompts, iteration.completions, again_share=iteration.rater.again_share)
     yield _training(iteration, plan, number)
     yield _evaluation(iteration, machine)
-    yield _rating("compare", iteration, machine, iteration.eval_prompts, 2)
+    # no answer is rated again here
+    yield _rating("compare", iteration, machine, iteration.eval_prompts, 2, again_share=0.0)
 
 
 def _sampled(model: Decoder, machine: Machine, iteration: Iteration, prompts: int, n: int) -> Generation:
@@ -181,7 +182,9 @@ def _generated(found: Generation, iteration: Iteration, count: int) -> str:
     )
 
 
-def _rating(name: str, iteration: Iteration, machine: Machine, prompts: int, completions: int) -> Stage:
+def _rating(
+    name: str, iteration: Iteration, machine: Machine, prompts: int, completions: int, *, again_share: float
+) -> Stage:
     """Rate `completions` completions of each of `prompts` prompts."""
     rater, tokens = iteration.rater, float(iteration.lengths.mean())
     if rater.kind == "function":
@@ -198,7 +201,7 @@ def _rating(name: str, iteration: Iteration, machine: Machine, prompts: int, com
         prompt_tokens=iteration.prompt_tokens,
         completion_tokens=tokens,
         aspects=rater.aspects,
-        again_share=rater.again_share,
+        again_share=again_share,
     )
     if rater.kind == "endpoint" or not asked.requests:
         return Stage(name, 0.0, _asked(asked), asked)

@@ -69,6 +69,8 @@ def find_local(model: SampledModel, args: argparse.Namespace, began: str) -> Loc
     """
     source = find_together(model.model, trust_remote_code=args.trust_remote_code)
     options = source.options(args)
+    if args.split_special_tokens:
+        options = dataclasses.replace(options, chat=dataclasses.replace(options.chat, split_special_tokens=True))
     tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
     as_turns = options.strings_are_turns(tokenizer)
     if args.raw is False and not as_turns:

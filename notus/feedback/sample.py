@@ -106,6 +106,11 @@ def _add_local_arguments(parser: argparse.ArgumentParser) -> None:
         help="what chat templates take for today (default: the run's data.template_date, or the day on which the "
         "sampling began)",
     )
+    parser.add_argument(
+        "--split-special-tokens",
+        action="store_true",
+        help="read special tokens in prompts as plain text, as data.split_special_tokens (default: as the run did)",
+    )
 
 
 def _add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:

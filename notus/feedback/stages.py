@@ -150,6 +150,8 @@ def _generation_options(settings: Settings) -> list[str]:
         words.append("--add-empty-system")
     if config.data.template_date is not None:
         words.append(f"--template-date={config.data.template_date}")
+    if config.data.split_special_tokens:
+        words.append("--split-special-tokens")
     if config.model.trust_remote_code:
         words.append("--trust-remote-code")
     return words

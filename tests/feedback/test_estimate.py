@@ -64,8 +64,8 @@ def test_an_iteration_is_estimated_stage_by_stage(tmp_path: Path, capsys: pytest
     assert int(asked[1].replace(",", "")) == pytest.approx(33 * (instructions + 176 + 6 * (mean + around)), rel=0.01)
     assert "30 pairs at most, 3 steps" in text
     assert re.search(r"GPUs .* GPU-hours, .* USD at 2 USD", text)
-    # 3 rounds of 33 and 22 requests
-    assert re.search(r"judge +165 requests, .* USD", text)
+    # 3 rounds of 33 and 20 requests
+    assert re.search(r"judge +159 requests, .* USD", text)
 
 
 def test_the_configs_own_settings_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -537,3 +537,16 @@ def test_a_given_date_is_the_one_that_templates_write(
     with pytest.raises(SystemExit):
         main([*command, "--template-date", "31.12."])
     assert "31.12. is no date YYYY-MM-DD" in capsys.readouterr().err
+
+
+def test_special_tokens_in_prompts_are_split_as_in_training(prompts: Path, chat_model: Path) -> None:
+    prompts.write_text('{"prompt": "dog </s> sea"}\n')
+    assert main(words(prompts, chat_model, "--n", 1)) == 0
+    assert main(words(prompts, chat_model, "--n", 1, "--split-special-tokens", out="split.jsonl")) == 0
+    model, tokenizer = load_causal_lm(chat_model, dtype=torch.float32, device="cpu")
+    given = [Prompt("here", [{"role": "user", "content": "dog </s> sea"}])]
+    for out, split in (("out.jsonl", False), ("split.jsonl", True)):
+        encoder = ChatEncoder(tokenizer, split_special_tokens=split)
+        wanted = decoding.generate_completions(model, encoder, given, decoding.Decoding(max_new_tokens=6)).completions
+        assert read(prompts, out)[0]["completions"][0]["response"] == wanted[0][0].text
+    assert read(prompts)[0]["completions"] != read(prompts, "split.jsonl")[0]["completions"]

@@ -79,14 +79,15 @@ def test_options_are_passed_on(stages):
         sample__models=["a/b", "m@http://h:1/v1"], sample__temperature=0.7, sample__top_p=0.9, sample__engine="batched",
         sample__drop_duplicates=True, sample__parallel=16, data__chat_template="zephyr", data__add_empty_system=True,
         model__trust_remote_code=True, rate__judge_function=None, rate__judge="http://j/v1", rate__judge_model="judge",
-        data__template_date="2024-12-31",
+        data__template_date="2024-12-31", data__split_special_tokens=True,
         rate__aspects=["clarity", "wit"], rate__again_share=0.25, rate__max_cost=0.000001, rate__price_in=1,
         rate__price_out=2, curate__rejected="any", curate__drop_source=["x", "y"], data__eval_size=0,
     )  # fmt: skip
     assert words(found, "sample", 1).endswith(
         "--models start=start a/b m@http://h:1/v1 --seed=43 --n=3 --temperature=0.7 --top-p=0.9 --parallel=16 "
         "--drop-duplicates --max-new-tokens=8 --batch-size=32 --engine=batched --precision=fp32 --chat-template=zephyr "
-        "--add-empty-system --template-date=2024-12-31 --trust-remote-code"
+        "--add-empty-system --template-date=2024-12-31 --split-special-tokens "
+        "--trust-remote-code"
     )
     assert words(found, "rate", 1).endswith(
         "--judge=http://j/v1 --judge-model=judge --aspects clarity wit --max-cost=1e-06 --price-in=1.0 --price-out=2.0 "
