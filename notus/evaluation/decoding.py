@@ -253,7 +253,7 @@ def _generate_rows(
                 records = (dataclasses.asdict(row) for row in new[number])
                 kept.add({"key": key, **record} for key, record in zip(keys[number], records, strict=True))
     mine = (new, tokens, time.perf_counter() - began if new else 0.0)
-    shares = gather_objects(mine) if together else [mine]
+    shares = gather_objects(mine, patient=True) if together else [mine]
     for of_rank, _, _ in shares:
         done |= of_rank
     completed: dict[tuple[int, int], Row] = {}
