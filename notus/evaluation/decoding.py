@@ -253,7 +253,7 @@ def _generate_rows(
                 records = (dataclasses.asdict(row) for row in new[number])
                 kept.add({"key": key, **record} for key, record in zip(keys[number], records, strict=True))
     mine = (new, tokens, time.perf_counter() - began if new else 0.0)
-    shares = gather_objects(mine) if together else [mine]
+    shares = gather_objects(mine, patient=True) if together else [mine]
     for of_rank, _, _ in shares:
         done |= of_rank
     completed: dict[tuple[int, int], Row] = {}
@@ -414,7 +414,7 @@ def _complete(
     ids, mask = _left_padded(batch.prompts, config.pad_token_id, causal_lm.device)
     inputs = _inputs(causal_lm, ids, mask, batch.samples, shared=shared)
     config.max_new_tokens = max(batch.room)
-    with _defaults(causal_lm, config):
+    with _defaults(causal_lm, config), _within_context(causal_lm):
         output = causal_lm.generate(  # type: ignore[operator]
             **inputs, stopping_criteria=StoppingCriteriaList([stopping] if stopping else [])
         )
@@ -519,6 +519,26 @@ def _defaults(causal_lm: PreTrainedModel, config: GenerationConfig) -> Iterator[
         yield
     finally:
         causal_lm.generation_config = own
+
+
+@contextlib.contextmanager
+def _within_context(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """Keep positions within the model's context: those of a row that has used up its room run on with its batch.
+
+    What such a row gets is cut off. But a model with learned positions has no more of them, and one whose rotary
+    positions are scaled by the longest row would compute the other rows differently.
+    """
+    last = context_of(causal_lm.config) - 1
+
+    def clamp(_: object, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        positions = given.get("position_ids")
+        return args, given if positions is None else {**given, "position_ids": positions.clamp(max=last)}
+
+    hook = causal_lm.register_forward_pre_hook(clamp, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

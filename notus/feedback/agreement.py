@@ -29,9 +29,10 @@ class Position:
     """What the place in the judge's order does, over all verdicts on two or more completions."""
 
     mean_rating: Sequence[float | None]  # by place; None: nothing was rated there
-    # share of the verdicts whose best rating each place has, shared where several places have it. A judge that the
-    # order does not sway gives each place about the same.
-    best: Sequence[float]
+    # By place, how often it holds the best rating, over how often it would by chance: of k rated completions each
+    # counts as 1/k, and the best ones of a verdict share its win. 1.0: as often as by chance, which an unswayed judge
+    # tends to at every place, since the order is random; 2.0: twice as often. None: nothing was rated there.
+    best: Sequence[float | None]
 
 
 def agreement(twice: Iterable[tuple[Means, Means]]) -> Again | None:
@@ -58,17 +59,17 @@ def positions(seen: Iterable[Means]) -> Position | None:
         return None
     places = max(map(len, compared))
     by_place: list[list[float]] = [[] for _ in range(places)]
-    wins = [0.0] * places
+    wins, by_chance = [0.0] * places, [0.0] * places
     for means in compared:
-        highest = max(mean for mean in means if mean is not None)
-        winners = [place for place, mean in enumerate(means) if mean == highest]
-        for place in winners:
-            wins[place] += 1 / len(winners)
+        rated = [mean for mean in means if mean is not None]
+        winners = rated.count(max(rated))
         for place, mean in enumerate(means):
             if mean is not None:
                 by_place[place].append(mean)
+                by_chance[place] += 1 / len(rated)
+                wins[place] += (mean == max(rated)) / winners
     ratings = [statistics.fmean(each) if each else None for each in by_place]
-    return Position(ratings, [each / len(compared) for each in wins])
+    return Position(ratings, [won / fair if fair else None for won, fair in zip(wins, by_chance, strict=True)])
 
 
 def as_json(figures: Again | Position | None) -> dict[str, Any] | None:

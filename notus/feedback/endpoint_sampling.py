@@ -91,6 +91,7 @@ class EndpointSampler:
         """`max_requests`: in all, those of earlier calls included, which `kept` knows of."""
         self.name, self.sampling, self.kept, self.parallel = name, sampling, kept, parallel
         self.max_requests, self.requests = max_requests, kept_requests(kept)
+        self.noted = self.requests  # of the requests, those that `kept` knows of
         self.endpoint = dataclasses.replace(endpoint, on_request=self._count)
         self.left_out: set[str] = set()  # of _OPTIONAL, what the server rejects
         self.limit_key = "max_tokens"  # or max_completion_tokens, as newer servers call it
@@ -113,12 +114,10 @@ class EndpointSampler:
                 nonlocal new_tokens, told
                 if isinstance(outcome, Exception):
                     failures.append(str(outcome))
-                    append_records(self.kept, [{"requests": self.requests}])
                     return
                 done[draw.prompt, draw.sample] = outcome
                 new_tokens += outcome["tokens"] or 0
-                line = {"prompt": draw.prompt, "sample": draw.sample, "requests": self.requests}
-                append_records(self.kept, [{**line, "completion": outcome}])
+                self._keep({"prompt": draw.prompt, "sample": draw.sample, "completion": outcome})
                 speed = f"{new_tokens / (time.monotonic() - start):,.0f} tokens/s"
                 bar.set_postfix_str(speed)
                 bar.update()
@@ -129,8 +128,12 @@ class EndpointSampler:
             async def ask(draw: Draw) -> dict[str, Any]:
                 return await self._ask(prompts[draw.prompt], draw)
 
-            if left:
-                ask_all(ask, left, parallel=self.parallel, on_done=on_done)
+            try:
+                if left:
+                    ask_all(ask, left, parallel=self.parallel, on_done=on_done)
+            finally:
+                if self.requests > self.noted:  # those without an answer count all the same
+                    self._keep({})
         completions: list[list[dict[str, Any]]] = [[] for _ in prompts]
         for draw in asked:
             if (draw.prompt, draw.sample) in done:
@@ -144,6 +147,11 @@ class EndpointSampler:
             self.over = True
             raise OverBudget(f"the budget of --max-requests {self.max_requests} is used up")
         self.requests += 1
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        """Append a line, with the requests so far."""
+        append_records(self.kept, [{**line, "requests": self.requests}])
+        self.noted = self.requests
 
     def _read(self) -> dict[tuple[int, int], dict[str, Any]]:
         """Return the completions that are kept, by prompt and sample."""

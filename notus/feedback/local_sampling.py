@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from notus.evaluation.decoding import Completion, Decoding, KeptTokens, generate_completions
+from notus.evaluation.decoding import Completion, Decoding, KeptTokens, encode_prompt, generate_completions
 from notus.evaluation.prompts import Prompt
 from notus.evaluation.resolve_model import ModelOptions, ModelSource, find_together
 from notus.feedback.endpoint_sampling import Sampled
 from notus.feedback.sampled_models import SampledModel
 from notus.model.export import load_tokenizer
+from notus.model.make import read_config
+from notus.model.supported import context_of
 from notus.runtime.distributed import is_main, on_main
 from notus.runtime.files import write_text
 from notus.training.model_folders import resolve_model, starting_digest
@@ -79,6 +81,18 @@ def find_local(model: SampledModel, args: argparse.Namespace, began: str) -> Loc
     if dated:
         options = dataclasses.replace(options, chat=dataclasses.replace(options.chat, template_date=began))
     return LocalModel(model.name + source.name.removeprefix(model.model), source, options, as_turns, dated)
+
+
+def check_prompts(model: LocalModel, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError, naming model and line, for a prompt that the model cannot complete; without its weights."""
+    folder, trust = model.source.folder, model.options.trust_remote_code
+    encoder = model.options.chat.encoder(load_tokenizer(folder, trust))
+    context = context_of(read_config(resolve_model(str(folder)).base, trust_remote_code=trust))
+    try:
+        for prompt in prompts:
+            encode_prompt(encoder, prompt, context)
+    except ValueError as error:
+        raise ValueError(f"{model.name}: {error}") from error
 
 
 def sample_local(

@@ -19,6 +19,7 @@ TRIES = 200  # places in a reply at which JSON seems to begin, but does not
 DEEPEST = 12  # brackets within brackets
 LOWEST, HIGHEST = 1, 5
 _THOUGHT = re.compile(r"<(think|thinking|thought)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_END_OF_THOUGHT = re.compile(r"</(think|thinking|thought)>", re.IGNORECASE)
 _RATING = re.compile(
     r"(?:rating\s*[:=]?\s*)?([0-9]+(?:\.[0-9]+)?)\s*(?:(?:/|out\s+of)\s*5(?:\.0)?|stars?|points?)?\.?", re.IGNORECASE
 )
@@ -39,7 +40,7 @@ def parse_ratings(reply: str, count: int, aspects: Sequence[str]) -> list[dict[s
     What the reply lacks, or what cannot be read in it, is an annotation that is `unreadable`.
     """
     reader = _Reader(count, aspects)
-    for value in _values(_THOUGHT.sub("", reply[:LONGEST])):
+    for value in _values(_answer(reply[:LONGEST])):
         reader.read(value)
     # A number that no completion has: the judge counts from 0, or saw one more. Then the others are not sure either.
     if reader.is_miscounted or all(annotation.unreadable for annotation in reader.found.values()):
@@ -48,6 +49,13 @@ def parse_ratings(reply: str, count: int, aspects: Sequence[str]) -> list[dict[s
     return [
         {aspect: reader.found.get((number, aspect), lacking) for aspect in aspects} for number in range(1, count + 1)
     ]
+
+
+def _answer(reply: str) -> str:
+    """Return a reply without the model's thoughts. Where its template opened them, only their end is in the reply."""
+    without = _THOUGHT.sub("", reply)
+    end = _END_OF_THOUGHT.search(without)
+    return without[end.end() :] if end else without
 
 
 class _Reader:
@@ -288,6 +296,10 @@ def _read_json(piece: str) -> Any:
 def _read_literal(piece: str) -> Any:
     """Read an object in Python's spelling: single quotes, None."""
     try:
-        return ast.literal_eval(piece)
+        tree = ast.parse(piece.strip(), mode="eval")
+        objects = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+        if any(len({ast.dump(key) for key in each.keys if key}) < len(each.keys) for each in objects):
+            return None  # a key that stands there twice: which value is meant, nobody knows
+        return ast.literal_eval(tree)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None

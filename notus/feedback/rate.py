@@ -255,8 +255,7 @@ class _Command:
         placed = self._on_main(lambda: read_input(self.args.records))
         judge = make_judge(self.args, self.kind)
         with contextlib.ExitStack() as stack:
-            if self.rank == 0:
-                stack.enter_context(held(self.out))
+            self._on_main(lambda: stack.enter_context(held(self.out)))
             items = self._items(placed, judge)
             settings = self._settings(placed, judge)
             if self._on_main(lambda: is_finished(self.out, settings, overwrite=self.args.overwrite)):
@@ -271,6 +270,15 @@ class _Command:
         from notus.runtime import distributed
 
         return distributed.on_main(work)
+
+    def _of_all_ranks(self, mine: dict[str, str]) -> dict[str, str]:
+        """Return what the ranks have by key, once each has come here: then all verdicts are on disk."""
+        if self.kind not in (LOCAL, REWARD):
+            return mine
+        from notus.runtime import distributed
+
+        shares = distributed.gather_objects(mine, patient=True)
+        return {key: text for of_rank in shares for key, text in of_rank.items()}
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
@@ -310,7 +318,7 @@ class _Command:
         if self.rank == 0:
             self._announce(items, judge, len(asked), len(left))
         try:
-            not_asked = self._ask(judge, left)
+            not_asked = self._of_all_ranks(self._ask(judge, left))
         except KeyboardInterrupt:
             self._say(f"stopped: the verdicts so far are kept in {self.folder}; the same command resumes there")
             return STOPPED

@@ -79,7 +79,7 @@ def summarise(
         if item.first and item.again and item.first.key in verdicts and item.again.key in verdicts
     ]
     by_place = [_means(verdict) for _, verdict in answered] + [_means(verdict) for *_, verdict in twice]
-    scores = [_scores_by_text(*each) for each in answered]
+    scores = [[score for score in _scores(verdict) if score is not None] for _, verdict in answered]
     ratings = [_rating_counts(item, verdicts) for item in items]
     usage = kept.usage
     rewards = any(verdict.rewards is not None for _, verdict in answered)
@@ -109,10 +109,9 @@ def _means(verdict: Verdict) -> Means:
     return [mean_of(annotations) for annotations in verdict.annotations]
 
 
-def _scores_by_text(question: Question, verdict: Verdict) -> list[float]:
-    """Return the scores of a question's completions that have one."""
-    found = _means(verdict) if verdict.rewards is None else verdict.rewards
-    return [score for score in found if score is not None]
+def _scores(verdict: Verdict) -> Means:
+    """Return the mean ratings or the rewards of a question's completions."""
+    return _means(verdict) if verdict.rewards is None else verdict.rewards
 
 
 def _rated_completions(item: Item, verdicts: Mapping[str, Verdict]) -> int:
@@ -120,8 +119,8 @@ def _rated_completions(item: Item, verdicts: Mapping[str, Verdict]) -> int:
     if item.first is None or item.first.key not in verdicts:
         return 0
     verdict = verdicts[item.first.key]
-    found = _means(verdict) if verdict.rewards is None else verdict.rewards
-    rated = {text for text, score in zip(item.first.completions, found, strict=True) if score is not None}
+    scores = zip(item.first.completions, _scores(verdict), strict=True)
+    rated = {text for text, score in scores if score is not None}
     return sum(completion["response"] in rated for completion in item.record["completions"])
 
 
@@ -175,8 +174,11 @@ def table(summary: Mapping[str, Any]) -> str:
         )
     if summary["position"]:
         places = zip(summary["position"]["mean_rating"], summary["position"]["best"], strict=True)
-        shown = (f"{'-' if mean is None else f'{mean:.2f}'} ({best:.1%})" for mean, best in places)
-        lines.append(f"  mean rating (and share of wins) by place in the judge's order: {', '.join(shown)}")
+        shown = ("-" if mean is None else f"{mean:.2f} ({best:.2f})" for mean, best in places)
+        lines.append(
+            "  mean rating by place in the judge's order (in brackets, wins over those by chance; 1.00: no bias): "
+            f"{', '.join(shown)}"
+        )
     if summary["tied"]:
         lines.append(f"  {summary['tied']} prompts whose completions all have the same score, which make no pair")
     if summary["different"] == 1 and summary["rated"] > 1:

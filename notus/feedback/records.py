@@ -198,10 +198,15 @@ def held(out: Path) -> Iterator[None]:
             _remove_unused(folder)
 
 
+def _holds_work(folder: Path) -> bool:
+    """Whether a kept folder holds more than its own files."""
+    return any(entry.name not in (_LOCK, _SETTINGS) for entry in folder.iterdir())
+
+
 def _remove_unused(folder: Path) -> None:
-    """Remove a kept folder that holds the lock alone."""
+    """Remove a kept folder without work."""
     with contextlib.suppress(OSError):
-        if [entry.name for entry in folder.iterdir()] == [_LOCK]:
+        if not _holds_work(folder):
             shutil.rmtree(folder)
 
 
@@ -240,10 +245,11 @@ def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> b
         elif (change := changed(summary.get("settings"), settings)) is not None:
             raise ValueError(f"{out}: made with other settings ({change}); name another file, or --overwrite")
         elif not summary.get("failed"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if kept == settings:  # else it is unfinished work of others, which --overwrite began
+                shutil.rmtree(folder, ignore_errors=True)
             return True
     if kept is not None and (change := changed(kept, settings)) is not None:
-        if not overwrite:
+        if not overwrite and _holds_work(folder):
             raise ValueError(
                 f"{folder}: holds unfinished work of other settings ({change}); set these again, or start over with "
                 "--overwrite"

@@ -86,10 +86,9 @@ CHARTS = (
                "apart.",
                {"judging.again.same_best": "same best", "judging.again.exact": "same rating",
                 "judging.again.within_one": "within 1"}, unit="share"),
-    RoundChart("position", "The judge's position bias", "Share of prompts whose best completion stood at each place of "
-               "the order that the judge saw. Without a bias places win alike, but for the last ones: prompts with "
-               "fewer different completions have no such place.",
-               {f"judging.position.best.{i}": f"place {i + 1}" for i in range(16)}, unit="share",
+    RoundChart("position", "The judge's position bias", "How often the best completion stood at each place of the "
+               "order that the judge saw, over how often by chance. Without a bias it is 1 at every place.",
+               {f"judging.position.best.{i}": f"place {i + 1}" for i in range(16)}, level=1.0,
                from_zero=True),
     RoundChart("judge-tokens", "The judge's tokens", "That it read and wrote in the round.",
                {"judge_tokens": "tokens"}, from_zero=True),

@@ -123,7 +123,7 @@ class Position:
     """Whether a judge prefers a place: each list goes by the place in the order that it saw."""
 
     mean_rating: tuple[float | None, ...]
-    best: tuple[float | None, ...]  # share of prompts whose best completion stood there
+    best: tuple[float | None, ...]  # how often the best completion stood there, over how often by chance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,6 +140,10 @@ class Task:
     digest: str  # of the prompts
     earlier_digest: str | None
 
+    def prompts_of(self, model: "LocalModel") -> list["Prompt"]:
+        """The prompts as a local model takes them."""
+        return self.prompts if model.as_turns or self.plain is None else self.plain
+
     @property
     def occurrences(self) -> list[int]:
         """How often each prompt came before."""
@@ -188,6 +192,7 @@ def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
             distributed.say(f"{args.out} is finished already: the same prompts, models and settings made it")
             return 0
         start = time.monotonic()
+        distributed.on_main(lambda: _check_prompts(models, local, task))
         if local and endpoints:  # a wrong key or address shows before the local models work
             distributed.on_main(lambda: _try_endpoints(args, models, endpoints, task))
         found = _sample_local(args, models, local, task, decoding, device)
@@ -371,6 +376,17 @@ def _settings(
 # ---- sampling ----
 
 
+def _check_prompts(models: Sequence[SampledModel], local: Mapping[str, "LocalModel"], task: Task) -> None:
+    """Raise ValueError for prompts that a later model cannot take, before an earlier one has worked for hours.
+
+    The first one finds its own when it begins.
+    """
+    from notus.feedback.local_sampling import check_prompts
+
+    for model in [local[model.name] for model in models if model.name in local][1:]:
+        check_prompts(model, task.prompts_of(model))
+
+
 def _sample_local(
     args: argparse.Namespace,
     models: Sequence[SampledModel],
@@ -387,12 +403,12 @@ def _sample_local(
     for number, model in enumerate(models, start=1):
         if model.name not in local:
             continue
-        prompts = task.prompts if local[model.name].as_turns or task.plain is None else task.plain
         distributed.say(_asked(model.name, task, args.n))
         folder = kept_folder(Path(args.out)) / f"model-{number}"
         if found:
             free_memory(device)  # of the model before
-        found[model.name] = sample_local(local[model.name], prompts, decoding, folder, device)
+        of_model = local[model.name]
+        found[model.name] = sample_local(of_model, task.prompts_of(of_model), decoding, folder, device)
     return found
 
 

@@ -144,10 +144,13 @@ def sum_across_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's `value`, by rank. For the rare path: small Python objects."""
+def gather_objects(value: T, *, patient: bool = False) -> list[T]:
+    """Every rank's `value`, by rank. For the rare path: small Python objects.
+
+    `patient`: wait up to PATIENCE, as where each rank has worked for hours on its share.
+    """
     found: list[T | None] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=_patient if patient else None)
     return found  # type: ignore[return-value]
 
 

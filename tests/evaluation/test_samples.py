@@ -307,3 +307,13 @@ def test_texts_come_one_prompt_after_the_other():
     options = {"max_new_tokens": 6, "temperature": 2.0, "seed": 5, "batch_size": 7}
     texts = [[completion.text for completion in of_prompt] for of_prompt in run(model, PROMPTS, DRAWN).completions]
     assert generate(model, toy_tokenizer(), PROMPTS, samples=3, **options) == list(itertools.chain(*texts))
+
+
+def test_a_prompt_that_nearly_fills_the_context_is_completed_beside_a_short_one():
+    """Its row has used up its room while the other goes on, and learned positions end with the context."""
+    model = small("GPT2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    prompts, decoding = [PROMPTS[0], PROMPTS[1]], Decoding(60)
+    together = run(model, prompts, decoding).completions
+    assert [row[0].finish_reason for row in together] == ["length", "length"]
+    assert together[0][0].tokens < together[1][0].tokens == 60
+    assert together == [run(model, [prompt], decoding).completions[0] for prompt in prompts]

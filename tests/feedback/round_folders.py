@@ -51,7 +51,7 @@ def rate_summary(**changes: Any) -> dict[str, Any]:
         "prompt_tokens": 300, "completion_tokens": 60, "cost": 0.25, "seconds": 1.5,
         "ratings": {"helpfulness": {"1": 0, "2": 1, "3": 1, "4": 1, "5": 1}},
         "again": {"prompts": 1, "exact": 0.5, "within_one": 1.0, "same_best": 1.0, "correlation": None},
-        "position": {"mean_rating": [3.5, 3.0], "best": [0.75, 0.25]}, **changes,
+        "position": {"mean_rating": [3.5, 3.0], "best": [1.5, 0.5]}, **changes,
     }  # fmt: skip
 
 

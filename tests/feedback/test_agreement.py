@@ -37,15 +37,31 @@ def test_means_that_differ_by_rounding_alone_are_the_same() -> None:
 
 def test_positions_by_hand() -> None:
     seen = [
-        [5.0, 3.0, 1.0],  # the first place wins
-        [2.0, 4.0, 4.0],  # the second and the third share it
-        [None, 3.0, 2.0],  # the second wins
+        [5.0, 3.0, 1.0],  # the first place wins; by chance each place has 1/3
+        [2.0, 4.0, 4.0],  # the second and the third share it; 1/3 each
+        [None, 3.0, 2.0],  # the second wins; 1/2 each of the two
         [4.0],  # nothing to compare
         [None, None],
-        [3.0, 2.0],  # the first
+        [3.0, 2.0],  # the first; 1/2 each
     ]
     found = positions(seen)
-    assert found == Position([10 / 3, 12 / 4, 7 / 3], [2 / 4, 1.5 / 4, 0.5 / 4])
+    assert found is not None
+    assert found.mean_rating == pytest.approx([10 / 3, 12 / 4, 7 / 3])
+    by_chance = [1 / 3 + 1 / 3 + 1 / 2, 1 / 3 + 1 / 3 + 1 / 2 + 1 / 2, 1 / 3 + 1 / 3 + 1 / 2]
+    assert found.best == pytest.approx([2 / by_chance[0], 1.5 / by_chance[1], 0.5 / by_chance[2]])
+
+
+def test_places_that_few_prompts_have_are_no_bias() -> None:
+    """Equal texts are shown once, so only some prompts have a third completion. Each place wins its fair share."""
+    pairs = [[4.0, 2.0], [2.0, 4.0]] * 6
+    triples = [[4.0, 2.0, 2.0], [2.0, 4.0, 2.0], [2.0, 2.0, 4.0]]
+    found = positions([*pairs, *triples])
+    assert found is not None
+    assert found.best == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_a_place_without_any_rating_is_none() -> None:
+    assert positions([[4.0, None, 2.0]]) == Position([4.0, None, 2.0], [2.0, None, 0.0])
 
 
 def test_no_positions_without_a_comparison() -> None:

@@ -58,6 +58,8 @@ def two(first: str, second: str) -> str:
         (two('"honesty": "4 or 5", "help-fulness": "7/10"', '"honesty": true, "help-fulness": 5'), [[X, X], [X, 5.0]]),
         # given twice
         (two('"honesty": 4, "honesty": 2', '"honesty": 3, "honesty": 3'), [[X, X], [3.0, X]]),
+        # a draft among thoughts that the template has opened, so that only their end is in the reply
+        ('It may be {"completion_1": {"honesty": 5}}.\n</think>\n' + TEXT, BOTH),
         (TEXT + ' {"completion_1": {"honesty": 5}} {"completion_1": {"honesty": 4}}', [[X, 2.0], [1.0, 5.0]]),
         # the form that was asked for, repeated before the answer
         (two('"honesty": {"rating": "..."}', '"honesty": {"rating": "..."}') + TEXT, BOTH),
@@ -81,6 +83,8 @@ def test_replies_that_hold_ratings(reply: str, expected: Any) -> None:
         '{"honesty": 4, "help-fulness": 2}',  # of which of the two?
         '{"completion_1": {"style": 4}}',
         '{"completion_1": {"honesty": 9}}',
+        # in Python's spelling, a completion that is there twice
+        "{'completion_1': {'honesty': 4}, 'completion_1': {'honesty': 2}}",
         "null",
         "4",
     ],

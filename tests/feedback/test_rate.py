@@ -99,7 +99,7 @@ def test_a_second_rating_is_in_another_order_and_does_not_count(tmp_path: Path) 
         best = max(range(4), key=lambda place: row["completions"][place]["fine-grained_score"])
         assert best == row["rated"]["order"][0]
     position = summary(out)["position"]
-    assert position == {"mean_rating": [5.0, 2.0, 2.0, 2.0], "best": [1.0, 0.0, 0.0, 0.0]}
+    assert position == {"mean_rating": [5.0, 2.0, 2.0, 2.0], "best": [4.0, 0.0, 0.0, 0.0]}
     assert summary(out)["again"]["exact"] < 1
 
 

@@ -1,6 +1,8 @@
 """Under torchrun the ranks share a local judge's questions; verdicts do not depend on how many there are."""
 
+import os
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +18,10 @@ RECORDS = [record(number, ["a", "bb", "ccc"]) for number in range(5)]
 
 
 class Lengths:
-    """A local judge that computes nothing: it rates by length, and writes down what it was asked."""
+    """A local judge that computes nothing: it rates by length, and writes down what it was asked.
+
+    On the second rank it is slow: the first one must not write the result before all verdicts are there.
+    """
 
     name, identity, shared = "lengths", "lengths 1", True
 
@@ -27,6 +32,7 @@ class Lengths:
         for question in questions:
             with self.log.open("a") as file:
                 file.write(f'{{"prompt": "{question.prompt}"}}\n')
+            time.sleep(0.5 * int(os.environ["RANK"]))
             done(question, Verdict([{"honesty": Annotation(float(len(text)))} for text in question.completions]))
 
 

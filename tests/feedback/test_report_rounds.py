@@ -93,7 +93,7 @@ def test_charts_have_the_rounds_values(tmp_path):
     assert [trace["y"] for trace in figures["distinct"]["data"]] == [
         pytest.approx([4 / 5, 6 / 7, 6 / 7]), [1.0, 1.0, 1.0], [1.0, 1.0],  # the start wrote no three words
     ]  # fmt: skip
-    assert [trace["y"] for trace in figures["position"]["data"]] == [[0.75, 0.75], [0.25, 0.25]]
+    assert [trace["y"] for trace in figures["position"]["data"]] == [[1.5, 1.5], [0.5, 0.5], [1.0, 1.0]]  # by chance
 
 
 def test_every_figure_of_the_charts_is_one_of_a_round(tmp_path):

@@ -63,7 +63,7 @@ def test_a_round_is_read_from_its_files(tmp_path):
 
     assert found.judging is not None
     assert found.judging.again == Again(1, 0.5, 1.0, 1.0, None)
-    assert found.judging.position == Position((3.5, 3.0), (0.75, 0.25))
+    assert found.judging.position == Position((3.5, 3.0), (1.5, 0.5))
     assert [part.cost for part in found.judged] == [0.25, 0.5]
     assert (found.judge_requests, found.judge_cost, found.judge_tokens) == (3 + 4, 0.25 + 0.5, 2 * (300 + 60))
 

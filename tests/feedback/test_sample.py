@@ -294,6 +294,15 @@ def test_rows_that_are_no_prompts(
     assert f"{prompts}, line 1: " in error
 
 
+def test_a_prompt_that_a_later_model_cannot_take_is_named_before_the_work(
+    prompts: Path, chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = toy_model_folder(tmp_path / "short", max_position_embeddings=16)
+    assert main(words(prompts, chat_model, short)) == 1
+    assert f"short: {prompts}, line 1: the prompt's" in capsys.readouterr().err
+    assert not kept_folder(prompts.parent / "out.jsonl").exists(), "so that the prompts can be changed"
+
+
 def test_a_row_that_json_cannot_hold_is_refused_before_the_work(
     prompts: Path, chat_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,7 +341,8 @@ def test_two_commands_do_not_work_on_one_output(
 def test_unfinished_work_of_other_settings_is_named(
     prompts: Path, chat_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*arguments: Any, **named: Any) -> Any:
+    def killed(*arguments: Any, kept: decoding.KeptTokens) -> Any:
+        kept.add([{"key": "some", "ids": [1], "end": None}])
         raise MemoryError
 
     with monkeypatch.context() as patch:
@@ -343,6 +353,14 @@ def test_unfinished_work_of_other_settings_is_named(
     assert "holds unfinished work of other settings (temperature: 0.7 there, 1.0 here)" in capsys.readouterr().err
     assert main(words(prompts, chat_model, "--overwrite", "--n", 2)) == 0
     assert len(read(prompts)[0]["completions"]) == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_sampling, "generate_completions", killed)
+        with pytest.raises(MemoryError):
+            main(words(prompts, chat_model, "--overwrite", "--n", 3))
+    assert main(words(prompts, chat_model, "--n", 2)) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert kept_folder(prompts.parent / "out.jsonl").is_dir(), "the work of the command that was killed"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

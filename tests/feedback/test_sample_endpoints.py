@@ -1,6 +1,9 @@
 """`notus sample` from endpoints that answer, and from those that refuse, stall, drip, lie or run out."""
 
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -205,6 +208,26 @@ def test_the_budget_stops_and_a_larger_one_resumes(prompts: Path, capsys: pytest
     assert len(served.requests) == 6
     assert len(set(map(asked, served.requests))) == 6
     assert summary(prompts)["models"]["big"]["requests"] == 6
+
+
+def test_requests_of_a_stopped_command_count(prompts: Path) -> None:
+    """Also those that were on their way. What was not asked for is not noted: that can be much."""
+    release = threading.Event()
+
+    def respond(request: dict[str, Any], number: int) -> Reply:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            release.wait(5)
+        return said(str(number))
+
+    with serving(respond) as served:
+        options = ("--n", 50, "--max-requests", 5, "--parallel", 1)
+        assert sample(prompts, served.url, *options) == 75
+        release.set()
+        assert sample(prompts, served.url, *options) == 1
+    assert len(served.requests) == 5
+    lines = (kept_folder(prompts.parent / "out.jsonl") / "model-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["requests"] for line in lines] == [1, 2, 3, 4, 5]
 
 
 def test_parameters_that_a_server_rejects_are_left_out(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def test_a_round_with_a_sampled_model_and_a_judge_that_transformers_serves(
     assert {record["completions"][1]["response"] for record in records} == {"[7]"}
     summary = json.loads(summary_file(of_round / "rated.jsonl").read_text())
     # the judge prefers what stands first, in whatever order the completions stand
-    assert summary["position"] == {"mean_rating": [5.0, 2.0], "best": [1.0, 0.0]}
+    assert summary["position"] == {"mean_rating": [5.0, 2.0], "best": [2.0, 0.0]}
     for record in read_lines(of_round / "rated.jsonl"):
         given = [item["annotations"]["helpfulness"]["Rating"] for item in record["completions"]]
         assert given == (["5", "2"] if record["rated"]["order"] == [0, 1] else ["2", "5"])
