@@ -45,6 +45,7 @@ def iteration(monkeypatch: pytest.MonkeyPatch) -> Iteration:
         epochs=1,
         max_steps=None,
         reference=True,
+        holds_out=True,
     )
 
 
@@ -82,6 +83,17 @@ def test_the_kl_costs_a_completion_and_a_pass_of_both_models(iteration: Iteratio
     measured = found(dataclasses.replace(iteration, kl_samples=8))["evaluate"].seconds
     passes = 2 * 8 / 2 * scoring(MODEL, MACHINE, 16)
     assert measured == pytest.approx(found(iteration)["evaluate"].seconds + 6e-3 + passes, rel=1e-3)
+    on_pairs = dataclasses.replace(iteration, kl_samples=8, holds_out=False)  # 200 of the second round, by two models
+    assert found(on_pairs, 1)["evaluate"].seconds == pytest.approx(measured + 2 * 200 * 0.01, rel=1e-3)
+
+
+def test_rounds_without_evaluation_prompts_answer_and_compare_nothing(iteration: Iteration) -> None:
+    without = dataclasses.replace(iteration, eval_prompts=0)
+    assert list(found(without))[-1] == "dpo"
+    of_round = found(dataclasses.replace(without, kl_samples=8))
+    assert list(of_round)[-1] == "evaluate"
+    assert of_round["evaluate"].what == "0 answers, 8 completions for the KL"
+    assert "All 2 rounds" in "\n".join(report(without, PLAN, MACHINE, price=None, judge=Prices(None, None)))
 
 
 def test_a_judge_at_an_endpoint_takes_tokens_and_a_local_one_time(iteration: Iteration) -> None:

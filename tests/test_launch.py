@@ -3,8 +3,10 @@
 test_two_nodes.py trains by the script for several nodes.
 """
 
+import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import yaml
 from runs import wait_until
 from torch.distributed.run import get_args_parser
 
+from notus import __main__ as entry
 from notus.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,3 +174,36 @@ def test_a_kubernetes_job_is_consistent(name, monkeypatch):
     assert int(arguments.nnodes) == spec["completions"] == spec["parallelism"]
     port = service["spec"]["ports"][0]["port"]
     assert arguments.rdzv_endpoint == f"{job['metadata']['name']}-0.{pod['subdomain']}:{port}"
+
+
+def torchrun_lines(path: Path) -> list[str]:
+    """The torchrun commands of a page or a config that run a command of ours."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    return re.findall(r"\btorchrun (--(?!standalone)[^`|\n]*? (?:-m notus|train_\w+\.py) [^`|\n]*)", text)
+
+
+def test_the_torchrun_commands_of_the_docs_are_read_as_they_are_meant():
+    """By torchrun, which takes what may be an abbreviation of its own options for one, and by the command."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    commands = set()
+    for words in [shlex.split(line, comments=True) for page in pages for line in torchrun_lines(page)]:
+        arguments = torchrun_arguments(words)
+        script, rest = arguments.training_script, arguments.training_script_args
+        assert [script, *rest] == words[words.index(script) :]
+        assert script in ("notus", "train_dpo.py", "train_sft.py"), words
+        if script == "notus":
+            commands.add(rest[0])
+            if rest[0] not in entry.TRAINING:
+                entry._parse(rest)
+    assert {"dpo", "sft", "evaluate", "sample", "rate"} <= commands
+
+
+@pytest.mark.parametrize("command", ["sample", "rate", "generate", "evaluate"])
+def test_torchrun_takes_no_option_of_a_command_for_its_own(command):
+    parser = argparse.ArgumentParser()
+    declare, _ = entry._load(command, [command])
+    declare(parser)
+    names = {name for action in parser._actions for name in action.option_strings}
+    for name in names - {"--n"}:  # has another name, --num-samples
+        words = [command, f"{name}=1", name, "1"]
+        assert torchrun_arguments(["--nproc-per-node=2", "-m", "notus", *words]).training_script_args == words

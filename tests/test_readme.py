@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -23,7 +24,7 @@ from notus import __main__ as entry
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
-INSTALL, OWN, USE, DEMO, PATH, LISTS, DATA, PUBLISH, ESTIMATE, TESTS = BLOCKS
+INSTALL, OWN, USE, DEMO, PATH, LISTS, DATA, PUBLISH, FEEDBACK, STEPS, ESTIMATE, TESTS = BLOCKS
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IN_A_PROCESS = ("demo", "dpo", "sft")
 SHORT = ["--training.max_steps=3", "--training.warmup_ratio=0.0"]
@@ -149,6 +150,22 @@ def test_lists_run_from_the_ratings_to_the_report(demo: dict[str, float], clone:
     assert f"{last['eval_rewards/kendall_tau']:.4f}" in _run(evaluate, clone)
     _run(report, clone)
     assert "Kendall" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_prompts_become_pairs_and_a_model(demo: dict[str, float], clone: Path) -> None:
+    assert _commands(FEEDBACK) == ["python -m notus demo --own-feedback"]  # tests/test_demo.py runs it, smaller
+    for command in _commands(STEPS):
+        _run(command, clone, *(SHORT if "configs/demo" in command else []))
+    records = [json.loads(line) for line in (clone / "runs" / "rated.jsonl").read_text().splitlines()]
+    completions = [completion for record in records for completion in record["completions"]]
+    assert (len(records), len(completions)) == (400, 1600)
+    mean = {
+        name: fmean(each["fine-grained_score"] for each in completions if each["model"] == name)
+        for name in ("sft", "dpo")
+    }
+    assert mean["dpo"] > mean["sft"] + 0.5
+    assert (clone / "runs" / "own-dpo" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def expected_longest(lengths: np.ndarray, batch: int) -> float:
 def generation(model: Decoder, machine: Machine, answers: Answers) -> Generation:
     """Return how long a model takes to generate answers; the formulas stand at the head of this module."""
     prompts, sequences = math.ceil(answers.prompts / machine.gpus), math.ceil(answers.count / machine.gpus)
-    batch = min(answers.batch_size, sequences)
+    batch = max(1, min(answers.batch_size, sequences))  # there may be none
     if answers.continuous:
         steps = sequences * float(answers.lengths.mean()) / batch
         at_once = float(answers.lengths.mean())

@@ -1,7 +1,8 @@
 """What the rounds of `notus iterate` take: sampling, rating, training and evaluation, in hours, tokens and dollars.
 
 Every prompt is taken to give one pair, or one list. The curation drops prompts whose ratings tie, so training takes at
-most as long as estimated. Not counted: the start of each command, the curation, retries, and waiting for an endpoint.
+most as long as estimated. Not counted: the start of each command, the curation, retries, waiting for an endpoint, and
+the evaluation of rows that are held out.
 """
 
 import dataclasses
@@ -71,6 +72,7 @@ class Iteration:
         old_share: share of a round's pairs that comes from earlier rounds, from the second round on.
         epochs, max_steps: of each round's training.
         reference: whether the loss needs a reference pass.
+        holds_out: whether rows are held out; if not, the KL's command scores the training pairs.
     """
 
     prompts: Sequence[int]
@@ -90,6 +92,7 @@ class Iteration:
     epochs: int
     max_steps: int | None
     reference: bool
+    holds_out: bool
 
     @property
     def lengths(self) -> np.ndarray:
@@ -153,9 +156,10 @@ def stages(iteration: Iteration, plan: Plan, machine: Machine, number: int) -> I
         yield Stage(f"sample {name}", 0.0, f"{what}; an endpoint's hours are not known")
     yield _rating("rate", iteration, machine, prompts, iteration.completions, again_share=iteration.rater.again_share)
     yield _training(iteration, plan, number)
-    yield _evaluation(iteration, machine)
-    # no answer is rated again here
-    yield _rating("compare", iteration, machine, iteration.eval_prompts, 2, again_share=0.0)
+    if iteration.eval_prompts or iteration.kl_samples:
+        yield _evaluation(iteration, plan, machine, number)
+    if iteration.eval_prompts:  # no answer is rated again here
+        yield _rating("compare", iteration, machine, iteration.eval_prompts, 2, again_share=0.0)
 
 
 def _sampled(model: Decoder, machine: Machine, iteration: Iteration, prompts: int, n: int) -> Generation:
@@ -239,7 +243,7 @@ def _training(iteration: Iteration, plan: Plan, number: int) -> Stage:
     return Stage("dpo", steps * plan.seconds + reference, what + (", after the reference pass" if reference else ""))
 
 
-def _evaluation(iteration: Iteration, machine: Machine) -> Stage:
+def _evaluation(iteration: Iteration, plan: Plan, machine: Machine, number: int) -> Stage:
     """The answers to the evaluation prompts, and the KL: completions of the policy, scored by both models."""
     answers = _sampled(iteration.policy, machine, iteration, iteration.eval_prompts, 1).seconds
     if not iteration.kl_samples:
@@ -248,6 +252,10 @@ def _evaluation(iteration: Iteration, machine: Machine) -> Stage:
     kl = _sampled(iteration.policy, machine, iteration, iteration.kl_samples, 1).seconds
     kl += 2 * iteration.kl_samples / machine.gpus * scoring(iteration.policy, machine, tokens)
     what = f"{iteration.eval_prompts:,} answers, {iteration.kl_samples:,} completions for the KL"
+    if not iteration.holds_out:
+        pairs = pairs_of_round(iteration, number)
+        kl += 2 * pairs * plan.scoring
+        what += f", {pairs:,} pairs scored twice"
     return Stage("evaluate", answers + kl, what)
 
 

@@ -11,6 +11,7 @@ from notus.feedback.instructions import read_instructions
 from notus.feedback.judge import Question
 from notus.feedback.records import ASPECTS
 from notus.feedback.settings import Settings, load_settings
+from notus.feedback.stages import holds_out
 from notus.runtime.process import tell
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _iteration(settings: Settings, args: argparse.Namespace, prompt_tokens: floa
         epochs=config.training.epochs,
         max_steps=config.training.max_steps,
         reference=passes_of(config).reference,
+        holds_out=holds_out(settings),
     )
 
 
@@ -148,13 +150,7 @@ def _rater(settings: Settings, precision: str) -> "Rater":
     model = rate.local_judge or rate.reward_model
     asked = [_tokens_asked(rate.instructions, aspects, completions) for completions in (0, 1)]
     return Rater(
-        kind="local"
-        if rate.local_judge
-        else "reward"
-        if rate.reward_model
-        else "endpoint"
-        if rate.judge
-        else "function",
+        kind=_kind(settings),
         model=None if model is None else _decoder(model, precision),
         batch_size=rate.batch_size or JUDGE_BATCH_SIZE,
         aspects=len(aspects),

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from notus.config_reference import sections_text
+from notus.feedback import rounds
 from notus.feedback.records import summary_file
 from notus.feedback.rounds import (
     CONFIG,
     PROMPTS,
     RECORDS,
+    ROUND,
     RUN,
     Round,
     read_round,
@@ -42,8 +44,10 @@ from notus.feedback.stages import (
     NAMES,
     Stage,
     dpo_config,
+    holds_out,
     plan,
     round_stages,
+    start_folder,
     start_stages,
 )
 from notus.runtime.children import Child, hold, notus_command
@@ -195,6 +199,7 @@ def begin(settings: Settings, *, check_model: bool = False) -> Settings:
     elif settings.given("data.template_date") is None:
         settings = settings.with_keys(data__template_date=datetime.date.today().isoformat())
     _check_files(settings)
+    _check_eval_prompts(settings)
     if check_model and not (settings.folder(1) / RECORDS).exists():
         _check_start(settings)
     settings = _with_prompts(settings)
@@ -256,8 +261,20 @@ def _check_files(settings: Settings) -> None:
         load_function(settings.rate.judge_function)
 
 
+def _check_eval_prompts(settings: Settings) -> None:
+    """Raise ValueError if the start answered other prompts: all rounds are compared on these, and train on none."""
+    from notus.feedback.slices import keys_of
+
+    path, answered = settings.iterate.eval_prompts, start_folder(settings) / PROMPTS
+    if path is not None and answered.exists() and keys_of(Path(path)) != keys_of(answered):
+        raise ValueError(
+            f"iterate.eval_prompts={path} has other prompts than when the iteration began, which {answered} holds: "
+            "restore the file, or choose another training.output_dir"
+        )
+
+
 def _check_start(settings: Settings) -> None:
-    """Raise ValueError unless the start takes a prompt as a turn of a chat, as training on pairs will.
+    """Raise ValueError unless the start takes a prompt as training on pairs will, as a turn of a chat.
 
     Also if it is an adapter on the hub that is to be trained further: the plan took it for a model.
     """
@@ -274,10 +291,20 @@ def _check_start(settings: Settings) -> None:
     named = argparse.Namespace(
         chat_template=data.chat_template, add_empty_system=None, precision=None, trust_remote_code=trust
     )
-    if not source.options(named).strings_are_turns(load_tokenizer(source.folder, trust)):
+    options = source.options(named)
+    if not options.strings_are_turns(load_tokenizer(source.folder, trust)):
         raise ValueError(
             f"model.name_or_path={settings.start} has no chat template, or learned plain text only: set "
             "data.chat_template, with which all rounds sample and train"
+        )
+    # of a run, sampling takes the settings that the config lacks; training does not
+    learned = options.chat
+    flags = [key for key in ("add_empty_system", "split_special_tokens") if getattr(learned, key) > getattr(data, key)]
+    lacking = ["chat_template_kwargs"] if learned.chat_template_kwargs.keys() - data.chat_template_kwargs.keys() else []
+    for key in flags + lacking:
+        raise ValueError(
+            f"model.name_or_path={settings.start} was trained with data.{key}={json.dumps(getattr(learned, key))}: set "
+            "that here, too, or name its model/ folder"
         )
 
 
@@ -285,16 +312,16 @@ def _with_prompts(settings: Settings) -> Settings:
     """Return the settings with the number of prompts per round. Raises ValueError if there are too few prompts."""
     from notus.feedback.slices import keys_of
 
-    rounds = range(1, settings.iterate.rounds + 1)
-    drawn = [path for number in rounds if (path := settings.folder(number) / PROMPTS).exists()]
-    if len(drawn) == len(rounds):
+    numbers = range(1, settings.iterate.rounds + 1)
+    drawn = [path for number in numbers if (path := settings.folder(number) / PROMPTS).exists()]
+    if len(drawn) == len(numbers):
         return settings
     pool = _pool(settings)
     per_round = settings.iterate.prompts_per_round
     if per_round is None:
-        per_round = len(pool.prompts) // len(rounds)
+        per_round = len(pool.prompts) // len(numbers)
     used = set().union(*(keys_of(path) for path in drawn)) & pool.prompts.keys()
-    pool.check(len(rounds) - len(drawn), per_round, len(used))
+    pool.check(len(numbers) - len(drawn), per_round, len(used))
     return settings.with_keys(iterate__prompts_per_round=per_round)
 
 
@@ -309,15 +336,15 @@ def _pool(settings: Settings) -> "Pool":
 
 
 def _run_all(settings: Settings, runner: Runner) -> None:
-    number, reason, ran = 0, None, False
+    number, reason = 0, None
     for stage in start_stages(settings):
-        ran |= _run_stage(settings, stage, runner)
+        _run_stage(settings, stage, runner)
     for number in range(1, settings.iterate.rounds + 1):
         for stage in round_stages(settings, number):
-            ran |= _run_stage(settings, stage, runner)
+            _run_stage(settings, stage, runner)
         if (reason := stop_reason(settings, number)) is not None:
             break
-    _report(settings, runner, again=ran)
+    _report(settings, runner, last=number)
     tell("\n" + "\n".join(_result(settings, number, reason)))
 
 
@@ -337,15 +364,17 @@ def _run_one(settings: Settings, runner: Runner, name: str, number: int) -> None
     _run_stage(settings, stages[place], runner)
 
 
-def _run_stage(settings: Settings, stage: Stage, runner: Runner) -> bool:
-    """Run a stage unless it is complete; return whether it ran. Raises Stopped if it fails or is stopped."""
+def _run_stage(settings: Settings, stage: Stage, runner: Runner) -> None:
+    """Run a stage unless it is complete. Raises Stopped if it fails or is stopped."""
     if is_complete(settings, stage):
         tell(f"== {stage}: complete already")
-        return False
+        return
     tell(f"\n== {stage}")
     if not stage.words:
         _OWN_STAGES[stage.name](settings, stage)
-        return True
+        return
+    if stage.name == "evaluate" and not holds_out(settings):
+        tell("no rows are held out: of the figures below only the KL counts, the others are of the training pairs")
     code = runner(stage.words, stage.spread)
     if code in (STOPPED, 128 + signal.SIGINT):
         how = "Ctrl-C" if code != STOPPED else "a signal"
@@ -359,7 +388,6 @@ def _run_stage(settings: Settings, stage: Stage, runner: Runner) -> bool:
         _check_usable(settings, stage)
     if not is_complete(settings, stage):  # a run that stopped at training.max_hours
         _end(STOPPED, f"{stage} is not finished; the same command continues")
-    return True
 
 
 def _end(code: int, message: str) -> NoReturn:
@@ -375,7 +403,15 @@ def is_complete(settings: Settings, stage: Stage) -> bool:
         return is_finished(stage.output)
     if not stage.output.exists():
         return False
-    return stage.name not in _OF_RECORDS or _is_usable(settings, stage, _read_summary(stage.output))
+    if stage.name not in _OF_RECORDS or _is_followed(settings, stage):
+        return True
+    return _is_usable(settings, stage, _read_summary(stage.output))
+
+
+def _is_followed(settings: Settings, stage: Stage) -> bool:
+    """Whether the next stage is complete: a file of records then was, too, whatever `allow_failed` has become since."""
+    stages = plan(settings)
+    return stages[stages.index(stage) + 1].output.exists()
 
 
 def _read_summary(records: Path) -> dict[str, Any] | None:
@@ -478,17 +514,7 @@ _OWN_STAGES: dict[str, Callable[[Any, Any], None]] = {"prompts": _draw_prompts, 
 def stop_reason(settings: Settings, number: int) -> str | None:
     """Return why the iteration ends after a complete round; None if it does not."""
     iterate, summary = settings.iterate, read_round(settings.folder(number))
-    if _is_above_budget(settings, summary):
-        return f"the KL of round {number} to the start is {summary.kl:.4g}, above iterate.stop_kl={iterate.stop_kl:g}"
-    rate, wanted = summary.win_rate, iterate.stop_win_rate
-    if wanted is not None and rate is not None and rate >= wanted:
-        return f"round {number} wins {rate:.1%} against the start, and iterate.stop_win_rate is {wanted:g}"
-    return None
-
-
-def _is_above_budget(settings: Settings, summary: Round) -> bool:
-    budget = settings.iterate.stop_kl
-    return budget is not None and summary.kl is not None and summary.kl > budget
+    return rounds.stop_reason(number, summary, stop_win_rate=iterate.stop_win_rate, stop_kl=iterate.stop_kl)
 
 
 def _figures(summary: Round) -> list[str]:
@@ -502,8 +528,8 @@ def _figures(summary: Round) -> list[str]:
 
 def _result(settings: Settings, last: int, reason: str | None) -> list[str]:
     """Return what is said at the end: why it ends, and which model is the result."""
-    rounds = {number: read_round(settings.folder(number)) for number in range(1, last + 1)}
-    within = [number for number, summary in rounds.items() if not _is_above_budget(settings, summary)]
+    found = {number: read_round(settings.folder(number)) for number in range(1, last + 1)}
+    within = [number for number, summary in found.items() if rounds.is_within(summary, settings.iterate.stop_kl)]
     lines = [f"stopped: {reason}"] if reason is not None else []
     if not within:
         return [*lines, f"no round's model is within the budget: the result is the starting model, {settings.start}"]
@@ -511,17 +537,17 @@ def _result(settings: Settings, last: int, reason: str | None) -> list[str]:
     lines.append(
         f"finished after {last} of {settings.iterate.rounds} rounds: the model is in {settings.folder(result) / RUN}"
     )
-    rates = {number: rate for number in within if (rate := rounds[number].win_rate) is not None}
+    rates = {number: rate for number in within if (rate := found[number].win_rate) is not None}
     if rates and (best := max(rates, key=lambda number: rates[number])) != result:
         folder = settings.folder(best) / RUN
         lines.append(f"round {best} has the best win rate against the start, {rates[best]:.1%}: {folder}")
     return lines
 
 
-def _report(settings: Settings, runner: Runner, *, again: bool) -> None:
-    """Write the report, if something is new. Raises Stopped if that fails."""
-    path = settings.output / REPORT
-    if path.exists() and not again:
+def _report(settings: Settings, runner: Runner, *, last: int) -> None:
+    """Write the report, unless there is one that is newer than round `last`. Raises Stopped if that fails."""
+    path, newest = settings.output / REPORT, settings.folder(last) / ROUND
+    if path.exists() and path.stat().st_mtime_ns > newest.stat().st_mtime_ns:
         return
     if importlib.util.find_spec("plotly") is None:
         tell(f"no report: it is drawn with plotly (pip install plotly). Then run notus report {settings.output}")

@@ -100,27 +100,20 @@ class Iteration:
         return parts[-1].scale if parts else "rating"
 
     @property
-    def stop(self) -> str:
-        """Which rule stopped it after its last round; "" if none did."""
+    def stop(self) -> str | None:
+        """Which rule stopped it after its last round; None if none did."""
         if not self.finished:
-            return ""
-        last, wanted = self.finished[-1], self.setting("iterate.stop_win_rate")
-        rate = self.rounds[last].win_rate
-        if self._is_above_budget(last):
-            return f"the KL of round {last} is above the budget of {self.setting('iterate.stop_kl'):g} nats"
-        if wanted is not None and rate is not None and rate >= wanted:
-            return f"round {last} won {rate:.1%} against the start, and {wanted:.0%} was wanted"
-        return ""
+            return None
+        last = self.finished[-1]
+        rules = {name: self.setting(f"iterate.{name}") for name in ("stop_win_rate", "stop_kl")}
+        return rounds.stop_reason(last, self.rounds[last], **rules)
 
     @property
     def result(self) -> str:
         """Which model is the result of the finished rounds: the last one within the KL budget."""
-        within = [number for number in self.finished if not self._is_above_budget(number)]
+        budget = self.setting("iterate.stop_kl")
+        within = [number for number in self.finished if rounds.is_within(self.rounds[number], budget)]
         return f"the model of round {within[-1]}" if within else "the starting model"
-
-    def _is_above_budget(self, number: int) -> bool:
-        budget, kl = self.setting("iterate.stop_kl"), self.rounds[number].kl
-        return budget is not None and kl is not None and kl > budget
 
     @property
     def state(self) -> Literal["finished", "running", "unfinished"]:

@@ -263,6 +263,21 @@ def round_folders(iteration: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("round-")))
 
 
+def stop_reason(number: int, summary: Round, *, stop_win_rate: float | None, stop_kl: float | None) -> str | None:
+    """Return which rule of `iterate` stops the rounds after round `number`; None if none does."""
+    if not is_within(summary, stop_kl):
+        return f"the KL of round {number} to the start is {summary.kl:.4g}, above iterate.stop_kl={stop_kl:g}"
+    rate = summary.win_rate
+    if stop_win_rate is not None and rate is not None and rate >= stop_win_rate:
+        return f"round {number} wins {rate:.1%} against the start, and iterate.stop_win_rate is {stop_win_rate:g}"
+    return None
+
+
+def is_within(summary: Round, stop_kl: float | None) -> bool:
+    """Return whether a round's model is within the KL budget, as the result of the rounds must be."""
+    return stop_kl is None or summary.kl is None or summary.kl <= stop_kl
+
+
 def win_interval(points: Sequence[float]) -> tuple[float, float]:
     """Return the 95% interval of a win rate: Wilson's, of as many trials without ties as would be as sure.
 

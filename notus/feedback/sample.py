@@ -73,7 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model's, an adapter's or a run's folder, a hub id, or NAME@http://host:8000/v1, a model behind an "
         "OpenAI-compatible endpoint; LABEL=MODEL sets its name in the records",
     )
-    parser.add_argument("--n", type=count, default=4, help="completions of each model per prompt (default: 4)")
+    # torchrun takes --n for one of its own options, abbreviated, and rejects it as ambiguous
+    parser.add_argument(
+        "--n",
+        "--num-samples",
+        dest="n",
+        type=count,
+        default=4,
+        metavar="N",
+        help="completions of each model per prompt (default: 4); under torchrun write --num-samples",
+    )
     add_answer_arguments(parser, "completion", max_new_tokens=_MAX_NEW_TOKENS, heat="1; with --n 1: 0")
     parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens")
     parser.add_argument("--system", metavar="TEXT", help="a system turn for conversations without one")

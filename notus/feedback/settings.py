@@ -370,6 +370,9 @@ def _iterate_conflicts(settings: Settings) -> Iterator[Invalid]:
     if iterate.reference == "first" and not any(loss.reference for loss in loss_components(config.dpo.loss_type)):
         reason = f"'first' has no effect with dpo.loss_type {loss_name(config.dpo)}, which has no reference"
         yield Invalid("iterate.reference", f"{reason}: set iterate.reference=last")
+    if iterate.old_share and config.data.eval_size:
+        reason = "would hold out old pairs that an earlier round trained on: set it to 0, or name pairs in data.eval"
+        yield Invalid("data.eval_size", f"with iterate.old_share {reason}")
     if config.model.quantization and not config.lora.continue_ and iterate.rounds > 1:
         reason = "needs lora.continue=true in several rounds: without it, a round would merge the last round's adapter"
         yield Invalid("model.quantization", f"{reason} and quantize the sum, which is another model than was sampled")

@@ -99,7 +99,7 @@ def round_stages(settings: Settings, number: int) -> Iterator[Stage]:
         yield Stage("answers", number, folder / ANSWERS, words, spread=True)
         compare = _rate_words(settings, number, ANSWERS, COMPARED)
         yield Stage("compare", number, folder / COMPARED, compare, spread=_is_local(settings.rate))
-    if settings.iterate.kl_samples or _holds_out(settings):
+    if settings.iterate.kl_samples or holds_out(settings):
         yield Stage("evaluate", number, folder / EVALUATION, _evaluate_words(settings, number), spread=True)
     yield Stage("round", number, folder / ROUND)
 
@@ -115,7 +115,7 @@ def _is_local(rate: RateConfig) -> bool:
     return rate.local_judge is not None or rate.reward_model is not None
 
 
-def _holds_out(settings: Settings) -> bool:
+def holds_out(settings: Settings) -> bool:
     """Whether every round's run has rows to be evaluated on."""
     return settings.given("data.eval") is not None or bool(settings.given("data.eval_size"))
 
@@ -199,7 +199,7 @@ def _evaluate_words(settings: Settings, number: int) -> tuple[str, ...]:
     """
     iterate, folder = settings.iterate, settings.folder(number)
     words = ["evaluate", str(folder / RUN), "--base", settings.start, "--output", str(folder / EVALUATION)]
-    if not _holds_out(settings):
+    if not holds_out(settings):
         words += ["--pairs", str(folder / PAIRS)]
     if iterate.kl_samples:
         prompts = start_folder(settings) / PROMPTS if iterate.eval_prompts is not None else folder / PROMPTS

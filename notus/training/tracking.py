@@ -334,7 +334,7 @@ class EnvironmentFile(Logger):
         self._path, self._began = path, time.monotonic()
         self._earlier = _launches(path) if step else []
         self._launch: dict[str, Any] = {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
             "from_step": step,
             "disabled": sorted(disabled_names()),
             "seconds": 0.0,

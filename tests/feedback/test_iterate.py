@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 from round_folders import completion, record, write_lines, write_object
 from runs import assert_same_run, at_call, read_metrics, terminate
+from runs import config as run_config
 from toy_iterations import Counting, in_process, read_lines, tree, write_config, write_prompts, write_start
 
 import notus.__main__ as entry
-from notus.config import load_config
+from notus.config import load_config, to_yaml
 from notus.evaluation.decoding import KeptTokens
 from notus.feedback import iterate
 from notus.feedback.function_judge import FunctionJudge
@@ -33,7 +35,7 @@ WITH_OLD = {"iterate__old_share": 0.4, "sample__batch_size": 9}
 def no_report(monkeypatch, request):
     """Reports have tests of their own."""
     if "report" not in request.keywords:
-        monkeypatch.setattr(iterate, "_report", lambda settings, runner, again: None)
+        monkeypatch.setattr(iterate, "_report", lambda settings, runner, last: None)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +269,9 @@ def test_too_many_prompts_without_ratings_end_it_and_few_do_not(iteration, capsy
     assert "8.3% of the prompts have no ratings" in capsys.readouterr().err
     assert iterate.iterate([iteration(**changes, rate__allow_failed=0.1)], fake) == 0
     assert fake.names == ["sample", "rate", "rate", "curate", "dpo"]
+    failing.clear()  # what was trained on stays, though the judge could rate it all now
+    assert iterate.iterate([iteration(**changes)], fake) == 0
+    assert len(fake.names) == 5
 
 
 def test_failed_completions_count_by_their_share(iteration, capsys):
@@ -371,6 +376,33 @@ def test_a_start_without_chat_template_is_named(iteration, tmp_path):
         iterate.iterate([config], fake)
     assert fake.names == []
     assert iterate.iterate([config, "--data.chat_template=zephyr"], fake) == 0
+
+
+def test_a_start_that_is_a_run_is_sampled_as_the_rounds_train(iteration, tmp_path, inputs):
+    """Sampling takes a run's settings of conversations where the config has none; training would not."""
+    run, chat = tmp_path / "sft", {"data__add_empty_system": True, "data__chat_template_kwargs": {"x": 1}}
+    shutil.copytree(inputs / "start", run / "model")
+    (run / "config.yaml").write_text(to_yaml(run_config("sft", run, inputs / "start", inputs / "eval.txt", **chat)))
+    config, fake = iteration(**SHORT, model__name_or_path=str(run)), Fake()
+    with pytest.raises(ValueError, match=r"sft was trained with data.add_empty_system=true: set that here, too"):
+        iterate.iterate([config], fake)
+    with pytest.raises(ValueError, match=r"sft was trained with data.chat_template_kwargs=\{\"x\": 1\}: set that"):
+        iterate.iterate([config, "--data.add_empty_system=true"], fake)
+    assert fake.names == []
+    assert iterate.iterate([config, "--data.add_empty_system=true", "--data.chat_template_kwargs={x: 2}"], fake) == 0
+
+
+def test_evaluation_prompts_stay_as_the_start_answered_them(iteration, tmp_path):
+    """Else a prompt that all rounds are compared on could be trained on."""
+    config = iteration(iterate__eval_prompts=str(tmp_path / "mine.txt"), iterate__kl_samples=0, data__eval_size=0)
+    write_prompts(tmp_path / "mine.txt", 3, first=100)
+    fake = Fake(rates=[1, 1])
+    assert iterate.iterate([config], fake, only=("prompts", 0)) == 0
+    write_prompts(tmp_path / "mine.txt", 2, first=100)
+    with pytest.raises(ValueError, match=r"iterate.eval_prompts=.*mine.txt has other prompts than when the iteration"):
+        iterate.iterate([config], fake)
+    write_prompts(tmp_path / "mine.txt", 3, first=100)
+    assert iterate.iterate([config], fake) == 0
 
 
 def test_a_second_iteration_in_the_folder_is_refused(iteration, tmp_path):

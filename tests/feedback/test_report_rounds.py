@@ -134,14 +134,14 @@ def test_a_round_in_progress_beside_a_finished_one(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "done", "said"),
     [
-        ("stop_win_rate: 0.6", 1, "Stopped: round 1 won 62.5% against the start, and 60% was wanted. The result is the "
-         "model of round 1"),
+        ("stop_win_rate: 0.6", 1, "Stopped: round 1 wins 62.5% against the start, and iterate.stop_win_rate is 0.6. "
+         "The result is the model of round 1"),
         ("stop_win_rate: 0.7", 1, "unfinished"),
-        ("stop_kl: 1.2", 1, "Stopped: the KL of round 1 is above the budget of 1.2 nats. The result is "
+        ("stop_kl: 1.2", 1, "Stopped: the KL of round 1 to the start is 1.5, above iterate.stop_kl=1.2. The result is "
          "the starting model"),
         ("stop_kl: 1.5", 1, "unfinished"),  # the KL is 1.5, not above it
-        ("stop_kl: 1.5", 2, "Stopped: the KL of round 2 is above the budget of 1.5 nats. The result is the model of "
-         "round 1"),
+        ("stop_kl: 1.5", 2, "Stopped: the KL of round 2 to the start is 1.75, above iterate.stop_kl=1.5. The "
+         "result is the model of round 1"),
     ],
 )  # fmt: skip
 def test_why_it_stopped_and_what_the_result_is(tmp_path, rule, done, said):

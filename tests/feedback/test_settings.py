@@ -102,6 +102,7 @@ def test_a_start_that_is_an_adapter_is_known(tmp_path):
         ("--iterate.reference=first --dpo.loss_type=simpo", r"iterate.reference 'first' has no effect .* 'simpo'"),
         ("--iterate.stop_kl=2 --iterate.kl_samples=0", r"iterate.stop_kl needs the KL"),
         ("--iterate.eval_prompts=null --iterate.stop_win_rate=0.7", r"iterate.stop_win_rate needs answers to compare"),
+        ("--iterate.old_share=0.5", r"data.eval_size with iterate.old_share would hold out old pairs that an earlier"),
         ("--model.quantization=nf4 --lora.rank=4", r"model.quantization needs lora.continue=true in several rounds"),
     ],
 )

@@ -101,7 +101,7 @@ def test_options_are_passed_on(stages):
 
 
 def test_old_pairs_come_from_all_earlier_rounds_own(stages):
-    found = stages(iterate__old_share=0.25, iterate__rounds=3)
+    found = stages(iterate__old_share=0.25, iterate__rounds=3, data__eval_size=0)
     assert words(found, "own-pairs", 3).startswith("curate out/round-3/rated.jsonl out/round-3/own-pairs.jsonl ")
     assert "--old" not in words(found, "own-pairs", 3) + words(found, "curate", 1)
     assert words(found, "curate", 3).endswith(
@@ -133,7 +133,7 @@ def test_every_planned_command_can_be_read(stages, tmp_path):
         "sample__models": ["a/b", "m@http://h:1/v1"], "sample__engine": "batched", "sample__parallel": 2,
         "sample__timeout": 5, "sample__max_requests": 9, "sample__api_key_env": "K", "sample__drop_duplicates": True,
         "sample__top_p": 0.9, "sample__top_k": 5, "curate__rejected": "any", "curate__keep_identical": True,
-        "iterate__old_share": 0.5,
+        "iterate__old_share": 0.5, "data__eval_size": 0,
     }  # fmt: skip
     endpoint = {
         "rate__judge_function": None, "rate__judge": "http://h/v1", "rate__judge_model": "m", "rate__aspects": ["a"],

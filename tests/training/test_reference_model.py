@@ -16,6 +16,7 @@ from toys import toy_model_folder, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from notus import __main__ as entry
+from notus.config import Config
 from notus.data.dataset import TokenizedDataset
 from notus.evaluation.formatting import short_path
 from notus.evaluation.read_run import read_run
@@ -50,6 +51,15 @@ def plain_logps(folder: Path, rows: TokenizedDataset) -> np.ndarray:
             ids = torch.tensor([[*example.trunk, *branch]], dtype=torch.long)
             logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(example.trunk) - 1 :, 0]
             found[number, column] = logps[torch.from_numpy(mask)].double().sum()
+    return found
+
+
+def reference_of(settings: Config) -> torch.Tensor:
+    """The reference log-probs of a run's training rows; it is not trained."""
+    with start(settings, train=False) as job:
+        assert job is not None
+        found = dpo.build_task(job, settings)._train.reference
+    assert found is not None
     return found
 
 
@@ -164,32 +174,28 @@ def test_models_share_a_cache_folder_and_never_a_cache(
 
     monkeypatch.setattr(reference_model, "load_policy", load)
     third = toy_model_folder(tmp_path / "model", seed=2)
-    losses = {}
-    for name, model, reference in (
-        ("null", model_folder, None), ("other", model_folder, other_folder), ("again", model_folder, other_folder),
-        ("third", model_folder, third), ("start", other_folder, None),
-    ):  # fmt: skip
-        more = {"reference__cache_dir": str(tmp_path / "cache"), "training__max_steps": 1}
-        dpo.run(
-            config("dpo", tmp_path / name, model, pairs_file, reference__model=reference and str(reference), **more)
-        )
-        losses[name] = read_metrics(tmp_path / name)[0]["loss"]
+
+    def found(name: str, model: Path, reference: Path | None) -> torch.Tensor:
+        more = {"reference__cache_dir": str(tmp_path / "cache"), "reference__model": reference and str(reference)}
+        return reference_of(config("dpo", tmp_path / name, model, pairs_file, **more))
+
+    own, other = found("null", model_folder, None), found("other", model_folder, other_folder)
+    assert torch.equal(found("again", model_folder, other_folder), other)
+    before = found("third", model_folder, third)
+    assert torch.equal(found("start", other_folder, None), other)  # reads what "other" computed
     assert loads == [other_folder, third]
-    assert losses["again"] == losses["other"] != losses["third"]
-    assert losses["start"] == pytest.approx(math.log(2), abs=1e-6)  # reads what the run "other" computed
+    assert not any(map(torch.equal, (own, own, other), (other, before, before)))
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
     changed = toy_model_folder(third, seed=3)  # other weights under the same name
-    more |= {"reference__model": str(changed)}
-    dpo.run(config("dpo", tmp_path / "changed", model_folder, pairs_file, **more))
+    assert not torch.equal(found("changed", model_folder, changed), before)
     assert loads == [other_folder, third, third]
-    assert read_metrics(tmp_path / "changed")[0]["loss"] != losses["third"]
 
 
 def test_a_run_resumes_with_its_reference_and_no_other(
     tmp_path: Path, model_folder: Path, other_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = toy_model_folder(tmp_path / "reference", seed=1)
-    given = {"reference__model": str(reference), "training__save_every": 1}
+    given = {"reference__model": str(reference), "training__max_steps": 4}
     whole = config("dpo", tmp_path / "whole", model_folder, pairs_file, **given)
     cut = config("dpo", tmp_path / "cut", model_folder, pairs_file, **given)
     assert dpo.run(whole) == 0
@@ -320,20 +326,23 @@ def test_new_tokens_are_added_to_the_reference_as_to_the_policy(
     pairs = write_pairs(tmp_path / "pairs.jsonl", 12)
     pairs.write_text(pairs.read_text().replace("sea", "<tool>"))
     given = {"data__new_tokens": ["<tool>"], "training__max_steps": 1, "training__learning_rate": 1e-2}
-    found = {}
-    for name, model, reference in (
-        ("other", model_folder, other_folder), ("start", other_folder, None),
-        ("trained", model_folder, tmp_path / "start"),
-    ):  # fmt: skip
-        named = None if reference is None else str(reference)
-        settings = config("dpo", tmp_path / name, model, pairs, reference__model=named, **given)
-        with start(settings) as job:
-            assert job is not None
-            task = dpo.build_task(job, settings)
-            found[name], rows = task._train.reference, job.train_rows
-            assert job.train(task) == 0
-    assert torch.equal(found["other"], found["start"])
-    assert found["trained"].numpy() == pytest.approx(plain_logps(tmp_path / "start" / "model", rows), abs=2e-4)
+    settings = config("dpo", tmp_path / "start", other_folder, pairs, **given)
+    with start(settings) as job:
+        assert job is not None
+        task, rows = dpo.build_task(job, settings), job.train_rows
+        assert job.train(task) == 0
+
+    def found(reference: Path) -> torch.Tensor:
+        return reference_of(
+            config(
+                "dpo", tmp_path / f"of-{reference.name}", model_folder, pairs, reference__model=str(reference), **given
+            )
+        )
+
+    assert task._train.reference is not None
+    assert torch.equal(found(other_folder), task._train.reference)
+    trained = found(tmp_path / "start")
+    assert trained.numpy() == pytest.approx(plain_logps(tmp_path / "start" / "model", rows), abs=2e-4)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
@@ -366,8 +375,8 @@ def test_the_template_counts_where_there_are_conversations(
     other = toy_model_folder(tmp_path / "other", seed=1)
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
     toy_tokenizer(chat_template=template).save_pretrained(other)
-    given = {"reference__model": str(other), "training__max_steps": 1}
-    assert dpo.run(config("dpo", tmp_path / "plain", model_folder, pairs_file, **given)) == 0
+    given = {"reference__model": str(other)}
+    reference_of(config("dpo", tmp_path / "plain", model_folder, pairs_file, **given))
     rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     chats = tmp_path / "chats.jsonl"
 
@@ -379,7 +388,7 @@ def test_the_template_counts_where_there_are_conversations(
     )
     with pytest.raises(ValueError, match=r"its chat template is another one.*data\.chat_template"):
         dpo.run(config("dpo", tmp_path / "chat", model_folder, chats, **given))
-    assert dpo.run(config("dpo", tmp_path / "named", model_folder, chats, data__chat_template="zephyr", **given)) == 0
+    reference_of(config("dpo", tmp_path / "named", model_folder, chats, data__chat_template="zephyr", **given))
 
 
 def test_a_reference_that_cannot_score_the_rows_is_refused(
@@ -414,13 +423,13 @@ def test_it_has_no_effect_without_a_reference(tmp_path: Path, model_folder: Path
 def test_the_reference_command_fills_the_cache_that_a_run_reads(
     tmp_path: Path, model_folder: Path, other_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"reference__model": str(other_folder), "data__eval_size": 4, "training__max_steps": 1}
+    given = {"reference__model": str(other_folder), "data__eval_size": 4}
     settings = config("dpo", tmp_path / "run", model_folder, pairs_file, **given)
     with monkeypatch.context() as patch:
         patch.setattr(setup, "build_policy", None)  # the policy is not needed
         dpo.fill_reference(settings)
     monkeypatch.setattr(reference_model, "load_policy", None)
-    assert dpo.run(settings) == 0
+    reference_of(settings)
 
 
 def test_without_ln_2_a_policy_that_is_not_finite_still_stops_the_run() -> None:
