@@ -5,6 +5,7 @@ its own. What is common to all is asked as it is; `seed` and `top_k` are left ou
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ class Sampling:
     temperature: float
     top_p: float | None
     top_k: int | None
-    seed: int  # of the first completion; the others count on from there
+    seed: int  # of all completions, whose own seeds follow from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,23 @@ class Sampled:
         return self.new_tokens / self.seconds if self.new_tokens and self.seconds else None
 
 
-def draws(prompts: Sequence[Prompt], occurrences: Sequence[int], sampling: Sampling) -> list[Draw]:
+def draws(prompts: Sequence[str], occurrences: Sequence[int], sampling: Sampling, model: str) -> list[Draw]:
     """Return what is asked for, prompt after prompt.
 
-    Seeds count on from `sampling.seed`; `occurrences` says how often each prompt came before, so that a repeated one
-    draws anew.
+    Each seed is a hash of `sampling.seed`, the model, the prompt, how often it came before (`occurrences`) and the
+    sample's number. A server draws the same random numbers from equal seeds: with one seed for all prompts, their
+    completions would not be independent, nor those of two models.
     """
-    n = sampling.samples
     return [
-        Draw(number, sample, sampling.seed + occurrences[number] * n + sample)
-        for number in range(len(prompts))
-        for sample in range(n)
+        Draw(number, sample, _seed([sampling.seed, model, prompt, before, sample]))
+        for number, (prompt, before) in enumerate(zip(prompts, occurrences, strict=True))
+        for sample in range(sampling.samples)
     ]
+
+
+def _seed(value: Any) -> int:
+    """Return a hash of a JSON value below 2^31, which every server takes."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:4], "big") >> 1
 
 
 class EndpointSampler:

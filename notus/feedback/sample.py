@@ -417,7 +417,9 @@ def _sample_local(
         if found:
             free_memory(device)  # of the model before
         of_model = local[model.name]
-        found[model.name] = sample_local(of_model, task.prompts_of(of_model), decoding, folder, device)
+        # with one seed, similar models would draw the same: torch's random numbers are the same for equal batches
+        drawn = dataclasses.replace(decoding, seed=decoding.seed + number - 1)
+        found[model.name] = sample_local(of_model, task.prompts_of(of_model), drawn, folder, device)
     return found
 
 
@@ -442,8 +444,7 @@ def _sample_endpoints(
 
     seed = 42 if args.seed is None else args.seed
     sampling = Sampling(args.n, args.max_new_tokens or _MAX_NEW_TOKENS, args.temperature, args.top_p, args.top_k, seed)
-    asked = draws(task.prompts, task.occurrences, sampling)
-    asked = asked[:1] if only_first else asked
+    keys = [prompt_key(record) for record in task.records]
     folder = kept_folder(Path(args.out))
     files = {model.name: folder / f"model-{number}.jsonl" for number, model in enumerate(models, start=1) if model.url}
     found: dict[str, Sampled] = {}
@@ -453,7 +454,8 @@ def _sample_endpoints(
         others = sum(kept_requests(file) for file in files.values() if file != kept)
         most = None if args.max_requests is None else max(0, args.max_requests - others)
         sampler = EndpointSampler(name, endpoints[name], sampling, kept, parallel=args.parallel, max_requests=most)
-        found[name] = sampler.sample(task.prompts, asked)
+        asked = draws(keys, task.occurrences, sampling, name)
+        found[name] = sampler.sample(task.prompts, asked[:1] if only_first else asked)
     return found
 
 

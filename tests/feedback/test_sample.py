@@ -82,7 +82,7 @@ def test_records_of_a_chat_model_and_of_a_plain_one(
     assert main(words(prompts, chat_model, f"raw={plain_model}", "--n", 2, "--batch-size", 4, *options)) == 0
     turns = [[{"role": "user", "content": text}] for text in TEXTS[:2]]
     ours = generated(chat_model, turns, samples=2, batch_size=4, **drawn)
-    theirs = generated(plain_model, TEXTS[:2], samples=2, batch_size=4, **drawn)
+    theirs = generated(plain_model, TEXTS[:2], samples=2, batch_size=4, **drawn | {"seed": 8})
     assert read(prompts) == [
         {
             "source": source,
@@ -93,11 +93,11 @@ def test_records_of_a_chat_model_and_of_a_plain_one(
                 {
                     "model": name,
                     "response": found.text,
-                    "settings": {"max_new_tokens": 6, **drawn, "sample": number},
+                    "settings": {"max_new_tokens": 6, **drawn, "seed": seed, "sample": number},
                     "finish_reason": found.finish_reason,
                     "tokens": found.tokens,
                 }
-                for name, group in (("chat", ours[place]), ("raw", theirs[place]))
+                for name, seed, group in (("chat", 7, ours[place]), ("raw", 8, theirs[place]))
                 for number, found in enumerate(group)
             ],
         }
@@ -225,7 +225,7 @@ def test_a_killed_command_resumes_to_the_same_records(
 def test_another_models_completions_come_behind_those_of_earlier_records(
     prompts: Path, chat_model: Path, plain_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(lambda request, number: "yes" if request["seed"] % 2 else "no") as served:
+    with serving(lambda request, number: f"yes {request['seed']}") as served:
         command = ["sample", str(prompts), str(prompts.parent / "earlier.jsonl"), "--n", "2"]
         assert main([*command, "--models", f"x@{served.url}"]) == 0
     earlier = read(prompts, "earlier.jsonl")

@@ -64,14 +64,17 @@ def asked(request: dict[str, Any]) -> tuple[str, int]:
 def test_records_have_ultrafeedbacks_form(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def respond(request: dict[str, Any], number: int) -> Reply:
         text, seed = asked(request)
-        return said(f"{text} {seed}", reason="length" if seed == 8 else "stop")
+        return said(f"{text} {seed}", reason="length" if text == "a dog" else "stop")
 
     with serving(respond) as served:
         options = ["--n", 2, "--seed", 7, "--top-p", 0.9, "--top-k", 40, "--max-new-tokens", 5, "--parallel", 3]
         assert sample(prompts, served.url, *options) == 0
     sent = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "max_tokens": 5, "model": "big"}
     assert all(sent.items() <= request.items() for request in served.requests)
-    assert sorted(map(asked, served.requests)) == [("a dog", 7), ("a dog", 8), ("the sea", 7), ("the sea", 8)]
+    seeds = {text: [each["settings"]["seed"] for each in record["completions"]] for text, record in zip(
+        ("the sea", "a dog"), records(prompts), strict=True)}  # fmt: skip
+    assert sorted(map(asked, served.requests)) == sorted((text, seed) for text in seeds for seed in seeds[text])
+    assert len({seed for of_prompt in seeds.values() for seed in of_prompt}) == 4, "no two draws have one seed"
 
     settings = {"max_new_tokens": 5, "temperature": 1.0, "top_p": 0.9, "top_k": 40}
     assert records(prompts) == [
@@ -84,14 +87,17 @@ def test_records_have_ultrafeedbacks_form(prompts: Path, capsys: pytest.CaptureF
                 {
                     "model": "big",
                     "response": f"{text} {seed}",
-                    "settings": {**settings, "seed": seed, "sample": seed - 7},
+                    "settings": {**settings, "seed": seed, "sample": number},
                     "finish_reason": reason,
                     "tokens": 3,
                 }
-                for seed, reason in ((7, "stop"), (8, "length"))
+                for number, seed in enumerate(seeds[text])
             ],
         }
-        for text, source, own in (("the sea", "prompts.jsonl", {"id": 7}), ("a dog", "mine", {}))
+        for text, source, reason, own in (
+            ("the sea", "prompts.jsonl", "stop", {"id": 7}),
+            ("a dog", "mine", "length", {}),
+        )
     ]
     for record in records(prompts):
         parse_record(record)
@@ -265,9 +271,9 @@ def test_empty_answers_are_completions(prompts: Path, capsys: pytest.CaptureFixt
 def test_repeated_prompts_draw_anew_and_duplicates_are_dropped(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\na dog\n")
-    with serving(lambda request, number: said(f"answer {request['seed'] % 3 // 2}\ud800")) as served:
+    with serving(lambda request, number: said(f"answer {number % 3 // 2}\ud800")) as served:
         assert sample(prompts, served.url, "--n", 3, "--seed", 0, "--drop-duplicates", "--parallel", 1) == 0
-    assert sorted(request["seed"] for request in served.requests) == [0, 1, 2, 3, 4, 5]
+    assert len({request["seed"] for request in served.requests}) == 6
     kept = [[each["settings"]["sample"] for each in record["completions"]] for record in records(prompts)]
     assert kept == [[0, 2], [0, 2]], "the first of each text stays"
     assert records(prompts)[0]["completions"][0]["response"] == "answer 0\ufffd"
