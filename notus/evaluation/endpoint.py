@@ -70,6 +70,10 @@ class _Transient(Exception):
         self.is_status = is_status  # the server turned the request down, and computed no answer
 
 
+def _nothing() -> None:
+    """Do nothing; a function with a name, because endpoints are sent to other ranks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
     """A chat model behind an OpenAI-compatible endpoint."""
@@ -86,7 +90,7 @@ class Endpoint:
     # how to wait, given seconds.
     sleep: Callable[[float], Awaitable[None]] = dataclasses.field(default=asyncio.sleep, repr=False)
     # called before each request; raises OverBudget to send none.
-    on_request: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
+    on_request: Callable[[], None] = dataclasses.field(default=_nothing, repr=False)
     # what `complete` counts its requests in, and asks before each one; None: no limit.
     budget: Budget | None = dataclasses.field(default=None, repr=False)
 
@@ -248,7 +252,7 @@ class Endpoint:
         if text is not None and not isinstance(text, str):
             raise _Transient("an answer that is no chat completion (its content is no string)")
         return Reply(
-            text=text or "",
+            text=text.replace(self.api_key, "***") if text and self.api_key else text or "",  # it is written to files
             finish_reason=reason if isinstance(reason, str) else None,
             prompt_tokens=_tokens(usage, "prompt_tokens"),
             completion_tokens=_tokens(usage, "completion_tokens"),

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts",
         type=os.path.expanduser,
         metavar="PROMPTS",
-        help="a .jsonl or .json file of objects with prompt, messages, conversations or instruction; or a "
+        help="a .jsonl, .json, .csv or .parquet file of rows with prompt, messages, conversations or instruction; or a "
         ".txt file, one prompt a line",
     )
     parser.add_argument(

@@ -55,6 +55,7 @@ from notus.runtime.files import write_text
 from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
+    from notus.evaluation.prompts import Prompt
     from notus.feedback.slices import Pool
 
 REPORT = "report.html"
@@ -193,7 +194,9 @@ def begin(settings: Settings, *, check_model: bool = False) -> Settings:
 
     if (settings.output / CONFIG_FILE).exists():
         raise ValueError(f"{settings.output} holds a run: choose another training.output_dir for the iteration")
-    recorded = _recorded(settings.output / CONFIG)
+    # until a stage has begun, nothing was made by what is recorded
+    begun = start_folder(settings).exists() or round_folders(settings.output)
+    recorded = _recorded(settings.output / CONFIG) if begun else None
     if recorded is not None:
         settings = _continued(settings, recorded)
     elif settings.given("data.template_date") is None:
@@ -276,9 +279,11 @@ def _check_eval_prompts(settings: Settings) -> None:
 def _check_start(settings: Settings) -> None:
     """Raise ValueError unless the start takes a prompt as training on pairs will, as a turn of a chat.
 
-    Also if it is an adapter on the hub that is to be trained further: the plan took it for a model.
+    Also if it is an adapter on the hub that is to be trained further, since the plan took it for a model; and for a
+    prompt that fills its context, which may be drawn in any round.
     """
     from notus.evaluation.resolve_model import find_source  # imports torch
+    from notus.feedback.local_sampling import LocalModel, check_prompts
     from notus.model.export import load_tokenizer
 
     data, trust = settings.dpo(1).data, settings.dpo(1).model.trust_remote_code
@@ -306,6 +311,7 @@ def _check_start(settings: Settings) -> None:
             f"model.name_or_path={settings.start} was trained with data.{key}={json.dumps(getattr(learned, key))}: set "
             "that here, too, or name its model/ folder"
         )
+    check_prompts(LocalModel("the start", source, options, as_turns=True, dated=False), _all_prompts(settings))
 
 
 def _with_prompts(settings: Settings) -> Settings:
@@ -323,6 +329,15 @@ def _with_prompts(settings: Settings) -> Settings:
     used = set().union(*(keys_of(path) for path in drawn)) & pool.prompts.keys()
     pool.check(len(numbers) - len(drawn), per_round, len(used))
     return settings.with_keys(iterate__prompts_per_round=per_round)
+
+
+def _all_prompts(settings: Settings) -> list["Prompt"]:
+    """Return the prompts that rounds may draw, and those for evaluation."""
+    from notus.evaluation.prompts import read_prompts
+
+    eval_prompts = settings.iterate.eval_prompts
+    held_out = read_prompts(Path(eval_prompts), strings_are_turns=True) if eval_prompts else []
+    return [*_pool(settings).prompts.values(), *held_out]
 
 
 def _pool(settings: Settings) -> "Pool":

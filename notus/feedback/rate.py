@@ -368,7 +368,7 @@ class _Command:
             first = next((failures[key] for key in missing if key in failures), "no answer came")
             tell(
                 f"{len(missing)} prompts are left without ratings ({left} were not asked), the first: {first}; the "
-                f"same command asks for them again"
+                "same command, with a larger budget if it is used up, asks for them again"
             )
         tell(f"wrote {self.out} and {summary_file(self.out).name}")
         return 1 if missing else 0

@@ -9,6 +9,8 @@ from notus.feedback.questions import Item
 from notus.feedback.records import NOT_RATED, Record
 from notus.feedback.verdicts import Kept
 
+MANY = 0.1  # the share of completions without a rating from which the judge is named
+
 
 def mean_of(annotations: Mapping[str, Annotation]) -> float | None:
     """Return the mean rating of a completion; None if it has no rating."""
@@ -91,6 +93,7 @@ def summarise(
         "unreadable": sum(
             each.unreadable for _, verdict in answered for of_one in verdict.annotations for each in of_one.values()
         ),
+        "unrated": sum(_count(item, verdicts) - _rated_completions(item, verdicts) for item in items),
         "failed": sum(item.first is not None and item.first.key not in verdicts for item in items),
         "requests": usage.requests,
         "prompt_tokens": usage.prompt_tokens,
@@ -112,6 +115,11 @@ def _means(verdict: Verdict) -> Means:
 def _scores(verdict: Verdict) -> Means:
     """Return the mean ratings or the rewards of a question's completions."""
     return _means(verdict) if verdict.rewards is None else verdict.rewards
+
+
+def _count(item: Item, verdicts: Mapping[str, Verdict]) -> int:
+    """Count the completions that a verdict is about, equal texts each."""
+    return len(item.record["completions"]) if item.first and item.first.key in verdicts else 0
 
 
 def _rated_completions(item: Item, verdicts: Mapping[str, Verdict]) -> int:
@@ -181,6 +189,12 @@ def table(summary: Mapping[str, Any]) -> str:
         )
     if summary["tied"]:
         lines.append(f"  {summary['tied']} prompts whose completions all have the same score, which make no pair")
+    seen = summary["rated"] + summary["unrated"]
+    if summary["unrated"] and summary["unrated"] >= MANY * seen:
+        lines.append(
+            f"warning: {summary['judge']} answered, but {summary['unrated'] / seen:.0%} of the completions have no "
+            "rating that can be read: raise --max-new-tokens, or change the judge or its instructions"
+        )
     if summary["different"] == 1 and summary["rated"] > 1:
         lines.append(
             f"warning: {summary['judge']} gave everything the same score; nothing can be learned from that: change the "

@@ -47,6 +47,7 @@ ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 NOT_RATED = "N/A"
 RATINGS = ("annotations", "fine-grained_score", "reward")  # what a judge adds to a completion
 _SETTINGS, _LOCK = "settings.json", ".lock"
+_ANEW = "overwrite"  # marks work that --overwrite began, and so resumes
 _SHOWN = 60  # characters of a setting in a message
 
 
@@ -200,7 +201,7 @@ def held(out: Path) -> Iterator[None]:
 
 def _holds_work(folder: Path) -> bool:
     """Whether a kept folder holds more than its own files."""
-    return any(entry.name not in (_LOCK, _SETTINGS) for entry in folder.iterdir())
+    return any(entry.name not in (_LOCK, _SETTINGS, _ANEW) for entry in folder.iterdir())
 
 
 def _remove_unused(folder: Path) -> None:
@@ -228,7 +229,7 @@ def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> b
     """Return whether `out` holds all that a command with these settings makes; else prepare its kept folder.
 
     Work that an interrupted command with the same settings has kept stays there. `overwrite` starts over where the
-    settings differ, and where `out` is finished. Call it within `held`.
+    settings differ, and where `out` exists, finished or not. Call it within `held`.
 
     Raises ValueError, naming the setting, if `out` or its kept folder are of other settings and `overwrite` is not set.
     """
@@ -255,8 +256,10 @@ def is_finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> b
                 "--overwrite"
             )
         _empty(folder)
-    elif kept is None:
-        _empty(folder)  # what stands there without settings is nobody's
+    elif kept is None or (overwrite and _summary(out).get("failed") and not (folder / _ANEW).exists()):
+        _empty(folder)  # what stands there without settings is nobody's; else it is the work that `out` is made of
+    if overwrite:
+        write_text(folder / _ANEW, "")
     write_text(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
     return False
 
@@ -280,6 +283,7 @@ def finish(out: Path, records: Iterable[Mapping[str, Any]], summary: Mapping[str
     write_records(out, records)
     ends = {"failed": failed, "sha256": _sha256(out)}
     write_text(summary_file(out), json.dumps({**summary, **ends}, indent=2) + "\n")
+    (kept_folder(out) / _ANEW).unlink(missing_ok=True)
     if not failed:
         shutil.rmtree(kept_folder(out), ignore_errors=True)
 

@@ -7,6 +7,7 @@ import email.utils
 import gzip
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -555,3 +556,16 @@ def test_many_questions_at_a_time_to_one_endpoint(waits: list[float]) -> None:
             lambda item: asked.ask([{"role": "user", "content": str(item)}]), range(30), parallel=8, on_done=outcomes
         )
     assert outcomes == {item: str(item) for item in range(30)}
+
+
+def test_an_answer_that_repeats_the_key_holds_it_no_more() -> None:
+    """Answers are written to files."""
+    with serving(lambda request, number: "You sent sk-secret to me.") as served:
+        endpoint = Endpoint(served.url, "judge", api_key="sk-secret")
+        reply = asyncio.run(endpoint.complete({"messages": [{"role": "user", "content": "hello"}]}))
+    assert reply.text == "You sent *** to me."
+
+
+def test_an_endpoint_can_be_sent_to_other_ranks() -> None:
+    endpoint = Endpoint("http://host:8000/v1", "judge", api_key="sk-secret")
+    assert pickle.loads(pickle.dumps(endpoint)) == endpoint

@@ -367,6 +367,28 @@ def test_nothing_starts_without_what_later_stages_need(iteration, tmp_path, inpu
         assert fake.names == []
 
 
+def test_a_prompt_that_fills_the_starts_context_is_named_before_any_stage(iteration, tmp_path):
+    (tmp_path / "long.txt").write_text("fox\n" * 3 + "dog\nsea\n" + "poem " * 600 + "\n")
+    fake = Fake()
+    with pytest.raises(ValueError, match=r"long.txt, line 6: the prompt's \d+ tokens fill the model's context"):
+        iterate.iterate(
+            [iteration(iterate__prompts=str(tmp_path / "long.txt"), iterate__rounds=1, iterate__prompts_per_round=1)],
+            fake,
+        )
+    assert fake.names == []
+
+
+def test_a_config_may_change_until_a_stage_has_begun(iteration, tmp_path, capsys):
+    def refused(words, spread):
+        raise ValueError("no stage starts")
+
+    entry.main(["iterate", iteration(), "--print"])
+    assert (tmp_path / "out" / "iterate.yaml").exists()
+    with pytest.raises(ValueError, match="no stage starts"):
+        iterate.iterate([iteration(dpo__beta=0.2, iterate__eval_prompts=None)], refused)
+    assert load_settings([str(tmp_path / "out" / "iterate.yaml")]).given("dpo.beta") == 0.2
+
+
 def test_a_start_without_chat_template_is_named(iteration, tmp_path):
     write_start(tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
@@ -382,6 +404,8 @@ def test_a_start_that_is_a_run_is_sampled_as_the_rounds_train(iteration, tmp_pat
     """Sampling takes a run's settings of conversations where the config has none; training would not."""
     run, chat = tmp_path / "sft", {"data__add_empty_system": True, "data__chat_template_kwargs": {"x": 1}}
     shutil.copytree(inputs / "start", run / "model")
+    template = run / "model" / "chat_template.jinja"
+    template.write_text("{% if x %}{% endif %}" + template.read_text())
     (run / "config.yaml").write_text(to_yaml(run_config("sft", run, inputs / "start", inputs / "eval.txt", **chat)))
     config, fake = iteration(**SHORT, model__name_or_path=str(run)), Fake()
     with pytest.raises(ValueError, match=r"sft was trained with data.add_empty_system=true: set that here, too"):

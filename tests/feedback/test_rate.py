@@ -233,6 +233,31 @@ def test_a_finished_output_is_left_alone_and_anothers_is_never_replaced(tmp_path
             run(source, source, *endpoint(served.url), "--overwrite")
 
 
+def test_overwrite_asks_everything_anew_where_a_budget_left_prompts_out(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "records.jsonl", RECORDS[:3]), tmp_path / "rated.jsonl"
+    with serving(by_length) as served:
+        command = [source, out, *endpoint(served.url), "--again-share", 0]
+        assert run(*command, "--max-requests", 1, "--parallel", 1) == 1
+        assert run(*command, "--overwrite") == 0
+        assert len(served.requests) == 1 + 3
+        assert summary(out)["requests"] == 3
+
+
+@pytest.mark.parametrize(("given", "warned"), [(None, True), (3, False)])
+def test_a_judge_that_answers_without_ratings_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: int | None, warned: bool
+) -> None:
+    (tmp_path / "judge.py").write_text(
+        f"def rate(prompt, completions):\n    return [{given}, *range(1, len(completions))]\n"
+    )
+    source = write(tmp_path / "records.jsonl", [record(0, ["a", "bb", "ccc"])])
+    assert (
+        run(source, tmp_path / "rated.jsonl", "--judge-function", f"{tmp_path}/judge.py:rate", "--again-share", 0) == 0
+    )
+    assert summary(tmp_path / "rated.jsonl")["unrated"] == int(warned)
+    assert ("33% of the completions have no rating" in capsys.readouterr().out) is warned
+
+
 def test_failed_prompts_are_asked_again_by_the_same_command_and_only_they(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
