@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from notus.runtime.children import Child, hold, notus_command
+from notus.runtime.children import Child, hold, notus_command, process_count
 from notus.runtime.process import STOPPED, tell
 
 if TYPE_CHECKING:
@@ -99,18 +99,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="the folder of the sweep, which holds the runs (default: the config's training.output_dir)",
     )
     parser.add_argument("--task", choices=("dpo", "sft"), help="default: found from the config and its training rows")
-    parser.add_argument("--nproc-per-node", type=_count, metavar="N", help="train each run on N GPUs, under torchrun")
+    parser.add_argument("--nproc-per-node", type=process_count, metavar="N", help="GPUs of each run, under torchrun")
     parser.add_argument("--sort", metavar="METRIC", help="sort the table by the last value of this metric")
     parser.add_argument("--stop-on-error", action="store_true", help="stop at the first run that fails")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--print", action="store_true", help="print one command per run for a scheduler, start nothing")
     only.add_argument("--table", action="store_true", help="show the table of the runs so far, start nothing")
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

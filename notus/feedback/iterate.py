@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -50,7 +49,7 @@ from notus.feedback.stages import (
     start_folder,
     start_stages,
 )
-from notus.runtime.children import Child, hold, notus_command
+from notus.runtime.children import Child, hold, notus_command, process_count
 from notus.runtime.files import write_text
 from notus.runtime.process import STOPPED, tell
 
@@ -97,16 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nproc-per-node", type=_count, metavar="N", help="compute on N GPUs, under torchrun")
+    parser.add_argument("--nproc-per-node", type=process_count, metavar="N", help="compute on N GPUs, under torchrun")
     parser.add_argument("--print", action="store_true", help="print one command per stage for a scheduler")
     parser.add_argument("--only", choices=NAMES, help="run one stage of one round, given by --round, and stop")
     parser.add_argument("--round", type=int, metavar="K", help="the round of --only, from 1; 0: the starting model's")
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

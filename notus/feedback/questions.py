@@ -1,17 +1,12 @@
 """From records to what a judge is asked: the different completions of each, in an order that is drawn and recorded."""
 
 import dataclasses
-import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from notus.curation.ultrafeedback import parse_record
-from notus.data.sources import SUFFIXES, is_hub_id, read_file, read_hub
 from notus.feedback.judge import Question
-from notus.feedback.records import Record
+from notus.feedback.records import Record, digest_of
 
 _FIRST, _AGAIN = "first", "again"
 
@@ -79,46 +74,3 @@ def _shuffled(length: int, seed: int, what: str, digest: str) -> list[int]:
 def _fraction(value: Any) -> float:
     """Return a number in [0, 1) by a hash."""
     return int(digest_of(value)[:13], 16) / 16**13
-
-
-def digest_of(value: Any) -> str:
-    """Return a digest of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_input(source: str) -> list[tuple[str, Record]]:
-    """Read records with their places. Raises ValueError, naming file and line, for what is none."""
-    placed = []
-    for place, record in _rows(source):
-        try:
-            parse_record(record, min_rating=0)
-            _check_turns(record.get("messages"))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        placed.append((place, record))
-    return placed
-
-
-def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file, of the files of a folder, or of a hub dataset's split "train", with all columns."""
-    path = Path(source)
-    if not path.exists() and "/" in source and is_hub_id(source):
-        yield from read_hub(source, "train")
-        return
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such file; give records, as `notus sample` writes them")
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
-    rows = itertools.chain.from_iterable(map(read_file, files))
-    if (first := next(rows, None)) is None:
-        raise ValueError(f"{path}: holds no records; give at least one")
-    yield first
-    yield from rows
-
-
-def _check_turns(turns: Any) -> None:
-    if turns is None:
-        return
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns
-    ):
-        raise ValueError("messages must be a list of turns, each with a role and a content; correct it, or remove it")

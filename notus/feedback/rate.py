@@ -23,9 +23,20 @@ from notus.evaluation.arguments import count, positive
 from notus.evaluation.results import append_records
 from notus.feedback.instructions import read_instructions
 from notus.feedback.judge import Judge, JudgeError, NotAsked, Question, Verdict
-from notus.feedback.questions import Item, digest_of, make_item, read_input
+from notus.feedback.questions import Item, make_item
 from notus.feedback.rated import rated_record, summarise, table
-from notus.feedback.records import ASPECTS, Record, check_out, finish, held, is_finished, kept_folder, summary_file
+from notus.feedback.records import (
+    ASPECTS,
+    Record,
+    check_out,
+    digest_of,
+    finish,
+    held,
+    is_finished,
+    kept_folder,
+    read_records,
+    summary_file,
+)
 from notus.feedback.verdicts import kept_line, read_verdicts
 from notus.runtime.process import STOPPED, tell
 
@@ -252,7 +263,7 @@ class _Command:
         self.started = time.monotonic()
 
     def run(self) -> int:
-        placed = self._on_main(lambda: read_input(self.args.records))
+        placed = self._on_main(lambda: read_records(self.args.records))
         judge = make_judge(self.args, self.kind)
         with contextlib.ExitStack() as stack:
             self._on_main(lambda: stack.enter_context(held(self.out)))

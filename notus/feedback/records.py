@@ -28,6 +28,7 @@ work, for resuming).
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from notus.curation.ultrafeedback import parse_record
-from notus.data.sources import data_suffix, read_file
+from notus.data.sources import SUFFIXES, is_hub_id, read_file, read_hub
 from notus.evaluation.prompts import CONTEXT, KEYS, Prompt
 from notus.evaluation.results import check_output
 from notus.runtime.files import check_regular, lock, replacing, write_text
@@ -111,24 +112,50 @@ def prompt_key(record: Mapping[str, Any]) -> str:
     return json.dumps(said, sort_keys=True)
 
 
-def read_records(path: Path) -> list[tuple[str, Record]]:
-    """Return each record of a file with its place. Any of `SUFFIXES`, so that UltraFeedback's own files are read, too.
+def digest_of(value: Any) -> str:
+    """Return a digest of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-    Raises ValueError, naming file and line, for what is no record, and for a file without any.
+
+def read_records(source: str) -> list[tuple[str, Record]]:
+    """Return each record of a file, of the files of a folder, or of a hub dataset, with its place.
+
+    Raises ValueError, naming file and line, for what is no record, and where there is none.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; give records, as `notus sample` writes them")
-    if data_suffix(path) is None:
-        raise ValueError(f"{path}: records are read from .jsonl, .json or .parquet; convert it")
-    placed = list(read_file(path))
-    for place, record in placed:
+    placed = []
+    for place, record in _rows(source):
         try:
             parse_record(record, min_rating=0)
+            _check_turns(record.get("messages"))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-    if not placed:
-        raise ValueError(f"{path}: the file holds no records; give at least one")
+        placed.append((place, record))
     return placed
+
+
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows, of a hub dataset those of its split "train", with all columns."""
+    path = Path(source)
+    if not path.exists() and "/" in source and is_hub_id(source):
+        yield from read_hub(source, "train")
+        return
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file; give records, as `notus sample` writes them")
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    rows = itertools.chain.from_iterable(map(read_file, files))
+    if (first := next(rows, None)) is None:
+        raise ValueError(f"{path}: holds no records; give at least one")
+    yield first
+    yield from rows
+
+
+def _check_turns(turns: Any) -> None:
+    if turns is None:
+        return
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns
+    ):
+        raise ValueError("messages must be a list of turns, each with a role and a content; correct it, or remove it")
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -8,8 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import hashlib
-import json
 import os
 import signal
 import threading
@@ -24,6 +22,7 @@ from notus.feedback.records import (
     RATINGS,
     Record,
     check_out,
+    digest_of,
     earlier_settings,
     finish,
     held,
@@ -182,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     """Sample; `stack` holds OUT until the end."""
     decoding = _check(args)
-    earlier = read_records(Path(args.earlier)) if args.earlier else []
+    earlier = read_records(args.earlier) if args.earlier else []
     taken = {completion["model"] for _, record in earlier for completion in record["completions"]}
     models = parse_models(args.models, taken)
     _check_kinds(args, models)
@@ -293,7 +292,7 @@ def _read(args: argparse.Namespace, local: Sequence["LocalModel"], earlier: list
         _check_plain(args, plain, next(model for model in local if not model.as_turns))
     records = [prompt_record(prompt, path) for prompt in prompts]
     completions: list[list[dict[str, Any]]] = [[] for _ in records]
-    digest, joined = _digest(records), None
+    digest, joined = digest_of(records), None
     if args.earlier:
         joined = join(records, [prompt.place for prompt in prompts], earlier)
         completions = [[_unrated(completion) for completion in other["completions"]] for other in joined]
@@ -301,7 +300,7 @@ def _read(args: argparse.Namespace, local: Sequence["LocalModel"], earlier: list
     records = _marked(records, plain, joined, all_plain=all_plain)
     if again := repeated(records):
         tell(f"note: {again} of {len(records)} prompts came before in the file; each is sampled on its own")
-    return Task(prompts, plain, records, completions, digest, _digest(completions) if args.earlier else None)
+    return Task(prompts, plain, records, completions, digest, digest_of(completions) if args.earlier else None)
 
 
 def _marked(
@@ -341,10 +340,6 @@ def _check_plain(args: argparse.Namespace, prompts: Sequence["Prompt"], model: "
 def _unrated(completion: Mapping[str, Any]) -> dict[str, Any]:
     """Return a completion of --with. Ratings are left out: a judge rates all completions of a prompt together."""
     return {key: value for key, value in completion.items() if key not in RATINGS}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(

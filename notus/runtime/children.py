@@ -3,8 +3,10 @@
 Imports no torch.
 """
 
+import argparse
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,13 @@ from notus.runtime.process import follow_parent, tell
 
 LOCK = ".lock"
 _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun gives its ranks to save; 30 by default
+
+
+def process_count(text: str) -> int:
+    """A number of processes, for argparse."""
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)
 
 
 def notus_command(words: Sequence[str], nproc_per_node: int | None = None) -> list[str]:
