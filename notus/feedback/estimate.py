@@ -125,8 +125,12 @@ def _count(path: str, key: str) -> int:
     from notus.evaluation.prompts import read_prompts
 
     if not Path(path).is_file():
-        remedy = "; give --examples" if key == "iterate.prompts" else ""
-        raise ValueError(f"{key}: {path}: no such file{remedy}")
+        remedy = (
+            "give --examples N"
+            if key == "iterate.prompts"
+            else "write it, or leave it out with --iterate.eval_prompts=null"
+        )
+        raise ValueError(f"{key}={path}: there is no such file; {remedy}")
     return len(read_prompts(Path(path), strings_are_turns=True))
 
 

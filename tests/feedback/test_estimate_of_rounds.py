@@ -99,7 +99,7 @@ def test_a_model_too_large_for_a_gpu_is_named(tmp_path: Path, capsys: pytest.Cap
     [
         (["--task", "dpo"], "--task has no effect on"),
         (["--iterate.rounds=100"], "90 prompts are fewer than iterate.rounds=100"),
-        (["--iterate.prompts=nosuch.jsonl"], "iterate.prompts: nosuch.jsonl: no such file; give --examples"),
+        (["--iterate.prompts=nosuch.jsonl"], "iterate.prompts=nosuch.jsonl: there is no such file; give --examples N"),
         (["--sample.nn=3"], "sample.nn"),
         (["--sample.models=[nobody/nothing]"], "nobody/nothing: no such folder"),
     ],
