@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--own-feedback",
         action="store_true",
-        help="start from prompts alone: sample two models, rate, and train in rounds; a few minutes on two cores",
+        help="start from prompts alone: sample two models, rate, and train in rounds, on a CPU",
     )
     parser.add_argument("--rounds", type=_rounds, metavar="N", help="with --own-feedback: how many (default: 2)")
     parser.add_argument(
@@ -363,6 +363,7 @@ def _run_own_feedback(args: argparse.Namespace) -> int:
     folder, rounds, seed = Path(args.output), args.rounds or ROUNDS, args.seed
     _claim(folder, {"seed": seed, "rounds": rounds})
     torch.set_num_threads(1)  # as in `_make`
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the stages, which are processes of their own
     _announce("data: demonstrations for SFT, prompts for the rounds, prompts for evaluation")
     write_prompts(folder / "data", seed)
     _announce("two small models: SFT on imaginary models' answers, the second one for a third of the steps")
