@@ -23,6 +23,7 @@ from notus.config import (
     save_config,
     to_yaml,
 )
+from notus.feedback.settings import load_settings
 from notus.losses import LOSSES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -571,8 +572,11 @@ SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name !=
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
-    task: Any = "sft" if path.name.startswith("sft") else "dpo"
-    load_config(path, task)
+    task: Any = next((name for name in ("sft", "iterate") if path.name.startswith(name)), "dpo")
+    if task == "iterate":
+        load_settings([str(path)])
+    else:
+        load_config(path, task)
     head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     place = path.relative_to(CONFIGS)
     assert f"train_{task}.py configs/{place}" in head or f"notus {task} configs/{place}" in head
