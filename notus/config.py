@@ -728,6 +728,8 @@ def _no_section(name: str, sections: Mapping[str, Any]) -> str:
         return f"is not a section; {other.advice()}"
     if homes := [home for home, cls in sections.items() if name in _hints(cls)]:
         return f"is not a section; set {homes[0]}.{name}"
+    if name == "iterate":  # the first section of the files that docs/rounds.md describes
+        return "is a section of rounds: run the command iterate with this file"
     return f"is not a section{nearest(name, sections)}"
 
 

@@ -584,6 +584,11 @@ def test_the_configs_we_ship_load_and_say_how_to_run_them(path: Path) -> None:
         assert re.search(rf"^# {word}", head, flags=re.MULTILINE), word
 
 
+def test_a_config_of_rounds_names_its_command() -> None:
+    with pytest.raises(ValueError, match="iterate is a section of rounds: run the command iterate"):
+        load_config(CONFIGS / "own-feedback" / "iterate.yaml", "dpo")
+
+
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_the_older_values_of_activation_checkpointing_get_a_hint(minimal: str, value: str) -> None:
     with pytest.raises(ValueError, match=r"activation_checkpointing must be .*: set '(full|none)'$"):

@@ -105,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="share of the output's rows that are old ones, above 0 and below 1; drawn without replacement",
     )
+    _add_filters(parser)
+    parser.add_argument("--split", help="of a hub dataset (default: train)")
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    """Declare what leaves records, ratings or pairs out."""
     parser.add_argument(
         "--decontaminate",
         type=os.path.expanduser,
@@ -139,7 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="keep pairs whose two responses are the same text, as the original rule does; training drops them",
     )
-    parser.add_argument("--split", help="of a hub dataset (default: train)")
 
 
 def run(args: argparse.Namespace) -> int:

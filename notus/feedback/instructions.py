@@ -22,14 +22,14 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 @dataclasses.dataclass(frozen=True)
 class Instructions:
-    """What a judge model is told. `template` holds the sections of these `aspects` alone."""
+    """The instructions of a judge model. `template` holds the sections of these `aspects` alone."""
 
     template: str
     aspects: Sequence[str]
 
     @property
     def digest(self) -> str:
-        """Return what tells these instructions from others."""
+        """Return a digest, which other instructions do not have."""
         return hashlib.sha256(json.dumps([self.template, list(self.aspects), _FORM]).encode()).hexdigest()
 
     def text(self, question: Question) -> str:
